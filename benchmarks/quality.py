@@ -1,0 +1,262 @@
+"""Does distillation help, and which kind? Bits per byte on unseen text after equal steps on the same batches.
+
+    REAL_MODELS_DIR=... python benchmarks/quality.py --pair neo-4096 --seeds 0 1 2 --variants lm default
+    REAL_MODELS_DIR=... python benchmarks/quality.py --table
+
+Every run is one line of the results file; a run that is there is not repeated. The teacher's signals are computed
+once per window and read by all runs: they do not depend on the student.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+# without it every large temporary is mapped and unmapped again, a third of a step's time on a CPU
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
+    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, get_scheduler
+from transformers.utils import logging as transformers_logging
+
+from models.config import CurriculumConfig, LossConfig, Term
+from models.curriculum import CurriculumScheduler
+from models.distillation_framework import DistillationFramework
+from models.outputs import TeacherSignal
+from models.pairing import PairCollator, PairEncoder, count_channel
+from models.teacher import FrozenTeacher
+from models.vocabulary import VocabularyMap
+
+DATA = Path(os.environ.get("REAL_MODELS_DIR", ""))
+NEO = "models/tinystories-neo-chat-3m"
+PAIRS = {
+    # name: teacher, student's tokenizer, student's weights (None: random Llama), learning rate
+    "neo-4096": (NEO, "tokenizers/llama2c-tok4096", None, 2e-3),
+    "neo-260k": (NEO, "models/stories260k-llama", "models/stories260k-llama", 1e-3),
+    "bit-260k": ("models/bitstories-3m", "models/stories260k-llama", "models/stories260k-llama", 1e-3),
+}
+TOP_K = 256
+
+VARIANTS = {
+    # name: (weight of kd, of span, of lm, overrides of LossConfig)
+    "lm": (0, 0, 1, {}),
+    "default": (None, None, None, {}),
+    "kd": (0.7, 0, 0.3, {"correction": "none"}),
+    "kd depth 0": (0.7, 0, 0.3, {"correction": "none", "max_depth": 0}),
+    "kd + correction": (0.7, 0, 0.3, {"correction": "span"}),
+    "kd + channel": (0.7, 0, 0.3, {"correction": "channel"}),
+    "span": (0, 0.7, 0.3, {}),
+    "kd + span": (0.7, 0.7, 0.3, {"correction": "none"}),
+    "kd .1": (0.1, 0, 0.9, {"correction": "none"}),
+    "kd .3": (0.3, 0, 0.7, {"correction": "none"}),
+    "kd 1": (1.0, 0, 0.0, {"correction": "none"}),
+    "kd T 2": (0.7, 0, 0.3, {"correction": "none", "temperature": 2.0}),
+    "kd T 4": (0.7, 0, 0.3, {"correction": "none", "temperature": 4.0}),
+    "kd renormalise": (0.7, 0, 0.3, {"correction": "none", "tail": "renormalise"}),
+    "kd reverse": (0.7, 0, 0.3, {"correction": "none", "divergence": "reverse_kl"}),
+    "kd jsd": (0.7, 0, 0.3, {"correction": "none", "divergence": "jsd"}),
+    "kd skew": (0.7, 0, 0.3, {"correction": "none", "divergence": "skew_kl"}),
+}
+
+
+def stories(share: float) -> tuple[list[str], list[str]]:
+    """(training, unseen) stories: every twelfth is unseen; `share` of the training ones is used."""
+    texts: list[str] = []
+    for name in ("tinystories-v1", "tinystories-v2"):
+        raw = (DATA / f"corpora/{name}.txt").read_text(encoding="utf-8")
+        texts += [t.strip() for t in raw.split("<|endoftext|>") if t.strip()]
+    texts = list(dict.fromkeys(texts))
+    train = [t for i, t in enumerate(texts) if i % 12]
+    return train[:: round(1 / share)], texts[::12]
+
+
+class Pair:
+    """Models, windows and teacher signals of one pair; prepared once and kept in `cache`."""
+
+    def __init__(self, name: str, share: float, cache: Path) -> None:
+        teacher, tokenizer, self.weights, self.learning_rate = PAIRS[name]
+        self.student_tokenizer = AutoTokenizer.from_pretrained(DATA / tokenizer)
+        teacher_tokenizer = AutoTokenizer.from_pretrained(DATA / teacher)
+        model = AutoModelForCausalLM.from_pretrained(DATA / teacher, dtype=torch.float32)
+        rows = model.get_output_embeddings().weight.shape[0]
+        self.map = VocabularyMap.build(self.student_tokenizer, teacher_tokenizer, len(self.student_tokenizer), rows)
+        encoder = PairEncoder(self.student_tokenizer, teacher_tokenizer, 256)
+        train, unseen = stories(share)
+        self.windows, self.unseen = encoder.windows(train), encoder.windows(unseen)
+        self.map = self.map.with_channel(count_channel(self.windows))
+        self.end_of_text = encoder.end_of_text
+        self.teacher = FrozenTeacher(model, self.map)
+        self.file = cache / f"{name}-{share:g}.pt"
+
+    def collator(self, max_depth: int) -> PairCollator:
+        return PairCollator(self.map, self.end_of_text, max_depth)
+
+    def signals(self) -> list[TeacherSignal]:
+        """The teacher's signal of each training window."""
+        if not self.file.exists():
+            stored, collate = [], self.collator(LossConfig().max_depth)
+            for window in self.windows:
+                signal = vars(self.teacher.signal(collate([window]), TOP_K))
+                stored.append({k: v.int() if k == "ids" else v for k, v in signal.items()})
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(stored, self.file.with_suffix(".tmp"))
+            self.file.with_suffix(".tmp").rename(self.file)
+        return [TeacherSignal(**s) for s in torch.load(self.file, mmap=True)]
+
+    def student(self, seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        if self.weights:
+            return AutoModelForCausalLM.from_pretrained(DATA / self.weights, dtype=torch.float32)
+        config = LlamaConfig(
+            vocab_size=len(self.student_tokenizer),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+        )
+        return AutoModelForCausalLM.from_config(config)
+
+
+def join(signals: list[TeacherSignal], rows: list[torch.Tensor]) -> TeacherSignal:
+    """The signal of a batch from those of its windows; `rows`: which rows of each are asked for."""
+    parts = [
+        (s.ids[r].long(), s.log_probs[r], s.log_tail[r], s.log_mass[r], s.realised)
+        for s, r in zip(signals, rows, strict=True)
+    ]
+    return TeacherSignal(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def bits_per_byte(model: torch.nn.Module, pair: Pair, side: str) -> float:
+    nll = total = 0.0
+    model.eval()
+    for i in range(0, len(pair.unseen), 12):
+        batch = pair.collator(0)(pair.unseen[i : i + 12])
+        ids, mask, labels = batch.scored(side)
+        logits = model(input_ids=ids, attention_mask=mask).logits.float()
+        nll += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+        total += batch.bytes.sum().item()
+    return nll / total / math.log(2)
+
+
+def run(pair: Pair, variant: str, seed: int, steps: int, size: int) -> dict:
+    """Train one student and measure it."""
+    kd, span, lm, overrides = VARIANTS[variant]
+    curriculum = CurriculumConfig()
+    if kd is not None:
+        curriculum = CurriculumConfig(kd=Term(kd), span=Term(span), lm=Term(lm))
+    loss = LossConfig(**overrides)
+    student = pair.student(seed)
+    framework = DistillationFramework(
+        student, pair.teacher, pair.map, loss, CurriculumScheduler(curriculum, loss, steps)
+    )
+    taught = any(framework.curriculum.ever_used(t) for t in ("kd", "span"))
+    signals = pair.signals() if taught else []
+    collate, full_depth = pair.collator(loss.max_depth), pair.collator(LossConfig().max_depth)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=pair.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    schedule = get_scheduler("cosine", optimizer, steps // 20, steps)
+    start, order, last = time.time(), np.zeros(0, dtype=int), []
+    rng = np.random.default_rng(seed)
+    student.train()
+    for step in range(steps):
+        if len(order) < size:
+            order = np.append(order, rng.permutation(len(pair.windows)))
+        chosen, order = order[:size], order[size:]
+        batch = collate([pair.windows[i] for i in chosen])
+        signal = None
+        if taught:
+            depths = [full_depth([pair.windows[i]]).depth for i in chosen]
+            signal = join([signals[i] for i in chosen], [(d <= loss.max_depth).nonzero()[:, 0] for d in depths])
+        output = framework(batch, step, signal=signal)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step >= steps - 100 and "lm" in output.terms:
+            last.append(output.terms["lm"].sum.item() / batch.bytes.sum().item() / math.log(2))
+    return {
+        "bits_per_byte": bits_per_byte(student, pair, "student"),
+        "training_bits_per_byte": float(np.mean(last)) if last else None,
+        "seconds": round(time.time() - start),
+        "epochs": round(steps * size / len(pair.windows), 2),
+    }
+
+
+def table(results: Path) -> None:
+    """Print mean and range over seeds of every variant, per pair and budget."""
+    groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for line in results.read_text().splitlines():
+        r = json.loads(line)
+        groups[r["pair"], r["share"], r["steps"], r["size"]][r["variant"]].append(r)
+    for (pair, share, steps, size), variants in groups.items():
+        any_run = next(iter(variants.values()))[0]
+        print(f"\n{pair}: {steps} steps of {size} windows, {share:.0%} of the text ({any_run['epochs']} epochs); ", end="")
+        print(f"teacher {any_run['teacher']:.4f}, student before {any_run['initial']:.4f} bits per byte\n")
+        print("| variant | bits per byte, unseen | seeds | range | against LM | training text |\n|---|---|---|---|---|---|")
+        lm = {r["seed"]: r["bits_per_byte"] for r in variants.get("lm", [])}
+        for name in [v for v in VARIANTS if v in variants]:
+            runs = variants[name]
+            values = [r["bits_per_byte"] for r in runs]
+            change = [r["bits_per_byte"] / lm[r["seed"]] - 1 for r in runs if r["seed"] in lm]
+            against = f"{np.mean(change):+.2%}" if change else ""
+            training = [r["training_bits_per_byte"] for r in runs if r["training_bits_per_byte"]]
+            print(
+                f"| {name} | {np.mean(values):.4f} | {len(values)} | {min(values):.4f} to {max(values):.4f} | {against} "
+                f"| {f'{np.mean(training):.4f}' if training else ''} |"
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=PAIRS, default="neo-4096")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--size", type=int, default=12, help="windows a step")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the training stories")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", type=Path, default=Path(".quality-cache"))
+    parser.add_argument("--results", type=Path, default=Path("quality-results.jsonl"))
+    parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
+    args = parser.parse_args()
+    if not args.table:
+        if not DATA.name or not DATA.is_dir():
+            parser.error("set REAL_MODELS_DIR to a folder with models/, tokenizers/ and corpora/")
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        torch.set_num_threads(args.threads)
+        pair = Pair(args.pair, args.share, args.cache)
+        base = {"pair": args.pair, "share": args.share, "steps": args.steps, "size": args.size}
+        levels = {
+            "teacher": bits_per_byte(pair.teacher.model, pair, "teacher"),
+            "initial": bits_per_byte(pair.student(args.seeds[0]), pair, "student"),
+        }
+        for seed in args.seeds:
+            for variant in args.variants:
+                job = base | {"variant": variant, "seed": seed}
+                done = args.results.read_text().splitlines() if args.results.exists() else []
+                if any(job.items() <= json.loads(line).items() for line in done):
+                    continue
+                result = job | levels | run(pair, variant, seed, args.steps, args.size)
+                with args.results.open("a") as out:
+                    out.write(json.dumps(result) + "\n")
+                print(json.dumps(result), flush=True)
+    if args.results.exists():
+        table(args.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""A transformers causal language model as body and head: hidden states first, logits only where they are needed."""
+
+import torch
+from torch import Tensor, nn
+
+
+def body_states(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """[B, S, H] the states that enter the head."""
+    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def head_logits(model: nn.Module, states: Tensor) -> Tensor:
+    """[..., V] float32 logits for states [..., H], scaled and soft-capped as the model's config says.
+
+    The head computes in its own dtype (or autocast's), whatever the dtype of the states.
+    """
+    head, config = model.get_output_embeddings(), model.config.get_text_config()
+    logits = head(states.to(head.weight.dtype)).float()
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, name: str) -> None:
+    """Make sure that body and head give the model's own logits.
+
+    Raises:
+        ValueError: for an architecture that does something else between its body and its logits.
+    """
+    if model.get_output_embeddings() is None:
+        raise ValueError(
+            f"the {name} ({type(model).__name__}) has no output embeddings: expected a causal language model"
+        )
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 5, device=device).clamp_max(vocabulary_size(model) - 1)[None]
+    was_training = model.training
+    model.eval()
+    own = model(input_ids=ids, use_cache=False).logits.float()
+    ours = head_logits(model, body_states(model, ids, torch.ones_like(ids)))
+    model.train(was_training)
+    error = (own - ours).abs().max().item()
+    if not error <= 0.02 * own.abs().max().item() + 1e-3:
+        raise ValueError(
+            f"the {name} ({type(model).__name__}) computes its logits in a way this library does not know "
+            f"(largest difference {error:.3g}); expected head(body(x)) with logit_scale, logits_scaling or "
+            "final_logit_softcapping"
+        )
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Rows of the head."""
+    return model.get_output_embeddings().weight.shape[0]

@@ -1,0 +1,92 @@
+"""What the loss is made of: plain, frozen dataclasses, one place for each default.
+
+The constraints (`Gt`, `Ge`, ...) are declarations; whoever builds a config from user input
+(`train.py`) has them checked, all at once, before anything is loaded.
+"""
+
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+TERMS = ("kd", "span", "lm", "feat", "rel", "attn", "layer", "contr")
+"""Names of the loss terms: keys of weights, logs and metrics."""
+
+
+@dataclass(frozen=True)
+class Ramp:
+    """A scalar that follows training progress (step / total optimizer steps, in [0, 1]).
+
+    `points` are (progress, value) pairs in increasing order of progress. Between two points the
+    value is interpolated, linearly or along half a cosine; before the first and after the last
+    point it is constant.
+    """
+
+    points: tuple[tuple[Annotated[float, Ge(0), Le(1)], float], ...]
+    shape: Literal["linear", "cosine"] = "linear"
+
+    def __post_init__(self) -> None:
+        progress = [p for p, _ in self.points]
+        if not progress or any(a >= b for a, b in pairwise(progress)):
+            raise ValueError(
+                f"a ramp needs points [[progress, value], ...] with rising progress, got {list(self.points)}"
+            )
+
+
+Schedule = float | Ramp
+"""A constant, or a ramp over training progress."""
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss."""
+
+    weight: Schedule = 0.0
+    """Weight in the total. A term whose weight is 0 is not computed."""
+
+
+@dataclass(frozen=True)
+class CurriculumConfig:
+    """Weight of every loss term over the run."""
+
+    kd: Term = field(default_factory=lambda: Term(0.7))
+    """Knowledge distillation: the teacher's next-token distribution, projected on the student's vocabulary."""
+    span: Term = field(default_factory=Term)
+    """Span likelihood: the probability of the text between common token boundaries."""
+    lm: Term = field(default_factory=lambda: Term(0.3))
+    """Next-token cross-entropy on the text."""
+    feat: Term = field(default_factory=Term)
+    """Router: feature distance."""
+    rel: Term = field(default_factory=Term)
+    """Router: attention relations."""
+    attn: Term = field(default_factory=Term)
+    """Router: attention alignment."""
+    layer: Term = field(default_factory=Term)
+    """Router: layer mix."""
+    contr: Term = field(default_factory=Term)
+    """Router: contrastive."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """How the teacher's distribution becomes a loss."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
+    """Divergence between teacher and student."""
+    tail: Literal["bucket", "renormalise"] = "bucket"
+    """Outcomes beyond the top k: one explicit bucket on both sides, or both sides renormalised without them."""
+    top_k: Annotated[int, Gt(0)] = 256
+    """Teacher tokens kept per position (capped at the teacher's vocabulary)."""
+    temperature: Schedule = 1.0
+    """Temperature of KD; teacher and student are tempered alike, and the term is multiplied by its square."""
+    skew: Annotated[float, Gt(0), Lt(1)] = 0.1
+    """skew_kl only: share of the teacher in the mixture that stands in for the student (DistiLLM, eq. 3)."""
+    max_depth: Annotated[int, Ge(0)] = 16
+    """How many student tokens into a teacher token KD still applies; 0: common boundaries only."""
+    correction: Literal["span", "channel", "none"] = "span"
+    """Remedy where a teacher token is a proper prefix of the student's real token."""
+    min_prefix_mass: Annotated[float, Ge(0)] = 1e-3
+    """Inside a teacher token: least teacher probability of what was read so far; below it, no KD there."""
+    span_temperature: Schedule = 1.0
+    """Temperature of the two-outcome distributions of the span term."""

@@ -1,0 +1,33 @@
+"""Fixtures and settings for the whole suite: no network, one thread per process, bounded property tests."""
+
+import os
+from pathlib import Path
+
+# Before anything imports torch or the hub's client: both read these once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite says the same with and without a GPU
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+_SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("quick", max_examples=40, deadline=None, suppress_health_check=_SLOW_IS_FINE)
+settings.register_profile("thorough", max_examples=1000, deadline=None, suppress_health_check=_SLOW_IS_FINE)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(scope="session")
+def real_models_dir() -> Path:
+    """Folder with `models/`, `tokenizers/` and `corpora/`: small trained models and the texts to try them on."""
+    folder = os.environ.get("REAL_MODELS_DIR")
+    if not folder:
+        pytest.skip("REAL_MODELS_DIR is not set: it names a folder with small real models, tokenizers and corpora")
+    path = Path(folder)
+    if not (path / "models").is_dir():
+        pytest.fail(f"REAL_MODELS_DIR={folder}: no folder `models` there")
+    return path

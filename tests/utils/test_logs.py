@@ -1,0 +1,261 @@
+"""What a run writes is bounded, one line per message, and survives a kill."""
+
+import io
+import json
+import logging
+import warnings
+from itertools import pairwise
+
+import pytest
+
+from utils import logs
+from utils.errors import UserError
+from utils.logs import Progress, StepLogger, evaluation_line, read_metrics, setup_logging, training_lines
+
+TAGS = ("[CURRICULUM]", "[KD]", "[ROUTING]", "[LM]", "[TOTAL]", "[Eval]")
+TWELVE_HOURS = 12 * 3600.0
+
+
+class Clock:
+    """Seconds that pass when told to."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    """Says that it is a terminal, as the child of a notebook does."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging(monkeypatch):
+    for name in ("KAGGLE_KERNEL_RUN_TYPE", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    yield
+    for handler in [h for h in logging.getLogger().handlers if getattr(h, "_of_this_project", False)]:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    logging.captureWarnings(False)
+
+
+def record_at(step: int, total: int, **changes) -> dict:
+    def term(raw: float, weight: float) -> dict:
+        return {"raw": raw, "weight": weight, "weighted": raw * weight, "count": 4096}
+
+    return {
+        "step": step,
+        "epoch": 3 * step / total,
+        "progress": step / total,
+        "loss": 5.25,
+        "lr": 1e-4,
+        "grad_norm": 0.875,
+        "tokens_per_second": 12345.6,
+        "peak_memory_mb": 2048.0,
+        "terms": {"kd": term(32.0, 0.7), "span": term(0.2, 0.1), "lm": term(3.0, 0.3), "feat": term(1.0, 0.1)},
+        "kd_nats_per_token": 2.0,
+        "coverage": {"anchored": 0.981, "depth0": 0.932},
+        "top_k": 256,
+        "temperature": 4.0,
+        **changes,
+    }
+
+
+def evaluation_at(step: int, split: str = "eval") -> dict:
+    return {
+        "step": step,
+        "split": split,
+        "loss": 2.5,
+        "perplexity": 12.18,
+        "bits_per_byte": 0.9,
+        "tokens": 1000,
+        "bytes": 4000,
+    }
+
+
+def simulate(output_dir, stream, clock, *, total=25_000, seconds=TWELVE_HOURS, every=100) -> None:
+    """A whole run as the loop drives it: steps, logged steps, evaluations and saves, but no training."""
+    setup_logging(output_dir)
+    progress = Progress(total, stream=stream, clock=clock)
+    steps = StepLogger(output_dir, total, every, progress=progress)
+    loop = logging.getLogger("utils.training")
+    for step in range(1, total + 1):
+        clock.now += seconds / total
+        if steps.due(step):
+            steps.training(record_at(step, total))
+        steps.progress(step)
+        if step % 200 == 0:
+            loop.info("saved checkpoints/step-%08d", step)
+        if step % 500 == 0:
+            steps.evaluation(evaluation_at(step))
+    steps.close()
+
+
+@pytest.mark.parametrize("seconds", [600.0, TWELVE_HOURS, 10 * TWELVE_HOURS])
+def test_25000_steps_stay_under_5000_lines_in_the_log_and_on_a_captured_console(tmp_path, monkeypatch, seconds):
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stdout", stream)
+    simulate(tmp_path, stream, Clock(), seconds=seconds)
+    log_lines = (tmp_path / "train.log").read_text().splitlines()
+    console_lines = stream.getvalue().splitlines()
+    assert 1000 < len(log_lines) < 5000
+    assert 1000 < len(console_lines) < 5000
+    for tag in TAGS:
+        assert sum(tag in line for line in log_lines) == sum(tag in line for line in console_lines) > 0
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 250 + 50
+
+
+def test_a_notebook_keeps_less_than_a_megabyte_and_a_half_of_12_hours(tmp_path, monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr("sys.stdout", stream)
+    simulate(tmp_path, stream, Clock())
+    written = stream.getvalue()
+    assert len(written.encode()) < 1_500_000
+    assert written.count("\r") < 25_000
+    assert "\x1b[1A" not in written  # a saved notebook does not understand cursor movements
+    assert "100%" in written.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("kind", "most", "least"), [("terminal", 5200, 4000), ("batch", 1500, 1000)])
+def test_the_display_alone_is_bounded_over_100_hours(monkeypatch, kind, most, least):
+    if kind == "batch":
+        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
+    clock, stream = Clock(), Terminal()
+    display = Progress(100_000, stream=stream, clock=clock)
+    for step in range(1, 100_001):
+        clock.now += 3.6
+        display.update(step, {"loss": "3.2101", "tokens/s": "12,345"})
+    display.close()
+    draws = stream.getvalue().count("\r" if kind == "terminal" else "\n")
+    assert least < draws < most
+    assert len(stream.getvalue().encode()) < 130 * most
+    assert ("\r" in stream.getvalue()) == (kind == "terminal")
+
+
+def test_a_terminal_is_drawn_on_at_most_every_two_seconds_and_a_file_every_thirty(monkeypatch):
+    for stream, interval in ((Terminal(), 2.0), (io.StringIO(), 30.0)):
+        clock, drawn = Clock(), []
+        display = Progress(10_000, stream=stream, clock=clock)
+        for step in range(1, 3000):
+            clock.now += 0.1
+            before = stream.tell()
+            display.update(step)
+            if stream.tell() > before:
+                drawn.append(clock.now)
+        gaps = [b - a for a, b in pairwise(drawn)]
+        assert min(gaps) >= interval - 1e-6 and max(gaps) < interval + 0.2
+
+
+def test_no_line_of_the_bar_is_wider_than_80_columns():
+    clock, stream = Clock(), Terminal()
+    display = Progress(25_000, stream=stream, clock=clock)
+    for step in range(1, 25_001):
+        clock.now += 1.0
+        display.update(step, {"loss": "3.2101", "tokens/s": "123,456", "something": "x" * 100})
+    display.close()
+    assert max(len(draw) for draw in stream.getvalue().replace("\n", "\r").split("\r")) < 80
+
+
+def test_steps_are_due_by_number_alone_and_the_first_five_are_not():
+    steps = StepLogger(None, 1234, 100, progress=Progress(1234, stream=io.StringIO()))
+    due = [step for step in range(1235) if steps.due(step)]
+    assert due == [*range(100, 1201, 100), 1234]
+
+
+def test_every_term_has_raw_weight_and_weighted_and_kd_both_its_figures():
+    lines = training_lines(record_at(100, 25_000), 25_000)
+    assert [line.split()[0] for line in lines] == ["[CURRICULUM]", "[KD]", "[KD]", "[ROUTING]", "[LM]", "[TOTAL]"]
+    kd = lines[1]
+    for part in ("raw 32.0000", "weight 0.700", "weighted 22.4000", "nats/token 2.0000", "temperature 4.0", "98.1%"):
+        assert part in kd
+    assert "depth0 93.2%" in kd and "progress 0.4%" in lines[0]
+    assert "feat raw 1.0000 weight 0.100 weighted 0.1000" in lines[3]
+    assert not any("\n" in line for line in lines)
+    assert evaluation_line(evaluation_at(100)).startswith("[Eval] step 100 eval loss 2.5000 perplexity 12.18")
+
+
+def test_without_router_terms_there_is_no_routing_line():
+    record = record_at(100, 1000)
+    del record["terms"]["feat"]
+    assert not any("[ROUTING]" in line for line in training_lines(record, 1000))
+
+
+def test_resume_drops_later_records_and_a_line_cut_by_a_kill(tmp_path):
+    steps = StepLogger(tmp_path, 1000, 100, progress=Progress(1000, stream=io.StringIO()))
+    for step in (100, 200, 300):
+        steps.training(record_at(step, 1000))
+        steps.evaluation(evaluation_at(step))
+    steps.close()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole) + '{"step": 150, "lo')
+    resumed = StepLogger(tmp_path, 1000, 100, start_step=200, progress=Progress(1000, 200, stream=io.StringIO()))
+    resumed.truncate_after(200)
+    assert path.read_text() == "".join(whole[:4])
+    resumed.training(record_at(300, 1000))
+    resumed.close()
+    assert path.read_text() == "".join(whole[:5])
+
+
+def test_not_a_number_is_null_in_the_metrics(tmp_path):
+    steps = StepLogger(tmp_path, 10, 1, progress=Progress(10, stream=io.StringIO()))
+    steps.training(record_at(1, 10, loss=float("nan"), grad_norm=float("inf")))
+    steps.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    setup_logging(tmp_path, main_process=False)
+    steps = StepLogger(tmp_path, 10, 1, main_process=False)
+    steps.training(record_at(1, 10))
+    steps.evaluation(evaluation_at(1))
+    steps.progress(10)
+    steps.truncate_after(0)
+    steps.close()
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_a_users_mistake_has_its_traceback_in_the_file_only(tmp_path, capsys):
+    setup_logging(tmp_path)
+    for error in (UserError("got 3, expected 4: write 4"), RuntimeError("a fault")):
+        try:
+            raise error
+        except Exception as caught:
+            logging.getLogger("train").error("%s", caught, exc_info=True)
+    shown, kept = capsys.readouterr().out, (tmp_path / "train.log").read_text()
+    assert shown.count("Traceback") == 1 and kept.count("Traceback") == 2
+    assert "got 3, expected 4: write 4" in shown
+
+
+def test_libraries_repeat_themselves_three_times_at_most(tmp_path, capsys):
+    setup_logging(tmp_path)
+    for step in range(100):
+        logging.getLogger("some.library").warning("deprecated, seen at step %d", step)
+        logging.getLogger("some.library").info("chatter")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn(f"python warning {step}", stacklevel=1)
+    kept = (tmp_path / "train.log").read_text()
+    assert kept.count("deprecated") == kept.count("UserWarning") == logs.REPEATS
+    assert "chatter" not in kept and capsys.readouterr().out.count("deprecated") == logs.REPEATS
+
+
+def test_long_lines_and_square_brackets_reach_a_captured_console_unchanged(tmp_path, capsys):
+    setup_logging(None)
+    message = "[KD] " + "word " * 60 + "[red]not markup[/red]"
+    logging.getLogger("utils.logs").info(message)
+    assert capsys.readouterr().out.count("\n") == 1
+    logging.getLogger("utils.logs").info(message)
+    assert message in capsys.readouterr().out
+
+
+def test_setting_up_again_moves_the_log(tmp_path):
+    for name in ("a", "b"):
+        setup_logging(tmp_path / name)
+        logging.getLogger("utils.x").info("run %s", name)
+    assert "run b" not in (tmp_path / "a" / "train.log").read_text()
+    assert (tmp_path / "b" / "train.log").read_text().count("run b") == 1

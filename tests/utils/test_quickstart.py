@@ -1,0 +1,104 @@
+import ast
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from utils import quickstart
+from utils.config import DataConfig
+from utils.data import load_documents
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def material(cache) -> quickstart.Material:
+    return quickstart.material(cache)
+
+
+def test_text_is_plentiful_distinct_and_free_of_stubs(material):
+    assert 1_000_000 < sum(map(len, material.texts)) < 6_000_000
+    assert len(set(material.texts)) == len(material.texts) > 1_000
+    assert min(map(len, material.texts)) >= quickstart.MIN_DOCUMENT
+
+
+def test_documents_describe_a_class_with_its_methods():
+    (node,) = ast.parse('class A(B):\n "What."\n def f(self, x=1): "How."\n def g(self): pass').body
+    assert list(quickstart._described(node)) == ["class A(B):\n    What.", "def f(self, x=1):\n    How."]
+
+
+def test_second_call_reads_what_the_first_built(cache, material, monkeypatch):
+    monkeypatch.setattr(quickstart, "collect_text", lambda: pytest.fail("built again"))
+    assert quickstart.material(cache) == material
+    assert [path.name for path in cache.iterdir()] == [material.file.parent.name]
+
+
+def test_material_is_read_by_the_data_module_without_loss(material):
+    corpus = load_documents(DataConfig(train=[str(material.file)]))
+    assert corpus.report["read"] == corpus.report["train"] + corpus.report["eval"] == len(material.texts)
+
+
+def test_models_have_their_tokenizers_size_and_tied_embeddings(material):
+    sizes = {}
+    for name, vocabulary in (("teacher", 8192), ("student", 2048)):
+        folder = getattr(material, name)
+        config = AutoConfig.from_pretrained(folder)
+        assert len(AutoTokenizer.from_pretrained(folder)) == config.vocab_size == vocabulary
+        model = AutoModelForCausalLM.from_config(config)
+        assert model.lm_head.weight is model.model.embed_tokens.weight
+        sizes[name] = model.num_parameters()
+    assert 4e6 < sizes["teacher"] < 7e6 and 4e5 < sizes["student"] < 1.5e6
+    assert not material.trained_teacher.exists() and material.trained_teacher.parent.is_dir()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(material):
+    return AutoTokenizer.from_pretrained(material.student)
+
+
+@settings(max_examples=50, deadline=None)
+@given(text=st.text(st.characters(codec="utf-8")))
+def test_tokenizer_reads_any_text_without_loss(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_tokenizer_training_is_repeatable(material):
+    first, second = (quickstart.train_tokenizer(material.texts[:60], 600) for _ in range(2))
+    assert first.backend_tokenizer.to_str() == second.backend_tokenizer.to_str()
+    assert first.eos_token == first.bos_token == "<|endoftext|>" and first.pad_token is None
+
+
+def test_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.delenv("CURRICULUM_DISTILLATION_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert quickstart.cache_dir() == Path("/xdg/curriculum_distillation")
+    monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", "/own")
+    assert quickstart.cache_dir() == Path("/own")
+
+
+def test_cache_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="CURRICULUM_DISTILLATION_CACHE"):
+        quickstart.material(tmp_path / "file")
+
+
+def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "collect_text", lambda: ["text " * 50] * 3)
+    monkeypatch.setattr(quickstart, "train_tokenizer", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quickstart.material(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_python_without_sources_is_a_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(quickstart, "_topics", lambda: iter(()))
+    monkeypatch.setattr(quickstart.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    with pytest.raises(UserError, match="standard library with sources"):
+        quickstart.collect_text()

@@ -1,0 +1,149 @@
+"""The report says what was measured, to people and to programs, whatever a model wrote."""
+
+import copy
+import json
+import math
+
+import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+from utils import report
+from utils.report import CURVES, REPORT_JSON, REPORT_MD, draw_curves, headline, markdown, print_summary, write_report
+
+
+def scores(bits: float, parameters: int) -> dict:
+    return {
+        "perplexity": 12.3,
+        "bits_per_byte": bits,
+        "tokens": 48231,
+        "bytes": 201332,
+        "parameters": parameters,
+        "dtype": "float32",
+    }
+
+
+RESULTS = {
+    "student": scores(1.0, 1312000),
+    "teacher": scores(0.8, 3410560),
+    "initial_student": scores(2.8, 1312000),
+    "retention": {"bits_per_byte_ratio": 1.25, "top1_agreement": 0.713, "kl_nats_per_token": 0.31, "gap_closed": 0.9},
+    "samples": [
+        {
+            "prompt": "Once <upon> a | time",
+            "student": "one\ntwo | three",
+            "teacher": "![x](y) *stars* `code`",
+            "initial_student": "<script>alert(1)</script>",
+        }
+    ],
+    "run": {"steps": 1200, "seconds": 4100.0, "stopped_by": "steps"},
+}
+
+
+def training(step: int, total: int = 1000, **terms: float) -> dict:
+    return {
+        "step": step,
+        "loss": 3.0,
+        "lr": 1e-3 * (1 - step / total),
+        "grad_norm": None if step == 300 else 0.5,
+        "terms": {name: {"raw": 20.0 / step, "weight": w, "weighted": w * 20.0 / step} for name, w in terms.items()},
+    }
+
+
+def run(**terms: float) -> list[dict]:
+    records = [{"step": s, "split": "eval", "bits_per_byte": 1 + 1 / (1 + s)} for s in range(0, 1001, 100)]
+    return records + [training(step, **terms) for step in range(100, 1001, 100)]
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))[1])
+    return drawn
+
+
+def test_the_three_files_are_written_and_nothing_else(tmp_path):
+    given = copy.deepcopy(RESULTS)
+    written = write_report(tmp_path, RESULTS, run(kd=0.7, lm=0.3))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([REPORT_JSON, REPORT_MD, CURVES])
+    assert written == json.loads((tmp_path / REPORT_JSON).read_text()) == RESULTS == given
+    picture = imread(tmp_path / CURVES)
+    assert picture.shape[0] > 800 and picture.shape[1] > 1200 and picture[..., :3].std() > 0.02
+
+
+def test_metrics_are_read_from_the_runs_own_file(tmp_path, figures):
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in run(kd=0.7, lm=0.3)))
+    write_report(tmp_path, RESULTS)
+    assert len(figures[0].axes[0].get_lines()) > 4
+
+
+def test_not_a_number_becomes_null_and_a_dash(tmp_path):
+    results = RESULTS | {"student": scores(1.0, 5) | {"perplexity": math.inf}}
+    write_report(tmp_path, results, [])
+    assert json.loads((tmp_path / REPORT_JSON).read_text())["student"]["perplexity"] is None
+    assert "| Distilled student | 1.0000 | - |" in (tmp_path / REPORT_MD).read_text()
+
+
+def test_the_picture_has_terms_weights_schedule_and_levels(tmp_path, figures):
+    draw_curves(tmp_path / "a.png", run(kd=0.7, lm=0.3, feat=0.0), RESULTS, run(lm=1.0))
+    losses, evaluation, weights, rate = figures[0].axes[:4]
+    texts = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in (losses, weights, rate)]
+    assert texts[0] == ["KD", "LM", "feature", "total", "weighted"] and texts[1] == ["KD", "LM"]
+    assert texts[2] == ["learning rate", "gradient norm (right)"]
+    labels = [text.get_text() for text in [*evaluation.texts, *evaluation.get_legend().get_texts()]]
+    for part in ("Teacher  0.800", "Student before training  2.800", "Distilled", "without the teacher"):
+        assert any(part in label for label in labels)
+
+
+def test_baseline_and_student_that_end_close_together_are_magnified(tmp_path, figures):
+    draw_curves(tmp_path / "a.png", run(lm=0.3), RESULTS, run(lm=1.0))
+    draw_curves(tmp_path / "b.png", run(lm=0.3), RESULTS)
+    assert [len(figure.axes[1].child_axes) for figure in figures] == [1, 0]
+
+
+@pytest.mark.parametrize("records", [[], [training(7, lm=1.0)], [{"step": 0, "split": "eval", "bits_per_byte": 2.0}]])
+def test_a_run_that_logged_next_to_nothing_is_still_drawn(tmp_path, records):
+    draw_curves(tmp_path / "a.png", records, {})
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_high_temperature_gets_a_logarithmic_axis(tmp_path, figures):
+    draw_curves(tmp_path / "a.png", [training(1, kd=0.7), training(500, kd=0.7)])
+    draw_curves(tmp_path / "b.png", [training(400, kd=0.7), training(500, kd=0.7)] * 2)
+    assert figures[0].axes[0].get_yscale() == "log" and figures[0].axes[2].get_yscale() == "linear"
+
+
+def test_the_table_has_a_row_for_every_model_that_was_measured():
+    text = markdown(RESULTS)
+    assert "| Teacher | 0.8000 | 12.30 | 48,231 | 201,332 | 3,410,560 | float32 |" in text
+    assert "without the teacher" not in text and "gap to the teacher closed: 90.0%" in text
+    assert f"![Training curves]({CURVES})" in text and "duration: 1 h 08 min" in text
+    assert "| Same student without the teacher | 1.1000 |" in markdown(RESULTS | {"baseline": scores(1.1, 5)})
+
+
+def test_what_models_wrote_cannot_break_the_table():
+    lines = markdown(RESULTS).splitlines()
+    header = next(number for number, line in enumerate(lines) if line.startswith("| Teacher | Distilled"))
+    row = lines[header + 2]
+    assert row.replace("\\|", "").count("|") == 4 and "one<br>two \\| three" in row
+    assert "&lt;script>" in row and "\\*stars\\*" in row and "!\\[x\\](y)" in row
+    assert lines[header - 2] == "### 1. Once &lt;upon> a \\| time"
+
+
+def test_the_headline_tells_gain_loss_and_a_teacher_that_cannot_help():
+    assert "10.0% fewer bits per byte" in headline(RESULTS | {"baseline": scores(1 / 0.9, 5)})
+    assert "25.0% more bits per byte" in headline(RESULTS | {"baseline": scores(0.8, 5)})
+    assert "closed 90.0% of the gap" in headline(RESULTS)
+    weak = RESULTS | {"teacher": scores(2.9, 5), "retention": {"gap_closed": None}}
+    assert "no better" in headline(weak)
+
+
+def test_the_console_table_fits_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    report.console.cache_clear()
+    print_summary(RESULTS | {"baseline": scores(1.1, 5)})
+    shown = capsys.readouterr().out
+    report.console.cache_clear()
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "Same student without the teacher" in shown and "3,410,560" in shown and "…" not in shown

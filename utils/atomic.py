@@ -1,0 +1,133 @@
+"""Files and folders that are either whole or absent, whatever kills the process.
+
+Everything is written to a hidden staging name next to its final name (same file system), flushed to the
+disk, and renamed with `os.replace`. A reader therefore never sees half a file, and after a crash only a
+hidden leftover remains, which `clean_leftovers` removes at the next start.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_STAGING = ".staging-"
+_REPLACED = ".replaced-"
+_DELETED = ".deleted-"
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write `text` (UTF-8, line ends as given) to `path`, replacing what was there in one step."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_STAGING + path.name + "-")
+    staging = Path(name)
+    try:
+        with open(handle, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(staging, 0o666 & ~_umask())  # mkstemp makes private files; an output should look like any other
+        os.replace(staging, path)
+    except BaseException:
+        staging.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically.
+
+    Raises:
+        ValueError: the value holds NaN or infinity, which are not JSON.
+        TypeError: the value holds something JSON has no form for.
+    """
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def atomic_folder(final: str | Path) -> Iterator[Path]:
+    """A staging folder that becomes `final` when the block ends, or vanishes when the block raises.
+
+    On success every file in it is flushed to the disk before the rename. If `final` exists already it is
+    renamed aside first and removed last; a crash between the two renames is undone by `clean_leftovers`.
+    """
+    final = Path(final)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=final.parent, prefix=_STAGING + final.name + "-"))
+    try:
+        yield staging
+        _sync_tree(staging)
+        os.chmod(staging, 0o777 & ~_umask())
+        aside = final.parent / (_REPLACED + final.name)
+        if final.exists():
+            remove_folder(aside)
+            os.replace(final, aside)
+        os.replace(staging, final)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    sync_folder(final.parent)
+    remove_folder(aside)
+
+
+def remove_folder(folder: str | Path) -> None:
+    """Remove a folder in one visible step: hidden by a rename first, then deleted. Missing is fine.
+
+    Raises:
+        OSError: the rename failed; the folder is untouched. (A deletion that fails half-way is silent: what
+            is left is hidden and `clean_leftovers` tries again.)
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        return
+    hidden = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_DELETED))
+    os.replace(folder, hidden / folder.name)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def clean_leftovers(parent: str | Path) -> list[str]:
+    """Remove what an interrupted writer left in `parent`; put back a folder caught between two renames.
+
+    Returns:
+        The names that were removed or put back. Call it only when no other process writes there.
+    """
+    parent = Path(parent)
+    handled = []
+    for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+        final = parent / path.name.removeprefix(_REPLACED)
+        if path.name.startswith(_REPLACED) and not final.exists():
+            os.replace(path, final)
+        elif path.name.startswith((_STAGING, _REPLACED, _DELETED)):
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        else:
+            continue
+        handled.append(path.name)
+    return handled
+
+
+def sync_folder(folder: str | Path) -> None:
+    """Flush a folder's entries (the names in it) to the disk, where the system can do that."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows cannot open folders
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(folder: Path) -> None:
+    for root, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            with open(Path(root, name), "rb+") as file:
+                os.fsync(file.fileno())
+        sync_folder(root)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,166 @@
+"""The command line of `train.py`: flags are names for configuration keys, and nothing is decided here.
+
+Values stay text; `config.build` checks them together with those of the YAML file, so that all mistakes are
+reported at once.
+"""
+
+import argparse
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from .config import set_dotted
+from .errors import UserError
+
+FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
+    "models": (
+        ("--teacher", "teacher.name", "ID|DIR", "frozen teacher: hub id or local folder"),
+        ("--student", "student.name", "ID|DIR", "student: hub id or local folder"),
+        ("--student-init", "student.init", "pretrained|random", "random: config.json and tokenizer only, no weights"),
+    ),
+    "data": (
+        ("--train-data", "data.train", "ID|PATH", "hub ids, files (.txt .jsonl .parquet .csv) or folders of them"),
+        ("--eval-data", "data.eval", "ID|PATH", "text to measure on; default: a share of the training documents"),
+        ("--max-length", "data.max_length", "N", "tokens per window, for either model"),
+        ("--document-separator", "data.document_separator", "S", "line between the documents of a .txt file"),
+    ),
+    "training": (
+        ("--batch-size", "training.batch_size", "N", "windows per forward pass"),
+        (
+            "--gradient-accumulation-steps",
+            "training.gradient_accumulation_steps",
+            "N",
+            "forward passes per optimizer step",
+        ),
+        ("--epochs", "training.epochs", "N", "passes over the data; overrules max_steps of a recipe"),
+        ("--max-steps", "training.max_steps", "N", "optimizer steps in total, instead of epochs"),
+        ("--learning-rate", "training.learning_rate", "X", "peak learning rate"),
+        ("--mixed-precision", "training.mixed_precision", "auto|no|fp16|bf16", "precision of the computation"),
+        ("--seed", "training.seed", "N", "of initialisation, data order and dropout"),
+        ("--max-hours", "training.max_hours", "H", "stop in time: save, evaluate, export, exit 0"),
+    ),
+    "distillation": (
+        ("--temperature", "loss.temperature", "T", "temperature of teacher and student in KD"),
+        ("--top-k", "loss.top_k", "K", "teacher tokens kept per position"),
+    ),
+    "run": (
+        ("--output-dir", "output_dir", "DIR", "folder of this run"),
+        ("--resume", "resume", "auto|never|PATH", "continue from the newest whole checkpoint, never, or from PATH"),
+        ("--log-every", "logging.every", "N", "optimizer steps between logged steps"),
+        ("--eval-every", "evaluation.every", "N", "optimizer steps between evaluations; 0: before and after only"),
+        ("--save-every", "training.save_every", "N", "optimizer steps between checkpoints"),
+    ),
+}
+"""Per group of --help: flag, configuration key, what it takes, what it is."""
+
+EPILOG = """\
+Every other setting has a dotted key, for example:
+  --set curriculum.kd.weight=0                                    the baseline without a teacher's signal
+  --set 'curriculum.lm.weight={points: [[0, 1], [0.5, 0.3]]}'     a weight that follows training progress
+
+Exit codes: 0 done (also stopped early or by --max-hours), 1 failure, 2 a mistake in what was asked for,
+130 Ctrl-C, 143 SIGTERM (both save a checkpoint first)."""
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What was asked for on the command line."""
+
+    config: str | None = None
+    """Recipe or YAML file; None: the default for this machine."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """Configuration key -> text (or list of texts), from flags."""
+    assignments: list[str] = field(default_factory=list)
+    """`dotted.key=value` of --set, in order."""
+
+    def apply(self, values: dict[str, Any]) -> None:
+        """Lay flags, then --set, over the nested `values` of a recipe, in place."""
+        if "training.epochs" in self.values and "training.max_steps" not in self.values:
+            set_dotted(values, "training.max_steps=null")  # the flag was given for this run, the recipe was not
+        for key, value in self.values.items():
+            *path, last = key.split(".")
+            inner = values
+            for part in path:
+                inner = inner.setdefault(part, {})
+                if not isinstance(inner, dict):
+                    raise UserError(f"{part}: the recipe has {inner!r} where a mapping is expected")
+            inner[last] = value
+        for assignment in self.assignments:
+            set_dotted(values, assignment)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}\n  python {self.prog} --help shows all flags")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser, for `parse` and for documentation."""
+    made = _Parser(
+        prog="train.py",
+        description="Teach a small causal language model from a large one, also across tokenizers.",
+        epilog=EPILOG,
+        allow_abbrev=False,
+        add_help=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    recipe = made.add_argument_group("recipe")
+    recipe.add_argument(
+        "--config",
+        metavar="NAME|PATH",
+        help="recipe of configs/ or YAML file; default: quickstart without a GPU, kaggle_p100 with one",
+    )
+    recipe.add_argument(
+        "--set", metavar="KEY=VALUE", action="extend", nargs="+", default=[], help="any setting, after all flags"
+    )
+    recipe.add_argument("-h", "--help", action="help", help="show this and exit")
+    for title, flags in FLAGS.items():
+        group = made.add_argument_group(title)
+        for flag, key, metavar, text in flags:
+            several = {"nargs": "+", "action": "extend"} if key == "data.train" else {}
+            group.add_argument(flag, dest=key, metavar=metavar, help=text, **several)
+            if key == "resume":
+                group.add_argument("--no-resume", dest="no_resume", action="store_true", help="same as --resume never")
+    return made
+
+
+def parse(argv: Sequence[str]) -> Arguments:
+    """What `argv` (without the program's name) asks for.
+
+    Raises:
+        UserError: unknown flags (all of them, each with the nearest known one), a flag without its value, or
+            flags that contradict each other.
+    """
+    made = parser()
+    known = [option for action in made._actions for option in action.option_strings if option.startswith("--")]
+    given, unknown = made.parse_known_args([_with_dashes(word) for word in argv])
+    if unknown:
+        raise UserError(_describe_unknown(unknown, known))
+    found = vars(given)
+    config, assignments, no_resume = found.pop("config"), found.pop("set"), found.pop("no_resume")
+    values = {key: value for key, value in found.items() if value is not None}
+    if no_resume:
+        if values.get("resume", "never") != "never":
+            raise UserError(f"--no-resume contradicts --resume {values['resume']}: give one of them")
+        values["resume"] = "never"
+    return Arguments(config, values, assignments)
+
+
+def _with_dashes(word: str) -> str:
+    """`--batch_size=2` as `--batch-size=2`; what is not a flag stays as it is."""
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _describe_unknown(words: Sequence[str], known: Sequence[str]) -> str:
+    lines = []
+    for word in words:
+        near = difflib.get_close_matches(word.partition("=")[0], known, n=1, cutoff=0.6)
+        if near:
+            lines.append(f"  - {word}: unknown; did you mean {near[0]}?")
+        elif word.startswith("-"):
+            lines.append(f"  - {word}: unknown flag")
+        else:
+            lines.append(f"  - {word}: no flag takes this word")
+    return "not understood on the command line:\n" + "\n".join(lines) + "\n  python train.py --help shows all flags"

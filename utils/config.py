@@ -1,0 +1,362 @@
+"""Configuration: frozen dataclasses, and how YAML and flags become one with every mistake reported at once.
+
+Defaults live in the dataclasses and nowhere else. `build` works for any tree of dataclasses, so
+`train.py` can join the ones below with those of the other tower.
+"""
+
+import dataclasses
+import difflib
+import re
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import TypeAdapter, ValidationError
+
+from .errors import UserError
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The teacher."""
+
+    name: str | None = None
+    """Hub id or local folder; null trains without a teacher (kd and span must then weigh 0)."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """Precision of the frozen weights; auto: what the device computes fastest without loss of range."""
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """The student. Its weights are float32 whatever the precision of the computation."""
+
+    name: str | None = None
+    """Hub id or local folder."""
+    init: Literal["pretrained", "random"] = "pretrained"
+    """random: only config.json and the tokenizer are taken from `name`; weights are drawn from the seed."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Text to learn from and text to measure on."""
+
+    train: list[str] = field(default_factory=list)
+    """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv) or folders of those."""
+    eval: str | None = None
+    """Text to measure on; null: a share of the training documents is held out."""
+    text_column: str = "text"
+    """Column that holds the text in tabular sources."""
+    split: str = "train"
+    """Split of a hub data set."""
+    document_separator: str | None = None
+    """Line between documents of a .txt file; null: `<|endoftext|>` if the file has such lines, else blank lines."""
+    eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
+    """Share of the documents held out when `eval` is null, chosen by a hash of their text."""
+    max_length: Annotated[int, Ge(8)] = 512
+    """Tokens per window, for each of the two models (capped at their context lengths)."""
+    num_workers: Annotated[int, Ge(0)] = 0
+    """Processes that prepare batches beside the training process."""
+    max_documents: Annotated[int, Gt(0)] | None = None
+    """Read at most this many training documents; null: all."""
+    deduplicate: bool = True
+    """Drop documents whose text occurred before."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The loop."""
+
+    batch_size: Annotated[int, Gt(0)] = 2
+    """Windows per forward pass and process."""
+    gradient_accumulation_steps: Annotated[int, Gt(0)] = 8
+    """Forward passes per optimizer step."""
+    epochs: Annotated[int, Gt(0)] = 1
+    """Passes over the training windows."""
+    max_steps: Annotated[int, Gt(0)] | None = None
+    """Optimizer steps in total; replaces `epochs`, the windows are repeated as often as needed."""
+    learning_rate: Annotated[float, Gt(0)] = 3e-4
+    """Peak learning rate of AdamW."""
+    weight_decay: Annotated[float, Ge(0)] = 0.01
+    """Decoupled weight decay; not applied to biases and norms."""
+    betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)
+    """AdamW's decay rates of the first and second moment."""
+    warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.03
+    """Share of the optimizer steps over which the learning rate rises from 0."""
+    scheduler: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls to 0 after warm-up."""
+    max_grad_norm: Annotated[float, Gt(0)] = 1.0
+    """Gradients are scaled down to at most this norm."""
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
+    """Precision of the student's computation; auto: chosen from the hardware, with the reason logged."""
+    seed: Annotated[int, Ge(0)] = 42
+    """Seed of initialisation, data order and dropout."""
+    max_hours: Annotated[float, Gt(0)] | None = None
+    """Wall-clock limit: stop at a step boundary, save, evaluate, export."""
+    save_every: Annotated[int, Gt(0)] = 200
+    """Optimizer steps between checkpoints."""
+    keep_checkpoints: Annotated[int, Gt(0)] = 2
+    """Newest checkpoints that are kept."""
+    patience: Annotated[int, Ge(0)] = 0
+    """Stop after this many evaluations in a row without fewer bits per byte; 0: never."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on the held-out text."""
+
+    every: Annotated[int, Ge(0)] = 0
+    """Optimizer steps between evaluations; 0: only before and after training."""
+    max_windows: Annotated[int, Gt(0)] | None = 256
+    """Windows of held-out text that are scored; null: all."""
+    samples: Annotated[int, Ge(0)] = 3
+    """Continuations shown side by side in the report."""
+    prompt_tokens: Annotated[int, Gt(0)] = 24
+    """Length of their prompts, in student tokens."""
+    new_tokens: Annotated[int, Gt(0)] = 48
+    """Length of the continuations, in tokens of the model that writes them."""
+    without_teacher: bool = False
+    """Also train the same student, on the same batches for the same steps, without the teacher, and compare."""
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written while training."""
+
+    every: Annotated[int, Gt(0)] = 100
+    """Optimizer steps between logged steps."""
+
+
+# ---------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people expect it: `no` is a word, `1e-4` is a number, a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
+        keys = [self.construct_object(key) for key, _ in node.value]
+        twice = sorted({str(key) for key in keys if keys.count(key) > 1})
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"given twice: {', '.join(twice)}", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), "tTfF")
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(?:\d+(?:\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def find_config(name_or_path: str) -> Path:
+    """The YAML file a user means: a path, or the name of a shipped recipe.
+
+    Raises:
+        UserError: there is no such file; the message lists the recipes that exist.
+    """
+    shipped = {path.stem: path for path in sorted(CONFIG_FOLDER.glob("*.yaml"))}
+    for path in (Path(name_or_path).expanduser(), CONFIG_FOLDER / name_or_path):
+        if path.is_file():
+            return path
+    if name_or_path in shipped:
+        return shipped[name_or_path]
+    raise UserError(
+        f"--config {name_or_path}: no such file and no such recipe.\n"
+        f"  expected: a YAML file, or one of {', '.join(shipped) or '(no recipes are installed)'}"
+        f"{_did_you_mean(name_or_path, shipped)}"
+    )
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; an empty file is an empty mapping.
+
+    Raises:
+        UserError: unreadable, not YAML (with line and column), or not a mapping.
+    """
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read as YAML.\n  {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: got {type(values).__name__}, expected a mapping such as `training: {{seed: 1}}`")
+    return values
+
+
+def set_dotted(values: dict[str, Any], assignment: str) -> None:
+    """Apply `a.b=value` to nested dicts in place; the value is parsed as YAML.
+
+    Raises:
+        UserError: no `=`, an empty key, a value that is not YAML, or a path through something that has no keys.
+    """
+    key, equals, text = assignment.partition("=")
+    parts = key.strip().replace("-", "_").split(".")
+    if not equals or not all(parts):
+        raise UserError(f"--set {assignment}: expected dotted.key=value, such as --set curriculum.kd.weight=0")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {assignment}: the value cannot be read as YAML.\n  {error}") from error
+    for depth, part in enumerate(parts[:-1], start=1):
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise UserError(f"--set {assignment}: {'.'.join(parts[:depth])} is {values!r} and has no keys")
+    values[parts[-1]] = value
+
+
+def merge(*layers: dict[str, Any]) -> dict[str, Any]:
+    """Nested dicts joined key by key; later ones win. A ramp (a dict with `points`) is a value: replaced whole."""
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        for key, value in layer.items():
+            old = merged.get(key)
+            if isinstance(value, dict) and "points" not in value:
+                value = merge(old if isinstance(old, dict) else {}, value)
+            merged[key] = value
+    return merged
+
+
+# ------------------------------------------------------------------------------------------ building
+
+
+def build(schema: type[T], values: dict[str, Any], *, source: str) -> T:
+    """An instance of the dataclass `schema` from nested plain values.
+
+    Args:
+        source: where the values come from, for the message.
+
+    Raises:
+        UserError: every mistake at once, each with its dotted path, what was got, what is expected, and
+            for an unknown key the nearest known one.
+    """
+    known = dict(_leaves(schema))
+    problems: list[str] = []
+    cleaned = _without_unknown(schema, values, "", known, problems)
+    try:
+        instance = TypeAdapter(schema).validate_python(cleaned)
+    except ValidationError as error:
+        problems += _describe(error, cleaned)
+    if problems:
+        count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
+        raise UserError(f"{count} in the configuration ({source}):\n" + "\n".join(f"  - {p}" for p in problems))
+    return instance
+
+
+def to_plain(instance: Any) -> Any:
+    """Dataclasses, tuples and paths as dicts, lists and strings: what YAML and JSON can hold."""
+    if dataclasses.is_dataclass(instance) and not isinstance(instance, type):
+        return {f.name: to_plain(getattr(instance, f.name)) for f in dataclasses.fields(instance)}
+    if isinstance(instance, dict):
+        return {key: to_plain(value) for key, value in instance.items()}
+    if isinstance(instance, list | tuple):
+        return [to_plain(value) for value in instance]
+    return str(instance) if isinstance(instance, Path) else instance
+
+
+def _dataclass_in(annotation: Any) -> type | None:
+    """The dataclass an annotation admits: itself, or a member of a union."""
+    if dataclasses.is_dataclass(annotation):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, Annotated):
+        return next((found for arg in get_args(annotation) if (found := _dataclass_in(arg))), None)
+    return None
+
+
+def _leaves(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted path, last key) of every key of a schema."""
+    for name, annotation in get_type_hints(schema, include_extras=True).items():
+        yield f"{prefix}{name}", name
+        if (inner := _dataclass_in(annotation)) is not None:
+            yield from _leaves(inner, f"{prefix}{name}.")
+
+
+def _without_unknown(schema: type, values: Any, prefix: str, known: dict[str, str], problems: list[str]) -> Any:
+    """A copy of `values` without unknown keys, which are added to `problems`."""
+    if not isinstance(values, dict):
+        return values
+    hints = get_type_hints(schema, include_extras=True)
+    cleaned = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = _did_you_mean(str(key), hints, prefix) or _did_you_mean_elsewhere(str(key), known)
+            problems.append(f"{prefix}{key}: unknown key (got {_shown(value)}){near}")
+            continue
+        inner = _dataclass_in(hints[key])
+        cleaned[key] = value if inner is None else _without_unknown(inner, value, f"{prefix}{key}.", known, problems)
+    return cleaned
+
+
+def _did_you_mean(word: str, candidates: Any, prefix: str = "") -> str:
+    near = difflib.get_close_matches(word, [str(c) for c in candidates], n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(candidates)}" if prefix else ""
+
+
+def _did_you_mean_elsewhere(word: str, known: dict[str, str]) -> str:
+    paths = [path for path, leaf in known.items() if leaf == word] or [
+        path for path, leaf in known.items() if difflib.get_close_matches(word, [leaf], cutoff=0.8)
+    ]
+    return f"; did you mean {' or '.join(paths[:3])}?" if paths else ""
+
+
+def _describe(error: ValidationError, values: Any) -> list[str]:
+    """One line for each wrong value; of a union's branches only those the value could have meant are named."""
+    by_path: dict[str, list[dict]] = {}
+    for item in error.errors(include_url=False):
+        by_path.setdefault(_dotted(item["loc"], values), []).append(item)
+    lines = []
+    for path, items in by_path.items():
+        if any(other.startswith(f"{path}.") for other in by_path):
+            continue  # a ramp with mistakes inside was also tried as a number
+        if isinstance(items[0]["input"], dict) and len(items) > 1:
+            items = [item for item in items if not item["type"].startswith("float")]
+        where, kind, message = f"{path}: " if path else "", items[0]["type"], items[0]["msg"]
+        if kind == "value_error":
+            lines.append(where + message.removeprefix("Value error, "))
+        elif kind == "missing":
+            lines.append(f"{where}missing")
+        else:
+            wanted = " or ".join(dict.fromkeys(_expected(item) for item in items))
+            lines.append(f"{where}got {_shown(items[0]['input'])}, expected {wanted}")
+    return lines
+
+
+def _expected(item: dict) -> str:
+    """What pydantic wanted, as a phrase that follows "expected"."""
+    if item["type"] == "dataclass_type":
+        ramp = item["ctx"]["class_name"] == "Ramp"
+        return "a mapping {points: [[progress, value], ...]}" if ramp else "a mapping"
+    return item["msg"].removeprefix("Input should be ").split(", unable")[0]
+
+
+def _dotted(location: tuple, values: Any) -> str:
+    """The dotted path of an error without pydantic's names of union branches, which are no keys of `values`."""
+    parts = []
+    for part in location:
+        inside = isinstance(values, dict) and part in values
+        indexed = isinstance(values, list | tuple) and isinstance(part, int)
+        if inside or indexed or not isinstance(part, str) or (isinstance(values, dict) and _is_key(part)):
+            parts.append(str(part))
+            if inside or (indexed and part < len(values)):
+                values = values[part]
+    return ".".join(parts)
+
+
+def _is_key(part: str) -> bool:
+    """A missing key, as opposed to the name of a union branch (a class or a built-in type)."""
+    return part.islower() and part.isidentifier() and part not in ("float", "int", "str", "bool", "list", "tuple")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

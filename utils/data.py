@@ -1,0 +1,416 @@
+"""From sources to micro-batches: documents, train/eval split, windows, order.
+
+    sources --load_documents--> Corpus of documents --make_windows--> windows --step_batches, loader--> batches
+
+Everything that decides what is trained on, and when, is a pure function of the texts, the seed, the epoch
+and the position, so that a resumed run sees what an uninterrupted one would have seen.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch.utils.data import DataLoader
+
+from . import seeding, sources
+from .config import DataConfig
+from .errors import UserError
+
+DOCUMENTS_PER_PACK = 1000
+"""Documents are packed into windows in groups of this many, so that windows do not depend on the number of workers."""
+IN_MEMORY_BYTES = 8_000_000
+"""Up to this much text, windows are built in memory; beyond it they are kept in the cache folder of `datasets`."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on and documents to evaluate on; no text is in both."""
+
+    train: list[str]
+    eval: list[str]
+    report: dict[str, int]
+    """Documents read, empty, duplicate, in_eval (dropped from training because evaluation has them), train, eval;
+    train_bytes and eval_bytes, UTF-8."""
+
+
+# ---------------------------------------------------------------- documents
+
+
+def load_documents(config: DataConfig) -> Corpus:
+    """Read every source, drop what is empty or repeated, and split by document.
+
+    What a source can be is told in `sources`.
+
+    Without an evaluation source, a document goes to evaluation if a hash of its text says so: it stays on its
+    side whatever documents come or go beside it. Texts that differ only in whitespace share a side.
+
+    Raises `UserError` for what cannot be found, read or split.
+    """
+    report = dict.fromkeys(("read", "empty", "duplicate", "in_eval"), 0)
+    documents = _kept(_read(config, config.train, config.split), report, config.deduplicate, config.max_documents)
+    _require(documents, config.train, report)
+    if config.eval is None:
+        train, held_out = _split(documents, config.eval_fraction)
+    else:
+        counts = dict.fromkeys(report, 0)
+        held_out = _kept(_read(config, [config.eval], "validation"), counts, config.deduplicate, None)
+        _require(held_out, [config.eval], counts)
+        keys = {_key(text) for text in held_out}
+        train = [text for text in documents if _key(text) not in keys]
+        report["in_eval"] = len(documents) - len(train)
+        if not train:
+            raise UserError(
+                f"Every one of the {len(documents)} training documents is also in the evaluation data {config.eval}. "
+                "Give other evaluation data, or none: then a part of the training documents is held out."
+            )
+    report |= {"train": len(train), "eval": len(held_out), "train_bytes": _bytes(train), "eval_bytes": _bytes(held_out)}
+    return Corpus(train, held_out, report)
+
+
+def _read(config: DataConfig, names: Sequence[str], split: str) -> Iterator[sources.Located]:
+    return sources.read(names, split=split, column=config.text_column, separator=config.document_separator)
+
+
+def _kept(
+    documents: Iterable[sources.Located], report: dict[str, int], deduplicate: bool, limit: int | None
+) -> list[str]:
+    kept: list[str] = []
+    seen: set[bytes] = set()
+    for place, value in documents:
+        report["read"] += 1
+        text = _as_text(place, value)
+        if not text.strip():
+            report["empty"] += 1
+            continue
+        if deduplicate:
+            digest = _digest(text)
+            if digest in seen:
+                report["duplicate"] += 1
+                continue
+            seen.add(digest)
+        kept.append(text)
+        if limit is not None and len(kept) >= limit:
+            break
+    return kept
+
+
+def _as_text(place: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise UserError(f"{place}: expected text, got {type(value).__name__}. Set text_column to a column of texts.")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{place}: character {error.start} is half of a surrogate pair, which is no text. Repair the file."
+        ) from None
+    return value
+
+
+def _require(documents: list[str], names: Sequence[str], report: dict[str, int]) -> None:
+    if not names:
+        raise UserError("No training data: expected at least one file, folder or hub id. Give it with --train-data.")
+    if not documents:
+        raise UserError(
+            f"No text in {', '.join(names)}: {report['read']} documents read, {report['empty']} of them empty. "
+            "Expected at least one document with text; check the paths, the text column and the separator."
+        )
+
+
+def _split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    place = [int.from_bytes(_key(text)[:8], "big") / 2**64 for text in documents]
+    low, high = min(place), max(place)
+    if low == high:
+        raise UserError(
+            "Got a single document, which cannot be split into training and evaluation. Give a text with document "
+            "separators (document_separator), more documents, or evaluation data of its own."
+        )
+    # Tiny data: the lowest document is always held out, the highest never; still chosen by the texts alone.
+    held_out = [p == low or p < min(fraction, high) for p in place]
+    train = [text for text, out in zip(documents, held_out, strict=True) if not out]
+    return train, [text for text, out in zip(documents, held_out, strict=True) if out]
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=16).digest()
+
+
+def _key(text: str) -> bytes:
+    """Hash of a text up to whitespace."""
+    return _digest(" ".join(text.split()))
+
+
+def _bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def document_name(text: str) -> str:
+    """Short name of a document: a pure function of its text."""
+    return _digest(text).hex()[:10]
+
+
+def corpus_fingerprint(texts: Iterable[str]) -> str:
+    """Hash of documents and their order, 32 hexadecimal digits."""
+    total = blake2b(digest_size=16)
+    for text in texts:
+        total.update(_digest(text))
+    return total.hexdigest()
+
+
+def leakage(train: Iterable[str], held_out: Sequence[str]) -> float:
+    """Share of evaluation documents whose text, up to whitespace, is also a training document: 0 is right."""
+    keys = {_key(text) for text in train}
+    return sum(_key(text) in keys for text in held_out) / max(len(held_out), 1)
+
+
+# ---------------------------------------------------------------- windows
+
+
+def make_windows(
+    texts: Sequence[str],
+    encode: Callable[[list[str], list[str]], list[dict[str, Any]]],
+    fingerprint: str,
+    num_proc: int | None = None,
+) -> datasets.Dataset:
+    """Pack documents into windows: `encode(texts, document names)` on groups of 1,000 documents.
+
+    Args:
+        encode: picklable; returns windows, dicts of NumPy arrays, numbers and strings with the same keys.
+        fingerprint: of `encode`. With the hash of the texts it names the cached windows, so that the cache does
+            not depend on how objects are pickled.
+        num_proc: processes for large corpora. The windows do not depend on it.
+
+    Raises `UserError` if no document yields a window.
+    """
+    features = _features(texts, encode)
+    key = blake2b(f"{fingerprint} {corpus_fingerprint(texts)} {features}".encode(), digest_size=16).hexdigest()
+    groups = [list(texts[start : start + DOCUMENTS_PER_PACK]) for start in range(0, len(texts), DOCUMENTS_PER_PACK)]
+    table = datasets.Dataset.from_dict(
+        {"group": groups}, features=datasets.Features(group=datasets.List(datasets.Value("large_string")))
+    )
+    options = {
+        "function": _Pack(encode, list(features)),
+        "batched": True,
+        "batch_size": 1,
+        "remove_columns": ["group"],
+        "features": features,
+        "new_fingerprint": key,
+    }
+    with _no_bars():
+        if _bytes(texts) <= IN_MEMORY_BYTES:
+            windows = table.map(keep_in_memory=True, load_from_cache_file=False, writer_batch_size=1, **options)
+        else:
+            windows = _map_on_disk(table, key, num_proc, options)
+    return windows.with_format("numpy")
+
+
+def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, options: dict[str, Any]) -> datasets.Dataset:
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "curriculum_distillation"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        processes = min(num_proc or 1, len(table))
+        options |= {"cache_file_name": str(cache / f"{key}.arrow"), "load_from_cache_file": True}
+        if processes == 1:
+            return table.map(**options)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # workers map the file instead of unpickling the text
+            table.save_to_disk(folder)
+            return datasets.load_from_disk(folder).map(num_proc=processes, **options)
+    except OSError as error:
+        raise UserError(
+            f"Cannot keep the tokenised windows in {cache}: {error}. Free some space there, or set HF_DATASETS_CACHE "
+            "to a folder that can be written to."
+        ) from error
+
+
+def _features(texts: Sequence[str], encode: Callable) -> datasets.Features:
+    """Columns and types of windows, from the first document that gives one: a later group may have none."""
+    for text in texts:
+        windows = encode([text], [document_name(text)])
+        if windows:
+            return datasets.Dataset.from_list(windows[:1]).features
+    raise UserError(
+        f"None of {len(texts)} documents is long enough for a window. Expected at least one of a few tokens."
+    )
+
+
+@dataclass(frozen=True)
+class _Pack:
+    encode: Callable[[list[str], list[str]], list[dict[str, Any]]]
+    columns: list[str]
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        (texts,) = batch["group"]
+        windows = self.encode(texts, [document_name(text) for text in texts])
+        return {column: [window[column] for window in windows] for column in self.columns}
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Switches the bars of `datasets` off: every carriage return of theirs is saved in a notebook."""
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()
+
+
+# ---------------------------------------------------------------- order and loading
+
+
+def steps_per_epoch(n: int, global_batch: int) -> int:
+    """Optimizer steps in which n windows are seen once; the last one may be short."""
+    return ceil(n / global_batch)
+
+
+def micro_batches_in_step(n: int, step: int, *, global_batch: int, micro_batch: int, processes: int) -> int:
+    """Micro-batches that each process works through in a step of an epoch: the same number for all processes."""
+    items = min(global_batch, n - step * global_batch)
+    return ceil(items / (micro_batch * processes))
+
+
+def step_batches(
+    n: int,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    processes: int = 1,
+    rank: int = 0,
+    seed: int,
+    epoch: int,
+    start_step: int = 0,
+) -> Iterator[list[int]]:
+    """Window indices of one process for one epoch, micro-batch by micro-batch, from a step of the epoch on.
+
+    Step s consumes order[s * global_batch : (s + 1) * global_batch] of the epoch's permutation, whatever
+    `micro_batch` and `processes` are. It is cut into `micro_batches_in_step` micro-batches a process, as even as
+    can be, none above `micro_batch`. With several processes, micro-batches of a short last step can be empty.
+    """
+    order = seeding.permutation(n, seed, epoch)
+    for step in range(start_step, steps_per_epoch(n, global_batch)):
+        items = order[step * global_batch : (step + 1) * global_batch]
+        per_process = micro_batches_in_step(
+            n, step, global_batch=global_batch, micro_batch=micro_batch, processes=processes
+        )
+        for part in np.array_split(items, per_process * processes)[rank::processes]:
+            yield part.tolist()
+
+
+class _Rows(torch.utils.data.Dataset):
+    """Windows one by one, so that a row does not depend on which others were asked for with it."""
+
+    def __init__(self, windows: Sequence[dict]) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.windows[index]
+
+
+@dataclass(frozen=True)
+class _Collate:
+    collate: Callable[[list[dict]], Any]
+
+    def __call__(self, windows: list[dict]) -> Any:
+        return self.collate(windows) if windows else None
+
+
+def loader(
+    windows: Sequence[dict],
+    batches: Iterable[list[int]],
+    collate: Callable[[list[dict]], Any],
+    num_workers: int = 0,
+    pin: bool = False,
+) -> DataLoader:
+    """One collated batch per list of indices, in their order; None for an empty list.
+
+    Windows are fetched and collated by the workers, each batch by one of them. Does not draw from the global
+    random generators, so that the number of loaders a run has used up does not change what it computes.
+    """
+    return DataLoader(
+        _Rows(windows),
+        batch_sampler=list(batches),
+        collate_fn=_Collate(collate),
+        num_workers=num_workers,
+        pin_memory=pin,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a loader really yielded in one epoch."""
+
+    expected: int
+    """Windows in the data."""
+    delivered: int
+    """Windows yielded."""
+    repeated: int
+    """Of those, windows that had been yielded before."""
+    identical: int
+    """Of those, windows with the same content as another one: repeated text in the data."""
+
+    @property
+    def missing(self) -> int:
+        return self.expected - (self.delivered - self.repeated)
+
+    @property
+    def duplicate_rate(self) -> float:
+        return self.repeated / max(self.delivered, 1)
+
+
+class _Numbered(_Rows):
+    def __getitem__(self, index: int) -> tuple[int, bytes]:
+        content = blake2b(digest_size=16)
+        for key, value in sorted(self.windows[index].items()):
+            content.update(key.encode() + (value.encode() if isinstance(value, str) else np.asarray(value).tobytes()))
+        return index, content.digest()
+
+
+def delivery(
+    windows: Sequence[dict],
+    *,
+    micro_batch: int,
+    num_workers: int,
+    processes: int = 1,
+    seed: int = 0,
+    epoch: int = 0,
+) -> Delivery:
+    """Run an epoch of the loader, for every process with so many workers, and count what comes out."""
+    seen: list[tuple[int, bytes]] = []
+    for rank in range(processes):
+        batches = step_batches(
+            len(windows),
+            global_batch=micro_batch * processes,
+            micro_batch=micro_batch,
+            processes=processes,
+            rank=rank,
+            seed=seed,
+            epoch=epoch,
+        )
+        for batch in loader(_Numbered(windows), batches, list, num_workers):
+            seen += batch or []
+    distinct = {index: content for index, content in seen}
+    return Delivery(
+        expected=len(windows),
+        delivered=len(seen),
+        repeated=len(seen) - len(distinct),
+        identical=len(distinct) - len(set(distinct.values())),
+    )
+
+
+def duplicate_rate(windows: Sequence[dict], *, micro_batch: int = 8, num_workers: int = 2) -> float:
+    """Share of windows that the loader yields more than once in an epoch: 0 is right."""
+    return delivery(windows, micro_batch=micro_batch, num_workers=num_workers).duplicate_rate

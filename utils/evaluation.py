@@ -1,0 +1,276 @@
+"""How good a model is on text it has not seen, in units that compare across tokenizers.
+
+Perplexity is exp(sum of nll / number of tokens), both summed over everything, never a mean of means; and
+perplexities of different tokenizers do not compare. Bits per byte do: the same text has the same bytes
+for every model, and `nll / (bytes * ln 2)` is what the model needs to write down one of them.
+
+Shapes: B windows, S positions, V vocabulary. Labels are already shifted: `labels[b, j]` is predicted at j.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import UserError
+
+log = logging.getLogger(__name__)
+
+IGNORE = -100
+LOGIT_ELEMENTS = 2**24
+"""Logits looked at in one go, at most: 64 MiB in float32."""
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def float32_evaluation(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in float32 and evaluation mode, without autocast and gradients; afterwards exactly as it was.
+
+    Half-precision parameters and buffers are replaced by float32 copies in the modules' tables, and the
+    originals are put back. They are not touched, so bits, gradients, hooks and an optimizer's references are
+    what they were, also after an exception; a tensor shared by several modules has one copy shared likewise.
+    Costs 4 bytes per half-precision parameter while it lasts; a float32 model is not copied.
+    """
+    copies: dict[int, Tensor] = {}
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    try:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is None or tensor.dtype not in HALF:
+                        continue
+                    if id(tensor) not in copies:
+                        copy = tensor.detach().float()
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        copies[id(tensor)] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+                    replaced.append((table, name, tensor))
+                    table[name] = copies[id(tensor)]
+        with evaluation_mode(model), torch.autocast(device.type, enabled=False):
+            yield model
+    finally:
+        for table, name, tensor in replaced:
+            table[name] = tensor
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """`model.eval()` without gradients; afterwards every module's own training flag is what it was."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+def token_nll(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    device: torch.device,
+    accelerator: Any = None,
+) -> tuple[float, int]:
+    """Negative log-likelihood of all supervised tokens, in nats, and their number.
+
+    Args:
+        model: a causal language model of transformers, in whatever dtype; the losses are float32, their
+            sum float64.
+        batches: (ids, mask, labels), each [B, S]; positions whose label is IGNORE are not scored.
+        device: of the model.
+        accelerator: if given, both numbers are summed over its processes, which must all call this.
+    """
+    total, count = 0.0, 0
+    with evaluation_mode(model):
+        for ids, mask, labels in batches:
+            for rows in torch.arange(len(ids)).split(_rows_at_once(model, ids.shape[1])):
+                nll, scored = _rows_nll(model, ids[rows].to(device), mask[rows].to(device), labels[rows].to(device))
+                total, count = total + nll, count + scored
+    total, count = _sum_over_processes([total, count], accelerator)
+    return total, round(count)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor, int]],
+    device: torch.device,
+    accelerator: Any = None,
+    *,
+    float32: bool = True,
+) -> dict[str, float | int]:
+    """`metrics` of a model on (ids, mask, labels, bytes of text scored) batches.
+
+    Args:
+        float32: compute in float32 whatever the model's dtype (see `float32_evaluation`); False for a
+            teacher whose float32 copy would not fit: then only the loss is float32.
+    """
+    num_bytes = 0
+
+    def counted() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        nonlocal num_bytes
+        for ids, mask, labels, size in batches:
+            num_bytes += int(size)
+            yield ids, mask, labels
+
+    with float32_evaluation(model) if float32 else nullcontext():
+        nll, tokens = token_nll(model, counted(), device, accelerator)
+    return metrics(nll, tokens, round(_sum_over_processes([num_bytes], accelerator)[0]))
+
+
+def metrics(nll: float, tokens: int, num_bytes: int) -> dict[str, float | int]:
+    """Loss (nats per token), perplexity and bits per byte from sums over a whole text.
+
+    Raises:
+        UserError: the text is empty.
+    """
+    if tokens <= 0 or num_bytes <= 0:
+        raise UserError(
+            f"the evaluation text holds {tokens} tokens and {num_bytes} bytes to score; expected at least one of each. "
+            "Give a longer text with --eval-data, or raise data.eval_fraction."
+        )
+    loss = nll / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": nll / (num_bytes * math.log(2)),
+        "tokens": tokens,
+        "bytes": num_bytes,
+    }
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Parameters (shared ones counted once) and dtype, for the report."""
+    parameters = list(model.parameters())
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()})
+    return {"parameters": sum(p.numel() for p in parameters), "dtype": "+".join(dtypes)}
+
+
+def compare(
+    compare_batch: Callable[[Any], dict[str, float]], batches: Iterable[Any], accelerator: Any = None
+) -> dict[str, float | None]:
+    """How often student and teacher agree, over all batches.
+
+    Args:
+        compare_batch: batch -> `{agree, kl_sum, count}`: positions where the most probable token is the same,
+            sum of KL in nats, positions compared. Sums, not means.
+
+    Returns:
+        `{top1_agreement, kl_nats_per_token}`; None where nothing could be compared.
+    """
+    agree, kl, count = 0.0, 0.0, 0.0
+    for batch in batches:
+        result = compare_batch(batch)
+        agree, kl, count = agree + result["agree"], kl + result["kl_sum"], count + result["count"]
+    agree, kl, count = _sum_over_processes([agree, kl, count], accelerator)
+    if count == 0:
+        return {"top1_agreement": None, "kl_nats_per_token": None}
+    return {"top1_agreement": agree / count, "kl_nats_per_token": kl / count}
+
+
+def gap_closed(student: float, initial: float, teacher: float) -> float | None:
+    """(initial - student) / (initial - teacher) in bits per byte: 0 nothing learnt, 1 as good as the teacher.
+
+    None if the teacher is no better than the initial student: there is no gap.
+    """
+    return (initial - student) / (initial - teacher) if initial > teacher else None
+
+
+def retention(
+    student: dict[str, Any], teacher: dict[str, Any], initial: dict[str, Any], agreement: dict[str, float | None]
+) -> dict[str, float | None]:
+    """The report's `retention`, from three `metrics` on one text and a `compare`.
+
+    `bits_per_byte_ratio` is student / teacher: 1 is the teacher's level, above it is worse.
+    """
+    bits = [model["bits_per_byte"] for model in (student, initial, teacher)]
+    return {"bits_per_byte_ratio": bits[0] / bits[2], **agreement, "gap_closed": gap_closed(*bits)}
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token a document starts with: `bos` where the tokenizer puts it or it is also `eos`, else `eos`."""
+    adds_itself = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id if adds_itself else tokenizer.eos_token_id
+
+
+def generate_samples(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, *, float32: bool = True
+) -> list[str]:
+    """Greedy continuations, without the prompts.
+
+    Args:
+        prompts: token ids, the start marker included (see `start_token`). Each runs alone, so no padding.
+        new_tokens: at most; fewer where the model's context ends.
+        float32: as in `evaluate`.
+    """
+    from transformers import GenerationConfig
+
+    device = next(model.parameters()).device
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    end = tokenizer.eos_token_id
+    texts = []
+    with float32_evaluation(model) if float32 else evaluation_mode(model):
+        for prompt in prompts:
+            room = int(min(new_tokens, context - len(prompt)))
+            if room < 1:
+                texts.append("")
+                continue
+            ids = torch.tensor([list(prompt)], device=device)
+            settings = GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=end, pad_token_id=end or 0)
+            with _plain_generation(model):
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            texts.append(_continuation(tokenizer, list(prompt), out[0].tolist()))
+    return texts
+
+
+@contextmanager
+def _plain_generation(model: nn.Module) -> Iterator[None]:
+    """Set the model's own generation settings aside: they would be merged in, and warned about when greedy."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _continuation(tokenizer: Any, prompt: list[int], whole: list[int]) -> str:
+    """Text of what follows the prompt; decoded together, because SentencePiece drops a leading space."""
+    before, text = (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in (prompt, whole)
+    )
+    if text.startswith(before):
+        return text[len(before) :]
+    return tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)  # the prompt ended inside a character
+
+
+def _rows_at_once(model: nn.Module, positions: int) -> int:
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    return max(1, LOGIT_ELEMENTS // (vocabulary * max(positions, 1)))
+
+
+def _rows_nll(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[float, int]:
+    where = (labels.flatten() != IGNORE).nonzero().flatten()
+    if not len(where):
+        return 0.0, 0
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)
+    targets, total = labels.flatten(), 0.0
+    for chunk in where.split(max(1, LOGIT_ELEMENTS // logits.shape[1])):
+        # Float64 on the host: not every device has it.
+        nll = F.cross_entropy(logits[chunk].float(), targets[chunk], reduction="none")
+        total += nll.cpu().double().sum().item()
+    return total, len(where)
+
+
+def _sum_over_processes(values: Sequence[float], accelerator: Any) -> list[float]:
+    if accelerator is None or accelerator.num_processes == 1:
+        return list(values)
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    return accelerator.reduce(torch.tensor(values, dtype=dtype, device=accelerator.device), "sum").tolist()

@@ -1,0 +1,414 @@
+"""What a run says while it runs: train.log, metrics.jsonl, the tagged lines, one progress display.
+
+Every message goes through `logging`; `setup_logging` sends it to a rich console and to `train.log`.
+`StepLogger` owns what is said at a logged step. Nothing here prints during evaluation.
+
+A saved notebook keeps every byte a child process wrote, carriage returns included, and its child sees
+a terminal of 80 x 24, so `isatty()` does not tell whether a person watches. Hence one display, drawn at
+most every two seconds on a terminal, a status line every 30 s elsewhere, and both slow down in a long
+run, so that what a run writes is bounded whatever its length.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+from rich.console import Console
+from rich.text import Text
+from tqdm import tqdm
+
+from .atomic import write_text
+from .errors import UserError
+
+log = logging.getLogger(__name__)
+
+OWN_LOGGERS = ("curriculum_distillation", "models", "utils", "train", "verify_fixes", "__main__")
+"""Loggers of this project, which speak from INFO on; everybody else only from WARNING on."""
+
+ROUTER_TERMS = ("feat", "rel", "attn", "layer", "contr")
+BAR_SECONDS, LINE_SECONDS = 2.0, 30.0
+BAR_DRAWS, STATUS_LINES = 5000, 1500
+"""How often the display is drawn at most: the interval grows with the expected length of the run."""
+
+REPEATS = 3
+"""A library's warning is shown this often, however often it is raised."""
+
+_TAG_STYLES = {
+    "[CURRICULUM]": "cyan",
+    "[KD]": "magenta",
+    "[ROUTING]": "blue",
+    "[LM]": "green",
+    "[TOTAL]": "bold",
+    "[Eval]": "bold yellow",
+}
+
+
+# --- logging --------------------------------------------------------------------------------------------------------
+
+
+@cache
+def console() -> Console:
+    """The one console of the process; it writes to whatever `sys.stdout` is at that moment."""
+    return Console(highlight=False)
+
+
+def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main_process: bool = True) -> None:
+    """Send log records to the console and to `output_dir/train.log` (appended to, so a resume continues it).
+
+    Args:
+        output_dir: created if missing; None keeps the log on the console only.
+        level: of this project's own loggers; libraries are heard from WARNING on.
+        main_process: the other processes of a distributed run write no file and only warnings.
+
+    Calling it again replaces the earlier set-up, for instance to move from one run to the next.
+    """
+    root = logging.getLogger()
+    for handler in [h for h in root.handlers if getattr(h, "_of_this_project", False)]:
+        root.removeHandler(handler)
+        handler.close()
+    handlers: list[logging.Handler] = [_ConsoleHandler()]
+    if output_dir is not None and main_process:
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(Path(output_dir) / "train.log", encoding="utf-8")
+        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handlers.append(to_file)
+    for handler in handlers:
+        handler._of_this_project = True  # type: ignore[attr-defined]
+        handler.addFilter(_LimitRepeats())
+        root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    for name in OWN_LOGGERS:
+        logging.getLogger(name).setLevel(level if main_process else logging.WARNING)
+    logging.captureWarnings(True)
+    _join_libraries()
+
+
+def _join_libraries() -> None:
+    """transformers logs through our handlers; no library draws progress bars where a bar would be kept."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_default_handler()
+    transformers_logging.enable_propagation()
+    if not person_may_watch(sys.stdout):
+        import datasets
+
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+
+
+class _ConsoleHandler(logging.Handler):
+    """One record, one line (the terminal may fold it, a captured log does not), never through the bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            with tqdm.external_write_mode(file=console().file):
+                console().print(self._render(record), soft_wrap=True)
+        except Exception:
+            self.handleError(record)
+
+    def _render(self, record: logging.LogRecord) -> Text:
+        text = Text()
+        text.append(time.strftime("%H:%M:%S ", time.localtime(record.created)), "dim")
+        if record.levelno >= logging.WARNING:
+            style = "bold red" if record.levelno >= logging.ERROR else "yellow"
+            text.append(f"{record.levelname.capitalize()}: ", style)
+        tag, space, rest = record.getMessage().partition(" ")
+        text.append(tag, _TAG_STYLES.get(tag, ""))
+        text.append(space + rest)
+        # A user's mistake is explained by its message; the log file has the traceback.
+        if record.exc_info and record.exc_info[1] and not isinstance(record.exc_info[1], UserError):
+            text.append("\n" + logging.Formatter().formatException(record.exc_info))
+        return text
+
+
+class _LimitRepeats(logging.Filter):
+    """Lets a library say the same thing `REPEATS` times only: one warning per step would fill the log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[tuple[str, str], int] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.split(".", 1)[0] in OWN_LOGGERS:
+            return True
+        key = (record.name, re.sub(r"\d+", "#", record.getMessage()[:200]))
+        self.seen[key] = self.seen.get(key, 0) + 1
+        return self.seen[key] <= REPEATS
+
+
+# --- progress -------------------------------------------------------------------------------------------------------
+
+
+def person_may_watch(stream: IO[str]) -> bool:
+    """Whether a moving bar makes sense on `stream`: a terminal, and not a notebook that runs unattended.
+
+    `KAGGLE_KERNEL_RUN_TYPE=Batch` is Kaggle's "Save & Run All".
+    """
+    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" or os.environ.get("TERM") == "dumb":
+        return False
+    try:
+        return stream.isatty()
+    except ValueError:  # closed
+        return False
+
+
+class Progress:
+    """The one progress display: a bar of one line on a terminal, else a status line now and then.
+
+    The interval between two draws is the larger of `BAR_SECONDS` (`LINE_SECONDS`) and the expected
+    duration of the run over `BAR_DRAWS` (`STATUS_LINES`): 12 hours cost about 0.5 MB in a notebook.
+
+    Args:
+        total: optimizer steps of the run.
+        start: steps already done (resume).
+        stream: where to draw; None: standard output.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        start: int = 0,
+        stream: IO[str] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.total, self.start, self.clock = total, start, clock
+        self.stream = stream if stream is not None else sys.stdout
+        self.bar: tqdm | None = None
+        self.as_bar = person_may_watch(self.stream)
+        self.began = self.drawn = clock()
+
+    def update(self, step: int, status: Mapping[str, str] | None = None) -> None:
+        """Say that `step` optimizer steps are done; draws only when it is time."""
+        now = self.clock()
+        if now - self.drawn < self._interval(step, now) and step < self.total:
+            return
+        self.drawn = now
+        words = ", ".join(f"{name} {value}" for name, value in (status or {}).items())
+        if self.as_bar:
+            self._draw_bar(step, words)
+        else:
+            self._write_line(step, now, words)
+
+    def close(self) -> None:
+        """Leave the display as it stands and end its line."""
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _interval(self, step: int, now: float) -> float:
+        shortest, draws = (BAR_SECONDS, BAR_DRAWS) if self.as_bar else (LINE_SECONDS, STATUS_LINES)
+        done = step - self.start
+        expected = (now - self.began) * (self.total - self.start) / done if done > 0 else 0.0
+        return max(shortest, expected / draws)
+
+    def _draw_bar(self, step: int, words: str) -> None:
+        if self.bar is None:
+            # Drawn by our own clock: tqdm's intervals are switched off. 79 columns never fold in 80.
+            self.bar = tqdm(
+                total=self.total,
+                initial=self.start,
+                file=self.stream,
+                ncols=79,
+                mininterval=0,
+                miniters=1,
+                unit="step",
+                delay=1e-9,
+                bar_format="{percentage:3.0f}% |{bar:12}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
+            )
+            self.bar.start_t -= self.drawn - self.began
+        self.bar.set_postfix_str(words, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def _write_line(self, step: int, now: float, words: str) -> None:
+        done, elapsed = step - self.start, now - self.began
+        left = elapsed * (self.total - step) / done if done > 0 else math.nan
+        left_words = f", {duration(left)} left" if math.isfinite(left) and step < self.total else ""
+        parts = [f"step {step:,}/{self.total:,} ({step / max(self.total, 1):.1%})", f"{duration(elapsed)}{left_words}"]
+        print(", ".join(parts + ([words] if words else [])), file=self.stream, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """`"2 h 05 min"`, `"3 min 20 s"`, `"12 s"`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
+
+
+# --- steps ----------------------------------------------------------------------------------------------------------
+
+
+class StepLogger:
+    """Writes `metrics.jsonl`, the tagged lines and the progress display of one run.
+
+    Step numbers count finished optimizer steps: the first one that can be logged is `every`.
+
+    Args:
+        output_dir: folder of the run; None writes no file.
+        total_steps: optimizer steps of the whole run.
+        every: a step is logged when its number is a multiple of this, and the last one is.
+        start_step: steps already done (resume).
+        main_process: False makes every method but `due` do nothing.
+        progress: the display; None makes one on standard output.
+    """
+
+    def __init__(
+        self,
+        output_dir: str | Path | None,
+        total_steps: int,
+        every: int = 100,
+        *,
+        start_step: int = 0,
+        main_process: bool = True,
+        progress: Progress | None = None,
+    ) -> None:
+        self.total_steps, self.every, self.main_process = total_steps, every, main_process
+        self.path = Path(output_dir) / "metrics.jsonl" if output_dir is not None else None
+        self.display = progress or (Progress(total_steps, start_step) if main_process else None)
+        self._file: IO[str] | None = None
+        self._status: dict[str, str] = {}
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is to be logged: known beforehand, so that only then anything is measured."""
+        return step > 0 and (step % self.every == 0 or step == self.total_steps)
+
+    def training(self, record: Mapping[str, Any], weights: Mapping[str, float] | None = None) -> None:
+        """Log one step: `record` has the keys that DESIGN.md lists for training.
+
+        Args:
+            weights: weights of all terms, for [CURRICULUM]; by default those in `record["terms"]`.
+        """
+        if not self.main_process:
+            return
+        self._append(record)
+        for line in training_lines(record, self.total_steps, weights):
+            log.info(line)
+        self._status = {"loss": _number(record.get("loss"))}
+        if (speed := record.get("tokens_per_second")) is not None:
+            self._status["tokens/s"] = f"{speed:,.0f}"
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Log one evaluation: `step, split, loss, perplexity, bits_per_byte, tokens, bytes`."""
+        if self.main_process:
+            self._append(record)
+            log.info(evaluation_line(record))
+
+    def progress(self, step: int, **status: str) -> None:
+        """Tell the display that `step` steps are done. Cheap: call it at every step."""
+        if self.display is not None:
+            self.display.update(step, {**self._status, **status})
+
+    def truncate_after(self, step: int) -> None:
+        """Before a resume at `step`: drop what a killed run logged after it, and a line it left half-written."""
+        if not self.main_process or self.path is None or not self.path.exists():
+            return
+        self._close_file()
+        kept = [json.dumps(record) for record in read_metrics(self.path) if record.get("step", 0) <= step]
+        write_text(self.path, "".join(line + "\n" for line in kept))
+
+    def close(self) -> None:
+        """Close the file and the display."""
+        self._close_file()
+        if self.display is not None:
+            self.display.close()
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
+        if self._file is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8", buffering=1)
+        self._file.write(json.dumps(json_safe(record), allow_nan=False) + "\n")
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """All whole records of a `metrics.jsonl`; a line cut short by a kill is left out."""
+    records = []
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+def training_lines(
+    record: Mapping[str, Any], total_steps: int, weights: Mapping[str, float] | None = None
+) -> list[str]:
+    """The tagged lines of a logged step, one string each."""
+    terms = record["terms"]
+    step = f"step {record['step']}"
+    weights = weights if weights is not None else {name: term["weight"] for name, term in terms.items()}
+    lines = [
+        f"[CURRICULUM] {step}/{total_steps} progress {record['progress']:.1%} epoch {_number(record['epoch'])}"
+        + "".join(f" {name} {weight:.3f}" for name, weight in weights.items())
+    ]
+    if "kd" in terms:
+        coverage = record.get("coverage") or {}
+        lines.append(
+            f"[KD] {step} {_term(terms['kd'])} nats/token {_number(record.get('kd_nats_per_token'))}"
+            f" temperature {_number(record.get('temperature'))} top-k {_number(record.get('top_k'))}"
+            f" coverage {_share(coverage.get('anchored'))} depth0 {_share(coverage.get('depth0'))}"
+        )
+    if "span" in terms:
+        lines.append(f"[KD] {step} span {_term(terms['span'])}")
+    if routed := [f"{name} {_term(terms[name])}" for name in ROUTER_TERMS if name in terms]:
+        lines.append(f"[ROUTING] {step} " + "; ".join(routed))
+    if "lm" in terms:
+        lines.append(f"[LM] {step} {_term(terms['lm'])} tokens {terms['lm']['count']}")
+    lines.append(
+        f"[TOTAL] {step} loss {_number(record['loss'])} lr {record['lr']:.2e}"
+        f" grad_norm {_number(record.get('grad_norm'))} tokens/s {_number(record.get('tokens_per_second'), 0)}"
+        f" memory {_number(record.get('peak_memory_mb'), 0)} MB"
+    )
+    return lines
+
+
+def evaluation_line(record: Mapping[str, Any]) -> str:
+    """The [Eval] line."""
+    return (
+        f"[Eval] step {record['step']} {record.get('split', 'eval')} loss {_number(record['loss'])}"
+        f" perplexity {_number(record['perplexity'], 2)} bits/byte {_number(record['bits_per_byte'])}"
+        f" tokens {record['tokens']} bytes {record['bytes']}"
+    )
+
+
+def _term(term: Mapping[str, Any]) -> str:
+    return f"raw {_number(term['raw'])} weight {term['weight']:.3f} weighted {_number(term['weighted'])}"
+
+
+def _number(value: float | int | None, digits: int = 4) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.{digits}f}" if abs(value) < 1e6 else f"{value:.3e}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
+
+
+def json_safe(value: Any) -> Any:
+    """`value` with NaN and infinity, which are not JSON, as None; tuples and the like become lists."""
+    if isinstance(value, Mapping):
+        return {str(key): json_safe(item) for key, item in value.items()}
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [json_safe(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,161 @@
+"""What the loop counts while it runs, without making the host wait for the device more than it must."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+MOST_SKIPPED = 20
+"""Optimizer steps in a row with a gradient that is not finite, after which the run stops."""
+
+
+class HostSum:
+    """Sums of small host-side numbers over all processes, without touching the accelerator's device."""
+
+    def __init__(self, accelerator: Accelerator, names: list[str]) -> None:
+        self.names = names
+        self._many = accelerator.num_processes > 1
+        self._group = torch.distributed.new_group(backend="gloo") if self._many else None
+
+    def __call__(self, values: list[float]) -> list[float]:
+        if not self._many:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        torch.distributed.all_reduce(total, group=self._group)
+        return total.tolist()
+
+    def sum_counts(self, counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
+        """Counts of the whole optimizer step."""
+        own = [sum(int(count.get(name, 0)) for count in counts) for name in self.names]
+        return {name: int(total) for name, total in zip(self.names, self(own), strict=True)}
+
+    def any_of(self, value: str | None, values: Sequence[str]) -> str | None:
+        """The first of `values` that some process has."""
+        given = self([float(value == candidate) for candidate in values])
+        return next((candidate for candidate, count in zip(values, given, strict=True) if count), None)
+
+    def close(self) -> None:
+        if self._group is not None:
+            torch.distributed.destroy_process_group(self._group)
+
+
+@dataclass
+class Measured:
+    """Sums of one logged optimizer step; they stay on the device until `read`."""
+
+    losses: list[Tensor] = field(default_factory=list)
+    sums: dict[str, list[Tensor]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    scalars: dict[str, float] = field(default_factory=dict)
+
+    def add(self, output: Any, idle: bool) -> None:
+        """Take a micro-batch's output; of an idle one only what is the same for all."""
+        self.weights, self.scalars = dict(output.weights), dict(output.scalars)
+        if idle:
+            return
+        self.losses.append(output.loss.detach())
+        for name, term in output.terms.items():
+            self.sums.setdefault(name, []).append(term.sum.detach())
+            self.counts[name] = self.counts.get(name, 0) + int(term.count)
+
+    def read(self, host: HostSum, counts: Mapping[str, int]) -> tuple[float, dict[str, dict[str, float]]]:
+        """(loss, terms) of the step over all processes; the one place that waits for the device."""
+        names = sorted(self.weights)
+        columns = [self.losses, *(self.sums.get(name, []) for name in names)]
+        flat = torch.stack([value for column in columns for value in column]).tolist() if self.losses else []
+        values = iter(flat)
+        sums = [math.fsum(islice(values, len(column))) for column in columns]
+        seen = [float(name in self.sums) for name in names]
+        own = [float(self.counts.get(name, 0)) for name in names]
+        total = host([*sums, *seen, *own])
+        loss, sums = total[0], total[1 : 1 + len(names)]
+        seen, own = total[1 + len(names) : 1 + 2 * len(names)], total[1 + 2 * len(names) :]
+        terms = {}
+        for name, value, present, count in zip(names, sums, seen, own, strict=True):
+            if present:
+                count = counts.get(name, int(count))
+                raw, weight = value / max(count, 1), self.weights[name]
+                terms[name] = {"raw": raw, "weight": weight, "weighted": weight * raw, "count": int(count)}
+        return loss, {name: terms[name] for name in self.weights if name in terms}
+
+
+class Skips:
+    """Counts steps left out because the gradient was not finite: on the device, read when the host waits anyway."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = torch.zeros(3, dtype=torch.int64, device=device)  # in a row, most in a row, total
+        self.total = 0
+
+    def note(self, norm: Tensor) -> Tensor:
+        """Whether the gradient is bad, as a scalar bool tensor on its device."""
+        is_bad = ~torch.isfinite(norm)
+        row = (self._device[0] + 1) * is_bad
+        self._device = torch.stack([row, torch.maximum(self._device[1], row), self._device[2] + is_bad])
+        return is_bad
+
+    def read(self, step: int, quiet: bool) -> None:
+        """Say what happened since the last time, ever more rarely.
+
+        Args:
+            quiet: fp16, whose search for a scale skips steps as a matter of course.
+
+        Raises:
+            RuntimeError: too many in a row.
+        """
+        _, longest, total = self._device.tolist()
+        if longest >= MOST_SKIPPED:
+            raise RuntimeError(
+                f"the gradient was not finite in {longest} optimizer steps in a row (up to step {step}), so none of "
+                "them was taken. Likely cause: a learning rate that is too high, activations that overflow in half "
+                "precision (try --mixed-precision no), or weights that were damaged before. The newest checkpoint is "
+                "from before."
+            )
+        if total.bit_length() > self.total.bit_length():
+            level = logging.INFO if quiet else logging.WARNING
+            log.log(level, "%d optimizer steps left out up to step %d: the gradient was not finite", total, step)
+        self.total = total
+
+    def state(self) -> list[int]:
+        return self._device.tolist()
+
+    def load(self, state: list[int]) -> None:
+        self._device = torch.tensor(state, dtype=torch.int64, device=self._device.device)
+        self.total = state[2]
+
+
+class Clock:
+    """Seconds of the run, and supervised student tokens per second since the last logged step."""
+
+    def __init__(self) -> None:
+        self.before = 0.0
+        self.tokens = 0
+        self._began = self._since = time.monotonic()
+
+    def total(self) -> float:
+        """Seconds, sessions before a resume included."""
+        return self.before + time.monotonic() - self._began
+
+    def tokens_per_second(self) -> float:
+        now = time.monotonic()
+        speed = self.tokens / max(now - self._since, 1e-9)
+        self._since, self.tokens = now, 0
+        return speed
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time for evaluation and checkpoints does not count as time for tokens."""
+        start = time.monotonic()
+        yield
+        self._since += time.monotonic() - start

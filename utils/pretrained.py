@@ -1,0 +1,222 @@
+"""Models and tokenizers by hub id or local folder, and the finished student as a folder of its own.
+
+Remote code is never run, nothing is resized or padded, and a student's weights are float32. What cannot be
+loaded is one `UserError` that names the model and the ways to attach it.
+"""
+
+import json
+import logging
+import math
+import os
+import socket
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+import torch
+from huggingface_hub import constants
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from .atomic import atomic_folder, write_text
+from .errors import UserError
+from .hardware import Choice
+
+log = logging.getLogger(__name__)
+
+ATTACHED = Path("/kaggle/input")
+"""Where a notebook's attached models appear."""
+
+ATTACH = """\
+To attach a model: give its local folder (config.json, weights and tokenizer.json); on Kaggle add it as an input
+  of the notebook and give the folder below /kaggle/input; on a machine without internet download it elsewhere
+  with `hf download ID` and set HF_HUB_OFFLINE=1 beside a copy of that cache (HF_HOME)."""
+
+
+def locate(name: str, role: str) -> str:
+    """What `from_pretrained` is to be given for a name: a local folder, else the hub id itself.
+
+    A folder without config.json stands for the only model below it (Kaggle adds folders for framework and
+    version); a hub id stands for an attached folder of the same name, if there is one.
+
+    Raises:
+        UserError: a path that does not exist, or a folder that holds no model, or several.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        found = _models_below(folder)
+        if len(found) == 1:
+            return str(found[0])
+        raise UserError(
+            f"{role} {name}: this folder holds {len(found) or 'no'} models (folders with a config.json). Expected one."
+            + "".join(f"\n  - {path}" for path in found[:10])
+            + ("" if found else f"\n  It holds: {', '.join(sorted(p.name for p in folder.iterdir())[:10]) or 'nothing'}")
+        )
+    if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(f"{role} {name}: no such folder. Expected one with config.json.{_attached_models()}\n  {ATTACH}")
+    same_name = [path for path in _models_below(ATTACHED) if path.name.lower() == name.rpartition("/")[2].lower()]
+    if len(same_name) == 1:
+        log.info("%s %s: using the attached folder %s", role, name, same_name[0])
+        return str(same_name[0])
+    return name
+
+
+def load_config(name: str, role: str) -> PretrainedConfig:
+    """The model's config.json."""
+    return _load(AutoConfig.from_pretrained, name, role, "config.json")
+
+
+def load_tokenizer(name: str, role: str) -> PreTrainedTokenizerBase:
+    """The model's fast tokenizer.
+
+    Raises:
+        UserError: not reachable, or only a slow tokenizer is there: without byte offsets nothing can be aligned.
+    """
+    tokenizer = _load(AutoTokenizer.from_pretrained, name, role, "tokenizer")
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"{role} {name}: its tokenizer ({type(tokenizer).__name__}) is slow. Expected a fast one, with a "
+            "tokenizer.json; convert it with the `tokenizers` library, or choose a model that has one."
+        )
+    return tokenizer
+
+
+def load_model(name: str, role: str, dtype: torch.dtype) -> nn.Module:
+    """The model with its weights, on the CPU.
+
+    Raises:
+        UserError: not reachable, no weights, or weights that lack tensors of this model (which transformers
+            would fill with random numbers).
+    """
+    load = AutoModelForCausalLM.from_pretrained
+    model, loading = _load(load, name, role, "weights", dtype=dtype, output_loading_info=True)
+    if missing := sorted(loading["missing_keys"]):
+        raise UserError(
+            f"{role} {name}: its weights lack {len(missing)} tensors of a {type(model).__name__}, such as {missing[0]}. "
+            "Expected all of them: is this a causal language model, and is the download complete?"
+        )
+    return model
+
+
+def random_model(config: PretrainedConfig) -> nn.Module:
+    """A model with fresh float32 weights; seed torch before."""
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def teacher_dtype(requested: str, device: torch.device, precision: str) -> Choice[torch.dtype]:
+    """Precision of the teacher's weights. `precision`: what the student computes in (no, fp16, bf16)."""
+    if requested != "auto":
+        return Choice(getattr(torch, requested), "asked for")
+    if device.type != "cuda" or precision == "no":
+        return Choice(torch.float32, "as the student")
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    return Choice(half, "half the memory; frozen, so nothing is lost in updates")
+
+
+def context_length(config: PretrainedConfig) -> float:
+    """Tokens the model can read at once; infinite where its config names no limit."""
+    text = config.get_text_config()
+    limits = [getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=math.inf)
+
+
+def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
+    """Write model, tokenizer and model card; the folder is whole or absent.
+
+    It loads with `AutoModelForCausalLM.from_pretrained`, without this project.
+    """
+    with atomic_folder(folder) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        write_text(staging / "README.md", card)
+
+
+def model_card(base: str, init: str, teacher: str | None, data: list[str], report: dict[str, Any]) -> str:
+    """A short model card in the hub's form: what it is, where it comes from, what was measured."""
+    rows = [
+        f"| {title} | {report[key]['bits_per_byte']:.4f} | {report[key]['perplexity']:.2f} |"
+        for key, title in (("teacher", "teacher"), ("initial_student", "before training"), ("student", "this model"))
+        if report.get(key)
+    ]
+    how = f"distilled from the teacher `{teacher}`" if teacher else "trained without a teacher"
+    start = "its own weights" if init == "pretrained" else "random weights"
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "pipeline_tag: text-generation",
+            *([f"base_model: {json.dumps(base)}"] if not Path(base).exists() else []),
+            "---",
+            "",
+            "# Student of a curriculum distillation",
+            "",
+            f"The architecture and tokenizer of `{base}`, starting from {start}, {how}",
+            f"on {', '.join(f'`{name}`' for name in data)} in {report['run']['steps']:,} optimizer steps.",
+            "",
+            "| on held-out text | bits per byte | perplexity (own tokens) |",
+            "|---|---|---|",
+            *rows,
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+            "```",
+            "",
+        ]
+    )
+
+
+def _load(load: Any, name: str, role: str, what: Literal["config.json", "tokenizer", "weights"], **options: Any) -> Any:
+    source = locate(name, role)
+    local = not Path(source).is_dir() and not hub_is_reachable()
+    try:
+        return load(source, trust_remote_code=False, local_files_only=local, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise _unreachable(name, role, what, error, local) from error
+
+
+def _unreachable(name: str, role: str, what: str, error: Exception, offline: bool) -> UserError:
+    reason = " ".join(str(error).split())
+    if "trust_remote_code" in reason or "custom code" in reason:
+        return UserError(
+            f"{role} {name}: it needs Python code of its own, which is never run here. Expected an architecture that "
+            "transformers contains; choose another model, or one converted to such an architecture."
+        )
+    if Path(name).expanduser().is_dir():
+        there = ", ".join(sorted(path.name for path in Path(locate(name, role)).iterdir())[:12])
+        hint = " A random start needs no weights: --student-init random." if (role, what) == ("student", "weights") else ""
+        return UserError(f"{role} {name}: its {what} cannot be loaded. The folder holds: {there}.{hint}\n  {reason}")
+    why = "the hub cannot be reached, and no copy is in the cache" if offline else reason
+    return UserError(f"{role} {name}: its {what} cannot be loaded: {why}.{_attached_models()}\n  {ATTACH}")
+
+
+def _attached_models() -> str:
+    found = _models_below(ATTACHED)
+    return "\n  Attached models: " + ", ".join(map(str, found[:10])) if found else ""
+
+
+@cache
+def _models_below(folder: Path) -> list[Path]:
+    """Folders with a config.json: the folder itself, or else those below it."""
+    if (folder / "config.json").is_file():
+        return [folder]
+    return sorted(path.parent for path in folder.rglob("config.json")) if folder.is_dir() else []
+
+
+@cache
+def hub_is_reachable() -> bool:
+    """Whether the hub may be asked: not switched off, and its name resolves. Saves a minute of retries per file."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=5).close()
+    except OSError:
+        log.info("%s cannot be reached: only local folders and the cache are used", constants.ENDPOINT)
+        return False
+    return True

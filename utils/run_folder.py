@@ -1,0 +1,101 @@
+"""The folder of a run: refused early when it cannot serve, and the record of what was run in it."""
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import hardware
+from .atomic import write_text
+from .config import load_yaml
+from .errors import UserError
+
+CONFIG = "config.yaml"
+
+FREE_TO_CHANGE = {
+    "output_dir",
+    "resume",
+    "logging",
+    "evaluation",
+    "teacher.name",
+    "student.name",
+    "data.train",
+    "data.eval",
+    "data.num_workers",
+    "training.batch_size",
+    "training.gradient_accumulation_steps",
+    "training.max_hours",
+    "training.save_every",
+    "training.keep_checkpoints",
+}
+"""Settings a resumed run may have otherwise: they do not change what is computed, or their content is compared."""
+
+
+def identity(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The settings, by dotted key, that must stay the same when a run is continued."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        path = f"{prefix}{key}"
+        if path in FREE_TO_CHANGE:
+            continue
+        if isinstance(value, Mapping) and "points" not in value:
+            found |= identity(value, f"{path}.")
+        else:
+            found[path] = value
+    return found
+
+
+def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
+    """Make sure, before anything is loaded, that a run may write here. Creates the folder.
+
+    Raises:
+        UserError: a file is in the way, the folder cannot be written to, or it holds another run's checkpoints.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"output_dir {folder}: {existing} is a file. Expected a folder; choose another --output-dir.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"output_dir {folder} cannot be written to ({error.strerror or error}). Choose another --output-dir."
+        ) from error
+    if not any((folder / "checkpoints").glob("step-*")):
+        return
+    if resume == "never":
+        raise UserError(
+            f"output_dir {folder} holds checkpoints of an earlier run, and a fresh start was asked for. Choose another "
+            "--output-dir, continue that run with --resume auto, or delete the folder."
+        )
+    _refuse_other_settings(folder, identity(config))
+
+
+def _refuse_other_settings(folder: Path, here: Mapping[str, Any]) -> None:
+    if not (folder / CONFIG).is_file():
+        return
+    there = identity(load_yaml(folder / CONFIG))
+    differing = [key for key in sorted(there | here) if there.get(key, "-") != here.get(key, "-")]
+    if differing:
+        lines = "".join(f"\n  - {key}: {there.get(key, '-')} -> {here.get(key, '-')}" for key in differing)
+        raise UserError(
+            f"output_dir {folder} holds a run with other settings (that run -> now):{lines}\n"
+            "Choose another --output-dir for a new run, or put the settings back to continue that one."
+        )
+
+
+def write_config(folder: Path, config: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Write config.yaml: every setting after defaults and flags, so that the file is itself a recipe.
+
+    The environment, and `notes` (what was decided and why), follow as comments.
+    """
+    told = _as_yaml({"notes": dict(notes), "environment": {**hardware.describe(), "process": os.getpid()}})
+    comments = "".join(f"# {line}\n" for line in told.splitlines())
+    write_text(folder / CONFIG, f"{_as_yaml(dict(config))}\n{comments}")
+
+
+def _as_yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)

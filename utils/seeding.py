@@ -1,0 +1,47 @@
+"""Randomness that can be repeated: seeds, the states of all generators, and the order of the data."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import set_seed
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (every device) alike in each process; 0 <= seed < 2**32, as NumPy demands."""
+    set_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """States of all global generators, as containers and tensors that `torch.load(weights_only=True)` reads back."""
+    version, internal, gauss = random.getstate()
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(internal), gauss],
+        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": [state.cpu() for state in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned; generators of GPUs that are no longer there are left out."""
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"].cpu())
+    if torch.cuda.is_available():
+        for device, saved in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.set_rng_state(saved.cpu(), device)
+
+
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """Order of n items in an epoch: [n] int64, a pure function of its arguments.
+
+    Items are sorted by the raw output of a bit generator, which NumPy promises never to change;
+    `Generator.permutation` comes without that promise, and a resumed run may meet another NumPy.
+    """
+    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    return np.argsort(bits.random_raw(n), kind="stable")

@@ -1,0 +1,309 @@
+"""Where documents come from: text files, tables and hub data sets, read lazily and located for error messages.
+
+A source is a file, a glob, a folder, the name of a Kaggle input, or a hub id: `owner/name`, with `:config` and
+`:split` after it where needed (`Salesforce/wikitext:wikitext-103-raw-v1:validation`).
+"""
+
+import csv
+import glob
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+
+from .errors import UserError
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".arrow")
+END_OF_TEXT = "<|endoftext|>"
+KAGGLE_INPUT = Path("/kaggle/input")
+METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "dataset-metadata.json"}
+SPLIT_NAMES = {"validation": "validation|valid|val|eval|dev"}
+
+Located = tuple[str, Any]
+"""(place, value): the place is file:line or the like, for messages; a value of None is an empty document."""
+
+
+def read(names: Sequence[str], *, split: str, column: str, separator: str | None) -> Iterator[Located]:
+    """Documents of every source in turn.
+
+    Args:
+        split: of hub data sets that do not name one themselves; in a folder, files and folders that are named
+            after it (train-00000-of-00001.parquet) are preferred to all others.
+        column: that holds the text, wherever there are columns.
+        separator: of documents in .txt files, at every occurrence (backslash-n and -t are understood; the empty
+            string makes the file one document). None: lines that are exactly `<|endoftext|>` if the file has any,
+            else blank lines. The separator is structure, not text, and so are line breaks next to it.
+
+    Raises `UserError`, with file and line where there is one, for what cannot be found or read. Nothing is
+    repaired silently: bytes that are not UTF-8 are an error.
+    """
+    for name in names:
+        files = _find(name, split)
+        if files is None:
+            yield from _read_hub(name, column, split)
+            continue
+        log.info("Reading %s: %d file(s), first %s", name, len(files), files[0])
+        for file in files:
+            yield from _read_file(file, column, separator)
+
+
+def _find(source: str, split: str) -> list[Path] | None:
+    """Files that a source stands for; None for a hub id."""
+    path = Path(source).expanduser()
+    if not path.exists() and not glob.has_magic(source):
+        path = _attached(path) or path
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return _in_folder(path, split)
+    if glob.has_magic(source):
+        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+        if files:
+            return files
+        raise UserError(f"No file matches {source}. {_there(path.parent)}")
+    if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or "\\" in source:
+        raise UserError(f"No such file or folder: {source}. {_there(path.parent)}")
+    return None
+
+
+def _attached(path: Path) -> Path | None:
+    """The file or folder of that name among the inputs of a Kaggle notebook, at most four folders deep."""
+    if not KAGGLE_INPUT.is_dir() or path.is_absolute() or ".." in path.parts:
+        return None
+    for depth in range(4):
+        found = sorted(KAGGLE_INPUT.glob("*/" * depth + glob.escape(str(path))))
+        if found:
+            return found[0]
+    return None
+
+
+def _in_folder(folder: Path, split: str) -> list[Path]:
+    inside = {file: file.relative_to(folder).parts for file in sorted(folder.rglob("*"))}
+    files = [
+        file
+        for file, parts in inside.items()
+        if file.suffix.lower() in SUFFIXES and file.name not in METADATA and not any(p.startswith(".") for p in parts)
+    ]
+    if not files:
+        raise UserError(f"No data file in folder {folder}: expected one of {', '.join(SUFFIXES)}. {_there(folder)}")
+    named = re.compile(rf"({SPLIT_NAMES.get(split, re.escape(split))})([-_.]|$)", re.IGNORECASE)
+    return [file for file in files if any(named.match(part) for part in inside[file])] or files
+
+
+def _there(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"The folder {folder} does not exist either."
+    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    return f"In {folder} there is: {', '.join(names[:12]) or 'nothing'}{more}."
+
+
+def _read_hub(source: str, column: str, split: str) -> Iterator[Located]:
+    name, subset, split = _hub_id(source, split)
+    try:
+        rows = datasets.load_dataset(name, subset, split=split)
+    except Exception as error:  # the hub client raises errors of five libraries; all mean: not available as asked
+        reason = " ".join(str(error).split())[:500]
+        raise UserError(
+            f"Data {source} is neither a local path nor could it be loaded from the Hugging Face hub "
+            f"(configuration {subset or 'default'}, split {split}): {type(error).__name__}: {reason}\n"
+            f"Offline: give a file or folder instead ({', '.join(SUFFIXES)}); on Kaggle attach the data as an input "
+            "and give its name or /kaggle/input/...; or load it once with internet, then set HF_HUB_OFFLINE=1."
+        ) from error
+    yield from _read_rows(rows, source, column)
+
+
+def _read_rows(rows: datasets.Dataset, place: str, column: str) -> Iterator[Located]:
+    if column not in rows.column_names:
+        raise _no_column(place, column, rows.column_names)
+    rows = rows.select_columns([column])
+    for start in range(0, len(rows), 1000):
+        for offset, value in enumerate(rows[start : start + 1000][column]):
+            yield f"{place}, row {start + offset}", value
+
+
+def _hub_id(source: str, split: str) -> tuple[str, str | None, str]:
+    """`owner/name[:config[:split]]`, or `owner/name/config`, in parts."""
+    name, subset, chosen, *more = [*source.split(":"), "", ""][: max(3, source.count(":") + 1)]
+    parts = name.split("/")
+    if len(parts) == 3 and not subset:
+        name, subset = "/".join(parts[:2]), parts[2]
+    if more or not all(parts) or len(parts) > 3:
+        raise UserError(
+            f"Data source {source!r}: no such path, and not a hub id either. Expected a file, a folder, a glob, or "
+            "owner/name[:config[:split]], as in Salesforce/wikitext:wikitext-103-raw-v1."
+        )
+    return name, subset or None, chosen or split
+
+
+def _no_column(place: str, column: str, found: Iterable[str]) -> UserError:
+    return UserError(
+        f"{place}: no column {column!r}. Columns found: {', '.join(map(str, found)) or 'none'}. Set text_column to one."
+    )
+
+
+# ---------------------------------------------------------------- files
+
+
+def _read_file(file: Path, column: str, separator: str | None) -> Iterator[Located]:
+    match file.suffix.lower():
+        case ".txt":
+            return _read_txt(file, separator)
+        case ".jsonl":
+            return _read_jsonl(file, column)
+        case ".json":
+            return _read_json(file, column)
+        case ".csv":
+            return _read_csv(file, column)
+        case ".parquet":
+            return _read_parquet(file, column)
+        case ".arrow":
+            return _read_arrow(file, column)
+        case suffix:
+            expected = ", ".join(SUFFIXES)
+            raise UserError(f"{file}: cannot read files of type {suffix or '(none)'}. Expected one of {expected}.")
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Lines with their ends, which stay as they are in the file."""
+    try:
+        with open(file, "rb") as stream:
+            for number, line in enumerate(stream, 1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                try:
+                    yield line.decode()
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{file}:{number}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}). "
+                        "Convert the file to UTF-8; bytes are not replaced silently."
+                    ) from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}.") from error
+
+
+def _read_txt(file: Path, separator: str | None) -> Iterator[Located]:
+    if separator is not None:
+        parts = _cut(_lines(file), separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t"))
+    elif any(_bare(line) == END_OF_TEXT for line in _lines(file)):
+        parts = _cut_at_lines(_lines(file), lambda line: line == END_OF_TEXT)
+    else:
+        parts = (part for part in _cut_at_lines(_lines(file), lambda line: not line.strip()) if part[1])
+    for number, text in parts:
+        yield f"{file}:{number}", text.strip("\r\n")
+
+
+def _bare(line: str) -> str:
+    return line.removesuffix("\n").removesuffix("\r")
+
+
+def _cut_at_lines(lines: Iterable[str], separates: Callable[[str], bool]) -> Iterator[tuple[int, str]]:
+    """(line number, text) of what lies between separating lines; after a last separator comes no document."""
+    begin, part, number = 1, [], 0
+    for number, line in enumerate(lines, 1):
+        if separates(_bare(line)):
+            yield begin, "".join(part)
+            begin, part = number + 1, []
+        else:
+            part.append(line)
+    if part:
+        yield begin, "".join(part)
+
+
+def _cut(lines: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
+    """As `_cut_at_lines`, at every occurrence of a string; the empty string leaves the file whole."""
+    whole = "".join(lines)
+    parts = whole.split(separator) if separator else [whole]
+    if not parts[-1].strip("\r\n"):
+        parts.pop()
+    number = 1
+    for part in parts:
+        yield number, part
+        number += part.count("\n") + separator.count("\n")
+
+
+def _read_jsonl(file: Path, column: str) -> Iterator[Located]:
+    for number, line in enumerate(_lines(file), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{file}:{number}: not valid JSON: {error.msg} (column {error.colno}). Expected one object a line."
+                ) from None
+            yield _field(f"{file}:{number}", record, column)
+
+
+def _read_json(file: Path, column: str) -> Iterator[Located]:
+    """A list of objects; or JSON lines under another name."""
+    try:
+        records = json.loads("".join(_lines(file)))
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.lineno > 1:
+            yield from _read_jsonl(file, column)
+            return
+        raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}).") from None
+    if isinstance(records, dict) and column in records and not isinstance(records[column], list):
+        records = [records]
+    if not isinstance(records, list):
+        found = f"an object with the keys {', '.join(records)}" if isinstance(records, dict) else type(records).__name__
+        raise UserError(f"{file}: expected a list of objects with the key {column!r}, got {found}.")
+    for number, record in enumerate(records):
+        yield _field(f"{file}, record {number}", record, column)
+
+
+def _field(place: str, record: Any, column: str) -> Located:
+    if not isinstance(record, dict):
+        raise UserError(f"{place}: expected an object with the key {column!r}, got {type(record).__name__}.")
+    if column not in record:
+        raise _no_column(place, column, record)
+    return place, record[column]
+
+
+def _read_csv(file: Path, column: str) -> Iterator[Located]:
+    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
+    rows = csv.reader(_lines(file), strict=True)
+    try:
+        header = next(rows, [])
+        if column not in header:
+            raise _no_column(f"{file}:1", column, header)
+        index = header.index(column)
+        for row in rows:
+            if row and len(row) != len(header):
+                raise UserError(
+                    f"{file}:{rows.line_num}: expected {len(header)} fields as in the first line, got {len(row)}. "
+                    "Quote fields that contain commas."
+                )
+            yield f"{file}:{rows.line_num}", row[index] if row else None
+    except csv.Error as error:
+        raise UserError(f"{file}:{rows.line_num}: not valid CSV: {error}.") from None
+
+
+def _read_parquet(file: Path, column: str) -> Iterator[Located]:
+    try:
+        with pyarrow.parquet.ParquetFile(file) as table:
+            if column not in table.schema_arrow.names:
+                raise _no_column(str(file), column, table.schema_arrow.names)
+            number = 0
+            for batch in table.iter_batches(1000, columns=[column]):
+                for value in batch.column(0).to_pylist():
+                    yield f"{file}, row {number}", value
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: cannot be read as Parquet: {error}") from error
+
+
+def _read_arrow(file: Path, column: str) -> Iterator[Located]:
+    try:
+        rows = datasets.Dataset.from_file(str(file))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: cannot be read as Arrow: {error}") from error
+    yield from _read_rows(rows, str(file), column)

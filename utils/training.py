@@ -1,0 +1,540 @@
+"""The loop: optimizer steps on accelerate, over any module with the step protocol.
+
+    module(batch, step, counts=..., measure=...) -> output with
+        .loss       scalar tensor: sum over terms of weight * sum / counts[term]
+        .terms      {name: object with .sum (scalar tensor) and .count (int)}
+        .weights    {name: float}      .scalars    {name: float}
+    batch: .counts {name: int}, .labels, .documents, .to(device, non_blocking=...)
+
+A term is divided by its count in the whole optimizer step, over all micro-batches and processes. The loop
+knows these counts before the first forward, so accelerate is kept from dividing by the number of
+micro-batches (wrong for a short last window) and DDP's average over processes is undone. Hence 8x1, 4x2, 1x8
+accumulation and one or two processes give the same gradient.
+
+A step is numbered by how many were done before it: the module sees 0 .. N-1, records and checkpoints carry
+1 .. N. Everything random in it is a function of (seed, step, micro-batch, process), and the data order one of
+(seed, epoch): what a run computes depends neither on how often it is interrupted, nor logged, nor evaluated.
+"""
+
+import gc
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from . import data, hardware
+from .checkpoints import CheckpointStore
+from .config import TrainingConfig
+from .errors import UserError
+from .guards import RedFlags
+from .logs import StepLogger
+from .meters import Clock, HostSum, Measured, Skips
+from .seeding import rng_state, set_rng_state
+from .stopping import STOP_REASONS, EarlyStopping, StopSignal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """How a run ended."""
+
+    steps: int
+    """Optimizer steps done, those before a resume included."""
+    seconds: float
+    """Wall-clock time in the loop, sessions before a resume included."""
+    stopped_by: str
+    """One of `STOP_REASONS`."""
+    best_step: int | None = None
+    best_bits_per_byte: float | None = None
+    """Best evaluation inside the loop. After early stopping the module has the weights of `best_step`."""
+    evaluation: dict[str, Any] | None = None
+    """The last evaluation record of this session, if there was one."""
+    resumed_from: int | None = None
+    skipped_steps: int = 0
+    """Steps not taken because the gradient was not finite."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the windows become optimizer steps."""
+
+    windows: int
+    micro_batch: int
+    accumulation: int
+    processes: int
+    total_steps: int
+
+    @classmethod
+    def of(cls, config: TrainingConfig, windows: int, processes: int = 1) -> "Plan":
+        """The plan of a configuration for so many windows."""
+        global_batch = config.batch_size * config.gradient_accumulation_steps * processes
+        steps = config.max_steps or config.epochs * data.steps_per_epoch(windows, global_batch)
+        return cls(windows, config.batch_size, config.gradient_accumulation_steps, processes, steps)
+
+    @property
+    def global_batch(self) -> int:
+        """Windows per optimizer step."""
+        return self.micro_batch * self.accumulation * self.processes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return data.steps_per_epoch(self.windows, self.global_batch)
+
+    def identity(self) -> dict[str, int]:
+        """What may not change between a checkpoint and its continuation."""
+        return {"windows": self.windows, "windows_per_step": self.global_batch, "total_steps": self.total_steps}
+
+
+def build_accelerator(mixed_precision: str, *, cpu: bool = False) -> Accelerator:
+    """An Accelerator as the loop needs it.
+
+    Args:
+        mixed_precision: `no`, `fp16` or `bf16` (`auto` is decided in `hardware`).
+        cpu: stay on the CPU even if there is a GPU.
+    """
+    # terms of the curriculum whose weight is 0 leave parameters without a gradient
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[ddp])
+
+
+def build_optimizer(module: nn.Module, config: TrainingConfig, *, fused: bool = True) -> torch.optim.AdamW:
+    """AdamW over the trained parameters; weight decay only on matrices (biases and norms are vectors).
+
+    Args:
+        fused: one kernel for all parameters, which can also leave a step out without asking the host.
+
+    Raises:
+        UserError: nothing is trained.
+    """
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if not trained:
+        raise UserError("no parameter of the student is trained. Expected at least one that requires a gradient.")
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), fused=fused)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int) -> Any:
+    """Warm-up, then cosine or linear to 0, over optimizer steps. Not for `prepare()`, which would hurry it."""
+    warmup = math.ceil(config.warmup_ratio * total_steps)
+    return get_scheduler(config.scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+
+
+def fit(
+    module: nn.Module,
+    dataset: Sequence[Any],
+    collate: Callable[[list[Any]], Any],
+    config: TrainingConfig,
+    *,
+    accelerator: Accelerator,
+    logger: StepLogger,
+    evaluate: Callable[[int], dict[str, Any] | None] | None = None,
+    evaluate_every: int = 0,
+    checkpoints: CheckpointStore | None = None,
+    resume_from: Path | None = None,
+    flags: RedFlags | None = None,
+    stop: StopSignal | None = None,
+    num_workers: int = 0,
+) -> FitResult:
+    """Train `module` on `dataset` for the steps that `Plan.of(config, len(dataset), processes)` says.
+
+    Args:
+        module: see the step protocol above; its `state_dict()` is what checkpoints hold.
+        dataset: windows by index.
+        collate: list of windows -> batch.
+        accelerator: from `build_accelerator`. Nothing may be prepared with it while the loop runs.
+        logger: decides which steps are logged; records go to it.
+        evaluate: (steps done) -> evaluation record or None. Called in every process; must return the same in all.
+        evaluate_every: steps between its calls; 0: never.
+        checkpoints: None saves nothing.
+        resume_from: a checkpoint that `checkpoints.resume_point` returned.
+        flags: red flags to watch for.
+        stop: asks the loop to stop at the next step boundary.
+        num_workers: processes that prepare batches.
+
+    Raises:
+        UserError: no windows, nothing to train, or a checkpoint of another plan.
+        RuntimeError: the gradient was not finite `MOST_SKIPPED` times in a row.
+    """
+    if not len(dataset):
+        raise UserError("got 0 training windows, expected at least 1. Give more text, or a smaller data.max_length.")
+    loop = TrainingLoop(
+        module=module,
+        dataset=dataset,
+        collate=collate,
+        config=config,
+        accelerator=accelerator,
+        logger=logger,
+        evaluate=evaluate,
+        evaluate_every=evaluate_every,
+        checkpoints=checkpoints,
+        flags=flags,
+        stop=stop,
+        num_workers=num_workers,
+    )
+    try:
+        if resume_from is not None:
+            loop.resume(resume_from)
+        return loop.run()
+    finally:
+        loop.close()
+
+
+class TrainingLoop:
+    """One run of `fit`, whose arguments it takes."""
+
+    def __init__(
+        self,
+        *,
+        module: nn.Module,
+        dataset: Sequence[Any],
+        collate: Callable[[list[Any]], Any],
+        config: TrainingConfig,
+        accelerator: Accelerator,
+        logger: StepLogger,
+        evaluate: Callable[[int], dict[str, Any] | None] | None,
+        evaluate_every: int,
+        checkpoints: CheckpointStore | None,
+        flags: RedFlags | None,
+        stop: StopSignal | None,
+        num_workers: int,
+    ) -> None:
+        self.module, self.dataset, self.collate, self.config = module, dataset, collate, config
+        self.accelerator, self.logger, self.checkpoints = accelerator, logger, checkpoints
+        self.evaluate, self.evaluate_every = evaluate, evaluate_every if evaluate is not None else 0
+        self.flags, self.stop, self.num_workers = flags, stop, num_workers
+        self.plan = Plan.of(config, len(dataset), accelerator.num_processes)
+        self.early = EarlyStopping(config.patience)
+        self.evaluation: dict[str, Any] | None = None
+        self.step = 0
+        self.resumed_from: int | None = None
+        self._saved_step: int | None = None
+        self._prepare()
+        self._host = HostSum(accelerator, sorted(collate([dataset[0]]).counts))
+        self._clock = Clock()
+
+    def _prepare(self) -> None:
+        accelerator = self.accelerator
+        accelerator.gradient_accumulation_steps = 1  # `accelerate launch` may have set it; the loop counts itself
+        self.module.to(accelerator.device)
+        # With fp16 the scaler must decide on the host whether to step: accelerate cannot see it on the device.
+        self.scaler = accelerator.scaler
+        optimizer = build_optimizer(self.module, self.config, fused=self.scaler is None)
+        self.scheduler = build_scheduler(optimizer, self.config, self.plan.total_steps)
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.model, self.optimizer = accelerator.prepare(_Shell(self.module), optimizer)
+        if self.scaler is not None:  # an accelerator that served another run before has its scale
+            self.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+        self._skips = Skips(accelerator.device)
+
+    # --- the run ----------------------------------------------------------------------------------------------------
+
+    def run(self) -> FitResult:
+        """Steps until something stops the run; saves at the end."""
+        self.logger.truncate_after(self.step)
+        self._announce()
+        self.model.train()
+        windows = self._windows()
+        while (reason := self._reason_to_stop()) is None:
+            self._advance(*next(windows))
+            self._at_boundary()
+        windows.close()
+        self._skips.read(self.step, quiet=self.scaler is not None)
+        self._save()
+        if reason == "early_stopping":
+            self._take_best()
+        log.info("training ended after step %d of %d: %s", self.step, self.plan.total_steps, reason)
+        return FitResult(
+            steps=self.step,
+            seconds=self._clock.total(),
+            stopped_by=reason,
+            best_step=self.early.best_step,
+            best_bits_per_byte=self.early.best,
+            evaluation=self.evaluation,
+            resumed_from=self.resumed_from,
+            skipped_steps=self._skips.total,
+        )
+
+    def _announce(self) -> None:
+        plan = self.plan
+        log.info(
+            "micro-batch %d x accumulation %d x processes %d = effective batch of %d windows; "
+            "%d windows, %d optimizer steps an epoch, %d in all, from step %d",
+            plan.micro_batch, plan.accumulation, plan.processes, plan.global_batch,
+            plan.windows, plan.steps_per_epoch, plan.total_steps, self.step,
+        )  # fmt: skip
+
+    def _windows(self) -> Iterator[tuple[int, list[Any]]]:
+        """(epoch, this process's micro-batches of one optimizer step), from the current step on, without end.
+
+        A micro-batch is None where a short last step leaves this process nothing.
+        """
+        plan, sizes = self.plan, {"global_batch": self.plan.global_batch, "micro_batch": self.plan.micro_batch}
+        while True:
+            epoch, first = divmod(self.step, plan.steps_per_epoch)
+            order = data.step_batches(
+                plan.windows,
+                **sizes,
+                processes=plan.processes,
+                rank=self.accelerator.process_index,
+                seed=self.config.seed,
+                epoch=epoch,
+                start_step=first,
+            )
+            pin = self.accelerator.device.type == "cuda"
+            batches = iter(data.loader(self.dataset, order, self.collate, self.num_workers, pin))
+            for step in range(first, plan.steps_per_epoch):
+                count = data.micro_batches_in_step(plan.windows, step, **sizes, processes=plan.processes)
+                yield epoch, list(islice(batches, count))
+            del batches
+            gc.collect()
+            torch.cuda.empty_cache()
+
+    def _reason_to_stop(self) -> str | None:
+        """Why no further step is taken; the same in every process."""
+        if self.step >= self.plan.total_steps:
+            return "finished"
+        if self.early.exhausted:
+            return "early_stopping"
+        requested = self.stop.requested() if self.stop is not None else None
+        return self._host.any_of(requested, STOP_REASONS)
+
+    def _at_boundary(self) -> None:
+        """What happens between two steps: evaluation, checkpoint, progress."""
+        self.logger.progress(self.step)
+        improved = False
+        if self.evaluate_every and self.step % self.evaluate_every == 0:
+            improved = self._evaluate()
+        if self.step % self.config.save_every == 0 or (improved and self.config.patience):
+            self._save()
+
+    # --- one optimizer step -----------------------------------------------------------------------------------------
+
+    def _advance(self, epoch: int, window: list[Any]) -> None:
+        """One optimizer step on a window of micro-batches."""
+        counts = self._host.sum_counts([batch.counts for batch in window if batch is not None])
+        measured = Measured() if self.logger.due(self.step + 1) else None
+        for index, batch in enumerate(window):
+            is_last = index == len(window) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                self._backward(batch, index, epoch, counts, measured)
+        lr = self.optimizer.param_groups[0]["lr"]
+        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        self._update(norm)
+        self.step += 1
+        self._clock.tokens += counts.get("lm", 0)
+        if measured is not None:
+            self._log_step(measured, counts, lr, norm)
+        if measured is not None or self.accelerator.device.type == "cpu":
+            self._skips.read(self.step, quiet=self.scaler is not None)
+
+    def _backward(
+        self, batch: Any, index: int, epoch: int, counts: dict[str, int], measured: "Measured | None"
+    ) -> None:
+        """Forward and backward of one micro-batch."""
+        rank, device = self.accelerator.process_index, self.accelerator.device
+        idle = batch is None
+        if idle:  # DDP waits for every process: take part with a loss of 0
+            batch = self.collate([self.dataset[0]])
+        elif self.flags is not None:
+            self.flags.batch(batch.labels, epoch + 1, batch.documents)
+        seed_forward(self.config.seed, self.step, index, rank)
+        batch = batch.to(device, non_blocking=True)
+        loss, hidden = self.model(batch, self.step, counts=counts, measure=measured is not None)
+        # DDP averages gradients over processes; counts are global, so the sum is wanted
+        self.accelerator.backward(loss * (0 if idle else self.plan.processes))
+        if measured is not None:
+            measured.add(hidden.output, idle)
+
+    def _update(self, norm: Tensor) -> None:
+        """Take the step, unless the gradient is not finite; that is decided without waiting for the device."""
+        is_bad = self._skips.note(norm.detach())
+        if self.scaler is None:
+            # what GradScaler tells a fused optimizer: 1 leaves parameters, moments and step count untouched
+            self.optimizer.optimizer.found_inf = is_bad.float()
+        self.optimizer.step()
+        if not self.optimizer.step_was_skipped:
+            self.scheduler.step()
+        self.optimizer.zero_grad()
+
+    def _log_step(self, measured: "Measured", counts: dict[str, int], lr: float, norm: Tensor) -> None:
+        loss, terms = measured.read(self._host, counts)
+        scalars = measured.scalars
+        record = {
+            "step": self.step,
+            "epoch": self.step / self.plan.steps_per_epoch,
+            "progress": self.step / self.plan.total_steps,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm.item(),
+            "tokens_per_second": self._clock.tokens_per_second(),
+            "peak_memory_mb": hardware.peak_memory_mb(self.accelerator.device),
+            "terms": terms,
+        }
+        if "kd" in terms:
+            record["kd_nats_per_token"] = terms["kd"]["raw"] / scalars.get("temperature", 1.0) ** 2
+        if counts.get("lm"):
+            shares = {"anchored": "kd", "depth0": "depth0"}
+            record["coverage"] = {key: counts[name] / counts["lm"] for key, name in shares.items() if name in counts}
+        record |= {key: scalars[key] for key in ("top_k", "temperature") if key in scalars}
+        self.logger.training(record, measured.weights)
+        if self.flags is not None:
+            self.flags.check(record)
+
+    # --- evaluation -------------------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> bool:
+        """Evaluate without leaving a trace in the training; True if it is the best so far."""
+        with self._clock.paused(), _undisturbed(self.module):
+            record = self.evaluate(self.step)
+        if record is None:
+            return False
+        self.evaluation = record
+        self.logger.evaluation(record)
+        if self.flags is not None:
+            self.flags.check(record)
+        improved = self.early.update(self.step, record["bits_per_byte"])
+        if self.early.exhausted:
+            log.info(
+                "no better evaluation than %.4f bits per byte (step %s) in %d in a row",
+                self.early.best if self.early.best is not None else math.nan, self.early.best_step, self.early.waited,
+            )  # fmt: skip
+        return improved
+
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Write a checkpoint of this step boundary, once."""
+        if self.checkpoints is None or self._saved_step == self.step:
+            return
+        with self._clock.paused():
+            self._skips.read(self.step, quiet=self.scaler is not None)
+            if self.accelerator.is_main_process:
+                objects = {
+                    "optimizer": self.optimizer.optimizer.state_dict(),
+                    "scheduler": self.scheduler.state_dict(),
+                    "rng": rng_state(),
+                }
+                if self.scaler is not None:
+                    objects["scaler"] = self.scaler.state_dict()
+                protect = [] if self.early.best_step is None else [self.early.best_step]
+                self.checkpoints.save(
+                    self.step,
+                    tensors={"module": self.module.state_dict()},
+                    objects=objects,
+                    state=self._state(),
+                    protect=protect,
+                )
+            self.accelerator.wait_for_everyone()
+        self._saved_step = self.step
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "plan": self.plan.identity(),
+            "seconds": self._clock.total(),
+            "early_stopping": asdict(self.early),
+            "skips": self._skips.state(),
+            "flags": None if self.flags is None else self.flags.state_dict(),
+        }
+
+    def resume(self, path: Path) -> None:
+        """Take up a checkpoint: afterwards everything is as it was at that step boundary.
+
+        Raises:
+            UserError: it is damaged, or its steps are cut differently.
+        """
+        if self.checkpoints is None:
+            raise ValueError("resume_from was given without checkpoints")
+        saved = self.checkpoints.load(path)
+        state = saved.state
+        plan, here = state["plan"], self.plan.identity()
+        if differing := [key for key in here if plan.get(key) != here[key]]:
+            lines = "".join(f"  - {key}: {plan.get(key)} -> {here[key]}\n" for key in differing)
+            raise UserError(
+                f"{path} was written by a run that is cut into other optimizer steps (checkpoint -> now):\n{lines}"
+                "Expected the same text, epochs or max_steps, and batch_size x gradient_accumulation_steps x "
+                "processes. Put them back to continue it, or start a new run in another --output-dir."
+            )
+        self.module.load_state_dict(saved.tensors["module"])
+        self.optimizer.optimizer.load_state_dict(saved.objects["optimizer"])
+        self.scheduler.load_state_dict(saved.objects["scheduler"])
+        if self.scaler is not None and "scaler" in saved.objects:
+            self.scaler.load_state_dict(saved.objects["scaler"])
+        set_rng_state(saved.objects["rng"])
+        self.step = self.resumed_from = self._saved_step = state["step"]
+        self.early = EarlyStopping(**{**state["early_stopping"], "patience": self.config.patience})
+        self._skips.load(state["skips"])
+        if self.flags is not None and state["flags"] is not None:
+            self.flags.load_state_dict(state["flags"])
+        self._clock.before = state["seconds"]
+        log.info("resumed from %s at step %d of %d", path, self.step, self.plan.total_steps)
+
+    def _take_best(self) -> None:
+        """After early stopping: put back the weights of the best evaluation."""
+        if self.checkpoints is None or self.early.best_step in (None, self.step):
+            return
+        path = self.checkpoints.steps().get(self.early.best_step)
+        if path is None:
+            log.warning("the checkpoint of the best step %s is gone: the last weights stay", self.early.best_step)
+            return
+        self.module.load_state_dict(self.checkpoints.load(path).tensors["module"])
+        log.info("weights of step %d, the best evaluation, put back", self.early.best_step)
+
+    def close(self) -> None:
+        """Let go of everything, so that the accelerator can serve another run."""
+        self.optimizer.zero_grad()
+        self._host.close()
+        self.model = self.optimizer = self.scheduler = None
+        self.accelerator.free_memory()
+
+
+class _Shell(nn.Module):
+    """What accelerate and DDP wrap instead of the module, which so stays as it is.
+
+    DDP looks for tensors in what a forward returns and expects a gradient for every parameter they depend on.
+    It must see the loss and nothing else: a term that was only measured depends on parameters that get none.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, batch: Any, step: int, **options: Any) -> tuple[Tensor, SimpleNamespace]:
+        output = self.module(batch, step, **options)
+        return output.loss, SimpleNamespace(output=output)
+
+
+def seed_forward(seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Seed torch for one forward: what is drawn in it depends on nothing that happened before."""
+    entropy = np.random.SeedSequence([seed, step, micro_batch, rank])
+    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+
+
+@contextmanager
+def _undisturbed(module: nn.Module) -> Iterator[None]:
+    """Restores the random generators and the training mode of every submodule afterwards."""
+    generators = rng_state()
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        set_rng_state(generators)
