@@ -1,7 +1,10 @@
 """Does distillation help, and which kind? Bits per byte on unseen text after equal steps on the same batches.
 
-    REAL_MODELS_DIR=... python benchmarks/quality.py --pair neo-4096 --seeds 0 1 2 --variants lm default
-    REAL_MODELS_DIR=... python benchmarks/quality.py --table
+    REAL_MODELS_DIR=... python -m benchmarks.quality --pair neo-4096 --seeds 0 1 2 --variants lm default
+    REAL_MODELS_DIR=... python -m benchmarks.quality --table
+
+The yardstick "gold" is the cross-tokenizer loss of TRL's GOLD trainer, with its default settings and the weights
+0.7 and 0.3, on the same batches; it needs trl (`pip install --no-deps --target DIR trl`, PYTHONPATH=DIR).
 
 Every run is one line of the results file; a run that is there is not repeated. The teacher's signals are computed
 once per window and read by all runs: they do not depend on the student.
@@ -15,27 +18,24 @@ import sys
 import time
 from collections import defaultdict
 from pathlib import Path
-
-# without it every large temporary is mapped and unmapped again, a third of a step's time on a CPU
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
-if "MALLOC_TRIM_THRESHOLD_" not in os.environ:
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | MALLOC)
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, get_scheduler
 from transformers.utils import logging as transformers_logging
 
 from models.config import CurriculumConfig, LossConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
-from models.outputs import TeacherSignal
+from models.outputs import PairedBatch, TeacherSignal
 from models.pairing import PairCollator, PairEncoder, count_channel
 from models.teacher import FrozenTeacher
 from models.vocabulary import VocabularyMap
 
+# without it every large temporary is mapped and unmapped again, a third of a step's time on a CPU
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 DATA = Path(os.environ.get("REAL_MODELS_DIR", ""))
 NEO = "models/tinystories-neo-chat-3m"
 PAIRS = {
@@ -64,6 +64,7 @@ VARIANTS = {
     "kd renormalise": (0.7, 0, 0.3, {"correction": "none", "tail": "renormalise"}),
     "kd reverse": (0.7, 0, 0.3, {"correction": "none", "divergence": "reverse_kl"}),
     "kd jsd": (0.7, 0, 0.3, {"correction": "none", "divergence": "jsd"}),
+    "gold": (0, 0, 0, {}),
     "kd skew": (0.7, 0, 0.3, {"correction": "none", "divergence": "skew_kl"}),
 }
 
@@ -138,6 +139,43 @@ def join(signals: list[TeacherSignal], rows: list[torch.Tensor]) -> TeacherSigna
     return TeacherSignal(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
+class Gold:
+    """TRL's GOLD loss (ULDLoss of trl.experimental.gold) on our windows, whose tokens come with byte offsets."""
+
+    def __init__(self) -> None:
+        from trl.experimental.gold.gold_trainer import ULDLoss
+
+        settings = SimpleNamespace(
+            uld_crossentropy_weight=0.3,
+            uld_distillation_weight=0.7,
+            uld_student_temperature=1.0,
+            uld_teacher_temperature=1.0,
+            uld_skip_student_eos=True,
+            uld_skip_teacher_eos=True,
+            use_extended_uld=True,
+            uld_token_merge_strategy="observed",
+        )
+        self.loss = ULDLoss(settings)
+
+    def __call__(self, student: torch.nn.Module, teacher: torch.nn.Module, batch: PairedBatch, windows: list) -> Tensor:
+        offsets, labels = [], []
+        for side, ids, mask in (
+            ("student", batch.student_ids, batch.student_mask),
+            ("teacher", batch.teacher_ids, batch.teacher_mask),
+        ):
+            padded = torch.zeros(*ids.shape, 2, dtype=torch.long)
+            for i, window in enumerate(windows):
+                span = np.stack([window[f"{side}_starts"], window[f"{side}_ends"]], 1)
+                padded[i, : len(span)] = torch.from_numpy(span)
+            offsets.append(padded)
+            labels.append(ids.masked_fill(mask == 0, -100).index_fill(1, torch.tensor([0]), -100))
+        with torch.no_grad():
+            teacher_logits = teacher(input_ids=batch.teacher_ids, attention_mask=batch.teacher_mask).logits
+        logits = student(input_ids=batch.student_ids, attention_mask=batch.student_mask).logits
+        ids = (batch.student_ids, batch.teacher_ids)
+        return self.loss(logits, teacher_logits, *labels, *ids, *offsets)
+
+
 @torch.no_grad()
 def bits_per_byte(model: torch.nn.Module, pair: Pair, side: str) -> float:
     nll = total = 0.0
@@ -164,6 +202,7 @@ def run(pair: Pair, variant: str, seed: int, steps: int, size: int) -> dict:
     )
     taught = any(framework.curriculum.ever_used(t) for t in ("kd", "span"))
     signals = pair.signals() if taught else []
+    gold = Gold() if variant == "gold" else None
     collate, full_depth = pair.collator(loss.max_depth), pair.collator(LossConfig().max_depth)
     optimizer = torch.optim.AdamW(student.parameters(), lr=pair.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_scheduler("cosine", optimizer, steps // 20, steps)
@@ -179,13 +218,16 @@ def run(pair: Pair, variant: str, seed: int, steps: int, size: int) -> dict:
         if taught:
             depths = [full_depth([pair.windows[i]]).depth for i in chosen]
             signal = join([signals[i] for i in chosen], [(d <= loss.max_depth).nonzero()[:, 0] for d in depths])
-        output = framework(batch, step, signal=signal)
-        output.loss.backward()
+        if variant == "gold":
+            gold(student, pair.teacher.model, batch, [pair.windows[i] for i in chosen]).backward()
+        else:
+            output = framework(batch, step, signal=signal)
+            output.loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step >= steps - 100 and "lm" in output.terms:
+        if step >= steps - 100 and variant != "gold" and "lm" in output.terms:
             last.append(output.terms["lm"].sum.item() / batch.bytes.sum().item() / math.log(2))
     return {
         "bits_per_byte": bits_per_byte(student, pair, "student"),
@@ -203,9 +245,12 @@ def table(results: Path) -> None:
         groups[r["pair"], r["share"], r["steps"], r["size"]][r["variant"]].append(r)
     for (pair, share, steps, size), variants in groups.items():
         any_run = next(iter(variants.values()))[0]
-        print(f"\n{pair}: {steps} steps of {size} windows, {share:.0%} of the text ({any_run['epochs']} epochs); ", end="")
+        print(
+            f"\n{pair}: {steps} steps of {size} windows, {share:.0%} of the text ({any_run['epochs']} epochs); ", end=""
+        )
         print(f"teacher {any_run['teacher']:.4f}, student before {any_run['initial']:.4f} bits per byte\n")
-        print("| variant | bits per byte, unseen | seeds | range | against LM | training text |\n|---|---|---|---|---|---|")
+        print("| variant | bits per byte, unseen | seeds | range | against LM | training text |")
+        print("|---|---|---|---|---|---|")
         lm = {r["seed"]: r["bits_per_byte"] for r in variants.get("lm", [])}
         for name in [v for v in VARIANTS if v in variants]:
             runs = variants[name]
@@ -213,13 +258,14 @@ def table(results: Path) -> None:
             change = [r["bits_per_byte"] / lm[r["seed"]] - 1 for r in runs if r["seed"] in lm]
             against = f"{np.mean(change):+.2%}" if change else ""
             training = [r["training_bits_per_byte"] for r in runs if r["training_bits_per_byte"]]
-            print(
-                f"| {name} | {np.mean(values):.4f} | {len(values)} | {min(values):.4f} to {max(values):.4f} | {against} "
-                f"| {f'{np.mean(training):.4f}' if training else ''} |"
-            )
+            cells = [name, f"{np.mean(values):.4f}", len(values), f"{min(values):.4f} to {max(values):.4f}", against]
+            cells.append(f"{np.mean(training):.4f}" if training else "")
+            print(f"| {' | '.join(map(str, cells))} |")
 
 
 def main() -> None:
+    if sys.platform == "linux" and not MALLOC.keys() <= os.environ.keys():
+        os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="neo-4096")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))

@@ -120,10 +120,12 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def _sync_tree(folder: Path) -> None:
+    mode = 0o666 & ~_umask()  # some writers, safetensors among them, make private files
     for root, _, names in os.walk(folder, topdown=False):
         for name in names:
             with open(Path(root, name), "rb+") as file:
                 os.fsync(file.fileno())
+            os.chmod(Path(root, name), mode)
         sync_folder(root)
 
 

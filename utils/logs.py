@@ -181,6 +181,7 @@ class Progress:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.total, self.start, self.clock = total, start, clock
+        self.first: int | None = None
         self.stream = stream if stream is not None else sys.stdout
         self.bar: tqdm | None = None
         self.as_bar = person_may_watch(self.stream)
@@ -189,6 +190,8 @@ class Progress:
     def update(self, step: int, status: Mapping[str, str] | None = None) -> None:
         """Say that `step` optimizer steps are done; draws only when it is time."""
         now = self.clock()
+        if self.first is None:  # time counts from here: what was done before the first step is not its speed
+            self.first, self.began, self.drawn = step, now, now
         if now - self.drawn < self._interval(step, now) and step < self.total:
             return
         self.drawn = now
@@ -206,9 +209,13 @@ class Progress:
 
     def _interval(self, step: int, now: float) -> float:
         shortest, draws = (BAR_SECONDS, BAR_DRAWS) if self.as_bar else (LINE_SECONDS, STATUS_LINES)
-        done = step - self.start
-        expected = (now - self.began) * (self.total - self.start) / done if done > 0 else 0.0
+        expected = (now - self.began) + self._left(step, now)
         return max(shortest, expected / draws)
+
+    def _left(self, step: int, now: float) -> float:
+        """Seconds the remaining steps will take at the pace so far; 0 before there is one."""
+        done = step - (self.first or 0)
+        return (now - self.began) * (self.total - step) / done if done > 0 else 0.0
 
     def _draw_bar(self, step: int, words: str) -> None:
         if self.bar is None:
@@ -229,10 +236,9 @@ class Progress:
         self.bar.update(step - self.bar.n)
 
     def _write_line(self, step: int, now: float, words: str) -> None:
-        done, elapsed = step - self.start, now - self.began
-        left = elapsed * (self.total - step) / done if done > 0 else math.nan
-        left_words = f", {duration(left)} left" if math.isfinite(left) and step < self.total else ""
-        parts = [f"step {step:,}/{self.total:,} ({step / max(self.total, 1):.1%})", f"{duration(elapsed)}{left_words}"]
+        left = self._left(step, now)
+        time_words = duration(now - self.began) + (f", {duration(left)} left" if left > 0 else "")
+        parts = [f"step {step:,}/{self.total:,} ({step / max(self.total, 1):.1%})", time_words]
         print(", ".join(parts + ([words] if words else [])), file=self.stream, flush=True)
 
 

@@ -112,10 +112,10 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     table.add_column("model")
     for column in ("bits/byte", "perplexity", "parameters"):
         table.add_column(column, justify="right", no_wrap=True)
-    for key, name in MODELS.items():
+    for key in MODELS:
         if model := results.get(key):
             table.add_row(
-                name,
+                _name(key, results),
                 _figure(model.get("bits_per_byte")),
                 _figure(model.get("perplexity"), 2),
                 _figure(model.get("parameters")),
@@ -143,6 +143,10 @@ def headline(results: Mapping[str, Any]) -> str:
     return " ".join(sentences)
 
 
+def _name(key: str, results: Mapping[str, Any]) -> str:
+    return "Trained student" if key == "student" and not results.get("teacher") else MODELS[key]
+
+
 # --- markdown -------------------------------------------------------------------------------------------------------
 
 
@@ -161,17 +165,19 @@ def _model_table(results: Mapping[str, Any]) -> str:
         "| | bits per byte | perplexity | tokens | bytes | parameters | dtype |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
-    for key, name in MODELS.items():
+    for key in MODELS:
         if model := results.get(key):
             cells = [_figure(model.get("bits_per_byte")), _figure(model.get("perplexity"), 2)]
             cells += [_figure(model.get(column)) for column in ("tokens", "bytes", "parameters")]
-            lines.append(f"| {name} | {' | '.join(cells)} | {model.get('dtype') or '-'} |")
+            lines.append(f"| {_name(key, results)} | {' | '.join(cells)} | {model.get('dtype') or '-'} |")
     note = "All rows score the same text. Perplexities compare only between models with the same tokenizer."
     return "\n".join(lines) + "\n\n" + note
 
 
 def _retention_list(results: Mapping[str, Any]) -> str:
     kept = results.get("retention") or {}
+    if not kept:  # no teacher
+        return ""
     lines = [
         ("Bits per byte, student over teacher", _figure(kept.get("bits_per_byte_ratio"), 3)),
         ("Share of the gap to the teacher closed", _percent(kept.get("gap_closed"))),
@@ -190,7 +196,7 @@ def _run_list(run: Mapping[str, Any]) -> str:
 
 
 def _sample(number: int, sample: Mapping[str, Any]) -> str:
-    names = [(key, name) for key, name in MODELS.items() if key in sample]
+    names = [(key, name) for key, name in MODELS.items() if sample.get(key) is not None]
     return "\n".join(
         [
             f"### {number}. {_escape(sample.get('prompt', ''))}",
@@ -315,7 +321,7 @@ def _draw_evaluation(panel: Axes, records: Records, results: Mapping[str, Any], 
         points = [(record["step"], record["bits_per_byte"]) for record in run if _of_student(record)]
         if points:
             curves[key] = x, y = tuple(zip(*points, strict=True))
-            panel.plot(x, y, color=_COLOURS[key], label=f"{MODELS[key]}  {y[-1]:.3f}", **_EVALUATION_LINE)
+            panel.plot(x, y, color=_COLOURS[key], label=f"{_name(key, results)}  {y[-1]:.3f}", **_EVALUATION_LINE)
     levels = {key: (results.get(key) or {}).get("bits_per_byte") for key in ("initial_student", "teacher")}
     for key, level in levels.items():
         if level is not None:

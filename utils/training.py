@@ -303,8 +303,9 @@ class TrainingLoop:
                 count = data.micro_batches_in_step(plan.windows, step, **sizes, processes=plan.processes)
                 yield epoch, list(islice(batches, count))
             del batches
-            gc.collect()
-            torch.cuda.empty_cache()
+            if self.accelerator.device.type == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
 
     def _reason_to_stop(self) -> str | None:
         """Why no further step is taken; the same in every process."""
@@ -354,7 +355,7 @@ class TrainingLoop:
             batch = self.collate([self.dataset[0]])
         elif self.flags is not None:
             self.flags.batch(batch.labels, epoch + 1, batch.documents)
-        seed_forward(self.config.seed, self.step, index, rank)
+        seed_forward(device, self.config.seed, self.step, index, rank)
         batch = batch.to(device, non_blocking=True)
         loss, hidden = self.model(batch, self.step, counts=counts, measure=measured is not None)
         # DDP averages gradients over processes; counts are global, so the sum is wanted
@@ -488,11 +489,11 @@ class TrainingLoop:
 
     def _take_best(self) -> None:
         """After early stopping: put back the weights of the best evaluation."""
-        if self.checkpoints is None or self.early.best_step in (None, self.step):
+        if self.early.best_step in (None, self.step):
             return
-        path = self.checkpoints.steps().get(self.early.best_step)
+        path = None if self.checkpoints is None else self.checkpoints.steps().get(self.early.best_step)
         if path is None:
-            log.warning("the checkpoint of the best step %s is gone: the last weights stay", self.early.best_step)
+            log.warning("there is no checkpoint of the best step %d: the last weights stay", self.early.best_step)
             return
         self.module.load_state_dict(self.checkpoints.load(path).tensors["module"])
         log.info("weights of step %d, the best evaluation, put back", self.early.best_step)
@@ -521,10 +522,14 @@ class _Shell(nn.Module):
         return output.loss, SimpleNamespace(output=output)
 
 
-def seed_forward(seed: int, step: int, micro_batch: int, rank: int) -> None:
+def seed_forward(device: torch.device, seed: int, step: int, micro_batch: int, rank: int) -> None:
     """Seed torch for one forward: what is drawn in it depends on nothing that happened before."""
     entropy = np.random.SeedSequence([seed, step, micro_batch, rank])
-    torch.manual_seed(int(entropy.generate_state(1, np.uint64)[0] >> 1))
+    number = int(entropy.generate_state(1, np.uint64)[0] >> 1)
+    # torch.manual_seed would also ask every absent kind of device: 1 ms a call
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 @contextmanager

@@ -150,6 +150,16 @@ def test_a_terminal_is_drawn_on_at_most_every_two_seconds_and_a_file_every_thirt
         assert min(gaps) >= interval - 1e-6 and max(gaps) < interval + 0.2
 
 
+def test_the_time_left_follows_the_steps_not_what_came_before_them():
+    clock, stream = Clock(), io.StringIO()
+    display = Progress(1000, 400, stream=stream, clock=clock)
+    clock.now += 3600  # the teacher is measured
+    for step in range(401, 501):
+        display.update(step)
+        clock.now += 1.0
+    assert stream.getvalue().splitlines()[-1] == "step 491/1,000 (49.1%), 1 min 30 s, 8 min 29 s left"
+
+
 def test_no_line_of_the_bar_is_wider_than_80_columns():
     clock, stream = Clock(), Terminal()
     display = Progress(25_000, stream=stream, clock=clock)

@@ -122,6 +122,13 @@ def test_the_table_has_a_row_for_every_model_that_was_measured():
     assert "| Same student without the teacher | 1.1000 |" in markdown(RESULTS | {"baseline": scores(1.1, 5)})
 
 
+def test_a_run_without_a_teacher_has_no_retention_and_no_distilled_student(tmp_path):
+    alone = {key: RESULTS[key] for key in ("student", "initial_student", "run")}
+    write_report(tmp_path, alone, run(lm=1.0))
+    text = (tmp_path / REPORT_MD).read_text()
+    assert "| Trained student | 1.0000 |" in text and "Retention" not in text and "istilled" not in text
+
+
 def test_what_models_wrote_cannot_break_the_table():
     lines = markdown(RESULTS).splitlines()
     header = next(number for number, line in enumerate(lines) if line.startswith("| Teacher | Distilled"))

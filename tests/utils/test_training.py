@@ -1,5 +1,6 @@
 """The loop: what it logs, when it stops, what it leaves out, and what must not change its result."""
 
+import itertools
 import math
 import os
 import signal
@@ -154,16 +155,16 @@ def test_micro_batch_and_effective_batch_are_logged_once(caplog):
     assert "micro-batch 2 x accumulation 3 x processes 1 = effective batch of 6 windows" in lines[0]
 
 
-def test_an_unlogged_step_asks_for_no_measurement_and_reads_nothing_back():
-    class Watching(ToyModule):
-        measured = []
+def test_an_unlogged_step_asks_for_no_measurement():
+    measured = []
 
+    class Watching(ToyModule):
         def forward(self, *args, measure=False, **options):
-            self.measured.append(measure)
+            measured.append(measure)
             return super().forward(*args, measure=measure, **options)
 
     train(Watching(), toy_config(epochs=1), every=2, total=3)
-    assert Watching.measured == [False] * 4 + [True] * 4 + [True] * 3  # 4 + 4 + 3 windows; the last step is logged
+    assert measured == [False] * 4 + [True] * 4 + [True] * 3  # 4 + 4 + 3 windows; the last step is logged
 
 
 def test_red_flags_see_every_batch_and_every_record(tmp_path):
@@ -193,7 +194,7 @@ def test_learning_rate_rises_over_the_warm_up_and_ends_with_the_last_step(tmp_pa
     rates = [record["lr"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     assert len(rates) == 20
     assert rates[:5] == pytest.approx([0.05 * step / 4 for step in range(5)])
-    assert all(a > b for a, b in zip(rates[4:], rates[5:], strict=False)) and 0 < rates[-1] < 0.05 / 8
+    assert all(a > b for a, b in itertools.pairwise(rates[4:])) and 0 < rates[-1] < 0.05 / 8
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0)
     scheduler = build_scheduler(optimizer, toy_config(scheduler=kind), 10)
     for _ in range(10):

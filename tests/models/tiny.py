@@ -1,0 +1,198 @@
+"""Tiny tokenizers, models and pairs of them, built in memory, and the bytes of a token by the plainest rules."""
+
+import functools
+import itertools
+import json
+import re
+from dataclasses import dataclass
+
+import torch
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import models as token_models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from models.config import CurriculumConfig, LossConfig, Term
+from models.curriculum import CurriculumScheduler
+from models.distillation_framework import DistillationFramework
+from models.outputs import PairedBatch
+from models.pairing import PairCollator, PairEncoder
+from models.teacher import FrozenTeacher
+from models.vocabulary import VocabularyMap
+
+STORIES = [
+    "Once upon a time there was a little girl named Lily. She loved to play outside in the park.",
+    "One day, her mother said: \"Don't go there alone!\" But the girl went anyway, and there they were.",
+    "def there(x):\n    return x + 1\n\nThe function returns another number; the numbers are 10, 20 and 300.",
+    "Ein kleines Mädchen ging über die Straße. Дети играли в парке. 子供たちは公園で遊んだ。",
+]
+END = "<|endoftext|>"
+KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+
+
+def _wrap(backend: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+
+
+@functools.cache
+def byte_bpe(size: int, seed_text: int = 0) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as GPT-2's, that knows every byte."""
+    backend = Tokenizer(token_models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(STORIES[seed_text:], trainer)
+    return _wrap(backend, eos_token=END, bos_token=END)
+
+
+@functools.cache
+def metaspace(kind: str = "BPE", size: int = 120) -> PreTrainedTokenizerFast:
+    """SentencePiece-like: a mark for spaces, one in front of the text; no token for most characters."""
+    special = ["<unk>", "<s>", "</s>"]
+    options = {"vocab_size": size, "special_tokens": special, "show_progress": False}
+    if kind == "BPE":
+        backend, trainer = Tokenizer(token_models.BPE(unk_token="<unk>")), trainers.BpeTrainer(**options)
+    else:
+        backend, trainer = (
+            Tokenizer(token_models.Unigram()),
+            trainers.UnigramTrainer(**options, unk_token="<unk>"),
+        )
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    backend.train_from_iterator(STORIES[:3], trainer)
+    return _wrap(backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+@functools.cache
+def wordpiece(size: int = 150) -> PreTrainedTokenizerFast:
+    """BERT-like: lower case, no spaces, `##` inside of words."""
+    backend = Tokenizer(token_models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(vocab_size=size, special_tokens=special, show_progress=False)
+    backend.train_from_iterator(STORIES, trainer)
+    return _wrap(backend, unk_token="[UNK]", bos_token="[CLS]", eos_token="[SEP]")
+
+
+@functools.cache
+def characters(alphabet: str = "abcdefghijklmnopqrstuvwxyzODELBST .,:\n") -> PreTrainedTokenizerFast:
+    """One token for each character of an alphabet, one for all others."""
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *alphabet])}
+    backend = Tokenizer(token_models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    backend.decoder = decoders.Fuse()
+    return _wrap(backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def from_merges(pieces: list[str]) -> PreTrainedTokenizerFast:
+    """BPE over single letters with one merge for each longer piece, in that order; no byte is lost."""
+    letters = sorted({c for piece in pieces for c in piece})
+    longer = [piece for piece in pieces if len(piece) > 1]
+    vocab = {token: i for i, token in enumerate([END, *letters, *longer])}
+    merges = [next((p[:i], p[i:]) for i in range(len(p) - 1, 0, -1) if {p[:i], p[i:]} <= vocab.keys()) for p in longer]
+    backend = Tokenizer(token_models.BPE(vocab=vocab, merges=merges))
+    backend.decoder = decoders.Fuse()
+    backend.add_special_tokens([END])
+    return _wrap(backend, eos_token=END, bos_token=END)
+
+
+def permuted(tokenizer: PreTrainedTokenizerFast, permutation: list[int]) -> PreTrainedTokenizerFast:
+    """The same tokenizer with token i renumbered to permutation[i]."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec["model"]["vocab"] = {token: permutation[i] for token, i in spec["model"]["vocab"].items()}
+    for token in spec["added_tokens"]:
+        token["id"] = permutation[token["id"]]
+    spec["added_tokens"].sort(key=lambda token: token["id"])
+    spec["post_processor"] = None
+    names = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+    backend = Tokenizer.from_str(json.dumps(spec))
+    return _wrap(backend, **{name: token for name, token in names.items() if token is not None})
+
+
+def plain_bytes(tokenizer: PreTrainedTokenizerFast) -> dict[int, bytes]:
+    """Bytes of every token that is not special, independent of the project's own table."""
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    byte_level = '"ByteLevel"' in json.dumps([spec["decoder"], spec["pre_tokenizer"]])
+    shown = [c for c in range(256) if chr(c).isprintable() and c not in (0x20, 0xA0, 0xAD)]
+    hidden = [c for c in range(256) if c not in shown]
+    alphabet = {chr(c): c for c in shown} | {chr(256 + n): c for n, c in enumerate(hidden)}
+    added = {token["id"]: token for token in spec["added_tokens"]}
+    found = {}
+    for token, i in tokenizer.get_vocab().items():
+        if i in added:
+            if not added[i]["special"]:
+                found[i] = token.encode()
+        elif byte_level:
+            found[i] = bytes(alphabet[c] for c in token)
+        elif '"ByteFallback"' in json.dumps(spec["decoder"]) and re.fullmatch("<0x..>", token):
+            found[i] = bytes.fromhex(token[3:5])
+        else:
+            found[i] = token.replace("\u2581", " ").encode()
+    return found
+
+
+def tiny_llama(vocabulary: int, seed: int = 0, *, width: int = 16, spread: float = 0.4, **config) -> LlamaForCausalLM:
+    """One layer, random weights; `spread` makes the distributions peaked."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
+    options = {"max_position_embeddings": 512, "tie_word_embeddings": False, "initializer_range": spread}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape, **(options | config))).eval()
+
+
+def curriculum(total_steps: int = 10, **weights) -> CurriculumScheduler:
+    """Constant weights; every term that is not named has weight 0."""
+    terms = {"kd": 0.0, "lm": 0.0} | weights
+    return CurriculumScheduler(
+        CurriculumConfig(**{name: Term(weight) for name, weight in terms.items()}), LossConfig(), total_steps
+    )
+
+
+@dataclass
+class Pair:
+    """A student and a teacher with all that lies between them."""
+
+    student: torch.nn.Module
+    teacher: torch.nn.Module
+    encoder: PairEncoder
+    vocabulary: VocabularyMap
+    max_depth: int = 16
+
+    def collator(self) -> PairCollator:
+        return PairCollator(self.vocabulary, self.encoder.end_of_text, self.max_depth)
+
+    def batch(self, texts: list[str] = STORIES) -> PairedBatch:
+        return self.collator()(self.encoder.windows(texts))
+
+    def frozen(self) -> FrozenTeacher:
+        return FrozenTeacher(self.teacher, self.vocabulary)
+
+    def framework(self, weights: dict[str, float], **loss) -> DistillationFramework:
+        config = LossConfig(**loss)
+        scheduler = CurriculumScheduler(
+            CurriculumConfig(**{name: Term(w) for name, w in ({"kd": 0.0, "lm": 0.0} | weights).items()}), config, 10
+        )
+        return DistillationFramework(self.student, self.frozen(), self.vocabulary, config, scheduler)
+
+
+def pair_of(student_tokenizer, teacher_tokenizer, *, max_length: int = 48, student=None, teacher=None, **kind) -> Pair:
+    """A pair with random tiny models, where none are given, of the tokenizers' sizes."""
+    sizes = []
+    for model, tokenizer in ((student, student_tokenizer), (teacher, teacher_tokenizer)):
+        sizes.append(len(tokenizer) if model is None else model.get_output_embeddings().weight.shape[0])
+    return Pair(
+        student=tiny_llama(sizes[0], seed=1) if student is None else student,
+        teacher=tiny_llama(sizes[1], seed=2) if teacher is None else teacher,
+        encoder=PairEncoder(student_tokenizer, teacher_tokenizer, max_length),
+        vocabulary=VocabularyMap.build(student_tokenizer, teacher_tokenizer, *sizes),
+        **kind,
+    )
+
+
+def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
+    return [p.grad for p in module.parameters() if p.grad is not None]
+
+
+def strings(alphabet: str, longest: int) -> list[str]:
+    """Every string over an alphabet up to a length, the empty one first."""
+    return ["".join(c) for n in range(longest + 1) for c in itertools.product(alphabet, repeat=n)]

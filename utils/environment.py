@@ -1,0 +1,135 @@
+"""The installed packages: whether they are what this project needs, and whose demands are not met.
+
+A notebook service ships hundreds of packages pinned against each other, so `pip` there complains after almost
+every install. A conflict matters to training only if the package whose demand is not met is one that training
+loads: one of the project's requirements, or of theirs.
+"""
+
+import importlib.metadata
+import platform
+from collections.abc import Iterable
+from configparser import ConfigParser
+from dataclasses import dataclass
+from pathlib import Path
+
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
+SETUP_CFG = Path(__file__).resolve().parent.parent / "setup.cfg"
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """A demand of an installed package that another one does not meet."""
+
+    package: str
+    """Who demands; empty for the project itself."""
+    demand: str
+    """Such as `numpy<2`."""
+    installed: str | None
+    """Version that is there; None: missing."""
+    harmful: bool
+    """Training loads the package whose demand it is."""
+
+    def __str__(self) -> str:
+        who = f"{self.package} wants" if self.package else "needed:"
+        found = f"{self.installed} is installed" if self.installed else "it is not installed"
+        return f"{who} {self.demand}, {found}"
+
+
+@dataclass(frozen=True)
+class Package:
+    """An installed distribution."""
+
+    name: str
+    version: str
+    requires: tuple[str, ...] = ()
+
+
+def installed_packages() -> list[Package]:
+    """Every installed distribution; of several with one name the first on the path, which is what is imported."""
+    found: dict[str, Package] = {}
+    for distribution in importlib.metadata.distributions():
+        name, version = distribution.metadata["Name"], distribution.metadata["Version"]
+        if name and version:  # else: what an interrupted uninstall left
+            package = Package(name, version, tuple(distribution.requires or ()))
+            found.setdefault(canonicalize_name(name), package)
+    return list(found.values())
+
+
+def own_requirements(setup_cfg: Path = SETUP_CFG) -> list[str]:
+    """What setup.cfg says the project needs."""
+    parser = ConfigParser()
+    parser.read(setup_cfg, encoding="utf-8")
+    return [line for line in parser["options"]["install_requires"].splitlines() if line.strip()]
+
+
+def supported_python(setup_cfg: Path = SETUP_CFG) -> str:
+    """The Python versions that setup.cfg admits, such as `>=3.10`."""
+    parser = ConfigParser()
+    parser.read(setup_cfg, encoding="utf-8")
+    return parser["options"]["python_requires"].strip()
+
+
+def python_is_supported() -> bool:
+    """Whether this Python is one of them."""
+    return SpecifierSet(supported_python()).contains(platform.python_version(), prereleases=True)
+
+
+def find_conflicts(requirements: Iterable[str], packages: Iterable[Package]) -> list[Conflict]:
+    """Every demand that is not met, the harmful ones first.
+
+    Args:
+        requirements: of the project.
+        packages: what is installed.
+    """
+    by_name = {canonicalize_name(package.name): package for package in packages}
+    own = _applying(Package("", "", tuple(requirements)), frozenset())
+    loaded = _closure(own, by_name)
+    conflicts = [conflict for demand in own if (conflict := _unmet("", demand, by_name, True))]
+    for name, package in sorted(by_name.items()):
+        for demand in _applying(package, loaded.get(name, frozenset())):
+            if conflict := _unmet(package.name, demand, by_name, name in loaded):
+                conflicts.append(conflict)
+    return sorted(conflicts, key=lambda conflict: not conflict.harmful)
+
+
+def _closure(own: list[Requirement], by_name: dict[str, Package]) -> dict[str, frozenset[str]]:
+    """Name -> extras of every package that the project loads, directly or through others."""
+    loaded: dict[str, frozenset[str]] = {}
+    waiting = list(own)
+    while waiting:
+        demand = waiting.pop()
+        name = canonicalize_name(demand.name)
+        extras = loaded.get(name, frozenset()) | demand.extras
+        if name in by_name and loaded.get(name) != extras:
+            loaded[name] = extras
+            waiting += _applying(by_name[name], extras)
+    return loaded
+
+
+def _applying(package: Package, extras: frozenset[str]) -> list[Requirement]:
+    """Demands of a package that hold on this machine, for the extras that are asked of it."""
+    return [
+        demand
+        for demand in _parsed(package.requires)
+        if demand.marker is None or any(demand.marker.evaluate({"extra": extra}) for extra in ("", *extras))
+    ]
+
+
+def _unmet(package: str, demand: Requirement, by_name: dict[str, Package], harmful: bool) -> Conflict | None:
+    found = by_name.get(canonicalize_name(demand.name))
+    if found is not None and demand.specifier.contains(found.version, prereleases=True):
+        return None
+    return Conflict(package, f"{demand.name}{demand.specifier}", found.version if found else None, harmful)
+
+
+def _parsed(lines: Iterable[str]) -> list[Requirement]:
+    parsed = []
+    for line in lines:
+        try:
+            parsed.append(Requirement(line))
+        except InvalidRequirement:  # old packages spell theirs in ways that mean nothing today
+            continue
+    return parsed
