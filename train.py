@@ -13,7 +13,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,12 +30,10 @@ from transformers import PreTrainedTokenizerBase
 from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
-from models.outputs import PairedBatch
 from models.pairing import PairCollator, PairEncoder, count_channel
 from models.teacher import FrozenTeacher
 from models.vocabulary import VocabularyMap
-from utils import command_line, data, evaluation, hardware, pretrained, quickstart, report, run_folder
-from utils.atomic import write_json
+from utils import command_line, data, hardware, pretrained, quickstart, report, run_folder
 from utils.checkpoints import CheckpointStore
 from utils.config import (
     DataConfig,
@@ -51,6 +49,7 @@ from utils.config import (
 )
 from utils.errors import UserError
 from utils.guards import RedFlags
+from utils.held_out import START, HeldOut, metrics_of
 from utils.logs import StepLogger, read_metrics, setup_logging
 from utils.seeding import permutation, seed_everything
 from utils.stopping import StopSignal
@@ -63,6 +62,10 @@ EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
 
 QUICKSTART, QUICKSTART_TEACHER = "quickstart", "quickstart-teacher"
 """Names, in place of a hub id or path, of what `utils.quickstart` builds."""
+
+LM_ALONE = CurriculumConfig(kd=Term(0.0), lm=Term(1.0))
+WITHOUT_TEACHER = "without_teacher"
+"""Folder, in that of a run, of the same student trained without the teacher."""
 
 CHANNEL_WINDOWS = 2000
 """Windows on which the counted channel (loss.correction: channel) is counted."""
@@ -164,22 +167,15 @@ class Job:
 
     config: RunConfig
     accelerator: Accelerator
-    tokenizers: dict[str, PreTrainedTokenizerBase]
-    """For `student` and `teacher` (without a teacher: the student's)."""
+    tokenizer: PreTrainedTokenizerBase
+    """Of the student."""
     vocabulary: VocabularyMap
     collate: PairCollator
-    train: Dataset
-    eval: Dataset
-    held_out: list[str]
+    windows: Dataset
+    """To train on."""
+    held_out: HeldOut
     fingerprint: dict[str, str]
     """What a checkpoint must have been made from to be continued."""
-
-    def eval_batches(self) -> Iterator[PairedBatch]:
-        """This process's share of the evaluation windows."""
-        mine = range(self.accelerator.process_index, len(self.eval), self.accelerator.num_processes)
-        size = self.config.training.batch_size
-        for start in range(0, len(mine), size):
-            yield self.collate([self.eval[i] for i in mine[start : start + size]])
 
 
 @contextmanager
@@ -194,8 +190,8 @@ def _as_user_error() -> Iterator[None]:
 def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     """Tokenizers, text, windows and the vocabulary map: all that can fail cheaply, before the models."""
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
-    tokenizers = {role: pretrained.load_tokenizer(name, role) for role, name in names.items()}
-    shapes = {role: pretrained.load_config(name, role) for role, name in names.items()}
+    tokenizers = pretrained.load_each(pretrained.load_tokenizer, names)
+    shapes = pretrained.load_each(pretrained.load_config, names)
     length = int(min(config.data.max_length, *(pretrained.context_length(shape) for shape in shapes.values())))
     if length < config.data.max_length:
         log.info("windows of %d tokens instead of %d: a model reads no more at once", length, config.data.max_length)
@@ -219,15 +215,23 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     if config.loss.correction == "channel":
         vocabulary = vocabulary.with_channel(count_channel([windows[i] for i in range(len(windows))][:CHANNEL_WINDOWS]))
     limit = min(config.evaluation.max_windows or len(held_out), len(held_out))
+    collate = PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth)
     return Job(
         config=config,
         accelerator=accelerator,
-        tokenizers=tokenizers,
+        tokenizer=tokenizers["student"],
         vocabulary=vocabulary,
-        collate=PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth),
-        train=windows,
-        eval=held_out.select(sorted(permutation(len(held_out), 0, 0)[:limit].tolist())),
-        held_out=corpus.eval,
+        collate=collate,
+        windows=windows,
+        held_out=HeldOut(
+            config.evaluation,
+            accelerator,
+            held_out.select(sorted(permutation(len(held_out), 0, 0)[:limit].tolist())),
+            corpus.eval,
+            collate,
+            tokenizers,
+            config.training.batch_size,
+        ),
         fingerprint={
             "training_text": data.corpus_fingerprint(corpus.train),
             "tokenizers_and_length": encoder.fingerprint,
@@ -258,53 +262,6 @@ def make_student(job: Job) -> nn.Module:
     return pretrained.load_model(config.name, "student", torch.float32)
 
 
-# ---------------------------------------------------------------------------------------- evaluation
-
-
-def score(job: Job, model: nn.Module, side: str) -> dict[str, Any]:
-    """Metrics of a model on the held-out text; student and teacher score the same bytes."""
-    batches = ((*batch.scored(side), int(batch.bytes.sum())) for batch in job.eval_batches())
-    return evaluation.evaluate(
-        model, batches, job.accelerator.device, job.accelerator, float32=side == "student"
-    )  # a float32 copy of a large teacher may not fit; its loss is float32 all the same
-
-
-def continuations(job: Job, model: nn.Module, side: str) -> list[str]:
-    """How a model goes on from the beginnings of held-out documents."""
-    tokenizer, settings = job.tokenizers[side], job.config.evaluation
-    start = evaluation.start_token(tokenizer)
-    prompts = [
-        [*([] if start is None else [start]), *tokenizer(text, add_special_tokens=False)["input_ids"]]
-        for text in beginnings(job)
-    ]
-    return evaluation.generate_samples(model, tokenizer, prompts, settings.new_tokens, float32=side == "student")
-
-
-def beginnings(job: Job) -> list[str]:
-    """Beginnings of held-out documents, spread over the text."""
-    tokenizer, settings = job.tokenizers["student"], job.config.evaluation
-    count = min(settings.samples, len(job.held_out))
-    chosen = [job.held_out[i * len(job.held_out) // count] for i in range(count)]
-    ids = [tokenizer(text[:2000], add_special_tokens=False)["input_ids"][: settings.prompt_tokens] for text in chosen]
-    return [tokenizer.decode(row) for row in ids]
-
-
-def measure_start(job: Job, student: nn.Module, teacher: FrozenTeacher | None, output: Path) -> dict[str, Any]:
-    """Teacher and untrained student on the held-out text; measured once a run and kept in baseline_evaluation.json."""
-    file = output / "baseline_evaluation.json"
-    if file.is_file():
-        return json.loads(file.read_text(encoding="utf-8"))
-    models = {} if teacher is None else {"teacher": (teacher.model, "teacher")}
-    measured: dict[str, Any] = {"samples": {"prompt": beginnings(job)}}
-    for key, (model, side) in (models | {"initial_student": (student, "student")}).items():
-        measured[key] = score(job, model, side) | evaluation.describe_model(model)
-        measured["samples"][key] = continuations(job, model, side)
-        log.info("%s: %.4f bits per byte on held-out text", key.replace("_", " "), measured[key]["bits_per_byte"])
-    if job.accelerator.is_main_process:
-        write_json(file, measured)
-    return measured
-
-
 # ------------------------------------------------------------------------------------------ training
 
 
@@ -314,52 +271,52 @@ class Trained:
 
     framework: DistillationFramework
     result: FitResult
-    metrics: dict[str, Any]
     start: dict[str, Any]
-    """What `measure_start` returned."""
+    """Teacher and untrained student on the held-out text."""
 
 
 def train_student(
-    job: Job, teacher: FrozenTeacher | None, curriculum: CurriculumConfig, output: Path, stop: StopSignal, resume: str
+    job: Job,
+    teacher: FrozenTeacher | None,
+    curriculum: CurriculumConfig,
+    output: Path,
+    stop: StopSignal,
+    resume: str = "auto",
 ) -> Trained:
-    """Train a fresh student under a curriculum, or continue, in the folder `output`; evaluate it afterwards.
+    """Train a fresh student under a curriculum in the folder `output`, or continue there.
 
     Raises:
         Interrupted: by a signal; a checkpoint is saved.
     """
     config, accelerator = job.config, job.accelerator
-    plan = Plan.of(config.training, len(job.train), accelerator.num_processes)
-    store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, job.fingerprint)
+    plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
+    student = make_student(job)
+    made_from = {"student": pretrained.fingerprint(student, values=config.student.init == "pretrained")}
+    if teacher is not None:
+        made_from["teacher"] = pretrained.fingerprint(teacher.model)
+    store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, {**job.fingerprint, **made_from})
     resume_from = _on_main_process(accelerator, lambda: store.resume_point(resume))
     done = 0 if resume_from is None else int(resume_from.name.rpartition("-")[2])
-    logger = StepLogger(
-        output, plan.total_steps, config.logging.every, start_step=done, main_process=accelerator.is_main_process
-    )
-    student = make_student(job).to(accelerator.device)
-    if resume_from is None:
+    every, main = config.logging.every, accelerator.is_main_process
+    logger = StepLogger(output, plan.total_steps, every, start_step=done, main_process=main)
+    student.to(accelerator.device)
+    if resume_from is None and main:
         logger.truncate_after(-1)
-        (output / "baseline_evaluation.json").unlink(missing_ok=True)
-    start = measure_start(job, student, teacher, output)
+        (output / START).unlink(missing_ok=True)
+    accelerator.wait_for_everyone()
+    start = job.held_out.measure_start(student, None if teacher is None else teacher.model, output)
     with _as_user_error():
         scheduler = CurriculumScheduler(curriculum, config.loss, plan.total_steps)
         framework = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler)
-    flags = RedFlags(
-        plan.total_steps,
-        student.get_output_embeddings().weight.shape[0],
-        warmup_steps=math.ceil(config.training.warmup_ratio * plan.total_steps),
-        initial_loss=start["initial_student"]["loss"],
-    )
-    if teacher is not None:
-        flags.teacher(start["teacher"]["bits_per_byte"], start["initial_student"]["bits_per_byte"])
 
     def evaluate(step: int) -> dict[str, Any]:
-        return {"step": step, "split": "eval", **score(job, student, "student")}
+        return {"step": step, "split": "eval", **job.held_out.score(student, "student")}
 
     if resume_from is None:
-        logger.evaluation({"step": 0, "split": "eval", **_metrics_of(start["initial_student"])})
+        logger.evaluation({"step": 0, "split": "eval", **metrics_of(start["initial_student"])})
     result = fit(
         framework,
-        job.train,
+        job.windows,
         job.collate,
         config.training,
         accelerator=accelerator,
@@ -368,77 +325,56 @@ def train_student(
         evaluate_every=config.evaluation.every,
         checkpoints=store,
         resume_from=resume_from,
-        flags=flags,
+        flags=_red_flags(config, plan, student, start),
         stop=stop,
         num_workers=config.data.num_workers,
     )
-    if result.stopped_by in EXIT_CODES:
-        logger.close()
-        raise Interrupted(result.stopped_by)
-    return Trained(framework, result, _final_evaluation(job, result, logger, evaluate), start)
-
-
-def _final_evaluation(job: Job, result: FitResult, logger: StepLogger, evaluate: Any) -> dict[str, Any]:
-    """Metrics of the trained student, logged unless metrics.jsonl has them already."""
-    record = evaluate(result.steps)
-    known = job.accelerator.is_main_process and any(
-        "terms" not in old and old.get("step") == result.steps for old in read_metrics(logger.path)
-    )
-    if not known:
-        logger.evaluation(record)
+    if result.stopped_by not in EXIT_CODES and not _was_evaluated(logger, result.steps):
+        logger.evaluation(evaluate(result.steps))
     logger.close()
-    return _metrics_of(record)
+    if result.stopped_by in EXIT_CODES:
+        raise Interrupted(result.stopped_by)
+    return Trained(framework, result, start)
 
 
-def _metrics_of(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")}
+def _red_flags(config: RunConfig, plan: Plan, student: nn.Module, start: dict[str, Any]) -> RedFlags:
+    flags = RedFlags(
+        plan.total_steps,
+        student.get_output_embeddings().weight.shape[0],
+        warmup_steps=math.ceil(config.training.warmup_ratio * plan.total_steps),
+        initial_loss=start["initial_student"]["loss"],
+    )
+    if "teacher" in start:
+        flags.teacher(start["teacher"]["bits_per_byte"], start["initial_student"]["bits_per_byte"])
+    return flags
 
 
-def _on_main_process(accelerator: Accelerator, action: Any) -> Any:
+def _was_evaluated(logger: StepLogger, step: int) -> bool:
+    """Whether metrics.jsonl has an evaluation at this step. In processes that log nothing: no."""
+    if not logger.main_process or not logger.path.exists():
+        return False
+    return any("terms" not in record and record.get("step") == step for record in read_metrics(logger.path))
+
+
+def _on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
     """What `action` returns when the main process alone runs it."""
     found = [action() if accelerator.is_main_process else None]
     return broadcast_object_list(found)[0] if accelerator.num_processes > 1 else found[0]
 
 
-# ---------------------------------------------------------------------------------------- the report
-
-
-def results_of(job: Job, trained: Trained, without: Trained | None) -> dict[str, Any]:
-    """evaluation_report.json of a run."""
-    student, start = trained.framework.student, trained.start
-    results = {key: start[key] for key in ("teacher", "initial_student") if key in start}
-    results["student"] = trained.metrics | evaluation.describe_model(student)
-    samples = {**start["samples"], "student": continuations(job, student, "student")}
-    if without is not None:
-        results["baseline"] = without.metrics | evaluation.describe_model(without.framework.student)
-        samples["baseline"] = continuations(job, without.framework.student, "student")
-    if "teacher" in start:
-        device = job.accelerator.device
-        with evaluation.float32_evaluation(trained.framework):
-            agreement = evaluation.compare(
-                lambda batch: trained.framework.compare(batch.to(device)), job.eval_batches(), job.accelerator
-            )
-        results["retention"] = evaluation.retention(
-            results["student"], start["teacher"], start["initial_student"], agreement
-        )
-    results["samples"] = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
-    result = trained.result
+def finish(job: Job, asked: RunConfig, trained: Trained, without: Trained | None, output: Path) -> None:
+    """Export the student, write the report, say what came out. `asked`: with the names that the user gave."""
+    framework, result = trained.framework, trained.result
+    alone = None if without is None else without.framework.student
+    results = job.held_out.results(framework.student, trained.start, framework.compare, alone)
     results["run"] = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
-    return results
-
-
-def finish(job: Job, trained: Trained, without: Trained | None, output: Path) -> None:
-    """Export the student, write the report, say what came out."""
-    results = results_of(job, trained, without)
     if not job.accelerator.is_main_process:
         return
-    config = job.config
-    card = pretrained.model_card(
-        config.student.name, config.student.init, config.teacher.name, config.data.train, results
-    )
-    pretrained.export(trained.framework.student, job.tokenizers["student"], output / "student", card)
-    baseline_metrics = output / "without_teacher" / "metrics.jsonl" if without is not None else None
-    report.print_summary(report.write_report(output, results, baseline_metrics=baseline_metrics))
+    names = (asked.student.name, job.config.student.init, asked.teacher.name, asked.data.train)
+    card = pretrained.model_card(*names, results)
+    pretrained.export(framework.student, job.tokenizer, output / "student", card)
+    baseline = output / WITHOUT_TEACHER / "metrics.jsonl" if without is not None else None
+    report.print_summary(report.write_report(output, results, baseline_metrics=baseline))
     log.info("student: %s; report: %s", output / "student", output / report.REPORT_MD)
 
 
@@ -475,17 +411,11 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     trained = train_student(job, teacher, config.curriculum, output, stop, config.resume)
     without = None
     if config.evaluation.without_teacher and trained.result.stopped_by != "max_hours":
-        without = _train_without_teacher(job, output / "without_teacher", stop)
-    finish(job, trained, without, output)
+        log.info("for comparison: the same student, batches and steps with the LM term alone, without the teacher")
+        (output / WITHOUT_TEACHER).mkdir(exist_ok=True)
+        without = train_student(job, None, LM_ALONE, output / WITHOUT_TEACHER, stop)
+    finish(job, asked, trained, without, output)
     return trained.result.stopped_by
-
-
-def _train_without_teacher(job: Job, output: Path, stop: StopSignal) -> Trained:
-    """The same student on the same batches for the same steps, with the LM term alone."""
-    log.info("for comparison: the same student, batches and steps without the teacher")
-    if job.accelerator.is_main_process:
-        output.mkdir(exist_ok=True)
-    return train_student(job, None, CurriculumConfig(kd=Term(0.0), lm=Term(1.0)), output, stop, "auto")
 
 
 def _log_coverage(job: Job) -> None:
@@ -493,7 +423,7 @@ def _log_coverage(job: Job) -> None:
     if job.config.teacher.name is None:
         return
     totals = dict.fromkeys(("lm", "kd", "depth0"), 0)
-    for batch in job.eval_batches():
+    for batch in job.held_out.batches():
         totals = {name: totals[name] + batch.counts[name] for name in totals}
     shares = [totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0")]
     log.info("coverage: %.1f %% of student positions have an anchor, %.1f %% at depth 0", *(100 * s for s in shares))

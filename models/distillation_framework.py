@@ -141,7 +141,7 @@ class DistillationFramework(nn.Module):
         position: Tensor,
         temperature: float,
     ) -> Tensor:
-        log_probs = logits.gather(1, labels[:, None])[:, 0] - logits.logsumexp(1)
+        log_probs = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
         student = span_sums(log_probs, batch.student_spans.flatten()[position], batch.counts["span"])
         held = batch.teacher_mask.flatten().bool()
         teacher = span_sums(signal.realised, batch.teacher_spans.flatten()[held], batch.counts["span"])

@@ -14,7 +14,10 @@ from .outputs import SparseTarget
 PADDING = -1e9
 """Log-probability of an outcome that is only padding: its probability is exactly 0 and no difference is NaN."""
 LOG_FLOOR = math.log(1e-7)
-"""Least log-probability of a bucket, on both sides: float32 cannot tell a smaller rest from none."""
+"""Least log-probability of a teacher's bucket, of a student's beside it, and of the opposite of a span: float32 cannot
+tell a smaller rest from none."""
+LEAST_REST = 1e-38
+"""Least probability of a student's bucket; float32 has no smaller one."""
 
 
 def next_token_loss(logits: Tensor, labels: Tensor) -> Tensor:
@@ -35,14 +38,16 @@ def outcome_log_probs(logits: Tensor, target: SparseTarget, tail: str) -> tuple[
     # padding repeats a token of its row, so that what is left after masking is the rest of the vocabulary
     ids = torch.where(kept, target.ids, target.ids.amax(1, keepdim=True).clamp_min(0))
     log_p = torch.where(kept, target.probs.clamp_min(1e-30).log(), PADDING)
-    total = logits.logsumexp(1, keepdim=True)
-    log_q = torch.where(kept, logits.gather(1, ids) - total, PADDING)
+    log_probs = logits.log_softmax(1)
+    log_q = torch.where(kept, log_probs.gather(1, ids), PADDING)
     if tail == "renormalise":
         return log_p, log_q
-    # finite, so that a target that holds the whole vocabulary leaves a rest without NaN gradient
-    rest = logits.scatter(1, ids, torch.finfo(logits.dtype).min / 2).logsumexp(1, keepdim=True) - total
-    log_r = target.tail[:, None].log().clamp_min(LOG_FLOOR)
-    return torch.cat([log_p, log_r], 1), torch.cat([log_q, rest.clamp_min(LOG_FLOOR)], 1)
+    # summed over what is left, not 1 - sum: exact also where the rest is tiny
+    rest = log_probs.exp().scatter(1, ids, 0.0).sum(1, keepdim=True).clamp_min(LEAST_REST).log()
+    log_r = target.tail[:, None].log()
+    # only where the teacher has no rest either: a student certain of too little keeps its gradient
+    rest = torch.where(log_r > LOG_FLOOR, rest, rest.clamp_min(LOG_FLOOR))
+    return torch.cat([log_p, log_r.clamp_min(LOG_FLOOR)], 1), torch.cat([log_q, rest], 1)
 
 
 def temper(log_probs: Tensor, temperature: float) -> Tensor:

@@ -10,7 +10,7 @@ for the space that some tokenizers put there.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +77,7 @@ class PairEncoder:
         """Pack documents into windows.
 
         A document is cut only where it is longer than a window: a model that meets the middle of a text after
-        another text predicts worse (a teacher of 0.707 bits per byte had 0.747 on windows cut anywhere).
+        another text predicts worse (docs/experiments.md).
 
         Args:
             texts: documents; empty ones are skipped.
@@ -91,18 +91,21 @@ class PairEncoder:
         names = documents or [""] * len(texts)
         kept = [(name, text) for name, text in zip(names, map(self.canonical, texts), strict=True) if text]
         readings = zip(*(table.read([text for _, text in kept]) for table in self.tables), strict=True)
-        pieces = [
-            piece
-            for (name, text), pair in zip(kept, readings, strict=True)
-            for piece in self._pieces(name, len(text.encode()), pair)
-        ]
-        return [self._assemble(group) for group in self._group(pieces)]
+        pieces, at_ends = [], 0
+        for (name, text), pair in zip(kept, readings, strict=True):
+            found, left_out = self._pieces(name, len(text.encode()), pair)
+            pieces += found
+            at_ends += left_out
+        windows = [self._assemble(group) for group in self._group(pieces)]
+        if windows:
+            windows[-1]["left_out"] += at_ends
+        return windows
 
-    def _pieces(self, name: str, size: int, pair: Sequence[Reading]) -> Iterator[_Piece]:
-        """Cut a document of `size` bytes into pieces that fill a window each, and a last one."""
+    def _pieces(self, name: str, size: int, pair: Sequence[Reading]) -> tuple[list[_Piece], int]:
+        """A document of `size` bytes cut into pieces that fill a window each, and the bytes left out at its end."""
         pair = [self._end(reading, size, side) for side, reading in enumerate(pair)]
         cuts = _common_cuts(pair, size)
-        left_out = 0
+        pieces, left_out = [], 0
         # without a start marker the first span of a document is read, not predicted
         at = 1 if self._unmarked else 0
         while at < len(cuts) - 1:
@@ -117,8 +120,9 @@ class PairEncoder:
                 continue
             readings = [self._lead(pair[i], i, cuts[[lead, at, to], 1 + i], cuts[lead, 0]) for i in range(2)]
             ends = (int(cuts[lead, 0]), int(cuts[to, 0]))
-            yield _Piece(name, readings, *ends, text_bytes, left_out, whole=to == len(cuts) - 1)
+            pieces.append(_Piece(name, readings, *ends, text_bytes, left_out, whole=to == len(cuts) - 1))
             at, left_out = to, 0
+        return pieces, left_out
 
     def _lead(self, reading: Reading, side: int, cuts: np.ndarray, first_byte: int) -> Reading:
         """Start marker, context cuts[0]..cuts[1] (read, not predicted) and text up to cuts[2]."""

@@ -129,8 +129,9 @@ class TokenTable:
                 table[i] = word.encode("utf-8", "replace")
             else:
                 table[i] = token.replace(marker, " ").encode("utf-8", "replace")
-        if unknown := model.get("unk_token"):
-            table[vocab[unknown]] = None
+        for unknown in (vocab.get(model.get("unk_token")), model.get("unk_id")):  # Unigram has the number
+            if unknown is not None:
+                table[unknown] = None
         for i, token in added.items():
             table[i] = None if token["special"] else token["content"].encode("utf-8", "replace")
         return [b or None for b in table]
@@ -378,7 +379,7 @@ class VocabularyMap:
             with np.load(file, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             return cls(**arrays | {"student_vocab_size": int(arrays["student_vocab_size"])})
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile):
             return None
 
 

@@ -134,7 +134,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     """
     made = parser()
     known = [option for action in made._actions for option in action.option_strings if option.startswith("--")]
-    given, unknown = made.parse_known_args([_with_dashes(word) for word in argv])
+    given, unknown = made.parse_known_args(_separator_joined([_with_dashes(word) for word in argv]))
     if unknown:
         raise UserError(_describe_unknown(unknown, known))
     found = vars(given)
@@ -151,6 +151,14 @@ def _with_dashes(word: str) -> str:
     """`--batch_size=2` as `--batch-size=2`; what is not a flag stays as it is."""
     flag, equals, value = word.partition("=")
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _separator_joined(words: list[str]) -> list[str]:
+    """`--document-separator ---` with an equals sign, or argparse would take the dashes for a flag."""
+    if "--document-separator" in words[:-1]:
+        at = words.index("--document-separator")
+        return [*words[:at], f"{words[at]}={words[at + 1]}", *words[at + 2 :]]
+    return words
 
 
 def _describe_unknown(words: Sequence[str], known: Sequence[str]) -> str:

@@ -215,18 +215,6 @@ def set_dotted(values: dict[str, Any], assignment: str) -> None:
     values[parts[-1]] = value
 
 
-def merge(*layers: dict[str, Any]) -> dict[str, Any]:
-    """Nested dicts joined key by key; later ones win. A ramp (a dict with `points`) is a value: replaced whole."""
-    merged: dict[str, Any] = {}
-    for layer in layers:
-        for key, value in layer.items():
-            old = merged.get(key)
-            if isinstance(value, dict) and "points" not in value:
-                value = merge(old if isinstance(old, dict) else {}, value)
-            merged[key] = value
-    return merged
-
-
 # ------------------------------------------------------------------------------------------ building
 
 
@@ -240,17 +228,39 @@ def build(schema: type[T], values: dict[str, Any], *, source: str) -> T:
         UserError: every mistake at once, each with its dotted path, what was got, what is expected, and
             for an unknown key the nearest known one.
     """
-    known = dict(_leaves(schema))
     problems: list[str] = []
-    cleaned = _without_unknown(schema, values, "", known, problems)
-    try:
-        instance = TypeAdapter(schema).validate_python(cleaned)
-    except ValidationError as error:
-        problems += _describe(error, cleaned)
+    cleaned = _without_unknown(schema, values, "", dict(_leaves(schema)), problems)
+    while True:
+        try:
+            instance = TypeAdapter(schema).validate_python(cleaned)
+            break
+        except ValidationError as error:
+            problems += [line for line in _describe(error, cleaned) if line not in problems]
+            if not _take_out(error, cleaned):
+                break
     if problems:
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
         raise UserError(f"{count} in the configuration ({source}):\n" + "\n".join(f"  - {p}" for p in problems))
     return instance
+
+
+def _take_out(error: ValidationError, values: dict[str, Any]) -> bool:
+    """Remove wrong values, so that the default stands in and what they hid can be checked. False: none removed."""
+    removed = False
+    for item in error.errors(include_url=False, include_input=False):
+        *path, last = _dotted(item["loc"], values).split(".")
+        inner: Any = values
+        for part in path:
+            if not isinstance(inner, dict) or part not in inner:
+                break
+            if not isinstance(inner[part], dict):  # inside a list: the list goes
+                last = part
+                break
+            inner = inner[part]
+        if isinstance(inner, dict) and last in inner:
+            del inner[last]
+            removed = True
+    return removed
 
 
 def to_plain(instance: Any) -> Any:

@@ -4,14 +4,16 @@ Remote code is never run, nothing is resized or padded, and a student's weights 
 loaded is one `UserError` that names the model and the ways to attach it.
 """
 
+import hashlib
 import json
 import logging
 import math
 import os
 import socket
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import torch
@@ -24,6 +26,8 @@ from .errors import UserError
 from .hardware import Choice
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 ATTACHED = Path("/kaggle/input")
 """Where a notebook's attached models appear."""
@@ -51,10 +55,16 @@ def locate(name: str, role: str) -> str:
         raise UserError(
             f"{role} {name}: this folder holds {len(found) or 'no'} models (folders with a config.json). Expected one."
             + "".join(f"\n  - {path}" for path in found[:10])
-            + ("" if found else f"\n  It holds: {', '.join(sorted(p.name for p in folder.iterdir())[:10]) or 'nothing'}")
+            + (
+                ""
+                if found
+                else f"\n  It holds: {', '.join(sorted(p.name for p in folder.iterdir())[:10]) or 'nothing'}"
+            )
         )
     if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(f"{role} {name}: no such folder. Expected one with config.json.{_attached_models()}\n  {ATTACH}")
+        raise UserError(
+            f"{role} {name}: no such folder. Expected one with config.json.{_attached_models()}\n  {ATTACH}"
+        )
     same_name = [path for path in _models_below(ATTACHED) if path.name.lower() == name.rpartition("/")[2].lower()]
     if len(same_name) == 1:
         log.info("%s %s: using the attached folder %s", role, name, same_name[0])
@@ -82,6 +92,24 @@ def load_tokenizer(name: str, role: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_each(load: Callable[[str, str], T], names: Mapping[str, str]) -> dict[str, T]:
+    """`load(name, role)` for every role; what fails is told together.
+
+    Raises:
+        UserError: for all that could not be loaded.
+    """
+    found, problems = {}, []
+    for role, name in names.items():
+        try:
+            found[role] = load(name, role)
+        except UserError as error:
+            problems.append(str(error))
+    if problems:
+        told = "\n".join(problem.removesuffix(f"\n  {ATTACH}") for problem in problems)
+        raise UserError(f"{told}\n  {ATTACH}" if any(ATTACH in problem for problem in problems) else told)
+    return found
+
+
 def load_model(name: str, role: str, dtype: torch.dtype) -> nn.Module:
     """The model with its weights, on the CPU.
 
@@ -93,8 +121,8 @@ def load_model(name: str, role: str, dtype: torch.dtype) -> nn.Module:
     model, loading = _load(load, name, role, "weights", dtype=dtype, output_loading_info=True)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
-            f"{role} {name}: its weights lack {len(missing)} tensors of a {type(model).__name__}, such as {missing[0]}. "
-            "Expected all of them: is this a causal language model, and is the download complete?"
+            f"{role} {name}: its weights lack {len(missing)} tensors of a {type(model).__name__}, such as "
+            f"{missing[0]}. Expected all of them: is this a causal language model, and is the download complete?"
         )
     return model
 
@@ -112,6 +140,17 @@ def teacher_dtype(requested: str, device: torch.device, precision: str) -> Choic
         return Choice(torch.float32, "as the student")
     half = torch.bfloat16 if precision == "bf16" else torch.float16
     return Choice(half, "half the memory; frozen, so nothing is lost in updates")
+
+
+def fingerprint(model: nn.Module, values: bool = True) -> str:
+    """Hash that tells models apart: names and shapes of all parameters and, with `values`, a sample of each."""
+    total = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        total.update(f"{name} {tuple(parameter.shape)}".encode())
+        if values:
+            flat = parameter.detach().flatten()
+            total.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+    return total.hexdigest()
 
 
 def context_length(config: PretrainedConfig) -> float:
@@ -139,7 +178,7 @@ def model_card(base: str, init: str, teacher: str | None, data: list[str], repor
         for key, title in (("teacher", "teacher"), ("initial_student", "before training"), ("student", "this model"))
         if report.get(key)
     ]
-    how = f"distilled from the teacher `{teacher}`" if teacher else "trained without a teacher"
+    how = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
     start = "its own weights" if init == "pretrained" else "random weights"
     return "\n".join(
         [
@@ -151,8 +190,8 @@ def model_card(base: str, init: str, teacher: str | None, data: list[str], repor
             "",
             "# Student of a curriculum distillation",
             "",
-            f"The architecture and tokenizer of `{base}`, starting from {start}, {how}",
-            f"on {', '.join(f'`{name}`' for name in data)} in {report['run']['steps']:,} optimizer steps.",
+            f"The architecture and tokenizer of `{_public(base)}`, starting from {start}, {how}",
+            f"on {', '.join(f'`{_public(name)}`' for name in data)} in {report['run']['steps']:,} optimizer steps.",
             "",
             "| on held-out text | bits per byte | perplexity (own tokens) |",
             "|---|---|---|",
@@ -167,6 +206,11 @@ def model_card(base: str, init: str, teacher: str | None, data: list[str], repor
             "",
         ]
     )
+
+
+def _public(name: str) -> str:
+    """A hub id, or the last part of a local path: where a folder lies on this machine concerns nobody."""
+    return Path(name).name if Path(name).expanduser().exists() else name
 
 
 def _load(load: Any, name: str, role: str, what: Literal["config.json", "tokenizer", "weights"], **options: Any) -> Any:
@@ -187,7 +231,9 @@ def _unreachable(name: str, role: str, what: str, error: Exception, offline: boo
         )
     if Path(name).expanduser().is_dir():
         there = ", ".join(sorted(path.name for path in Path(locate(name, role)).iterdir())[:12])
-        hint = " A random start needs no weights: --student-init random." if (role, what) == ("student", "weights") else ""
+        hint = (
+            " A random start needs no weights: --student-init random." if (role, what) == ("student", "weights") else ""
+        )
         return UserError(f"{role} {name}: its {what} cannot be loaded. The folder holds: {there}.{hint}\n  {reason}")
     why = "the hub cannot be reached, and no copy is in the cache" if offline else reason
     return UserError(f"{role} {name}: its {what} cannot be loaded: {why}.{_attached_models()}\n  {ATTACH}")
@@ -198,12 +244,11 @@ def _attached_models() -> str:
     return "\n  Attached models: " + ", ".join(map(str, found[:10])) if found else ""
 
 
-@cache
 def _models_below(folder: Path) -> list[Path]:
-    """Folders with a config.json: the folder itself, or else those below it."""
+    """Folders with a config.json: the folder itself, or else those up to five levels below it."""
     if (folder / "config.json").is_file():
         return [folder]
-    return sorted(path.parent for path in folder.rglob("config.json")) if folder.is_dir() else []
+    return sorted(path.parent for depth in range(1, 6) for path in folder.glob("*/" * depth + "config.json"))
 
 
 @cache

@@ -1,6 +1,5 @@
 """The folder of a run: refused early when it cannot serve, and the record of what was run in it."""
 
-import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,7 +91,7 @@ def write_config(folder: Path, config: Mapping[str, Any], notes: Mapping[str, An
 
     The environment, and `notes` (what was decided and why), follow as comments.
     """
-    told = _as_yaml({"notes": dict(notes), "environment": {**hardware.describe(), "process": os.getpid()}})
+    told = _as_yaml({"notes": dict(notes), "environment": hardware.describe()})
     comments = "".join(f"# {line}\n" for line in told.splitlines())
     write_text(folder / CONFIG, f"{_as_yaml(dict(config))}\n{comments}")
 

@@ -21,7 +21,7 @@ from models.vocabulary import VocabularyMap
 
 STORIES = [
     "Once upon a time there was a little girl named Lily. She loved to play outside in the park.",
-    "One day, her mother said: \"Don't go there alone!\" But the girl went anyway, and there they were.",
+    'One day, her mother said: "Don\'t go there alone!" But the girl went anyway, and there they were.',
     "def there(x):\n    return x + 1\n\nThe function returns another number; the numbers are 10, 20 and 300.",
     "Ein kleines Mädchen ging über die Straße. Дети играли в парке. 子供たちは公園で遊んだ。",
 ]
@@ -110,6 +110,7 @@ def permuted(tokenizer: PreTrainedTokenizerFast, permutation: list[int]) -> PreT
     return _wrap(backend, **{name: token for name, token in names.items() if token is not None})
 
 
+@functools.cache
 def plain_bytes(tokenizer: PreTrainedTokenizerFast) -> dict[int, bytes]:
     """Bytes of every token that is not special, independent of the project's own table."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
@@ -125,6 +126,8 @@ def plain_bytes(tokenizer: PreTrainedTokenizerFast) -> dict[int, bytes]:
                 found[i] = token.encode()
         elif byte_level:
             found[i] = bytes(alphabet[c] for c in token)
+        elif spec["model"]["type"] == "WordPiece":  # a word begins with the space before it
+            found[i] = (token[2:] if token[:2] == "##" != token else " " * token[0].isalnum() + token).encode()
         elif '"ByteFallback"' in json.dumps(spec["decoder"]) and re.fullmatch("<0x..>", token):
             found[i] = bytes.fromhex(token[3:5])
         else:

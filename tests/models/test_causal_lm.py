@@ -1,0 +1,89 @@
+"""Body and head against the model's own logits, for every kind of head the library knows."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from models.causal_lm import body_states, check_head, head_logits, vocabulary_size
+from tests.models.tiny import tiny_llama
+
+SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+LLAMA = {**SHAPE, "intermediate_size": 32, "num_key_value_heads": 2, "initializer_range": 0.4, "pad_token_id": 0}
+GEMMA = {**LLAMA, "num_hidden_layers": 2, "head_dim": 8, "query_pre_attn_scalar": 8}
+
+
+def build(name: str) -> nn.Module:
+    configs = {
+        "Llama": LLAMA,
+        "tied Llama": LLAMA | {"tie_word_embeddings": True},
+        "GPT2": {"vocab_size": 40, "n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.4},
+        "GPTNeoX": SHAPE | {"intermediate_size": 32, "initializer_range": 0.4},
+        "Gemma2": GEMMA | {"final_logit_softcapping": 2.0},
+        "Cohere": LLAMA | {"logit_scale": 0.25},
+        "Granite": LLAMA | {"logits_scaling": 3.0},
+    }
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name.split()[-1]}Config")(**configs[name])
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", ["Llama", "tied Llama", "GPT2", "GPTNeoX", "Gemma2", "Cohere", "Granite"])
+@torch.no_grad()
+def test_head_of_body_is_the_models_own_logits(name):
+    model = build(name)
+    ids, mask = torch.randint(1, 40, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    own = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.allclose(head_logits(model, body_states(model, ids, mask)), own, atol=1e-5)
+    check_head(model, "student")
+    assert vocabulary_size(model) == 40
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Cohere", "Granite"])
+@torch.no_grad()
+def test_scale_and_cap_of_the_config_matter_in_these_models(name):
+    """Otherwise the test above would say nothing about them."""
+    model = build(name)
+    ids = torch.randint(1, 40, (1, 9))
+    states = body_states(model, ids, torch.ones_like(ids))
+    assert not torch.allclose(model.get_output_embeddings()(states), model(input_ids=ids).logits, atol=1e-2)
+
+
+@torch.no_grad()
+def test_right_padding_does_not_change_the_states_of_the_text():
+    for name in ("Llama", "GPT2", "GPTNeoX"):
+        model, ids = build(name), torch.randint(1, 40, (1, 6))
+        padded, mask = torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], 1), torch.ones(1, 10, dtype=torch.long)
+        mask[:, 6:] = 0
+        plain = body_states(model, ids, torch.ones_like(ids))
+        assert torch.allclose(body_states(model, padded, mask)[:, :6], plain, atol=1e-5)
+
+
+def test_a_model_with_logits_of_its_own_is_refused():
+    class Shifted(transformers.LlamaForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits.flip(-1)
+            return output
+
+    with pytest.raises(ValueError, match=r"the teacher \(Shifted\).*expected head"):
+        check_head(Shifted(tiny_llama(40).config), "teacher")
+
+
+def test_a_model_without_a_head_is_refused():
+    with pytest.raises(ValueError, match="no output embeddings"):
+        check_head(tiny_llama(40).model, "student")
+
+
+def test_the_check_leaves_the_training_mode_alone():
+    model = tiny_llama(40)
+    for mode in (True, False):
+        model.train(mode)
+        check_head(model, "student")
+        assert model.training is mode
+
+
+@torch.no_grad()
+def test_logits_of_a_half_head_are_float32_whatever_the_states():
+    model = tiny_llama(40).to(torch.bfloat16)
+    assert head_logits(model, torch.randn(3, 16)).dtype == torch.float32

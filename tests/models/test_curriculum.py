@@ -1,0 +1,104 @@
+"""Weights over the run."""
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from models.config import CurriculumConfig, LossConfig, Ramp, Term
+from models.curriculum import CurriculumScheduler, value_at
+
+REFERENCE = Path(__file__).parents[2] / "configs" / "reference_curriculum.yaml"
+
+
+def reference_scheduler(total_steps: int) -> CurriculumScheduler:
+    """The shipped file, read by hand."""
+    terms = {}
+    for name, term in yaml.safe_load(REFERENCE.read_text())["curriculum"].items():
+        weight = term["weight"]
+        if isinstance(weight, dict):
+            points = tuple((float(p), float(v)) for p, v in weight["points"])
+            weight = Ramp(points, weight.get("shape", "linear"))
+        terms[name] = Term(weight)
+    return CurriculumScheduler(CurriculumConfig(**terms), LossConfig(), total_steps)
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (4, {"kd": 0.7, "lm": 0.3, "feat": 0.0, "rel": 0.0, "attn": 0.0, "layer": 0.0, "contr": 0.0}),
+        (502, {"kd": 0.7, "lm": 0.3, "feat": 0.1, "rel": 0.0, "attn": 0.1, "layer": 0.017, "contr": 0.0}),
+        (1000, {"kd": 0.7, "lm": 0.3, "layer": 0.1}),
+    ],
+)
+def test_reference_curriculum_gives_the_reference_weights_to_three_decimals(step, expected):
+    weights = reference_scheduler(1000).weights(step)
+    assert {name: round(weights[name], 3) for name in expected} == expected
+
+
+@pytest.mark.parametrize("step", [400, 500, 600, 873])
+def test_reference_layer_weight_rises_linearly_from_40_percent(step):
+    assert reference_scheduler(1000).weights(step)["layer"] == pytest.approx(0.1 * (step - 400) / 600)
+
+
+def test_a_number_is_constant():
+    assert {value_at(0.25, p / 10) for p in range(11)} == {0.25}
+
+
+def test_linear_ramp_is_linear_and_constant_outside():
+    ramp = Ramp(((0.2, 1.0), (0.6, 3.0), (0.8, 0.0)))
+    found = [value_at(ramp, p) for p in (0.0, 0.2, 0.3, 0.4, 0.6, 0.7, 0.8, 1.0)]
+    assert found == pytest.approx([1.0, 1.0, 1.5, 2.0, 3.0, 1.5, 0.0, 0.0])
+
+
+def test_cosine_ramp_follows_half_a_cosine():
+    ramp = Ramp(((0.0, 1.0), (1.0, 5.0)), "cosine")
+    for p in (0.0, 0.1, 0.25, 0.5, 0.9, 1.0):
+        assert value_at(ramp, p) == pytest.approx(1 + 4 * (1 - math.cos(math.pi * p)) / 2)
+
+
+@given(
+    values=st.lists(st.floats(0, 10), min_size=2, max_size=5),
+    shape=st.sampled_from(["linear", "cosine"]),
+    where=st.lists(st.floats(0, 1), min_size=2, max_size=20),
+)
+def test_ramp_through_rising_values_rises_and_stays_between_them(values, shape, where):
+    values.sort()
+    ramp = Ramp(tuple((n / len(values), v) for n, v in enumerate(values)), shape)
+    found = [value_at(ramp, p) for p in sorted(where)]
+    assert all(a <= b + 1e-9 for a, b in pairwise(found))
+    assert values[0] <= min(found) and max(found) <= values[-1] + 1e-9
+
+
+def test_ramp_with_points_out_of_order_is_refused():
+    for points in ((), ((0.5, 1.0), (0.5, 2.0)), ((0.6, 1.0), (0.2, 2.0))):
+        with pytest.raises(ValueError, match="rising progress"):
+            Ramp(points)
+
+
+def test_temperatures_can_follow_a_ramp():
+    loss = LossConfig(temperature=Ramp(((0.0, 4.0), (1.0, 1.0))), span_temperature=2.0)
+    scheduler = CurriculumScheduler(CurriculumConfig(), loss, 100)
+    assert scheduler.scalars(0) == {"temperature": 4.0, "span_temperature": 2.0}
+    assert scheduler.scalars(50)["temperature"] == pytest.approx(2.5)
+
+
+def test_weights_are_a_pure_function_of_the_step_and_none_is_the_end():
+    scheduler = reference_scheduler(250)
+    forward = [scheduler.weights(s) for s in range(251)]
+    assert [scheduler.weights(s) for s in reversed(range(251))] == forward[::-1]
+    assert scheduler.weights(None) == scheduler.weights(250) == scheduler.weights(999)
+
+
+def test_a_term_is_ever_used_exactly_if_some_weight_is_not_zero():
+    used = {name: reference_scheduler(10).ever_used(name) for name in ("kd", "feat", "layer", "contr", "rel", "span")}
+    assert used == {"kd": True, "feat": True, "layer": True, "contr": False, "rel": False, "span": False}
+
+
+def test_a_run_without_steps_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        CurriculumScheduler(CurriculumConfig(), LossConfig(), 0)

@@ -1,0 +1,164 @@
+"""Two towers, one junction: who may import whom, and how large a file may be."""
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+TOWERS = ("models", "utils")
+LONGEST = 500
+"""Lines of a source file: it can be read in one sitting."""
+
+FLOORS = {
+    "models": [
+        {"config", "outputs"},
+        {"vocabulary", "alignment", "losses", "causal_lm", "curriculum", "projection"},
+        {"pairing", "teacher"},
+        {"distillation_framework"},
+    ],
+    "utils": [
+        {"errors", "atomic", "seeding"},
+        {"config", "hardware", "logs", "guards", "sources", "stopping", "meters"}
+        | {"checklist", "environment", "forecast"},
+        {"data", "checkpoints", "evaluation", "report", "quickstart", "pretrained", "command_line", "run_folder"},
+        {"training", "held_out", "preflight"},
+    ],
+}
+"""From the ground up. A module imports only from lower floors, or from its own as `WITHIN_A_FLOOR` tells."""
+
+WITHIN_A_FLOOR = {
+    ("models", "alignment", "vocabulary"),
+    ("models", "projection", "vocabulary"),
+}
+"""(tower, importer, imported) on one floor; `test_no_cycles` keeps these in order."""
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted(path for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py")
+
+
+def imports(path: Path) -> list[tuple[int, str]]:
+    """(level, module) of every import statement in a file, those inside functions included."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            if node.level and node.module is None:
+                found += [(node.level, alias.name) for alias in node.names]
+            else:
+                found.append((node.level, node.module))
+    return found
+
+
+def inner_imports(tower: str) -> dict[str, set[str]]:
+    """Module of a tower -> the modules of that tower it imports."""
+    return {
+        path.stem: {module.split(".")[0] for level, module in imports(path) if level == 1} for path in sources(tower)
+    }
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_a_tower_imports_itself_relatively_and_never_the_other(tower):
+    for path in sources(tower):
+        for level, module in imports(path):
+            assert level in (0, 1), f"{path.name} reaches out of its tower: {'.' * level}{module}"
+            assert level == 1 or module.split(".")[0] not in (*TOWERS, "curriculum_distillation", "train"), (
+                f"{path.name} imports {module}"
+            )
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_every_module_has_a_floor_and_imports_only_from_below(tower):
+    floor = {name: level for level, names in enumerate(FLOORS[tower]) for name in names}
+    graph = inner_imports(tower)
+    assert set(graph) <= set(floor), f"without a floor: {sorted(set(graph) - set(floor))}"
+    assert set(floor) <= set(graph), f"floors without a module: {sorted(set(floor) - set(graph))}"
+    for module, wanted in graph.items():
+        for other in wanted:
+            beside = (tower, module, other) in WITHIN_A_FLOOR and floor[other] == floor[module]
+            assert floor[other] < floor[module] or beside, f"{module} (floor {floor[module]}) imports {other}"
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+def test_no_cycles(tower):
+    graph = inner_imports(tower)
+    while graph:
+        free = {module for module, wanted in graph.items() if not wanted & set(graph)}
+        assert free, f"a cycle among {sorted(graph)}"
+        graph = {module: wanted for module, wanted in graph.items() if module not in free}
+
+
+def test_only_the_junctions_import_both_towers():
+    junctions = {"train.py", "verify_fixes.py"}
+    for path in sorted(ROOT.glob("*.py")):
+        met = {module.split(".")[0] for _, module in imports(path)} & set(TOWERS)
+        assert len(met) < 2 or path.name in junctions, f"{path.name} imports both towers"
+
+
+def test_every_source_file_tells_what_it_is_for_and_can_be_read_in_one_sitting():
+    for path in [*sources("models"), *sources("utils"), *ROOT.glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert ast.get_docstring(ast.parse(text)), f"{path.name} has no docstring"
+        assert len(text.splitlines()) <= LONGEST, f"{path.name} has {len(text.splitlines())} lines"
+
+
+def test_what_is_learned_touches_neither_files_nor_the_command_line():
+    """The cache of vocabulary maps is the one exception."""
+    for path in sources("models"):
+        modules = {module.split(".")[0] for _, module in imports(path)}
+        banned = {"argparse", "yaml", "json", "logging", "rich", "tqdm", "accelerate", "datasets"}
+        if path.stem != "vocabulary":
+            banned |= {"os", "pathlib", "shutil", "tempfile"}
+            calls = re.search(r"(?<![.\w])(open|print)\(", path.read_text(encoding="utf-8"))
+            assert calls is None, f"{path.name} calls {calls and calls[0]}"
+        elif modules & {"json"}:
+            banned -= {"json"}  # a tokenizer describes itself in JSON
+        assert not modules & banned, f"{path.name} imports {sorted(modules & banned)}"
+
+
+def test_every_third_party_import_is_a_declared_dependency():
+    import configparser
+
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    declared = {re.split(r"[<>=\[]", line)[0].lower() for line in setup["options"]["install_requires"].split()}
+    packages = importlib.metadata.packages_distributions()
+    brought_along = {"tokenizers", "huggingface_hub", "pyarrow", "packaging"}  # by transformers and datasets
+    for path in [*sources("models"), *sources("utils"), ROOT / "train.py"]:
+        for level, module in imports(path):
+            top = module.split(".")[0]
+            if level or top in sys.stdlib_module_names or top in TOWERS or top in brought_along:
+                continue
+            names = {name.lower() for name in packages.get(top, [top])}
+            assert names & declared, f"{path.name} imports {top}, which setup.cfg does not ask for"
+
+
+def test_an_installation_has_one_name_and_leaks_no_models_or_utils(tmp_path):
+    pytest.importorskip("setuptools", reason="setuptools builds the package; pip fetches it elsewhere")
+    source, target = tmp_path / "source", tmp_path / "installed"
+    source.mkdir()
+    for name in ("models", "utils"):
+        (source / name).mkdir()
+        for path in (ROOT / name).glob("*.py"):
+            (source / name / path.name).write_bytes(path.read_bytes())
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE"):
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    (source / "README.md").write_text("readme")
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
+    subprocess.run([*pip, "--target", str(target), str(source)], check=True, capture_output=True)
+    assert {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")} == {
+        "curriculum_distillation"
+    }
+    code = (
+        "import importlib, pkgutil, curriculum_distillation.models as m, curriculum_distillation.utils as u;"
+        "[importlib.import_module(f'{p.__name__}.{i.name}') for p in (m, u) for i in pkgutil.iter_modules(p.__path__)]"
+    )
+    environment = {"PYTHONPATH": str(target), "PATH": "", "HF_HUB_OFFLINE": "1", "MPLCONFIGDIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

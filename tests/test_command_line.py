@@ -1,0 +1,292 @@
+"""The command line is a contract: its surface is frozen here, and every shipped recipe parses."""
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from models.curriculum import CurriculumScheduler
+from utils import command_line, pretrained
+from utils.config import find_config, load_yaml, to_plain
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
+
+SURFACE = {
+    "--help": "-h",
+    "--config": "NAME|PATH",
+    "--set": "KEY=VALUE",
+    "--teacher": "ID|DIR",
+    "--student": "ID|DIR",
+    "--student-init": "pretrained|random",
+    "--train-data": "ID|PATH",
+    "--eval-data": "ID|PATH",
+    "--max-length": "N",
+    "--document-separator": "S",
+    "--batch-size": "N",
+    "--gradient-accumulation-steps": "N",
+    "--epochs": "N",
+    "--max-steps": "N",
+    "--learning-rate": "X",
+    "--mixed-precision": "auto|no|fp16|bf16",
+    "--seed": "N",
+    "--max-hours": "H",
+    "--temperature": "T",
+    "--top-k": "K",
+    "--output-dir": "DIR",
+    "--resume": "auto|never|PATH",
+    "--no-resume": None,
+    "--log-every": "N",
+    "--eval-every": "N",
+    "--save-every": "N",
+}
+
+PAIR = ["--config", "quickstart", "--teacher", "a", "--student", "b", "--train-data", "c.txt"]
+
+
+def configured(*words: str) -> train.RunConfig:
+    return train.configure([*PAIR, *words])[0]
+
+
+def refused(*words: str) -> str:
+    with pytest.raises(UserError) as raised:
+        configured(*words)
+    return str(raised.value)
+
+
+def test_the_surface_is_frozen():
+    found = {
+        next(option for option in action.option_strings if option.startswith("--")): (
+            "-h" if "-h" in action.option_strings else action.metavar
+        )
+        for action in command_line.parser()._actions
+    }
+    assert found == SURFACE
+
+
+def test_help_is_grouped_and_names_every_flag():
+    text = command_line.parser().format_help()
+    for group in ("recipe:", "models:", "data:", "training:", "distillation:", "run:"):
+        assert f"\n{group}" in text
+    for flag in SURFACE:
+        assert flag in text
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--student-init", "random"], "student.init", "random"),
+        (["--eval-data", "e"], "data.eval", "e"),
+        (["--max-length", "64"], "data.max_length", 64),
+        (["--document-separator", "---"], "data.document_separator", "---"),
+        (["--batch-size", "3"], "training.batch_size", 3),
+        (["--gradient-accumulation-steps", "5"], "training.gradient_accumulation_steps", 5),
+        (["--epochs", "2"], "training.epochs", 2),
+        (["--max-steps", "7"], "training.max_steps", 7),
+        (["--learning-rate", "1e-5"], "training.learning_rate", 1e-5),
+        (["--mixed-precision", "no"], "training.mixed_precision", "no"),
+        (["--seed", "9"], "training.seed", 9),
+        (["--max-hours", "0.5"], "training.max_hours", 0.5),
+        (["--temperature", "2"], "loss.temperature", 2.0),
+        (["--top-k", "16"], "loss.top_k", 16),
+        (["--output-dir", "o"], "output_dir", "o"),
+        (["--resume", "path/to"], "resume", "path/to"),
+        (["--no-resume"], "resume", "never"),
+        (["--log-every", "11"], "logging.every", 11),
+        (["--eval-every", "12"], "evaluation.every", 12),
+        (["--save-every", "13"], "training.save_every", 13),
+        (["--set", "curriculum.kd.weight=0", "curriculum.lm.weight=1"], "curriculum.kd.weight", 0.0),
+        (["--teacher", "123"], "teacher.name", "123"),
+    ],
+)
+def test_every_flag_sets_its_key(words, key, value):
+    found = configured(*words)
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value and type(found) is type(value)
+
+
+def test_underscores_are_dashes_in_flags_and_stay_in_values():
+    found = configured("--batch_size", "3", "--eval_data=my_file.txt", "--output-dir", "my_run")
+    assert (found.training.batch_size, found.data.eval, found.output_dir) == (3, "my_file.txt", "my_run")
+
+
+def test_several_sources_and_several_settings():
+    found = configured("--train-data", "a", "b", "--set", "training.seed=1", "--set", "training.epochs=2")
+    assert found.data.train == ["c.txt", "a", "b"] and (found.training.seed, found.training.epochs) == (1, 2)
+
+
+def test_epochs_on_the_command_line_overrule_the_steps_of_a_recipe(tmp_path):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("student: {name: s}\nteacher: {name: t}\ndata: {train: [x]}\ntraining: {max_steps: 5}\n")
+    assert train.configure(["--config", str(recipe)])[0].training.max_steps == 5
+    assert train.configure(["--config", str(recipe), "--epochs", "2"])[0].training.max_steps is None
+    assert train.configure(["--config", str(recipe), "--epochs", "2", "--max-steps", "3"])[0].training.max_steps == 3
+    assert train.configure(["--config", str(recipe)])[0].output_dir == "runs/own"
+
+
+def test_unknown_flags_are_all_reported_with_the_nearest_known_one():
+    message = refused("--batchsize", "3", "--teachr=x", "--zzzz")
+    assert "did you mean --batch-size?" in message and "did you mean --teacher?" in message and "--zzzz" in message
+
+
+def test_wrong_values_of_flags_and_settings_are_reported_together():
+    message = refused(
+        "--batch-size", "many", "--temperature", "0", "--top-k", "0", "--set", "curriculum.kd.weight=-1", "traning.x=1"
+    )
+    for part in ("training.batch_size", "'many'", "temperature", "loss.top_k", "kd.weight", "traning"):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--set", "curriculum.kd.weight=0", "curriculum.lm.weight=0"], "nothing to learn from"),
+        (["--set", "loss.temperature={points: [[0, 2], [1, 0]]}"], "greater than 0"),
+        (["--set", "teacher.name=null"], "no teacher"),
+        (["--set", "student.name=null"], "no student"),
+        (["--set", "data.train=[]"], "no training data"),
+        (["--set", "training.patience=2"], "--eval-every"),
+        (["--no-resume", "--resume", "auto"], "contradicts"),
+        (["--batch-size"], "expected one argument"),
+        (["--config", "quikstart"], "did you mean quickstart"),
+        (["--set", "nothing"], "dotted.key=value"),
+    ],
+)
+def test_contradictions_are_refused(words, message):
+    assert message in refused(*words)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_every_shipped_recipe_is_valid_and_survives_being_written_down(recipe):
+    config, _ = train.configure(["--config", recipe.stem])
+    again = train.build(train.RunConfig, to_plain(config), source="itself")
+    assert again == config and config.output_dir == f"runs/{recipe.stem}"
+
+
+def test_the_reference_curriculum_is_the_reference_table():
+    config = train.configure(["--config", "reference_curriculum"])[0]
+    scheduler = CurriculumScheduler(config.curriculum, config.loss, 1000)
+    early, middle = scheduler.weights(4), scheduler.weights(502)
+    table = {"kd": (0.7, 0.7), "lm": (0.3, 0.3), "feat": (0, 0.1), "attn": (0, 0.1), "layer": (0, 0.017)}
+    for name in early:
+        assert (round(early[name], 3), round(middle[name], 3)) == table.get(name, (0, 0)), name
+    assert scheduler.weights(None)["layer"] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("cuda", [False, True])
+def test_the_default_recipe_depends_on_the_gpu_and_says_so(monkeypatch, cuda):
+    choice = train.hardware.Choice(torch.device("cuda" if cuda else "cpu"), "the reason")
+    monkeypatch.setattr(train.hardware, "choose_device", lambda: choice)
+    config, told = train.configure([])
+    assert config.teacher.name == ("Qwen/Qwen2.5-1.5B" if cuda else "quickstart")
+    assert ("kaggle_p100" if cuda else "quickstart") in told and "the reason" in told
+
+
+def test_a_user_mistake_exits_2_with_a_message_and_no_traceback(capsys):
+    assert train.main(["--batchsize", "3"]) == 2
+    said = capsys.readouterr()
+    assert "did you mean --batch-size?" in said.out + said.err
+    assert "Traceback" not in said.out + said.err
+
+
+def test_help_exits_0(capsys):
+    with pytest.raises(SystemExit) as left:
+        train.main(["--help"])
+    assert left.value.code == 0 and "--gradient-accumulation-steps" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ found before anything is loaded
+
+
+def test_a_file_where_the_folder_should_be_is_refused(tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    assert train.main([*PAIR, "--output-dir", str(tmp_path / "file" / "run")]) == 2
+    assert "is a file" in capsys.readouterr().out
+
+
+def test_the_folder_of_a_run_with_other_settings_is_refused_with_what_differs(tmp_path, capsys):
+    config = configured("--output-dir", str(tmp_path))
+    train.run_folder.write_config(tmp_path, to_plain(config), {})
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert load_yaml(tmp_path / "config.yaml") == to_plain(config)
+    assert train.main([*PAIR, "--output-dir", str(tmp_path), "--seed", "5"]) == 2
+    said = capsys.readouterr().out
+    assert f"training.seed: {config.training.seed} -> 5" in said and "--output-dir" in said
+    assert train.main([*PAIR, "--output-dir", str(tmp_path), "--no-resume"]) == 2
+    assert "--resume auto" in capsys.readouterr().out
+
+
+def test_settings_that_change_nothing_may_differ_on_resume(tmp_path):
+    config = configured("--output-dir", str(tmp_path))
+    train.run_folder.write_config(tmp_path, to_plain(config), {})
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    other = replace(config, training=replace(config.training, save_every=7, max_hours=1.0), resume="x")
+    train.run_folder.check(tmp_path, to_plain(other), "auto")
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "/no/such/folder", "./none"])
+def test_a_missing_model_folder_is_named_with_ways_to_attach_it(name):
+    with pytest.raises(UserError, match=re.escape(name)) as raised:
+        pretrained.load_tokenizer(name, "teacher")
+    assert "/kaggle/input" in str(raised.value)
+
+
+def test_an_unreachable_model_is_one_message(monkeypatch):
+    monkeypatch.setattr(pretrained, "hub_is_reachable", lambda: False)
+    with pytest.raises(UserError, match=r"Qwen/Qwen2\.5-1\.5B") as raised:
+        pretrained.load_config("Qwen/Qwen2.5-1.5B", "teacher")
+    assert "HF_HUB_OFFLINE" in str(raised.value)
+
+
+def test_models_that_cannot_be_reached_are_one_message_that_names_both(monkeypatch):
+    monkeypatch.setattr(pretrained, "hub_is_reachable", lambda: False)
+    with pytest.raises(UserError) as raised:
+        pretrained.load_each(pretrained.load_tokenizer, {"student": "own/small", "teacher": "own/large"})
+    message = str(raised.value)
+    assert "student own/small" in message and "teacher own/large" in message
+    assert message.count("To attach a model") == 1
+
+
+def test_an_attached_model_is_found_below_its_folder_and_by_the_name_of_a_hub_id(tmp_path, monkeypatch):
+    model = tmp_path / "Qwen2.5-1.5B"
+    (model / "transformers" / "1").mkdir(parents=True)
+    (model / "transformers" / "1" / "config.json").write_text("{}")
+    assert pretrained.locate(str(model), "teacher") == str(model / "transformers" / "1")
+    (model / "config.json").write_text("{}")
+    monkeypatch.setattr(pretrained, "ATTACHED", tmp_path)
+    assert pretrained.locate("Qwen/qwen2.5-1.5b", "teacher") == str(model)
+    shutil.rmtree(model / "transformers")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds 2 models"):
+        pretrained.locate(str(tmp_path), "teacher")
+
+
+def test_a_model_that_needs_its_own_code_is_refused_and_the_code_never_runs(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
+    (tmp_path / "own.py").write_text("raise SystemExit('this code ran')")
+    with pytest.raises(UserError, match="never run"):
+        pretrained.load_config(str(tmp_path), "teacher")
+
+
+def test_a_folder_without_weights_says_how_to_start_at_random(tmp_path):
+    from transformers import LlamaConfig
+
+    shape = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    LlamaConfig(**shape, num_attention_heads=2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="--student-init random"):
+        pretrained.load_model(str(tmp_path), "student", torch.float32)
+    model = pretrained.random_model(pretrained.load_config(str(tmp_path), "student"))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_a_recipe_is_found_for_every_name_the_help_mentions():
+    told = " ".join(command_line.parser().format_help().split())
+    for name in re.findall(r"default: (\w+) without a GPU, (\w+) with one", told)[0]:
+        assert find_config(name).is_file()

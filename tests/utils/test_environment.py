@@ -1,0 +1,71 @@
+"""Demands of installed packages that are not met, and which of them matter."""
+
+import pytest
+
+from utils.environment import (
+    Package,
+    find_conflicts,
+    installed_packages,
+    own_requirements,
+    python_is_supported,
+    supported_python,
+)
+
+INSTALLED = [
+    Package("Torch_Like", "2.10.0+cu128", ("numpy>=1.17", 'gpu-kernels==1; sys_platform == "nowhere"')),
+    Package("reader", "4.0", ('fsspec[http]<=2025.9,>=2023.1; python_version >= "3"', 'audio; extra == "audio"')),
+    Package("fsspec", "2025.12", ('aio>=3; extra == "http"', 'cloud>9; extra == "cloud"')),
+    Package("aio", "2.0"),
+    Package("numpy", "2.4.6"),
+    Package("google-colab", "1.0", ("numpy<2", "pandas==2.2.2", "not a requirement !!")),
+]
+
+
+def conflicts(*requirements: str, packages=INSTALLED) -> dict[str, bool]:
+    return {str(conflict): conflict.harmful for conflict in find_conflicts(requirements, packages)}
+
+
+def test_only_demands_of_packages_that_training_loads_are_harmful():
+    found = conflicts("torch-like>=2.6", "reader")
+    assert found == {
+        "reader wants fsspec<=2025.9,>=2023.1, 2025.12 is installed": True,
+        "fsspec wants aio>=3, 2.0 is installed": True,  # the extra that reader asks for
+        "google-colab wants numpy<2, 2.4.6 is installed": False,
+        "google-colab wants pandas==2.2.2, it is not installed": False,
+    }
+    assert list(found.values()) == sorted(found.values(), reverse=True), "harmful ones come first"
+
+
+def test_what_is_not_loaded_is_harmless_and_its_extras_are_not_asked_for():
+    found = conflicts("numpy")
+    assert not any(found.values())
+    assert "fsspec wants aio>=3, 2.0 is installed" not in found
+
+
+def test_own_requirements_are_checked_too_where_they_apply():
+    assert conflicts(
+        "torch-like>=2.11", 'elsewhere; sys_platform == "nowhere"', "missing>=1", packages=INSTALLED[:1]
+    ) == {
+        "needed: torch-like>=2.11, 2.10.0+cu128 is installed": True,
+        "needed: missing>=1, it is not installed": True,
+        "Torch_Like wants numpy>=1.17, it is not installed": True,
+    }
+
+
+def test_two_packages_that_need_each_other_are_no_endless_loop():
+    pair = [Package("a", "1", ("b",)), Package("b", "1", ("a[x]",))]
+    assert conflicts("a", packages=pair) == {}
+
+
+def test_this_environment_meets_the_requirements_of_setup_cfg():
+    names = {package.name.lower() for package in installed_packages()}
+    assert {"torch", "transformers"} <= names
+    assert [line for line in own_requirements() if line.startswith("torch>=")]
+    assert not [c for c in find_conflicts(own_requirements(), installed_packages()) if not c.package]
+    assert python_is_supported() and supported_python().startswith(">=")
+
+
+@pytest.mark.parametrize("text, supported", [(">=3.10", True), (">=3.99", False)])
+def test_python_is_compared_with_what_setup_cfg_admits(text, supported, monkeypatch):
+    monkeypatch.setattr("utils.environment.supported_python", lambda: text)
+    assert python_is_supported() is supported

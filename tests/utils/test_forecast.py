@@ -1,0 +1,76 @@
+"""The forecast of memory and disk against figures that are known."""
+
+import pytest
+import torch
+from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+from utils.forecast import Shape, disk, free_disk, largest, training_memory
+
+QWEN = Qwen2Config(
+    vocab_size=151_936,
+    hidden_size=1536,
+    intermediate_size=8960,
+    num_hidden_layers=28,
+    num_attention_heads=12,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
+SMOLLM = LlamaConfig(
+    vocab_size=49_152,
+    hidden_size=960,
+    intermediate_size=2560,
+    num_hidden_layers=32,
+    num_attention_heads=15,
+    num_key_value_heads=5,
+    tie_word_embeddings=True,
+)
+
+
+@pytest.fixture(scope="module")
+def shapes():
+    return Shape.of(SMOLLM), Shape.of(QWEN)
+
+
+def forecast(shapes, tokens=1024, precision="fp16") -> dict[str, int]:
+    options = {"precision": precision, "teacher_dtype": torch.float16, "teacher_logits": 2**24}
+    return training_memory(*shapes, tokens=tokens, **options)
+
+
+def test_parameters_are_counted_as_published_and_tied_ones_once(shapes):
+    assert [shape.parameters for shape in shapes] == [361_821_120, 1_543_714_304]
+
+
+def test_a_model_that_names_its_sizes_otherwise_is_understood():
+    shape = Shape.of(GPT2Config(n_embd=64, n_layer=3, n_head=2, vocab_size=100))
+    assert (shape.hidden, shape.intermediate, shape.layers, shape.vocabulary) == (64, 256, 3, 100)
+
+
+def test_the_recipe_for_16_gb_fits_and_four_times_its_tokens_do_not(shapes):
+    assert 9 < sum(forecast(shapes).values()) / 2**30 < 15.5
+    assert sum(forecast(shapes, tokens=8192).values()) / 2**30 > 16
+
+
+def test_float32_training_of_the_weights_costs_16_bytes_a_parameter(shapes):
+    parts = forecast(shapes, precision="no")
+    fixed = sum(parts[name] for name in ("student weights", "gradients", "optimizer"))
+    assert fixed == 16 * shapes[0].parameters
+
+
+def test_without_a_teacher_nothing_is_counted_for_it(shapes):
+    assert not [name for name in forecast((shapes[0], None)) if name.startswith("teacher")]
+
+
+def test_a_checkpoint_is_12_bytes_a_parameter_and_small_text_is_not_written(shapes):
+    student = shapes[0]
+    parts = disk(student, checkpoints=3, text_bytes=1000, in_memory=1000)
+    assert parts == {"checkpoints": 36 * student.parameters, "student": 4 * student.parameters, "windows": 0}
+    twice = disk(student, checkpoints=3, text_bytes=1001, runs=2, in_memory=1000)
+    assert twice["checkpoints"] == 2 * parts["checkpoints"] and twice["windows"] > 1000
+
+
+def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
+    assert free_disk(tmp_path / "a" / "b") == pytest.approx(free_disk(tmp_path), rel=0.05)
+
+
+def test_the_largest_parts_are_named_and_empty_ones_are_not():
+    assert largest({"a": 2**30, "b": 3 * 2**30, "c": 0}) == "4 GiB (b 3, a 1)"

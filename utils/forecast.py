@@ -1,0 +1,120 @@
+"""How much memory and disk a run will take: plain sums, to find out in a second what would fail after an hour.
+
+The factors were measured on the reference losses of `models/` with Llama-like models (torch 2.13): the peak of a
+training step is 6 float32 copies of the student's logits, and a layer keeps 17 hidden and 4 intermediate widths
+per token for its gradient. Expect the truth within a third for other architectures.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+RUNTIME = 700 * 2**20
+"""Bytes of CUDA context and kernels, or of Python with its libraries."""
+LOGIT_COPIES = 6
+"""Float32 copies of the supervised logits [tokens, vocabulary] at the peak of a step."""
+HIDDEN_KEPT, INTERMEDIATE_KEPT = 17, 4
+"""Widths that a layer keeps per token for the backward pass."""
+TEACHER_COPIES = 4
+"""Float32 copies of the teacher's chunk of logits."""
+WINDOW_BYTES_PER_TEXT_BYTE = 9
+"""Tokenised windows of both models in the cache of `datasets`."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a causal language model."""
+
+    parameters: int
+    hidden: int
+    intermediate: int
+    layers: int
+    vocabulary: int
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> "Shape":
+        """From a model's config; no weights are read or allocated."""
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        text = config.get_text_config()
+        return cls(
+            parameters=sum(p.numel() for p in model.parameters()),
+            hidden=text.hidden_size,
+            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            layers=text.num_hidden_layers,
+            vocabulary=model.get_output_embeddings().weight.shape[0],
+        )
+
+
+def training_memory(
+    student: Shape,
+    teacher: Shape | None,
+    *,
+    tokens: int,
+    precision: str,
+    teacher_dtype: torch.dtype,
+    teacher_logits: int,
+) -> dict[str, int]:
+    """Bytes at the peak of a training step, by what holds them.
+
+    Args:
+        tokens: per forward pass (windows times their length).
+        precision: `no`, `fp16` or `bf16`.
+        teacher_dtype: of the teacher's weights.
+        teacher_logits: elements of the teacher's logits that are in memory at a time, at most.
+    """
+    width = 4 if precision == "no" else 2
+    kept = HIDDEN_KEPT * student.hidden + INTERMEDIATE_KEPT * student.intermediate
+    parts = {
+        "student weights": student.parameters * (4 if precision == "no" else 6),  # autocast keeps half copies
+        "gradients": student.parameters * 4,
+        "optimizer": student.parameters * 8,
+        "student activations": tokens * student.layers * kept * width,
+        "student logits": tokens * student.vocabulary * 4 * LOGIT_COPIES,
+    }
+    if teacher is not None:
+        bytes_each = torch.finfo(teacher_dtype).bits // 8
+        chunk = max(teacher.vocabulary, min(tokens * teacher.vocabulary, teacher_logits))
+        passing = tokens * (HIDDEN_KEPT * teacher.hidden + INTERMEDIATE_KEPT * teacher.intermediate) * bytes_each
+        parts["teacher weights"] = teacher.parameters * bytes_each
+        parts["teacher logits"] = chunk * 4 * TEACHER_COPIES + passing
+    return parts | {"runtime": RUNTIME}
+
+
+def disk(student: Shape, *, checkpoints: int, text_bytes: int, runs: int = 1, in_memory: int = 0) -> dict[str, int]:
+    """Bytes that a run writes, by what they are.
+
+    Args:
+        checkpoints: most that exist at a time.
+        text_bytes: of the training text.
+        runs: how many students are trained (2 with a comparison without the teacher).
+        in_memory: up to so many bytes of text, windows are not written.
+    """
+    return {
+        "checkpoints": student.parameters * 12 * checkpoints * runs,  # weights and two moments of AdamW
+        "student": student.parameters * 4,
+        "windows": text_bytes * WINDOW_BYTES_PER_TEXT_BYTE if text_bytes > in_memory else 0,
+    }
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a process can still take on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is, or will be."""
+    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+
+
+def largest(parts: dict[str, int], count: int = 3) -> str:
+    """The total and its largest parts, such as `5.2 GiB (student logits 2.1, ...)`."""
+    top = sorted(parts.items(), key=lambda part: -part[1])[:count]
+    named = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in top if size)
+    return f"{sum(parts.values()) / 2**30:.3g} GiB ({named})"

@@ -1,0 +1,130 @@
+"""The text nobody trains on, and everything that is measured on it: before, during and after training.
+
+Models and batches are handed in; a batch has `scored(side)` -> (ids, mask, labels), `bytes` and `to(device)`,
+and both sides (`student`, `teacher`) of it score the same bytes of text.
+"""
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from . import evaluation
+from .atomic import write_json
+from .config import EvaluationConfig
+
+log = logging.getLogger(__name__)
+
+METRICS = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
+START = "baseline_evaluation.json"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The evaluation text of a run."""
+
+    config: EvaluationConfig
+    accelerator: Any
+    windows: Sequence[dict]
+    documents: list[str]
+    collate: Callable[[list[dict]], Any]
+    tokenizers: Mapping[str, Any]
+    """For `student` and `teacher`."""
+    batch_size: int
+
+    def batches(self) -> Iterator[Any]:
+        """This process's share of the windows."""
+        mine = range(self.accelerator.process_index, len(self.windows), self.accelerator.num_processes)
+        for start in range(0, len(mine), self.batch_size):
+            yield self.collate([self.windows[i] for i in mine[start : start + self.batch_size]])
+
+    def score(self, model: nn.Module, side: str) -> dict[str, Any]:
+        """Metrics of a model, over all processes.
+
+        The student computes in float32; of a large teacher a float32 copy may not fit, only its loss is float32.
+        """
+        batches = ((*batch.scored(side), int(batch.bytes.sum())) for batch in self.batches())
+        device = self.accelerator.device
+        return evaluation.evaluate(model, batches, device, self.accelerator, float32=side == "student")
+
+    def describe(self, model: nn.Module, side: str) -> dict[str, Any]:
+        """Metrics, number of parameters and dtype of a model."""
+        return self.score(model, side) | evaluation.describe_model(model)
+
+    def beginnings(self) -> list[str]:
+        """Beginnings of documents spread over the text: the prompts of the samples."""
+        tokenizer, count = self.tokenizers["student"], min(self.config.samples, len(self.documents))
+        chosen = [self.documents[i * len(self.documents) // count][:2000] for i in range(count)]
+        ids = [tokenizer(text, add_special_tokens=False)["input_ids"][: self.config.prompt_tokens] for text in chosen]
+        return [tokenizer.decode(row) for row in ids]
+
+    def continuations(self, model: nn.Module, side: str) -> list[str]:
+        """How a model goes on from each of the beginnings."""
+        tokenizer = self.tokenizers[side]
+        start = evaluation.start_token(tokenizer)
+        lead = [] if start is None else [start]
+        prompts = [lead + tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.beginnings()]
+        new_tokens = self.config.new_tokens
+        return evaluation.generate_samples(model, tokenizer, prompts, new_tokens, float32=side == "student")
+
+    def measure_start(self, student: nn.Module, teacher: nn.Module | None, folder: Path) -> dict[str, Any]:
+        """Teacher and untrained student, metrics and samples.
+
+        Measured once a run and kept in `folder`, so that a resumed run has what its first session measured.
+        """
+        file = folder / START
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+        measured: dict[str, Any] = {"samples": {"prompt": self.beginnings()}}
+        for key, side, model in (("teacher", "teacher", teacher), ("initial_student", "student", student)):
+            if model is None:
+                continue
+            measured[key] = self.describe(model, side)
+            measured["samples"][key] = self.continuations(model, side)
+            log.info("%s: %.4f bits per byte on held-out text", key.replace("_", " "), measured[key]["bits_per_byte"])
+        if self.accelerator.is_main_process:
+            write_json(file, measured)
+        self.accelerator.wait_for_everyone()
+        return measured
+
+    def results(
+        self,
+        student: nn.Module,
+        start: Mapping[str, Any],
+        compare: Callable[[Any], dict[str, float]],
+        without_teacher: nn.Module | None,
+    ) -> dict[str, Any]:
+        """The models' part of evaluation_report.json.
+
+        Args:
+            student: after training.
+            start: from `measure_start`.
+            compare: batch -> agreement of student and teacher (see `evaluation.compare`); not used without a teacher.
+            without_teacher: the same student trained without the teacher, if there is one.
+        """
+        found = {key: start[key] for key in ("teacher", "initial_student") if key in start}
+        samples = dict(start["samples"])
+        for key, model in (("student", student), ("baseline", without_teacher)):
+            if model is not None:
+                found[key] = self.describe(model, "student")
+                samples[key] = self.continuations(model, "student")
+        if "teacher" in found:
+            device = self.accelerator.device
+            with evaluation.float32_evaluation(student):
+                agreement = evaluation.compare(
+                    lambda batch: compare(batch.to(device)), self.batches(), self.accelerator
+                )
+            found["retention"] = evaluation.retention(
+                found["student"], found["teacher"], found["initial_student"], agreement
+            )
+        found["samples"] = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
+        return found
+
+
+def metrics_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics in a record or in a model's part of a report."""
+    return {key: record[key] for key in METRICS}

@@ -1,0 +1,238 @@
+"""Checks of a machine and of a run's set-up, before anything is trained. What needs the losses is in verify_fixes.py.
+
+`job` below is what a run is prepared to: `windows` to train on, `held_out` text, and its `config`.
+"""
+
+import copy
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.modeling_outputs import CausalLMOutput
+
+from . import data, environment, evaluation, forecast, hardware, pretrained, run_folder
+from .checklist import check
+from .config import to_plain
+
+SHOWN = ("torch", "transformers", "accelerate", "datasets")
+"""Packages whose versions are printed."""
+MOST_WINDOWS = 4_000
+"""So many windows go through the loader."""
+REPRESENTATIVE = 2
+"""Layers of a student that a fresh one is built with: enough to see how its loss starts."""
+LARGEST_BUILT = 2e8
+"""Parameters; larger models are not loaded or built for a check."""
+
+# ------------------------------------------------------------------------------------------- machine
+
+
+@check("Python and packages", "install the project's requirements: pip install -c constraints.txt -e .")
+def versions() -> tuple:
+    packages, wanted = environment.installed_packages(), environment.own_requirements()
+    unmet = [str(conflict) for conflict in environment.find_conflicts(wanted, packages) if not conflict.package]
+    found = {package.name.lower(): package.version for package in packages}
+    value = "; ".join(unmet) or ", ".join(f"{name} {found[name]}" for name in SHOWN)
+    floors = ", ".join(demand for demand in wanted if demand.startswith(SHOWN))
+    allowed = f"Python {environment.supported_python()}, {floors}"
+    return f"Python {platform.python_version()}, {value}", allowed, environment.python_is_supported() and not unmet
+
+
+@check("package conflicts", "install the versions that are wanted, or use a fresh virtual environment")
+def conflicts() -> tuple:
+    found = environment.find_conflicts(environment.own_requirements(), environment.installed_packages())
+    harmful, harmless = ([c for c in found if c.harmful is harm] for harm in (True, False))
+    value = "; ".join(map(str, harmful)) or "none that matters to training"
+    if harmless:
+        more = f" and {len(harmless) - 4} more" if len(harmless) > 4 else ""
+        value += f"; harmless, training does not load who wants it: {'; '.join(map(str, harmless[:4]))}{more}"
+    return value, "no harmful one", not harmful
+
+
+@check("device and kernels", "hide the GPU with CUDA_VISIBLE_DEVICES= to run on the CPU")
+def kernels() -> tuple:
+    remedy, device = hardware.check_kernels(), hardware.choose_device()
+    return f"{device.value}: {device.reason}", "a first matrix product succeeds", remedy is None, remedy or ""
+
+
+@check("precision", "set --mixed-precision no and report the device")
+def precision(setup: "SetUp") -> tuple:
+    device = hardware.choose_device().value
+    choice = hardware.choose_precision(setup.config.training.mixed_precision, device)
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice.value]
+    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
+    off = ((a.to(device, dtype) @ b.to(device, dtype)).cpu().float() - a @ b).norm() / (a @ b).norm()
+    return f"{choice.value} ({choice.reason}); a product is off by {off:.1e}", "below 1e-2", off < 1e-2
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+
+
+class _HandMade(nn.Module):
+    """Predicts its input's successor with probability 1/2 after token 0, and with 1/8 after token 1."""
+
+    def forward(self, input_ids: Tensor, **_: Any) -> Any:
+        p = torch.tensor([[0.5, 0.5 / 8], [0.125, 0.875 / 8]])[input_ids]
+        logits = torch.cat([p[..., :1], p[..., 1:].expand(*p.shape[:-1], 8)], -1).log()
+        return CausalLMOutput(logits=logits)
+
+
+@check("perplexity by tokens", "perplexity is a mean of batch means: it depends on how text is cut into batches")
+def weighted_perplexity() -> tuple:
+    rows = [torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)]
+    batches = [(ids, torch.ones_like(ids), torch.zeros_like(ids), 5 * ids.shape[1] // 6) for ids in rows]
+    found = evaluation.evaluate(_HandMade(), batches, torch.device("cpu"))
+    right = abs(found["perplexity"] - 2**2.5) < 1e-3 and abs(found["bits_per_byte"] - 30 / 9) < 1e-3
+    value = f"{found['perplexity']:.3f}, bits per byte {found['bits_per_byte']:.3f}, of 3 and 9 tokens"
+    return value, "5.657 (mean of means: 4) and 3.333", right
+
+
+# ---------------------------------------------------------------------------------------------- text
+
+
+@check("duplicates", "the loader repeats or drops windows; or texts repeat: set data.deduplicate=true")
+def duplicates(job: Any) -> tuple:
+    windows = job.windows.select(range(min(len(job.windows), MOST_WINDOWS)))
+    settings = job.config
+    found = [
+        data.delivery(
+            windows, micro_batch=settings.training.batch_size, num_workers=settings.data.num_workers, processes=count
+        )
+        for count in (1, 2)
+    ]
+    counts = {name: max(getattr(d, name) for d in found) for name in ("repeated", "missing", "identical")}
+    share = counts["repeated"] / max(found[0].expected, 1)
+    named = ", ".join(f"{count} {name}" for name, count in counts.items())
+    right = not counts["repeated"] and not counts["missing"] and counts["identical"] <= found[0].expected / 100
+    return f"{share:.0%} of {found[0].expected} windows: {named}", "0 %; identical text at most 1 %", right
+
+
+@check("leakage", "text of the evaluation is trained on: its figures would be too good. Give other --eval-data")
+def leakage(job: Any) -> tuple:
+    corpus = data.load_documents(job.config.data)
+    share = data.leakage(corpus.train, corpus.eval)
+    sides = (job.windows, job.held_out.windows)
+    trained, held_out = ({name for row in side["documents"] for name in row.split(",")} for side in sides)
+    both = len(trained & held_out)
+    dropped = (
+        f"{corpus.report['duplicate']} repeated and {corpus.report['in_eval']} held-out ones left out while reading"
+    )
+    value = f"{share:.0%} of {len(corpus.eval)} documents, {both} in windows of both sides; {dropped}"
+    return value, "0 %", share == 0 and not both
+
+
+# -------------------------------------------------------------------------------------------- set-up
+
+
+@dataclass(frozen=True)
+class SetUp:
+    """What a run would start from."""
+
+    config: Any
+    """The junction's RunConfig."""
+    student: PretrainedConfig
+    teacher: PretrainedConfig | None
+    text_bytes: int
+    """Of the training text."""
+    teacher_logits: int
+    """Elements of the teacher's logits in memory at a time, at most."""
+    built_later: frozenset[str] = frozenset()
+    """Names of models that the first run builds."""
+
+    @property
+    def window(self) -> int:
+        """Tokens per window."""
+        shapes = [shape for shape in (self.student, self.teacher) if shape is not None]
+        return int(min(self.config.data.max_length, *map(pretrained.context_length, shapes)))
+
+
+@check("models", "give folders or hub ids that hold weights; --student-init random needs none")
+def models(setup: SetUp) -> tuple:
+    config, found, missing = setup.config, [], []
+    wanted = [("student", config.student.name, setup.student)] if config.student.init == "pretrained" else []
+    wanted += [("teacher", config.teacher.name, setup.teacher)] if setup.teacher else []
+    for role, name, shape in wanted:
+        if name in setup.built_later:
+            found.append(f"{role} is built by the first run")
+            continue
+        folder = Path(pretrained.locate(name, role))
+        if folder.is_dir() and not too_large(shape):
+            pretrained.load_model(name, role, torch.float32)
+            found.append(f"{role} loads")
+        elif folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+            missing.append(f"{role} has no weights in {folder}")
+        else:
+            found.append(f"{role} of {forecast.Shape.of(shape).parameters / 1e6:,.0f} M parameters, weights not read")
+    return "; ".join(missing + found) or "random start, no teacher", "weights are there", not missing
+
+
+def shallow(config: PretrainedConfig) -> PretrainedConfig:
+    """The same architecture with few layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = min(text.num_hidden_layers, REPRESENTATIVE)
+    for per_layer in ("layer_types", "attention_layers"):
+        if isinstance(getattr(text, per_layer, None), list):
+            setattr(text, per_layer, getattr(text, per_layer)[: text.num_hidden_layers])
+    return config
+
+
+def too_large(config: PretrainedConfig) -> bool:
+    """Whether a model is too large to be built or loaded for a check."""
+    return forecast.Shape.of(config).parameters > LARGEST_BUILT
+
+
+@check("window length", "raise --max-length, or choose models that read more at once")
+def window_length(setup: SetUp) -> tuple:
+    limits = [f"student reads {pretrained.context_length(setup.student)}"]
+    limits += [f"teacher {pretrained.context_length(setup.teacher)}"] if setup.teacher else []
+    asked = setup.config.data.max_length
+    return f"{setup.window} tokens ({asked} asked for, {', '.join(limits)})", "8 or more", setup.window >= 8
+
+
+@check("memory", "lower --batch-size (and raise --gradient-accumulation-steps), lower --max-length, or smaller models")
+def memory(setup: SetUp) -> tuple:
+    device, training = hardware.choose_device().value, setup.config.training
+    mixed = hardware.choose_precision(training.mixed_precision, device).value
+    parts = forecast.training_memory(
+        forecast.Shape.of(setup.student),
+        forecast.Shape.of(setup.teacher) if setup.teacher else None,
+        tokens=training.batch_size * setup.window,
+        precision=mixed,
+        teacher_dtype=pretrained.teacher_dtype(setup.config.teacher.dtype, device, mixed).value,
+        teacher_logits=setup.teacher_logits,
+    )
+    free = forecast.free_memory(device)
+    value = f"about {forecast.largest(parts)} on {device}"
+    return value, f"{free / 2**30:.3g} GiB free", sum(parts.values()) <= free
+
+
+@check("disk", "free some space, choose another --output-dir, or lower training.keep_checkpoints")
+def disk(setup: SetUp) -> tuple:
+    training = setup.config.training
+    parts = forecast.disk(
+        forecast.Shape.of(setup.student),
+        # a new checkpoint is whole before the oldest goes; with patience the best one stays besides
+        checkpoints=training.keep_checkpoints + 1 + bool(training.patience),
+        text_bytes=setup.text_bytes,
+        runs=1 + setup.config.evaluation.without_teacher,
+        in_memory=data.IN_MEMORY_BYTES,
+    )
+    free = forecast.free_disk(Path(setup.config.output_dir))
+    return f"about {forecast.largest(parts)}", f"{free / 2**30:.3g} GiB free", sum(parts.values()) <= free
+
+
+@check("output directory", "choose another --output-dir")
+def output_directory(setup: SetUp) -> tuple:
+    folder = Path(setup.config.output_dir)
+    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    try:
+        run_folder.check(folder, to_plain(setup.config), setup.config.resume)
+    finally:
+        for path in made:
+            if path.is_dir():
+                path.rmdir()
+    return f"{folder} can be written to", "writable, of no other run", True
