@@ -69,14 +69,14 @@ def own_flags(folder: Path) -> list[str]:
     ]
 
 
-def quiet(monkeypatch, *checks) -> None:
-    """Only these checks of those on tiny models: main() is tested, not they."""
-    monkeypatch.setattr(verify_fixes, "TINY", checks)
-    monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(verify_fixes.tempfile.mkdtemp()))
+def quiet(monkeypatch, cache: Path) -> None:
+    """None of the checks on tiny models: main() is tested, not they."""
+    monkeypatch.setattr(verify_fixes, "TINY", ())
+    monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(cache))
 
 
 def test_own_set_up_is_checked_and_a_teacher_without_weights_is_found(tmp_path, monkeypatch, capsys):
-    quiet(monkeypatch)
+    quiet(monkeypatch, tmp_path)
     assert verify_fixes.main(own_flags(tmp_path)) == 1
     out = capsys.readouterr().out
     assert "✓ label shift: your architecture" in out and "✓ window length: 64 tokens" in out
@@ -86,7 +86,7 @@ def test_own_set_up_is_checked_and_a_teacher_without_weights_is_found(tmp_path, 
 
 
 def test_real_models_are_ready_to_train(real_models_dir, tmp_path, monkeypatch, capsys):
-    quiet(monkeypatch)
+    quiet(monkeypatch, tmp_path)
     flags = [
         *("--teacher", str(real_models_dir / "models/tinystories-neo-chat-3m")),
         *("--student", str(real_models_dir / "models/stories260k-llama")),

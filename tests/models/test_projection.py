@@ -20,7 +20,11 @@ PAIRS = {
     "crossing boundaries": lambda: pair_of(byte_bpe(340, 2), byte_bpe(340, 0)),
     "SentencePiece teacher": lambda: pair_of(byte_bpe(340), metaspace()),
     "characters": lambda: pair_of(characters(), byte_bpe(400)),
+    "from inside of one token into the next": lambda: pair_of(
+        from_merges(["a", "b", "ba"]), from_merges(["a", "b", "ab"])
+    ),
 }
+TEXTS = {"from inside of one token into the next": ["abaabaaab", "abaabbabaa"]}
 cached = functools.cache(lambda name: PAIRS[name]())
 
 
@@ -74,14 +78,14 @@ def reference_target(pair: Pair, batch: PairedBatch, log_probs, row: int, top_k:
 @pytest.mark.parametrize("top_k", [3, 40, 10_000])
 def test_target_of_every_row_is_what_the_definition_says(name, correction, top_k):
     pair = cached(name)
-    vocabulary = pair.vocabulary.with_channel(count_channel(pair.encoder.windows(STORIES)))
+    vocabulary = pair.vocabulary.with_channel(count_channel(pair.encoder.windows(TEXTS.get(name, STORIES))))
     pair = Pair(pair.student, pair.teacher, pair.encoder, vocabulary)
-    batch = pair.batch()
+    batch = pair.batch(TEXTS.get(name, STORIES))
     log_probs = teacher_log_probs(pair, batch)
     signal = pair.frozen().signal(batch, top_k)
     found = Projection(vocabulary, correction, 0.0)(signal, batch)
     seen = set()
-    for row in range(0, len(batch.depth), 3):
+    for row in range(0, len(batch.depth), 1 if name in TEXTS else 3):
         target, tail, log_mass = reference_target(pair, batch, log_probs, row, top_k, correction)
         masses = dict(zip(found.ids[row].tolist(), found.probs[row].tolist(), strict=True))
         assert signal.log_mass[row].item() == pytest.approx(log_mass, abs=1e-5)
@@ -90,6 +94,7 @@ def test_target_of_every_row_is_what_the_definition_says(name, correction, top_k
             assert masses.get(s, 0.0) == pytest.approx(target.get(s, 0.0), abs=2e-6, rel=1e-4)
         seen.add((int(batch.depth[row]) > 0, int(batch.pieces[row]) > 1))
     assert len(seen) > 1
+    assert name not in TEXTS or (True, True) in seen
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -98,7 +103,7 @@ def test_target_of_every_row_is_what_the_definition_says(name, correction, top_k
 def test_masses_and_tail_add_up_to_one_on_distinct_student_tokens(name, correction, top_k):
     pair = cached(name)
     vocabulary = pair.vocabulary.with_channel(count_channel(pair.encoder.windows(STORIES[:2])))
-    batch = pair.batch()
+    batch = pair.batch(TEXTS.get(name, STORIES))
     found = Projection(vocabulary, correction, 0.0)(pair.frozen().signal(batch, top_k), batch)
     assert ((found.probs.sum(1) + found.tail - 1).abs() <= 2e-6).all()
     assert (found.tail >= 0).all() and (found.probs >= 0).all()
