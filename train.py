@@ -51,9 +51,10 @@ from utils.errors import UserError
 from utils.guards import RedFlags
 from utils.held_out import START, HeldOut, metrics_of
 from utils.logs import StepLogger, read_metrics, setup_logging
+from utils.plan import Plan, build_accelerator
 from utils.seeding import permutation, seed_everything
 from utils.stopping import StopSignal
-from utils.training import FitResult, Plan, build_accelerator, fit
+from utils.training import FitResult, fit
 
 log = logging.getLogger("train")
 

@@ -40,8 +40,9 @@ from utils.checkpoints import CheckpointStore
 from utils.config import DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
 from utils.errors import UserError
 from utils.logs import StepLogger
+from utils.plan import build_accelerator
 from utils.seeding import seed_everything
-from utils.training import FitResult, build_accelerator, fit
+from utils.training import FitResult, fit
 
 LENGTH = miniature.CONTEXT
 """Tokens per window of the tiny models."""

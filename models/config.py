@@ -90,3 +90,10 @@ class LossConfig:
     """Inside a teacher token: least teacher probability of what was read so far; below it, no KD there."""
     span_temperature: Schedule = 1.0
     """Temperature of the two-outcome distributions of the span term."""
+
+    def __post_init__(self) -> None:
+        if self.tail == "renormalise" and self.top_k == 1:
+            raise ValueError(
+                "got tail 'renormalise' with top_k 1: one outcome has probability 1 on both sides and teaches nothing; "
+                "expected top_k 2 or more, or tail 'bucket'"
+            )

@@ -89,8 +89,12 @@ class DistillationFramework(nn.Module):
         sums = self._head_terms(batch, wanted, weights, scalars, signal)
         terms = {name: LossTerm(value, batch.counts[name]) for name, value in sums.items()}
         used = [sums[t] * (weights[t] / max(int(counts[t]), 1)) for t in sums if weights[t]]
-        loss = torch.stack(used).sum() if used else next(self.student.parameters()).sum() * 0
+        loss = torch.stack(used).sum() if used else self._no_loss()
         return DistillationOutput(loss, terms, weights, {**scalars, "top_k": self.config.top_k})
+
+    def _no_loss(self) -> Tensor:
+        """A zero that backward() accepts."""
+        return sum(p.sum() * 0 for p in self.student.parameters() if p.requires_grad)
 
     def _head_terms(
         self,

@@ -90,7 +90,8 @@ def span_loss(student: Tensor, teacher: Tensor, *, temperature: float, kind: str
     """Sum over spans of the divergence of (this text, any other text) between teacher and student.
 
     Approximate likelihood matching (arXiv 2503.20083, eq. 5): the probability of the text of a span needs no common
-    vocabulary. Both two-outcome distributions are tempered; the sum is multiplied by temperature squared.
+    vocabulary. Both two-outcome distributions are tempered as in KD, that is normalised again (the paper takes
+    p ** (1 / T) and its opposite; equal at T = 1); the sum is multiplied by temperature squared.
 
     Args:
         student: [P] log-probability of each span's text under the student.

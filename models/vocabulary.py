@@ -13,6 +13,7 @@ import json
 import os
 import re
 import tempfile
+import warnings
 import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -297,7 +298,10 @@ class VocabularyMap:
             return stored
         built = cls.from_segments(_spell_vocabulary(student, teacher, sizes[1]), sizes[0])
         if file:
-            built._save(file)
+            try:
+                built._save(file)
+            except OSError as error:
+                warnings.warn(f"the vocabulary map is not kept for the next run: {error}", stacklevel=2)
         return built
 
     @classmethod
@@ -388,9 +392,12 @@ def _spell_vocabulary(student: TokenTable, teacher: TokenTable, teacher_vocab_si
 
     A student token with exactly the teacher token's bytes is its spelling (so that equal vocabularies, permuted or
     not, map one to one; among several with the same bytes the one of the same name). Others are spelt by the
-    student's own rules. Special tokens have no spelling, but for end of text.
+    student's own rules. Special tokens have no spelling, but for end of text, unless the tokenizers are equal.
     """
     spelling: list[list[int]] = [[] for _ in range(teacher_vocab_size)]
+    if student.fingerprint == teacher.fingerprint:  # special tokens included
+        ids = np.arange(teacher_vocab_size, dtype=np.int32)
+        return np.where(ids < len(teacher.bytes), ids, np.int32(-1))[:, None]
     same_name = {name: i for i, name in enumerate(student.tokens) if name is not None}
     to_spell = []
     for t, b in enumerate(teacher.bytes):

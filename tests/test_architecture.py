@@ -26,7 +26,8 @@ FLOORS = {
         {"config", "hardware", "logs", "guards", "sources", "stopping", "meters"}
         | {"checklist", "environment", "forecast"},
         {"data", "checkpoints", "evaluation", "report", "quickstart", "pretrained", "command_line", "run_folder"},
-        {"training", "held_out", "preflight"},
+        {"plan", "held_out", "preflight", "miniature"},
+        {"training"},
     ],
 }
 """From the ground up. A module imports only from lower floors, or from its own as `WITHIN_A_FLOOR` tells."""

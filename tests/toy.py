@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from utils.config import TrainingConfig, build
 from utils.logs import StepLogger
-from utils.training import build_accelerator, fit
+from utils.plan import build_accelerator
+from utils.training import fit
 
 VOCABULARY, WIDTH, LENGTH = 12, 8, 6
 

@@ -24,8 +24,8 @@ from .errors import UserError
 FORMAT = 1
 """Raised when the same Python would give other material."""
 END_OF_TEXT = "<|endoftext|>"
-TEACHER_VOCABULARY = 8192
-STUDENT_VOCABULARY = 2048
+TEACHER_VOCABULARY = 4096
+STUDENT_VOCABULARY = 1024
 CONTEXT = 512
 MIN_DOCUMENT = 200
 """Characters; docstrings below are mostly one-liners that say little beyond a name."""
@@ -203,13 +203,13 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
 
 
 def teacher_config(vocabulary: int) -> LlamaConfig:
-    """Llama of 4 layers, width 256: 5.3 million parameters with the teacher's vocabulary."""
-    return _llama(vocabulary, width=256, layers=4, heads=4)
+    """Llama of 4 layers, width 128: 1.2 million parameters with the teacher's vocabulary."""
+    return _llama(vocabulary, width=128, layers=4, heads=4)
 
 
 def student_config(vocabulary: int) -> LlamaConfig:
-    """Llama of 2 layers, width 128: 0.7 million parameters with the student's vocabulary."""
-    return _llama(vocabulary, width=128, layers=2, heads=4)
+    """Llama of 2 layers, width 96: 0.3 million parameters with the student's vocabulary."""
+    return _llama(vocabulary, width=96, layers=2, heads=4)
 
 
 def _llama(vocabulary: int, *, width: int, layers: int, heads: int) -> LlamaConfig:

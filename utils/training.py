@@ -30,9 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
-from transformers import get_scheduler
 
 from . import data, hardware
 from .checkpoints import CheckpointStore
@@ -41,6 +39,7 @@ from .errors import UserError
 from .guards import RedFlags
 from .logs import StepLogger
 from .meters import Clock, HostSum, Measured, Skips
+from .plan import Plan, build_optimizer, build_scheduler
 from .seeding import rng_state, set_rng_state
 from .stopping import STOP_REASONS, EarlyStopping, StopSignal
 
@@ -65,75 +64,6 @@ class FitResult:
     resumed_from: int | None = None
     skipped_steps: int = 0
     """Steps not taken because the gradient was not finite."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the windows become optimizer steps."""
-
-    windows: int
-    micro_batch: int
-    accumulation: int
-    processes: int
-    total_steps: int
-
-    @classmethod
-    def of(cls, config: TrainingConfig, windows: int, processes: int = 1) -> "Plan":
-        """The plan of a configuration for so many windows."""
-        global_batch = config.batch_size * config.gradient_accumulation_steps * processes
-        steps = config.max_steps or config.epochs * data.steps_per_epoch(windows, global_batch)
-        return cls(windows, config.batch_size, config.gradient_accumulation_steps, processes, steps)
-
-    @property
-    def global_batch(self) -> int:
-        """Windows per optimizer step."""
-        return self.micro_batch * self.accumulation * self.processes
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return data.steps_per_epoch(self.windows, self.global_batch)
-
-    def identity(self) -> dict[str, int]:
-        """What may not change between a checkpoint and its continuation."""
-        return {"windows": self.windows, "windows_per_step": self.global_batch, "total_steps": self.total_steps}
-
-
-def build_accelerator(mixed_precision: str, *, cpu: bool = False) -> Accelerator:
-    """An Accelerator as the loop needs it.
-
-    Args:
-        mixed_precision: `no`, `fp16` or `bf16` (`auto` is decided in `hardware`).
-        cpu: stay on the CPU even if there is a GPU.
-    """
-    # terms of the curriculum whose weight is 0 leave parameters without a gradient
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
-    return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[ddp])
-
-
-def build_optimizer(module: nn.Module, config: TrainingConfig, *, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; weight decay only on matrices (biases and norms are vectors).
-
-    Args:
-        fused: one kernel for all parameters, which can also leave a step out without asking the host.
-
-    Raises:
-        UserError: nothing is trained.
-    """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    if not trained:
-        raise UserError("no parameter of the student is trained. Expected at least one that requires a gradient.")
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), fused=fused)
-
-
-def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int) -> Any:
-    """Warm-up, then cosine or linear to 0, over optimizer steps. Not for `prepare()`, which would hurry it."""
-    warmup = math.ceil(config.warmup_ratio * total_steps)
-    return get_scheduler(config.scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
 
 
 def fit(

@@ -7,7 +7,8 @@ import torch
 import torch.multiprocessing
 
 from tests.toy import ToyModule, toy_collate, toy_config, toy_windows, train
-from utils.training import Plan, TrainingLoop
+from utils.plan import Plan
+from utils.training import TrainingLoop
 
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
 """(windows per forward, forwards per step)."""

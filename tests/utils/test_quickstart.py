@@ -47,14 +47,14 @@ def test_material_is_read_by_the_data_module_without_loss(material):
 
 def test_models_have_their_tokenizers_size_and_tied_embeddings(material):
     sizes = {}
-    for name, vocabulary in (("teacher", 8192), ("student", 2048)):
+    for name, vocabulary in (("teacher", 4096), ("student", 1024)):
         folder = getattr(material, name)
         config = AutoConfig.from_pretrained(folder)
         assert len(AutoTokenizer.from_pretrained(folder)) == config.vocab_size == vocabulary
         model = AutoModelForCausalLM.from_config(config)
         assert model.lm_head.weight is model.model.embed_tokens.weight
         sizes[name] = model.num_parameters()
-    assert 4e6 < sizes["teacher"] < 7e6 and 4e5 < sizes["student"] < 1.5e6
+    assert 1e6 < sizes["teacher"] < 2e6 and 2e5 < sizes["student"] < 5e5
     assert not material.trained_teacher.exists() and material.trained_teacher.parent.is_dir()
 
 

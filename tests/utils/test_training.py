@@ -18,8 +18,9 @@ from utils.checkpoints import CheckpointStore
 from utils.errors import UserError
 from utils.guards import RedFlags
 from utils.logs import StepLogger, read_metrics
+from utils.plan import Plan, build_accelerator, build_optimizer, build_scheduler
 from utils.stopping import EarlyStopping, StopSignal
-from utils.training import Plan, build_accelerator, build_optimizer, build_scheduler, fit
+from utils.training import fit
 
 
 def evaluation(step: int, bits: float = 2.0) -> dict:
