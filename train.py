@@ -17,17 +17,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
-from pydantic import AfterValidator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
+from models.config import CurriculumConfig, LossConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
 from models.pairing import PairCollator, PairEncoder, count_channel
@@ -79,28 +78,6 @@ class Interrupted(Exception):
 # ------------------------------------------------------------------------------------- configuration
 
 
-def _values(schedule: Schedule) -> list[float]:
-    return [value for _, value in schedule.points] if isinstance(schedule, Ramp) else [schedule]
-
-
-def _checked_curriculum(curriculum: CurriculumConfig) -> CurriculumConfig:
-    weights = {name: _values(term.weight) for name, term in vars(curriculum).items()}
-    wrong = {f"{name}.weight": v for name, v in weights.items() if not all(w >= 0 and math.isfinite(w) for w in v)}
-    if wrong:
-        raise ValueError(f"weights must be 0 or more, got {wrong}")
-    if not any(any(weights[name]) for name in HEAD_TERMS):
-        raise ValueError(f"nothing to learn from: every weight of {', '.join(HEAD_TERMS)} is 0; raise one of them")
-    return curriculum
-
-
-def _checked_loss(loss: LossConfig) -> LossConfig:
-    scalars = {name: _values(getattr(loss, name)) for name in ("temperature", "span_temperature")}
-    wrong = {name: v for name, v in scalars.items() if not all(t > 0 and math.isfinite(t) for t in v)}
-    if wrong:
-        raise ValueError(f"temperatures must be greater than 0, got {wrong}; 1 is a good start")
-    return loss
-
-
 @dataclass(frozen=True)
 class RunConfig:
     """Everything a run depends on."""
@@ -108,10 +85,8 @@ class RunConfig:
     teacher: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    loss: Annotated[LossConfig, AfterValidator(_checked_loss)] = field(default_factory=LossConfig)
-    curriculum: Annotated[CurriculumConfig, AfterValidator(_checked_curriculum)] = field(
-        default_factory=CurriculumConfig
-    )
+    loss: LossConfig = field(default_factory=LossConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -126,7 +101,10 @@ class RunConfig:
             wrong.append("no student: give --student ID or DIR")
         if not self.data.train:
             wrong.append("no training data: give --train-data")
-        signals = [name for name in ("kd", "span") if any(_values(getattr(self.curriculum, name).weight))]
+        used = self.curriculum.used()
+        if not used & {*HEAD_TERMS}:
+            wrong.append(f"nothing to learn from: the weights of {', '.join(HEAD_TERMS)} are 0; raise one of them")
+        signals = sorted(used & {"kd", "span"})
         if self.teacher.name is None and signals:
             wrong.append(f"no teacher, but {' and '.join(signals)} weigh more than 0: give --teacher or set them to 0")
         if self.teacher.name is None and self.evaluation.without_teacher:
@@ -144,7 +122,11 @@ def configure(argv: Sequence[str]) -> tuple[RunConfig, str]:
         UserError: every mistake in recipe and flags.
     """
     arguments = command_line.parse(argv)
-    name, why = (arguments.config, "asked for") if arguments.config else _default_recipe()
+    name, why = (arguments.config, "asked for") if arguments.config else _default_recipe(arguments)
+    if name is None:
+        values: dict[str, Any] = {}
+        arguments.apply(values)
+        return build(RunConfig, values, source="the command line"), f"no recipe: {why}"
     path = find_config(name)
     values = load_yaml(path)
     values.setdefault("output_dir", f"runs/{path.stem}")
@@ -152,10 +134,13 @@ def configure(argv: Sequence[str]) -> tuple[RunConfig, str]:
     return build(RunConfig, values, source=f"{path.name} and the command line"), f"recipe {path.name}: {why}"
 
 
-def _default_recipe() -> tuple[str, str]:
+def _default_recipe(arguments: command_line.Arguments) -> tuple[str | None, str]:
+    """The recipe where none was named, and why. None: the defaults of every setting."""
     device = hardware.choose_device()
     if device.value.type == "cuda":
         return "kaggle_p100", f"no --config was given and there is a GPU ({device.reason})"
+    if arguments.values.keys() & {"teacher.name", "student.name"}:
+        return None, "no --config was given, and the models are your own; quickstart's settings suit its tiny student"
     return "quickstart", f"no --config was given and there is no GPU ({device.reason})"
 
 
@@ -428,7 +413,7 @@ def _log_coverage(job: Job) -> None:
         totals = {name: totals[name] + batch.counts[name] for name in totals}
     shares = [totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0")]
     log.info("coverage: %.1f %% of student positions have an anchor, %.1f %% at depth 0", *(100 * s for s in shares))
-    routed = {name for name, term in vars(job.config.curriculum).items() if any(_values(term.weight))} - {*HEAD_TERMS}
+    routed = job.config.curriculum.used() - {*HEAD_TERMS}
     if routed:
         log.warning("without effect in this version, which has no router: weights of %s", ", ".join(sorted(routed)))
 
@@ -472,7 +457,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(None)
     try:
         config, recipe = configure(sys.argv[1:] if argv is None else argv)
-        with StopSignal(config.training.max_hours, started) as stop:
+        with StopSignal(config.training.max_hours, started) as stop, run_folder.left_if_used(config.output_dir):
             run(config, recipe, stop)
             return 0
     except Interrupted as interrupted:

@@ -200,7 +200,7 @@ def run(pair: Pair, variant: str, seed: int, steps: int, size: int) -> dict:
     framework = DistillationFramework(
         student, pair.teacher, pair.map, loss, CurriculumScheduler(curriculum, loss, steps)
     )
-    taught = any(framework.curriculum.ever_used(t) for t in ("kd", "span"))
+    taught = curriculum.used() & {"kd", "span"}
     signals = pair.signals() if taught else []
     gold = Gold() if variant == "gold" else None
     collate, full_depth = pair.collator(loss.max_depth), pair.collator(LossConfig().max_depth)

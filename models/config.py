@@ -4,6 +4,7 @@ The constraints (`Gt`, `Ge`, ...) are declarations; whoever builds a config from
 (`train.py`) has them checked, all at once, before anything is loaded.
 """
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Annotated, Literal
@@ -38,6 +39,11 @@ Schedule = float | Ramp
 """A constant, or a ramp over training progress."""
 
 
+def values_of(schedule: Schedule) -> list[float]:
+    """The values a schedule takes, those between them apart."""
+    return [value for _, value in schedule.points] if isinstance(schedule, Ramp) else [schedule]
+
+
 @dataclass(frozen=True)
 class Term:
     """One term of the loss."""
@@ -67,6 +73,16 @@ class CurriculumConfig:
     contr: Term = field(default_factory=Term)
     """Router: contrastive."""
 
+    def __post_init__(self) -> None:
+        weights = {name: values_of(term.weight) for name, term in vars(self).items()}
+        wrong = {f"{name}.weight": v for name, v in weights.items() if not all(0 <= w < math.inf for w in v)}
+        if wrong:
+            raise ValueError(f"weights must be 0 or more, got {wrong}")
+
+    def used(self) -> set[str]:
+        """Terms whose weight leaves 0 anywhere in the run."""
+        return {name for name, term in vars(self).items() if any(values_of(term.weight))}
+
 
 @dataclass(frozen=True)
 class LossConfig:
@@ -92,6 +108,10 @@ class LossConfig:
     """Temperature of the two-outcome distributions of the span term."""
 
     def __post_init__(self) -> None:
+        scalars = {name: values_of(getattr(self, name)) for name in ("temperature", "span_temperature")}
+        wrong = {name: v for name, v in scalars.items() if not all(0 < t < math.inf for t in v)}
+        if wrong:
+            raise ValueError(f"temperatures must be greater than 0, got {wrong}; 1 is a good start")
         if self.tail == "renormalise" and self.top_k == 1:
             raise ValueError(
                 "got tail 'renormalise' with top_k 1: one outcome has probability 1 on both sides and teaches nothing; "

@@ -51,8 +51,3 @@ class CurriculumScheduler:
     def scalars(self, step: int | None) -> dict[str, float]:
         """Every other scheduled scalar at an optimizer step."""
         return {name: value_at(schedule, self.progress(step)) for name, schedule in self._scalars.items()}
-
-    def ever_used(self, term: str) -> bool:
-        """Whether the term's weight leaves 0 anywhere in the run."""
-        schedule = self._weights[term]
-        return any(v for _, v in schedule.points) if isinstance(schedule, Ramp) else bool(schedule)

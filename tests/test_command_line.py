@@ -151,7 +151,7 @@ def test_wrong_values_of_flags_and_settings_are_reported_together():
         (["--set", "teacher.name=null"], "no teacher"),
         (["--set", "student.name=null"], "no student"),
         (["--set", "data.train=[]"], "no training data"),
-        (["--set", "training.patience=2"], "--eval-every"),
+        (["--set", "training.patience=2", "evaluation.every=0"], "--eval-every"),
         (["--no-resume", "--resume", "auto"], "contradicts"),
         (["--batch-size"], "expected one argument"),
         (["--config", "quikstart"], "did you mean quickstart"),

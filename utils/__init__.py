@@ -1,0 +1,1 @@
+"""How it is run: data, loop, checkpoints, evaluation, report."""

@@ -74,10 +74,11 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
     for handler in [h for h in root.handlers if getattr(h, "_of_this_project", False)]:
         root.removeHandler(handler)
         handler.close()
-    handlers: list[logging.Handler] = [_ConsoleHandler()]
-    if output_dir is not None and main_process:
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(Path(output_dir) / "train.log", encoding="utf-8")
+    file = Path(output_dir) / "train.log" if output_dir is not None and main_process else None
+    handlers: list[logging.Handler] = [_ConsoleHandler(file)]
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        to_file = logging.FileHandler(file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
         handlers.append(to_file)
     for handler in handlers:
@@ -105,7 +106,15 @@ def _join_libraries() -> None:
 
 
 class _ConsoleHandler(logging.Handler):
-    """One record, one line (the terminal may fold it, a captured log does not), never through the bar."""
+    """One record, one line (the terminal may fold it, a captured log does not), never through the bar.
+
+    Args:
+        file: the log that has the tracebacks. None: there is none, so that of an unexpected failure is shown.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        super().__init__()
+        self.file = file
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -120,13 +129,22 @@ class _ConsoleHandler(logging.Handler):
         if record.levelno >= logging.WARNING:
             style = "bold red" if record.levelno >= logging.ERROR else "yellow"
             text.append(f"{record.levelname.capitalize()}: ", style)
-        tag, space, rest = record.getMessage().partition(" ")
+        unexpected = record.exc_info and record.exc_info[1] and not isinstance(record.exc_info[1], UserError)
+        message = _without_traceback(record.getMessage()) if unexpected and self.file else record.getMessage()
+        tag, space, rest = message.partition(" ")
         text.append(tag, _TAG_STYLES.get(tag, ""))
         text.append(space + rest)
-        # A user's mistake is explained by its message; the log file has the traceback.
-        if record.exc_info and record.exc_info[1] and not isinstance(record.exc_info[1], UserError):
+        if unexpected and self.file:
+            text.append(f"\n  The traceback is in {self.file}")
+        elif unexpected:
             text.append("\n" + logging.Formatter().formatException(record.exc_info))
         return text
+
+
+def _without_traceback(message: str) -> str:
+    """A data worker's error has the worker's traceback in its text: the lines around it say what happened."""
+    before, found, after = message.partition("Original Traceback (most recent call last):")
+    return f"{before.strip()} {after.strip().splitlines()[-1]}" if found and after.strip() else message
 
 
 class _LimitRepeats(logging.Filter):

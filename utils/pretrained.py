@@ -218,12 +218,12 @@ def _load(load: Any, name: str, role: str, what: Literal["config.json", "tokeniz
     local = not Path(source).is_dir() and not hub_is_reachable()
     try:
         return load(source, trust_remote_code=False, local_files_only=local, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except Exception as error:  # five libraries raise errors of their own for files that are damaged or do not fit
         raise _unreachable(name, role, what, error, local) from error
 
 
 def _unreachable(name: str, role: str, what: str, error: Exception, offline: bool) -> UserError:
-    reason = " ".join(str(error).split())
+    kind, reason = type(error).__name__, " ".join(str(error).split())
     if "trust_remote_code" in reason or "custom code" in reason:
         return UserError(
             f"{role} {name}: it needs Python code of its own, which is never run here. Expected an architecture that "
@@ -234,7 +234,9 @@ def _unreachable(name: str, role: str, what: str, error: Exception, offline: boo
         hint = (
             " A random start needs no weights: --student-init random." if (role, what) == ("student", "weights") else ""
         )
-        return UserError(f"{role} {name}: its {what} cannot be loaded. The folder holds: {there}.{hint}\n  {reason}")
+        return UserError(
+            f"{role} {name}: its {what} cannot be loaded. The folder holds: {there}.{hint}\n  {kind}: {reason}"
+        )
     why = "the hub cannot be reached, and no copy is in the cache" if offline else reason
     return UserError(f"{role} {name}: its {what} cannot be loaded: {why}.{_attached_models()}\n  {ATTACH}")
 

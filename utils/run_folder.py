@@ -1,18 +1,22 @@
 """The folder of a run: refused early when it cannot serve, and the record of what was run in it."""
 
+import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from . import hardware
-from .atomic import write_text
+from .atomic import clean_leftovers, write_text
 from .config import load_yaml
 from .errors import UserError
 
 CONFIG = "config.yaml"
+BEFORE_TRAINING = {CONFIG, "train.log"}
+"""What a run writes before there is anything to continue."""
 
 FREE_TO_CHANGE = {
     "output_dir",
@@ -86,11 +90,25 @@ def _refuse_other_settings(folder: Path, here: Mapping[str, Any]) -> None:
         )
 
 
+@contextmanager
+def left_if_used(name: str) -> Iterator[None]:
+    """A user's mistake that is found before training leaves no folder behind that was not there before."""
+    folder, was_there = Path(name), Path(name).exists()
+    try:
+        yield
+    except UserError:
+        if not was_there and folder.is_dir() and {path.name for path in folder.iterdir()} <= BEFORE_TRAINING:
+            shutil.rmtree(folder, ignore_errors=True)  # Windows keeps the log, which is still open
+        raise
+
+
 def write_config(folder: Path, config: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
     """Write config.yaml: every setting after defaults and flags, so that the file is itself a recipe.
 
-    The environment, and `notes` (what was decided and why), follow as comments.
+    The environment, and `notes` (what was decided and why), follow as comments. Half-written files of a run that
+    was killed here are removed first; call it in one process.
     """
+    clean_leftovers(folder)
     told = _as_yaml({"notes": dict(notes), "environment": hardware.describe()})
     comments = "".join(f"# {line}\n" for line in told.splitlines())
     write_text(folder / CONFIG, f"{_as_yaml(dict(config))}\n{comments}")

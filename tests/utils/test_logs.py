@@ -7,6 +7,7 @@ import warnings
 from itertools import pairwise
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from utils import logs
 from utils.errors import UserError
@@ -23,6 +24,14 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class _Broken(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise ValueError("broken window")
 
 
 class Terminal(io.StringIO):
@@ -229,7 +238,7 @@ def test_other_processes_write_nothing(tmp_path, capsys):
     assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
 
-def test_a_users_mistake_has_its_traceback_in_the_file_only(tmp_path, capsys):
+def test_an_error_is_one_message_on_the_console_and_its_traceback_is_in_the_file(tmp_path, capsys):
     setup_logging(tmp_path)
     for error in (UserError("got 3, expected 4: write 4"), RuntimeError("a fault")):
         try:
@@ -237,8 +246,31 @@ def test_a_users_mistake_has_its_traceback_in_the_file_only(tmp_path, capsys):
         except Exception as caught:
             logging.getLogger("train").error("%s", caught, exc_info=True)
     shown, kept = capsys.readouterr().out, (tmp_path / "train.log").read_text()
-    assert shown.count("Traceback") == 1 and kept.count("Traceback") == 2
-    assert "got 3, expected 4: write 4" in shown
+    assert "Traceback (" not in shown and kept.count("Traceback (") == 2
+    assert "got 3, expected 4: write 4" in shown and "a fault" in shown
+    assert shown.count(str(tmp_path / "train.log")) == 1
+
+
+def test_without_a_file_an_unexpected_failure_has_its_traceback_on_the_console(capsys):
+    setup_logging(None)
+    for error in (UserError("a mistake"), RuntimeError("a fault")):
+        try:
+            raise error
+        except Exception as caught:
+            logging.getLogger("train").error("%s", caught, exc_info=True)
+    shown = capsys.readouterr().out
+    assert shown.count("Traceback (") == 1 and shown.index("a mistake") < shown.index("Traceback (")
+
+
+def test_the_traceback_that_a_data_worker_sends_along_is_not_shown(tmp_path, capsys):
+    setup_logging(tmp_path)
+    try:
+        next(iter(DataLoader(_Broken(), num_workers=1)))
+    except ValueError as caught:
+        logging.getLogger("train").critical("%s: %s", type(caught).__name__, caught, exc_info=True)
+    shown = capsys.readouterr().out
+    assert "Traceback (" not in shown and "broken window" in shown and "DataLoader worker process 0" in shown
+    assert "Original Traceback (" in (tmp_path / "train.log").read_text()
 
 
 def test_libraries_repeat_themselves_three_times_at_most(tmp_path, capsys):

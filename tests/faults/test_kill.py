@@ -1,0 +1,174 @@
+"""The real program, killed and interrupted: what it leaves is taken up again, and the student is the same bit for bit.
+
+Set KILL_SEED to kill at other moments.
+"""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import train
+from tests.faults.conftest import Place, documents, write_jsonl
+from utils.logs import read_metrics
+
+ROOT = Path(__file__).resolve().parents[2]
+MEASURED_ANEW = {"tokens_per_second", "peak_memory_mb"}
+"""What may differ in metrics.jsonl."""
+PATIENCE = 120
+"""Seconds for a session to get as far as it must."""
+
+
+class Session:
+    """`python train.py ...` in a process of its own."""
+
+    def __init__(self, place: Place, output: Path, *more: str) -> None:
+        self.metrics, self.said = output / "metrics.jsonl", output.with_name(f"{output.name}-{time.monotonic_ns()}.txt")
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        command = [sys.executable, "train.py", *place.arguments(output, *more)]
+        with self.said.open("w") as stream:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+
+    def ended(self) -> int:
+        """Its exit code, once it has one."""
+        try:
+            return self.process.wait(PATIENCE)
+        finally:
+            self.process.kill()
+
+    def stopped_after(self, step: int, number: int, delay: float = 0.0) -> int:
+        """Exit code after a signal sent when this step has been logged, and a moment later."""
+        limit = time.monotonic() + PATIENCE
+        while not (self.metrics.exists() and steps_in(self.metrics) >= step):
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < limit, self.output()
+            time.sleep(0.002)
+        time.sleep(delay)
+        self.process.send_signal(number)
+        return self.ended()
+
+    def output(self) -> str:
+        return self.said.read_text()
+
+
+def steps_in(metrics: Path) -> int:
+    return max((record["step"] for record in read_metrics(metrics) if "terms" in record), default=0)
+
+
+def student_of(output: Path) -> str:
+    return hashlib.sha256((output / "student" / "model.safetensors").read_bytes()).hexdigest()
+
+
+def record_of(output: Path) -> list[dict]:
+    records = read_metrics(output / "metrics.jsonl")
+    return [{key: value for key, value in record.items() if key not in MEASURED_ANEW} for record in records]
+
+
+def report_of(output: Path) -> dict:
+    report = json.loads((output / "evaluation_report.json").read_text())
+    return {key: report[key] for key in ("teacher", "initial_student", "student", "retention", "samples")}
+
+
+def hidden_in(output: Path) -> list[str]:
+    return [path.name for path in output.rglob(".*")]
+
+
+def same_outcome(output: Path, uninterrupted: Path) -> bool:
+    assert student_of(output) == student_of(uninterrupted)
+    assert record_of(output) == record_of(uninterrupted)
+    assert report_of(output) == report_of(uninterrupted)
+    return not hidden_in(output)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(place, tmp_path_factory) -> Path:
+    """The folder of a run that nothing disturbed."""
+    output = tmp_path_factory.mktemp("uninterrupted") / "run"
+    session = Session(place, output)
+    assert session.ended() == 0, session.output()
+    assert 35 < steps_in(output / "metrics.jsonl") < 90, "not the few dozen steps that the moments below suppose"
+    return output
+
+
+def test_killed_twice_at_any_moment_the_same_command_ends_with_the_same_student(place, uninterrupted, tmp_path):
+    draw = random.Random(int(os.environ.get("KILL_SEED", "7")))
+    output = tmp_path / "run"
+    for first, last in ((4, 12), (14, 24)):
+        step, delay = draw.randint(first, last), draw.uniform(0, 0.05)
+        session = Session(place, output)
+        assert session.stopped_after(step, signal.SIGKILL, delay) == -signal.SIGKILL, f"over before step {step}"
+        assert not (output / "student").exists()
+    (output / ".staging-student-abc").mkdir()  # what a kill during the export leaves
+    final = Session(place, output)
+    assert final.ended() == 0, final.output()
+    assert "resumed from" in final.output() and same_outcome(output, uninterrupted)
+
+
+def test_sigterm_exits_143_and_ctrl_c_130_and_the_same_command_goes_on(place, uninterrupted, tmp_path):
+    output = tmp_path / "run"
+    for number, code, step in ((signal.SIGTERM, 143, 5), (signal.SIGINT, 130, 18)):
+        session = Session(place, output)
+        assert session.stopped_after(step, number) == code, session.output()
+        said, done = session.output(), steps_in(output / "metrics.jsonl")
+        assert f"stopped by {number.name}" in said and "Traceback (" not in said
+        assert done < 36 and (output / "checkpoints" / f"step-{done:08d}" / "manifest.json").is_file()
+        assert not (output / "student").exists() and not hidden_in(output)
+    final = Session(place, output)
+    assert final.ended() == 0, final.output()
+    assert f"at step {done} of" in final.output() and same_outcome(output, uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def out_of_time(place, tmp_path_factory) -> Path:
+    """The folder of a run whose hours were over before the first step."""
+    output = tmp_path_factory.mktemp("out_of_time") / "run"
+    assert train.main(place.arguments(output, "--max-hours", "1e-6")) == 0
+    return output
+
+
+def test_when_the_hours_are_over_the_run_ends_well_with_report_and_student(out_of_time):
+    report = json.loads((out_of_time / "evaluation_report.json").read_text())
+    assert report["run"]["stopped_by"] == "max_hours" and report["run"]["steps"] == 0
+    assert report["student"]["bits_per_byte"] == pytest.approx(report["initial_student"]["bits_per_byte"])
+    assert (out_of_time / "report.md").is_file() and (out_of_time / "checkpoints" / "step-00000000").is_dir()
+    assert AutoModelForCausalLM.from_pretrained(out_of_time / "student").dtype == torch.float32
+
+
+def test_a_run_is_not_continued_on_another_text(out_of_time, place, tmp_path, capsys):
+    other = write_jsonl(tmp_path / "other.jsonl", documents(90, seed=1))
+    before = sorted(path.name for path in out_of_time.rglob("*"))
+    assert train.main(place.arguments(out_of_time, "--set", f"data.train=[{other}]")) == 2
+    said = capsys.readouterr().out
+    assert "training_text" in said and "--output-dir" in said and "Traceback (" not in said
+    assert sorted(path.name for path in out_of_time.rglob("*")) == before
+
+
+def test_real_models_learn_for_a_few_steps(real_models_dir, place, tmp_path):
+    text = tmp_path / "stories.txt"
+    corpus = (real_models_dir / "corpora" / "tinystories-v2.txt").read_text(encoding="utf-8")
+    text.write_text(corpus[: corpus.index("<|endoftext|>", 60_000)], encoding="utf-8")
+    settings = {
+        "teacher.name": real_models_dir / "models" / "tinystories-neo-chat-3m",
+        "student.name": real_models_dir / "models" / "stories260k-llama",
+        "student.init": "pretrained",
+        "data.train": f"[{text}]",
+        "data.max_length": 128,
+        "training.max_steps": 6,
+        "training.learning_rate": 1e-4,
+    }
+    session = Session(place, tmp_path / "run", "--set", *(f"{key}={value}" for key, value in settings.items()))
+    assert session.ended() == 0, session.output()
+    report = json.loads((tmp_path / "run" / "evaluation_report.json").read_text())
+    for model in ("teacher", "initial_student", "student"):
+        assert 0.5 < report[model]["bits_per_byte"] < 1.5, model
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    assert sum(p.numel() for p in student.parameters()) == report["student"]["parameters"]
