@@ -94,9 +94,21 @@ def test_weights_are_a_pure_function_of_the_step_and_none_is_the_end():
     assert scheduler.weights(None) == scheduler.weights(250) == scheduler.weights(999)
 
 
-def test_a_term_is_ever_used_exactly_if_some_weight_is_not_zero():
-    used = {name: reference_scheduler(10).ever_used(name) for name in ("kd", "feat", "layer", "contr", "rel", "span")}
-    assert used == {"kd": True, "feat": True, "layer": True, "contr": False, "rel": False, "span": False}
+def test_a_term_is_used_exactly_if_some_weight_is_not_zero():
+    flat = Ramp(((0.0, 0.0), (1.0, 0.0)))
+    late = Ramp(((0.4, 0.0), (1.0, 0.1)))
+    assert CurriculumConfig(kd=Term(0.0), feat=Term(late), rel=Term(flat)).used() == {"lm", "feat"}
+
+
+def test_negative_weights_and_temperatures_of_zero_are_refused():
+    for wrong in (-0.1, math.inf, math.nan, Ramp(((0.0, 0.5), (1.0, -0.5)))):
+        with pytest.raises(ValueError, match="0 or more"):
+            CurriculumConfig(kd=Term(wrong))
+    for wrong in (0.0, -1.0, math.inf, math.nan, Ramp(((0.0, 4.0), (1.0, 0.0)))):
+        with pytest.raises(ValueError, match="greater than 0"):
+            LossConfig(temperature=wrong)
+    with pytest.raises(ValueError, match="top_k 2 or more"):
+        LossConfig(tail="renormalise", top_k=1)
 
 
 def test_a_run_without_steps_is_refused():
