@@ -43,6 +43,11 @@ def check_head(model: nn.Module, name: str) -> None:
     own = model(input_ids=ids, use_cache=False).logits.float()
     ours = head_logits(model, body_states(model, ids, torch.ones_like(ids)))
     model.train(was_training)
+    if not own.isfinite().all():
+        raise ValueError(
+            f"the logits of the {name} ({type(model).__name__}, {model.dtype}) are not finite: its weights are "
+            f"damaged, or it overflows in half precision; load it in float32 (--set {name}.dtype=float32)"
+        )
     error = (own - ours).abs().max().item()
     if not error <= 0.02 * own.abs().max().item() + 1e-3:
         raise ValueError(

@@ -91,7 +91,8 @@ class LossConfig:
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
     """Divergence between teacher and student."""
     tail: Literal["bucket", "renormalise"] = "bucket"
-    """Outcomes beyond the top k: one explicit bucket on both sides, or both sides renormalised without them."""
+    """Outcomes beyond the top k: one explicit bucket on both sides, or both sides renormalised without them
+    (with top_k 1 nothing is left to learn then)."""
     top_k: Annotated[int, Gt(0)] = 256
     """Teacher tokens kept per position (capped at the teacher's vocabulary)."""
     temperature: Schedule = 1.0
@@ -112,8 +113,3 @@ class LossConfig:
         wrong = {name: v for name, v in scalars.items() if not all(0 < t < math.inf for t in v)}
         if wrong:
             raise ValueError(f"temperatures must be greater than 0, got {wrong}; 1 is a good start")
-        if self.tail == "renormalise" and self.top_k == 1:
-            raise ValueError(
-                "got tail 'renormalise' with top_k 1: one outcome has probability 1 on both sides and teaches nothing; "
-                "expected top_k 2 or more, or tail 'bucket'"
-            )

@@ -53,6 +53,8 @@ class DistillationFramework(nn.Module):
         self.config = loss
         self.curriculum = curriculum
         self.projection = None if teacher is None else Projection(vocabulary, loss.correction, loss.min_prefix_mass)
+        # for measuring: the correction knows the real next token, and agreement must not profit from it
+        self._uncorrected = None if teacher is None else Projection(vocabulary, "none", loss.min_prefix_mass)
 
     @property
     def teacher(self) -> FrozenTeacher | None:
@@ -86,9 +88,8 @@ class DistillationFramework(nn.Module):
         wanted = {t for t in HEAD_TERMS if weights[t] or measure}
         if self.teacher is None and signal is None:
             wanted &= {"lm"}
-        sums = self._head_terms(batch, wanted, weights, scalars, signal)
-        terms = {name: LossTerm(value, batch.counts[name]) for name, value in sums.items()}
-        used = [sums[t] * (weights[t] / max(int(counts[t]), 1)) for t in sums if weights[t]]
+        terms = self._head_terms(batch, wanted, weights, scalars, signal)
+        used = [term.sum * (weights[t] / max(int(counts[t]), 1)) for t, term in terms.items() if weights[t]]
         loss = torch.stack(used).sum() if used else self._no_loss()
         return DistillationOutput(loss, terms, weights, {**scalars, "top_k": self.config.top_k})
 
@@ -103,25 +104,28 @@ class DistillationFramework(nn.Module):
         weights: dict[str, float],
         scalars: dict[str, float],
         signal: TeacherSignal | None,
-    ) -> dict[str, Tensor]:
-        """Sums of the terms that come from the student's head."""
+    ) -> dict[str, LossTerm]:
+        """The terms that come from the student's head."""
         if not wanted:
             return {}
         if wanted & {"kd", "span"} and signal is None:
             signal = self.teacher.signal(batch, self.config.top_k)
         logits, labels, position = self._supervised_logits(batch)
-        sums = {}
+        terms = {}
         if "lm" in wanted:
             with torch.set_grad_enabled(torch.is_grad_enabled() and weights["lm"] != 0):
-                sums["lm"] = next_token_loss(logits, labels)
+                terms["lm"] = LossTerm(next_token_loss(logits, labels), batch.counts["lm"])
         if "kd" in wanted:
             with torch.set_grad_enabled(torch.is_grad_enabled() and weights["kd"] != 0):
                 rows = logits[torch.searchsorted(position, batch.row_student)]
-                sums["kd"] = kd_loss(rows, self._target(batch, signal), **self._kd_options(scalars["temperature"]))
+                target = self._target(batch, signal)
+                value = kd_loss(rows, target, **self._kd_options(scalars["temperature"]))
+                terms["kd"] = LossTerm(value, batch.counts["kd"], skipped=(~target.valid).sum())
         if "span" in wanted:
             with torch.set_grad_enabled(torch.is_grad_enabled() and weights["span"] != 0):
-                sums["span"] = self._span_term(batch, signal, logits, labels, position, scalars["span_temperature"])
-        return sums
+                value = self._span_term(batch, signal, logits, labels, position, scalars["span_temperature"])
+                terms["span"] = LossTerm(value, batch.counts["span"])
+        return terms
 
     def _supervised_logits(self, batch: PairedBatch) -> tuple[Tensor, Tensor, Tensor]:
         """([n, V] float32 logits, [n] labels, [n] flat positions) where the student is supervised."""
@@ -161,7 +165,7 @@ class DistillationFramework(nn.Module):
             the tail in one bucket), and their `count`.
         """
         signal = signal or self.teacher.signal(batch, self.config.top_k)
-        target = self._target(batch, signal)
+        target = self._uncorrected.to(batch.student_ids.device)(signal, batch)
         logits, _, position = self._supervised_logits(batch)
         rows = target.valid & (batch.depth == 0)
         logits = logits[torch.searchsorted(position, batch.row_student[rows])]

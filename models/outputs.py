@@ -98,6 +98,9 @@ class LossTerm:
 
     sum: Tensor  # scalar float32
     count: int
+    skipped: Tensor | None = None
+    """Items that turned out to say nothing, once computed: they add 0 to the sum and stay in the count, which has to
+    be known before (KD: too little teacher probability of what was read, or no token of the student's)."""
 
 
 @dataclass

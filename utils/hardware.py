@@ -35,13 +35,13 @@ class Choice(Generic[T]):
 
 
 def choose_device() -> Choice[torch.device]:
-    """The device to train on: what accelerate takes by itself, so that both agree."""
+    """The device to train on: a CUDA GPU, else the CPU."""
     if torch.cuda.is_available():
         count = torch.cuda.device_count()
         unused = f"; {count - 1} more unused by this process" if count > 1 else ""
         return Choice(torch.device("cuda", torch.cuda.current_device()), f"{torch.cuda.get_device_name()}{unused}")
     if torch.backends.mps.is_available():
-        return Choice(torch.device("mps"), "Apple GPU")
+        return Choice(torch.device("cpu"), f"this Apple GPU lacks the float64 that resume and KD need; {cores()} cores")
     why = "this torch build has no CUDA" if torch.version.cuda is None else "no GPU is visible to torch"
     return Choice(torch.device("cpu"), f"{why}; {cores()} cores")
 
@@ -94,7 +94,10 @@ def configure_backends(device: torch.device) -> list[str]:
     if capability < BF16_CAPABILITY:
         return ["attention: SDPA without flash kernels (they need compute capability 8.0)"]
     torch.set_float32_matmul_precision("high")
-    return ["TF32 for float32 matrix products (compute capability 8.0 or more)", "attention: SDPA, flash kernels"]
+    return [
+        "TF32 for float32 matrix products (compute capability 8.0 or more)",
+        "attention: SDPA, flash kernels in half precision",
+    ]
 
 
 def describe() -> dict[str, Any]:

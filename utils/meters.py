@@ -59,6 +59,7 @@ class Measured:
     counts: dict[str, int] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     scalars: dict[str, float] = field(default_factory=dict)
+    skipped: dict[str, list[Tensor]] = field(default_factory=dict)
 
     def add(self, output: Any, idle: bool) -> None:
         """Take a micro-batch's output; of an idle one only what is the same for all."""
@@ -69,6 +70,12 @@ class Measured:
         for name, term in output.terms.items():
             self.sums.setdefault(name, []).append(term.sum.detach())
             self.counts[name] = self.counts.get(name, 0) + int(term.count)
+            if getattr(term, "skipped", None) is not None:
+                self.skipped.setdefault(name, []).append(term.skipped)
+
+    def skips(self, name: str, host: HostSum) -> int:
+        """Items of a term that turned out to say nothing, over all processes."""
+        return int(host([float(torch.stack(self.skipped[name]).sum()) if name in self.skipped else 0.0])[0])
 
     def read(self, host: HostSum, counts: Mapping[str, int]) -> tuple[float, dict[str, dict[str, float]]]:
         """(loss, terms) of the step over all processes; the one place that waits for the device."""
@@ -119,8 +126,8 @@ class Skips:
             raise RuntimeError(
                 f"the gradient was not finite in {longest} optimizer steps in a row (up to step {step}), so none of "
                 "them was taken. Likely cause: a learning rate that is too high, activations that overflow in half "
-                "precision (try --mixed-precision no), or weights that were damaged before. The newest checkpoint is "
-                "from before."
+                "precision (try --mixed-precision no and --set teacher.dtype=float32), or weights that were damaged "
+                "before. The newest checkpoint is from before."
             )
         if total.bit_length() > self.total.bit_length():
             level = logging.INFO if quiet else logging.WARNING

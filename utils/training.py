@@ -322,7 +322,12 @@ class TrainingLoop:
             record["kd_nats_per_token"] = terms["kd"]["raw"] / scalars.get("temperature", 1.0) ** 2
         if counts.get("lm"):
             shares = {"anchored": "kd", "depth0": "depth0"}
-            record["coverage"] = {key: counts[name] / counts["lm"] for key, name in shares.items() if name in counts}
+            skipped = {"kd": measured.skips("kd", self._host)}
+            record["coverage"] = {
+                key: (counts[name] - skipped.get(name, 0)) / counts["lm"]
+                for key, name in shares.items()
+                if name in counts
+            }
         record |= {key: scalars[key] for key in ("top_k", "temperature") if key in scalars}
         self.logger.training(record, measured.weights)
         if self.flags is not None:

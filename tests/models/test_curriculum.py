@@ -107,8 +107,6 @@ def test_negative_weights_and_temperatures_of_zero_are_refused():
     for wrong in (0.0, -1.0, math.inf, math.nan, Ramp(((0.0, 4.0), (1.0, 0.0)))):
         with pytest.raises(ValueError, match="greater than 0"):
             LossConfig(temperature=wrong)
-    with pytest.raises(ValueError, match="top_k 2 or more"):
-        LossConfig(tail="renormalise", top_k=1)
 
 
 def test_a_run_without_steps_is_refused():
