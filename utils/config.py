@@ -58,6 +58,9 @@ class DataConfig:
     """Split of a hub data set."""
     document_separator: str | None = None
     """Line between documents of a .txt file; null: `<|endoftext|>` if the file has such lines, else blank lines."""
+    document_start: str | None = None
+    """Regular expression: a row or document that matches starts a document, those up to the next one belong to it.
+    For texts that come line by line; Wikitext's articles start with `^ = [^=]`."""
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Share of the documents held out when `eval` is null, chosen by a hash of their text."""
     max_length: Annotated[int, Ge(8)] = 512

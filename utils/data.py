@@ -6,6 +6,7 @@ Everything that decides what is trained on, and when, is a pure function of the 
 and the position, so that a resumed run sees what an uninterrupted one would have seen.
 """
 
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,26 @@ def load_documents(config: DataConfig) -> Corpus:
 
 
 def _read(config: DataConfig, names: Sequence[str], split: str) -> Iterator[sources.Located]:
-    return sources.read(names, split=split, column=config.text_column, separator=config.document_separator)
+    found = sources.read(names, split=split, column=config.text_column, separator=config.document_separator)
+    return found if config.document_start is None else _joined(found, config.document_start)
+
+
+def _joined(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Located]:
+    """Parts up to the next one that matches `start`, as one document. Lines keep the line breaks they come with."""
+    try:
+        begins = re.compile(start)
+    except re.error as error:
+        raise UserError(f"data.document_start: got {start!r}, expected a regular expression ({error})") from error
+    place, held = "", []
+    for where, value in parts:
+        text = _as_text(where, value)
+        if begins.search(text) and held:
+            yield place, "".join(held)
+            held = []
+        place = place if held else where
+        held.append(text if text.endswith("\n") else text + "\n")
+    if held:
+        yield place, "".join(held)
 
 
 def _kept(

@@ -443,3 +443,24 @@ def test_loading_leaves_the_global_generators_alone(windows):
     state = torch.get_rng_state()
     list(loader(windows, [[0], [1]], len))
     assert torch.equal(state, torch.get_rng_state())
+
+
+def test_lines_between_two_titles_are_one_document(tmp_path):
+    rows = ["", " = One = \n", "", " first \n", " = = Part = = \n", " second \n", " = Two = \n", " third"]
+    config = DataConfig(
+        train=[str(jsonl(tmp_path / "wiki.jsonl", rows))],
+        eval=str(jsonl(tmp_path / "held_out.jsonl", [" = Three = \n", " fourth \n"])),
+        document_start="^ = [^=]",
+    )
+    corpus = load_documents(config)
+    assert corpus.train == [
+        " = One = \n\n first \n = = Part = = \n second \n",
+        " = Two = \n third\n",
+    ]
+    assert corpus.eval == [" = Three = \n fourth \n"]
+
+
+def test_a_document_start_that_is_no_regular_expression_is_refused(tmp_path):
+    config = DataConfig(train=[str(jsonl(tmp_path / "wiki.jsonl", ["a", "b"]))], document_start="(")
+    with pytest.raises(UserError, match="regular expression"):
+        load_documents(config)
