@@ -11,10 +11,6 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-TERMS = ("kd", "span", "lm", "feat", "rel", "attn", "layer", "contr")
-"""Names of the loss terms: keys of weights, logs and metrics."""
-
-
 @dataclass(frozen=True)
 class Ramp:
     """A scalar that follows training progress (step / total optimizer steps, in [0, 1]).
