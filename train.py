@@ -9,11 +9,10 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -33,7 +31,7 @@ from models.pairing import PairCollator, PairEncoder, count_channel
 from models.teacher import FrozenTeacher
 from models.vocabulary import VocabularyMap
 from utils import command_line, data, hardware, pretrained, quickstart, report, run_folder
-from utils.checkpoints import CheckpointStore
+from utils.checkpoints import CheckpointStore, step_of
 from utils.config import (
     DataConfig,
     EvaluationConfig,
@@ -49,8 +47,8 @@ from utils.config import (
 from utils.errors import UserError
 from utils.guards import RedFlags
 from utils.held_out import START, HeldOut, metrics_of
-from utils.logs import StepLogger, read_metrics, setup_logging
-from utils.plan import Plan, build_accelerator
+from utils.logs import StepLogger, setup_logging
+from utils.plan import Plan, build_accelerator, on_main_process
 from utils.seeding import permutation, seed_everything
 from utils.stopping import StopSignal
 from utils.training import FitResult, fit
@@ -59,9 +57,6 @@ log = logging.getLogger("train")
 
 EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
 """Of runs that a signal ended; every other ending that is no error is 0."""
-
-QUICKSTART, QUICKSTART_TEACHER = "quickstart", "quickstart-teacher"
-"""Names, in place of a hub id or path, of what `utils.quickstart` builds."""
 
 LM_ALONE = CurriculumConfig(kd=Term(0.0), lm=Term(1.0))
 WITHOUT_TEACHER = "without_teacher"
@@ -126,12 +121,19 @@ def configure(argv: Sequence[str]) -> tuple[RunConfig, str]:
     if name is None:
         values: dict[str, Any] = {}
         arguments.apply(values)
-        return build(RunConfig, values, source="the command line"), f"no recipe: {why}"
+        return build(RunConfig, values, source="the command line"), f"no recipe: {why}{_replaced(arguments)}"
     path = find_config(name)
     values = load_yaml(path)
     values.setdefault("output_dir", f"runs/{path.stem}")
     arguments.apply(values)
-    return build(RunConfig, values, source=f"{path.name} and the command line"), f"recipe {path.name}: {why}"
+    config = build(RunConfig, values, source=f"{path.name} and the command line")
+    return config, f"recipe {path.name}: {why}{_replaced(arguments)}"
+
+
+def _replaced(arguments: command_line.Arguments) -> str:
+    """What is without effect on this command line."""
+    epochs, steps = (arguments.values.get(f"training.{key}") for key in ("epochs", "max_steps"))
+    return f"; max_steps {steps} replaces epochs {epochs}" if epochs and steps else ""
 
 
 def _default_recipe(arguments: command_line.Arguments) -> tuple[str | None, str]:
@@ -198,9 +200,12 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         windows = data.make_windows(corpus.train, encoder.windows, encoder.fingerprint, workers)
         held_out = data.make_windows(corpus.eval, encoder.windows, encoder.fingerprint, workers)
     log.info("documents: %s", ", ".join(f"{name} {count:,}" for name, count in corpus.report.items()))
+    data.warn_of_left_out(windows)
     if config.loss.correction == "channel":
-        vocabulary = vocabulary.with_channel(count_channel([windows[i] for i in range(len(windows))][:CHANNEL_WINDOWS]))
+        chosen = permutation(len(windows), 0, 0)[:CHANNEL_WINDOWS].tolist()
+        vocabulary = vocabulary.with_channel(count_channel([windows[i] for i in chosen]))
     limit = min(config.evaluation.max_windows or len(held_out), len(held_out))
+    held_out = held_out.select(sorted(permutation(len(held_out), 0, 0)[:limit].tolist()))
     collate = PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth)
     return Job(
         config=config,
@@ -212,7 +217,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         held_out=HeldOut(
             config.evaluation,
             accelerator,
-            held_out.select(sorted(permutation(len(held_out), 0, 0)[:limit].tolist())),
+            held_out,
             corpus.eval,
             collate,
             tokenizers,
@@ -220,6 +225,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         ),
         fingerprint={
             "training_text": data.corpus_fingerprint(corpus.train),
+            "held_out_windows": data.windows_fingerprint(held_out),
             "tokenizers_and_length": encoder.fingerprint,
             "mixed_precision": accelerator.mixed_precision,
         },
@@ -281,8 +287,8 @@ def train_student(
     if teacher is not None:
         made_from["teacher"] = pretrained.fingerprint(teacher.model)
     store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, {**job.fingerprint, **made_from})
-    resume_from = _on_main_process(accelerator, lambda: store.resume_point(resume))
-    done = 0 if resume_from is None else int(resume_from.name.rpartition("-")[2])
+    resume_from = on_main_process(accelerator, lambda: store.resume_point(resume))
+    done = 0 if resume_from is None else step_of(resume_from)
     every, main = config.logging.every, accelerator.is_main_process
     logger = StepLogger(output, plan.total_steps, every, start_step=done, main_process=main)
     student.to(accelerator.device)
@@ -311,11 +317,15 @@ def train_student(
         evaluate_every=config.evaluation.every,
         checkpoints=store,
         resume_from=resume_from,
-        flags=_red_flags(config, plan, student, start),
+        flags=_red_flags(config, plan, student, start, main),
         stop=stop,
         num_workers=config.data.num_workers,
     )
-    if result.stopped_by not in EXIT_CODES and not _was_evaluated(logger, result.steps):
+    if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
+        of = f"{result.steps} of {plan.total_steps} steps"
+        log.info("this run is already finished (%s); another --output-dir starts a new one", of)
+    was_evaluated = on_main_process(accelerator, lambda: logger.has_evaluation(result.steps))
+    if result.stopped_by not in EXIT_CODES and not was_evaluated:
         logger.evaluation(evaluate(result.steps))
     logger.close()
     if result.stopped_by in EXIT_CODES:
@@ -323,45 +333,48 @@ def train_student(
     return Trained(framework, result, start)
 
 
-def _red_flags(config: RunConfig, plan: Plan, student: nn.Module, start: dict[str, Any]) -> RedFlags:
+def _red_flags(config: RunConfig, plan: Plan, student: nn.Module, start: dict[str, Any], main: bool) -> RedFlags:
     flags = RedFlags(
         plan.total_steps,
         student.get_output_embeddings().weight.shape[0],
         warmup_steps=math.ceil(config.training.warmup_ratio * plan.total_steps),
         initial_loss=start["initial_student"]["loss"],
+        warn=None if main else lambda _: None,
     )
     if "teacher" in start:
         flags.teacher(start["teacher"]["bits_per_byte"], start["initial_student"]["bits_per_byte"])
     return flags
 
 
-def _was_evaluated(logger: StepLogger, step: int) -> bool:
-    """Whether metrics.jsonl has an evaluation at this step. In processes that log nothing: no."""
-    if not logger.main_process or not logger.path.exists():
-        return False
-    return any("terms" not in record and record.get("step") == step for record in read_metrics(logger.path))
-
-
-def _on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """What `action` returns when the main process alone runs it."""
-    found = [action() if accelerator.is_main_process else None]
-    return broadcast_object_list(found)[0] if accelerator.num_processes > 1 else found[0]
-
-
-def finish(job: Job, asked: RunConfig, trained: Trained, without: Trained | None, output: Path) -> None:
-    """Export the student, write the report, say what came out. `asked`: with the names that the user gave."""
+def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[str, Any]:
+    """Export the student and write the report; returns its results. `asked`: with the names that the user gave."""
     framework, result = trained.framework, trained.result
-    alone = None if without is None else without.framework.student
-    results = job.held_out.results(framework.student, trained.start, framework.compare, alone)
+    results = job.held_out.results(framework.student, trained.start, framework.compare)
     results["run"] = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
-    if not job.accelerator.is_main_process:
-        return
-    names = (asked.student.name, job.config.student.init, asked.teacher.name, asked.data.train)
-    card = pretrained.model_card(*names, results)
-    pretrained.export(framework.student, job.tokenizer, output / "student", card)
-    baseline = output / WITHOUT_TEACHER / "metrics.jsonl" if without is not None else None
-    report.print_summary(report.write_report(output, results, baseline_metrics=baseline))
-    log.info("student: %s; report: %s", output / "student", output / report.REPORT_MD)
+    if job.accelerator.is_main_process:
+        names = (asked.student.name, job.config.student.init, asked.teacher.name, asked.data.train)
+        card = pretrained.model_card(*names, results)
+        pretrained.export(framework.student, job.tokenizer, output / "student", card)
+        report.write_report(output, results)
+    return results
+
+
+def compare_without_teacher(
+    job: Job, trained: Trained, results: dict[str, Any], output: Path, stop: StopSignal
+) -> dict[str, Any]:
+    """Train the same student without the teacher, and add it to the report if it was trained for as many steps."""
+    log.info("for comparison: the same student, batches and steps with the LM term alone, without the teacher")
+    folder, steps = output / WITHOUT_TEACHER, trained.result.steps
+    folder.mkdir(exist_ok=True)
+    without = train_student(job, None, LM_ALONE, folder, stop)
+    if without.result.steps != steps:
+        told = f"{without.result.stopped_by} after {without.result.steps} steps, and with the teacher after {steps}"
+        log.warning("no comparison: without the teacher training ended by %s", told)
+        return results
+    results = job.held_out.with_baseline(results, without.framework.student)
+    if job.accelerator.is_main_process:
+        report.write_report(output, results, baseline_metrics=folder / "metrics.jsonl")
+    return results
 
 
 # ------------------------------------------------------------------------------------------- the run
@@ -376,6 +389,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     """
     output, asked = Path(config.output_dir), config
     run_folder.check(output, to_plain(config), config.resume)
+    CheckpointStore(output / "checkpoints").check_path(config.resume)
     setup_logging(output)
     log.info("%s", recipe)
     device = hardware.choose_device()
@@ -387,7 +401,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     notes = {"recipe": recipe, "device": f"{device.value}: {device.reason}", "mixed precision": precision.reason}
     notes |= {"backend": "; ".join(hardware.configure_backends(device.value)) or "defaults"}
     log.info("device %s: %s; mixed precision %s: %s", device.value, device.reason, precision.value, precision.reason)
-    config = _with_quickstart(config, stop)
+    config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
     job = prepare(config, accelerator)
     _log_coverage(job)
@@ -395,12 +409,12 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         run_folder.write_config(output, to_plain(asked), notes)
     teacher = load_teacher(job)
     trained = train_student(job, teacher, config.curriculum, output, stop, config.resume)
-    without = None
+    results = export(job, asked, trained, output)  # before the comparison, so that a kill there loses nothing
     if config.evaluation.without_teacher and trained.result.stopped_by != "max_hours":
-        log.info("for comparison: the same student, batches and steps with the LM term alone, without the teacher")
-        (output / WITHOUT_TEACHER).mkdir(exist_ok=True)
-        without = train_student(job, None, LM_ALONE, output / WITHOUT_TEACHER, stop)
-    finish(job, asked, trained, without, output)
+        results = compare_without_teacher(job, trained, results, output, stop)
+    if accelerator.is_main_process:
+        report.print_summary(results)
+        log.info("student: %s; report: %s", output / "student", output / report.REPORT_MD)
     return trained.result.stopped_by
 
 
@@ -408,9 +422,7 @@ def _log_coverage(job: Job) -> None:
     """How much of the text KD reaches, on the evaluation windows."""
     if job.config.teacher.name is None:
         return
-    totals = dict.fromkeys(("lm", "kd", "depth0"), 0)
-    for batch in job.held_out.batches():
-        totals = {name: totals[name] + batch.counts[name] for name in totals}
+    totals = job.held_out.coverage()
     shares = [totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0")]
     log.info("coverage: %.1f %% of student positions have an anchor, %.1f %% at depth 0", *(100 * s for s in shares))
     routed = job.config.curriculum.used() - {*HEAD_TERMS}
@@ -418,36 +430,34 @@ def _log_coverage(job: Job) -> None:
         log.warning("without effect in this version, which has no router: weights of %s", ", ".join(sorted(routed)))
 
 
-def _with_quickstart(config: RunConfig, stop: StopSignal) -> RunConfig:
+def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> RunConfig:
     """The configuration with paths in place of the names that stand for the embedded material."""
-    names = {config.teacher.name, config.student.name, config.data.eval, *config.data.train}
-    if not names & {QUICKSTART, QUICKSTART_TEACHER}:
+    if not quickstart.is_named(config):
         return config
-    material = quickstart.material()
-    student = {QUICKSTART: material.student, QUICKSTART_TEACHER: material.teacher}.get(config.student.name)
-    if student is not None:
-        config = replace(config, student=StudentConfig(str(student), "random"))
-    if config.teacher.name == QUICKSTART:
-        config = replace(config, teacher=replace(config.teacher, name=str(_quickstart_teacher(config, material, stop))))
-    train = [str(material.file) if name == QUICKSTART else name for name in config.data.train]
-    return replace(config, data=replace(config.data, train=train))
+    with accelerator.main_process_first():
+        material = quickstart.material()
+    return quickstart.with_paths(config, material, lambda: _quickstart_teacher(config, material, accelerator, stop))
 
 
-def _quickstart_teacher(config: RunConfig, material: quickstart.Material, stop: StopSignal) -> Path:
+def _quickstart_teacher(
+    config: RunConfig, material: quickstart.Material, accelerator: Accelerator, stop: StopSignal
+) -> Path:
     """The trained quickstart teacher, from the cache or trained now with the same loop."""
     own, recipe = configure(
         ["--config", "quickstart_teacher", "--mixed-precision", config.training.mixed_precision, "--resume", "auto"]
     )
     key = hashlib.sha256(json.dumps(run_folder.identity(to_plain(own))).encode()).hexdigest()[:8]
     folder = material.trained_teacher.with_name(f"{material.trained_teacher.name}-{key}")
-    if not folder.is_dir():
+    if not on_main_process(accelerator, folder.is_dir):
         log.info("no trained teacher in the cache: training one now, about a minute")
-        scratch = folder.with_name(f"{folder.name}.run")
+        scratch = on_main_process(accelerator, lambda: quickstart.workshop(folder))
         reason = run(replace(own, output_dir=str(scratch)), recipe, stop)
         if reason == "max_hours":
             raise Interrupted(reason)
-        os.replace(scratch / "student", folder)
-        shutil.rmtree(scratch, ignore_errors=True)
+        if accelerator.is_main_process:
+            quickstart.put_into_place(scratch / "student", folder)
+            shutil.rmtree(scratch, ignore_errors=True)
+        accelerator.wait_for_everyone()
     return folder
 
 

@@ -34,13 +34,13 @@ from models.outputs import IGNORE, PairedBatch
 from models.pairing import PairCollator, PairEncoder
 from models.teacher import LOGITS_AT_ONCE, FrozenTeacher
 from models.vocabulary import MARKER, TEXT, VocabularyMap
-from utils import checklist, command_line, miniature, preflight, pretrained, quickstart
+from utils import checklist, command_line, hardware, miniature, preflight, pretrained, quickstart
 from utils.checklist import Check, check
 from utils.checkpoints import CheckpointStore
 from utils.config import DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
 from utils.errors import UserError
 from utils.logs import StepLogger
-from utils.plan import build_accelerator
+from utils.plan import another_accelerator, build_accelerator
 from utils.seeding import seed_everything
 from utils.training import FitResult, fit
 
@@ -50,8 +50,8 @@ MOST_DOCUMENTS = 20_000
 """So many of the user's own documents are read."""
 LEAST_COVERAGE = 0.5
 """Share of student positions with an anchor, below which KD teaches little."""
-EMBEDDED = frozenset({train.QUICKSTART, train.QUICKSTART_TEACHER})
-"""Names of what `utils.quickstart` builds."""
+FEW_STEPS = 4
+"""On the device; with fp16 the first may be left out while the scale of the loss is found."""
 
 
 # ----------------------------------------------------------------------------------- the tiny models
@@ -96,10 +96,10 @@ class Bench:
         vocabulary = self.same_map if teacher and len(teacher.rank) == self.size else self.job.vocabulary
         return assemble(student, teacher, vocabulary, loss or LossConfig(), **weights)
 
-    def distillation(self, seed: int = 0) -> DistillationFramework:
-        """A fresh student under a fixed teacher of the other tokenizer."""
+    def distillation(self, seed: int = 0, **teacher: Any) -> DistillationFramework:
+        """A fresh student under a fixed teacher of the other tokenizer; `teacher`: its device and dtype."""
         seed_everything(1)
-        model = pretrained.random_model(pretrained.load_config(str(self.tiny.teacher), "teacher"))
+        model = pretrained.random_model(pretrained.load_config(str(self.tiny.teacher), "teacher")).to(**teacher)
         return self.framework(self.student(seed), FrozenTeacher(model, self.job.vocabulary))
 
     def fit(self, module: nn.Module, windows: Sequence[dict], options: dict[str, Any] | None = None, **training: Any):
@@ -137,6 +137,28 @@ def random_batches(vocabulary: int, windows: int, seed: int) -> Iterator[PairedB
         columns = [{"ids": generator.integers(0, vocabulary, LENGTH), **fixed} for _ in range(windows)]
         rows = [{f"{side}_{k}": v for side in ("student", "teacher") for k, v in row.items()} for row in columns]
         yield collate([{**row, "bytes": LENGTH, "left_out": 0, "documents": ""} for row in rows])
+
+
+# --------------------------------------------------------------------------------------- the device
+
+
+@check("one step on this device", "set --mixed-precision no; or train on the CPU: CUDA_VISIBLE_DEVICES=")
+def one_step(bench: Bench, config: train.RunConfig) -> tuple:
+    device = hardware.choose_device().value
+    mixed = hardware.choose_precision(config.training.mixed_precision, device).value
+    dtype = pretrained.teacher_dtype(config.teacher.dtype, device, mixed).value
+    module = bench.distillation(device=device, dtype=dtype)
+    before = [p.detach().clone() for p in module.parameters()]
+    with another_accelerator(mixed, cpu=device.type == "cpu") as accelerator:
+        result = bench.fit(module, bench.windows, {"accelerator": accelerator}, max_steps=FEW_STEPS)
+    after = [p.detach().cpu() for p in module.parameters()]
+    finite = all(p.isfinite().all() for p in after)
+    moved = any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    taken = result.steps - result.skipped_steps
+    where = "cpu, as there is no GPU" if device.type == "cpu" else str(device)
+    value = f"{taken} of {result.steps} taken on {where}; mixed precision {mixed}, teacher in {dtype}"
+    weights = f"weights {'finite' if finite else 'not finite'} and {'changed' if moved else 'unchanged'}"
+    return f"{value}; {weights}".replace("torch.", ""), "1 or more, finite", taken > 0 and finite and moved
 
 
 # -------------------------------------------------------------------------------------- loss and KD
@@ -334,9 +356,7 @@ def early_stopping(bench: Bench) -> tuple:
 
 @check("alignment coverage", "the tokenizers share few boundaries, so KD reaches little text; choose a closer pair")
 def coverage(job: train.Job) -> tuple:
-    totals = dict.fromkeys(("lm", "kd", "depth0"), 0)
-    for batch in job.held_out.batches():
-        totals = {name: totals[name] + batch.counts[name] for name in totals}
+    totals = job.held_out.coverage()
     anchored, shallow = (totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0"))
     value = f"{anchored:.1%} of {totals['lm']} positions have an anchor, {shallow:.1%} at depth 0"
     return value, f"{LEAST_COVERAGE:.0%} or more", anchored >= LEAST_COVERAGE
@@ -366,22 +386,23 @@ def own_label_shift(setup: preflight.SetUp) -> tuple:
     return value, allowed, 0.95 < ratio < 1.25 and abs(ours - theirs) < 1e-3
 
 
-def default_setup() -> preflight.SetUp:
+def default_setup(config: train.RunConfig) -> preflight.SetUp:
     """What the embedded default starts from, by sizes alone."""
-    config = train.configure(["--config", train.QUICKSTART])[0]
     student = quickstart.student_config(quickstart.STUDENT_VOCABULARY)
     teacher = quickstart.teacher_config(quickstart.TEACHER_VOCABULARY)
-    return preflight.SetUp(config, student, teacher, 2_000_000, LOGITS_AT_ONCE, EMBEDDED)
+    return preflight.SetUp(config, student, teacher, 2_000_000, LOGITS_AT_ONCE, quickstart.NAMES)
 
 
-def own_setup(argv: Sequence[str]) -> tuple[preflight.SetUp, train.Job]:
-    """What train.py would start from with these flags; reads at most `MOST_DOCUMENTS` of the text.
+def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
+    """What train.py would start from; reads at most `MOST_DOCUMENTS` of the text.
 
     Raises:
-        UserError: a mistake in flags, recipe, models or data.
+        UserError: a mistake in models or data.
     """
-    asked = train.configure(argv)[0]
-    config = _with_material(asked)
+    config = asked
+    if quickstart.is_named(asked):
+        material = quickstart.material()
+        config = quickstart.with_paths(asked, material, lambda: material.teacher)  # need not be trained yet
     limit = min(asked.data.max_documents or MOST_DOCUMENTS, MOST_DOCUMENTS)
     config = replace(config, data=replace(config.data, max_documents=limit))
     job = train.prepare(config, build_accelerator("no", cpu=True))
@@ -389,21 +410,7 @@ def own_setup(argv: Sequence[str]) -> tuple[preflight.SetUp, train.Job]:
     teacher = pretrained.load_config(config.teacher.name, "teacher") if config.teacher.name else None
     files = [Path(name).expanduser() for name in config.data.train]
     text_bytes = max(sum(map(int, job.windows["bytes"])), sum(f.stat().st_size for f in files if f.is_file()))
-    return preflight.SetUp(asked, student, teacher, text_bytes, LOGITS_AT_ONCE, EMBEDDED), job
-
-
-def _with_material(config: train.RunConfig) -> train.RunConfig:
-    """With paths in place of the names of the embedded material; its teacher need not be trained yet."""
-    if not EMBEDDED & {config.teacher.name, config.student.name, *config.data.train}:
-        return config
-    material = quickstart.material()
-    folders = {train.QUICKSTART_TEACHER: material.teacher, train.QUICKSTART: material.student}
-    if config.student.name in EMBEDDED:
-        config = replace(config, student=StudentConfig(str(folders[config.student.name]), "random"))
-    if config.teacher.name in EMBEDDED:
-        config = replace(config, teacher=ModelConfig(str(material.teacher)))
-    texts = [str(material.file) if name in EMBEDDED else name for name in config.data.train]
-    return replace(config, data=replace(config.data, train=texts))
+    return preflight.SetUp(asked, student, teacher, text_bytes, LOGITS_AT_ONCE, quickstart.NAMES), job
 
 
 # ---------------------------------------------------------------------------------------- the report
@@ -415,26 +422,29 @@ TINY: tuple[Callable[[Bench], Check], ...] = (
 
 
 def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
-    """Titles and checks, one by one as they are done.
+    """Titles and checks, one by one as they are done: this machine, then this code, then what would be trained.
 
     Raises:
-        UserError: a mistake in what was asked for; nothing is checked then.
+        UserError: a mistake in what was asked for. Models or text that are missing are told after the machine.
     """
-    setup, own = own_setup(argv) if argv else (default_setup(), None)
+    config = train.configure(argv)[0]
     yield "This machine"
-    yield from (preflight.versions(), preflight.conflicts(), preflight.kernels(), preflight.precision(setup))
-    yield "This code, on tiny models"
-    yield from (curriculum_table(), preflight.weighted_perplexity())
+    yield from (preflight.versions(), preflight.conflicts(), preflight.kernels(), preflight.precision(config))
     try:
         bench = Bench(folder)
     except UserError as error:
         raise RuntimeError(f"the tiny models cannot be prepared: {error}") from error
+    yield one_step(bench, config)
+    is_embedded = not argv and config.student.name in quickstart.NAMES
+    setup, own = (default_setup(config), None) if is_embedded else own_setup(config)
+    yield "This code, on tiny models"
+    yield from (curriculum_table(), preflight.weighted_perplexity())
     yield from (measure(bench) for measure in TINY)
     yield from (preflight.duplicates(bench.job), preflight.leakage(bench.job), coverage(bench.job))
     if own is None:
         yield "The embedded default (flags of train.py check your own set-up)"
     else:
-        yield "Your set-up"
+        yield "Your set-up" if argv else "The default of this machine (flags of train.py check your own set-up)"
         yield from (preflight.models(setup), own_label_shift(setup), preflight.window_length(setup))
         yield from (preflight.duplicates(own), preflight.leakage(own), *([coverage(own)] if setup.teacher else []))
     yield from (preflight.memory(setup), preflight.disk(setup), preflight.output_directory(setup))

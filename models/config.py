@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+
 @dataclass(frozen=True)
 class Ramp:
     """A scalar that follows training progress (step / total optimizer steps, in [0, 1]).

@@ -84,6 +84,8 @@ def test_help_is_grouped_and_names_every_flag():
         (["--eval-data", "e"], "data.eval", "e"),
         (["--max-length", "64"], "data.max_length", 64),
         (["--document-separator", "---"], "data.document_separator", "---"),
+        (["--document-separator", "--my_sep--"], "data.document_separator", "--my_sep--"),
+        (["--document_separator", "--my_sep=--"], "data.document_separator", "--my_sep=--"),
         (["--batch-size", "3"], "training.batch_size", 3),
         (["--gradient-accumulation-steps", "5"], "training.gradient_accumulation_steps", 5),
         (["--epochs", "2"], "training.epochs", 2),
@@ -128,6 +130,12 @@ def test_epochs_on_the_command_line_overrule_the_steps_of_a_recipe(tmp_path):
     assert train.configure(["--config", str(recipe), "--epochs", "2"])[0].training.max_steps is None
     assert train.configure(["--config", str(recipe), "--epochs", "2", "--max-steps", "3"])[0].training.max_steps == 3
     assert train.configure(["--config", str(recipe)])[0].output_dir == "runs/own"
+
+
+def test_of_epochs_and_steps_together_the_steps_count_and_it_is_said():
+    config, told = train.configure([*PAIR, "--epochs", "2", "--max-steps", "5"])
+    assert config.training.max_steps == 5 and "max_steps 5 replaces epochs 2" in told
+    assert "replaces" not in train.configure([*PAIR, "--max-steps", "5"])[1]
 
 
 def test_unknown_flags_are_all_reported_with_the_nearest_known_one():
@@ -228,6 +236,17 @@ def test_settings_that_change_nothing_may_differ_on_resume(tmp_path):
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     other = replace(config, training=replace(config.training, save_every=7, max_hours=1.0), resume="x")
     train.run_folder.check(tmp_path, to_plain(other), "auto")
+
+
+@pytest.mark.parametrize("setting", ["data.eval=other.txt", "data.eval_fraction=0.3", "evaluation.max_windows=9"])
+def test_what_is_measured_on_may_not_change_on_resume(tmp_path, setting):
+    output = ("--output-dir", str(tmp_path))
+    train.run_folder.write_config(tmp_path, to_plain(configured(*output)), {})
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    other = configured(*output, "--set", setting, "evaluation.every=7", "evaluation.samples=1")
+    with pytest.raises(UserError, match=setting.partition("=")[0]) as raised:
+        train.run_folder.check(tmp_path, to_plain(other), "auto")
+    assert "evaluation.every" not in str(raised.value) and "samples" not in str(raised.value)
 
 
 @pytest.mark.parametrize("name", ["no/such/folder", "/no/such/folder", "./none"])

@@ -23,7 +23,8 @@ from utils.stopping import EarlyStopping
 ROOT = Path(__file__).resolve().parent.parent
 
 NAMES = [
-    *("Python and packages", "package conflicts", "device and kernels", "precision", "curriculum table"),
+    *("Python and packages", "package conflicts", "device and kernels", "precision"),
+    *("one step on this device", "curriculum table"),
     *("perplexity by tokens", "label shift: fresh student", "label shift: exactly once", "label shift: copying"),
     *("KD of equal models", "T squared in the gradient", "perplexity of a random model"),
     *("evaluation leaves fp16 as it was", "gradient accumulation", "resume", "optimizer steps and schedule"),
@@ -38,7 +39,7 @@ def bench(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def setup():
-    return verify_fixes.default_setup()
+    return verify_fixes.default_setup(verify_fixes.train.configure(["--config", "quickstart"])[0])
 
 
 def command(folder: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -102,9 +103,7 @@ def test_real_models_are_ready_to_train(real_models_dir, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "flags, said",
     [
-        (["--teacher", "/nowhere"], "teacher /nowhere: no such folder"),
         (["--techer", "x"], "did you mean --teacher"),
-        (["--train-data", "./nothing.txt"], "nothing.txt"),
         (["--config", "nothing"], "no such recipe"),
         (["--set", "loss.temperature=0"], "loss: temperatures must be greater than 0"),
     ],
@@ -114,6 +113,47 @@ def test_a_mistake_of_the_user_is_one_message_and_exit_code_2(flags, said, capsy
     assert verify_fixes.main([*own_flags(tmp_path), *flags]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and said in captured.err and "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--teacher", "/nowhere"], "teacher /nowhere: no such folder"),
+        (["--train-data", "./nothing.txt"], "nothing.txt"),
+    ],
+)
+def test_what_is_missing_does_not_hide_what_is_wrong_with_the_machine(flags, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path))
+    monkeypatch.setattr(hardware, "check_kernels", lambda: "install another torch")
+    assert verify_fixes.main([*own_flags(tmp_path), *flags]) == 2
+    captured = capsys.readouterr()
+    assert "✗ device and kernels" in captured.out and "✓ one step on this device" in captured.out
+    assert "tiny models" not in captured.out and said in captured.err and "Traceback" not in captured.err
+
+
+def test_without_flags_what_train_would_take_is_checked(tmp_path, monkeypatch, capsys):
+    quiet(monkeypatch, tmp_path)
+    own = verify_fixes.train.configure(own_flags(tmp_path))
+    monkeypatch.setattr(verify_fixes.train, "configure", lambda argv: own)
+    monkeypatch.setattr(verify_fixes, "curriculum_table", verify_fixes.preflight.versions)
+    assert verify_fixes.main([]) == 1
+    out = capsys.readouterr().out
+    assert "The default of this machine" in out and "✗ models: teacher" in out
+
+
+def test_one_step_runs_in_the_precision_of_the_device_and_leaves_the_accelerator_as_it_was(bench, setup, monkeypatch):
+    found = verify_fixes.one_step(bench, setup.config)
+    assert found.passed and "4 of 4 taken on cpu, as there is no GPU" in found.value, found
+    half = replace(
+        setup.config,
+        training=replace(setup.config.training, mixed_precision="bf16"),
+        teacher=replace(setup.config.teacher, dtype="bfloat16"),
+    )
+    found = verify_fixes.one_step(bench, half)
+    assert found.passed and "mixed precision bf16, teacher in bfloat16" in found.value
+    assert bench.accelerator.mixed_precision == "no" and bench.accelerator.device.type == "cpu"
+    monkeypatch.setattr(distillation_framework, "kd_loss", lambda logits, *_, **__: logits.sum() * float("nan"))
+    assert not verify_fixes.one_step(bench, setup.config).passed
 
 
 def test_help_is_that_of_the_training_flags_under_its_own_name(capsys):

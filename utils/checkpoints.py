@@ -159,6 +159,15 @@ class CheckpointStore:
             self._refuse_other_run(path)
         return path
 
+    def check_path(self, resume: str) -> None:
+        """Find a mistake in --resume PATH, with nothing loaded; `resume_point` compares the settings later.
+
+        Raises:
+            UserError: a path that holds no checkpoint or a damaged one, or that is outside this run.
+        """
+        if resume not in ("auto", "never"):
+            self._at(Path(resume).expanduser(), self.steps())
+
     def load(self, path: str | Path) -> Checkpoint:
         """Read a checkpoint onto the CPU. Pickles are read with `weights_only=True`: no code of theirs runs.
 
@@ -236,6 +245,11 @@ class CheckpointStore:
                 self._verified.discard(path)
             except OSError as error:
                 log.warning("old checkpoint %s could not be removed: %s", path, error)
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps done at a whole checkpoint, whatever its folder is called."""
+    return int(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["step"])
 
 
 def verify(path: str | Path) -> str | None:

@@ -23,7 +23,12 @@ FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("--train-data", "data.train", "ID|PATH", "hub ids, files (.txt .jsonl .parquet .csv) or folders of them"),
         ("--eval-data", "data.eval", "ID|PATH", "text to measure on; default: a share of the training documents"),
         ("--max-length", "data.max_length", "N", "tokens per window, for either model"),
-        ("--document-separator", "data.document_separator", "S", "line between the documents of a .txt file"),
+        (
+            "--document-separator",
+            "data.document_separator",
+            "S",
+            "string that cuts a .txt file into documents, wherever it is",
+        ),
     ),
     "training": (
         ("--batch-size", "training.batch_size", "N", "windows per forward pass"),
@@ -134,7 +139,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     """
     made = parser()
     known = [option for action in made._actions for option in action.option_strings if option.startswith("--")]
-    given, unknown = made.parse_known_args(_separator_joined([_with_dashes(word) for word in argv]))
+    given, unknown = made.parse_known_args([_with_dashes(word) for word in _separator_joined(argv)])
     if unknown:
         raise UserError(_describe_unknown(unknown, known))
     found = vars(given)
@@ -153,12 +158,10 @@ def _with_dashes(word: str) -> str:
     return flag.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def _separator_joined(words: list[str]) -> list[str]:
-    """`--document-separator ---` with an equals sign, or argparse would take the dashes for a flag."""
-    if "--document-separator" in words[:-1]:
-        at = words.index("--document-separator")
-        return [*words[:at], f"{words[at]}={words[at + 1]}", *words[at + 2 :]]
-    return words
+def _separator_joined(words: Sequence[str]) -> list[str]:
+    """`--document-separator ---` with an equals sign, or its dashes would be taken for a flag's."""
+    at = next((i for i, word in enumerate(words[:-1]) if _with_dashes(word) == "--document-separator"), None)
+    return [*words] if at is None else [*words[:at], f"{words[at]}={words[at + 1]}", *words[at + 2 :]]
 
 
 def _describe_unknown(words: Sequence[str], known: Sequence[str]) -> str:

@@ -57,7 +57,8 @@ class DataConfig:
     split: str = "train"
     """Split of a hub data set."""
     document_separator: str | None = None
-    """Line between documents of a .txt file; null: `<|endoftext|>` if the file has such lines, else blank lines."""
+    """String at whose every occurrence a .txt file is cut into documents (backslash-n is a line break); null: lines
+    that are `<|endoftext|>` if the file has any, else blank lines."""
     document_start: str | None = None
     """Regular expression: a row or document that matches starts a document, those up to the next one belong to it.
     For texts that come line by line; Wikitext's articles start with `^ = [^=]`."""

@@ -6,6 +6,7 @@ Everything that decides what is trained on, and when, is a pure function of the 
 and the position, so that a resumed run sees what an uninterrupted one would have seen.
 """
 
+import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,10 +26,14 @@ from . import seeding, sources
 from .config import DataConfig
 from .errors import UserError
 
+log = logging.getLogger(__name__)
+
 DOCUMENTS_PER_PACK = 1000
 """Documents are packed into windows in groups of this many, so that windows do not depend on the number of workers."""
 IN_MEMORY_BYTES = 8_000_000
 """Up to this much text, windows are built in memory; beyond it they are kept in the cache folder of `datasets`."""
+MOST_LEFT_OUT = 0.01
+"""Share of the training text that may be left out of the windows without a warning."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +131,9 @@ def _as_text(place: str, value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{place}: expected text, got {type(value).__name__}. Set text_column to a column of texts.")
+        raise UserError(
+            f"{place}: expected text, got {type(value).__name__}. Name a column of texts: --set data.text_column=NAME."
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -273,6 +280,34 @@ class _Pack:
         return {column: [window[column] for window in windows] for column in self.columns}
 
 
+def windows_fingerprint(windows: Iterable[dict[str, Any]]) -> str:
+    """Hash of windows and their order, 32 hexadecimal digits."""
+    total = blake2b(digest_size=16)
+    for window in windows:
+        total.update(_content(window))
+    return total.hexdigest()
+
+
+def _content(window: dict[str, Any]) -> bytes:
+    content = blake2b(digest_size=16)
+    for key, value in sorted(window.items()):
+        content.update(key.encode() + (value.encode() if isinstance(value, str) else np.asarray(value).tobytes()))
+    return content.digest()
+
+
+def warn_of_left_out(windows: datasets.Dataset) -> None:
+    """Say how much text is in no window: column `left_out` beside `bytes`. Above `MOST_LEFT_OUT` it is a warning."""
+    left_out, used = (int(np.sum(windows[name][:])) for name in ("left_out", "bytes"))
+    if left_out:
+        share = left_out / (left_out + used)
+        log.log(
+            logging.WARNING if share > MOST_LEFT_OUT else logging.INFO,
+            "%s bytes of the training text (%.2f %%) are left out: there the two tokenizers have no common boundary "
+            "within a window",
+            f"{left_out:,}", 100 * share,
+        )  # fmt: skip
+
+
 @contextmanager
 def _no_bars() -> Iterator[None]:
     """Switches the bars of `datasets` off: every carriage return of theirs is saved in a notebook."""
@@ -386,17 +421,10 @@ class Delivery:
     def missing(self) -> int:
         return self.expected - (self.delivered - self.repeated)
 
-    @property
-    def duplicate_rate(self) -> float:
-        return self.repeated / max(self.delivered, 1)
-
 
 class _Numbered(_Rows):
     def __getitem__(self, index: int) -> tuple[int, bytes]:
-        content = blake2b(digest_size=16)
-        for key, value in sorted(self.windows[index].items()):
-            content.update(key.encode() + (value.encode() if isinstance(value, str) else np.asarray(value).tobytes()))
-        return index, content.digest()
+        return index, _content(self.windows[index])
 
 
 def delivery(
@@ -429,8 +457,3 @@ def delivery(
         repeated=len(seen) - len(distinct),
         identical=len(distinct) - len(set(distinct.values())),
     )
-
-
-def duplicate_rate(windows: Sequence[dict], *, micro_batch: int = 8, num_workers: int = 2) -> float:
-    """Share of windows that the loader yields more than once in an epoch: 0 is right."""
-    return delivery(windows, micro_batch=micro_batch, num_workers=num_workers).duplicate_rate

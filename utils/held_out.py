@@ -6,6 +6,7 @@ and both sides (`student`, `teacher`) of it score the same bytes of text.
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from typing import Any
 
 from torch import nn
 
-from . import evaluation
+from . import data, evaluation
 from .atomic import write_json
 from .config import EvaluationConfig
+from .errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -71,19 +73,39 @@ class HeldOut:
         new_tokens = self.config.new_tokens
         return evaluation.generate_samples(model, tokenizer, prompts, new_tokens, float32=side == "student")
 
+    def coverage(self) -> dict[str, int]:
+        """Supervised student positions of this process's windows (`lm`), those with an anchor (`kd`) and at depth 0."""
+        totals = dict.fromkeys(("lm", "kd", "depth0"), 0)
+        for batch in self.batches():
+            totals = {name: totals[name] + batch.counts[name] for name in totals}
+        return totals
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What `measure_start` depends on besides the models."""
+        settings = {name: getattr(self.config, name) for name in ("samples", "prompt_tokens", "new_tokens")}
+        return {"windows": data.windows_fingerprint(self.windows), **settings}
+
     def measure_start(self, student: nn.Module, teacher: nn.Module | None, folder: Path) -> dict[str, Any]:
         """Teacher and untrained student, metrics and samples.
 
-        Measured once a run and kept in `folder`, so that a resumed run has what its first session measured.
+        Measured once a run and kept in `folder`, so that a resumed run has what its first session measured; anew if
+        it was measured on something else.
+
+        Raises:
+            UserError: a model's loss is not finite.
         """
-        file = folder / START
+        file, measured_on = folder / START, self.fingerprint()
         if file.is_file():
-            return json.loads(file.read_text(encoding="utf-8"))
-        measured: dict[str, Any] = {"samples": {"prompt": self.beginnings()}}
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if found.get("measured_on") == measured_on:
+                return found
+            log.info("%s was measured on other windows or samples: measuring again", START)
+        measured: dict[str, Any] = {"measured_on": measured_on, "samples": {"prompt": self.beginnings()}}
         for key, side, model in (("teacher", "teacher", teacher), ("initial_student", "student", student)):
             if model is None:
                 continue
             measured[key] = self.describe(model, side)
+            _require_finite(measured[key], side)
             measured["samples"][key] = self.continuations(model, side)
             log.info("%s: %.4f bits per byte on held-out text", key.replace("_", " "), measured[key]["bits_per_byte"])
         if self.accelerator.is_main_process:
@@ -96,7 +118,6 @@ class HeldOut:
         student: nn.Module,
         start: Mapping[str, Any],
         compare: Callable[[Any], dict[str, float]],
-        without_teacher: nn.Module | None,
     ) -> dict[str, Any]:
         """The models' part of evaluation_report.json.
 
@@ -104,14 +125,10 @@ class HeldOut:
             student: after training.
             start: from `measure_start`.
             compare: batch -> agreement of student and teacher (see `evaluation.compare`); not used without a teacher.
-            without_teacher: the same student trained without the teacher, if there is one.
         """
         found = {key: start[key] for key in ("teacher", "initial_student") if key in start}
-        samples = dict(start["samples"])
-        for key, model in (("student", student), ("baseline", without_teacher)):
-            if model is not None:
-                found[key] = self.describe(model, "student")
-                samples[key] = self.continuations(model, "student")
+        found["student"] = self.describe(student, "student")
+        samples = {**start["samples"], "student": self.continuations(student, "student")}
         if "teacher" in found:
             device = self.accelerator.device
             with evaluation.float32_evaluation(student):
@@ -123,6 +140,27 @@ class HeldOut:
             )
         found["samples"] = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
         return found
+
+    def with_baseline(self, results: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+        """`results`, and beside them the same student trained without the teacher."""
+        rows = zip(results["samples"], self.continuations(model, "student"), strict=True)
+        samples = [{**sample, "baseline": text} for sample, text in rows]
+        return {**results, "baseline": self.describe(model, "student"), "samples": samples}
+
+
+def _require_finite(described: Mapping[str, Any], side: str) -> None:
+    if not math.isfinite(described["loss"]):
+        dtype = described["dtype"]
+        overflow = side == "teacher" and "float16" in dtype.split("+")
+        raise UserError(
+            f"the {side}'s loss on the held-out text is {described['loss']}, and nothing can be learnt from that; its "
+            f"weights are in {dtype}. Expected a finite loss. "
+            + (
+                "Probably values overflow in half precision: --set teacher.dtype=float32, or bfloat16 on a GPU with it."
+                if overflow
+                else "Probably the weights are damaged: load the model again, or choose another one."
+            )
+        )
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, Any]:

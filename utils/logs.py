@@ -331,6 +331,12 @@ class StepLogger:
         if self.display is not None:
             self.display.update(step, {**self._status, **status})
 
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the file has an evaluation at this step. Ask in the main process, which writes it."""
+        if self.path is None or not self.path.exists():
+            return False
+        return any("terms" not in record and record.get("step") == step for record in read_metrics(self.path))
+
     def truncate_after(self, step: int) -> None:
         """Before a resume at `step`: drop what a killed run logged after it, and a line it left half-written."""
         if not self.main_process or self.path is None or not self.path.exists():

@@ -1,12 +1,15 @@
 """How windows become optimizer steps, and what takes them: plan, accelerator, optimizer, schedule."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
 from torch import nn
 from transformers import get_scheduler
 
@@ -54,8 +57,27 @@ def build_accelerator(mixed_precision: str, *, cpu: bool = False) -> Accelerator
         cpu: stay on the CPU even if there is a GPU.
     """
     # terms of the curriculum whose weight is 0 leave parameters without a gradient
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True)
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
     return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[ddp])
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """What `action` returns when the main process alone runs it; the same in every process."""
+    found = [action() if accelerator.is_main_process else None]
+    return broadcast_object_list(found)[0] if accelerator.num_processes > 1 else found[0]
+
+
+@contextmanager
+def another_accelerator(mixed_precision: str, *, cpu: bool) -> Iterator[Accelerator]:
+    """An Accelerator for a while beside one of another precision or device: accelerate has one state a process."""
+    kept = [(kind._shared_state, dict(kind._shared_state)) for kind in (AcceleratorState, PartialState)]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        yield build_accelerator(mixed_precision, cpu=cpu)
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        for state, before in kept:
+            state.update(before)
 
 
 def build_optimizer(module: nn.Module, config: TrainingConfig, *, fused: bool = True) -> torch.optim.AdamW:

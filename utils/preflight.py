@@ -59,9 +59,9 @@ def kernels() -> tuple:
 
 
 @check("precision", "set --mixed-precision no and report the device")
-def precision(setup: "SetUp") -> tuple:
+def precision(config: Any) -> tuple:
     device = hardware.choose_device().value
-    choice = hardware.choose_precision(setup.config.training.mixed_precision, device)
+    choice = hardware.choose_precision(config.training.mixed_precision, device)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice.value]
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     off = ((a.to(device, dtype) @ b.to(device, dtype)).cpu().float() - a @ b).norm() / (a @ b).norm()

@@ -8,18 +8,27 @@ student. Built once and cached; the teacher is trained by whoever has the traini
 import ast
 import json
 import os
+import platform
 import sys
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
+import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from .atomic import atomic_folder, write_text
 from .errors import UserError
+
+STUDENT, TEACHER = "quickstart", "quickstart-teacher"
+"""Names, in place of a hub id or path, of what is built here. `quickstart` is also the text, and as a teacher the
+trained one; `quickstart-teacher` is the teacher, as a student yet to be trained."""
+NAMES = frozenset({STUDENT, TEACHER})
 
 FORMAT = 1
 """Raised when the same Python would give other material."""
@@ -50,7 +59,7 @@ class Material:
     """Where the trained teacher belongs: inside a folder that exists, named by what it was made from. Absent until
     someone puts it there, which has to be done atomically."""
     fingerprint: str
-    """Of the texts and this module's format."""
+    """Of the texts, vocabularies, models and this module's format."""
 
 
 def cache_dir() -> Path:
@@ -85,14 +94,61 @@ def material(cache: Path | None = None) -> Material:
 
 def fingerprint(texts: list[str]) -> str:
     """Hash of what everything else follows from."""
-    content = json.dumps([FORMAT, TEACHER_VOCABULARY, STUDENT_VOCABULARY, texts])
-    return blake2b(content.encode(), digest_size=16).hexdigest()
+    return blake2b(json.dumps([FORMAT, _models(), texts]).encode(), digest_size=16).hexdigest()
+
+
+def _models() -> list[dict[str, Any]]:
+    """What the two models are, their vocabularies included."""
+    configs = (teacher_config(TEACHER_VOCABULARY), student_config(STUDENT_VOCABULARY))
+    return [{k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"} for config in configs]
 
 
 def _python_key() -> str:
-    """Names the Python whose text it is, without reading that text: a second run starts at once."""
-    build = f"{FORMAT} {sys.version} {sysconfig.get_paths()['stdlib']}"
+    """Names the Python whose text it is, and the models, without reading that text: a second run starts at once."""
+    build = f"{FORMAT} {json.dumps(_models())} {sys.version} {sysconfig.get_paths()['stdlib']}"
     return f"py{sys.version_info[0]}.{sys.version_info[1]}-{blake2b(build.encode(), digest_size=6).hexdigest()}"
+
+
+def with_paths(config: Any, found: Material, teacher: Callable[[], Path]) -> Any:
+    """A run's configuration with paths in place of `NAMES`; `teacher` gives that of the teacher to learn from."""
+    folders = {STUDENT: found.student, TEACHER: found.teacher}
+    if config.student.name in NAMES:
+        config = replace(config, student=replace(config.student, name=str(folders[config.student.name]), init="random"))
+    if config.teacher.name in NAMES:
+        config = replace(config, teacher=replace(config.teacher, name=str(teacher())))
+    train, held_out = [_path_of(name, found) for name in config.data.train], _path_of(config.data.eval, found)
+    return replace(config, data=replace(config.data, train=train, eval=held_out))
+
+
+def _path_of(name: str | None, found: Material) -> str | None:
+    """Of a text."""
+    return str(found.file) if name == STUDENT else name
+
+
+def is_named(config: Any) -> bool:
+    """Whether a run's configuration names any of this."""
+    return bool(NAMES & {config.teacher.name, config.student.name}) or STUDENT in (*config.data.train, config.data.eval)
+
+
+def workshop(folder: Path) -> Path:
+    """Where this process makes `folder`: a path of its own, with what a process that is no more had done there."""
+    stem = f"{folder.name}.run-{platform.node()}-"
+    mine = folder.with_name(f"{stem}{os.getpid()}")
+    for left in sorted(folder.parent.glob(f"{stem}*")):
+        number = left.name.removeprefix(stem)
+        if number.isdecimal() and not mine.exists() and not psutil.pid_exists(int(number)):
+            with suppress(OSError):  # another process was faster
+                os.replace(left, mine)
+    return mine
+
+
+def put_into_place(made: Path, folder: Path) -> None:
+    """Rename `made` to `folder`, unless another process was faster."""
+    try:
+        os.replace(made, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
 
 
 def _build(folder: Path) -> None:

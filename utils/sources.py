@@ -146,7 +146,8 @@ def _hub_id(source: str, split: str) -> tuple[str, str | None, str]:
 
 def _no_column(place: str, column: str, found: Iterable[str]) -> UserError:
     return UserError(
-        f"{place}: no column {column!r}. Columns found: {', '.join(map(str, found)) or 'none'}. Set text_column to one."
+        f"{place}: no column {column!r}. Columns found: {', '.join(map(str, found)) or 'none'}. "
+        "Name the one that holds the text: --set data.text_column=NAME."
     )
 
 

@@ -9,7 +9,9 @@ import re
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+import models.teacher
 import train
 from tests.faults.conftest import documents, write_jsonl
 
@@ -123,8 +125,20 @@ def test_a_download_cut_short_is_told_with_model_and_part(refused, place, tmp_pa
     assert f"teacher {tmp_path / 'cut'}: its {what} cannot be loaded" in said
 
 
+@pytest.mark.parametrize(("dtype", "remedy"), [("float16", "--set teacher.dtype=float32"), ("float32", "damaged")])
+def test_a_teacher_that_overflows_on_the_text_is_named(refused, place, tmp_path, monkeypatch, dtype, remedy):
+    monkeypatch.setattr(models.teacher, "check_head", lambda *_: None)  # on a few tokens nothing may overflow
+    shutil.copytree(place.teacher, tmp_path / "hot")
+    weights = load_file(tmp_path / "hot" / "model.safetensors")
+    weights["model.norm.weight"][:] = float("inf")
+    save_file(weights, tmp_path / "hot" / "model.safetensors", metadata={"format": "pt"})
+    said = refused("--teacher", tmp_path / "hot", "--set", f"teacher.dtype={dtype}")
+    assert "teacher's loss" in said and dtype in said and remedy in said
+
+
 @pytest.mark.parametrize("word", ["step-00000001", "no/such/place"])
-def test_a_checkpoint_that_is_not_there_is_refused(refused, tmp_path, word):
+def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_loaded(refused, tmp_path, word, monkeypatch):
+    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("loaded first"))
     said = refused("--resume", tmp_path / word)
     assert f"--resume {tmp_path / word}" in said
 

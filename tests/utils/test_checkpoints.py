@@ -95,6 +95,7 @@ def test_any_damage_falls_back_to_the_checkpoint_before_and_is_named(tmp_path, c
     DAMAGES[damage](store.folder / "step-00000003" / file)
     if (file, damage) == ("manifest.json", "flipped"):  # in the middle lies a digest, or a name, or a size
         assert verify(store.folder / "step-00000003") is not None
+    caplog.clear()
     with caplog.at_level(logging.WARNING):
         assert store.newest_whole().name == "step-00000002"
     (warning,) = [record.getMessage() for record in caplog.records]

@@ -16,7 +16,6 @@ from utils.config import DataConfig
 from utils.data import (
     corpus_fingerprint,
     delivery,
-    duplicate_rate,
     leakage,
     load_documents,
     loader,
@@ -424,15 +423,13 @@ def test_each_window_is_delivered_exactly_once_per_epoch(windows):
     for workers, processes in ((0, 1), (2, 1), (0, 3)):
         found = delivery(windows, micro_batch=4, num_workers=workers, processes=processes)
         assert (found.expected, found.delivered, found.repeated, found.missing) == (len(windows), len(windows), 0, 0)
-        assert found.identical == 0 and found.duplicate_rate == 0
-    assert duplicate_rate(windows, num_workers=0) == 0
+        assert found.identical == 0
 
 
 def test_repeated_and_missing_windows_are_counted(windows, monkeypatch):
     monkeypatch.setattr(data, "step_batches", lambda n, **_: iter([[0, 1], [1, 2]]))
     found = delivery([windows[0], windows[1], windows[0], windows[3]], micro_batch=2, num_workers=0)
     assert (found.delivered, found.repeated, found.missing, found.identical) == (4, 1, 1, 1)
-    assert found.duplicate_rate == 0.25
 
 
 def test_an_empty_micro_batch_is_none(windows):
@@ -464,3 +461,11 @@ def test_a_document_start_that_is_no_regular_expression_is_refused(tmp_path):
     config = DataConfig(train=[str(jsonl(tmp_path / "wiki.jsonl", ["a", "b"]))], document_start="(")
     with pytest.raises(UserError, match="regular expression"):
         load_documents(config)
+
+
+@pytest.mark.parametrize(("left_out", "level"), [(0, None), (1, "INFO"), (50, "WARNING")])
+def test_text_in_no_window_is_told_and_much_of_it_is_a_warning(left_out, level, caplog):
+    table = datasets.Dataset.from_dict({"bytes": [600, 399], "left_out": [0, left_out]}).with_format("numpy")
+    with caplog.at_level("INFO"):
+        data.warn_of_left_out(table)
+    assert [record.levelname for record in caplog.records] == ([level] if level else [])

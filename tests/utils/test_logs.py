@@ -301,3 +301,13 @@ def test_setting_up_again_moves_the_log(tmp_path):
         logging.getLogger("utils.x").info("run %s", name)
     assert "run b" not in (tmp_path / "a" / "train.log").read_text()
     assert (tmp_path / "b" / "train.log").read_text().count("run b") == 1
+
+
+def test_an_evaluation_is_found_by_its_step_and_a_training_step_is_none(tmp_path):
+    steps = StepLogger(tmp_path, total_steps=2, every=1, progress=Progress(2, stream=io.StringIO()))
+    assert not steps.has_evaluation(1)
+    steps.training(record_at(1, 2))
+    assert not steps.has_evaluation(1)
+    steps.evaluation({"step": 1, "loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.0, "tokens": 5, "bytes": 5})
+    assert steps.has_evaluation(1) and not steps.has_evaluation(2)
+    steps.close()

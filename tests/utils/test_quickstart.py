@@ -1,5 +1,6 @@
 import ast
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -8,9 +9,18 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from utils import quickstart
-from utils.config import DataConfig
+from utils.config import DataConfig, ModelConfig, StudentConfig
 from utils.data import load_documents
 from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class SimpleRun:
+    """The parts of a run's configuration that can name the material."""
+
+    teacher: ModelConfig
+    student: StudentConfig
+    data: DataConfig
 
 
 @pytest.fixture(scope="module")
@@ -102,3 +112,52 @@ def test_a_python_without_sources_is_a_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr(quickstart.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(UserError, match="standard library with sources"):
         quickstart.collect_text()
+
+
+def test_other_models_or_vocabularies_have_another_cache(material, monkeypatch):
+    key, fingerprint = quickstart._python_key(), quickstart.fingerprint(material.texts)
+    sound = quickstart.student_config
+    for name, value in (
+        ("student_config", lambda size: quickstart._llama(size, width=64, layers=2, heads=4)),
+        ("TEACHER_VOCABULARY", 2048),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(quickstart, name, value)
+            assert quickstart._python_key() != key and quickstart.fingerprint(material.texts) != fingerprint
+    assert quickstart.student_config is sound and quickstart._python_key() == key
+
+
+def test_names_stand_for_paths_of_models_and_of_both_texts(material):
+    def run(teacher, student, train, held_out):
+        parts = (ModelConfig(teacher), StudentConfig(student), DataConfig(train=train, eval=held_out))
+        return SimpleRun(*parts)
+
+    found = quickstart.with_paths(
+        run("quickstart-teacher", "quickstart", ["own.txt"], "quickstart"), material, lambda: Path("trained")
+    )
+    assert (found.teacher.name, found.student.name, found.student.init) == ("trained", str(material.student), "random")
+    assert (found.data.train, found.data.eval) == (["own.txt"], str(material.file))
+    assert quickstart.is_named(run(None, "own", ["own.txt"], "quickstart"))
+    assert not quickstart.is_named(run(None, "own", ["own.txt"], None))
+
+
+def test_a_teacher_is_made_in_a_place_of_its_own_or_where_a_dead_process_left_it(tmp_path, monkeypatch):
+    folder = tmp_path / "teacher"
+    mine = quickstart.workshop(folder)
+    assert mine.name.endswith(f"-{os.getpid()}") and not mine.exists()
+    left = mine.with_name(mine.name.removesuffix(str(os.getpid())) + "999999999")
+    (left / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(quickstart.psutil, "pid_exists", lambda number: True)
+    assert quickstart.workshop(folder) == mine and left.exists()
+    monkeypatch.setattr(quickstart.psutil, "pid_exists", lambda number: False)
+    assert quickstart.workshop(folder) == mine and (mine / "checkpoints").is_dir() and not left.exists()
+
+
+def test_of_two_that_made_the_same_folder_the_faster_one_counts(tmp_path):
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "made_by").write_text(name)
+        quickstart.put_into_place(tmp_path / name, tmp_path / "folder")
+    assert (tmp_path / "folder" / "made_by").read_text() == "first"
+    with pytest.raises(OSError):
+        quickstart.put_into_place(tmp_path / "nothing", tmp_path / "other")

@@ -1,0 +1,65 @@
+"""The comparison without the teacher costs the run nothing: the report comes first, and adds it only if it is fair."""
+
+import json
+
+import pytest
+
+import train
+from utils.config import TrainingConfig
+
+SHORT = ["--max-steps", "2", "--set", "evaluation.without_teacher=true", "evaluation.every=0"]
+
+
+def report_of(output) -> dict:
+    return json.loads((output / "evaluation_report.json").read_text())
+
+
+@pytest.fixture
+def output(place, tmp_path, monkeypatch):
+    """The folder of a run that was interrupted in the comparison."""
+    sound = train.train_student
+
+    def interrupted(job, teacher, *arguments):
+        if teacher is None:
+            raise train.Interrupted("SIGTERM")
+        return sound(job, teacher, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_student", interrupted)
+        assert train.main(place.arguments(tmp_path / "run", *SHORT)) == 143
+    return tmp_path / "run"
+
+
+def test_student_and_report_are_there_before_it_and_the_same_command_adds_it(place, output, capsys):
+    assert (output / "student" / "model.safetensors").is_file()
+    assert "baseline" not in report_of(output) and report_of(output)["run"]["steps"] == 2
+    capsys.readouterr()
+    assert train.main(place.arguments(output, *SHORT)) == 0
+    assert "this run is already finished (2 of 2 steps)" in " ".join(capsys.readouterr().out.split())
+    report = report_of(output)
+    assert report["baseline"]["bits_per_byte"] > 0 and list(report["samples"][0])[-1] == "baseline"
+
+
+def test_after_another_number_of_steps_it_is_dropped(place, output, capsys, monkeypatch):
+    sound = train.train_student
+
+    def too_short(job, teacher, *arguments):
+        if teacher is None:
+            job = train.replace(job, config=train.replace(job.config, training=TrainingConfig(max_steps=1)))
+        return sound(job, teacher, *arguments)
+
+    monkeypatch.setattr(train, "train_student", too_short)
+    assert train.main(place.arguments(output, *SHORT)) == 0
+    assert "no comparison" in capsys.readouterr().out and "baseline" not in report_of(output)
+
+
+def test_a_checkpoint_may_have_any_name_and_samples_may_change(place, output, tmp_path, capsys):
+    kept = (output / "checkpoints" / "step-00000002").rename(tmp_path / "the-best")
+    (output / "checkpoints").rmdir()
+    start = json.loads((output / "baseline_evaluation.json").read_text())
+    other = [*SHORT, "--resume", str(kept), "--set", "evaluation.without_teacher=false", "evaluation.samples=2"]
+    assert train.main(place.arguments(output, *other)) == 0
+    assert "at step 2 of 2" in " ".join(capsys.readouterr().out.split())
+    anew = json.loads((output / "baseline_evaluation.json").read_text())
+    assert len(report_of(output)["samples"]) == 2 and len(start["samples"]["prompt"]) == 1
+    assert anew["initial_student"] == start["initial_student"] and anew["teacher"] == start["teacher"]
