@@ -1,6 +1,8 @@
 """Fixtures and settings for the whole suite: no network, one thread per process, bounded property tests."""
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before anything imports torch or the hub's client: both read these once.
@@ -13,12 +15,28 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from utils.logs import OWN_LOGGERS
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("quick", max_examples=40, deadline=None, suppress_health_check=_SLOW_IS_FINE)
 settings.register_profile("thorough", max_examples=1000, deadline=None, suppress_health_check=_SLOW_IS_FINE)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """`setup_logging` changes loggers of the whole process; a test that calls it leaves no trace."""
+    root = logging.getLogger()
+    loggers = [root, *map(logging.getLogger, OWN_LOGGERS)]
+    levels, handlers = [logger.level for logger in loggers], list(root.handlers)
+    yield
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+    for handler in [h for h in root.handlers if h not in handlers]:
+        root.removeHandler(handler)
+        handler.close()
 
 
 @pytest.fixture(scope="session")
