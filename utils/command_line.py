@@ -61,7 +61,7 @@ FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
 
 EPILOG = """\
 Every other setting has a dotted key, for example:
-  --set curriculum.kd.weight=0                                    the baseline without a teacher's signal
+  --set curriculum.kd.weight=0 curriculum.lm.weight=1             the baseline without a teacher's signal
   --set 'curriculum.lm.weight={points: [[0, 1], [0.5, 0.3]]}'     a weight that follows training progress
 
 Exit codes: 0 done (also stopped early or by --max-hours), 1 failure, 2 a mistake in what was asked for,
