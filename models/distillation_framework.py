@@ -53,8 +53,6 @@ class DistillationFramework(nn.Module):
         self.config = loss
         self.curriculum = curriculum
         self.projection = None if teacher is None else Projection(vocabulary, loss.correction, loss.min_prefix_mass)
-        # for measuring: the correction knows the real next token, and agreement must not profit from it
-        self._uncorrected = None if teacher is None else Projection(vocabulary, "none", loss.min_prefix_mass)
 
     @property
     def teacher(self) -> FrozenTeacher | None:
@@ -133,8 +131,8 @@ class DistillationFramework(nn.Module):
         states = body_states(self.student, batch.student_ids, batch.student_mask).flatten(0, 1)
         return head_logits(self.student, states[position]), batch.labels.flatten()[position], position
 
-    def _target(self, batch: PairedBatch, signal: TeacherSignal) -> SparseTarget:
-        return self.projection.to(batch.student_ids.device)(signal, batch)
+    def _target(self, batch: PairedBatch, signal: TeacherSignal, corrected: bool = True) -> SparseTarget:
+        return self.projection.to(batch.student_ids.device)(signal, batch, corrected)
 
     def _kd_options(self, temperature: float) -> dict:
         c = self.config
@@ -165,7 +163,7 @@ class DistillationFramework(nn.Module):
             the tail in one bucket), and their `count`.
         """
         signal = signal or self.teacher.signal(batch, self.config.top_k)
-        target = self._uncorrected.to(batch.student_ids.device)(signal, batch)
+        target = self._target(batch, signal, corrected=False)
         logits, _, position = self._supervised_logits(batch)
         rows = target.valid & (batch.depth == 0)
         logits = logits[torch.searchsorted(position, batch.row_student[rows])]

@@ -45,14 +45,19 @@ class Projection:
         return self
 
     @torch.no_grad()
-    def __call__(self, signal: TeacherSignal, batch: PairedBatch) -> SparseTarget:
-        """The target of every row; what has no student token (yet) is in the tail."""
+    def __call__(self, signal: TeacherSignal, batch: PairedBatch, corrected: bool = True) -> SparseTarget:
+        """The target of every row; what has no student token (yet) is in the tail.
+
+        Args:
+            corrected: False leaves the correction out: for measuring, since "span" knows the real next token.
+        """
+        correction = self.correction if corrected else "none"
         probs = signal.log_probs.exp()
         ids = torch.where(signal.ids >= 0, self._next(signal.ids.clamp_min(0), batch.depth[:, None]), -1)
-        if self.correction == "channel":
+        if correction == "channel":
             ids, probs = self._through_channel(ids, probs, signal, batch)
         tail = signal.log_tail.exp() + torch.where(ids < 0, probs, 0).sum(1)
-        if self.correction == "span":
+        if correction == "span":
             ids, probs, tail = self._move_realised(ids, probs, tail, signal, batch)
         ids, probs = _merge(ids, torch.where(ids < 0, 0, probs))
         valid = (signal.log_mass > math.log(max(self.min_prefix_mass, 1e-30))) & (ids >= 0).any(1)
