@@ -1,5 +1,7 @@
 """A transformers causal language model as body and head: hidden states first, logits only where they are needed."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,25 @@ from torch import Tensor, nn
 def body_states(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """[B, S, H] the states that enter the head."""
     return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+def body_layers(
+    model: nn.Module, ids: Tensor, mask: Tensor, layers: Sequence[int]
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """(states that enter the head, states after some layers): [B, S, H] each; layers are counted from 1.
+
+    Nothing but these is kept: without layers the model is not asked for its hidden states.
+    """
+    if not layers:
+        return body_states(model, ids, mask), ()
+    out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+    return out.last_hidden_state, tuple(out.hidden_states[layer] for layer in layers)
+
+
+def depth_and_width(model: nn.Module) -> tuple[int, int]:
+    """Number of layers and width of their states."""
+    config = model.config.get_text_config()
+    return config.num_hidden_layers, config.hidden_size
 
 
 def head_logits(model: nn.Module, states: Tensor) -> Tensor:

@@ -60,15 +60,15 @@ class CurriculumConfig:
     lm: Term = field(default_factory=lambda: Term(0.3))
     """Next-token cross-entropy on the text."""
     feat: Term = field(default_factory=Term)
-    """Router: feature distance."""
+    """Router: distance of the student's states from the teacher's, at the same relative depth."""
     rel: Term = field(default_factory=Term)
-    """Router: attention relations."""
+    """Router: attention relations, how the states of a text resemble one another."""
     attn: Term = field(default_factory=Term)
-    """Router: attention alignment."""
+    """Router: attention alignment, which teacher state a student's state points at."""
     layer: Term = field(default_factory=Term)
-    """Router: layer mix."""
+    """Router: distance from the mixture of teacher layers that the gate chooses."""
     contr: Term = field(default_factory=Term)
-    """Router: contrastive."""
+    """Router: contrastive, which teacher state of a span of text belongs to the student's."""
 
     def __post_init__(self) -> None:
         weights = {name: values_of(term.weight) for name, term in vars(self).items()}
@@ -110,3 +110,33 @@ class LossConfig:
         wrong = {name: v for name, v in scalars.items() if not all(0 < t < math.inf for t in v)}
         if wrong:
             raise ValueError(f"temperatures must be greater than 0, got {wrong}; 1 is a good start")
+
+
+@dataclass(frozen=True)
+class RouterConfig:
+    """How hidden states of student and teacher are compared (`StudentAwareRouter`); the terms' weights say whether."""
+
+    layers: Annotated[int, Gt(0)] = 4
+    """Student layers that are compared, spread evenly up to the last (capped at the student's layers)."""
+    teacher_layers: Annotated[int, Gt(0)] = 8
+    """Teacher layers that are kept, spread likewise."""
+    positions: Annotated[int, Ge(4)] = 64
+    """rel and attn: anchors of a window that are compared with one another, spread evenly."""
+    heads: Annotated[int, Gt(0)] = 1
+    """rel and attn: equal parts of a state that are compared on their own; a divisor of both widths."""
+    span: Annotated[int, Gt(0)] = 16
+    """contr: anchors of a span of text, whose states are averaged."""
+    contrastive_temperature: Annotated[float, Gt(0)] = 0.1
+    """contr: temperature of the similarities (InfoNCE)."""
+    gate: Literal["window", "position"] = "window"
+    """layer: what the gate sees of the student, its mean state in a window or its state at each position."""
+    prior_width: Annotated[float, Gt(0)] = 0.15
+    """layer: standard deviation of the gate's prior around the same relative depth, as a share of the depth."""
+    prior_weight: Annotated[float, Ge(0)] = 0.1
+    """layer: weight of the divergence of the gate from its prior."""
+    initial: Literal["ridge", "random"] = "ridge"
+    """Projections at the start: a ridge regression on the first windows, or random."""
+    calibration_windows: Annotated[int, Gt(0)] = 32
+    """Windows that standardise the teacher's states and fit the first projections."""
+    learning_rate: Annotated[float, Gt(0)] = 1e-3
+    """Peak learning rate of projections and gates; it follows the schedule of the student's."""

@@ -38,6 +38,7 @@ class CurriculumScheduler:
             "temperature": loss.temperature,
             "span_temperature": loss.span_temperature,
         }
+        self.used = curriculum.used()
         self.total_steps = total_steps
 
     def progress(self, step: int | None) -> float:

@@ -3,15 +3,18 @@
 Shapes: B windows, S student positions, n supervised student positions, N KD rows, H student width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import body_states, check_head, head_logits
-from .config import LossConfig
+from .causal_lm import body_layers, check_head, depth_and_width, head_logits
+from .config import LossConfig, RouterConfig
 from .curriculum import CurriculumScheduler
 from .losses import kd_loss, next_token_loss, outcome_log_probs, span_loss, span_sums
 from .outputs import IGNORE, DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
 from .projection import Projection
+from .student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from .teacher import FrozenTeacher
 from .vocabulary import VocabularyMap
 
@@ -22,7 +25,8 @@ HEAD_TERMS = ("lm", "kd", "span")
 class DistillationFramework(nn.Module):
     """Computes the curriculum's loss of a student on a batch.
 
-    Parameters, state and training mode are the student's; the teacher is held outside of them.
+    Parameters, state and training mode are those of the student and, where the curriculum uses one of its terms, of
+    the router; the teacher is held outside of them.
 
     Args:
         student: a transformers causal language model.
@@ -30,9 +34,11 @@ class DistillationFramework(nn.Module):
         vocabulary: the pair's vocabulary map; needed with a teacher.
         loss: how the teacher's distribution becomes a loss.
         curriculum: weights over the run.
+        router: how hidden states are compared. The router starts uncalibrated: see `calibrate`.
 
     Raises:
-        ValueError: for a student whose logits are not head(body(x)), and for a teacher without a vocabulary map.
+        ValueError: for a student whose logits are not head(body(x)), for a teacher without a vocabulary map, and for
+            hidden-state terms without a teacher.
     """
 
     def __init__(
@@ -42,6 +48,7 @@ class DistillationFramework(nn.Module):
         vocabulary: VocabularyMap | None,
         loss: LossConfig,
         curriculum: CurriculumScheduler,
+        router: RouterConfig | None = None,
     ) -> None:
         super().__init__()
         check_head(student, "student")
@@ -53,6 +60,13 @@ class DistillationFramework(nn.Module):
         self.config = loss
         self.curriculum = curriculum
         self.projection = None if teacher is None else Projection(vocabulary, loss.correction, loss.min_prefix_mass)
+        self.router: StudentAwareRouter | None = None
+        if routed := curriculum.used & {*ROUTER_TERMS}:
+            if teacher is None:
+                raise ValueError(f"got weights for {', '.join(sorted(routed))} and no teacher, whose states they need")
+            config = router or RouterConfig()
+            self.router = StudentAwareRouter(config, depth_and_width(student), depth_and_width(teacher.model))
+            self.router.to(next(student.parameters()).device)
 
     @property
     def teacher(self) -> FrozenTeacher | None:
@@ -83,13 +97,43 @@ class DistillationFramework(nn.Module):
         """
         weights, scalars = self.curriculum.weights(step), self.curriculum.scalars(step)
         counts = batch.counts if counts is None else counts
-        wanted = {t for t in HEAD_TERMS if weights[t] or measure}
-        if self.teacher is None and signal is None:
-            wanted &= {"lm"}
-        terms = self._head_terms(batch, wanted, weights, scalars, signal)
+        wanted = self._wanted(batch, {t for t in weights if weights[t] or measure}, signal, weights)
+        routed = wanted & {*ROUTER_TERMS}
+        if signal is None and wanted - {"lm"}:
+            signal = self.teacher.signal(batch, self.config.top_k, self.router.teacher_layers if routed else ())
+        layers = self.router.student_layers if routed else ()
+        states, hidden = body_layers(self.student, batch.student_ids, batch.student_mask, layers)
+        terms = self._head_terms(batch, states, wanted, weights, scalars, signal)
+        for taught in (True, False):
+            of = {t for t in routed if bool(weights[t]) == taught}
+            if of:
+                with torch.set_grad_enabled(torch.is_grad_enabled() and taught):
+                    sums = self.router(hidden, signal.hidden, batch.anchors, of)
+                    terms |= {t: LossTerm(sums[t], batch.counts[t]) for t in ROUTER_TERMS if t in of}
         used = [term.sum * (weights[t] / max(int(counts[t]), 1)) for t, term in terms.items() if weights[t]]
         loss = torch.stack(used).sum() if used else self._no_loss()
         return DistillationOutput(loss, terms, weights, {**scalars, "top_k": self.config.top_k})
+
+    def _wanted(
+        self, batch: PairedBatch, wanted: set[str], signal: TeacherSignal | None, weights: dict[str, float]
+    ) -> set[str]:
+        """The terms that can be computed.
+
+        Raises:
+            ValueError: one with a weight cannot.
+        """
+        if self.teacher is None and signal is None:
+            return wanted & {"lm"}
+        lacks = ""
+        if batch.anchors is None:
+            lacks = "the batch has no anchors; give PairCollator the RouterConfig"
+        elif signal is not None and signal.hidden is None:
+            lacks = "the signal has no hidden states; ask FrozenTeacher.signal for router.teacher_layers"
+        if self.router is not None and not lacks:
+            return wanted
+        if needed := [t for t in ROUTER_TERMS if weights[t]]:
+            raise ValueError(f"cannot compute {', '.join(needed)}: {lacks or 'there is no router'}")
+        return wanted - {*ROUTER_TERMS}
 
     def _no_loss(self) -> Tensor:
         """A zero that backward() accepts."""
@@ -98,17 +142,16 @@ class DistillationFramework(nn.Module):
     def _head_terms(
         self,
         batch: PairedBatch,
+        states: Tensor,
         wanted: set[str],
         weights: dict[str, float],
         scalars: dict[str, float],
         signal: TeacherSignal | None,
     ) -> dict[str, LossTerm]:
-        """The terms that come from the student's head."""
-        if not wanted:
+        """The terms that come from the student's head; `states`: [B, S, H]."""
+        if not wanted & {*HEAD_TERMS}:
             return {}
-        if wanted & {"kd", "span"} and signal is None:
-            signal = self.teacher.signal(batch, self.config.top_k)
-        logits, labels, position = self._supervised_logits(batch)
+        logits, labels, position = self._supervised_logits(batch, states)
         terms = {}
         if "lm" in wanted:
             with torch.set_grad_enabled(torch.is_grad_enabled() and weights["lm"] != 0):
@@ -125,11 +168,10 @@ class DistillationFramework(nn.Module):
                 terms["span"] = LossTerm(value, batch.counts["span"])
         return terms
 
-    def _supervised_logits(self, batch: PairedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    def _supervised_logits(self, batch: PairedBatch, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """([n, V] float32 logits, [n] labels, [n] flat positions) where the student is supervised."""
         position = (batch.labels.flatten() != IGNORE).nonzero()[:, 0]
-        states = body_states(self.student, batch.student_ids, batch.student_mask).flatten(0, 1)
-        return head_logits(self.student, states[position]), batch.labels.flatten()[position], position
+        return head_logits(self.student, states.flatten(0, 1)[position]), batch.labels.flatten()[position], position
 
     def _target(self, batch: PairedBatch, signal: TeacherSignal, corrected: bool = True) -> SparseTarget:
         return self.projection.to(batch.student_ids.device)(signal, batch, corrected)
@@ -164,7 +206,8 @@ class DistillationFramework(nn.Module):
         """
         signal = signal or self.teacher.signal(batch, self.config.top_k)
         target = self._target(batch, signal, corrected=False)
-        logits, _, position = self._supervised_logits(batch)
+        states, _ = body_layers(self.student, batch.student_ids, batch.student_mask, ())
+        logits, _, position = self._supervised_logits(batch, states)
         rows = target.valid & (batch.depth == 0)
         logits = logits[torch.searchsorted(position, batch.row_student[rows])]
         target = SparseTarget(target.ids[rows], target.probs[rows], target.tail[rows], target.valid[rows])
@@ -175,3 +218,55 @@ class DistillationFramework(nn.Module):
             "kl_sum": float((log_p.exp() * (log_p - log_q)).sum()),
             "count": int(rows.sum()),
         }
+
+    @torch.no_grad()
+    def calibrate(self, batches: Sequence[PairedBatch]) -> None:
+        """Fit the router's statistics and first projections on some batches of training text, before the first step.
+
+        Raises:
+            ValueError: if no window has a place where both models have read the same bytes.
+        """
+        was_training = self.student.training
+        self.student.eval()
+        found = []
+        for batch in batches:
+            hidden = self._student_layers(batch)
+            signal = self.teacher.signal(batch, 1, self.router.teacher_layers)
+            found.append((hidden, signal.hidden, batch.anchors))
+        self.student.train(was_training)
+        self.router.calibrate(found)
+
+    def _student_layers(self, batch: PairedBatch) -> tuple[Tensor, ...]:
+        return body_layers(self.student, batch.student_ids, batch.student_mask, self.router.student_layers)[1]
+
+    @torch.no_grad()
+    def routing(self, batch: PairedBatch) -> dict[str, list] | None:
+        """Mean share of each teacher layer in the mixture of each student layer; None without a router.
+
+        Returns:
+            `student_layers` and `teacher_layers` (counted from 1) and `weights`, one row per student layer.
+        """
+        if self.router is None:
+            return None
+        weights = self.router.routing(self._student_layers(batch), batch.anchors)
+        layers = {"student_layers": self.router.student_layers, "teacher_layers": self.router.teacher_layers}
+        return {**layers, "weights": weights.tolist()}
+
+    def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
+        """Parameters for the optimizer: the student's, then the router's with their own learning rate.
+
+        Only matrices decay (biases and norms are vectors), and of these not the gates, whose zero is their prior.
+        """
+        student = [p for p in self.student.parameters() if p.requires_grad]
+        groups = [
+            {"name": "student", "params": [p for p in student if p.ndim >= 2], "weight_decay": weight_decay},
+            {"name": "student", "params": [p for p in student if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        groups = [{**group, "lr": learning_rate} for group in groups]
+        if self.router is not None:
+            own = {"lr": self.router.config.learning_rate}
+            groups += [
+                {"name": "router", "params": [self.router.projection], "weight_decay": weight_decay, **own},
+                {"name": "gates", "params": [self.router.gate, self.router.offset], "weight_decay": 0.0, **own},
+            ]
+        return groups

@@ -3,15 +3,49 @@
 Shapes: B windows, S student positions, T teacher positions, N KD rows (anchored student positions,
 ordered by window, then position), M unpadded teacher positions, K outcomes kept per row, P spans.
 Flat index of student position (b, j): b * S + j; of teacher position (b, k): b * T + k.
+For the router: A anchors at depth 0, Q of them sampled in a window, R runs of anchors.
 """
 
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 IGNORE = -100
 """Label of a position that is not supervised (the convention of `torch.nn.functional.cross_entropy`)."""
+
+LEAST_RELATED = 4
+"""Sampled anchors that a window needs for its relations to be compared: six pairs."""
+
+
+def _tensors(batch: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are tensors, or hold tensors."""
+    return {f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor | Anchors)}
+
+
+@dataclass
+class Anchors:
+    """Where both models have read the same bytes (depth 0): what the router compares.
+
+    The first position of either model is left out: its state is extreme and says little (massive activations).
+    """
+
+    student: Tensor  # [A] flat student position
+    teacher: Tensor  # [A] flat teacher position
+    window: Tensor  # [A]
+    run: Tensor  # [A] index of the run of neighbouring anchors (a span of text) that holds it
+    sampled: Tensor  # [B, Q] index into the A anchors, spread evenly over a window's; -1 where it has fewer
+    query_bytes: Tensor  # [B, Q, 2] first byte and end of the student's last token read at each sampled anchor
+    key_bytes: Tensor  # [B, T, 2] likewise of every teacher token; padding lies behind every query
+    attends: Tensor  # [B, Q] bool: sampled anchors that see at least two teacher tokens and overlap one
+    runs: int  # R
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Anchors":
+        return replace(self, **{n: v.to(device, non_blocking=non_blocking) for n, v in _tensors(self).items()})
+
+    def pin_memory(self) -> "Anchors":
+        return replace(self, **{n: v.pin_memory() for n, v in _tensors(self).items()})
 
 
 @dataclass
@@ -34,26 +68,21 @@ class PairedBatch:
     student_spans: Tensor  # [B, S] index of the span that holds the predicted token, or -1
     teacher_spans: Tensor  # [B, T] likewise for the teacher
     counts: dict[str, int]
-    """Known before any forward: lm (supervised student tokens), kd (N), span (P), depth0 (rows at depth 0)."""
+    """Known before any forward: lm (supervised student tokens), kd (N), span (P), depth0 (rows at depth 0); for the
+    router feat and layer (A), rel (windows with enough anchors), attn (sampled anchors), contr (R)."""
     bytes: Tensor  # [B] bytes of supervised text (end-of-text tokens are not counted)
     end_of_text: tuple[int | None, int | None]
     """Token id of end of text for student and teacher."""
     documents: list[str] = field(default_factory=list)
     """Per window, which documents it holds (for messages)."""
+    anchors: Anchors | None = None
+    """For the router; None where there is none."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PairedBatch":
-        moved = {
-            f.name: value.to(device, non_blocking=non_blocking)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **moved)
+        return replace(self, **{n: v.to(device, non_blocking=non_blocking) for n, v in _tensors(self).items()})
 
     def pin_memory(self) -> "PairedBatch":
-        pinned = {
-            f.name: value.pin_memory() for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **pinned)
+        return replace(self, **{n: v.pin_memory() for n, v in _tensors(self).items()})
 
     def scored(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
         """(ids, mask, labels) of "student" or "teacher" for evaluation.
@@ -80,6 +109,8 @@ class TeacherSignal:
     log_tail: Tensor  # [N] log mass of all other tokens
     log_mass: Tensor  # [N] log probability, under the full distribution, of what was read since the anchor
     realised: Tensor  # [M] log probability of the text's next teacher token, at every unpadded teacher position
+    hidden: tuple[Tensor, ...] | None = None
+    """[B, T, H_T] states after the teacher layers that the router asked for; None where it asked for none."""
 
 
 @dataclass

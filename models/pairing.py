@@ -19,10 +19,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from .alignment import Alignment, align, paired_tokens
-from .outputs import IGNORE, PairedBatch
+from .config import RouterConfig
+from .outputs import IGNORE, LEAST_RELATED, Anchors, PairedBatch
 from .vocabulary import END, FORMAT, MARKER, Reading, TokenTable, VocabularyMap
 
 SIDES = ("student", "teacher")
+BEHIND = 2**40
+"""A byte behind every text."""
 
 
 @dataclass(frozen=True)
@@ -203,10 +206,17 @@ class PairCollator:
         vocabulary: spellings of the teacher's tokens.
         end_of_text: end-of-text ids of student and teacher (`PairEncoder.end_of_text`).
         max_depth: how many student tokens into a teacher token a position may lie and still be anchored.
+        router: what the router samples; None leaves its part of the batch out.
     """
 
-    def __init__(self, vocabulary: VocabularyMap, end_of_text: tuple[int | None, int | None], max_depth: int) -> None:
-        self.vocabulary, self.end_of_text, self.max_depth = vocabulary, end_of_text, max_depth
+    def __init__(
+        self,
+        vocabulary: VocabularyMap,
+        end_of_text: tuple[int | None, int | None],
+        max_depth: int,
+        router: RouterConfig | None = None,
+    ) -> None:
+        self.vocabulary, self.end_of_text, self.max_depth, self.router = vocabulary, end_of_text, max_depth, router
 
     def __call__(self, windows: Sequence[dict[str, Any]]) -> PairedBatch:
         readings = [[_reading(w, side) for w in windows] for side in SIDES]
@@ -218,15 +228,21 @@ class PairCollator:
             supervised = [np.where(r.roles[1:] != MARKER, r.ids[1:], IGNORE) for r in rows]
             padded[f"{side}_labels"] = _pad([np.append(labels, IGNORE) for labels in supervised], IGNORE)
         padded["labels"] = padded.pop("student_labels")
-        anchors = _stack(aligned, padded["student_ids"].shape[1], padded["teacher_ids"].shape[1])
+        rows = _stack(aligned, padded["student_ids"].shape[1], padded["teacher_ids"].shape[1])
+        counts = {
+            "lm": int((padded["labels"] != IGNORE).sum()),
+            "kd": len(rows["row_student"]),
+            "depth0": int((rows["depth"] == 0).sum()),
+            "span": sum(a.spans for a in aligned),
+        }
+        anchors = None
+        if self.router is not None:
+            anchors, compared = _anchors(readings, aligned, padded, self.router)
+            counts |= compared
         return PairedBatch(
-            **{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in (padded | anchors).items()},
-            counts={
-                "lm": int((padded["labels"] != IGNORE).sum()),
-                "kd": len(anchors["row_student"]),
-                "depth0": int((anchors["depth"] == 0).sum()),
-                "span": sum(a.spans for a in aligned),
-            },
+            **{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in (padded | rows).items()},
+            counts=counts,
+            anchors=anchors,
             bytes=torch.tensor([int(w["bytes"]) for w in windows], dtype=torch.int64),
             end_of_text=self.end_of_text,
             documents=[str(w["documents"]) for w in windows],
@@ -261,3 +277,45 @@ def _stack(aligned: list[Alignment], student_width: int, teacher_width: int) -> 
 
 def _widen(rows: np.ndarray, width: int) -> np.ndarray:
     return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=-1)
+
+
+def _anchors(
+    readings: list[list[Reading]], aligned: list[Alignment], padded: dict[str, np.ndarray], router: RouterConfig
+) -> tuple[Anchors, dict[str, int]]:
+    """What the router compares in a batch, and how many items each of its terms has."""
+    widths = [padded[f"{side}_ids"].shape[1] for side in SIDES]
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("student", "teacher", "window", "run")}
+    sampled, queries, attends = [], [], []
+    total = runs = 0
+    for b, (a, s, t) in enumerate(zip(aligned, *readings, strict=True)):
+        at = np.flatnonzero((a.depth == 0) & (a.student > 0) & (a.teacher > 0))
+        in_runs = max(1, round(len(at) / router.span)) if len(at) else 0
+        columns["student"].append(a.student[at] + b * widths[0])
+        columns["teacher"].append(a.teacher[at] + b * widths[1])
+        columns["window"].append(np.full(len(at), b))
+        columns["run"].append(runs + np.arange(len(at)) * in_runs // max(len(at), 1))
+        chosen = np.unique(np.linspace(0, len(at) - 1, min(len(at), router.positions)).round().astype(np.int64))
+        token = a.student[at[chosen]]
+        query = np.stack([s.starts[token], s.ends[token]], 1)
+        seen = t.ends[None, 1:] <= query[:, 1:]
+        overlap = np.minimum(t.ends[None, 1:], query[:, 1:]) - np.maximum(t.starts[None, 1:], query[:, :1])
+        sampled.append(total + chosen)
+        queries.append(query)
+        attends.append((seen.sum(1) > 1) & ((overlap > 0) & seen).any(1))
+        total += len(at)
+        runs += in_runs
+    anchors = Anchors(
+        **{name: torch.from_numpy(np.concatenate(parts).astype(np.int64)) for name, parts in columns.items()},
+        sampled=torch.from_numpy(_pad(sampled, -1)),
+        query_bytes=torch.from_numpy(np.stack([_pad([q[:, i] for q in queries], 0) for i in range(2)], -1)),
+        key_bytes=torch.from_numpy(np.stack([_pad([r[i] for r in readings[1]], BEHIND) for i in (1, 2)], -1)),
+        attends=torch.from_numpy(_pad(attends, 0).astype(bool)),
+        runs=runs,
+    )
+    return anchors, {
+        "feat": total,
+        "layer": total,
+        "rel": sum(len(chosen) >= LEAST_RELATED for chosen in sampled),
+        "attn": int(anchors.attends.sum()),
+        "contr": runs,
+    }

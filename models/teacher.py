@@ -3,10 +3,12 @@
 Shapes: B windows, T teacher positions, M unpadded teacher positions, N KD rows, V_T teacher vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import body_states, check_head, head_logits, vocabulary_size
+from .causal_lm import body_layers, check_head, head_logits, vocabulary_size
 from .outputs import PairedBatch, TeacherSignal
 from .vocabulary import VocabularyMap
 
@@ -39,13 +41,18 @@ class FrozenTeacher:
         return next(self.model.parameters()).device
 
     @torch.no_grad()
-    def signal(self, batch: PairedBatch, top_k: int) -> TeacherSignal:
-        """The teacher's top-k distributions at the anchors of a batch, and its probability of the real text."""
+    def signal(self, batch: PairedBatch, top_k: int, layers: Sequence[int] = ()) -> TeacherSignal:
+        """The teacher's top-k distributions at the anchors of a batch, and its probability of the real text.
+
+        Args:
+            layers: teacher layers, counted from 1, whose states are returned as well.
+        """
         home, device = batch.teacher_ids.device, self.device
         self.rank = self.rank.to(device)
         batch = batch.to(device)
         with torch.autocast(device.type, enabled=False):
-            states = body_states(self.model, batch.teacher_ids, batch.teacher_mask).flatten(0, 1)
+            states, hidden = body_layers(self.model, batch.teacher_ids, batch.teacher_mask, layers)
+            states = states.flatten(0, 1)
             position = batch.teacher_mask.flatten().nonzero()[:, 0]
             following = batch.teacher_ids.flatten().roll(-1)[position]
             row_at = torch.searchsorted(position, batch.row_teacher)
@@ -62,7 +69,8 @@ class FrozenTeacher:
         ids, log_probs, log_tail, log_mass, realised = (
             torch.cat(column).to(home) for column in zip(*parts, strict=True)
         )
-        return TeacherSignal(ids, log_probs, log_tail, log_mass, realised)
+        states_there = tuple(state.to(home) for state in hidden) if layers else None
+        return TeacherSignal(ids, log_probs, log_tail, log_mass, realised, states_there)
 
     def _top(self, log_probs: Tensor, at: Tensor, rows: slice, batch: PairedBatch, top_k: int) -> tuple[Tensor, ...]:
         """(ids, log-probabilities, log tail, log prefix mass) of some rows; `at`: their row in `log_probs`."""

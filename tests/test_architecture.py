@@ -18,7 +18,7 @@ FLOORS = {
     "models": [
         {"config", "outputs"},
         {"vocabulary", "alignment", "losses", "causal_lm", "curriculum", "projection"},
-        {"pairing", "teacher"},
+        {"pairing", "teacher", "student_aware_router"},
         {"distillation_framework"},
     ],
     "utils": [
@@ -26,7 +26,7 @@ FLOORS = {
         {"config", "hardware", "logs", "guards", "sources", "stopping", "meters"}
         | {"checklist", "environment", "forecast"},
         {"data", "checkpoints", "evaluation", "report", "quickstart", "pretrained", "command_line", "run_folder"},
-        {"plan", "held_out", "preflight", "miniature"},
+        {"plan", "held_out", "preflight", "rehearsal", "miniature"},
         {"training"},
     ],
 }

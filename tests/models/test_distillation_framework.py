@@ -8,11 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaModel
 
-from models.config import CurriculumConfig, LossConfig, Ramp, Term
+from models.config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.outputs import IGNORE
+from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher
 from models.vocabulary import MARKER
 from tests.models.tiny import STORIES, byte_bpe, curriculum, gradients, pair_of, tiny_llama
@@ -218,3 +220,220 @@ def test_half_precision_teacher_and_autocast_student_give_a_float32_loss(pair):
     output.loss.backward()
     assert output.loss.dtype == torch.float32
     assert all(g.isfinite().all() for g in gradients(pair.student))
+
+
+# --- with a router ----------------------------------------------------------------------------------------------------
+
+HIDDEN = dict.fromkeys(ROUTER_TERMS, 0.1)
+LATER = Ramp(((0.5, 0.0), (1.0, 1.0)))
+
+
+def routed_pair(layers: tuple[int, int] = (3, 4), sizes: tuple[int, int] = (300, 400), **config):
+    """The teacher is wider than the student."""
+    student, teacher = (
+        tiny_llama(size, seed, width=width, num_hidden_layers=depth)
+        for seed, (size, width, depth) in enumerate(zip(sizes, (16, 32), layers, strict=True), 1)
+    )
+    options = {"student": student, "teacher": teacher, "router": RouterConfig(**({"layers": 2, "span": 4} | config))}
+    return pair_of(*map(byte_bpe, sizes), **options)
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """Arguments of every call of a model's body."""
+    seen, original = [], LlamaModel.forward
+
+    def forward(self, *args, **kwargs):
+        seen.append(kwargs)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", forward)
+    return seen
+
+
+def test_router_terms_of_weight_zero_change_neither_loss_nor_gradient():
+    pair = routed_pair()
+    batch = pair.batch()
+    plain, idle = pair.framework(ALL), pair.framework(ALL | dict.fromkeys(ROUTER_TERMS, LATER))
+    assert plain.router is None and idle.router is not None
+    expected, loss = gradient_of(plain, batch, step=2), plain(batch, 2).loss.item()
+    for options in ({}, {"measure": True}):
+        found = gradient_of(idle, batch, step=2, **options)  # none of the router's parameters has a gradient
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert idle(batch, 2, **options).loss.item() == loss
+    assert idle(batch, 9).loss.item() != loss
+
+
+def test_measured_router_terms_are_those_of_the_computed_ones_without_gradient():
+    pair = routed_pair()
+    batch = pair.batch()
+    framework = pair.framework(ALL | dict.fromkeys(ROUTER_TERMS, LATER))
+    measured, computed = framework(batch, 2, measure=True).terms, framework(batch, 9).terms
+    assert not {*framework(batch, 2).terms} & {*ROUTER_TERMS}
+    for name in ROUTER_TERMS:
+        assert not measured[name].sum.requires_grad and computed[name].sum.requires_grad
+        assert measured[name].sum.item() == computed[name].sum.item() > 0
+        assert measured[name].count == computed[name].count == batch.counts[name] > 0
+
+
+def test_measuring_one_router_term_beside_another_changes_no_gradient():
+    pair = routed_pair()
+    framework, batch = pair.framework({"lm": 0.3, "feat": 0.1, "rel": LATER, "contr": LATER}), pair.batch()
+    plain, measured = (gradient_of(framework, batch, step=2, measure=measure) for measure in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, measured, strict=True))
+
+
+def test_hidden_states_are_asked_for_only_where_a_term_needs_them(asked):
+    pair = routed_pair()
+    framework, batch = pair.framework(ALL | {"rel": LATER}), pair.batch()
+    for options, wanted in (({"step": 2}, False), ({"step": 2, "measure": True}, True), ({"step": 9}, True)):
+        asked.clear()
+        framework(batch, **options)
+        assert [call.get("output_hidden_states", False) for call in asked] == [wanted, wanted]  # teacher, student
+    assert not any("output_attentions" in call for call in asked)
+    assert framework.teacher.signal(batch, 4).hidden is None
+
+
+@pytest.mark.parametrize("name", ROUTER_TERMS)
+def test_training_brings_a_router_term_down_and_leaves_the_teacher_alone(name):
+    pair = routed_pair()
+    framework, batch, before = pair.framework({name: 1.0}), pair.batch(), digest(pair.teacher)
+    framework.calibrate([batch])
+    optimizer = torch.optim.AdamW(framework.parameter_groups(3e-3, 0.0))
+    first = framework(batch).loss.item()
+    for _ in range(15):
+        optimizer.zero_grad()
+        framework(batch).loss.backward()
+        optimizer.step()
+    assert framework(batch).loss.item() < 0.9 * first
+    assert digest(pair.teacher) == before and not gradients(pair.teacher)
+
+
+def test_router_gets_the_states_after_its_layers_and_those_of_the_teacher_have_no_gradient(monkeypatch):
+    pair = routed_pair(teacher_layers=2)
+    framework, batch, seen = pair.framework(HIDDEN), pair.batch(), []
+
+    def forward(*args):
+        seen.append(args)
+        return dict.fromkeys(HIDDEN, args[0][0].sum())
+
+    monkeypatch.setattr(framework.router, "forward", forward)
+    framework(batch)
+    assert (framework.router.student_layers, framework.router.teacher_layers) == ([2, 3], [2, 4])
+    for states, side, layers in zip(seen[0][:2], ("student", "teacher"), ([2, 3], [2, 4]), strict=True):
+        ids, mask = getattr(batch, f"{side}_ids"), getattr(batch, f"{side}_mask")
+        every = getattr(pair, side)(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        assert all(torch.equal(state, every[layer]) for state, layer in zip(states, layers, strict=True))
+        assert all(state.requires_grad == (side == "student") for state in states)
+
+
+def test_teacher_is_outside_of_a_state_that_holds_the_router():
+    pair = routed_pair()
+    framework = pair.framework(HIDDEN)
+    own = {name for name in framework.state_dict() if not name.startswith("student.")}
+    assert own == {f"router.{name}" for name in ("projection", "offset", "gate", "log_prior", "mean", "scale")}
+    assert not {id(p) for p in framework.parameters()} & {id(p) for p in pair.teacher.parameters()}
+
+
+def test_a_state_dict_carries_student_and_router_to_another_framework():
+    one, other = routed_pair(), routed_pair()
+    batch = one.batch()
+    first, second = one.framework(HIDDEN), other.framework(HIDDEN)
+    first.calibrate([batch])
+    torch.nn.init.normal_(first.router.gate)
+    assert second(batch).loss.item() != first(batch).loss.item()
+    second.load_state_dict(first.state_dict())
+    assert second(batch).loss.item() == first(batch).loss.item()
+
+
+def test_calibration_leaves_student_and_mode_alone():
+    pair = routed_pair()
+    framework, before = pair.framework(HIDDEN).train(), digest(pair.student)
+    framework.calibrate([pair.batch()])
+    assert framework.student.training and digest(pair.student) == before and not gradients(framework)
+    assert framework.router.scale.std() > 0
+
+
+def test_parameter_groups_hold_every_parameter_once_and_decay_no_gate():
+    pair = routed_pair(learning_rate=0.5)
+    framework = pair.framework(HIDDEN)
+    framework.student.model.embed_tokens.weight.requires_grad_(False)
+    groups = framework.parameter_groups(0.1, 0.01)
+    found = [id(p) for group in groups for p in group["params"]]
+    assert sorted(found) == sorted(id(p) for p in framework.parameters() if p.requires_grad)
+    for group in groups:
+        own = group["name"] != "student"
+        assert group["lr"] == (0.5 if own else 0.1)
+        for p in group["params"]:
+            decays = p is framework.router.projection if own else p.ndim >= 2
+            assert group["weight_decay"] == (0.01 if decays else 0.0)
+
+
+def test_what_a_router_term_lacks_is_named():
+    pair = routed_pair()
+    framework, batch = pair.framework({"lm": 0.3, "rel": LATER, "feat": LATER}), pair.batch()
+    signal, bare = pair.frozen().signal(batch, 8), copy.copy(batch)
+    bare.anchors = None
+    with pytest.raises(
+        ValueError, match=r"cannot compute feat, rel: .* no anchors; give PairCollator the RouterConfig"
+    ):
+        framework(bare, 9)
+    with pytest.raises(ValueError, match=r"cannot compute feat, rel: the signal has no hidden states.*teacher_layers"):
+        framework(batch, 9, signal=signal)
+    for options in ({"signal": signal}, {}):  # a term of weight 0 is not measured then
+        assert not {*framework(bare, 2, measure=True, **options).terms} & {*ROUTER_TERMS}
+    with pytest.raises(ValueError, match=r"weights for feat, rel and no teacher"):
+        DistillationFramework(pair.student, None, None, LossConfig(), curriculum(rel=1.0, feat=0.1))
+
+
+@pytest.mark.parametrize("layers", [(1, 1), (1, 3), (3, 1)])
+@pytest.mark.parametrize("sizes", [(300, 400), (300, 300)])
+def test_router_takes_models_of_one_layer_and_equal_tokenizers(layers, sizes):
+    pair = routed_pair(layers, sizes)
+    framework, batch = pair.framework(HIDDEN), pair.batch()
+    framework.calibrate([batch])
+    output = framework(batch)
+    output.loss.backward()
+    assert all(term.sum.isfinite() and term.count > 0 for term in output.terms.values())
+    assert all(g.isfinite().all() for g in gradients(framework))
+    if sizes[0] == sizes[1]:  # every position that is supervised, but the first of each window
+        assert batch.counts["feat"] == batch.counts["lm"] - int((batch.labels[:, 0] != IGNORE).sum())
+
+
+@pytest.mark.parametrize("weights", [HIDDEN, *({name: 1.0} for name in ROUTER_TERMS)])
+def test_a_batch_without_anchors_is_a_differentiable_zero_for_the_router(weights):
+    pair = routed_pair()
+    windows = pair.encoder.windows(STORIES)
+    for window in windows:
+        for side in ("student", "teacher"):
+            window[f"{side}_roles"][:] = MARKER
+    framework = pair.framework(weights)
+    output = framework(pair.collator()(windows), measure=True)
+    assert output.loss.item() == 0
+    output.loss.backward()
+    assert not any(g.any() for g in gradients(framework))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_teacher_and_autocast_give_the_router_what_float32_gives(dtype):
+    pair = routed_pair()
+    batch = pair.batch()
+    framework = pair.framework(HIDDEN)
+    framework.calibrate([batch])
+    expected = {name: term.sum.item() / term.count for name, term in framework(batch).terms.items()}
+    pair.teacher.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = framework(batch)
+    assert output.loss.dtype == torch.float32
+    found = {name: term.sum.item() / term.count for name, term in output.terms.items()}
+    assert found == pytest.approx(expected, rel=0.05, abs=0.01)
+    output.loss.backward()
+    assert all(g.isfinite().all() for g in gradients(framework))
+
+
+def test_routing_of_a_framework_is_a_row_per_student_layer():
+    pair = routed_pair(teacher_layers=3)
+    found = pair.framework(HIDDEN).routing(pair.batch())
+    assert (found["student_layers"], found["teacher_layers"]) == ([2, 3], [1, 3, 4])
+    assert [sum(row) for row in found["weights"]] == pytest.approx([1, 1])
+    assert pair.framework(ALL).routing(pair.batch()) is None

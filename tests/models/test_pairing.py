@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.alignment import paired_tokens
+from models.config import RouterConfig
 from models.outputs import IGNORE
 from models.pairing import PairCollator, PairEncoder, count_channel
 from models.vocabulary import END, MARKER, MISMATCH, Reading, VocabularyMap
@@ -222,3 +223,102 @@ def test_no_pair_is_counted_at_a_token_with_foreign_bytes():
     reading = Reading(np.arange(4), np.array([0, 0, 1, 2]), np.array([0, 1, 2, 3]), np.array([MARKER, 1, MISMATCH, 1]))
     teacher, student = paired_tokens(reading, reading)
     assert teacher.tolist() == student.tolist() == [1, 3]
+
+
+# --- what the router compares -----------------------------------------------------------------------------------------
+
+TOKENIZERS = [(byte_bpe(300), byte_bpe(400)), (byte_bpe(400), metaspace()), (characters(), byte_bpe(300))]
+
+
+@pytest.mark.parametrize("tokenizers", TOKENIZERS)
+def test_anchors_are_where_both_models_have_read_the_same_bytes(tokenizers):
+    """Every pair of positions whose next tokens start at the same byte and are predicted; the first one left out."""
+    pair = pair_of(*tokenizers, router=RouterConfig())
+    windows = pair.encoder.windows(STORIES)
+    batch = pair.collator()(windows)
+    widths, expected = (batch.student_ids.shape[1], batch.teacher_ids.shape[1]), []
+    for b, window in enumerate(windows):
+        starts, roles = ([column(window, side, name) for side in SIDES] for name in ("starts", "roles"))
+        for j, k in np.argwhere(starts[0][:, None] == starts[1][None]) - 1:
+            predicted = all(role[i + 1] not in (MARKER, MISMATCH) for role, i in zip(roles, (j, k), strict=True))
+            if predicted and j > 0 and k > 0:
+                expected.append((b * widths[0] + j, b * widths[1] + k, b))
+    a = batch.anchors
+    assert list(zip(a.student.tolist(), a.teacher.tolist(), a.window.tolist(), strict=True)) == expected
+    assert batch.counts["feat"] == batch.counts["layer"] == len(expected) > 50
+
+
+@pytest.mark.parametrize("span", [1, 5, 16, 1000])
+def test_runs_are_neighbouring_anchors_of_one_window_and_of_about_the_same_number(span):
+    pair = pair_of(byte_bpe(300), byte_bpe(400), router=RouterConfig(span=span))
+    batch = pair.batch()
+    run, window = batch.anchors.run, batch.anchors.window
+    assert batch.counts["contr"] == batch.anchors.runs == int(run[-1]) + 1
+    assert set(run.diff().tolist()) <= {0, 1}  # none is empty, and none is torn apart
+    for b in range(len(batch.labels)):
+        sizes = run[window == b].unique(return_counts=True)[1]
+        assert len(sizes) == max(1, round(int(sizes.sum()) / span))
+        assert sizes.max() - sizes.min() <= 1
+    assert all(len(window[run == r].unique()) == 1 for r in range(batch.anchors.runs))
+
+
+def test_sampled_anchors_are_spread_from_a_windows_first_to_its_last():
+    pair = pair_of(byte_bpe(300), byte_bpe(400), router=RouterConfig(positions=7))
+    batch = pair.batch([*STORIES, "Hm."])
+    a = batch.anchors
+    for b, row in enumerate(a.sampled):
+        own, chosen = (a.window == b).nonzero()[:, 0], row[row >= 0]
+        assert len(chosen) == min(7, len(own)) and (row[len(chosen) :] == -1).all()
+        assert (chosen[0], chosen[-1]) == (own[0], own[-1])
+        assert chosen.diff().min() > 0 and chosen.diff().max() - chosen.diff().min() <= 1
+    assert batch.counts["rel"] == int(((a.sampled >= 0).sum(1) >= 4).sum())
+
+
+@pytest.mark.parametrize("tokenizers", TOKENIZERS)
+def test_queries_and_keys_of_attention_lie_at_the_bytes_of_their_tokens(tokenizers):
+    pair = pair_of(*tokenizers, router=RouterConfig(positions=9))
+    windows = pair.encoder.windows(STORIES)
+    batch, attending = pair.collator()(windows), 0
+    a, width = batch.anchors, batch.student_ids.shape[1]
+    for b, window in enumerate(windows):
+        first, last = (column(window, "teacher", name) for name in ("starts", "ends"))
+        keys = list(zip(first, last, strict=True))
+        assert a.key_bytes[b, : len(keys)].tolist() == [list(key) for key in keys]
+        assert (a.key_bytes[b, len(keys) :] > 2**30).all()
+        for q, anchor in enumerate(a.sampled[b].tolist()):
+            attends = False
+            if anchor >= 0:
+                token = int(a.student[anchor]) - b * width
+                lo, hi = (column(window, "student", name)[token] for name in ("starts", "ends"))
+                assert a.query_bytes[b, q].tolist() == [lo, hi]
+                seen = [key for key in keys[1:] if key[1] <= hi]
+                attends = len(seen) > 1 and any(min(key[1], hi) > max(key[0], lo) for key in seen)
+            assert bool(a.attends[b, q]) == attends
+            attending += attends
+    assert batch.counts["attn"] == attending > 0
+
+
+@pytest.mark.parametrize("tokenizers", TOKENIZERS)
+def test_no_query_sees_a_teacher_token_that_the_student_has_not_read(tokenizers):
+    """The anchor's teacher position is the last one visible: an end in bytes never comes after a later token's."""
+    batch = pair_of(*tokenizers, router=RouterConfig()).batch()
+    a, width = batch.anchors, batch.teacher_ids.shape[1]
+    for b, q in a.attends.nonzero().tolist():
+        seen = (a.key_bytes[b, :, 1] <= a.query_bytes[b, q, 1]).nonzero()[:, 0]
+        assert seen.tolist() == list(range(len(seen)))
+        assert len(seen) - 1 == int(a.teacher[a.sampled[b, q]]) - b * width
+
+
+def test_counts_of_parts_add_up_to_those_of_the_whole():
+    pair = pair_of(byte_bpe(300), byte_bpe(400), router=RouterConfig())
+    windows = pair.encoder.windows(STORIES)
+    parts = [pair.collator()([window]).counts for window in windows]
+    assert {name: sum(part[name] for part in parts) for name in parts[0]} == pair.collator()(windows).counts
+
+
+def test_a_router_changes_nothing_else_of_a_batch_and_without_one_there_are_no_anchors():
+    pair = pair_of(byte_bpe(300), byte_bpe(400))
+    plain, pair.router = pair.batch(), RouterConfig()
+    batch = pair.batch()
+    assert plain.anchors is None and not {"feat", "rel", "attn", "layer", "contr"} & {*plain.counts}
+    assert torch.equal(plain.row_student, batch.row_student) and plain.counts.items() < batch.counts.items()

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainer
 from tokenizers import models as token_models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from models.config import CurriculumConfig, LossConfig, Term
+from models.config import CurriculumConfig, LossConfig, RouterConfig, Schedule, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.outputs import PairedBatch
@@ -140,7 +140,7 @@ def tiny_llama(vocabulary: int, seed: int = 0, *, width: int = 16, spread: float
     torch.manual_seed(seed)
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
     options = {"max_position_embeddings": 512, "tie_word_embeddings": False, "initializer_range": spread}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **shape, **(options | config))).eval()
+    return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **(shape | options | config))).eval()
 
 
 def curriculum(total_steps: int = 10, **weights) -> CurriculumScheduler:
@@ -160,9 +160,10 @@ class Pair:
     encoder: PairEncoder
     vocabulary: VocabularyMap
     max_depth: int = 16
+    router: RouterConfig | None = None
 
     def collator(self) -> PairCollator:
-        return PairCollator(self.vocabulary, self.encoder.end_of_text, self.max_depth)
+        return PairCollator(self.vocabulary, self.encoder.end_of_text, self.max_depth, self.router)
 
     def batch(self, texts: list[str] = STORIES) -> PairedBatch:
         return self.collator()(self.encoder.windows(texts))
@@ -170,12 +171,12 @@ class Pair:
     def frozen(self) -> FrozenTeacher:
         return FrozenTeacher(self.teacher, self.vocabulary)
 
-    def framework(self, weights: dict[str, float], **loss) -> DistillationFramework:
+    def framework(self, weights: dict[str, Schedule], **loss) -> DistillationFramework:
         config = LossConfig(**loss)
         scheduler = CurriculumScheduler(
             CurriculumConfig(**{name: Term(w) for name, w in ({"kd": 0.0, "lm": 0.0} | weights).items()}), config, 10
         )
-        return DistillationFramework(self.student, self.frozen(), self.vocabulary, config, scheduler)
+        return DistillationFramework(self.student, self.frozen(), self.vocabulary, config, scheduler, self.router)
 
 
 def pair_of(student_tokenizer, teacher_tokenizer, *, max_length: int = 48, student=None, teacher=None, **kind) -> Pair:
