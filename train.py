@@ -24,10 +24,11 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from models.config import CurriculumConfig, LossConfig, Term
+from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
 from models.pairing import PairCollator, PairEncoder, count_channel
+from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher
 from models.vocabulary import VocabularyMap
 from utils import command_line, data, hardware, pretrained, quickstart, report, run_folder
@@ -82,6 +83,7 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
@@ -99,7 +101,7 @@ class RunConfig:
         used = self.curriculum.used()
         if not used & {*HEAD_TERMS}:
             wrong.append(f"nothing to learn from: the weights of {', '.join(HEAD_TERMS)} are 0; raise one of them")
-        signals = sorted(used & {"kd", "span"})
+        signals = sorted(used - {"lm"})
         if self.teacher.name is None and signals:
             wrong.append(f"no teacher, but {' and '.join(signals)} weigh more than 0: give --teacher or set them to 0")
         if self.teacher.name is None and self.evaluation.without_teacher:
@@ -206,7 +208,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         vocabulary = vocabulary.with_channel(count_channel([windows[i] for i in chosen]))
     limit = min(config.evaluation.max_windows or len(held_out), len(held_out))
     held_out = held_out.select(sorted(permutation(len(held_out), 0, 0)[:limit].tolist()))
-    collate = PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth)
+    router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
+    collate = PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth, router)
     return Job(
         config=config,
         accelerator=accelerator,
@@ -299,10 +302,13 @@ def train_student(
     start = job.held_out.measure_start(student, None if teacher is None else teacher.model, output)
     with _as_user_error():
         scheduler = CurriculumScheduler(curriculum, config.loss, plan.total_steps)
-        framework = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler)
+        framework = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)
+        if resume_from is None and framework.router is not None:
+            _calibrate(framework, job)
 
     def evaluate(step: int) -> dict[str, Any]:
-        return {"step": step, "split": "eval", **job.held_out.score(student, "student")}
+        scores = job.held_out.score(student, "student")
+        return {"step": step, "split": "eval", **scores, **job.held_out.routing(student, framework.routing)}
 
     if resume_from is None:
         logger.evaluation({"step": 0, "split": "eval", **metrics_of(start["initial_student"])})
@@ -320,6 +326,7 @@ def train_student(
         flags=_red_flags(config, plan, student, start, main),
         stop=stop,
         num_workers=config.data.num_workers,
+        term_gradients=config.logging.term_gradients,
     )
     if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
         of = f"{result.steps} of {plan.total_steps} steps"
@@ -331,6 +338,14 @@ def train_student(
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(framework, result, start)
+
+
+def _calibrate(framework: DistillationFramework, job: Job) -> None:
+    """Fit the router on some training windows, the same ones in every process."""
+    size, device = job.config.training.batch_size, job.accelerator.device
+    chosen = permutation(len(job.windows), job.config.training.seed, 0)[: job.config.router.calibration_windows]
+    groups = [chosen[i : i + size].tolist() for i in range(0, len(chosen), size)]
+    framework.calibrate([job.collate([job.windows[i] for i in group]).to(device) for group in groups])
 
 
 def _red_flags(config: RunConfig, plan: Plan, student: nn.Module, start: dict[str, Any], main: bool) -> RedFlags:
@@ -425,9 +440,6 @@ def _log_coverage(job: Job) -> None:
     totals = job.held_out.coverage()
     shares = [totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0")]
     log.info("coverage: %.1f %% of student positions have an anchor, %.1f %% at depth 0", *(100 * s for s in shares))
-    routed = job.config.curriculum.used() - {*HEAD_TERMS}
-    if routed:
-        log.warning("without effect in this version, which has no router: weights of %s", ", ".join(sorted(routed)))
 
 
 def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> RunConfig:

@@ -42,6 +42,7 @@ SURFACE = {
     "--resume": "auto|never|PATH",
     "--no-resume": None,
     "--log-every": "N",
+    "--log-term-gradients": None,
     "--eval-every": "N",
     "--save-every": "N",
 }
@@ -100,6 +101,7 @@ def test_help_is_grouped_and_names_every_flag():
         (["--resume", "path/to"], "resume", "path/to"),
         (["--no-resume"], "resume", "never"),
         (["--log-every", "11"], "logging.every", 11),
+        (["--log-term-gradients"], "logging.term_gradients", True),
         (["--eval-every", "12"], "evaluation.every", 12),
         (["--save-every", "13"], "training.save_every", 13),
         (["--set", "curriculum.kd.weight=0", "curriculum.lm.weight=1"], "curriculum.kd.weight", 0.0),

@@ -53,11 +53,12 @@ FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("--output-dir", "output_dir", "DIR", "folder of this run"),
         ("--resume", "resume", "auto|never|PATH", "continue from the newest whole checkpoint, never, or from PATH"),
         ("--log-every", "logging.every", "N", "optimizer steps between logged steps"),
+        ("--log-term-gradients", "logging.term_gradients", "", "also log the gradient norm of each term; slow"),
         ("--eval-every", "evaluation.every", "N", "optimizer steps between evaluations; 0: before and after only"),
         ("--save-every", "training.save_every", "N", "optimizer steps between checkpoints"),
     ),
 }
-"""Per group of --help: flag, configuration key, what it takes, what it is."""
+"""Per group of --help: flag, configuration key, what it takes (nothing: it sets the key to true), what it is."""
 
 EPILOG = """\
 Every other setting has a dotted key, for example:
@@ -123,8 +124,9 @@ def parser() -> argparse.ArgumentParser:
     for title, flags in FLAGS.items():
         group = made.add_argument_group(title)
         for flag, key, metavar, text in flags:
+            taken = {"metavar": metavar} if metavar else {"action": "store_const", "const": "true"}
             several = {"nargs": "+", "action": "extend"} if key == "data.train" else {}
-            group.add_argument(flag, dest=key, metavar=metavar, help=text, **several)
+            group.add_argument(flag, dest=key, help=text, **taken, **several)
             if key == "resume":
                 group.add_argument("--no-resume", dest="no_resume", action="store_true", help="same as --resume never")
     return made

@@ -136,6 +136,9 @@ class LoggingConfig:
 
     every: Annotated[int, Gt(0)] = 100
     """Optimizer steps between logged steps."""
+    term_gradients: bool = False
+    """Also log the norm of the gradient that each term contributes to the student (for debugging: slow, and takes
+    the memory of one gradient per term)."""
 
 
 # ---------------------------------------------------------------------------------------------- YAML

@@ -23,6 +23,8 @@ TEACHER_COPIES = 4
 """Float32 copies of the teacher's chunk of logits."""
 WINDOW_BYTES_PER_TEXT_BYTE = 9
 """Tokenised windows of both models in the cache of `datasets`."""
+ROUTED_KEPT = 10
+"""Teacher widths in float32 that the router keeps per student layer and token for the backward pass, all terms used."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ def training_memory(
     precision: str,
     teacher_dtype: torch.dtype,
     teacher_logits: int,
+    routed_layers: int = 0,
+    routed_teacher_layers: int = 0,
 ) -> dict[str, int]:
     """Bytes at the peak of a training step, by what holds them.
 
@@ -66,6 +70,8 @@ def training_memory(
         precision: `no`, `fp16` or `bf16`.
         teacher_dtype: of the teacher's weights.
         teacher_logits: elements of the teacher's logits that are in memory at a time, at most.
+        routed_layers: student layers whose states a router compares with the teacher's; 0: there is none.
+        routed_teacher_layers: teacher layers whose states it keeps.
     """
     width = 4 if precision == "no" else 2
     kept = HIDDEN_KEPT * student.hidden + INTERMEDIATE_KEPT * student.intermediate
@@ -82,6 +88,11 @@ def training_memory(
         passing = tokens * (HIDDEN_KEPT * teacher.hidden + INTERMEDIATE_KEPT * teacher.intermediate) * bytes_each
         parts["teacher weights"] = teacher.parameters * bytes_each
         parts["teacher logits"] = chunk * 4 * TEACHER_COPIES + passing
+        if routed_layers:
+            ours, theirs = min(routed_layers, student.layers), min(routed_teacher_layers, teacher.layers)
+            states = ours * (student.hidden + ROUTED_KEPT * teacher.hidden) + theirs * teacher.hidden
+            trained = ours * student.hidden * (teacher.hidden + theirs)  # projections and gates
+            parts["router"] = 4 * tokens * states + 16 * trained  # with gradient and two moments
     return parts | {"runtime": RUNTIME}
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from . import data, evaluation
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 METRICS = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
 START = "baseline_evaluation.json"
+ROUTING_BATCHES = 4
+"""So many batches are enough to see how hidden states are routed."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,25 @@ class HeldOut:
         batches = ((*batch.scored(side), int(batch.bytes.sum())) for batch in self.batches())
         device = self.accelerator.device
         return evaluation.evaluate(model, batches, device, self.accelerator, float32=side == "student")
+
+    def routing(self, model: nn.Module, measure: Callable[[Any], dict[str, Any] | None]) -> dict[str, Any]:
+        """`{"routing": ...}` for an evaluation record: the mean over the first windows, the same in every process.
+
+        Args:
+            model: the student; in evaluation mode and float32 meanwhile.
+            measure: batch -> `{student_layers, teacher_layers, weights}`, the mean over its windows (`weights`: a row
+                per student layer that sums to 1), or None without a router, and so is the result then: {}.
+        """
+        total, seen = torch.zeros((), dtype=torch.float64), 0
+        first = range(min(len(self.windows), ROUTING_BATCHES * self.batch_size))
+        with evaluation.float32_evaluation(model):
+            for start in first[:: self.batch_size]:
+                rows = [self.windows[i] for i in first[start : start + self.batch_size]]
+                found = measure(self.collate(rows).to(self.accelerator.device))
+                if found is None:
+                    return {}
+                total, seen = total + len(rows) * torch.tensor(found["weights"], dtype=torch.float64), seen + len(rows)
+        return {"routing": {**found, "weights": (total / seen).tolist()}}
 
     def describe(self, model: nn.Module, side: str) -> dict[str, Any]:
         """Metrics, number of parameters and dtype of a model."""

@@ -420,7 +420,8 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
 
 
 def _term(term: Mapping[str, Any]) -> str:
-    return f"raw {_number(term['raw'])} weight {term['weight']:.3f} weighted {_number(term['weighted'])}"
+    gradient = f" grad_norm {_number(term['grad_norm'])}" if "grad_norm" in term else ""
+    return f"raw {_number(term['raw'])} weight {term['weight']:.3f} weighted {_number(term['weighted'])}{gradient}"
 
 
 def _number(value: float | int | None, digits: int = 4) -> str:

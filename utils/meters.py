@@ -60,6 +60,8 @@ class Measured:
     weights: dict[str, float] = field(default_factory=dict)
     scalars: dict[str, float] = field(default_factory=dict)
     skipped: dict[str, list[Tensor]] = field(default_factory=dict)
+    gradients: "TermGradients | None" = None
+    """Only where they were asked for."""
 
     def add(self, output: Any, idle: bool) -> None:
         """Take a micro-batch's output; of an idle one only what is the same for all."""
@@ -96,6 +98,49 @@ class Measured:
                 raw, weight = value / max(count, 1), self.weights[name]
                 terms[name] = {"raw": raw, "weight": weight, "weighted": weight * raw, "count": int(count)}
         return loss, {name: terms[name] for name in self.weights if name in terms}
+
+
+class TermGradients:
+    """The gradient that each term contributes to some parameters in one optimizer step: that of its weighted share.
+
+    For debugging: costs a backward pass and the memory of one gradient per term. It leaves `.grad` alone, and with
+    it the run. A term whose sum has no graph of its own (because it is computed fused with others) is left out.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self._sums: dict[str, list[Tensor]] = {}
+
+    def add(self, output: Any, counts: Mapping[str, int], scale: float = 1.0) -> None:
+        """Take a micro-batch's output, before the backward pass that frees its graph.
+
+        Args:
+            counts: of the whole optimizer step.
+            scale: factor that keeps half-precision gradients from vanishing on their way; divided out again.
+        """
+        for name, term in output.terms.items():
+            weight = output.weights[name]
+            if weight > 0 and term.sum.requires_grad:
+                share = term.sum * (weight * scale / max(int(counts.get(name, term.count)), 1))
+                gradients = torch.autograd.grad(share, self.parameters, retain_graph=True, allow_unused=True)
+                for total, gradient in zip(self._of(name), gradients, strict=True):
+                    if gradient is not None:
+                        total.add_(gradient, alpha=1 / scale)
+
+    def norms(self, weights: Mapping[str, float], accelerator: Accelerator) -> dict[str, float]:
+        """Norm of each term's gradient, summed over micro-batches and processes, which must all call this."""
+        norms = {}
+        for name in (name for name, weight in weights.items() if weight > 0):
+            found = torch.tensor(float(name in self._sums), device=accelerator.device)
+            if accelerator.reduce(found, "sum").item():
+                parts = [accelerator.reduce(total, "sum").norm() for total in self._of(name)]
+                norms[name] = torch.stack(parts).norm().item()
+        return norms
+
+    def _of(self, name: str) -> list[Tensor]:
+        if name not in self._sums:
+            self._sums[name] = [torch.zeros_like(parameter) for parameter in self.parameters]
+        return self._sums[name]
 
 
 class Skips:

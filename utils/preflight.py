@@ -1,4 +1,6 @@
-"""Checks of a machine and of a run's set-up, before anything is trained. What needs the losses is in verify_fixes.py.
+"""Checks of a machine and of a run's set-up, before anything is trained.
+
+What trains tiny models is in rehearsal.py, what needs the losses in verify_fixes.py.
 
 `job` below is what a run is prepared to: `windows` to train on, `held_out` text, and its `config`.
 """
@@ -17,11 +19,14 @@ from transformers.modeling_outputs import CausalLMOutput
 from . import data, environment, evaluation, forecast, hardware, pretrained, run_folder
 from .checklist import check
 from .config import to_plain
+from .logs import ROUTER_TERMS
 
 SHOWN = ("torch", "transformers", "accelerate", "datasets")
 """Packages whose versions are printed."""
 MOST_WINDOWS = 4_000
 """So many windows go through the loader."""
+LEAST_COVERAGE = 0.5
+"""Share of student positions with an anchor, below which KD teaches little."""
 REPRESENTATIVE = 2
 """Layers of a student that a fresh one is built with: enough to see how its loss starts."""
 LARGEST_BUILT = 2e8
@@ -124,6 +129,14 @@ def leakage(job: Any) -> tuple:
     return value, "0 %", share == 0 and not both
 
 
+@check("alignment coverage", "the tokenizers share few boundaries, so KD reaches little text; choose a closer pair")
+def coverage(job: Any) -> tuple:
+    totals = job.held_out.coverage()
+    anchored, shallow = (totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0"))
+    value = f"{anchored:.1%} of {totals['lm']} positions have an anchor, {shallow:.1%} at depth 0"
+    return value, f"{LEAST_COVERAGE:.0%} or more", anchored >= LEAST_COVERAGE
+
+
 # -------------------------------------------------------------------------------------------- set-up
 
 
@@ -197,6 +210,7 @@ def window_length(setup: SetUp) -> tuple:
 def memory(setup: SetUp) -> tuple:
     device, training = hardware.choose_device().value, setup.config.training
     mixed = hardware.choose_precision(training.mixed_precision, device).value
+    router = setup.config.router if setup.config.curriculum.used() & {*ROUTER_TERMS} else None
     parts = forecast.training_memory(
         forecast.Shape.of(setup.student),
         forecast.Shape.of(setup.teacher) if setup.teacher else None,
@@ -204,6 +218,8 @@ def memory(setup: SetUp) -> tuple:
         precision=mixed,
         teacher_dtype=pretrained.teacher_dtype(setup.config.teacher.dtype, device, mixed).value,
         teacher_logits=setup.teacher_logits,
+        routed_layers=router.layers if router else 0,
+        routed_teacher_layers=router.teacher_layers if router else 0,
     )
     free = forecast.free_memory(device)
     value = f"about {forecast.largest(parts)} on {device}"

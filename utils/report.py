@@ -1,4 +1,4 @@
-"""What a run leaves to read: evaluation_report.json, evaluation_report.md, training_curves.png, a console table.
+"""What a run leaves to read: evaluation_report.json and .md, training_curves.png, routing.png, a console table.
 
 The results are one dict, in the form of evaluation_report.json:
 `{student, teacher, initial_student, retention, samples, run}` and, where there was one, `baseline`: the same
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -31,6 +32,9 @@ MODELS = {
 """Keys of the results that describe a model, in the order they are shown."""
 
 REPORT_JSON, REPORT_MD, CURVES = "evaluation_report.json", "evaluation_report.md", "training_curves.png"
+ROUTING = "routing.png"
+MOST_NUMBERS = 12
+"""Up to so many teacher layers, the routing's cells have their numbers in them."""
 
 _TERM_NAMES = {
     "kd": "KD",
@@ -84,7 +88,9 @@ def write_report(
     metrics: Records | str | Path | None = None,
     baseline_metrics: Records | str | Path | None = None,
 ) -> dict[str, Any]:
-    """Write the three files into `output_dir`; returns the results as they stand in the JSON file.
+    """Write the files into `output_dir`; returns the results as they stand in the JSON file.
+
+    If evaluations tell how the router matches layers, the last of them becomes `routing` in the results and a picture.
 
     Args:
         results: see the top of this file. NaN and infinity become null.
@@ -95,6 +101,9 @@ def write_report(
     results = json_safe(results)
     records = _records(metrics if metrics is not None else folder / "metrics.jsonl")
     draw_curves(folder / CURVES, records, results, _records(baseline_metrics))
+    if routed := [record for record in records if record.get("routing")]:
+        results["routing"] = {"step": routed[-1]["step"], **routed[-1]["routing"]}
+        draw_routing(folder / ROUTING, results["routing"])
     write_json(folder / REPORT_JSON, results)
     write_text(folder / REPORT_MD, markdown(results))
     return results
@@ -153,7 +162,7 @@ def _name(key: str, results: Mapping[str, Any]) -> str:
 def markdown(results: Mapping[str, Any]) -> str:
     """The report for people."""
     parts = ["# Evaluation report", headline(results), _model_table(results), _retention_list(results)]
-    parts += [f"![Training curves]({CURVES})", _run_list(results.get("run") or {})]
+    parts += [f"![Training curves]({CURVES})", _routing(results.get("routing")), _run_list(results.get("run") or {})]
     if samples := results.get("samples"):
         parts.append("## Samples\n\nGreedy continuations of the same beginnings.")
         parts += [_sample(number, sample) for number, sample in enumerate(samples, 1)]
@@ -185,6 +194,17 @@ def _retention_list(results: Mapping[str, Any]) -> str:
         ("KL from the teacher at common boundaries", f"{_figure(kept.get('kl_nats_per_token'))} nats per token"),
     ]
     return "## Retention\n\n" + "\n".join(f"- {name}: {value}" for name, value in lines)
+
+
+def _routing(routing: Mapping[str, Any] | None) -> str:
+    if not routing:
+        return ""
+    return (
+        f"## Routing\n\n![Routing]({ROUTING})\n\n"
+        f"Each row tells which teacher layers a student layer is compared with by the term `layer`, at step "
+        f"{routing['step']:,}: shares of the mixture, which add up to 1 (without that term they stay at their prior, "
+        "the layers at the same relative depth)."
+    )
 
 
 def _run_list(run: Mapping[str, Any]) -> str:
@@ -229,6 +249,39 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+# --- routing --------------------------------------------------------------------------------------------------------
+
+
+def draw_routing(path: str | Path, routing: Mapping[str, Any]) -> None:
+    """A heat map of the teacher layers (columns) that each student layer (rows, the deepest on top) is matched with.
+
+    Args:
+        path: of the PNG file, replaced in one step.
+        routing: `student_layers`, `teacher_layers` (numbers of the layers), `weights` (a row per student layer) and
+            the `step` they were measured at.
+    """
+    rows, columns = routing["student_layers"], routing["teacher_layers"]
+    weights = np.array(routing["weights"], dtype=float)  # what metrics.jsonl has as null is NaN again
+    most = np.nanmax(weights, initial=1e-3)
+    size = (min(2.6 + 0.62 * max(len(columns), 6), 13), min(1.8 + 0.5 * max(len(rows), 3), 9))
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False}):
+        figure = Figure(figsize=size, layout="constrained")
+        panel = figure.subplots()
+        image = panel.imshow(weights, cmap="Blues", vmin=0, vmax=most, origin="lower", aspect="auto")
+        panel.set_title(f"Routing at step {routing['step']:,}")
+        for axis, layers, name in ((panel.xaxis, columns, "teacher layer"), (panel.yaxis, rows, "student layer")):
+            axis.set_ticks(range(len(layers)), [str(layer) for layer in layers])
+            axis.set_tick_params(length=0)
+            axis.set_label_text(name)
+        if len(columns) <= MOST_NUMBERS:
+            for y, row in enumerate(weights):
+                for x, share in enumerate(row):
+                    colour = "white" if share > 0.55 * most else "#333333"
+                    panel.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=9, color=colour)
+        figure.colorbar(image, ax=panel, label="share of the mixture").outline.set_visible(False)
+        _save(figure, path)
+
+
 # --- curves ---------------------------------------------------------------------------------------------------------
 
 
@@ -258,9 +311,14 @@ def draw_curves(
             panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
-        beside = Path(path).with_suffix(".tmp.png")
-        figure.savefig(beside, dpi=130)
-        os.replace(beside, path)
+        _save(figure, path)
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    """In one step: a reader sees the old picture or the new one."""
+    beside = Path(path).with_suffix(".tmp.png")
+    figure.savefig(beside, dpi=130)
+    os.replace(beside, path)
 
 
 def _draw_losses(panel: Axes, steps: Records) -> None:

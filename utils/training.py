@@ -38,8 +38,8 @@ from .config import TrainingConfig
 from .errors import UserError
 from .guards import RedFlags
 from .logs import StepLogger
-from .meters import Clock, HostSum, Measured, Skips
-from .plan import Plan, build_optimizer, build_scheduler
+from .meters import Clock, HostSum, Measured, Skips, TermGradients
+from .plan import Plan, build_optimizer, build_scheduler, taught_parameters
 from .seeding import rng_state, set_rng_state
 from .stopping import STOP_REASONS, EarlyStopping, StopSignal
 
@@ -81,6 +81,7 @@ def fit(
     flags: RedFlags | None = None,
     stop: StopSignal | None = None,
     num_workers: int = 0,
+    term_gradients: bool = False,
 ) -> FitResult:
     """Train `module` on `dataset` for the steps that `Plan.of(config, len(dataset), processes)` says.
 
@@ -97,6 +98,7 @@ def fit(
         flags: red flags to watch for.
         stop: asks the loop to stop at the next step boundary.
         num_workers: processes that prepare batches.
+        term_gradients: log the norm of the gradient that each term contributes to the student (`TermGradients`).
 
     Raises:
         UserError: no windows, nothing to train, or a checkpoint of another plan.
@@ -117,6 +119,7 @@ def fit(
         flags=flags,
         stop=stop,
         num_workers=num_workers,
+        term_gradients=term_gradients,
     )
     try:
         if resume_from is not None:
@@ -144,11 +147,13 @@ class TrainingLoop:
         flags: RedFlags | None,
         stop: StopSignal | None,
         num_workers: int,
+        term_gradients: bool,
     ) -> None:
         self.module, self.dataset, self.collate, self.config = module, dataset, collate, config
         self.accelerator, self.logger, self.checkpoints = accelerator, logger, checkpoints
         self.evaluate, self.evaluate_every = evaluate, evaluate_every if evaluate is not None else 0
         self.flags, self.stop, self.num_workers = flags, stop, num_workers
+        self.term_gradients = term_gradients
         self.plan = Plan.of(config, len(dataset), accelerator.num_processes)
         self.early = EarlyStopping(config.patience)
         self.evaluation: dict[str, Any] | None = None
@@ -168,6 +173,7 @@ class TrainingLoop:
         optimizer = build_optimizer(self.module, self.config, fused=self.scaler is None)
         self.scheduler = build_scheduler(optimizer, self.config, self.plan.total_steps)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._taught = taught_parameters(optimizer.param_groups)
         self.model, self.optimizer = accelerator.prepare(_Shell(self.module), optimizer)
         if self.scaler is not None:  # an accelerator that served another run before has its scale
             self.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
@@ -261,6 +267,8 @@ class TrainingLoop:
         """One optimizer step on a window of micro-batches."""
         counts = self._host.sum_counts([batch.counts for batch in window if batch is not None])
         measured = Measured() if self.logger.due(self.step + 1) else None
+        if measured is not None and self.term_gradients:
+            measured.gradients = TermGradients(self._taught)
         for index, batch in enumerate(window):
             is_last = index == len(window) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
@@ -288,6 +296,8 @@ class TrainingLoop:
         seed_forward(device, self.config.seed, self.step, index, rank)
         batch = batch.to(device, non_blocking=True)
         loss, hidden = self.model(batch, self.step, counts=counts, measure=measured is not None)
+        if measured is not None and measured.gradients is not None and not idle:
+            measured.gradients.add(hidden.output, counts, 1.0 if self.scaler is None else self.scaler.get_scale())
         # DDP averages gradients over processes; counts are global, so the sum is wanted
         self.accelerator.backward(loss * (0 if idle else self.plan.processes))
         if measured is not None:
@@ -306,6 +316,9 @@ class TrainingLoop:
 
     def _log_step(self, measured: "Measured", counts: dict[str, int], lr: float, norm: Tensor) -> None:
         loss, terms = measured.read(self._host, counts)
+        if measured.gradients is not None:
+            norms = measured.gradients.norms(measured.weights, self.accelerator)
+            terms = {name: term | ({"grad_norm": norms[name]} if name in norms else {}) for name, term in terms.items()}
         scalars = measured.scalars
         record = {
             "step": self.step,

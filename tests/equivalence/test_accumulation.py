@@ -1,12 +1,14 @@
 """How an optimizer step is cut into micro-batches and processes does not change it."""
 
 import socket
+from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing
 
 from tests.toy import ToyModule, toy_collate, toy_config, toy_windows, train
+from utils.logs import read_metrics
 from utils.plan import Plan
 from utils.training import TrainingLoop
 
@@ -64,29 +66,42 @@ def test_plan_counts_the_short_last_step_and_max_steps_replaces_epochs():
     assert Plan.of(toy_config(max_steps=100), 9).total_steps == 100
 
 
-def _in_process(rank: int, processes: int, port: int, results) -> None:
+def _in_process(rank: int, processes: int, port: int, results, folder: Path) -> None:
     import os
 
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
-    module = ToyModule(dtype=torch.float64)
     # 9 windows in steps of 8: the last step has one window, so one process has nothing to do in it
     config = toy_config(batch_size=2, gradient_accumulation_steps=2, epochs=2)
-    result = train(module, config, windows=toy_windows(9))
-    results[rank] = ({name: value.numpy() for name, value in module.state_dict().items()}, result.steps)
+    for asked in (False, True):
+        module = ToyModule(dtype=torch.float64)
+        options = {"folder": folder if asked and rank == 0 else None, "term_gradients": asked}
+        result = train(module, config, windows=toy_windows(9), **options)
+        results[rank, asked] = ({name: value.numpy() for name, value in module.state_dict().items()}, result.steps)
 
 
-def test_two_processes_compute_what_one_does():
+def _term_gradients(folder: Path) -> list[dict[str, float]]:
+    records = read_metrics(folder / "metrics.jsonl")
+    return [{n: t["grad_norm"] for n, t in record["terms"].items() if "grad_norm" in t} for record in records]
+
+
+def test_two_processes_compute_what_one_does(tmp_path):
+    """Weights, and the gradient of each term, whose measurement changes nothing here either."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.spawn(_in_process, args=(2, port, results), nprocs=2)
-        (first, steps), (second, _) = results[0], results[1]
-    alone = _weights(4, 2, count=9, epochs=2)
+        torch.multiprocessing.spawn(_in_process, args=(2, port, results, tmp_path / "two"), nprocs=2)
+        (first, steps), *others = (results[rank, asked] for asked in (False, True) for rank in (0, 1))
+    alone = ToyModule(dtype=torch.float64)
+    config = toy_config(batch_size=4, gradient_accumulation_steps=2, epochs=2)
+    train(alone, config, tmp_path / "one", windows=toy_windows(9), term_gradients=True)
     assert steps == 4
-    for name, value in alone.items():
+    for name, value in alone.state_dict().items():
         torch.testing.assert_close(torch.from_numpy(first[name]), value, rtol=1e-10, atol=1e-12)
-        assert (first[name] == second[name]).all()
+        assert all((first[name] == other[name]).all() for other, _ in others)
+    two, one = _term_gradients(tmp_path / "two"), _term_gradients(tmp_path / "one")
+    assert [set(norms) for norms in one] == [{"lm"}] + 3 * [{"lm", "kd"}]
+    assert two == [pytest.approx(norms, rel=1e-10) for norms in one]

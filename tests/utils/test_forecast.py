@@ -31,8 +31,8 @@ def shapes():
     return Shape.of(SMOLLM), Shape.of(QWEN)
 
 
-def forecast(shapes, tokens=1024, precision="fp16") -> dict[str, int]:
-    options = {"precision": precision, "teacher_dtype": torch.float16, "teacher_logits": 2**24}
+def forecast(shapes, tokens=1024, precision="fp16", **options) -> dict[str, int]:
+    options |= {"precision": precision, "teacher_dtype": torch.float16, "teacher_logits": 2**24}
     return training_memory(*shapes, tokens=tokens, **options)
 
 
@@ -58,6 +58,20 @@ def test_float32_training_of_the_weights_costs_16_bytes_a_parameter(shapes):
 
 def test_without_a_teacher_nothing_is_counted_for_it(shapes):
     assert not [name for name in forecast((shapes[0], None)) if name.startswith("teacher")]
+
+
+def test_a_router_costs_its_parameters_and_states_per_token_and_nothing_else_changes(shapes):
+    plain, routed = forecast(shapes), forecast(shapes, routed_layers=4, routed_teacher_layers=8)
+    assert {name: size for name, size in routed.items() if name != "router"} == plain
+    none, more = (forecast(shapes, tokens=n, routed_layers=4, routed_teacher_layers=8)["router"] for n in (0, 2048))
+    assert none == 16 * 4 * 960 * (1536 + 8)  # four projections and gates; weight, gradient, two moments
+    assert more - none == 2 * (routed["router"] - none) > 2 * 1024 * 4 * (8 * 1536 + 4 * 960)
+    assert "router" not in forecast((shapes[0], None), routed_layers=4, routed_teacher_layers=8)
+
+
+def test_no_more_layers_are_counted_than_the_models_have(shapes):
+    everything = forecast(shapes, routed_layers=32, routed_teacher_layers=28)
+    assert forecast(shapes, routed_layers=99, routed_teacher_layers=99) == everything
 
 
 def test_a_checkpoint_is_12_bytes_a_parameter_and_small_text_is_not_written(shapes):

@@ -197,6 +197,22 @@ def test_every_term_has_raw_weight_and_weighted_and_kd_both_its_figures():
     assert evaluation_line(evaluation_at(100)).startswith("[Eval] step 100 eval loss 2.5000 perplexity 12.18")
 
 
+def test_the_routing_line_has_all_router_terms_and_their_gradients_where_measured():
+    record, names = record_at(100, 1000), ("feat", "rel", "attn", "layer", "contr")
+    for place, name in enumerate(names, 1):
+        record["terms"][name] = {"raw": place / 2, "weight": place / 10, "weighted": place**2 / 20, "count": 7}
+    record["terms"]["rel"]["grad_norm"] = record["terms"]["lm"]["grad_norm"] = 0.25
+    lines = {line.split()[0]: line for line in training_lines(record, 1000)}
+    assert lines["[ROUTING]"] == (
+        "[ROUTING] step 100 feat raw 0.5000 weight 0.100 weighted 0.0500"
+        "; rel raw 1.0000 weight 0.200 weighted 0.2000 grad_norm 0.2500"
+        "; attn raw 1.5000 weight 0.300 weighted 0.4500"
+        "; layer raw 2.0000 weight 0.400 weighted 0.8000"
+        "; contr raw 2.5000 weight 0.500 weighted 1.2500"
+    )
+    assert "weighted 0.9000 grad_norm 0.2500 tokens" in lines["[LM]"]
+
+
 def test_without_router_terms_there_is_no_routing_line():
     record = record_at(100, 1000)
     del record["terms"]["feat"]

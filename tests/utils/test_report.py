@@ -9,7 +9,18 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from utils import report
-from utils.report import CURVES, REPORT_JSON, REPORT_MD, draw_curves, headline, markdown, print_summary, write_report
+from utils.report import (
+    CURVES,
+    REPORT_JSON,
+    REPORT_MD,
+    ROUTING,
+    draw_curves,
+    draw_routing,
+    headline,
+    markdown,
+    print_summary,
+    write_report,
+)
 
 
 def scores(bits: float, parameters: int) -> dict:
@@ -112,6 +123,50 @@ def test_a_high_temperature_gets_a_logarithmic_axis(tmp_path, figures):
     draw_curves(tmp_path / "a.png", [training(1, kd=0.7), training(500, kd=0.7)])
     draw_curves(tmp_path / "b.png", [training(400, kd=0.7), training(500, kd=0.7)] * 2)
     assert figures[0].axes[0].get_yscale() == "log" and figures[0].axes[2].get_yscale() == "linear"
+
+
+def evaluated(step: int, weights: list[list[float]] | None = None) -> dict:
+    record = {"step": step, "split": "eval", "bits_per_byte": 1.0}
+    layers = {"student_layers": [4, 8], "teacher_layers": [6, 9, 12]}
+    return record if weights is None else record | {"routing": {**layers, "weights": weights}}
+
+
+def test_the_last_routing_is_drawn_told_and_in_the_json(tmp_path, figures):
+    weights = [[0.7, 0.2, 0.1], [0.05, 0.25, 0.7]]
+    records = [evaluated(0), evaluated(500, [[1.0, 0, 0]] * 2), evaluated(1500, weights), evaluated(2000)]
+    written = write_report(tmp_path, RESULTS, records)
+    routing = json.loads((tmp_path / REPORT_JSON).read_text())["routing"]
+    assert written["routing"] == routing and "routing" not in RESULTS
+    assert routing == {"step": 1500, "student_layers": [4, 8], "teacher_layers": [6, 9, 12], "weights": weights}
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([REPORT_JSON, REPORT_MD, CURVES, ROUTING])
+    text = (tmp_path / REPORT_MD).read_text()
+    assert f"![Routing]({ROUTING})" in text and "at step 1,500" in text
+    panel = figures[-1].axes[0]
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["6", "9", "12"]
+    assert [label.get_text() for label in panel.get_yticklabels()] == ["4", "8"]
+    assert [(*cell.get_position(), cell.get_text()) for cell in panel.texts][:3] == [
+        (0, 0, "0.70"), (1, 0, "0.20"), (2, 0, "0.10"),
+    ]  # fmt: skip
+    assert panel.images[0].get_array().tolist() == weights and panel.get_ylim()[0] < panel.get_ylim()[1]
+
+
+def test_without_routing_there_is_no_word_of_it(tmp_path):
+    written = write_report(tmp_path, RESULTS, [evaluated(500)])
+    assert "routing" not in written and "outing" not in (tmp_path / REPORT_MD).read_text()
+    assert not (tmp_path / ROUTING).exists()
+
+
+def test_many_layers_are_drawn_without_numbers_and_within_bounds(tmp_path, figures):
+    layers = list(range(1, 65))
+    routing = {"step": 1, "student_layers": layers, "teacher_layers": layers, "weights": [[1 / 64] * 64] * 64}
+    draw_routing(tmp_path / "a.png", routing)
+    assert not figures[0].axes[0].texts and max(figures[0].get_size_inches()) <= 13
+
+
+def test_routing_that_is_not_a_number_is_still_drawn(tmp_path):
+    routing = {"step": 1, "student_layers": [1], "teacher_layers": [1, 2], "weights": [[None, None]]}
+    draw_routing(tmp_path / "a.png", routing)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
 def test_the_table_has_a_row_for_every_model_that_was_measured():

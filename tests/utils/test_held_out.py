@@ -1,0 +1,64 @@
+"""What is measured on held-out text besides its loss."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from utils.config import EvaluationConfig
+from utils.held_out import ROUTING_BATCHES, HeldOut
+
+
+class Batch:
+    """Knows its windows and where it was sent."""
+
+    def __init__(self, windows: list[int]) -> None:
+        self.windows, self.device = windows, None
+
+    def to(self, device):
+        self.device = device
+        return self
+
+
+def held_out(windows: int, batch_size: int, process: int = 0) -> HeldOut:
+    accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=process, num_processes=2)
+    return HeldOut(EvaluationConfig(), accelerator, range(windows), [], Batch, {}, batch_size)
+
+
+class Measure:
+    """Routing that is a different one in every window: the share of the first teacher layer is window / 100."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model, self.seen = model, []
+
+    def __call__(self, batch: Batch) -> dict:
+        assert not self.model.training and not torch.is_grad_enabled() and batch.device.type == "cpu"
+        assert next(self.model.parameters()).dtype == torch.float32
+        self.seen.append(batch.windows)
+        share = sum(batch.windows) / len(batch.windows) / 100
+        return {"student_layers": [2], "teacher_layers": [3, 6], "weights": [[share, 1 - share]]}
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_routing_is_the_mean_over_the_first_windows_in_every_process(process):
+    model = nn.Linear(1, 1).half().train()
+    measure = Measure(model)
+    found = held_out(windows=100, batch_size=3, process=process).routing(model, measure)["routing"]
+    assert measure.seen == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]] and len(measure.seen) == ROUTING_BATCHES
+    assert (found["student_layers"], found["teacher_layers"]) == ([2], [3, 6])
+    assert found["weights"] == [pytest.approx([0.055, 0.945])]
+    assert model.training and model.weight.dtype == torch.float16
+
+
+def test_a_short_last_batch_weighs_less():
+    measure = Measure(nn.Linear(1, 1))
+    found = held_out(windows=4, batch_size=3).routing(measure.model, measure)
+    assert measure.seen == [[0, 1, 2], [3]]
+    assert found["routing"]["weights"][0][0] == pytest.approx(0.015)
+
+
+def test_without_a_router_there_is_nothing_to_record():
+    asked = []
+    assert held_out(100, 3).routing(nn.Linear(1, 1), lambda batch: asked.append(batch)) == {}
+    assert len(asked) == 1
