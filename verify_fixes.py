@@ -8,7 +8,6 @@ with Python: no network, nothing left behind. Exit code 0: all is well; 1: a che
 was asked for.
 """
 
-import copy
 import logging
 import math
 import sys
@@ -27,31 +26,32 @@ from torch import Tensor, nn
 
 import train
 from models.causal_lm import check_head, vocabulary_size
-from models.config import CurriculumConfig, LossConfig, Term
+from models.config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Schedule, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.outputs import IGNORE, PairedBatch
 from models.pairing import PairCollator, PairEncoder
+from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from models.teacher import LOGITS_AT_ONCE, FrozenTeacher
 from models.vocabulary import MARKER, TEXT, VocabularyMap
-from utils import checklist, command_line, hardware, miniature, preflight, pretrained, quickstart
+from utils import checklist, command_line, hardware, miniature, preflight, pretrained, quickstart, rehearsal
 from utils.checklist import Check, check
 from utils.checkpoints import CheckpointStore
 from utils.config import DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
 from utils.errors import UserError
 from utils.logs import StepLogger
 from utils.plan import another_accelerator, build_accelerator
-from utils.seeding import seed_everything
+from utils.seeding import permutation, seed_everything
 from utils.training import FitResult, fit
 
 LENGTH = miniature.CONTEXT
 """Tokens per window of the tiny models."""
 MOST_DOCUMENTS = 20_000
 """So many of the user's own documents are read."""
-LEAST_COVERAGE = 0.5
-"""Share of student positions with an anchor, below which KD teaches little."""
 FEW_STEPS = 4
 """On the device; with fp16 the first may be left out while the scale of the loss is found."""
+ROUTED_WINDOWS = 8
+"""So many of the user's windows calibrate a router, and as many are compared."""
 
 
 # ----------------------------------------------------------------------------------- the tiny models
@@ -68,6 +68,7 @@ class Bench:
             data=DataConfig(train=[str(self.tiny.text)], eval_fraction=0.1, max_length=LENGTH, num_workers=1),
             training=TrainingConfig(batch_size=2, gradient_accumulation_steps=2, epochs=2, learning_rate=1e-2),
             evaluation=EvaluationConfig(max_windows=24),
+            curriculum=CurriculumConfig(**dict.fromkeys(ROUTER_TERMS, Term(0.1))),  # batches with anchors
         )
         self.accelerator = build_accelerator("no", cpu=True)
         with miniature.cache_in(folder):
@@ -90,17 +91,20 @@ class Bench:
         return pretrained.random_model(pretrained.load_config(str(self.tiny.student), "student"))
 
     def framework(
-        self, student: nn.Module, teacher: FrozenTeacher | None, loss: LossConfig | None = None, **weights: float
+        self, student: nn.Module, teacher: FrozenTeacher | None, loss: LossConfig | None = None, **weights: Schedule
     ) -> DistillationFramework:
         """Weights that are not given are those of CurriculumConfig; a teacher of the student's size is its equal."""
         vocabulary = self.same_map if teacher and len(teacher.rank) == self.size else self.job.vocabulary
         return assemble(student, teacher, vocabulary, loss or LossConfig(), **weights)
 
-    def distillation(self, seed: int = 0, **teacher: Any) -> DistillationFramework:
+    def distillation(self, seed: int = 0, weights: dict[str, Schedule] | None = None, **teacher: Any):
         """A fresh student under a fixed teacher of the other tokenizer; `teacher`: its device and dtype."""
         seed_everything(1)
         model = pretrained.random_model(pretrained.load_config(str(self.tiny.teacher), "teacher")).to(**teacher)
-        return self.framework(self.student(seed), FrozenTeacher(model, self.job.vocabulary))
+        module = self.framework(self.student(seed), FrozenTeacher(model, self.job.vocabulary), **(weights or {}))
+        if module.router is not None:
+            module.calibrate([self.job.collate(self.windows)])
+        return module
 
     def fit(self, module: nn.Module, windows: Sequence[dict], options: dict[str, Any] | None = None, **training: Any):
         """The real loop; `training` are settings, `options` are arguments of `fit`. Returns its FitResult."""
@@ -121,22 +125,27 @@ def assemble(
     teacher: FrozenTeacher | None,
     vocabulary: VocabularyMap | None,
     loss: LossConfig,
-    **weights: float,
+    **weights: Schedule,
 ) -> DistillationFramework:
     """A framework for six steps."""
     curriculum = CurriculumConfig(**{name: Term(weight) for name, weight in weights.items()})
     return DistillationFramework(student, teacher, vocabulary, loss, CurriculumScheduler(curriculum, loss, 6))
 
 
-def random_batches(vocabulary: int, windows: int, seed: int) -> Iterator[PairedBatch]:
+def random_batches(
+    vocabulary: int, lengths: Sequence[int], seed: int, router: RouterConfig | None = None
+) -> Iterator[PairedBatch]:
     """Windows of uniformly random tokens, of which nothing can be learnt, through the real collator; without end."""
-    generator, place = np.random.default_rng(seed), np.arange(LENGTH)
-    fixed = {"starts": place, "ends": place + 1, "roles": np.where(place == 0, MARKER, TEXT)}
-    collate = PairCollator(VocabularyMap.from_segments(np.arange(vocabulary)[:, None], vocabulary), (None, None), 0)
+    generator, segments = np.random.default_rng(seed), np.arange(vocabulary)[:, None]
+    collate = PairCollator(VocabularyMap.from_segments(segments, vocabulary), (None, None), 0, router)
     while True:
-        columns = [{"ids": generator.integers(0, vocabulary, LENGTH), **fixed} for _ in range(windows)]
-        rows = [{f"{side}_{k}": v for side in ("student", "teacher") for k, v in row.items()} for row in columns]
-        yield collate([{**row, "bytes": LENGTH, "left_out": 0, "documents": ""} for row in rows])
+        rows = []
+        for place in map(np.arange, lengths):
+            fixed = {"starts": place, "ends": place + 1, "roles": np.where(place == 0, MARKER, TEXT)}
+            row = {"ids": generator.integers(0, vocabulary, len(place)), **fixed}
+            row = {f"{side}_{k}": v for side in ("student", "teacher") for k, v in row.items()}
+            rows.append({**row, "bytes": len(place), "left_out": 0, "documents": ""})
+        yield collate(rows)
 
 
 # --------------------------------------------------------------------------------------- the device
@@ -147,7 +156,8 @@ def one_step(bench: Bench, config: train.RunConfig) -> tuple:
     device = hardware.choose_device().value
     mixed = hardware.choose_precision(config.training.mixed_precision, device).value
     dtype = pretrained.teacher_dtype(config.teacher.dtype, device, mixed).value
-    module = bench.distillation(device=device, dtype=dtype)
+    weights = {name: 0.1 for name in ROUTER_TERMS if name in config.curriculum.used()}
+    module = bench.distillation(weights=weights, device=device, dtype=dtype)
     before = [p.detach().clone() for p in module.parameters()]
     with another_accelerator(mixed, cpu=device.type == "cpu") as accelerator:
         result = bench.fit(module, bench.windows, {"accelerator": accelerator}, max_steps=FEW_STEPS)
@@ -176,7 +186,7 @@ def lm_losses(student: nn.Module, batch: PairedBatch) -> tuple[float, float]:
 
 @check("label shift: fresh student", "labels or initialisation are wrong: training would teach nonsense")
 def fresh_student(bench: Bench) -> tuple:
-    loss, _ = lm_losses(bench.student(), next(random_batches(bench.size, 16, seed=1)))
+    loss, _ = lm_losses(bench.student(), next(random_batches(bench.size, [LENGTH] * 16, seed=1)))
     known = math.log(bench.size)
     return f"{loss:.3f} nats on random tokens, ln V is {known:.3f}", "within 5 %", abs(loss / known - 1) < 0.05
 
@@ -191,7 +201,7 @@ def learn_random(bench: Bench, change: Callable[[PairedBatch], PairedBatch], ste
     """LM loss in units of ln V after some steps on random tokens, each seen once."""
     module = bench.framework(bench.student(), None, lm=1.0)
     optimizer, losses = torch.optim.AdamW(module.parameters(), lr=1e-2), []
-    for batch in islice(random_batches(bench.size, 8, seed=0), steps):
+    for batch in islice(random_batches(bench.size, [LENGTH] * 8, seed=0), steps):
         loss = module(change(batch), 0).loss
         optimizer.zero_grad()
         loss.backward()
@@ -258,108 +268,83 @@ def curriculum_table() -> tuple:
     return "; ".join(off) or "21 of 21 weights at 0.4, 50.2 and 100 %", "the reference run's, to 3 decimals", not off
 
 
-# ---------------------------------------------------------------------------------------- evaluation
+# --------------------------------------------------------------------------------------- the router
 
 
-@check("perplexity of a random model", "the evaluation leaks what it should predict, or scores the wrong tokens")
-def random_perplexity(bench: Bench) -> tuple:
-    found = bench.job.held_out.score(bench.student(), "student")["perplexity"]
-    return f"{found:.1f} with a vocabulary of {bench.size}", "V within 5 %", abs(found / bench.size - 1) < 0.05
+def unrelated(layers: int, batch: PairedBatch, width: int, seed: int) -> list[Tensor]:
+    """States that have nothing to do with any others: large, and one channel of them huge, as real models have it."""
+    generator = torch.Generator().manual_seed(seed)
+    states = 10 * torch.randn(layers, *batch.student_ids.shape, width, generator=generator) + 3
+    states[..., 0] *= 100
+    return list(states)
 
 
-@check(
-    "evaluation leaves fp16 as it was", "the evaluation in float32 changes the student: the final report would crash"
+def fresh_value(term: str, length: int, width: int) -> float:
+    """A term per item as training begins, of two windows and models whose states have nothing in common."""
+    seed_everything(0)
+    router = StudentAwareRouter(RouterConfig(layers=2, teacher_layers=3), (4, width), (6, 3 * width // 2))
+    seen, batch = islice(random_batches(2, [length] * 2, 0, router.config), 2)
+    states = [(unrelated(2, b, width, i), unrelated(3, b, 3 * width // 2, 2 + i)) for i, b in enumerate((seen, batch))]
+    router.calibrate([(*states[0], seen.anchors)])
+    with torch.no_grad():
+        return router(*states[1], batch.anchors, {term})[term].item() / batch.counts[term]
+
+
+def normalisation(term: str, name: str) -> Callable[[], Check]:
+    """The check of one term's scale."""
+
+    @check(f"normalisation: {name}", f"{term} depends on length or width: its weight would mean nothing; report it")
+    def measure() -> tuple:
+        table = {width: [fresh_value(term, length, width) for length in (32, 128, 512)] for width in (32, 256)}
+        rows = [f"{', '.join(f'{value:.3g}' for value in row)} at width {width}" for width, row in table.items()]
+        right = all(0.05 <= value <= 2 for row in table.values() for value in row)
+        return f"{'; '.join(rows)} (32, 128, 512 tokens)", "0.05 to 2 for unrelated states", right
+
+    return measure
+
+
+NORMALISED = (
+    normalisation("feat", "feature"),
+    normalisation("rel", "attention relations"),
+    normalisation("attn", "attention alignment"),
+    normalisation("layer", "layer"),
+    normalisation("contr", "contrastive"),
 )
-def dtype_round_trip(bench: Bench) -> tuple:
-    student = bench.student().half()
-    held = list(student.parameters())
-    before = [p.detach().clone() for p in held]
-    inside = bench.job.held_out.score(student, "student")["loss"]
-    expected = bench.job.held_out.score(copy.deepcopy(student).float(), "student")["loss"]
-    after = list(student.parameters())
-    tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
-    same = len(after) == len(held) and all(a is b for a, b in zip(after, held, strict=True))
-    bits = same and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    value = f"{'same' if bits else 'other'} bits, weights {'tied' if tied else 'untied'}, loss {inside - expected:+.0e}"
-    return value, "same bits, tied, loss as in float32", same and bits and tied and inside == expected
 
 
-# ------------------------------------------------------------------------------------------ the loop
+@check("contrastive: a row of padding", "a window without anchors teaches, or is a negative of the others; report it")
+def padding_row() -> tuple:
+    values, gradients = [], []
+    for rows in (3, 4):
+        seed_everything(0)
+        router = StudentAwareRouter(RouterConfig(layers=1, teacher_layers=1), (1, 32), (1, 48))
+        batch = next(random_batches(2, [LENGTH, LENGTH, LENGTH, 0][:rows], 0, router.config))
+        states, targets = (unrelated(1, batch, width, seed)[0] for width, seed in ((32, 0), (48, 1)))
+        states[3:], targets[3:] = torch.nan, torch.nan  # attention over nothing
+        value = router([states.requires_grad_()], [targets], batch.anchors, {"contr"})["contr"]
+        value.backward()
+        values.append(value.item() / batch.counts["contr"])
+        gradients.append(states.grad)
+    own, others = gradients[1][3].norm().item(), (gradients[1][:3] - gradients[0]).norm() / gradients[0].norm()
+    value = (
+        f"{values[1]:.5f}, without it {values[0]:.5f}; its gradient {own:.0e}, that of the others off by {others:.0e}"
+    )
+    right = abs(values[1] - values[0]) < 1e-5 and own == 0 and others < 1e-5
+    return value, "equal to 1e-5, its gradient 0", right
 
 
-@check("gradient accumulation", "the gradient depends on how a step is cut into micro-batches")
-def accumulation(bench: Bench) -> tuple:
-    def gradient(batch_size: int) -> Tensor:
-        module, seen = bench.distillation(), {}
-        for name, parameter in module.named_parameters():
-            parameter.register_hook(lambda g, name=name: seen.update({name: seen.get(name, 0) + g}))
-        bench.fit(module, windows, max_steps=1, batch_size=batch_size, gradient_accumulation_steps=8 // batch_size)
-        return torch.cat([seen[name].flatten() for name, _ in module.named_parameters()])
-
-    windows, reference = bench.windows[:7], bench.distillation()
-    reference(bench.job.collate(windows), 0).loss.backward()
-    whole = torch.cat([p.grad.flatten() for p in reference.parameters()])
-    worst = max(((gradient(size) - whole).norm() / whole.norm()).item() for size in (8, 4, 1))
-    return f"7 windows as 8x1, 4x2, 1x8: off by {worst:.1e}", "below 1e-4", worst < 1e-4
-
-
-class _StopAfter:
-    """Asks the loop to stop at a step boundary, as Ctrl-C does."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def requested(self) -> str | None:
-        self.left -= 1
-        return "SIGINT" if self.left < 0 else None
-
-
-@check("resume", "a resumed run computes something else: do not trust checkpoints")
-def resume(bench: Bench) -> tuple:
-    store = CheckpointStore(bench.folder / "resumed")
-    bench.fit(bench.distillation(), bench.windows, {"checkpoints": store, "stop": _StopAfter(4)})
-    module = bench.distillation(seed=5)
-    result = bench.fit(module, bench.windows, {"checkpoints": store, "resume_from": store.newest_whole()})
-    pairs = zip(module.state_dict().values(), bench.whole_run[0].state_dict().values(), strict=True)
-    same = all(torch.equal(a, b) for a, b in pairs)
-    value = f"stopped after step {result.resumed_from} of {result.steps}: {'same' if same else 'other'} weights"
-    return value, "bit for bit the weights of a run in one go", same and result.resumed_from == 4 and result.steps == 6
-
-
-@check("optimizer steps and schedule", "steps or learning rate do not fit the data: part of the schedule is lost")
-def optimizer_steps(bench: Bench) -> tuple:
-    _, result, saved = bench.whole_run
-    taken = int(saved["optimizer"]["state"][0]["step"])
-    scheduled, rate = saved["scheduler"]["last_epoch"], saved["scheduler"]["_last_lr"][0]
-    value = f"{result.steps} planned, {taken} taken, schedule at {scheduled}, learning rate {rate:.0e} at the end"
-    return value, "6, 6, 6, 0 (11 windows in steps of 4, twice)", (result.steps, taken, scheduled, rate) == (6, 6, 6, 0)
-
-
-@check("early stopping", "patience is not honoured, or the best weights are lost")
-def early_stopping(bench: Bench) -> tuple:
-    def evaluate(step: int) -> dict[str, Any]:
-        bits = (3.0, 2.5, 2.6, 2.7, 2.4, 2.3)[step - 1]
-        return {"step": step, "split": "eval", "loss": bits, "bits_per_byte": bits}
-
-    module, store = bench.distillation(), CheckpointStore(bench.folder / "early")
-    options = {"evaluate": evaluate, "evaluate_every": 1, "checkpoints": store}
-    result = bench.fit(module, bench.windows, options, patience=2)
-    best = store.load(store.steps()[2]).tensors["module"] if 2 in store.steps() else {}
-    back = bool(best) and all(torch.equal(value, module.state_dict()[name]) for name, value in best.items())
-    value = f"{result.stopped_by} after {result.steps}, weights of {result.best_step} {'put back' if back else 'lost'}"
-    right = back and (result.stopped_by, result.steps, result.best_step) == ("early_stopping", 4, 2)
-    return value, "after 4, of 2 (patience 2; evaluations 3, 2.5, 2.6, 2.7, ...)", right
-
-
-# ------------------------------------------------------------------------------------ text and pair
-
-
-@check("alignment coverage", "the tokenizers share few boundaries, so KD reaches little text; choose a closer pair")
-def coverage(job: train.Job) -> tuple:
-    totals = job.held_out.coverage()
-    anchored, shallow = (totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0"))
-    value = f"{anchored:.1%} of {totals['lm']} positions have an anchor, {shallow:.1%} at depth 0"
-    return value, f"{LEAST_COVERAGE:.0%} or more", anchored >= LEAST_COVERAGE
+@check("hidden states at weight 0", "models are asked for hidden states that no term needs: slower, and more memory")
+def hidden_states(bench: Bench) -> tuple:
+    ramp = Ramp(((0.0, 0.0), (1.0, 0.1)))
+    module, kept = bench.distillation(weights=dict.fromkeys(ROUTER_TERMS, ramp)), []
+    for model in (module.student, module.teacher.model):
+        model.base_model.register_forward_hook(lambda _, __, output: kept.append(output.hidden_states is not None))
+    batch = bench.job.collate(bench.windows)
+    off = module(batch, 0).loss.item() - bench.distillation()(batch, 0).loss.item()
+    without, asked = sum(kept), len(kept)
+    module(batch, None)
+    value = f"kept by {without} of {asked} models at weight 0, by {sum(kept) - without} at 0.1; loss {off:+.0e}"
+    return value, "0, 2, and the loss without a router", (without, asked, sum(kept), off) == (0, 2, 2, 0)
 
 
 # ------------------------------------------------------------------------------------ the user's run
@@ -378,12 +363,39 @@ def own_label_shift(setup: preflight.SetUp) -> tuple:
     for role, model in built.items():
         check_head(model, role)
     size = vocabulary_size(built["student"])
-    ours, theirs = lm_losses(built["student"].eval(), next(random_batches(size, 4, seed=0)))
+    ours, theirs = lm_losses(built["student"].eval(), next(random_batches(size, [LENGTH] * 4, seed=0)))
     ratio = ours / math.log(size)
     value = (
         f"{ratio:.3f} ln V on random tokens, ln V is {math.log(size):.2f}; transformers' own shift {theirs - ours:+.0e}"
     )
     return value, allowed, 0.95 < ratio < 1.25 and abs(ours - theirs) < 1e-3
+
+
+@check("router at the start", "set the weights of the hidden-state terms to 0, or choose a closer pair")
+def own_router(setup: preflight.SetUp, job: train.Job) -> tuple:
+    allowed = "2 or less"
+    if setup.config.teacher.name in setup.built_later:
+        return "not measured: the teacher is built by the first run", allowed, True
+    if any(map(preflight.too_large, (setup.student, setup.teacher))):
+        return "not measured: a model is too large to be loaded for a check", allowed, True
+    config, size = job.config, min(job.config.training.batch_size, ROUTED_WINDOWS)
+    student, teacher = train.make_student(job).eval(), train.load_teacher(job)
+    scheduler = CurriculumScheduler(config.curriculum, config.loss, 1)
+    module = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)
+    chosen = permutation(len(job.windows), config.training.seed, 0).tolist()
+    groups = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    few = ROUTED_WINDOWS // size
+    batches = [job.collate([job.windows[i] for i in group]) for group in groups[: 2 * few]]
+    module.calibrate(batches[:few])
+    with torch.no_grad():
+        found = [module(batch, 0, measure=True).terms for batch in batches[-few:]]
+    values = {
+        name: sum(terms[name].sum.item() for terms in found) / max(sum(terms[name].count for terms in found), 1)
+        for name in ROUTER_TERMS
+        if name in config.curriculum.used()
+    }
+    named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
+    return f"{named}, calibrated on {few * size} windows", allowed, all(value <= 2 for value in values.values())
 
 
 def default_setup(config: train.RunConfig) -> preflight.SetUp:
@@ -416,8 +428,9 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
 # ---------------------------------------------------------------------------------------- the report
 
 TINY: tuple[Callable[[Bench], Check], ...] = (
-    *(fresh_student, shifted_once, copying, equal_models, temperature_squared, random_perplexity, dtype_round_trip),
-    *(accumulation, resume, optimizer_steps, early_stopping),
+    *(fresh_student, shifted_once, copying, equal_models, temperature_squared, hidden_states, rehearsal.half_teacher),
+    *(rehearsal.random_perplexity, rehearsal.dtype_round_trip, rehearsal.accumulation, rehearsal.resume),
+    *(rehearsal.optimizer_steps, rehearsal.early_stopping),
 )
 
 
@@ -438,15 +451,22 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
     is_embedded = not argv and config.student.name in quickstart.NAMES
     setup, own = (default_setup(config), None) if is_embedded else own_setup(config)
     yield "This code, on tiny models"
-    yield from (curriculum_table(), preflight.weighted_perplexity())
+    yield from (curriculum_table(), preflight.weighted_perplexity(), padding_row())
+    yield from (measure() for measure in NORMALISED)
     yield from (measure(bench) for measure in TINY)
-    yield from (preflight.duplicates(bench.job), preflight.leakage(bench.job), coverage(bench.job))
+    yield from (preflight.duplicates(bench.job), preflight.leakage(bench.job), preflight.coverage(bench.job))
     if own is None:
         yield "The embedded default (flags of train.py check your own set-up)"
     else:
         yield "Your set-up" if argv else "The default of this machine (flags of train.py check your own set-up)"
         yield from (preflight.models(setup), own_label_shift(setup), preflight.window_length(setup))
-        yield from (preflight.duplicates(own), preflight.leakage(own), *([coverage(own)] if setup.teacher else []))
+        yield from (
+            preflight.duplicates(own),
+            preflight.leakage(own),
+            *([preflight.coverage(own)] if setup.teacher else []),
+        )
+        if own.collate.router is not None:
+            yield own_router(setup, own)
     yield from (preflight.memory(setup), preflight.disk(setup), preflight.output_directory(setup))
 
 

@@ -1,6 +1,7 @@
 """The checklist is ticked on sound code, and each check fails when the fault it is for is planted."""
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
@@ -12,11 +13,15 @@ import torch
 
 import models.losses
 import models.pairing
+import models.teacher
 import utils.training
 import verify_fixes
-from models import distillation_framework
+from models import distillation_framework, student_aware_router
+from models.config import CurriculumConfig, Term
 from models.outputs import IGNORE
-from utils import checklist, data, environment, evaluation, forecast, hardware, preflight
+from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
+from models.teacher import FrozenTeacher
+from utils import checklist, data, environment, evaluation, forecast, hardware, preflight, rehearsal
 from utils.environment import Package
 from utils.stopping import EarlyStopping
 
@@ -25,8 +30,12 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = [
     *("Python and packages", "package conflicts", "device and kernels", "precision"),
     *("one step on this device", "curriculum table"),
-    *("perplexity by tokens", "label shift: fresh student", "label shift: exactly once", "label shift: copying"),
-    *("KD of equal models", "T squared in the gradient", "perplexity of a random model"),
+    *("perplexity by tokens", "contrastive: a row of padding"),
+    *("normalisation: feature", "normalisation: attention relations", "normalisation: attention alignment"),
+    *("normalisation: layer", "normalisation: contrastive"),
+    *("label shift: fresh student", "label shift: exactly once", "label shift: copying"),
+    *("KD of equal models", "T squared in the gradient", "hidden states at weight 0", "fp16 teacher, fp32 student"),
+    "perplexity of a random model",
     *("evaluation leaves fp16 as it was", "gradient accumulation", "resume", "optimizer steps and schedule"),
     *("early stopping", "duplicates", "leakage", "alignment coverage", "memory", "disk", "output directory"),
 ]
@@ -131,6 +140,57 @@ def test_what_is_missing_does_not_hide_what_is_wrong_with_the_machine(flags, sai
     assert "tiny models" not in captured.out and said in captured.err and "Traceback" not in captured.err
 
 
+ROUTED = [flag for name in ROUTER_TERMS for flag in ("--set", f"curriculum.{name}.weight=0.1")]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """Flags of a set-up of the user's, whose teacher has weights."""
+    folder = tmp_path_factory.mktemp("pair")
+    flags = own_flags(folder)
+    torch.manual_seed(0)
+    shape = verify_fixes.pretrained.load_config(str(folder / "teacher"), "teacher")
+    verify_fixes.pretrained.random_model(shape).save_pretrained(folder / "teacher")
+    return flags
+
+
+def prepared(flags: list[str]):
+    return verify_fixes.own_setup(verify_fixes.train.configure(flags)[0])
+
+
+def test_router_of_the_users_pair_is_measured_where_the_curriculum_uses_it(pair, tmp_path, monkeypatch, capsys):
+    quiet(monkeypatch, tmp_path)
+    assert verify_fixes.main([*pair, *ROUTED]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "router at the start" in line]
+    assert "✓" in line and all(f" {name} " in line for name in ROUTER_TERMS) and "calibrated on 8 windows" in line
+    assert verify_fixes.main([*pair, *ROUTED[:2]]) == 0
+    out = capsys.readouterr().out
+    assert "router at the start: feat" in out and "contr" not in out.partition("router at the start")[2]
+    assert verify_fixes.main(pair) == 0
+    assert "router" not in capsys.readouterr().out
+
+
+def test_router_that_starts_too_large_or_is_not_a_number_is_found(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path))
+    made = prepared([*pair, *ROUTED])
+    with monkeypatch.context() as patch:
+        patch.setattr(StudentAwareRouter, "_contrast", lambda self, projected, *_: projected[0].sum() * float("nan"))
+        found = verify_fixes.own_router(*made)
+        assert not found.passed and "contr nan" in found.value
+    plant_summed_channels(monkeypatch)
+    found = verify_fixes.own_router(*made)
+    assert not found.passed and found.allowed == "2 or less"
+
+
+def test_router_is_not_measured_where_a_model_is_not_there_yet_or_too_large(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path))
+    setup, job = prepared([*pair, *ROUTED])
+    later = replace(setup, built_later=frozenset({setup.config.teacher.name}))
+    assert verify_fixes.own_router(later, job).value == "not measured: the teacher is built by the first run"
+    monkeypatch.setattr(preflight, "LARGEST_BUILT", 10)
+    assert "too large" in verify_fixes.own_router(setup, job).value
+
+
 def test_without_flags_what_train_would_take_is_checked(tmp_path, monkeypatch, capsys):
     quiet(monkeypatch, tmp_path)
     own = verify_fixes.train.configure(own_flags(tmp_path))
@@ -152,8 +212,13 @@ def test_one_step_runs_in_the_precision_of_the_device_and_leaves_the_accelerator
     found = verify_fixes.one_step(bench, half)
     assert found.passed and "mixed precision bf16, teacher in bfloat16" in found.value
     assert bench.accelerator.mixed_precision == "no" and bench.accelerator.device.type == "cpu"
-    monkeypatch.setattr(distillation_framework, "kd_loss", lambda logits, *_, **__: logits.sum() * float("nan"))
-    assert not verify_fixes.one_step(bench, setup.config).passed
+    with monkeypatch.context() as patch:
+        patch.setattr(distillation_framework, "kd_loss", lambda logits, *_, **__: logits.sum() * float("nan"))
+        assert not verify_fixes.one_step(bench, setup.config).passed
+    routed = replace(setup.config, curriculum=CurriculumConfig(**dict.fromkeys(ROUTER_TERMS, Term(0.1))))
+    assert verify_fixes.one_step(bench, routed).passed
+    monkeypatch.setattr(student_aware_router, "_distance", lambda a, b: a.sum(-1) * float("nan"))
+    assert verify_fixes.one_step(bench, setup.config).passed and not verify_fixes.one_step(bench, routed).passed
 
 
 def test_help_is_that_of_the_training_flags_under_its_own_name(capsys):
@@ -178,10 +243,10 @@ def plant_unshifted_labels(monkeypatch):
 def plant_labels_shifted_twice(monkeypatch):
     sound = distillation_framework.DistillationFramework._supervised_logits
 
-    def twice(self, batch):
+    def twice(self, batch, *states):
         rolled = batch.labels.roll(-1, 1)
         rolled[:, -1] = IGNORE
-        return sound(self, replace(batch, labels=rolled))
+        return sound(self, replace(batch, labels=rolled), *states)
 
     monkeypatch.setattr(distillation_framework.DistillationFramework, "_supervised_logits", twice)
 
@@ -277,17 +342,114 @@ def plant_leaking_split(monkeypatch):
     monkeypatch.setattr(data, "_split", leaking)
 
 
+def plant_summed_channels(monkeypatch):
+    monkeypatch.setattr(student_aware_router, "_distance", lambda a, b: (a - b).square().sum(-1) / 2)
+
+
+def plant_raw_states(monkeypatch):
+    monkeypatch.setattr(student_aware_router, "_norm", lambda x: x)
+    monkeypatch.setattr(StudentAwareRouter, "_target", lambda self, layer, states: states)
+
+
+def plant_items_counted_as_windows(monkeypatch):
+    sound = models.pairing._anchors
+
+    def windows(*args):
+        anchors, counts = sound(*args)
+        return anchors, dict.fromkeys(counts, len(anchors.sampled))
+
+    monkeypatch.setattr(models.pairing, "_anchors", windows)
+
+
+def plant_relations_summed_over_pairs(monkeypatch):
+    def summed(a, b, mask):
+        return 1 - ((a - b).square() * mask).sum(-1)
+
+    monkeypatch.setattr(student_aware_router, "_correlation", summed)
+
+
+def plant_attention_not_divided_by_its_keys(monkeypatch):
+    sound = StudentAwareRouter._attention
+
+    def undivided(self, projected, teacher, anchors):
+        return sound(self, projected, teacher, anchors) * math.log(teacher[0].shape[1])
+
+    monkeypatch.setattr(StudentAwareRouter, "_attention", undivided)
+
+
+def plant_products_for_cosines(monkeypatch):
+    monkeypatch.setattr(student_aware_router.F, "normalize", lambda x, dim: x)
+    monkeypatch.setattr(student_aware_router, "SAME_TEXT", math.inf)
+
+
+def plant_padding_is_a_negative(monkeypatch):
+    sound = models.pairing._anchors
+
+    def one_more(*args):
+        anchors, counts = sound(*args)
+        return replace(anchors, runs=anchors.runs + int((anchors.sampled < 0).all(1).sum())), counts
+
+    monkeypatch.setattr(models.pairing, "_anchors", one_more)
+
+
+def plant_padding_is_averaged_with_weight_0(monkeypatch):
+    sound = StudentAwareRouter.forward
+
+    def weighted(self, student, teacher, anchors, terms):
+        return sound(self, [x + 0 * x.sum((0, 1)) for x in student], teacher, anchors, terms)
+
+    monkeypatch.setattr(StudentAwareRouter, "forward", weighted)
+
+
+def plant_student_cut_off(monkeypatch):
+    sound = StudentAwareRouter._project
+    monkeypatch.setattr(StudentAwareRouter, "_project", lambda self, layer, x: sound(self, layer, x.detach()))
+
+
+def plant_coarse_teacher_states(monkeypatch):
+    sound = FrozenTeacher.signal
+
+    def coarse(self, *args):
+        signal = sound(self, *args)
+        hidden = tuple(x.bfloat16().to(torch.float8_e4m3fn) if x.dtype == torch.float16 else x for x in signal.hidden)
+        return replace(signal, hidden=tuple(x.float() for x in hidden))
+
+    monkeypatch.setattr(FrozenTeacher, "signal", coarse)
+
+
+def plant_hidden_states_of_every_step(monkeypatch):
+    def always(model, ids, mask, layers):
+        out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+        return out.last_hidden_state, tuple(out.hidden_states[layer] for layer in layers)
+
+    monkeypatch.setattr(distillation_framework, "body_layers", always)
+    monkeypatch.setattr(models.teacher, "body_layers", always)
+
+
+def plant_terms_of_weight_0_computed(monkeypatch):
+    sound = distillation_framework.DistillationFramework._wanted
+
+    def everything(self, batch, wanted, signal, weights):
+        return sound(self, batch, {*weights}, signal, weights)
+
+    monkeypatch.setattr(distillation_framework.DistillationFramework, "_wanted", everything)
+
+
 ON_BENCH = [
     (plant_unshifted_labels, verify_fixes.copying),
     (plant_unshifted_labels, verify_fixes.shifted_once),
     (plant_labels_shifted_twice, verify_fixes.shifted_once),
     (plant_no_temperature_squared, verify_fixes.temperature_squared),
     (plant_teacher_renormalised_alone, verify_fixes.equal_models),
-    (plant_evaluation_sees_the_future, verify_fixes.random_perplexity),
-    (plant_student_cast_for_evaluation, verify_fixes.dtype_round_trip),
-    (plant_mean_per_micro_batch, verify_fixes.accumulation),
-    (plant_optimizer_not_restored, verify_fixes.resume),
-    (plant_endless_patience, verify_fixes.early_stopping),
+    (plant_evaluation_sees_the_future, rehearsal.random_perplexity),
+    (plant_student_cast_for_evaluation, rehearsal.dtype_round_trip),
+    (plant_mean_per_micro_batch, rehearsal.accumulation),
+    (plant_optimizer_not_restored, rehearsal.resume),
+    (plant_endless_patience, rehearsal.early_stopping),
+    (plant_student_cut_off, rehearsal.half_teacher),
+    (plant_coarse_teacher_states, rehearsal.half_teacher),
+    (plant_hidden_states_of_every_step, verify_fixes.hidden_states),
+    (plant_terms_of_weight_0_computed, verify_fixes.hidden_states),
 ]
 
 
@@ -303,7 +465,7 @@ def test_a_planted_fault_fails_its_check(plant, measure, bench, monkeypatch, cap
 ON_JOB = [
     (plant_repeating_loader, preflight.duplicates),
     (plant_leaking_split, preflight.leakage),
-    (plant_no_anchors, verify_fixes.coverage),
+    (plant_no_anchors, preflight.coverage),
 ]
 
 
@@ -314,9 +476,33 @@ def test_a_planted_fault_in_the_data_fails_its_check(plant, measure, bench, monk
     assert not found.passed and found.allowed != "no error"
 
 
+FEATURE, RELATIONS, ALIGNMENT, LAYER, CONTRASTIVE = verify_fixes.NORMALISED
+ON_STATES = [
+    (plant_summed_channels, FEATURE),
+    (plant_raw_states, FEATURE),
+    (plant_items_counted_as_windows, FEATURE),
+    (plant_relations_summed_over_pairs, RELATIONS),
+    (plant_attention_not_divided_by_its_keys, ALIGNMENT),
+    (plant_products_for_cosines, ALIGNMENT),
+    (plant_summed_channels, LAYER),
+    (plant_raw_states, LAYER),
+    (plant_products_for_cosines, CONTRASTIVE),
+    (plant_padding_is_a_negative, verify_fixes.padding_row),
+    (plant_padding_is_averaged_with_weight_0, verify_fixes.padding_row),
+]
+
+
+@pytest.mark.parametrize("plant, measure", ON_STATES, ids=lambda f: f.__name__)
+def test_a_planted_fault_in_a_hidden_state_term_fails_its_check(plant, measure, monkeypatch):
+    assert measure().passed
+    plant(monkeypatch)
+    found = measure()
+    assert not found.passed and found.allowed != "no error", found
+
+
 def test_a_schedule_that_does_not_end_with_the_run_is_found(tmp_path, monkeypatch):
     plant_schedule_of_twice_the_length(monkeypatch)
-    assert not verify_fixes.optimizer_steps(verify_fixes.Bench(tmp_path)).passed
+    assert not rehearsal.optimizer_steps(verify_fixes.Bench(tmp_path)).passed
 
 
 def test_a_mean_of_batch_means_is_found(monkeypatch):
