@@ -17,6 +17,8 @@ import os
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,11 +28,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, get_scheduler
 from transformers.utils import logging as transformers_logging
 
-from models.config import CurriculumConfig, LossConfig, Term
+from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.outputs import PairedBatch, TeacherSignal
 from models.pairing import PairCollator, PairEncoder, count_channel
+from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher
 from models.vocabulary import VocabularyMap
 
@@ -46,26 +49,48 @@ PAIRS = {
 }
 TOP_K = 256
 
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train a student."""
+
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    gold: bool = False
+
+    @property
+    def taught(self) -> bool:
+        return bool(self.curriculum.used() - {"lm"}) and not self.gold
+
+    @property
+    def routed(self) -> bool:
+        return bool(self.curriculum.used() & {*ROUTER_TERMS})
+
+
+def _variant(kd: float, span: float, lm: float, **loss: object) -> Variant:
+    return Variant(CurriculumConfig(kd=Term(kd), span=Term(span), lm=Term(lm)), LossConfig(**loss))
+
+
 VARIANTS = {
-    # name: (weight of kd, of span, of lm, overrides of LossConfig)
-    "lm": (0, 0, 1, {}),
-    "default": (None, None, None, {}),
-    "kd": (0.7, 0, 0.3, {"correction": "none"}),
-    "kd depth 0": (0.7, 0, 0.3, {"correction": "none", "max_depth": 0}),
-    "kd + correction": (0.7, 0, 0.3, {"correction": "span"}),
-    "kd + channel": (0.7, 0, 0.3, {"correction": "channel"}),
-    "span": (0, 0.7, 0.3, {}),
-    "kd + span": (0.7, 0.7, 0.3, {"correction": "none"}),
-    "kd .1": (0.1, 0, 0.9, {"correction": "none"}),
-    "kd .3": (0.3, 0, 0.7, {"correction": "none"}),
-    "kd 1": (1.0, 0, 0.0, {"correction": "none"}),
-    "kd T 2": (0.7, 0, 0.3, {"correction": "none", "temperature": 2.0}),
-    "kd T 4": (0.7, 0, 0.3, {"correction": "none", "temperature": 4.0}),
-    "kd renormalise": (0.7, 0, 0.3, {"correction": "none", "tail": "renormalise"}),
-    "kd reverse": (0.7, 0, 0.3, {"correction": "none", "divergence": "reverse_kl"}),
-    "kd jsd": (0.7, 0, 0.3, {"correction": "none", "divergence": "jsd"}),
-    "gold": (0, 0, 0, {}),
-    "kd skew": (0.7, 0, 0.3, {"correction": "none", "divergence": "skew_kl"}),
+    "lm": _variant(0, 0, 1),
+    "default": Variant(),
+    "kd": _variant(0.7, 0, 0.3, correction="none"),
+    "kd depth 0": _variant(0.7, 0, 0.3, correction="none", max_depth=0),
+    "kd + correction": _variant(0.7, 0, 0.3, correction="span"),
+    "kd + channel": _variant(0.7, 0, 0.3, correction="channel"),
+    "span": _variant(0, 0.7, 0.3),
+    "kd + span": _variant(0.7, 0.7, 0.3, correction="none"),
+    "kd .1": _variant(0.1, 0, 0.9, correction="none"),
+    "kd .3": _variant(0.3, 0, 0.7, correction="none"),
+    "kd 1": _variant(1.0, 0, 0.0, correction="none"),
+    "kd T 2": _variant(0.7, 0, 0.3, correction="none", temperature=2.0),
+    "kd T 4": _variant(0.7, 0, 0.3, correction="none", temperature=4.0),
+    "kd renormalise": _variant(0.7, 0, 0.3, correction="none", tail="renormalise"),
+    "kd reverse": _variant(0.7, 0, 0.3, correction="none", divergence="reverse_kl"),
+    "kd jsd": _variant(0.7, 0, 0.3, correction="none", divergence="jsd"),
+    "kd skew": _variant(0.7, 0, 0.3, correction="none", divergence="skew_kl"),
+    "gold": Variant(gold=True),
 }
 
 
@@ -98,20 +123,21 @@ class Pair:
         self.teacher = FrozenTeacher(model, self.map)
         self.file = cache / f"{name}-{share:g}.pt"
 
-    def collator(self, max_depth: int) -> PairCollator:
-        return PairCollator(self.map, self.end_of_text, max_depth)
+    def collator(self, max_depth: int, router: RouterConfig | None = None) -> PairCollator:
+        return PairCollator(self.map, self.end_of_text, max_depth, router)
 
-    def signals(self) -> list[TeacherSignal]:
-        """The teacher's signal of each training window."""
-        if not self.file.exists():
+    def signals(self, layers: Sequence[int]) -> list[TeacherSignal]:
+        """The teacher's signal of each training window, and its states after some layers."""
+        file = self.file.with_suffix("".join(f".{layer}" for layer in layers) + ".pt")
+        if not file.exists():
             stored, collate = [], self.collator(LossConfig().max_depth)
             for window in self.windows:
-                signal = vars(self.teacher.signal(collate([window]), TOP_K))
+                signal = vars(self.teacher.signal(collate([window]), TOP_K, layers))
                 stored.append({k: v.int() if k == "ids" else v for k, v in signal.items()})
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(stored, self.file.with_suffix(".tmp"))
-            self.file.with_suffix(".tmp").rename(self.file)
-        return [TeacherSignal(**s) for s in torch.load(self.file, mmap=True)]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(stored, file.with_suffix(".tmp"))
+            file.with_suffix(".tmp").rename(file)
+        return [TeacherSignal(**s) for s in torch.load(file, mmap=True)]
 
     def student(self, seed: int) -> torch.nn.Module:
         torch.manual_seed(seed)
@@ -136,7 +162,13 @@ def join(signals: list[TeacherSignal], rows: list[torch.Tensor]) -> TeacherSigna
         (s.ids[r].long(), s.log_probs[r], s.log_tail[r], s.log_mass[r], s.realised)
         for s, r in zip(signals, rows, strict=True)
     ]
-    return TeacherSignal(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    signal = TeacherSignal(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    if signals[0].hidden is None:
+        return signal
+    length = max(s.hidden[0].shape[1] for s in signals)
+    layers = zip(*(s.hidden for s in signals), strict=True)
+    padded = ([torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in layer] for layer in layers)
+    return replace(signal, hidden=tuple(torch.cat(rows) for rows in padded))
 
 
 class Gold:
@@ -189,22 +221,21 @@ def bits_per_byte(model: torch.nn.Module, pair: Pair, side: str) -> float:
     return nll / total / math.log(2)
 
 
-def run(pair: Pair, variant: str, seed: int, steps: int, size: int) -> dict:
+def run(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> dict:
     """Train one student and measure it."""
-    kd, span, lm, overrides = VARIANTS[variant]
-    curriculum = CurriculumConfig()
-    if kd is not None:
-        curriculum = CurriculumConfig(kd=Term(kd), span=Term(span), lm=Term(lm))
-    loss = LossConfig(**overrides)
+    loss = variant.loss
     student = pair.student(seed)
     framework = DistillationFramework(
-        student, pair.teacher, pair.map, loss, CurriculumScheduler(curriculum, loss, steps)
+        student, pair.teacher, pair.map, loss, CurriculumScheduler(variant.curriculum, loss, steps), variant.router
     )
-    taught = curriculum.used() & {"kd", "span"}
-    signals = pair.signals() if taught else []
-    gold = Gold() if variant == "gold" else None
-    collate, full_depth = pair.collator(loss.max_depth), pair.collator(LossConfig().max_depth)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=pair.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
+    router = variant.router if framework.router is not None else None
+    signals = pair.signals(framework.router.teacher_layers if router else ()) if variant.taught else []
+    gold = Gold() if variant.gold else None
+    collate, full_depth = pair.collator(loss.max_depth, router), pair.collator(LossConfig().max_depth)
+    if router:
+        framework.calibrate([collate(pair.windows[: router.calibration_windows])])
+    groups = framework.parameter_groups(pair.learning_rate, 0.1)
+    optimizer = torch.optim.AdamW(groups, lr=pair.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_scheduler("cosine", optimizer, steps // 20, steps)
     start, order, last = time.time(), np.zeros(0, dtype=int), []
     rng = np.random.default_rng(seed)
@@ -215,29 +246,31 @@ def run(pair: Pair, variant: str, seed: int, steps: int, size: int) -> dict:
         chosen, order = order[:size], order[size:]
         batch = collate([pair.windows[i] for i in chosen])
         signal = None
-        if taught:
+        if variant.taught:
             depths = [full_depth([pair.windows[i]]).depth for i in chosen]
             signal = join([signals[i] for i in chosen], [(d <= loss.max_depth).nonzero()[:, 0] for d in depths])
-        if variant == "gold":
+        if gold is not None:
             gold(student, pair.teacher.model, batch, [pair.windows[i] for i in chosen]).backward()
         else:
             output = framework(batch, step, signal=signal)
             output.loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(framework.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step >= steps - 100 and variant != "gold" and "lm" in output.terms:
+        if step >= steps - 100 and gold is None and "lm" in output.terms:
             last.append(output.terms["lm"].sum.item() / batch.bytes.sum().item() / math.log(2))
+    terms = {} if gold is not None else {name: t.sum.item() / max(t.count, 1) for name, t in output.terms.items()}
     return {
         "bits_per_byte": bits_per_byte(student, pair, "student"),
+        "terms": terms,
         "training_bits_per_byte": float(np.mean(last)) if last else None,
         "seconds": round(time.time() - start),
         "epochs": round(steps * size / len(pair.windows), 2),
     }
 
 
-def table(results: Path) -> None:
+def table(results: Path, names: Sequence[str]) -> None:
     """Print mean and range over seeds of every variant, per pair and budget."""
     groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for line in results.read_text().splitlines():
@@ -252,7 +285,7 @@ def table(results: Path) -> None:
         print("| variant | bits per byte, unseen | seeds | range | against LM | training text |")
         print("|---|---|---|---|---|---|")
         lm = {r["seed"]: r["bits_per_byte"] for r in variants.get("lm", [])}
-        for name in [v for v in VARIANTS if v in variants]:
+        for name in [v for v in names if v in variants]:
             runs = variants[name]
             values = [r["bits_per_byte"] for r in runs]
             change = [r["bits_per_byte"] / lm[r["seed"]] - 1 for r in runs if r["seed"] in lm]
@@ -263,19 +296,20 @@ def table(results: Path) -> None:
             print(f"| {' | '.join(map(str, cells))} |")
 
 
-def main() -> None:
+def main(variants: dict[str, Variant], results: str, doc: str) -> None:
+    """The command: train the variants that are asked for, print the table."""
     if sys.platform == "linux" and not MALLOC.keys() <= os.environ.keys():
         os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="neo-4096")
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--size", type=int, default=12, help="windows a step")
     parser.add_argument("--share", type=float, default=1.0, help="share of the training stories")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--cache", type=Path, default=Path(".quality-cache"))
-    parser.add_argument("--results", type=Path, default=Path("quality-results.jsonl"))
+    parser.add_argument("--results", type=Path, default=Path(results))
     parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
     args = parser.parse_args()
     if not args.table:
@@ -296,13 +330,13 @@ def main() -> None:
                 done = args.results.read_text().splitlines() if args.results.exists() else []
                 if any(job.items() <= json.loads(line).items() for line in done):
                     continue
-                result = job | levels | run(pair, variant, seed, args.steps, args.size)
+                result = job | levels | run(pair, variants[variant], seed, args.steps, args.size)
                 with args.results.open("a") as out:
                     out.write(json.dumps(result) + "\n")
                 print(json.dumps(result), flush=True)
     if args.results.exists():
-        table(args.results)
+        table(args.results, list(variants))
 
 
 if __name__ == "__main__":
-    main()
+    main(VARIANTS, "quality-results.jsonl", __doc__)
