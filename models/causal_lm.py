@@ -30,18 +30,22 @@ def depth_and_width(model: nn.Module) -> tuple[int, int]:
     return config.num_hidden_layers, config.hidden_size
 
 
+def logit_options(model: nn.Module) -> dict[str, float | None]:
+    """What a model does to its logits, from its config: `scale`, then `softcap` (None: no cap)."""
+    config = model.config.get_text_config()
+    # Cohere multiplies, Granite divides, Gemma 2 caps
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
+
+
 def head_logits(model: nn.Module, states: Tensor) -> Tensor:
     """[..., V] float32 logits for states [..., H], scaled and soft-capped as the model's config says.
 
     The head computes in its own dtype (or autocast's), whatever the dtype of the states.
     """
-    head, config = model.get_output_embeddings(), model.config.get_text_config()
-    logits = head(states.to(head.weight.dtype)).float()
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * scale
-    if scaling := getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / scaling
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+    head, options = model.get_output_embeddings(), logit_options(model)
+    logits = head(states.to(head.weight.dtype)).float() * options["scale"]
+    if cap := options["softcap"]:
         logits = cap * torch.tanh(logits / cap)
     return logits
 

@@ -3,16 +3,18 @@
 Shapes: B windows, S student positions, n supervised student positions, N KD rows, H student width.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import body_layers, check_head, depth_and_width, head_logits
+from .causal_lm import body_layers, check_head, depth_and_width, head_logits, logit_options, vocabulary_size
 from .config import LossConfig, RouterConfig
 from .curriculum import CurriculumScheduler
-from .losses import kd_loss, next_token_loss, outcome_log_probs, span_loss, span_sums
-from .outputs import IGNORE, DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
+from .fused_head import chunk_rows, head_losses
+from .losses import outcome_log_probs, span_loss, span_sums
+from .outputs import DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
 from .projection import Projection
 from .student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from .teacher import FrozenTeacher
@@ -80,6 +82,7 @@ class DistillationFramework(nn.Module):
         counts: dict[str, int] | None = None,
         measure: bool = False,
         signal: TeacherSignal | None = None,
+        term_graphs: bool = False,
     ) -> DistillationOutput:
         """Loss of a batch under the weights of an optimizer step.
 
@@ -91,6 +94,8 @@ class DistillationFramework(nn.Module):
                 `batch.counts`); None: this batch is the whole step.
             measure: also measure, without gradient, terms whose weight is 0.
             signal: what the teacher said about this batch, if it is known already (`FrozenTeacher.signal`).
+            term_graphs: give lm, kd and span graphs of their own, for a look at each one's gradient, at the price of
+                one more pass of the head for each. Without it only the total has a graph with them in it.
 
         Returns:
             the weighted total and the raw terms (sum, count).
@@ -103,14 +108,19 @@ class DistillationFramework(nn.Module):
             signal = self.teacher.signal(batch, self.config.top_k, self.router.teacher_layers if routed else ())
         layers = self.router.student_layers if routed else ()
         states, hidden = body_layers(self.student, batch.student_ids, batch.student_mask, layers)
-        terms = self._head_terms(batch, states, wanted, weights, scalars, signal)
+        shares = {t: weights[t] / max(int(counts[t]), 1) for t in wanted}
+        head, terms = self._head_terms(batch, states, wanted, shares, scalars, signal)
+        if term_graphs:
+            for t in {t for t in wanted & {*HEAD_TERMS} if weights[t]}:
+                terms[t].sum, _ = self._head_terms(batch, states, {t}, {t: 1.0}, scalars, signal)
         for taught in (True, False):
             of = {t for t in routed if bool(weights[t]) == taught}
             if of:
                 with torch.set_grad_enabled(torch.is_grad_enabled() and taught):
                     sums = self.router(hidden, signal.hidden, batch.anchors, of)
                     terms |= {t: LossTerm(sums[t], batch.counts[t]) for t in ROUTER_TERMS if t in of}
-        used = [term.sum * (weights[t] / max(int(counts[t]), 1)) for t, term in terms.items() if weights[t]]
+        used = [terms[t].sum * shares[t] for t in ROUTER_TERMS if t in routed and weights[t]]
+        used += [head] if any(weights[t] for t in wanted & {*HEAD_TERMS}) else []
         loss = torch.stack(used).sum() if used else self._no_loss()
         return DistillationOutput(loss, terms, weights, {**scalars, "top_k": self.config.top_k})
 
@@ -144,34 +154,51 @@ class DistillationFramework(nn.Module):
         batch: PairedBatch,
         states: Tensor,
         wanted: set[str],
-        weights: dict[str, float],
+        shares: dict[str, float],
         scalars: dict[str, float],
         signal: TeacherSignal | None,
-    ) -> dict[str, LossTerm]:
-        """The terms that come from the student's head; `states`: [B, S, H]."""
-        if not wanted & {*HEAD_TERMS}:
-            return {}
-        logits, labels, position = self._supervised_logits(batch, states)
-        terms = {}
-        if "lm" in wanted:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weights["lm"] != 0):
-                terms["lm"] = LossTerm(next_token_loss(logits, labels), batch.counts["lm"])
-        if "kd" in wanted:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weights["kd"] != 0):
-                rows = logits[torch.searchsorted(position, batch.row_student)]
-                target = self._target(batch, signal)
-                value = kd_loss(rows, target, **self._kd_options(scalars["temperature"]))
-                terms["kd"] = LossTerm(value, batch.counts["kd"], skipped=(~target.valid).sum())
-        if "span" in wanted:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and weights["span"] != 0):
-                value = self._span_term(batch, signal, logits, labels, position, scalars["span_temperature"])
-                terms["span"] = LossTerm(value, batch.counts["span"])
-        return terms
+    ) -> tuple[Tensor, dict[str, LossTerm]]:
+        """(sum over terms of share * sum, the terms) of those that come from the student's head.
 
-    def _supervised_logits(self, batch: PairedBatch, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """([n, V] float32 logits, [n] labels, [n] flat positions) where the student is supervised."""
-        position = (batch.labels.flatten() != IGNORE).nonzero()[:, 0]
-        return head_logits(self.student, states.flatten(0, 1)[position]), batch.labels.flatten()[position], position
+        Args:
+            states: [B, S, H] what enters the head.
+            shares: weight / count of every term. Its gradient is computed at once, in one pass over the logits.
+        """
+        if not wanted & {*HEAD_TERMS}:
+            return states.new_zeros(()), {}
+        labels, states = batch.labels.flatten()[batch.supervised], states.flatten(0, 1)[batch.supervised]
+        head = functools.partial(
+            head_losses,
+            states,
+            self.student.get_output_embeddings(),
+            labels,
+            rows=batch.row_supervised,
+            **logit_options(self.student),
+        )
+        lm_share, extra, terms = shares.get("lm", 0.0), 0.0, {}
+        if "span" in wanted:
+            value, slope, log_probs = self._span_term(batch, signal, head, scalars["span_temperature"])
+            terms["span"] = LossTerm(value, batch.counts["span"])
+            if shares["span"]:
+                # log-probabilities are what LM sums: its weight at each position carries the gradient of this term too
+                lm_share = lm_share - shares["span"] * slope
+                extra = shares["span"] * (value - (slope * log_probs).sum())
+        with_kd: dict = {}
+        if "kd" in wanted:
+            target = self._target(batch, signal)
+            with_kd = {"target": target, **self._kd_options(scalars["temperature"])}
+            if not shares["kd"]:  # measured apart: what is learned must not change by a rounding error
+                with torch.no_grad():
+                    kd_sum = head(lm_weight=0.0, **with_kd).kd_sum
+                with_kd = {}
+        with torch.set_grad_enabled(torch.is_grad_enabled() and any(shares[t] for t in wanted & {*HEAD_TERMS})):
+            found = head(lm_weight=lm_share, kd_weight=shares.get("kd", 0.0), **with_kd)
+        if "lm" in wanted:
+            terms["lm"] = LossTerm(found.lm_sum, batch.counts["lm"])
+        if "kd" in wanted:
+            skipped = (~target.valid).sum()
+            terms["kd"] = LossTerm(found.kd_sum if with_kd else kd_sum, batch.counts["kd"], skipped=skipped)
+        return found.loss + extra, {t: terms[t] for t in HEAD_TERMS if t in terms}
 
     def _target(self, batch: PairedBatch, signal: TeacherSignal, corrected: bool = True) -> SparseTarget:
         return self.projection.to(batch.student_ids.device)(signal, batch, corrected)
@@ -184,17 +211,21 @@ class DistillationFramework(nn.Module):
         self,
         batch: PairedBatch,
         signal: TeacherSignal,
-        logits: Tensor,
-        labels: Tensor,
-        position: Tensor,
+        head: Callable,
         temperature: float,
-    ) -> Tensor:
-        log_probs = logits.log_softmax(1).gather(1, labels[:, None])[:, 0]
-        student = span_sums(log_probs, batch.student_spans.flatten()[position], batch.counts["span"])
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(sum over spans, its derivative [n] by the log-probability of each label, these [n])."""
+        with torch.no_grad():
+            log_probs = head(lm_weight=0.0).log_probs
         held = batch.teacher_mask.flatten().bool()
         teacher = span_sums(signal.realised, batch.teacher_spans.flatten()[held], batch.counts["span"])
         c = self.config
-        return span_loss(student, teacher, temperature=temperature, kind=c.divergence, skew=c.skew)
+        with torch.enable_grad():
+            leaf = log_probs.clone().requires_grad_()
+            student = span_sums(leaf, batch.student_spans.flatten()[batch.supervised], batch.counts["span"])
+            value = span_loss(student, teacher, temperature=temperature, kind=c.divergence, skew=c.skew)
+            (slope,) = torch.autograd.grad(value, leaf)
+        return value.detach(), slope, log_probs
 
     @torch.no_grad()
     def compare(self, batch: PairedBatch, signal: TeacherSignal | None = None) -> dict[str, float]:
@@ -207,17 +238,16 @@ class DistillationFramework(nn.Module):
         signal = signal or self.teacher.signal(batch, self.config.top_k)
         target = self._target(batch, signal, corrected=False)
         states, _ = body_layers(self.student, batch.student_ids, batch.student_mask, ())
-        logits, _, position = self._supervised_logits(batch, states)
-        rows = target.valid & (batch.depth == 0)
-        logits = logits[torch.searchsorted(position, batch.row_student[rows])]
-        target = SparseTarget(target.ids[rows], target.probs[rows], target.tail[rows], target.valid[rows])
-        best = target.ids.gather(1, target.probs.argmax(1, keepdim=True))[:, 0]
-        log_p, log_q = outcome_log_probs(logits, target, "bucket")
-        return {
-            "agree": float((logits.argmax(1) == best).sum()),
-            "kl_sum": float((log_p.exp() * (log_p - log_q)).sum()),
-            "count": int(rows.sum()),
-        }
+        rows = (target.valid & (batch.depth == 0)).nonzero()[:, 0]
+        agree = kl_sum = 0.0
+        for some in rows.split(chunk_rows(vocabulary_size(self.student), rows.device)[0]):
+            logits = head_logits(self.student, states.flatten(0, 1)[batch.row_student[some]])
+            part = SparseTarget(target.ids[some], target.probs[some], target.tail[some], target.valid[some])
+            best = part.ids.gather(1, part.probs.argmax(1, keepdim=True))[:, 0]
+            log_p, log_q = outcome_log_probs(logits, part, "bucket")
+            agree += float((logits.argmax(1) == best).sum())
+            kl_sum += float((log_p.exp() * (log_p - log_q)).sum())
+        return {"agree": agree, "kl_sum": kl_sum, "count": len(rows)}
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[PairedBatch]) -> None:

@@ -1,7 +1,8 @@
 """The types that pass between the parts of the framework.
 
 Shapes: B windows, S student positions, T teacher positions, N KD rows (anchored student positions,
-ordered by window, then position), M unpadded teacher positions, K outcomes kept per row, P spans.
+ordered by window, then position), M unpadded teacher positions, K outcomes kept per row, P spans,
+n supervised student positions.
 Flat index of student position (b, j): b * S + j; of teacher position (b, k): b * T + k.
 For the router: A anchors at depth 0, Q of them sampled in a window, R runs of anchors.
 """
@@ -55,10 +56,12 @@ class PairedBatch:
     student_ids: Tensor  # [B, S] int64, right padded
     student_mask: Tensor  # [B, S] int64, 1 on tokens
     labels: Tensor  # [B, S] int64: the token that position j predicts (already shifted), or IGNORE
+    supervised: Tensor  # [n] flat student positions that have a label, in order
     teacher_ids: Tensor  # [B, T]
     teacher_mask: Tensor  # [B, T]
     teacher_labels: Tensor  # [B, T] as labels, for the teacher
     row_student: Tensor  # [N] flat student position
+    row_supervised: Tensor  # [N] the same as an index into `supervised`
     row_teacher: Tensor  # [N] flat teacher position: the anchor
     depth: Tensor  # [N] student tokens read since the anchor's boundary
     prefix_lo: Tensor  # [N] teacher tokens that begin with what was read since the anchor are, in the

@@ -229,8 +229,10 @@ class PairCollator:
             padded[f"{side}_labels"] = _pad([np.append(labels, IGNORE) for labels in supervised], IGNORE)
         padded["labels"] = padded.pop("student_labels")
         rows = _stack(aligned, padded["student_ids"].shape[1], padded["teacher_ids"].shape[1])
+        rows["supervised"] = np.flatnonzero(padded["labels"] != IGNORE)
+        rows["row_supervised"] = np.searchsorted(rows["supervised"], rows["row_student"])
         counts = {
-            "lm": int((padded["labels"] != IGNORE).sum()),
+            "lm": len(rows["supervised"]),
             "kd": len(rows["row_student"]),
             "depth0": int((rows["depth"] == 0).sum()),
             "span": sum(a.spans for a in aligned),

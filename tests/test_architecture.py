@@ -17,7 +17,7 @@ LONGEST = 500
 FLOORS = {
     "models": [
         {"config", "outputs"},
-        {"vocabulary", "alignment", "losses", "causal_lm", "curriculum", "projection"},
+        {"vocabulary", "alignment", "losses", "causal_lm", "curriculum", "projection", "fused_head"},
         {"pairing", "teacher", "student_aware_router"},
         {"distillation_framework"},
     ],
@@ -34,6 +34,7 @@ FLOORS = {
 
 WITHIN_A_FLOOR = {
     ("models", "alignment", "vocabulary"),
+    ("models", "fused_head", "losses"),
     ("models", "projection", "vocabulary"),
 }
 """(tower, importer, imported) on one floor; `test_no_cycles` keeps these in order."""

@@ -16,7 +16,7 @@ import models.pairing
 import models.teacher
 import utils.training
 import verify_fixes
-from models import distillation_framework, student_aware_router
+from models import distillation_framework, fused_head, student_aware_router
 from models.config import CurriculumConfig, Term
 from models.outputs import IGNORE
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
@@ -213,7 +213,7 @@ def test_one_step_runs_in_the_precision_of_the_device_and_leaves_the_accelerator
     assert found.passed and "mixed precision bf16, teacher in bfloat16" in found.value
     assert bench.accelerator.mixed_precision == "no" and bench.accelerator.device.type == "cpu"
     with monkeypatch.context() as patch:
-        patch.setattr(distillation_framework, "kd_loss", lambda logits, *_, **__: logits.sum() * float("nan"))
+        patch.setattr(fused_head, "kd_loss", lambda logits, *_, **__: logits.sum() * float("nan"))
         assert not verify_fixes.one_step(bench, setup.config).passed
     routed = replace(setup.config, curriculum=CurriculumConfig(**dict.fromkeys(ROUTER_TERMS, Term(0.1))))
     assert verify_fixes.one_step(bench, routed).passed
@@ -241,23 +241,24 @@ def plant_unshifted_labels(monkeypatch):
 
 
 def plant_labels_shifted_twice(monkeypatch):
-    sound = distillation_framework.DistillationFramework._supervised_logits
+    sound = distillation_framework.DistillationFramework._head_terms
 
-    def twice(self, batch, *states):
+    def twice(self, batch, *rest):
         rolled = batch.labels.roll(-1, 1)
         rolled[:, -1] = IGNORE
-        return sound(self, replace(batch, labels=rolled), *states)
+        kept = rolled.flatten()[batch.supervised] != IGNORE
+        return sound(self, replace(batch, labels=rolled, supervised=batch.supervised[kept]), *rest)
 
-    monkeypatch.setattr(distillation_framework.DistillationFramework, "_supervised_logits", twice)
+    monkeypatch.setattr(distillation_framework.DistillationFramework, "_head_terms", twice)
 
 
 def plant_no_temperature_squared(monkeypatch):
-    sound = distillation_framework.kd_loss
+    sound = fused_head.kd_loss
 
     def without(logits, target, *, temperature, **options):
         return sound(logits, target, temperature=temperature, **options) / temperature**2
 
-    monkeypatch.setattr(distillation_framework, "kd_loss", without)
+    monkeypatch.setattr(fused_head, "kd_loss", without)
 
 
 def plant_teacher_renormalised_alone(monkeypatch):
@@ -547,7 +548,7 @@ def test_an_exception_is_a_failed_check_and_not_a_crash(bench, monkeypatch, caps
     def broken(*_, **__):
         raise ZeroDivisionError("by zero,\nof all things")
 
-    monkeypatch.setattr(distillation_framework, "kd_loss", broken)
+    monkeypatch.setattr(fused_head, "kd_loss", broken)
     assert checklist.run([verify_fixes.equal_models(bench)]) == 1
     assert "KD of equal models: ZeroDivisionError: by zero, of all things" in capsys.readouterr().out
 

@@ -31,7 +31,9 @@ class ToyModule(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.to(dtype)
 
-    def forward(self, batch: "ToyBatch", step: int, *, counts: dict[str, int], measure: bool = False):
+    def forward(
+        self, batch: "ToyBatch", step: int, *, counts: dict[str, int], measure: bool = False, term_graphs: bool = False
+    ):
         logits = self.head(self.norm(self.dropout(torch.tanh(self.hidden(self.embed(batch.ids))))))
         labels = batch.labels.flatten()
         lm = F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100, reduction="sum")

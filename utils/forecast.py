@@ -1,8 +1,8 @@
 """How much memory and disk a run will take: plain sums, to find out in a second what would fail after an hour.
 
-The factors were measured on the reference losses of `models/` with Llama-like models (torch 2.13): the peak of a
-training step is 6 float32 copies of the student's logits, and a layer keeps 17 hidden and 4 intermediate widths
-per token for its gradient. Expect the truth within a third for other architectures.
+The factors were measured on the losses of `models/` with Llama-like models (torch 2.13): the student's logits exist in
+chunks of a bounded size, the gradient of its head is one more copy of the head's weight, and a layer keeps 17 hidden
+and 4 intermediate widths per token for its gradient. Expect the truth within a third for other architectures.
 """
 
 import shutil
@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 RUNTIME = 700 * 2**20
 """Bytes of CUDA context and kernels, or of Python with its libraries."""
-LOGIT_COPIES = 6
-"""Float32 copies of the supervised logits [tokens, vocabulary] at the peak of a step."""
+LOGIT_COPIES = 2
+"""Float32 copies of the student's chunk of logits: the buffer, one in half precision, and what is small beside them."""
 HIDDEN_KEPT, INTERMEDIATE_KEPT = 17, 4
 """Widths that a layer keeps per token for the backward pass."""
 TEACHER_COPIES = 4
@@ -60,6 +60,7 @@ def training_memory(
     precision: str,
     teacher_dtype: torch.dtype,
     teacher_logits: int,
+    student_rows: int,
     routed_layers: int = 0,
     routed_teacher_layers: int = 0,
 ) -> dict[str, int]:
@@ -70,6 +71,7 @@ def training_memory(
         precision: `no`, `fp16` or `bf16`.
         teacher_dtype: of the teacher's weights.
         teacher_logits: elements of the teacher's logits that are in memory at a time, at most.
+        student_rows: positions whose logits the student's head computes at a time, at most.
         routed_layers: student layers whose states a router compares with the teacher's; 0: there is none.
         routed_teacher_layers: teacher layers whose states it keeps.
     """
@@ -80,7 +82,8 @@ def training_memory(
         "gradients": student.parameters * 4,
         "optimizer": student.parameters * 8,
         "student activations": tokens * student.layers * kept * width,
-        "student logits": tokens * student.vocabulary * 4 * LOGIT_COPIES,
+        "student logits": min(tokens, student_rows) * student.vocabulary * 4 * LOGIT_COPIES,
+        "head gradient": student.vocabulary * student.hidden * 4,  # before it is added to the others
     }
     if teacher is not None:
         bytes_each = torch.finfo(teacher_dtype).bits // 8

@@ -104,7 +104,7 @@ class TermGradients:
     """The gradient that each term contributes to some parameters in one optimizer step: that of its weighted share.
 
     For debugging: costs a backward pass and the memory of one gradient per term. It leaves `.grad` alone, and with
-    it the run. A term whose sum has no graph of its own (because it is computed fused with others) is left out.
+    it the run.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:

@@ -4,6 +4,7 @@
         .loss       scalar tensor: sum over terms of weight * sum / counts[term]
         .terms      {name: object with .sum (scalar tensor) and .count (int)}
         .weights    {name: float}      .scalars    {name: float}
+    With term_graphs=True (only where `fit` got `term_gradients`) every .sum of a term with a weight has a graph.
     batch: .counts {name: int}, .labels, .documents, .to(device, non_blocking=...)
 
 A term is divided by its count in the whole optimizer step, over all micro-batches and processes. The loop
@@ -295,8 +296,10 @@ class TrainingLoop:
             self.flags.batch(batch.labels, epoch + 1, batch.documents)
         seed_forward(device, self.config.seed, self.step, index, rank)
         batch = batch.to(device, non_blocking=True)
-        loss, hidden = self.model(batch, self.step, counts=counts, measure=measured is not None)
-        if measured is not None and measured.gradients is not None and not idle:
+        looked_at = measured is not None and measured.gradients is not None
+        extra = {"term_graphs": True} if looked_at else {}
+        loss, hidden = self.model(batch, self.step, counts=counts, measure=measured is not None, **extra)
+        if looked_at and not idle:
             measured.gradients.add(hidden.output, counts, 1.0 if self.scaler is None else self.scaler.get_scale())
         # DDP averages gradients over processes; counts are global, so the sum is wanted
         self.accelerator.backward(loss * (0 if idle else self.plan.processes))

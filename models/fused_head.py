@@ -1,0 +1,413 @@
+"""The student's head and its losses, chunk by chunk: the logits of all positions never exist together.
+
+Shapes: n supervised positions, N KD rows (each at one of these positions), H student width, V student vocabulary,
+K kept outcomes, c rows of one chunk.
+
+How one chunk [c, V] serves everything. The softmax over V, with all tokens that the target does not name merged into
+one outcome, is the softmax over K + 1 logits: those of the named tokens and the log-sum-exp of all others. So
+`losses.kd_loss` on [c, K + 1] is the KD of the chunk, for every divergence, tail and temperature, and autograd
+differentiates only that. On [c, V] there remains: logits -> exponentials -> gradient, in one buffer, in place; then the
+two products with which a linear layer goes backward. A gradient at the merged logit is shared among its tokens in
+proportion to their exponentials, hence a row of the gradient is one number times the row of exponentials, but for the
+label and the named tokens.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .losses import PADDING, kd_loss
+from .outputs import SparseTarget
+
+HALF_SCALE = 16.0
+"""Factor on a gradient that is rounded to half precision: 1 / 151,936 is then a normal number of float16. A power of
+two, so that it rounds nothing itself."""
+BLOCK = 16_384
+"""Tokens whose weight gradient is computed at once from half-precision factors: bounds the float32 temporary."""
+CPU_ROWS, CPU_BYTES = 224, 160 * 2**20
+PASCAL_ROWS, GPU_ROWS = 512, 2_048
+LEAST_ROWS = 16
+
+
+class HeadLosses(NamedTuple):
+    """What the head's pass over the supervised positions says."""
+
+    loss: Tensor
+    """Scalar, the only output with a gradient: the weighted total."""
+    lm_sum: Tensor
+    """Scalar: sum of the next-token losses (nats)."""
+    kd_sum: Tensor | None
+    """Scalar: sum of the KD divergences (nats, times temperature squared); None without a target."""
+    log_probs: Tensor
+    """[n] log-probability of every label."""
+
+
+def chunk_rows(vocabulary: int, device: torch.device, bytes_per_logit: int = 4) -> tuple[int, str]:
+    """How many rows of logits to hold at once, and why.
+
+    Each chunk reads and writes the whole weight gradient, so few rows waste time; many rows waste memory. Where more
+    rows gain no more: 128 to 192 on a CPU (measured: one AVX-512 core, 576 wide, 49,152 tokens: products at 64, 128,
+    192, 256 rows take 1.22, 1.09, 0.99, 1.01 of those of all rows at once), 256 to 512 on Pascal, 1,024 and more on
+    newer GPUs. A GPU gives at most an eighth of what is free, the allocator's cache included; nothing waits for it.
+
+    Args:
+        vocabulary: V.
+        bytes_per_logit: 4 for one float32 buffer; more for float64, a half-precision copy (+ 2) or soft-capping (+ 4).
+    """
+    if device.type == "cuda":
+        pascal = torch.cuda.get_device_capability(device)[0] < 7
+        most = PASCAL_ROWS if pascal else GPU_ROWS
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        budget = (torch.cuda.mem_get_info(device)[0] + cached) // 8
+        where = f"an eighth of the GPU's free memory is {budget / 1e6:,.0f} MB"
+    else:
+        most, budget = CPU_ROWS, CPU_BYTES
+        where = f"the budget on {device.type} is {budget / 1e6:,.0f} MB"
+    fitting = budget // (vocabulary * bytes_per_logit)
+    rows = most if fitting >= most else max(LEAST_ROWS, fitting // 16 * 16)
+    size = rows * vocabulary * bytes_per_logit / 1e6
+    why = f"more rows are not faster on this {device.type} device" if rows == most else "as many as fit"
+    return rows, f"{rows} rows of {vocabulary:,} logits at once, {size:,.0f} MB: {why}; {where}"
+
+
+def head_losses(
+    states: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    *,
+    lm_weight: float | Tensor,
+    kd_weight: float | Tensor = 0.0,
+    target: SparseTarget | None = None,
+    rows: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    chunk: int | None = None,
+    **options,
+) -> HeadLosses:
+    """LM and KD of supervised positions from the states that enter the head: loss = lm_weight * LM + kd_weight * KD.
+
+    The values are those of `losses.next_token_loss` and `losses.kd_loss` on all logits, in float32 (float64 for a
+    float64 head) whatever the head computes in. The gradient is computed here, in the same pass as the values, which is
+    why the weights have to be known; `backward` only multiplies it by their magnitude and by what it is given, in
+    float32. Only a backward that is repeated (`retain_graph`) computes it again. Nothing here waits for a GPU.
+
+    A plain `nn.Linear` head (frozen, tied or biased) computes in autocast's dtype or its own; from half precision its
+    gradients are still summed in float32. Any other head (LoRA, quantised, hooked) is called as a module on every
+    chunk and differentiated by autograd: same values, same memory, somewhat slower.
+
+    Args:
+        states: [n, H] final hidden states at supervised positions; with lm_weight 0, pass only those with a KD row.
+        labels: [n] the token that each position predicts.
+        lm_weight: weight / count of LM; [n] gives each position its own, for a term made of `log_probs`.
+        kd_weight: weight / count of KD. A 0 that is a float, not a tensor, costs no gradient; without a target KD
+            costs nothing.
+        target: [N] what the teacher says; its invalid rows add nothing.
+        rows: [N] position of each row of the target, each at most once; None: row i is at position i.
+        scale: factor on the logits (Cohere; 1 / logits_scaling of Granite).
+        softcap: cap * tanh(logits / cap), after scaling (Gemma 2).
+        chunk: most rows of logits to hold at once; None: `chunk_rows`.
+        options: of `kd_loss`, needed with a target: temperature, kind, tail, skew.
+
+    Raises:
+        ValueError: for shapes that do not fit and a chunk under 1.
+    """
+    _check(states, labels, target, rows, chunk)
+    linear = type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+    weight = getattr(head, "weight", None)
+    params = [head.weight, head.bias] if linear else [p for p in head.parameters() if p.requires_grad]
+    kind = states.device.type
+    dtype = weight.dtype if weight is not None and weight.is_floating_point() else states.dtype
+    autocast = torch.is_autocast_enabled(kind) and dtype != torch.float64
+    compute = torch.get_autocast_dtype(kind) if autocast else dtype
+    exact = torch.promote_types(compute, torch.float32)
+    vocabulary = getattr(head, "out_features", None) or weight.shape[0]
+    size = exact.itemsize * (2 if softcap else 1) + (compute.itemsize if compute != exact else 0)
+    chunk = chunk or chunk_rows(vocabulary, states.device, size)[0]
+
+    has_kd = target is not None and len(target.ids) > 0
+    job = _Job(
+        head=None if linear else head,
+        labels=labels,
+        target=target if has_kd else None,
+        index=_row_at(rows, len(labels)) if has_kd and rows is not None else None,
+        lm_weight=_as_tensor(lm_weight, states, exact),
+        kd_weight=_as_tensor(kd_weight, states, exact),
+        learns_lm=isinstance(lm_weight, Tensor) or lm_weight != 0,
+        learns_kd=has_kd and (isinstance(kd_weight, Tensor) or kd_weight != 0),
+        options=options,
+        scale=scale,
+        softcap=softcap,
+        rows=chunk,
+        cast=dtype,
+        compute=compute,
+        autocast=autocast,
+        grad=torch.is_grad_enabled(),
+    )
+    loss, lm_sum, kd_sum, log_probs = _Fused.apply(job, states, *params)
+    return HeadLosses(loss, lm_sum, None if target is None else kd_sum, log_probs)
+
+
+def _check(states: Tensor, labels: Tensor, target: SparseTarget | None, rows: Tensor | None, chunk: int | None) -> None:
+    if states.dim() != 2 or labels.shape != states.shape[:1]:
+        raise ValueError(f"got states {tuple(states.shape)} and labels {tuple(labels.shape)}, expected [n, H] and [n]")
+    placed = labels if rows is None else rows
+    if target is not None and len(target.ids) != len(placed):
+        raise ValueError(f"got a target of {len(target.ids)} rows for {len(placed)} positions; pass rows")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"got chunk {chunk}, expected at least 1")
+
+
+def _as_tensor(weight: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
+    # filled where it is needed: a copy from the host would wait
+    return weight.detach().to(dtype) if isinstance(weight, Tensor) else like.new_full((), weight, dtype=dtype)
+
+
+def _row_at(rows: Tensor, positions: int) -> Tensor:
+    """[n] row of the target at each position, or -1: a chunk finds its rows without asking the GPU how many."""
+    return rows.new_full((positions,), -1).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
+
+
+@dataclass
+class _Job:
+    """All that is not differentiated."""
+
+    head: nn.Module | None
+    """None for a plain linear layer."""
+    labels: Tensor
+    target: SparseTarget | None
+    index: Tensor | None
+    lm_weight: Tensor
+    kd_weight: Tensor
+    learns_lm: bool
+    learns_kd: bool
+    options: dict
+    scale: float
+    softcap: float | None
+    rows: int
+    cast: torch.dtype
+    compute: torch.dtype
+    autocast: bool
+    grad: bool
+
+    @property
+    def exact(self) -> torch.dtype:
+        return torch.promote_types(self.compute, torch.float32)
+
+    @property
+    def boost(self) -> float:
+        return 1.0 if self.compute == self.exact else HALF_SCALE
+
+    def magnitude(self) -> Tensor:
+        """The power of two above both weights: what is computed is a gradient of order 1, never one divided by a
+        count, and dividing and multiplying by a power of two rounds nothing."""
+        most = self.kd_weight.abs()
+        if self.lm_weight.numel():
+            most = torch.maximum(most, self.lm_weight.abs().amax())
+        return torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent)
+
+    def target_of(self, part: slice) -> SparseTarget | None:
+        """The target at some positions; where there is no row it is invalid."""
+        t = self.target
+        if t is None:
+            return None
+        if self.index is None:
+            return SparseTarget(t.ids[part], t.probs[part], t.tail[part], t.valid[part])
+        row = self.index[part]
+        at = row.clamp_min(0)
+        return SparseTarget(t.ids[at], t.probs[at], t.tail[at], t.valid[at] & (row >= 0))
+
+    def run(self, states: Tensor, params: tuple, needs: tuple) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+        """(log-probabilities [n], KD sum, gradients over magnitude * scale / boost); `needs`: which gradients."""
+        with torch.autocast(states.device.type, enabled=False):
+            head = (_Linear if self.head is None else _Module)(self, states, params, needs)
+            log_probs = states.new_empty(len(states), dtype=self.exact)
+            kd_sum = states.new_zeros((), dtype=self.exact)
+            learns = any(needs) and (self.learns_lm or self.learns_kd)
+            factor = self.boost / self.magnitude()
+            lm_weight, kd_weight = (self.lm_weight * factor).expand(len(states)), self.kd_weight * factor
+            for first in range(0, len(states), self.rows):
+                part = slice(first, first + self.rows)
+                logits = head.logits(part)
+                capped = _adjust(logits, self.scale, self.softcap)
+                log_probs[part], kd = self._chunk(logits, part, lm_weight[part, None], kd_weight, learns)
+                if kd is not None:
+                    kd_sum += kd
+                if learns:
+                    if capped is not None:  # d tanh = 1 - tanh ** 2
+                        logits.addcmul_(logits, capped.square_(), value=-1)
+                    head.backward(part, logits)
+        return log_probs, kd_sum, head.gradients
+
+    def _chunk(
+        self, logits: Tensor, part: slice, lm_weight: Tensor, kd_weight: Tensor, learns: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(log-probabilities of the labels [c], KD sum); the logits [c, V] are overwritten by their gradient."""
+        logits -= logits.amax(1, keepdim=True)
+        label = self.labels[part, None]
+        at_label = logits.gather(1, label)
+        target = self.target_of(part)
+        if target is None:
+            total = logits.exp_().sum(1, keepdim=True)
+            kd, dense = None, lm_weight / total
+        else:
+            columns, kept = _columns(target.ids)
+            listed = torch.where(kept, logits.gather(1, columns), PADDING)
+            # summed over what is left, not total - sum: exact also where the rest is tiny
+            rest = logits.exp_().scatter_(1, columns, 0.0).sum(1, keepdim=True)
+            masses = listed.exp()
+            total = rest + masses.sum(1, keepdim=True)
+            kd, slope = self._kd(torch.cat([listed, rest.log()], 1), target, kept, learns and self.learns_kd)
+            dense, at_listed = lm_weight / total, masses * (lm_weight / total)
+            if slope is not None:
+                slope *= kd_weight
+                limits, least = torch.finfo(rest.dtype), torch.finfo(rest.dtype).tiny
+                # a rest at the edge of float32: the quotient may overflow, its product with a mass does not
+                dense = (dense + slope[:, -1:] / rest.clamp_min(least)).clamp(limits.min, limits.max)
+                at_listed = at_listed + slope[:, :-1]
+        if learns:
+            logits *= dense
+            if target is not None:
+                logits.scatter_add_(1, columns, at_listed)
+            logits.scatter_add_(1, label, -lm_weight)
+        return (at_label - total.log())[:, 0], kd
+
+    def _kd(self, outcomes: Tensor, target: SparseTarget, kept: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
+        """(KD sum, its gradient or None) from the logits [c, K + 1] of the named tokens and of all others merged."""
+        ids = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), -1)
+        merged = SparseTarget(ids, target.probs, target.tail, target.valid)
+        with torch.set_grad_enabled(learns):
+            kd = kd_loss(outcomes.requires_grad_(learns), merged, **self.options)
+            return kd.detach(), torch.autograd.grad(kd, outcomes)[0] if learns else None
+
+
+def _columns(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """(columns [c, K] of the named tokens, which of them are not padding); padding repeats a token of its row."""
+    first = torch.arange(ids.shape[1], device=ids.device) == 0
+    ids = torch.where(first & (ids.amax(1, keepdim=True) < 0), 0, ids)  # nothing but padding: any token
+    kept = ids >= 0
+    return torch.where(kept, ids, ids.amax(1, keepdim=True)), kept
+
+
+def _adjust(logits: Tensor, scale: float, softcap: float | None) -> Tensor | None:
+    """Scale and soft-cap in place; returns the tanh, which the gradient needs."""
+    if softcap:
+        capped = torch.tanh_(logits * (scale / softcap))
+        torch.mul(capped, softcap, out=logits)
+        return capped
+    if scale != 1:
+        logits *= scale
+    return None
+
+
+class _Linear:
+    """A plain linear layer, one chunk at a time, in one buffer."""
+
+    def __init__(self, job: _Job, states: Tensor, params: tuple, needs: tuple) -> None:
+        weight, bias = params
+        self.states, self.compute = states.detach(), job.compute
+        self.weight = weight.detach().to(job.compute)
+        self.bias = None if bias is None else bias.detach().to(job.compute)
+        shape = min(job.rows, len(states)), len(weight)
+        self.buffer = states.new_empty(shape, dtype=job.exact)
+        self.half = None if job.compute == job.exact else states.new_empty(shape, dtype=job.compute)
+        self.gradients = [
+            torch.zeros_like(t, dtype=job.exact, memory_format=torch.contiguous_format) if need else None
+            for t, need in zip((states, *params), needs, strict=True)
+        ]
+
+    def logits(self, part: slice) -> Tensor:
+        x = self.states[part].to(self.compute)
+        out = (self.buffer if self.half is None else self.half)[: len(x)]
+        if self.bias is None:
+            torch.mm(x, self.weight.t(), out=out)
+        else:
+            torch.addmm(self.bias, x, self.weight.t(), out=out)
+        return out if self.half is None else self.buffer[: len(x)].copy_(out)
+
+    def backward(self, part: slice, gradient: Tensor) -> None:
+        d_states, d_weight, d_bias = self.gradients
+        x = self.states[part].to(self.compute)
+        if d_bias is not None:
+            d_bias += gradient.sum(0)
+        if self.half is None:
+            if d_states is not None:
+                torch.mm(gradient, self.weight, out=d_states[part])
+            if d_weight is not None:
+                d_weight.addmm_(gradient.t(), x)
+            return
+        rounded = self.half[: len(x)].copy_(gradient)
+        for first in range(0, len(self.weight), BLOCK):
+            block = slice(first, first + BLOCK)
+            if d_states is not None:
+                d_states[part] += _product(rounded[:, block], self.weight[block])
+            if d_weight is not None:
+                d_weight[block] += _product(rounded[:, block].t(), x)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32 from half-precision factors: a half-precision result could overflow, whatever the loss scale."""
+    if a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch >= 2.8
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return torch.mm(a.float(), b.float())
+
+
+class _Module:
+    """Any other head: called on a chunk and differentiated by autograd, the chunk's graph then dropped."""
+
+    def __init__(self, job: _Job, states: Tensor, params: tuple, needs: tuple) -> None:
+        self.job, self.states, self.needs = job, states.detach(), needs
+        self.learned = [p for p, need in zip(params, needs[1:], strict=True) if need]
+        self.gradients = [
+            torch.zeros_like(t, dtype=job.exact) if need else None
+            for t, need in zip((states, *params), needs, strict=True)
+        ]
+
+    def logits(self, part: slice) -> Tensor:
+        job = self.job
+        kind = self.states.device.type
+        with torch.set_grad_enabled(any(self.needs)), torch.autocast(kind, job.compute, enabled=job.autocast):
+            self.x = self.states[part].requires_grad_(self.needs[0])
+            self.out = job.head(self.x.to(job.cast))
+        return self.out.detach().to(job.exact, copy=True)
+
+    def backward(self, part: slice, gradient: Tensor) -> None:
+        wanted = [self.x] * self.needs[0] + self.learned
+        found = torch.autograd.grad(self.out, wanted, gradient.to(self.out.dtype), allow_unused=True)
+        d_states, *sums = self.gradients
+        sums = [d_states[part] for _ in wanted[: self.needs[0]]] + [g for g in sums if g is not None]
+        for total, new in zip(sums, found, strict=True):
+            if new is not None:
+                total += new
+        del self.x, self.out
+
+
+class _Fused(torch.autograd.Function):
+    """(loss, LM sum, KD sum, log-probabilities); inputs: the job, the states, the head's parameters."""
+
+    @staticmethod
+    def forward(ctx, job: _Job, states: Tensor, *params: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        needs = tuple(need and job.grad for need in ctx.needs_input_grad[1:])
+        log_probs, kd_sum, ctx.ready = job.run(states, params, needs)
+        ctx.job, ctx.needs = job, needs
+        ctx.save_for_backward(states, *params)
+        lm_sum = -log_probs.sum()
+        loss = -(job.lm_weight * log_probs).sum() + job.kd_weight * kd_sum
+        ctx.mark_non_differentiable(lm_sum, kd_sum, log_probs)
+        return loss, lm_sum, kd_sum, log_probs
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        states, *params = ctx.saved_tensors  # raises where the graph is gone
+        job = ctx.job
+        factor = grad * job.magnitude() * (job.scale / job.boost)
+        if job.head is None:
+            ready, ctx.ready = ctx.ready or job.run(states, tuple(params), ctx.needs)[2], None
+            # given away, so they may be scaled in place: no second [V, H]
+            scaled = [g if g is None else g.mul_(factor) for g in ready]
+        else:  # kept: another run would draw another dropout
+            scaled = [g if g is None else g * factor for g in ctx.ready]
+        return None, *(g if g is None else g.to(t.dtype) for g, t in zip(scaled, (states, *params), strict=True))
