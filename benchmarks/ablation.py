@@ -37,6 +37,7 @@ VARIANTS = {
     "feat 3": _with(feat=3.0),
     "feat 1 early": _with(feat=early(1.0)),
     "feat 1 late": _with(feat=late(1.0)),
+    "rel .05": _with(rel=0.05),
     "rel 1": _with(rel=1.0),
     "rel 1 early": _with(rel=early(1.0)),
     "attn .1": _with(attn=0.1),
