@@ -63,6 +63,10 @@ LM_ALONE = CurriculumConfig(kd=Term(0.0), lm=Term(1.0))
 WITHOUT_TEACHER = "without_teacher"
 """Folder, in that of a run, of the same student trained without the teacher."""
 
+RANDOM_HINT = (
+    "a student that starts from random weights learns more beside the teacher's hidden states "
+    "(docs/experiments.md): --set curriculum.feat.weight=1 curriculum.attn.weight=1"
+)
 CHANNEL_WINDOWS = 2000
 """Windows on which the counted channel (loss.correction: channel) is counted."""
 
@@ -243,6 +247,8 @@ def load_teacher(job: Job) -> FrozenTeacher | None:
     device = job.accelerator.device
     dtype = pretrained.teacher_dtype(config.dtype, device, job.accelerator.mixed_precision)
     log.info("teacher in %s: %s", str(dtype.value).removeprefix("torch."), dtype.reason)
+    if job.config.student.init == "random" and not job.config.curriculum.used() & {*ROUTER_TERMS}:
+        log.info(RANDOM_HINT)
     model = pretrained.load_model(config.name, "teacher", dtype.value)
     with _as_user_error():
         return FrozenTeacher(model.to(device), job.vocabulary)
@@ -304,7 +310,9 @@ def train_student(
         scheduler = CurriculumScheduler(curriculum, config.loss, plan.total_steps)
         framework = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)
         if resume_from is None and framework.router is not None:
-            _calibrate(framework, job)
+            shape = (config.router.calibration_windows, config.training.batch_size, config.training.seed)
+            batches = data.some_batches(job.windows, job.collate, *shape)
+            framework.calibrate([batch.to(accelerator.device) for batch in batches])
 
     def evaluate(step: int) -> dict[str, Any]:
         scores = job.held_out.score(student, "student")
@@ -338,14 +346,6 @@ def train_student(
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(framework, result, start)
-
-
-def _calibrate(framework: DistillationFramework, job: Job) -> None:
-    """Fit the router on some training windows, the same ones in every process."""
-    size, device = job.config.training.batch_size, job.accelerator.device
-    chosen = permutation(len(job.windows), job.config.training.seed, 0)[: job.config.router.calibration_windows]
-    groups = [chosen[i : i + size].tolist() for i in range(0, len(chosen), size)]
-    framework.calibrate([job.collate([job.windows[i] for i in group]).to(device) for group in groups])
 
 
 def _red_flags(config: RunConfig, plan: Plan, student: nn.Module, start: dict[str, Any], main: bool) -> RedFlags:

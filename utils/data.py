@@ -382,6 +382,14 @@ class _Collate:
         return self.collate(windows) if windows else None
 
 
+def some_batches(
+    windows: Sequence[dict], collate: Callable[[list[dict]], Any], count: int, size: int, seed: int
+) -> list[Any]:
+    """At most `count` windows in batches of `size`, the same ones in every process."""
+    chosen = seeding.permutation(len(windows), seed, 0)[:count].tolist()
+    return [collate([windows[i] for i in chosen[at : at + size]]) for at in range(0, len(chosen), size)]
+
+
 def loader(
     windows: Sequence[dict],
     batches: Iterable[list[int]],

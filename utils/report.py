@@ -322,7 +322,7 @@ def _save(figure: Figure, path: str | Path) -> None:
 
 
 def _draw_losses(panel: Axes, steps: Records) -> None:
-    panel.set_title("Loss terms, nats per token")
+    panel.set_title("Loss terms")
     if not steps:
         return _say_empty(panel)
     x = [record["step"] for record in steps]
@@ -333,8 +333,8 @@ def _draw_losses(panel: Axes, steps: Records) -> None:
             panel.plot(x, weighted, color=_COLOURS.get(name), linestyle=(0, (3, 2)), linewidth=1.2)
     panel.plot(x, _series(steps, "loss"), color="#222222", linewidth=2.2, label="total", **_marker(x))
     panel.plot([], [], color="#777777", linestyle=(0, (3, 2)), linewidth=1.2, label="weighted")
-    _logarithmic_if_wide(panel)
-    panel.legend(ncols=3, loc="upper right")
+    _logarithmic_if_wide(panel, rows=math.ceil(len(panel.get_legend_handles_labels()[0]) / 4))
+    panel.legend(ncols=4, loc="upper right", fontsize=8.5)
 
 
 def _draw_weights(panel: Axes, steps: Records) -> None:
@@ -453,15 +453,18 @@ def _marker(x: Sequence[int]) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3.5} if len(x) <= 12 else {}
 
 
-def _logarithmic_if_wide(panel: Axes) -> None:
-    """A logarithmic axis where the lines span more than a factor of 30, as KD at a high temperature does."""
+def _logarithmic_if_wide(panel: Axes, rows: int = 2) -> None:
+    """A logarithmic axis where the lines span more than a factor of 30, as KD at a high temperature does.
+
+    Room is left above for `rows` of a legend.
+    """
     values = [v for line in panel.get_lines() for v in line.get_ydata() if v is not None and math.isfinite(v) and v > 0]
     if values and max(values) / min(values) > 30:
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panel.set_ylim(bottom=max(min(values), max(values) / 1e4) * 0.8, top=max(values) * 3)
+        panel.set_ylim(bottom=max(min(values), max(values) / 1e4) * 0.8, top=max(values) * 2**rows)
     elif values:
-        panel.set_ylim(bottom=0, top=1.3 * max(values))
+        panel.set_ylim(bottom=0, top=(1 + 0.12 * rows) * max(values))
 
 
 def _say_empty(panel: Axes) -> None:
