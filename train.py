@@ -64,7 +64,7 @@ WITHOUT_TEACHER = "without_teacher"
 """Folder, in that of a run, of the same student trained without the teacher."""
 
 RANDOM_HINT = (
-    "a student that starts from random weights learns more beside the teacher's hidden states "
+    "a student that starts from random weights learns more from the teacher's hidden states besides "
     "(docs/experiments.md): --set curriculum.feat.weight=1 curriculum.attn.weight=1"
 )
 CHANNEL_WINDOWS = 2000

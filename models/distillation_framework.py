@@ -271,12 +271,12 @@ class DistillationFramework(nn.Module):
 
     @torch.no_grad()
     def routing(self, batch: PairedBatch) -> dict[str, list] | None:
-        """Mean share of each teacher layer in the mixture of each student layer; None without a router.
+        """Mean share of each teacher layer in the mixture of each student layer; None where no mixture is learned.
 
         Returns:
             `student_layers` and `teacher_layers` (counted from 1) and `weights`, one row per student layer.
         """
-        if self.router is None:
+        if self.router is None or "layer" not in self.curriculum.used:
             return None
         weights = self.router.routing(self._student_layers(batch), batch.anchors)
         layers = {"student_layers": self.router.student_layers, "teacher_layers": self.router.teacher_layers}

@@ -436,4 +436,5 @@ def test_routing_of_a_framework_is_a_row_per_student_layer():
     found = pair.framework(HIDDEN).routing(pair.batch())
     assert (found["student_layers"], found["teacher_layers"]) == ([2, 3], [1, 3, 4])
     assert [sum(row) for row in found["weights"]] == pytest.approx([1, 1])
-    assert pair.framework(ALL).routing(pair.batch()) is None
+    for weights in (ALL, {"feat": 1.0}):  # no router, no mixture
+        assert pair.framework(weights).routing(pair.batch()) is None
