@@ -64,4 +64,4 @@ VARIANTS = {
 }
 
 if __name__ == "__main__":
-    main(VARIANTS, "ablation-results.jsonl", __doc__)
+    main(VARIANTS, "ablation-results.jsonl", __doc__, base="kd")

@@ -270,8 +270,8 @@ def run(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> dict:
     }
 
 
-def table(results: Path, names: Sequence[str]) -> None:
-    """Print mean and range over seeds of every variant, per pair and budget."""
+def table(results: Path, names: Sequence[str], base: str) -> None:
+    """Print mean and range over seeds of every variant, per pair and budget; `base`: what they are compared with."""
     groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for line in results.read_text().splitlines():
         r = json.loads(line)
@@ -282,13 +282,13 @@ def table(results: Path, names: Sequence[str]) -> None:
             f"\n{pair}: {steps} steps of {size} windows, {share:.0%} of the text ({any_run['epochs']} epochs); ", end=""
         )
         print(f"teacher {any_run['teacher']:.4f}, student before {any_run['initial']:.4f} bits per byte\n")
-        print("| variant | bits per byte, unseen | seeds | range | against LM | training text |")
+        print(f"| variant | bits per byte, unseen | seeds | range | against {base} | training text |")
         print("|---|---|---|---|---|---|")
-        lm = {r["seed"]: r["bits_per_byte"] for r in variants.get("lm", [])}
+        of_base = {r["seed"]: r["bits_per_byte"] for r in variants.get(base, [])}
         for name in [v for v in names if v in variants]:
             runs = variants[name]
             values = [r["bits_per_byte"] for r in runs]
-            change = [r["bits_per_byte"] / lm[r["seed"]] - 1 for r in runs if r["seed"] in lm]
+            change = [r["bits_per_byte"] / of_base[r["seed"]] - 1 for r in runs if r["seed"] in of_base]
             against = f"{np.mean(change):+.2%}" if change else ""
             training = [r["training_bits_per_byte"] for r in runs if r["training_bits_per_byte"]]
             cells = [name, f"{np.mean(values):.4f}", len(values), f"{min(values):.4f} to {max(values):.4f}", against]
@@ -296,7 +296,7 @@ def table(results: Path, names: Sequence[str]) -> None:
             print(f"| {' | '.join(map(str, cells))} |")
 
 
-def main(variants: dict[str, Variant], results: str, doc: str) -> None:
+def main(variants: dict[str, Variant], results: str, doc: str, base: str) -> None:
     """The command: train the variants that are asked for, print the table."""
     if sys.platform == "linux" and not MALLOC.keys() <= os.environ.keys():
         os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
@@ -335,8 +335,8 @@ def main(variants: dict[str, Variant], results: str, doc: str) -> None:
                     out.write(json.dumps(result) + "\n")
                 print(json.dumps(result), flush=True)
     if args.results.exists():
-        table(args.results, list(variants))
+        table(args.results, list(variants), base)
 
 
 if __name__ == "__main__":
-    main(VARIANTS, "quality-results.jsonl", __doc__)
+    main(VARIANTS, "quality-results.jsonl", __doc__, base="lm")
