@@ -61,7 +61,7 @@ class DistillationFramework(nn.Module):
         self._frozen = (teacher,)
         self.config = loss
         self.curriculum = curriculum
-        self.projection = None if teacher is None else Projection(vocabulary, loss.correction, loss.min_prefix_mass)
+        self.projection = None if vocabulary is None else Projection(vocabulary, loss.correction, loss.min_prefix_mass)
         self.router: StudentAwareRouter | None = None
         if routed := curriculum.used & {*ROUTER_TERMS}:
             if teacher is None:
@@ -127,10 +127,10 @@ class DistillationFramework(nn.Module):
     def _wanted(
         self, batch: PairedBatch, wanted: set[str], signal: TeacherSignal | None, weights: dict[str, float]
     ) -> set[str]:
-        """The terms that can be computed.
+        """The terms that can be computed; without a teacher and without its signal that is LM alone.
 
         Raises:
-            ValueError: one with a weight cannot.
+            ValueError: a hidden-state term with a weight cannot, for lack of anchors, states or a router.
         """
         if self.teacher is None and signal is None:
             return wanted & {"lm"}
@@ -177,9 +177,12 @@ class DistillationFramework(nn.Module):
         )
         lm_share, extra, terms = shares.get("lm", 0.0), 0.0, {}
         if "span" in wanted:
-            value, slope, log_probs = self._span_term(batch, signal, head, scalars["span_temperature"])
+            learns = torch.is_grad_enabled() and bool(shares["span"])
+            value, slope, log_probs = self._span_term(batch, signal, head, scalars["span_temperature"], learns)
             terms["span"] = LossTerm(value, batch.counts["span"])
-            if shares["span"]:
+            if slope is None:
+                extra = shares["span"] * value
+            else:
                 # log-probabilities are what LM sums: its weight at each position carries the gradient of this term too
                 lm_share = lm_share - shares["span"] * slope
                 extra = shares["span"] * (value - (slope * log_probs).sum())
@@ -187,17 +190,17 @@ class DistillationFramework(nn.Module):
         if "kd" in wanted:
             target = self._target(batch, signal)
             with_kd = {"target": target, **self._kd_options(scalars["temperature"])}
-            if not shares["kd"]:  # measured apart: what is learned must not change by a rounding error
-                with torch.no_grad():
-                    kd_sum = head(lm_weight=0.0, **with_kd).kd_sum
-                with_kd = {}
+        kd_share = shares.get("kd", 0.0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(shares[t] for t in wanted & {*HEAD_TERMS})):
-            found = head(lm_weight=lm_share, kd_weight=shares.get("kd", 0.0), **with_kd)
+            found = head(lm_weight=lm_share, kd_weight=kd_share, **(with_kd if kd_share else {}))
         if "lm" in wanted:
             terms["lm"] = LossTerm(found.lm_sum, batch.counts["lm"])
         if "kd" in wanted:
-            skipped = (~target.valid).sum()
-            terms["kd"] = LossTerm(found.kd_sum if with_kd else kd_sum, batch.counts["kd"], skipped=skipped)
+            kd_sum = found.kd_sum
+            if not kd_share:  # measured apart, afterwards: what is learned must not change by a rounding error
+                with torch.no_grad():
+                    kd_sum = head(lm_weight=0.0, **with_kd).kd_sum
+            terms["kd"] = LossTerm(kd_sum, batch.counts["kd"], skipped=(~target.valid).sum())
         return found.loss + extra, {t: terms[t] for t in HEAD_TERMS if t in terms}
 
     def _target(self, batch: PairedBatch, signal: TeacherSignal, corrected: bool = True) -> SparseTarget:
@@ -213,18 +216,19 @@ class DistillationFramework(nn.Module):
         signal: TeacherSignal,
         head: Callable,
         temperature: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(sum over spans, its derivative [n] by the log-probability of each label, these [n])."""
+        learns: bool,
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(sum over spans, its derivative [n] by the log-probability of each label if it `learns`, these [n])."""
         with torch.no_grad():
             log_probs = head(lm_weight=0.0).log_probs
         held = batch.teacher_mask.flatten().bool()
         teacher = span_sums(signal.realised, batch.teacher_spans.flatten()[held], batch.counts["span"])
         c = self.config
-        with torch.enable_grad():
-            leaf = log_probs.clone().requires_grad_()
+        with torch.set_grad_enabled(learns):
+            leaf = log_probs.clone().requires_grad_(learns)
             student = span_sums(leaf, batch.student_spans.flatten()[batch.supervised], batch.counts["span"])
             value = span_loss(student, teacher, temperature=temperature, kind=c.divergence, skew=c.skew)
-            (slope,) = torch.autograd.grad(value, leaf)
+            slope = torch.autograd.grad(value, leaf)[0] if learns else None
         return value.detach(), slope, log_probs
 
     @torch.no_grad()
@@ -256,14 +260,15 @@ class DistillationFramework(nn.Module):
         Raises:
             ValueError: if no window has a place where both models have read the same bytes.
         """
-        was_training = self.student.training
+        modes = [(part, part.training) for part in self.student.modules()]
         self.student.eval()
         found = []
         for batch in batches:
             hidden = self._student_layers(batch)
             signal = self.teacher.signal(batch, 1, self.router.teacher_layers)
             found.append((hidden, signal.hidden, batch.anchors))
-        self.student.train(was_training)
+        for part, mode in modes:
+            part.training = mode
         self.router.calibrate(found)
 
     def _student_layers(self, batch: PairedBatch) -> tuple[Tensor, ...]:

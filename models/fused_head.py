@@ -51,7 +51,8 @@ def chunk_rows(vocabulary: int, device: torch.device, bytes_per_logit: int = 4) 
     Each chunk reads and writes the whole weight gradient, so few rows waste time; many rows waste memory. Where more
     rows gain no more: 128 to 192 on a CPU (measured: one AVX-512 core, 576 wide, 49,152 tokens: products at 64, 128,
     192, 256 rows take 1.22, 1.09, 0.99, 1.01 of those of all rows at once), 256 to 512 on Pascal, 1,024 and more on
-    newer GPUs. A GPU gives at most an eighth of what is free, the allocator's cache included; nothing waits for it.
+    newer GPUs (as published for such losses; not measured here). A GPU gives at most a sixteenth of its memory: not of
+    what is free, which would make sums depend on what ran before.
 
     Args:
         vocabulary: V.
@@ -60,9 +61,8 @@ def chunk_rows(vocabulary: int, device: torch.device, bytes_per_logit: int = 4) 
     if device.type == "cuda":
         pascal = torch.cuda.get_device_capability(device)[0] < 7
         most = PASCAL_ROWS if pascal else GPU_ROWS
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        budget = (torch.cuda.mem_get_info(device)[0] + cached) // 8
-        where = f"an eighth of the GPU's free memory is {budget / 1e6:,.0f} MB"
+        budget = torch.cuda.get_device_properties(device).total_memory // 16
+        where = f"a sixteenth of the GPU's memory is {budget / 1e6:,.0f} MB"
     else:
         most, budget = CPU_ROWS, CPU_BYTES
         where = f"the budget on {device.type} is {budget / 1e6:,.0f} MB"
@@ -99,7 +99,7 @@ def head_losses(
     chunk and differentiated by autograd: same values, same memory, somewhat slower.
 
     Args:
-        states: [n, H] final hidden states at supervised positions; with lm_weight 0, pass only those with a KD row.
+        states: [n, H] final hidden states at supervised positions.
         labels: [n] the token that each position predicts.
         lm_weight: weight / count of LM; [n] gives each position its own, for a term made of `log_probs`.
         kd_weight: weight / count of KD. A 0 that is a float, not a tensor, costs no gradient; without a target KD
@@ -115,7 +115,7 @@ def head_losses(
         ValueError: for shapes that do not fit and a chunk under 1.
     """
     _check(states, labels, target, rows, chunk)
-    linear = type(head) is nn.Linear and not (head._forward_hooks or head._forward_pre_hooks)
+    linear = type(head) is nn.Linear and not _is_altered(head)
     weight = getattr(head, "weight", None)
     params = [head.weight, head.bias] if linear else [p for p in head.parameters() if p.requires_grad]
     kind = states.device.type
@@ -148,6 +148,12 @@ def head_losses(
     )
     loss, lm_sum, kd_sum, log_probs = _Fused.apply(job, states, *params)
     return HeadLosses(loss, lm_sum, None if target is None else kd_sum, log_probs)
+
+
+def _is_altered(head: nn.Module) -> bool:
+    """Whether hooks or a forward of its own (accelerate's offloading, for one) do more than the product."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(head)
 
 
 def _check(states: Tensor, labels: Tensor, target: SparseTarget | None, rows: Tensor | None, chunk: int | None) -> None:

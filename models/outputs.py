@@ -81,6 +81,15 @@ class PairedBatch:
     anchors: Anchors | None = None
     """For the router; None where there is none."""
 
+    def as_filler(self) -> "PairedBatch":
+        """The same without anchors: for a process that only keeps others company, and must not be compared with."""
+        if self.anchors is None:
+            return self
+        a = self.anchors
+        none = {name: getattr(a, name)[:0] for name in ("student", "teacher", "window", "run")}
+        empty = replace(a, **none, sampled=torch.full_like(a.sampled, -1), attends=torch.zeros_like(a.attends), runs=0)
+        return replace(self, anchors=empty)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PairedBatch":
         return replace(self, **{n: v.to(device, non_blocking=non_blocking) for n, v in _tensors(self).items()})
 

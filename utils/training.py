@@ -292,6 +292,7 @@ class TrainingLoop:
         idle = batch is None
         if idle:  # DDP waits for every process: take part with a loss of 0
             batch = self.collate([self.dataset[0]])
+            batch = batch.as_filler() if hasattr(batch, "as_filler") else batch
         elif self.flags is not None:
             self.flags.batch(batch.labels, epoch + 1, batch.documents)
         seed_forward(device, self.config.seed, self.step, index, rank)

@@ -438,3 +438,27 @@ def test_routing_of_a_framework_is_a_row_per_student_layer():
     assert [sum(row) for row in found["weights"]] == pytest.approx([1, 1])
     for weights in (ALL, {"feat": 1.0}):  # no router, no mixture
         assert pair.framework(weights).routing(pair.batch()) is None
+
+
+def test_a_filler_is_no_candidate_and_compares_nothing():
+    pair = routed_pair(teacher_layers=3)
+    framework, batch = pair.framework(HIDDEN), pair.batch()
+    output = framework(batch.as_filler(), counts=batch.counts)
+    assert all(output.terms[name].sum.item() == 0 for name in ("feat", "rel", "attn", "layer", "contr"))
+    output.loss.backward()
+    assert all(g.isfinite().all() for g in gradients(framework))
+
+
+def test_a_signal_is_enough_where_there_is_no_teacher(pair):
+    batch, signal = pair.batch(), pair.frozen().signal(pair.batch(), 256)
+    scheduler = curriculum(lm=0.3, kd=0.7)
+    alone = DistillationFramework(pair.student, None, pair.vocabulary, LossConfig(), scheduler)
+    with_teacher = DistillationFramework(pair.student, pair.frozen(), pair.vocabulary, LossConfig(), scheduler)
+    assert alone(batch, signal=signal).loss.item() == with_teacher(batch).loss.item()
+
+
+def test_every_term_is_measured_in_inference_mode(pair):
+    framework, batch = pair.framework(ALL), pair.batch()
+    with torch.inference_mode():
+        inferred = framework(batch)
+    assert inferred.loss.item() == pytest.approx(framework(batch).loss.item(), rel=1e-5)

@@ -441,3 +441,12 @@ def test_shapes_that_do_not_fit_are_refused():
         fused(states, head, labels, target, None)
     with pytest.raises(ValueError, match="chunk 0"):
         fused(states, head, labels, target, rows, chunk=0)
+
+
+def test_a_head_with_a_forward_of_its_own_is_called():
+    torch.manual_seed(0)
+    head, states, labels = torch.nn.Linear(8, 20), torch.randn(5, 8), torch.arange(5)
+    plain = head.forward
+    head.forward = lambda x: 2 * plain(x)
+    expected = torch.nn.functional.cross_entropy(head(states), labels, reduction="sum")
+    torch.testing.assert_close(head_losses(states, head, labels, lm_weight=1.0).lm_sum, expected.detach())
