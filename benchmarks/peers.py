@@ -26,7 +26,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import psutil
 import torch
@@ -179,19 +178,9 @@ def trl_chunked(p: Problem) -> Callable[[], Tensor]:
 
 
 def gold(p: Problem) -> Callable[[], Tensor]:
-    from trl.experimental.gold.gold_trainer import ULDLoss
+    from benchmarks.quality import gold_loss
 
-    settings = SimpleNamespace(
-        uld_crossentropy_weight=LM,
-        uld_distillation_weight=KD,
-        uld_student_temperature=1.0,
-        uld_teacher_temperature=1.0,
-        uld_skip_student_eos=True,
-        uld_skip_teacher_eos=True,
-        use_extended_uld=True,
-        uld_token_merge_strategy="observed",
-    )
-    loss, shape = ULDLoss(settings), (p.windows, p.tokens // p.windows)
+    loss, shape = gold_loss(LM, KD), (p.windows, p.tokens // p.windows)
     if shape[0] * shape[1] != p.tokens:
         raise ValueError(f"got {p.tokens} tokens in {p.windows} windows, expected a multiple")
     teacher = p.teacher_logits().unflatten(0, shape)

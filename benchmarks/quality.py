@@ -17,7 +17,7 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,23 +171,28 @@ def join(signals: list[TeacherSignal], rows: list[torch.Tensor]) -> TeacherSigna
     return replace(signal, hidden=tuple(torch.cat(rows) for rows in padded))
 
 
+def gold_loss(lm: float, kd: float) -> Callable[..., Tensor]:
+    """ULDLoss of TRL's GOLD trainer with its default settings and these weights."""
+    from trl.experimental.gold.gold_trainer import ULDLoss
+
+    settings = SimpleNamespace(
+        uld_crossentropy_weight=lm,
+        uld_distillation_weight=kd,
+        uld_student_temperature=1.0,
+        uld_teacher_temperature=1.0,
+        uld_skip_student_eos=True,
+        uld_skip_teacher_eos=True,
+        use_extended_uld=True,
+        uld_token_merge_strategy="observed",
+    )
+    return ULDLoss(settings)
+
+
 class Gold:
     """TRL's GOLD loss (ULDLoss of trl.experimental.gold) on our windows, whose tokens come with byte offsets."""
 
     def __init__(self) -> None:
-        from trl.experimental.gold.gold_trainer import ULDLoss
-
-        settings = SimpleNamespace(
-            uld_crossentropy_weight=0.3,
-            uld_distillation_weight=0.7,
-            uld_student_temperature=1.0,
-            uld_teacher_temperature=1.0,
-            uld_skip_student_eos=True,
-            uld_skip_teacher_eos=True,
-            use_extended_uld=True,
-            uld_token_merge_strategy="observed",
-        )
-        self.loss = ULDLoss(settings)
+        self.loss = gold_loss(lm=0.3, kd=0.7)
 
     def __call__(self, student: torch.nn.Module, teacher: torch.nn.Module, batch: PairedBatch, windows: list) -> Tensor:
         offsets, labels = [], []

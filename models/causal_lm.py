@@ -1,6 +1,7 @@
 """A transformers causal language model as body and head: hidden states first, logits only where they are needed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,18 @@ def head_logits(model: nn.Module, states: Tensor) -> Tensor:
     return logits
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards every submodule has its own mode again."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
 @torch.no_grad()
 def check_head(model: nn.Module, name: str) -> None:
     """Make sure that body and head give the model's own logits.
@@ -63,11 +76,9 @@ def check_head(model: nn.Module, name: str) -> None:
         )
     device = next(model.parameters()).device
     ids = torch.arange(1, 5, device=device).clamp_max(vocabulary_size(model) - 1)[None]
-    was_training = model.training
-    model.eval()
-    own = model(input_ids=ids, use_cache=False).logits.float()
-    ours = head_logits(model, body_states(model, ids, torch.ones_like(ids)))
-    model.train(was_training)
+    with evaluating(model):
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        ours = head_logits(model, body_states(model, ids, torch.ones_like(ids)))
     if not own.isfinite().all():
         raise ValueError(
             f"the logits of the {name} ({type(model).__name__}, {model.dtype}) are not finite: its weights are "

@@ -9,7 +9,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import body_layers, check_head, depth_and_width, head_logits, logit_options, vocabulary_size
+from .causal_lm import (
+    body_layers,
+    body_states,
+    check_head,
+    depth_and_width,
+    evaluating,
+    head_logits,
+    logit_options,
+    vocabulary_size,
+)
 from .config import LossConfig, RouterConfig
 from .curriculum import CurriculumScheduler
 from .fused_head import chunk_rows, head_losses
@@ -241,7 +250,7 @@ class DistillationFramework(nn.Module):
         """
         signal = signal or self.teacher.signal(batch, self.config.top_k)
         target = self._target(batch, signal, corrected=False)
-        states, _ = body_layers(self.student, batch.student_ids, batch.student_mask, ())
+        states = body_states(self.student, batch.student_ids, batch.student_mask)
         rows = (target.valid & (batch.depth == 0)).nonzero()[:, 0]
         agree = kl_sum = 0.0
         for some in rows.split(chunk_rows(vocabulary_size(self.student), rows.device)[0]):
@@ -260,15 +269,12 @@ class DistillationFramework(nn.Module):
         Raises:
             ValueError: if no window has a place where both models have read the same bytes.
         """
-        modes = [(part, part.training) for part in self.student.modules()]
-        self.student.eval()
         found = []
-        for batch in batches:
-            hidden = self._student_layers(batch)
-            signal = self.teacher.signal(batch, 1, self.router.teacher_layers)
-            found.append((hidden, signal.hidden, batch.anchors))
-        for part, mode in modes:
-            part.training = mode
+        with evaluating(self.student):
+            for batch in batches:
+                hidden = self._student_layers(batch)
+                signal = self.teacher.signal(batch, 1, self.router.teacher_layers)
+                found.append((hidden, signal.hidden, batch.anchors))
         self.router.calibrate(found)
 
     def _student_layers(self, batch: PairedBatch) -> tuple[Tensor, ...]:
@@ -294,14 +300,12 @@ class DistillationFramework(nn.Module):
         """
         student = [p for p in self.student.parameters() if p.requires_grad]
         groups = [
-            {"name": "student", "params": [p for p in student if p.ndim >= 2], "weight_decay": weight_decay},
-            {"name": "student", "params": [p for p in student if p.ndim < 2], "weight_decay": 0.0},
+            ("student", [p for p in student if p.ndim >= 2], learning_rate, weight_decay),
+            ("student", [p for p in student if p.ndim < 2], learning_rate, 0.0),
         ]
-        groups = [{**group, "lr": learning_rate} for group in groups]
-        if self.router is not None:
-            own = {"lr": self.router.config.learning_rate}
+        if (router := self.router) is not None:
             groups += [
-                {"name": "router", "params": [self.router.projection], "weight_decay": weight_decay, **own},
-                {"name": "gates", "params": [self.router.gate, self.router.offset], "weight_decay": 0.0, **own},
+                ("router", [router.projection], router.config.learning_rate, weight_decay),
+                ("gates", [router.gate, router.offset], router.config.learning_rate, 0.0),
             ]
-        return groups
+        return [dict(zip(("name", "params", "lr", "weight_decay"), group, strict=True)) for group in groups]

@@ -202,8 +202,7 @@ def _routing(routing: Mapping[str, Any] | None) -> str:
     return (
         f"## Routing\n\n![Routing]({ROUTING})\n\n"
         f"Each row tells which teacher layers a student layer is compared with by the term `layer`, at step "
-        f"{routing['step']:,}: shares of the mixture, which add up to 1 (without that term they stay at their prior, "
-        "the layers at the same relative depth)."
+        f"{routing['step']:,}: shares of the mixture, which add up to 1."
     )
 
 

@@ -5,7 +5,8 @@
         .terms      {name: object with .sum (scalar tensor) and .count (int)}
         .weights    {name: float}      .scalars    {name: float}
     With term_graphs=True (only where `fit` got `term_gradients`) every .sum of a term with a weight has a graph.
-    batch: .counts {name: int}, .labels, .documents, .to(device, non_blocking=...)
+    batch: .counts {name: int}, .labels, .documents, .to(device, non_blocking=...), and .as_filler() where a batch
+    that only keeps other processes company must differ from one that is learned from
 
 A term is divided by its count in the whole optimizer step, over all micro-batches and processes. The loop
 knows these counts before the first forward, so accelerate is kept from dividing by the number of
