@@ -5,11 +5,8 @@
 The junction of `models/` (what is learned) and `utils/` (how it is run): everything here is assembly.
 """
 
-import hashlib
-import json
 import logging
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -40,9 +37,6 @@ from utils.config import (
     ModelConfig,
     StudentConfig,
     TrainingConfig,
-    build,
-    find_config,
-    load_yaml,
     to_plain,
 )
 from utils.errors import UserError
@@ -122,34 +116,7 @@ def configure(argv: Sequence[str]) -> tuple[RunConfig, str]:
     Raises:
         UserError: every mistake in recipe and flags.
     """
-    arguments = command_line.parse(argv)
-    name, why = (arguments.config, "asked for") if arguments.config else _default_recipe(arguments)
-    if name is None:
-        values: dict[str, Any] = {}
-        arguments.apply(values)
-        return build(RunConfig, values, source="the command line"), f"no recipe: {why}{_replaced(arguments)}"
-    path = find_config(name)
-    values = load_yaml(path)
-    values.setdefault("output_dir", f"runs/{path.stem}")
-    arguments.apply(values)
-    config = build(RunConfig, values, source=f"{path.name} and the command line")
-    return config, f"recipe {path.name}: {why}{_replaced(arguments)}"
-
-
-def _replaced(arguments: command_line.Arguments) -> str:
-    """What is without effect on this command line."""
-    epochs, steps = (arguments.values.get(f"training.{key}") for key in ("epochs", "max_steps"))
-    return f"; max_steps {steps} replaces epochs {epochs}" if epochs and steps else ""
-
-
-def _default_recipe(arguments: command_line.Arguments) -> tuple[str | None, str]:
-    """The recipe where none was named, and why. None: the defaults of every setting."""
-    device = hardware.choose_device()
-    if device.value.type == "cuda":
-        return "kaggle_p100", f"no --config was given and there is a GPU ({device.reason})"
-    if arguments.values.keys() & {"teacher.name", "student.name"}:
-        return None, "no --config was given, and the models are your own; quickstart's settings suit its tiny student"
-    return "quickstart", f"no --config was given and there is no GPU ({device.reason})"
+    return command_line.configure(RunConfig, argv)
 
 
 # ------------------------------------------------------------------------------------------ building
@@ -448,29 +415,24 @@ def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSign
         return config
     with accelerator.main_process_first():
         material = quickstart.material()
-    return quickstart.with_paths(config, material, lambda: _quickstart_teacher(config, material, accelerator, stop))
 
+    def train_teacher() -> Path:
+        own, recipe = configure(
+            ["--config", "quickstart_teacher", "--mixed-precision", config.training.mixed_precision, "--resume", "auto"]
+        )
+        folder = quickstart.teacher_folder(material, run_folder.identity(to_plain(own)))
+        if not on_main_process(accelerator, folder.is_dir):
+            log.info("no trained teacher in the cache: training one now, about a minute")
+            scratch = on_main_process(accelerator, lambda: quickstart.workshop(folder))
+            reason = run(replace(own, output_dir=str(scratch)), recipe, stop)
+            if reason == "max_hours":
+                raise Interrupted(reason)
+            if accelerator.is_main_process:
+                quickstart.put_into_place(scratch, folder)
+            accelerator.wait_for_everyone()
+        return folder
 
-def _quickstart_teacher(
-    config: RunConfig, material: quickstart.Material, accelerator: Accelerator, stop: StopSignal
-) -> Path:
-    """The trained quickstart teacher, from the cache or trained now with the same loop."""
-    own, recipe = configure(
-        ["--config", "quickstart_teacher", "--mixed-precision", config.training.mixed_precision, "--resume", "auto"]
-    )
-    key = hashlib.sha256(json.dumps(run_folder.identity(to_plain(own))).encode()).hexdigest()[:8]
-    folder = material.trained_teacher.with_name(f"{material.trained_teacher.name}-{key}")
-    if not on_main_process(accelerator, folder.is_dir):
-        log.info("no trained teacher in the cache: training one now, about a minute")
-        scratch = on_main_process(accelerator, lambda: quickstart.workshop(folder))
-        reason = run(replace(own, output_dir=str(scratch)), recipe, stop)
-        if reason == "max_hours":
-            raise Interrupted(reason)
-        if accelerator.is_main_process:
-            quickstart.put_into_place(scratch / "student", folder)
-            shutil.rmtree(scratch, ignore_errors=True)
-        accelerator.wait_for_everyone()
-    return folder
+    return quickstart.with_paths(config, material, train_teacher)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

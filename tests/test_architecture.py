@@ -27,6 +27,7 @@ FLOORS = {
         | {"checklist", "environment", "forecast"},
         {"data", "checkpoints", "evaluation", "report", "quickstart", "pretrained", "command_line", "run_folder"},
         {"plan", "held_out", "preflight", "rehearsal", "miniature"},
+        {"run_state"},
         {"training"},
     ],
 }

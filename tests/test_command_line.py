@@ -11,7 +11,7 @@ import torch
 import train
 from models.curriculum import CurriculumScheduler
 from utils import command_line, pretrained
-from utils.config import find_config, load_yaml, to_plain
+from utils.config import build, find_config, load_yaml, to_plain
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,7 +175,7 @@ def test_contradictions_are_refused(words, message):
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid_and_survives_being_written_down(recipe):
     config, _ = train.configure(["--config", recipe.stem])
-    again = train.build(train.RunConfig, to_plain(config), source="itself")
+    again = build(train.RunConfig, to_plain(config), source="itself")
     assert again == config and config.output_dir == f"runs/{recipe.stem}"
 
 

@@ -1,4 +1,4 @@
-"""The command line of `train.py`: flags are names for configuration keys, and nothing is decided here.
+"""The command line of `train.py`: flags are names for configuration keys, laid over those of a recipe.
 
 Values stay text; `config.build` checks them together with those of the YAML file, so that all mistakes are
 reported at once.
@@ -8,10 +8,13 @@ import argparse
 import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
-from .config import set_dotted
+from . import hardware
+from .config import build, find_config, load_yaml, set_dotted
 from .errors import UserError
+
+Config = TypeVar("Config")
 
 FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "models": (
@@ -94,6 +97,45 @@ class Arguments:
             inner[last] = value
         for assignment in self.assignments:
             set_dotted(values, assignment)
+
+
+def configure(schema: type[Config], argv: Sequence[str]) -> tuple[Config, str]:
+    """The configuration a command line asks for, and which recipe it starts from and why.
+
+    Args:
+        schema: the dataclass of a whole run.
+
+    Raises:
+        UserError: every mistake in recipe and flags.
+    """
+    arguments = parse(argv)
+    name, why = (arguments.config, "asked for") if arguments.config else _default_recipe(arguments)
+    if name is None:
+        values: dict[str, Any] = {}
+        arguments.apply(values)
+        return build(schema, values, source="the command line"), f"no recipe: {why}{_replaced(arguments)}"
+    path = find_config(name)
+    values = load_yaml(path)
+    values.setdefault("output_dir", f"runs/{path.stem}")
+    arguments.apply(values)
+    config = build(schema, values, source=f"{path.name} and the command line")
+    return config, f"recipe {path.name}: {why}{_replaced(arguments)}"
+
+
+def _replaced(arguments: Arguments) -> str:
+    """What is without effect on this command line."""
+    epochs, steps = (arguments.values.get(f"training.{key}") for key in ("epochs", "max_steps"))
+    return f"; max_steps {steps} replaces epochs {epochs}" if epochs and steps else ""
+
+
+def _default_recipe(arguments: Arguments) -> tuple[str | None, str]:
+    """The recipe where none was named, and why. None: the defaults of every setting."""
+    device = hardware.choose_device()
+    if device.value.type == "cuda":
+        return "kaggle_p100", f"no --config was given and there is a GPU ({device.reason})"
+    if arguments.values.keys() & {"teacher.name", "student.name"}:
+        return None, "no --config was given, and the models are your own; quickstart's settings suit its tiny student"
+    return "quickstart", f"no --config was given and there is no GPU ({device.reason})"
 
 
 class _Parser(argparse.ArgumentParser):

@@ -99,6 +99,28 @@ class Measured:
                 terms[name] = {"raw": raw, "weight": weight, "weighted": weight * raw, "count": int(count)}
         return loss, {name: terms[name] for name in self.weights if name in terms}
 
+    def record(self, host: HostSum, counts: Mapping[str, int], accelerator: Accelerator) -> dict[str, Any]:
+        """What a record of `metrics.jsonl` tells of the loss: terms, coverage, scheduled scalars.
+
+        Args:
+            counts: of the whole optimizer step.
+        """
+        loss, terms = self.read(host, counts)
+        if self.gradients is not None:
+            norms = self.gradients.norms(self.weights, accelerator)
+            terms = {name: term | ({"grad_norm": norms[name]} if name in norms else {}) for name, term in terms.items()}
+        record: dict[str, Any] = {"loss": loss, "terms": terms}
+        if "kd" in terms:
+            record["kd_nats_per_token"] = terms["kd"]["raw"] / self.scalars.get("temperature", 1.0) ** 2
+        if counts.get("lm"):
+            skipped = {"kd": self.skips("kd", host)}
+            record["coverage"] = {
+                key: (counts[name] - skipped.get(name, 0)) / counts["lm"]
+                for key, name in {"anchored": "kd", "depth0": "depth0"}.items()
+                if name in counts
+            }
+        return record | {key: self.scalars[key] for key in ("top_k", "temperature") if key in self.scalars}
+
 
 class TermGradients:
     """The gradient that each term contributes to some parameters in one optimizer step: that of its weighted share.

@@ -9,12 +9,13 @@ import ast
 import json
 import os
 import platform
+import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,12 @@ def is_named(config: Any) -> bool:
     return bool(NAMES & {config.teacher.name, config.student.name}) or STUDENT in (*config.data.train, config.data.eval)
 
 
+def teacher_folder(found: Material, settings: Mapping[str, Any]) -> Path:
+    """Where the teacher belongs that a run with such settings trains."""
+    key = sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    return found.trained_teacher.with_name(f"{found.trained_teacher.name}-{key}")
+
+
 def workshop(folder: Path) -> Path:
     """Where this process makes `folder`: a path of its own, with what a process that is no more had done there."""
     stem = f"{folder.name}.run-{platform.node()}-"
@@ -143,12 +150,13 @@ def workshop(folder: Path) -> Path:
 
 
 def put_into_place(made: Path, folder: Path) -> None:
-    """Rename `made` to `folder`, unless another process was faster."""
+    """Rename the student of the run in `made` to `folder`, unless another process was faster, and drop the run."""
     try:
-        os.replace(made, folder)
+        os.replace(made / "student", folder)
     except OSError:
         if not folder.is_dir():
             raise
+    shutil.rmtree(made, ignore_errors=True)
 
 
 def _build(folder: Path) -> None:

@@ -23,7 +23,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,6 +42,7 @@ from .guards import RedFlags
 from .logs import StepLogger
 from .meters import Clock, HostSum, Measured, Skips, TermGradients
 from .plan import Plan, build_optimizer, build_scheduler, taught_parameters
+from .run_state import RunState
 from .seeding import rng_state, set_rng_state
 from .stopping import STOP_REASONS, EarlyStopping, StopSignal
 
@@ -157,14 +158,11 @@ class TrainingLoop:
         self.flags, self.stop, self.num_workers = flags, stop, num_workers
         self.term_gradients = term_gradients
         self.plan = Plan.of(config, len(dataset), accelerator.num_processes)
-        self.early = EarlyStopping(config.patience)
         self.evaluation: dict[str, Any] | None = None
-        self.step = 0
         self.resumed_from: int | None = None
         self._saved_step: int | None = None
         self._prepare()
         self._host = HostSum(accelerator, sorted(collate([dataset[0]]).counts))
-        self._clock = Clock()
 
     def _prepare(self) -> None:
         accelerator = self.accelerator
@@ -179,7 +177,23 @@ class TrainingLoop:
         self.model, self.optimizer = accelerator.prepare(_Shell(self.module), optimizer)
         if self.scaler is not None:  # an accelerator that served another run before has its scale
             self.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
-        self._skips = Skips(accelerator.device)
+        self.early, self._skips, self._clock = EarlyStopping(self.config.patience), Skips(accelerator.device), Clock()
+        self.state = RunState(
+            module=self.module,
+            optimizer=self.optimizer.optimizer,
+            scheduler=self.scheduler,
+            scaler=self.scaler,
+            plan=self.plan,
+            early=self.early,
+            skips=self._skips,
+            flags=self.flags,
+            clock=self._clock,
+        )
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps done."""
+        return self.state.step
 
     # --- the run ----------------------------------------------------------------------------------------------------
 
@@ -278,16 +292,14 @@ class TrainingLoop:
         lr = self.optimizer.param_groups[0]["lr"]
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self._update(norm)
-        self.step += 1
+        self.state.step += 1
         self._clock.tokens += counts.get("lm", 0)
         if measured is not None:
             self._log_step(measured, counts, lr, norm)
         if measured is not None or self.accelerator.device.type == "cpu":
             self._skips.read(self.step, quiet=self.scaler is not None)
 
-    def _backward(
-        self, batch: Any, index: int, epoch: int, counts: dict[str, int], measured: "Measured | None"
-    ) -> None:
+    def _backward(self, batch: Any, index: int, epoch: int, counts: dict[str, int], measured: Measured | None) -> None:
         """Forward and backward of one micro-batch."""
         rank, device = self.accelerator.process_index, self.accelerator.device
         idle = batch is None
@@ -319,34 +331,19 @@ class TrainingLoop:
             self.scheduler.step()
         self.optimizer.zero_grad()
 
-    def _log_step(self, measured: "Measured", counts: dict[str, int], lr: float, norm: Tensor) -> None:
-        loss, terms = measured.read(self._host, counts)
-        if measured.gradients is not None:
-            norms = measured.gradients.norms(measured.weights, self.accelerator)
-            terms = {name: term | ({"grad_norm": norms[name]} if name in norms else {}) for name, term in terms.items()}
-        scalars = measured.scalars
+    def _log_step(self, measured: Measured, counts: dict[str, int], lr: float, norm: Tensor) -> None:
+        told = measured.record(self._host, counts, self.accelerator)
         record = {
             "step": self.step,
             "epoch": self.step / self.plan.steps_per_epoch,
             "progress": self.step / self.plan.total_steps,
-            "loss": loss,
+            "loss": told["loss"],
             "lr": lr,
             "grad_norm": norm.item(),
             "tokens_per_second": self._clock.tokens_per_second(),
             "peak_memory_mb": hardware.peak_memory_mb(self.accelerator.device),
-            "terms": terms,
+            **told,
         }
-        if "kd" in terms:
-            record["kd_nats_per_token"] = terms["kd"]["raw"] / scalars.get("temperature", 1.0) ** 2
-        if counts.get("lm"):
-            shares = {"anchored": "kd", "depth0": "depth0"}
-            skipped = {"kd": measured.skips("kd", self._host)}
-            record["coverage"] = {
-                key: (counts[name] - skipped.get(name, 0)) / counts["lm"]
-                for key, name in shares.items()
-                if name in counts
-            }
-        record |= {key: scalars[key] for key in ("top_k", "temperature") if key in scalars}
         self.logger.training(record, measured.weights)
         if self.flags is not None:
             self.flags.check(record)
@@ -380,33 +377,10 @@ class TrainingLoop:
         with self._clock.paused():
             self._skips.read(self.step, quiet=self.scaler is not None)
             if self.accelerator.is_main_process:
-                objects = {
-                    "optimizer": self.optimizer.optimizer.state_dict(),
-                    "scheduler": self.scheduler.state_dict(),
-                    "rng": rng_state(),
-                }
-                if self.scaler is not None:
-                    objects["scaler"] = self.scaler.state_dict()
                 protect = [] if self.early.best_step is None else [self.early.best_step]
-                self.checkpoints.save(
-                    self.step,
-                    tensors={"module": self.module.state_dict()},
-                    objects=objects,
-                    state=self._state(),
-                    protect=protect,
-                )
+                self.checkpoints.save(self.step, **self.state.parts(), protect=protect)
             self.accelerator.wait_for_everyone()
         self._saved_step = self.step
-
-    def _state(self) -> dict[str, Any]:
-        return {
-            "step": self.step,
-            "plan": self.plan.identity(),
-            "seconds": self._clock.total(),
-            "early_stopping": asdict(self.early),
-            "skips": self._skips.state(),
-            "flags": None if self.flags is None else self.flags.state_dict(),
-        }
 
     def resume(self, path: Path) -> None:
         """Take up a checkpoint: afterwards everything is as it was at that step boundary.
@@ -416,28 +390,8 @@ class TrainingLoop:
         """
         if self.checkpoints is None:
             raise ValueError("resume_from was given without checkpoints")
-        saved = self.checkpoints.load(path)
-        state = saved.state
-        plan, here = state["plan"], self.plan.identity()
-        if differing := [key for key in here if plan.get(key) != here[key]]:
-            lines = "".join(f"  - {key}: {plan.get(key)} -> {here[key]}\n" for key in differing)
-            raise UserError(
-                f"{path} was written by a run that is cut into other optimizer steps (checkpoint -> now):\n{lines}"
-                "Expected the same text, epochs or max_steps, and batch_size x gradient_accumulation_steps x "
-                "processes. Put them back to continue it, or start a new run in another --output-dir."
-            )
-        self.module.load_state_dict(saved.tensors["module"])
-        self.optimizer.optimizer.load_state_dict(saved.objects["optimizer"])
-        self.scheduler.load_state_dict(saved.objects["scheduler"])
-        if self.scaler is not None and "scaler" in saved.objects:
-            self.scaler.load_state_dict(saved.objects["scaler"])
-        set_rng_state(saved.objects["rng"])
-        self.step = self.resumed_from = self._saved_step = state["step"]
-        self.early = EarlyStopping(**{**state["early_stopping"], "patience": self.config.patience})
-        self._skips.load(state["skips"])
-        if self.flags is not None and state["flags"] is not None:
-            self.flags.load_state_dict(state["flags"])
-        self._clock.before = state["seconds"]
+        self.state.load(self.checkpoints.load(path), path)
+        self.resumed_from = self._saved_step = self.step
         log.info("resumed from %s at step %d of %d", path, self.step, self.plan.total_steps)
 
     def _take_best(self) -> None:
@@ -448,14 +402,14 @@ class TrainingLoop:
         if path is None:
             log.warning("there is no checkpoint of the best step %d: the last weights stay", self.early.best_step)
             return
-        self.module.load_state_dict(self.checkpoints.load(path).tensors["module"])
+        self.state.load_weights(self.checkpoints.load(path))
         log.info("weights of step %d, the best evaluation, put back", self.early.best_step)
 
     def close(self) -> None:
         """Let go of everything, so that the accelerator can serve another run."""
         self.optimizer.zero_grad()
         self._host.close()
-        self.model = self.optimizer = self.scheduler = None
+        self.model = self.optimizer = self.scheduler = self.state = None
         self.accelerator.free_memory()
 
 

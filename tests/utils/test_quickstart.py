@@ -155,9 +155,10 @@ def test_a_teacher_is_made_in_a_place_of_its_own_or_where_a_dead_process_left_it
 
 def test_of_two_that_made_the_same_folder_the_faster_one_counts(tmp_path):
     for name in ("first", "second"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "made_by").write_text(name)
+        (tmp_path / name / "student").mkdir(parents=True)
+        (tmp_path / name / "student" / "made_by").write_text(name)
         quickstart.put_into_place(tmp_path / name, tmp_path / "folder")
+        assert not (tmp_path / name).exists()
     assert (tmp_path / "folder" / "made_by").read_text() == "first"
     with pytest.raises(OSError):
         quickstart.put_into_place(tmp_path / "nothing", tmp_path / "other")

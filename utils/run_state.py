@@ -1,0 +1,83 @@
+"""What survives from one session of a run to the next: all that a step depends on, as a checkpoint holds it."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoints import Checkpoint
+from .errors import UserError
+from .guards import RedFlags
+from .meters import Clock, Skips
+from .plan import Plan
+from .seeding import rng_state, set_rng_state
+from .stopping import EarlyStopping
+
+
+@dataclass
+class RunState:
+    """The parts of a run that change while it runs, and how many optimizer steps it has done."""
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: torch.amp.GradScaler | None
+    plan: Plan
+    early: EarlyStopping
+    skips: Skips
+    flags: RedFlags | None
+    clock: Clock
+    step: int = 0
+
+    def parts(self) -> dict[str, Any]:
+        """What `CheckpointStore.save` takes: tensors, objects for `torch.save`, and plain values."""
+        objects = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": rng_state(),
+        }
+        if self.scaler is not None:
+            objects["scaler"] = self.scaler.state_dict()
+        state = {
+            "step": self.step,
+            "plan": self.plan.identity(),
+            "seconds": self.clock.total(),
+            "early_stopping": asdict(self.early),
+            "skips": self.skips.state(),
+            "flags": None if self.flags is None else self.flags.state_dict(),
+        }
+        return {"tensors": {"module": self.module.state_dict()}, "objects": objects, "state": state}
+
+    def load(self, saved: Checkpoint, path: Path) -> None:
+        """Make everything as it was when `parts` was saved. `path` is for messages.
+
+        Raises:
+            UserError: that run is cut into other optimizer steps.
+        """
+        state = saved.state
+        plan, here = state["plan"], self.plan.identity()
+        if differing := [key for key in here if plan.get(key) != here[key]]:
+            lines = "".join(f"  - {key}: {plan.get(key)} -> {here[key]}\n" for key in differing)
+            raise UserError(
+                f"{path} was written by a run that is cut into other optimizer steps (checkpoint -> now):\n{lines}"
+                "Expected the same text, epochs or max_steps, and batch_size x gradient_accumulation_steps x "
+                "processes. Put them back to continue it, or start a new run in another --output-dir."
+            )
+        self.load_weights(saved)
+        self.optimizer.load_state_dict(saved.objects["optimizer"])
+        self.scheduler.load_state_dict(saved.objects["scheduler"])
+        if self.scaler is not None and "scaler" in saved.objects:
+            self.scaler.load_state_dict(saved.objects["scaler"])
+        set_rng_state(saved.objects["rng"])
+        self.step = state["step"]
+        kept = state["early_stopping"]
+        self.early.best, self.early.best_step, self.early.waited = kept["best"], kept["best_step"], kept["waited"]
+        self.skips.load(state["skips"])
+        if self.flags is not None and state["flags"] is not None:
+            self.flags.load_state_dict(state["flags"])
+        self.clock.before = state["seconds"]
+
+    def load_weights(self, saved: Checkpoint) -> None:
+        self.module.load_state_dict(saved.tensors["module"])
