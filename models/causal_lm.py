@@ -7,9 +7,15 @@ import torch
 from torch import Tensor, nn
 
 
+def body(model: nn.Module) -> nn.Module:
+    """What is below the head. The wrapper that peft puts around a model with adapters is looked through."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model
+
+
 def body_states(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """[B, S, H] the states that enter the head."""
-    return model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+    return body(model)(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
 
 def body_layers(
@@ -21,7 +27,7 @@ def body_layers(
     """
     if not layers:
         return body_states(model, ids, mask), ()
-    out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+    out = body(model)(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
     return out.last_hidden_state, tuple(out.hidden_states[layer] for layer in layers)
 
 

@@ -177,7 +177,7 @@ class DistillationFramework(nn.Module):
             return states.new_zeros(()), {}
         labels, states = batch.labels.flatten()[batch.supervised], states.flatten(0, 1)[batch.supervised]
         head = functools.partial(
-            head_losses,
+            _same_draw(head_losses, states.device),
             states,
             self.student.get_output_embeddings(),
             labels,
@@ -309,3 +309,14 @@ class DistillationFramework(nn.Module):
                 ("gates", [router.gate, router.offset], router.config.learning_rate, 0.0),
             ]
         return [dict(zip(("name", "params", "lr", "weight_decay"), group, strict=True)) for group in groups]
+
+
+def _same_draw(function: Callable, device: torch.device) -> Callable:
+    """`function`, in which every call draws the same random numbers: all passes of a head with dropout (an adapter's,
+    for one) see one mask, however many passes are measured besides."""
+
+    def call(*args, **options):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return function(*args, **options)
+
+    return call

@@ -1,0 +1,103 @@
+"""A student with a low-rank adapter learns what the same student with the product of its factors would."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from models.losses import span_loss, span_sums
+from tests.models.tiny import byte_bpe, pair_of, tiny_llama
+
+peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e .[peft]")
+
+TERMS = {"kd": 0.7, "lm": 0.3, "span": 0.5}
+
+
+def pair(**settings):
+    """A pair whose student has an adapter that already does something, on every linear layer and the head."""
+    tokenizers = byte_bpe(290), byte_bpe(330)
+    base = tiny_llama(len(tokenizers[0]), seed=1).double()
+    modules = [name.rpartition(".")[2] for name, module in base.named_modules() if isinstance(module, nn.Linear)]
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=modules, **settings)
+    student = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    torch.manual_seed(5)
+    for name, parameter in student.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    return pair_of(*tokenizers, student=student, teacher=tiny_llama(len(tokenizers[1]), seed=2).double())
+
+
+def test_loss_and_gradients_are_those_of_the_merged_weights():
+    """W + s B A: its gradient G gives s G A^T for B and s B^T G for A."""
+    adapted = pair()
+    merged = copy.deepcopy(adapted)
+    merged.student = merged.student.merge_and_unload().requires_grad_(True)
+    batch = adapted.batch()
+    losses = []
+    for one in (adapted, merged):
+        output = one.framework(TERMS)(batch)
+        output.loss.backward()
+        losses.append(output.loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+    gradients = {name: p.grad for name, p in merged.student.named_parameters()}
+    inner = adapted.student.get_base_model()
+    adapters = [(name, module) for name, module in inner.named_modules() if hasattr(module, "lora_A")]
+    assert "lm_head" in dict(adapters) and len(adapters) == 8
+    for name, module in adapters:
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        whole = gradients[f"{name}.weight"]
+        assert torch.allclose(b.grad, 2 * whole @ a.T, rtol=1e-6, atol=1e-12)
+        assert torch.allclose(a.grad, 2 * b.T @ whole, rtol=1e-6, atol=1e-12)
+    assert {name for name, p in inner.named_parameters() if p.grad is not None} == {
+        f"{name}.lora_{side}.default.weight" for name, _ in adapters for side in "AB"
+    }
+
+
+def test_the_optimizer_gets_the_adapter_alone():
+    adapted = pair()
+    groups = adapted.framework(TERMS).parameter_groups(1e-3, 0.1)
+    names = {id(p): name for name, p in adapted.student.named_parameters()}
+    given = {names[id(p)] for group in groups for p in group["params"]}
+    assert given == {name for name in names.values() if "lora_" in name}
+
+
+def test_every_pass_of_a_head_with_dropout_draws_one_mask():
+    """The span term needs the labels' log-probabilities before the pass that learns from them."""
+    adapted = pair(lora_dropout=0.5)
+    adapted.student.train()
+    batch, framework = adapted.batch(), adapted.framework({"span": 1.0})
+    signal = adapted.frozen().signal(batch, 8)
+    torch.manual_seed(3)
+    output = framework(batch, signal=signal)
+    output.loss.backward()
+    parameters = [p for p in adapted.student.parameters() if p.requires_grad]
+    found = [p.grad.clone() for p in parameters]
+
+    torch.manual_seed(3)
+    model = adapted.student.get_base_model()
+    states = model.model(input_ids=batch.student_ids, attention_mask=batch.student_mask).last_hidden_state
+    labels = batch.labels.flatten()[batch.supervised]
+    logits = model.lm_head(states.flatten(0, 1)[batch.supervised])
+    realised = logits.log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    spans, held = batch.counts["span"], batch.teacher_mask.flatten().bool()
+    student = span_sums(realised, batch.student_spans.flatten()[batch.supervised], spans)
+    teacher = span_sums(signal.realised, batch.teacher_spans.flatten()[held], spans)
+    options = framework.config
+    value = span_loss(
+        student, teacher, temperature=options.span_temperature, kind=options.divergence, skew=options.skew
+    )
+    expected = torch.autograd.grad(value / spans, parameters)
+    assert output.loss.item() == pytest.approx(value.item() / spans, rel=1e-6)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other, rtol=1e-5, atol=1e-9)
+
+
+def test_what_is_measured_besides_changes_no_mask():
+    losses = []
+    for measure in (False, True):
+        adapted = pair(lora_dropout=0.5)
+        adapted.student.train()
+        torch.manual_seed(3)
+        losses.append(adapted.framework({"lm": 1.0})(adapted.batch(), measure=measure).loss.item())
+    assert losses[0] == losses[1]
