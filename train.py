@@ -39,7 +39,7 @@ from utils.config import (
     TrainingConfig,
     to_plain,
 )
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 from utils.guards import RedFlags
 from utils.held_out import START, HeldOut, metrics_of
 from utils.logs import StepLogger, setup_logging
@@ -450,6 +450,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         log.error("%s", error, exc_info=error)
         return 2
+    except RunError as error:
+        log.error("%s", error, exc_info=error)
+        return 1
     except KeyboardInterrupt:
         return EXIT_CODES["SIGINT"]
     except Exception as error:

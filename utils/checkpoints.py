@@ -28,13 +28,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import atomic_folder, clean_leftovers, remove_folder
-from .errors import UserError
+from .errors import RunError, UserError
+from .forecast import free_disk
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _ALIASES = "aliases"
+OVERHEAD = 1 << 20
+"""Bytes that the files of a checkpoint take beside its tensors, at most: names, numbers, block sizes."""
 
 
 @dataclass(frozen=True)
@@ -83,18 +86,25 @@ class CheckpointStore:
             protect: steps that stay whatever their age, such as the best one.
 
         Raises:
-            OSError: it could not be written; nothing new is visible and every older checkpoint is intact.
+            RunError: there is too little disk, or it could not be written. As with any other exception, nothing new
+                is visible then and every older checkpoint is intact.
         """
         began = time.monotonic()
         final = self.folder / f"step-{step:08d}"
-        with atomic_folder(final) as staging:
-            for group, members in tensors.items():
-                _save_tensors(staging / f"{group}.safetensors", members)
-            for name, value in objects.items():
-                torch.save(value, staging / f"{name}.pt")
-            content = {"step": step, "state": dict(state), "fingerprint": self.fingerprint}
-            (staging / "state.json").write_text(json.dumps(content), encoding="utf-8")
-            size = _write_manifest(staging, step)
+        needed = _bytes(tensors) + _bytes(objects) + OVERHEAD
+        if free_disk(self.folder) < needed:
+            raise self._no_room(final, needed, "there is too little disk")
+        try:
+            with atomic_folder(final) as staging:
+                for group, members in tensors.items():
+                    _save_tensors(staging / f"{group}.safetensors", members)
+                for name, value in objects.items():
+                    _save_object(staging / f"{name}.pt", value)
+                content = {"step": step, "state": dict(state), "fingerprint": self.fingerprint}
+                (staging / "state.json").write_text(json.dumps(content), encoding="utf-8")
+                size = _write_manifest(staging, step)
+        except (OSError, SafetensorError) as error:
+            raise self._no_room(final, needed, getattr(error, "strerror", None) or str(error)) from error
         self._verified.add(final)
         log.info("checkpoint %s saved (%.1f MB, %.1f s)", final.name, size / 1e6, time.monotonic() - began)
         self._prune(step, set(protect))
@@ -189,6 +199,16 @@ class CheckpointStore:
                 "Expected files written by this program; choose another one with --resume PATH."
             ) from error
         return Checkpoint(path, content["step"], tensors, objects, content["state"])
+
+    def _no_room(self, final: Path, needed: int, why: str) -> RunError:
+        kept = next(iter(self.steps().values()), None)
+        return RunError(
+            f"checkpoint {final.name} cannot be saved in {self.folder}: {why}. It needs {needed / 1e6:,.1f} MB, "
+            f"{free_disk(self.folder) / 1e6:,.1f} MB are free. "
+            + (f"{kept.name} is kept. " if kept else "There is no earlier one. ")
+            + "Free some space there, then the same command continues from "
+            + ("it." if kept else "the start.")
+        )
 
     def _at(self, path: Path, own: Mapping[int, Path]) -> Path:
         """The whole checkpoint that a user's path means."""
@@ -328,6 +348,26 @@ def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
             stored[name] = stored[name].clone()
         memory.add(block)
     save_file(stored, file, metadata={_ALIASES: json.dumps(aliases)})
+
+
+def _save_object(file: Path, value: Any) -> None:
+    """`torch.save`, with the reason where the disk refuses: torch hides it behind an error of its own."""
+    with open(file, "wb") as stream:
+        try:
+            torch.save(value, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def _bytes(value: Any) -> int:
+    """Size of the tensors in nested containers; at least what they take in files."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:

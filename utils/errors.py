@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake of the user's."""
+"""The two exceptions whose message is all that a user needs: a mistake of the user's, and an end that is no bug."""
 
 
 class UserError(Exception):
@@ -7,4 +7,12 @@ class UserError(Exception):
     The message says three things in plain words: what was found, what was expected, and what to do about it.
     `train.py` prints it without a traceback and exits with status 2. Faults of the program itself are never
     wrapped in it, so that their tracebacks survive.
+    """
+
+
+class RunError(RuntimeError):
+    """What ends a run that was asked for rightly: a full disk, gradients that stay not finite, too little memory.
+
+    The message says what happened, what is kept, and what to do. `train.py` prints it without a traceback and exits
+    with status 1; the same command continues once the cause is gone.
     """

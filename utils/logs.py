@@ -26,7 +26,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from .atomic import write_text
-from .errors import UserError
+from .errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
     handlers: list[logging.Handler] = [_ConsoleHandler(file)]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(file, encoding="utf-8")
+        to_file = _File(file, encoding="utf-8")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
         handlers.append(to_file)
     for handler in handlers:
@@ -129,7 +129,9 @@ class _ConsoleHandler(logging.Handler):
         if record.levelno >= logging.WARNING:
             style = "bold red" if record.levelno >= logging.ERROR else "yellow"
             text.append(f"{record.levelname.capitalize()}: ", style)
-        unexpected = record.exc_info and record.exc_info[1] and not isinstance(record.exc_info[1], UserError)
+        unexpected = (
+            record.exc_info and record.exc_info[1] and not isinstance(record.exc_info[1], (UserError, RunError))
+        )
         message = _without_traceback(record.getMessage()) if unexpected and self.file else record.getMessage()
         tag, space, rest = message.partition(" ")
         text.append(tag, _TAG_STYLES.get(tag, ""))
@@ -145,6 +147,13 @@ def _without_traceback(message: str) -> str:
     """A data worker's error has the worker's traceback in its text: the lines around it say what happened."""
     before, found, after = message.partition("Original Traceback (most recent call last):")
     return f"{before.strip()} {after.strip().splitlines()[-1]}" if found and after.strip() else message
+
+
+class _File(logging.FileHandler):
+    """A log that cannot be written, on a full disk, does not fill the console with tracebacks of its own."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
 
 
 class _LimitRepeats(logging.Filter):
@@ -354,10 +363,16 @@ class StepLogger:
     def _append(self, record: Mapping[str, Any]) -> None:
         if self.path is None:
             return
-        if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        self._file.write(json.dumps(json_safe(record), allow_nan=False) + "\n")
+        try:
+            if self._file is None:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = self.path.open("a", encoding="utf-8", buffering=1)
+            self._file.write(json.dumps(json_safe(record), allow_nan=False) + "\n")
+        except OSError as error:
+            raise RunError(
+                f"{self.path} cannot be written: {error.strerror or error}. The newest checkpoint is kept; free some "
+                "space there, then the same command continues from it."
+            ) from error
 
     def _close_file(self) -> None:
         if self._file is not None:

@@ -1,6 +1,5 @@
 """What the loop counts while it runs, without making the host wait for the device more than it must."""
 
-import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,11 +12,6 @@ import torch
 import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor
-
-log = logging.getLogger(__name__)
-
-MOST_SKIPPED = 20
-"""Optimizer steps in a row with a gradient that is not finite, after which the run stops."""
 
 
 class HostSum:
@@ -163,50 +157,6 @@ class TermGradients:
         if name not in self._sums:
             self._sums[name] = [torch.zeros_like(parameter) for parameter in self.parameters]
         return self._sums[name]
-
-
-class Skips:
-    """Counts steps left out because the gradient was not finite: on the device, read when the host waits anyway."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = torch.zeros(3, dtype=torch.int64, device=device)  # in a row, most in a row, total
-        self.total = 0
-
-    def note(self, norm: Tensor) -> Tensor:
-        """Whether the gradient is bad, as a scalar bool tensor on its device."""
-        is_bad = ~torch.isfinite(norm)
-        row = (self._device[0] + 1) * is_bad
-        self._device = torch.stack([row, torch.maximum(self._device[1], row), self._device[2] + is_bad])
-        return is_bad
-
-    def read(self, step: int, quiet: bool) -> None:
-        """Say what happened since the last time, ever more rarely.
-
-        Args:
-            quiet: fp16, whose search for a scale skips steps as a matter of course.
-
-        Raises:
-            RuntimeError: too many in a row.
-        """
-        _, longest, total = self._device.tolist()
-        if longest >= MOST_SKIPPED:
-            raise RuntimeError(
-                f"the gradient was not finite in {longest} optimizer steps in a row (up to step {step}), so none of "
-                "them was taken. Likely cause: a learning rate that is too high, activations that overflow in half "
-                "precision (try --mixed-precision no and --set teacher.dtype=float32), or weights that were damaged "
-                "before. The newest checkpoint is from before."
-            )
-        if total.bit_length() > self.total.bit_length():
-            level = logging.INFO if quiet else logging.WARNING
-            log.log(level, "%d optimizer steps left out up to step %d: the gradient was not finite", total, step)
-        self.total = total
-
-    def state(self) -> list[int]:
-        return self._device.tolist()
-
-    def load(self, state: list[int]) -> None:
-        self._device = torch.tensor(state, dtype=torch.int64, device=self._device.device)
-        self.total = state[2]
 
 
 class Clock:

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import nn
 
 from .checkpoints import Checkpoint
 from .errors import UserError
-from .guards import RedFlags
-from .meters import Clock, Skips
+from .guards import RedFlags, StepGuard
+from .meters import Clock
 from .plan import Plan
 from .seeding import rng_state, set_rng_state
 from .stopping import EarlyStopping
@@ -26,17 +28,20 @@ class RunState:
     scaler: torch.amp.GradScaler | None
     plan: Plan
     early: EarlyStopping
-    skips: Skips
+    guard: StepGuard
     flags: RedFlags | None
     clock: Clock
     step: int = 0
 
     def parts(self) -> dict[str, Any]:
-        """What `CheckpointStore.save` takes: tensors, objects for `torch.save`, and plain values."""
+        """What `CheckpointStore.save` takes: tensors, objects for `torch.save`, and plain values.
+
+        Call it in every process: the random generators of each are in it.
+        """
         objects = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
-            "rng": rng_state(),
+            "rng": gather_object([rng_state()]),
         }
         if self.scaler is not None:
             objects["scaler"] = self.scaler.state_dict()
@@ -45,7 +50,7 @@ class RunState:
             "plan": self.plan.identity(),
             "seconds": self.clock.total(),
             "early_stopping": asdict(self.early),
-            "skips": self.skips.state(),
+            "guard": self.guard.state_dict(),
             "flags": None if self.flags is None else self.flags.state_dict(),
         }
         return {"tensors": {"module": self.module.state_dict()}, "objects": objects, "state": state}
@@ -70,11 +75,12 @@ class RunState:
         self.scheduler.load_state_dict(saved.objects["scheduler"])
         if self.scaler is not None and "scaler" in saved.objects:
             self.scaler.load_state_dict(saved.objects["scaler"])
-        set_rng_state(saved.objects["rng"])
+        generators = saved.objects["rng"]
+        set_rng_state(generators[PartialState().process_index % len(generators)])
         self.step = state["step"]
         kept = state["early_stopping"]
         self.early.best, self.early.best_step, self.early.waited = kept["best"], kept["best_step"], kept["waited"]
-        self.skips.load(state["skips"])
+        self.guard.load_state_dict(state["guard"])
         if self.flags is not None and state["flags"] is not None:
             self.flags.load_state_dict(state["flags"])
         self.clock.before = state["seconds"]

@@ -24,6 +24,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,15 +33,16 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from . import data, hardware
 from .checkpoints import CheckpointStore
 from .config import TrainingConfig
-from .errors import UserError
-from .guards import RedFlags
+from .errors import RunError, UserError
+from .guards import RedFlags, StepGuard
 from .logs import StepLogger
-from .meters import Clock, HostSum, Measured, Skips, TermGradients
+from .meters import Clock, HostSum, Measured, TermGradients
 from .plan import Plan, build_optimizer, build_scheduler, taught_parameters
 from .run_state import RunState
 from .seeding import rng_state, set_rng_state
@@ -66,7 +68,8 @@ class FitResult:
     """The last evaluation record of this session, if there was one."""
     resumed_from: int | None = None
     skipped_steps: int = 0
-    """Steps not taken because the gradient was not finite."""
+    """Steps not taken because loss or gradient were not finite."""
+    loss_spikes: int = 0
 
 
 def fit(
@@ -105,7 +108,8 @@ def fit(
 
     Raises:
         UserError: no windows, nothing to train, or a checkpoint of another plan.
-        RuntimeError: the gradient was not finite `MOST_SKIPPED` times in a row.
+        RunError: loss or gradient were not finite `guards.MOST_SKIPPED` times in a row (a checkpoint is saved), or a
+            checkpoint could not be written.
     """
     if not len(dataset):
         raise UserError("got 0 training windows, expected at least 1. Give more text, or a smaller data.max_length.")
@@ -177,7 +181,9 @@ class TrainingLoop:
         self.model, self.optimizer = accelerator.prepare(_Shell(self.module), optimizer)
         if self.scaler is not None:  # an accelerator that served another run before has its scale
             self.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
-        self.early, self._skips, self._clock = EarlyStopping(self.config.patience), Skips(accelerator.device), Clock()
+        self.early, self._clock = EarlyStopping(self.config.patience), Clock()
+        total = partial(accelerator.reduce, reduction="sum")
+        self.guard = StepGuard(total, gather_object, scaled=self.scaler is not None)
         self.state = RunState(
             module=self.module,
             optimizer=self.optimizer.optimizer,
@@ -185,7 +191,7 @@ class TrainingLoop:
             scaler=self.scaler,
             plan=self.plan,
             early=self.early,
-            skips=self._skips,
+            guard=self.guard,
             flags=self.flags,
             clock=self._clock,
         )
@@ -203,12 +209,14 @@ class TrainingLoop:
         self._announce()
         self.model.train()
         windows = self._windows()
-        while (reason := self._reason_to_stop()) is None:
+        while (reason := self._reason_to_stop()) is None and not self.guard.exhausted:
             self._advance(*next(windows))
             self._at_boundary()
         windows.close()
-        self._skips.read(self.step, quiet=self.scaler is not None)
+        self.guard.read()
         self._save()
+        if self.guard.exhausted:
+            raise RunError(self.guard.explanation(self.step))
         if reason == "early_stopping":
             self._take_best()
         log.info("training ended after step %d of %d: %s", self.step, self.plan.total_steps, reason)
@@ -220,7 +228,8 @@ class TrainingLoop:
             best_bits_per_byte=self.early.best,
             evaluation=self.evaluation,
             resumed_from=self.resumed_from,
-            skipped_steps=self._skips.total,
+            skipped_steps=self.guard.skipped,
+            loss_spikes=self.guard.spikes.total,
         )
 
     def _announce(self) -> None:
@@ -296,8 +305,8 @@ class TrainingLoop:
         self._clock.tokens += counts.get("lm", 0)
         if measured is not None:
             self._log_step(measured, counts, lr, norm)
-        if measured is not None or self.accelerator.device.type == "cpu":
-            self._skips.read(self.step, quiet=self.scaler is not None)
+        if measured is not None or self.accelerator.device.type == "cpu" or self.guard.must_read:
+            self.guard.read()
 
     def _backward(self, batch: Any, index: int, epoch: int, counts: dict[str, int], measured: Measured | None) -> None:
         """Forward and backward of one micro-batch."""
@@ -317,12 +326,14 @@ class TrainingLoop:
             measured.gradients.add(hidden.output, counts, 1.0 if self.scaler is None else self.scaler.get_scale())
         # DDP averages gradients over processes; counts are global, so the sum is wanted
         self.accelerator.backward(loss * (0 if idle else self.plan.processes))
+        if not idle:
+            self.guard.look(hidden.output, batch.documents)
         if measured is not None:
             measured.add(hidden.output, idle)
 
     def _update(self, norm: Tensor) -> None:
         """Take the step, unless the gradient is not finite; that is decided without waiting for the device."""
-        is_bad = self._skips.note(norm.detach())
+        is_bad = self.guard.decide(self.step + 1, norm.detach())
         if self.scaler is None:
             # what GradScaler tells a fused optimizer: 1 leaves parameters, moments and step count untouched
             self.optimizer.optimizer.found_inf = is_bad.float()
@@ -375,10 +386,11 @@ class TrainingLoop:
         if self.checkpoints is None or self._saved_step == self.step:
             return
         with self._clock.paused():
-            self._skips.read(self.step, quiet=self.scaler is not None)
+            self.guard.read()
+            parts = self.state.parts()
             if self.accelerator.is_main_process:
                 protect = [] if self.early.best_step is None else [self.early.best_step]
-                self.checkpoints.save(self.step, **self.state.parts(), protect=protect)
+                self.checkpoints.save(self.step, **parts, protect=protect)
             self.accelerator.wait_for_everyone()
         self._saved_step = self.step
 

@@ -5,13 +5,14 @@ import logging
 import os
 import pickle
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from utils import checkpoints
 from utils.checkpoints import CheckpointStore, verify
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 
 
 def content(step: int) -> dict:
@@ -165,6 +166,36 @@ def test_other_folders_and_leftovers_do_not_count(tmp_path):
     assert (store.folder / ".ipynb_checkpoints").exists()
 
 
+@pytest.fixture
+def small_files():
+    """A function that lets no file of this process grow beyond so many bytes: writing more fails as on a full disk."""
+    resource = pytest.importorskip("resource", reason="limits of a process exist on POSIX systems")
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, former[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+@pytest.mark.parametrize("large", ["module", "optimizer"])
+def test_a_disk_that_fills_up_in_the_middle_of_a_save_is_told_and_the_checkpoint_before_stays(
+    tmp_path, small_files, large
+):
+    store = filled(tmp_path, [1])
+    weights = {name: torch.ones(100_000 if name == large else 1) for name in ("module", "optimizer")}
+    small_files(200_000)
+    with pytest.raises(RunError, match=r"step-00000002 .* It needs 1\.4 MB, .* MB are free\. step-00000001 is kept"):
+        store.save(2, tensors={"w": {"x": weights["module"]}}, objects={"o": [weights["optimizer"]]}, state={})
+    assert [path.name for path in store.folder.iterdir()] == ["step-00000001"]
+    assert verify(store.newest_whole()) is None
+
+
+def test_too_little_disk_is_told_before_anything_is_written(tmp_path, monkeypatch):
+    store = filled(tmp_path, [1])
+    monkeypatch.setattr(checkpoints, "atomic_folder", lambda _: pytest.fail("it began to write"))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2_000_000))
+    with pytest.raises(RunError, match=r"too little disk. It needs 5\.0 MB, 2\.0 MB are free\. step-00000001 is kept"):
+        store.save(2, tensors={"w": {"x": torch.ones(500_000)}}, objects={"o": {"a": (torch.ones(500_000),)}}, state={})
+
+
 # --- pruning --------------------------------------------------------------------------------------------------------
 
 
@@ -180,7 +211,7 @@ def test_the_newest_and_the_protected_stay(tmp_path):
 def test_nothing_is_pruned_before_the_new_one_is_whole(tmp_path, monkeypatch):
     store = filled(tmp_path, [1], keep=1)
     monkeypatch.setattr(checkpoints, "_write_manifest", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(RunError, match="disk full"):
         store.save(2, **content(2))
     assert list(store.steps()) == [1] and verify(store.newest_whole()) is None
 

@@ -1,13 +1,16 @@
-"""Each red flag is raised by the planted fault, once, and a healthy run raises none."""
+"""Each red flag is raised by the planted fault, once, and a healthy run raises none; bad steps and spikes are told."""
 
 import json
+import logging
 import math
+import random
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.guards import EXPLAINED_STEPS, RedFlags
+from utils.guards import EXPLAINED_STEPS, MOST_PENDING, MOST_SKIPPED, RedFlags, Spikes, StepGuard
 
 TOTAL = 4000
 
@@ -182,3 +185,122 @@ def test_state_is_plain_survives_json_and_silences_what_was_said():
     assert messages == [] and resumed.initial_loss == 8.0
     resumed.batch(torch.arange(8).view(1, 8), 4)
     assert resumed.warned == ["copying", "duplicate_batch"] and resumed.state_dict()["batches"] == state["batches"]
+
+
+# --- steps that are not finite --------------------------------------------------------------------------------------
+
+
+def guard(scaled: bool = False) -> StepGuard:
+    return StepGuard(lambda tensor: tensor, lambda items: items, scaled)
+
+
+def output(**terms: float) -> SimpleNamespace:
+    """A module's output: each term weighs 1, those called `off...` nothing."""
+    weights = {name: float(not name.startswith("off")) for name in terms}
+    loss = torch.tensor(sum(value for name, value in terms.items() if weights[name]))
+    terms = {name: SimpleNamespace(sum=torch.tensor(value)) for name, value in terms.items()}
+    return SimpleNamespace(loss=loss, terms=terms, weights=weights)
+
+
+def step(watched: StepGuard, number: int, norm: float = 1.0, *outputs: SimpleNamespace) -> bool:
+    for index, each in enumerate(outputs or [output(lm=1.0)]):
+        watched.look(each, [f"{number}.{index}a,{number}.{index}b"])
+    return bool(watched.decide(number, torch.tensor(norm)))
+
+
+def test_first_offending_term_and_only_the_documents_with_it_are_named(caplog):
+    watched, nan = guard(), math.nan
+    assert step(watched, 1, nan, output(lm=1.0, kd=2.0), output(lm=1.0, off=nan, kd=math.inf, feat=nan))
+    watched.read()
+    assert [record.getMessage() for record in caplog.records] == [
+        "step 1 left out, number 1: kd is not finite; documents 1.1a, 1.1b"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("loss", "norm", "left_out"),
+    [(1.0, 1.0, False), (1.0, math.nan, True), (1.0, math.inf, True), (math.nan, 1.0, True), (math.inf, 0.0, True)],
+)
+def test_a_step_is_left_out_if_loss_or_gradient_is_not_finite(loss, norm, left_out, caplog):
+    watched = guard()
+    assert step(watched, 1, norm, output(lm=loss)) is left_out
+    watched.read()
+    assert watched.skipped == left_out
+    assert ("the gradient (every term" in caplog.text) == (left_out and loss == 1.0)
+
+
+def test_the_search_for_a_scale_is_told_below_the_level_of_a_warning(caplog):
+    watched = guard(scaled=True)
+    with caplog.at_level(logging.INFO, "utils.guards"):
+        step(watched, 1, math.inf)
+        step(watched, 2, math.nan, output(lm=math.nan))
+        watched.read()
+    assert [record.levelno for record in caplog.records] == [logging.INFO, logging.WARNING]
+
+
+def test_a_row_of_bad_steps_exhausts_the_guard_also_across_a_resume():
+    watched = guard()
+    for number in range(MOST_SKIPPED - 1):
+        step(watched, number, math.nan)
+    watched.read()
+    assert not watched.exhausted
+    again = guard()
+    again.load_state_dict(json.loads(json.dumps(watched.state_dict())))
+    step(again, MOST_SKIPPED, math.inf)
+    again.read()
+    assert again.exhausted and again.skipped == MOST_SKIPPED
+    again.load_state_dict(watched.state_dict())
+    for number in range(2 * MOST_SKIPPED):
+        step(watched, number, math.nan if number % 2 else 1.0)
+    watched.read()
+    assert not watched.exhausted
+
+
+def test_what_waits_on_the_device_is_bounded():
+    watched = guard()
+    for number in range(MOST_PENDING):
+        assert not watched.must_read
+        step(watched, number)
+    assert watched.must_read
+    watched.read()
+    assert not watched.must_read
+
+
+# --- spikes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_constant_loss_times_a_million_is_one_spike_and_a_nan_none():
+    spikes = Spikes()
+    for number in range(200):
+        spikes.add(number, math.nan if number % 50 == 49 else 1e6 if number == 120 else 1.0)
+    assert spikes.total == 1 and all(map(math.isfinite, spikes.recent))
+
+
+def test_ordinary_noise_and_a_falling_or_slowly_rising_loss_are_no_spikes():
+    noise = random.Random(0)
+    for course in (lambda n: 2.0, lambda n: 10 * math.exp(-n / 100) + 1, lambda n: 1 + n / 200, lambda n: 0.0):
+        spikes = Spikes()
+        for number in range(1000):
+            spikes.add(number, course(number) * noise.gauss(1.0, 0.05))
+        assert spikes.total == 0
+
+
+def test_many_spikes_do_not_hide_the_next_and_are_told_ever_more_rarely(caplog):
+    spikes = Spikes()
+    for number in range(400):
+        spikes.add(number, 50.0 if number > 40 and number % 4 == 0 else 1.0)
+    assert spikes.total == 89 and len(caplog.records) == 7
+
+
+def test_statistics_of_spikes_survive_a_resume():
+    whole, first, second = guard(), guard(), guard()
+    losses = [1.0 + 0.01 * (number % 7) for number in range(60)] + [9.0, 1.0]
+    for number, loss in enumerate(losses):
+        step(whole, number, 1.0, output(lm=loss))
+        step(first if number < 60 else second, number, 1.0, output(lm=loss))
+        if number == 59:
+            first.read()
+            second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    whole.read()
+    second.read()
+    assert second.state_dict() == whole.state_dict() and second.spikes.total == 1

@@ -13,9 +13,9 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from tests.toy import ToyModule, digest, toy_collate, toy_config, toy_windows, train
-from utils import meters, stopping
+from utils import stopping
 from utils.checkpoints import CheckpointStore
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 from utils.guards import RedFlags
 from utils.logs import StepLogger, read_metrics
 from utils.plan import Plan, build_accelerator, build_optimizer, build_scheduler
@@ -249,29 +249,52 @@ def test_a_step_without_a_finite_gradient_touches_neither_weights_nor_moments(tm
     assert records[3]["grad_norm"] is None and records[4]["grad_norm"] > 0
 
 
-def test_the_run_stops_after_too_many_in_a_row_and_says_why(tmp_path):
-    module = Poisoned(range(2, 1000), float("nan"))
-    with pytest.raises(RuntimeError, match=r"20 optimizer steps in a row \(up to step 22\)"):
-        train(module, toy_config(max_steps=100), checkpoints=CheckpointStore(tmp_path))
+def test_the_run_stops_after_too_many_in_a_row_with_a_checkpoint_and_says_why(tmp_path):
+    module, store = Poisoned(range(2, 1000), float("nan")), CheckpointStore(tmp_path)
+    with pytest.raises(RunError, match=r"20 optimizer steps in a row .*\(up to step 22\)"):
+        train(module, toy_config(max_steps=100), checkpoints=store)
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+    kept = store.load(store.newest_whole())
+    assert kept.step == 22
+    again = ToyModule(seed=5)
+    result = train(again, toy_config(max_steps=100), checkpoints=store, resume_from=kept.path)
+    assert (result.steps, result.skipped_steps) == (100, 20)  # the cause is gone, so the run goes on
+
+
+def test_what_is_not_finite_is_named_with_its_documents(caplog):
+    class Bad(ToyModule):
+        def forward(self, batch, step, **options):
+            output = super().forward(batch, step, **options)
+            if step == 3 and "d4" in batch.documents:
+                output.terms["kd"].sum = output.terms["kd"].sum * math.inf
+                output.loss = output.loss + output.weights["kd"] * output.terms["kd"].sum
+            return output
+
+    train(Bad(), toy_config(gradient_accumulation_steps=11, max_steps=5))
+    told = [record.getMessage() for record in caplog.records if "left out" in record.getMessage()]
+    assert told == ["step 4 left out, number 1: kd is not finite; documents d4"]
 
 
 def test_scattered_bad_steps_do_not_stop_the_run(caplog):
-    module = Poisoned(range(0, 60, 2), float("nan"))
-    result = train(module, toy_config(max_steps=60))
-    assert (result.skipped_steps, result.stopped_by) == (30, "finished")
-    assert 0 < sum("left out" in record.getMessage() for record in caplog.records) <= 6
+    module = Poisoned(range(0, 120, 2), float("nan"))
+    result = train(module, toy_config(max_steps=120))
+    assert (result.skipped_steps, result.stopped_by) == (60, "finished")
+    assert 0 < sum("left out" in record.getMessage() for record in caplog.records) <= 21
 
 
-def test_bad_steps_in_a_row_are_counted_across_a_resume(tmp_path):
-    counter = meters.Skips(torch.device("cpu"))
-    for norm in (1.0, math.nan, math.inf):
-        counter.note(torch.tensor(norm))
-    again = meters.Skips(torch.device("cpu"))
-    again.load(counter.state())
-    assert again.state() == [2, 2, 2]
-    again.note(torch.tensor(1.0))
-    assert again.state() == [0, 2, 2]
+def test_a_loss_spike_is_counted_and_does_not_stop_the_run(tmp_path, caplog):
+    class Jumps(ToyModule):
+        def forward(self, batch, step, **options):
+            output = super().forward(batch, step, **options)
+            output.loss = output.loss * (1e6 if step == 60 else math.nan if step == 50 else 1.0)
+            return output
+
+    store = CheckpointStore(tmp_path)
+    result = train(Jumps(), toy_config(max_steps=70, learning_rate=1e-6), checkpoints=store)
+    assert (result.loss_spikes, result.skipped_steps, result.steps) == (1, 1, 70)
+    assert caplog.text.count("loss spike at step 61") == 1
+    kept = store.load(store.newest_whole()).state["guard"]
+    assert kept["spikes"] == 1 and len(kept["recent"]) == 69 and all(map(math.isfinite, kept["recent"]))
 
 
 # --- stopping -------------------------------------------------------------------------------------------------------
@@ -428,7 +451,7 @@ def test_search_for_a_scale_steps_neither_weights_nor_schedule(tmp_path):
     saved = store.load(store.newest_whole())
     assert saved.objects["scaler"]["scale"] == 256
     assert saved.objects["scheduler"]["last_epoch"] == 4
-    assert saved.state["skips"] == [0, 8, 8]
+    assert (saved.state["guard"]["in_a_row"], saved.state["guard"]["skipped"]) == (0, 8)
 
 
 def test_plan_names_what_may_not_change():
