@@ -396,7 +396,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         results = compare_without_teacher(job, trained, results, output, stop)
     if accelerator.is_main_process:
         report.print_summary(results)
-        log.info("student: %s; report: %s", output / "student", output / report.REPORT_MD)
+        log.info("student: %s; report: %s", output / "student", output / report.REPORT_HTML)
     return trained.result.stopped_by
 
 

@@ -25,10 +25,10 @@ FLOORS = {
         {"errors", "atomic", "seeding"},
         {"config", "hardware", "logs", "guards", "sources", "stopping", "meters"}
         | {"checklist", "environment", "forecast"},
-        {"data", "checkpoints", "evaluation", "report", "quickstart", "pretrained", "command_line", "run_folder"},
-        {"plan", "held_out", "preflight", "rehearsal", "miniature"},
-        {"run_state"},
-        {"training"},
+        {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"},
+        {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures"},
+        {"run_state", "report_html"},
+        {"training", "report"},
     ],
 }
 """From the ground up. A module imports only from lower floors, or from its own as `WITHIN_A_FLOOR` tells."""

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -279,6 +279,15 @@ def to_plain(instance: Any) -> Any:
     if isinstance(instance, list | tuple):
         return [to_plain(value) for value in instance]
     return str(instance) if isinstance(instance, Path) else instance
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values by dotted key; a ramp, which is one value, stays whole."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and "points" not in value
+        found |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return found
 
 
 def _dataclass_in(annotation: Any) -> type | None:

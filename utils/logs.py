@@ -393,6 +393,14 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_warnings(folder: Path) -> list[str]:
+    """First lines of what the sessions of a run warned of in its train.log, each once."""
+    file = folder / "train.log"
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    found = re.findall(r"^[\d-]{10} [\d:]{8} (?:WARNING|ERROR|CRITICAL) +(.*)$", text, flags=re.MULTILINE)
+    return list(dict.fromkeys(found))
+
+
 def training_lines(
     record: Mapping[str, Any], total_steps: int, weights: Mapping[str, float] | None = None
 ) -> list[str]:

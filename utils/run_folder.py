@@ -11,7 +11,7 @@ import yaml
 
 from . import hardware
 from .atomic import clean_leftovers, write_text
-from .config import load_yaml
+from .config import flatten, load_yaml
 from .errors import UserError
 
 CONFIG = "config.yaml"
@@ -40,18 +40,10 @@ FREE_TO_CHANGE = {
 """Settings a resumed run may have otherwise: they do not change what is computed, or their content is compared."""
 
 
-def identity(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, by dotted key, that must stay the same when a run is continued."""
-    found: dict[str, Any] = {}
-    for key, value in config.items():
-        path = f"{prefix}{key}"
-        if path in FREE_TO_CHANGE:
-            continue
-        if isinstance(value, Mapping) and "points" not in value:
-            found |= identity(value, f"{path}.")
-        else:
-            found[path] = value
-    return found
+    free = FREE_TO_CHANGE
+    return {key: value for key, value in flatten(config).items() if not {key, key.partition(".")[0]} & free}
 
 
 def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
@@ -115,6 +107,22 @@ def write_config(folder: Path, config: Mapping[str, Any], notes: Mapping[str, An
     told = _as_yaml({"notes": dict(notes), "environment": hardware.describe()})
     comments = "".join(f"# {line}\n" for line in told.splitlines())
     write_text(folder / CONFIG, f"{_as_yaml(dict(config))}\n{comments}")
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings in a folder's config.yaml, and what follows as comments (`notes`, `environment`); {} where none.
+
+    Raises:
+        UserError: the file is not YAML.
+    """
+    if not (folder / CONFIG).is_file():
+        return {}, {}
+    lines = (folder / CONFIG).read_text(encoding="utf-8").splitlines()
+    try:
+        told = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("# ")))
+    except yaml.YAMLError:  # somebody's own comments
+        told = None
+    return load_yaml(folder / CONFIG), told if isinstance(told, dict) else {}
 
 
 def _as_yaml(values: dict[str, Any]) -> str:

@@ -9,18 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from utils import report
-from utils.report import (
-    CURVES,
-    REPORT_JSON,
-    REPORT_MD,
-    ROUTING,
-    draw_curves,
-    draw_routing,
-    headline,
-    markdown,
-    print_summary,
-    write_report,
-)
+from utils.pictures import draw_curves, draw_routing
+from utils.report import CURVES, REPORT_HTML, REPORT_JSON, REPORT_MD, ROUTING, markdown, print_summary, write_report
+from utils.results import headline
 
 
 def scores(bits: float, parameters: int) -> dict:
@@ -74,10 +65,10 @@ def figures(monkeypatch) -> list[Figure]:
     return drawn
 
 
-def test_the_three_files_are_written_and_nothing_else(tmp_path):
+def test_the_four_files_are_written_and_nothing_else(tmp_path):
     given = copy.deepcopy(RESULTS)
     written = write_report(tmp_path, RESULTS, run(kd=0.7, lm=0.3))
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([REPORT_JSON, REPORT_MD, CURVES])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([REPORT_JSON, REPORT_MD, REPORT_HTML, CURVES])
     assert written == json.loads((tmp_path / REPORT_JSON).read_text()) == RESULTS == given
     picture = imread(tmp_path / CURVES)
     assert picture.shape[0] > 800 and picture.shape[1] > 1200 and picture[..., :3].std() > 0.02
@@ -138,7 +129,9 @@ def test_the_last_routing_is_drawn_told_and_in_the_json(tmp_path, figures):
     routing = json.loads((tmp_path / REPORT_JSON).read_text())["routing"]
     assert written["routing"] == routing and "routing" not in RESULTS
     assert routing == {"step": 1500, "student_layers": [4, 8], "teacher_layers": [6, 9, 12], "weights": weights}
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([REPORT_JSON, REPORT_MD, CURVES, ROUTING])
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        [REPORT_JSON, REPORT_MD, REPORT_HTML, CURVES, ROUTING]
+    )
     text = (tmp_path / REPORT_MD).read_text()
     assert f"![Routing]({ROUTING})" in text and "at step 1,500" in text
     panel = figures[-1].axes[0]
@@ -199,6 +192,12 @@ def test_the_headline_tells_gain_loss_and_a_teacher_that_cannot_help():
     assert "closed 90.0% of the gap" in headline(RESULTS)
     weak = RESULTS | {"teacher": scores(2.9, 5), "retention": {"gap_closed": None}}
     assert "no better" in headline(weak)
+
+
+def test_a_student_that_is_not_a_number_is_reported_all_the_same(tmp_path):
+    write_report(tmp_path, RESULTS | {"student": scores(math.nan, 5), "baseline": scores(1.1, 5)}, run(lm=1.0))
+    assert "| Distilled student | - |" in (tmp_path / REPORT_MD).read_text()
+    assert "fewer" not in (tmp_path / REPORT_HTML).read_text(encoding="utf-8")
 
 
 def test_the_console_table_fits_80_columns(capsys, monkeypatch):
