@@ -28,7 +28,7 @@ from models.pairing import PairCollator, PairEncoder, count_channel
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher
 from models.vocabulary import VocabularyMap
-from utils import command_line, data, hardware, pretrained, quickstart, report, run_folder
+from utils import adapters, command_line, data, hardware, pretrained, quickstart, report, run_folder
 from utils.checkpoints import CheckpointStore, step_of
 from utils.config import (
     DataConfig,
@@ -148,6 +148,13 @@ def _as_user_error() -> Iterator[None]:
         raise UserError(str(error)) from error
 
 
+def check_weights(config: RunConfig, device: torch.device) -> None:
+    """Refuse, with nothing loaded, weights that need another device or a package that is not there."""
+    if config.teacher.name is not None:
+        pretrained.check_weights(config.teacher.dtype, "teacher.dtype", device)
+    adapters.check(config.student.lora, device)
+
+
 def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     """Tokenizers, text, windows and the vocabulary map: all that can fail cheaply, before the models."""
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
@@ -212,22 +219,27 @@ def load_teacher(job: Job) -> FrozenTeacher | None:
     if config.name is None:
         return None
     device = job.accelerator.device
-    dtype = pretrained.teacher_dtype(config.dtype, device, job.accelerator.mixed_precision)
+    dtype = pretrained.frozen_dtype(config.dtype, device, job.accelerator.mixed_precision)
     log.info("teacher in %s: %s", str(dtype.value).removeprefix("torch."), dtype.reason)
     if job.config.student.init == "random" and not job.config.curriculum.used() & {*ROUTER_TERMS}:
         log.info(RANDOM_HINT)
-    model = pretrained.load_model(config.name, "teacher", dtype.value)
+    model = pretrained.load_model(config.name, "teacher", dtype.value, device, config.dtype)
     with _as_user_error():
-        return FrozenTeacher(model.to(device), job.vocabulary)
+        return FrozenTeacher(model, job.vocabulary)
 
 
 def make_student(job: Job) -> nn.Module:
-    """The student before training, in float32; the same one every time."""
-    config = job.config.student
+    """The student before training, on the training device, float32 where it is trained; the same one every time."""
+    config, device = job.config.student, job.accelerator.device
     seed_everything(job.config.training.seed)
     if config.init == "random":
-        return pretrained.random_model(pretrained.load_config(config.name, "student"))
-    return pretrained.load_model(config.name, "student", torch.float32)
+        return pretrained.random_model(pretrained.load_config(config.name, "student")).to(device)
+    if not config.lora.enabled:
+        return pretrained.load_model(config.name, "student", torch.float32, device)
+    dtype = pretrained.frozen_dtype(config.lora.base, device, job.accelerator.mixed_precision)
+    log.info("below the adapter, the student in %s: %s", str(dtype.value).removeprefix("torch."), dtype.reason)
+    base = pretrained.load_model(config.name, "student", dtype.value, device, config.lora.base)
+    return adapters.add_lora(base, config.name, config.lora)
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -267,7 +279,6 @@ def train_student(
     done = 0 if resume_from is None else step_of(resume_from)
     every, main = config.logging.every, accelerator.is_main_process
     logger = StepLogger(output, plan.total_steps, every, start_step=done, main_process=main)
-    student.to(accelerator.device)
     if resume_from is None and main:
         logger.truncate_after(-1)
         (output / START).unlink(missing_ok=True)
@@ -334,9 +345,12 @@ def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[s
     results = job.held_out.results(framework.student, trained.start, framework.compare)
     results["run"] = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
     if job.accelerator.is_main_process:
-        names = (asked.student.name, job.config.student.init, asked.teacher.name, asked.data.train)
-        card = pretrained.model_card(*names, results)
-        pretrained.export(framework.student, job.tokenizer, output / "student", card)
+        student, config = framework.student, job.config.student
+        if config.lora.merge:
+            student = adapters.merged(student, pretrained.load_model(config.name, "student", torch.float32))
+        names = (asked.student.name, config.init, asked.teacher.name, asked.data.train)
+        card = pretrained.model_card(*names, results, adapter=config.lora.enabled and not config.lora.merge)
+        pretrained.export(student, job.tokenizer, output / "student", card)
         report.write_report(output, results)
     return results
 
@@ -377,6 +391,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     device = hardware.choose_device()
     if remedy := hardware.check_kernels():
         raise UserError(remedy)
+    check_weights(config, device.value)
     precision = hardware.choose_precision(config.training.mixed_precision, device.value)
     accelerator = build_accelerator(precision.value, cpu=device.value.type == "cpu")
     setup_logging(output, main_process=accelerator.is_main_process)

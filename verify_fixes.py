@@ -156,7 +156,7 @@ def random_batches(
 def one_step(bench: Bench, config: train.RunConfig) -> tuple:
     device = hardware.choose_device().value
     mixed = hardware.choose_precision(config.training.mixed_precision, device).value
-    dtype = pretrained.teacher_dtype(config.teacher.dtype, device, mixed).value
+    dtype = pretrained.frozen_dtype(config.teacher.dtype, device, mixed).value
     weights = {name: 0.1 for name in ROUTER_TERMS if name in config.curriculum.used()}
     module = bench.distillation(weights=weights, device=device, dtype=dtype)
     before = [p.detach().clone() for p in module.parameters()]
@@ -379,6 +379,8 @@ def own_router(setup: preflight.SetUp, job: train.Job) -> tuple:
         return "not measured: the teacher is built by the first run", allowed, True
     if any(map(preflight.too_large, (setup.student, setup.teacher))):
         return "not measured: a model is too large to be loaded for a check", allowed, True
+    if {setup.config.teacher.dtype, setup.config.student.lora.base} & {*pretrained.QUANTISED}:
+        return "not measured: this check computes on the CPU, quantised weights do not", allowed, True
     config, size = job.config, min(job.config.training.batch_size, ROUTED_WINDOWS)
     student, teacher = train.make_student(job).eval(), train.load_teacher(job)
     scheduler = CurriculumScheduler(config.curriculum, config.loss, 1)
@@ -412,6 +414,7 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
     Raises:
         UserError: a mistake in models or data.
     """
+    train.check_weights(asked, hardware.choose_device().value)
     config = asked
     if quickstart.is_named(asked):
         material = quickstart.material()

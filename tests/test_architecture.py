@@ -26,7 +26,7 @@ FLOORS = {
         {"config", "hardware", "logs", "guards", "sources", "stopping", "meters"}
         | {"checklist", "environment", "forecast"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"},
-        {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures"},
+        {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures", "adapters"},
         {"run_state", "report_html"},
         {"training", "report"},
     ],
@@ -130,7 +130,8 @@ def test_every_third_party_import_is_a_declared_dependency():
 
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
-    declared = {re.split(r"[<>=\[]", line)[0].lower() for line in setup["options"]["install_requires"].split()}
+    sections = [setup["options"]["install_requires"], *dict(setup["options.extras_require"]).values()]
+    needed, *extras = ({re.split(r"[<>=\[]", line)[0].lower() for line in text.split()} for text in sections)
     packages = importlib.metadata.packages_distributions()
     brought_along = {"tokenizers", "huggingface_hub", "pyarrow", "packaging"}  # by transformers and datasets
     for path in [*sources("models"), *sources("utils"), ROOT / "train.py"]:
@@ -139,7 +140,9 @@ def test_every_third_party_import_is_a_declared_dependency():
             if level or top in sys.stdlib_module_names or top in TOWERS or top in brought_along:
                 continue
             names = {name.lower() for name in packages.get(top, [top])}
-            assert names & declared, f"{path.name} imports {top}, which setup.cfg does not ask for"
+            late = not re.search(rf"^(import|from) {top}\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+            allowed = needed.union(*extras) if late else needed  # an extra is imported where it is used, or not at all
+            assert names & allowed, f"{path.name} imports {top}, which setup.cfg does not ask for"
 
 
 def test_an_installation_has_one_name_and_leaks_no_models_or_utils(tmp_path):

@@ -21,6 +21,14 @@ FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("--teacher", "teacher.name", "ID|DIR", "frozen teacher: hub id or local folder"),
         ("--student", "student.name", "ID|DIR", "student: hub id or local folder"),
         ("--student-init", "student.init", "pretrained|random", "random: config.json and tokenizer only, no weights"),
+        (
+            "--teacher-dtype",
+            "teacher.dtype",
+            "TYPE",
+            "auto, float32, float16, bfloat16, or 8bit, 4bit with bitsandbytes",
+        ),
+        ("--lora", "student.lora.enabled", "", "train a low-rank adapter, with peft, and save it alone"),
+        ("--merge-lora", "student.lora.merge", "", "export a plain model with the adapter added to its weights"),
     ),
     "data": (
         ("--train-data", "data.train", "ID|PATH", "hub ids, files (.txt .jsonl .parquet .csv) or folders of them"),

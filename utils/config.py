@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import UserError
@@ -30,18 +30,47 @@ class ModelConfig:
 
     name: str | None = None
     """Hub id or local folder; null trains without a teacher (kd and span must then weigh 0)."""
-    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
-    """Precision of the frozen weights; auto: what the device computes fastest without loss of range."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
+    """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
+    need an NVIDIA GPU and bitsandbytes."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A student whose weights are frozen, with a trained low-rank adapter beside them."""
+
+    enabled: bool = False
+    """Train and save an adapter instead of the weights."""
+    rank: Annotated[int, Gt(0)] = 16
+    """Rank of the two factors of each layer's change."""
+    alpha: Annotated[float, Gt(0)] = 32.0
+    """The change is scaled by alpha / rank."""
+    dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
+    """Of what enters the adapter."""
+    targets: Annotated[list[str], MinLen(1)] = field(default_factory=lambda: ["all-linear"])
+    """Names of the layers that get one, such as q_proj and v_proj; all-linear: every linear layer but the head."""
+    base: Literal["auto", "float32", "float16", "bfloat16", "4bit"] = "auto"
+    """Precision of the frozen weights, as the teacher's. The adapter is float32."""
+    merge: bool = False
+    """Export a plain model with the adapter added to its weights, not the adapter alone."""
 
 
 @dataclass(frozen=True)
 class StudentConfig:
-    """The student. Its weights are float32 whatever the precision of the computation."""
+    """The student. What is trained of it is float32 whatever the precision of the computation."""
 
     name: str | None = None
     """Hub id or local folder."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: only config.json and the tokenizer are taken from `name`; weights are drawn from the seed."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """An adapter in place of the weights."""
+
+    def __post_init__(self) -> None:
+        if self.lora.enabled and self.init == "random":
+            raise ValueError("lora adapts trained weights, and init is random: leave out --lora or the random start")
+        if self.lora.merge and not self.lora.enabled:
+            raise ValueError("lora.merge is for a student with an adapter: give --lora too")
 
 
 @dataclass(frozen=True)

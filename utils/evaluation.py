@@ -211,6 +211,8 @@ def generate_samples(
     """
     from transformers import GenerationConfig
 
+    if hasattr(model, "get_base_model"):  # peft's wrapper has generation settings of its own
+        model = model.get_base_model()
     device = next(model.parameters()).device
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     end = tokenizer.eos_token_id

@@ -218,7 +218,7 @@ def memory(setup: SetUp) -> tuple:
         forecast.Shape.of(setup.teacher) if setup.teacher else None,
         tokens=training.batch_size * setup.window,
         precision=mixed,
-        teacher_dtype=pretrained.teacher_dtype(setup.config.teacher.dtype, device, mixed).value,
+        teacher_dtype=pretrained.frozen_dtype(setup.config.teacher.dtype, device, mixed).value,
         teacher_logits=setup.teacher_logits,
         student_rows=setup.student_rows,
         routed_layers=router.layers if router else 0,

@@ -5,6 +5,7 @@ loaded is one `UserError` that names the model and the ways to attach it.
 """
 
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -19,7 +20,14 @@ from urllib.parse import urlsplit
 import torch
 from huggingface_hub import constants
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from .atomic import atomic_folder, write_text
 from .errors import UserError
@@ -31,6 +39,9 @@ T = TypeVar("T")
 
 ATTACHED = Path("/kaggle/input")
 """Where a notebook's attached models appear."""
+
+QUANTISED = {"8bit": (7, 5), "4bit": (6, 0)}
+"""Weights by bitsandbytes, and the compute capability that each needs (installation guide of bitsandbytes 0.50)."""
 
 ATTACH = """\
 To attach a model: give its local folder (config.json, weights and tokenizer.json); on Kaggle add it as an input
@@ -110,21 +121,69 @@ def load_each(load: Callable[[str, str], T], names: Mapping[str, str]) -> dict[s
     return found
 
 
-def load_model(name: str, role: str, dtype: torch.dtype) -> nn.Module:
-    """The model with its weights, on the CPU.
+def load_model(
+    name: str, role: str, dtype: torch.dtype, device: torch.device | str = "cpu", weights: str = "auto"
+) -> nn.Module:
+    """The model with its weights on a device.
+
+    Args:
+        dtype: of its weights, and of its computation where `weights` has fewer bits.
+        weights: `8bit` or `4bit` (see `check_weights`) quantises the linear layers, all but the head.
 
     Raises:
         UserError: not reachable, no weights, or weights that lack tensors of this model (which transformers
             would fill with random numbers).
     """
+    options: dict[str, Any] = {"dtype": dtype}
+    if weights in QUANTISED:
+        options |= {"quantization_config": _quantisation(weights, dtype), "device_map": {"": device}}
     load = AutoModelForCausalLM.from_pretrained
-    model, loading = _load(load, name, role, "weights", dtype=dtype, output_loading_info=True)
+    model, loading = _load(load, name, role, "weights", output_loading_info=True, **options)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"{role} {name}: its weights lack {len(missing)} tensors of a {type(model).__name__}, such as "
             f"{missing[0]}. Expected all of them: is this a causal language model, and is the download complete?"
         )
-    return model
+    return model if weights in QUANTISED else model.to(device)  # quantised weights may not be moved
+
+
+def _quantisation(weights: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """int8 with outliers apart (arXiv 2208.07339), or NF4 with quantised scales (arXiv 2305.14314)."""
+    if weights == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def check_weights(requested: str, setting: str, device: torch.device) -> None:
+    """Find out, with nothing loaded, whether a device can compute with such weights.
+
+    Raises:
+        UserError: 8bit or 4bit without a GPU that can, or without bitsandbytes.
+    """
+    if requested not in QUANTISED:
+        return
+    needed = QUANTISED[requested]
+    has = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if has is None or has < needed:
+        got = f"this run is on the {device.type}" if has is None else f"this GPU has {has[0]}.{has[1]}"
+        others = ", or 4bit" if has is not None and has >= QUANTISED["4bit"] else ""
+        raise UserError(
+            f"{setting}: got {requested}, which needs an NVIDIA GPU of compute capability {needed[0]}.{needed[1]} or "
+            f"more, and {got}. Expected auto, float32, float16 or bfloat16{others}."
+        )
+    require("bitsandbytes", f"{setting}={requested}", extra="quant")
+
+
+def require(package: str, wanted_by: str, extra: str) -> None:
+    """Make sure that an optional package is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{wanted_by} needs {package}, which is not installed: pip install '.[{extra}]'")
 
 
 def random_model(config: PretrainedConfig) -> nn.Module:
@@ -132,13 +191,20 @@ def random_model(config: PretrainedConfig) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def teacher_dtype(requested: str, device: torch.device, precision: str) -> Choice[torch.dtype]:
-    """Precision of the teacher's weights. `precision`: what the student computes in (no, fp16, bf16)."""
+def frozen_dtype(requested: str, device: torch.device, precision: str) -> Choice[torch.dtype]:
+    """What frozen weights, a teacher's or those below an adapter, are computed in.
+
+    Args:
+        requested: a precision, or `auto`.
+        precision: what the student computes in (no, fp16, bf16).
+    """
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    if requested in QUANTISED:  # products of 8-bit weights take float16 and nothing else
+        return Choice(torch.float16 if requested == "8bit" else half, f"what {requested} weights are computed in")
     if requested != "auto":
         return Choice(getattr(torch, requested), "asked for")
     if device.type != "cuda" or precision == "no":
         return Choice(torch.float32, "as the student")
-    half = torch.bfloat16 if precision == "bf16" else torch.float16
     return Choice(half, "half the memory; frozen, so nothing is lost in updates")
 
 
@@ -163,16 +229,25 @@ def context_length(config: PretrainedConfig) -> float:
 def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
     """Write model, tokenizer and model card; the folder is whole or absent.
 
-    It loads with `AutoModelForCausalLM.from_pretrained`, without this project.
+    It loads without this project: with `AutoModelForCausalLM.from_pretrained`, or, where the model is peft's, what is
+    written is the adapter alone, with `AutoPeftModelForCausalLM.from_pretrained`.
     """
+    # peft would ask the hub whether the base's vocabulary was resized, which never happens here
+    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     with atomic_folder(folder) as staging:
-        model.save_pretrained(staging)
+        model.save_pretrained(staging, **options)
         tokenizer.save_pretrained(staging)
         write_text(staging / "README.md", card)
 
 
-def model_card(base: str, init: str, teacher: str | None, data: list[str], report: dict[str, Any]) -> str:
-    """A short model card in the hub's form: what it is, where it comes from, what was measured."""
+def model_card(
+    base: str, init: str, teacher: str | None, data: list[str], report: dict[str, Any], *, adapter: bool = False
+) -> str:
+    """A short model card in the hub's form: what it is, where it comes from, what was measured.
+
+    Args:
+        adapter: the model is an adapter of its base, and loads with peft.
+    """
     rows = [
         f"| {title} | {report[key]['bits_per_byte']:.4f} | {report[key]['perplexity']:.2f} |"
         for key, title in (("teacher", "teacher"), ("initial_student", "before training"), ("student", "this model"))
@@ -180,16 +255,21 @@ def model_card(base: str, init: str, teacher: str | None, data: list[str], repor
     ]
     how = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
     start = "its own weights" if init == "pretrained" else "random weights"
+    library, loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
+    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    if adapter:
+        imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
     return "\n".join(
         [
             "---",
-            "library_name: transformers",
+            f"library_name: {library}",
             "pipeline_tag: text-generation",
             *([f"base_model: {json.dumps(base)}"] if not Path(base).exists() else []),
             "---",
             "",
             "# Student of a curriculum distillation",
             "",
+            *([f"A LoRA adapter of `{_public(base)}`.", ""] if adapter else []),
             f"The architecture and tokenizer of `{_public(base)}`, starting from {start}, {how}",
             f"on {', '.join(f'`{_public(name)}`' for name in data)} in {report['run']['steps']:,} optimizer steps.",
             "",
@@ -198,14 +278,19 @@ def model_card(base: str, init: str, teacher: str | None, data: list[str], repor
             *rows,
             "",
             "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            *imports,
             "",
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")',
+            f'model = {loader}.from_pretrained("path/to/this/folder")',
             'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
             "```",
             "",
         ]
     )
+
+
+def where_from(name: str) -> str:
+    """A hub id, or the whole path of a local folder: where anybody on this machine finds the model."""
+    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
 
 
 def _public(name: str) -> str:

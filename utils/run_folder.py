@@ -29,6 +29,7 @@ FREE_TO_CHANGE = {
     "evaluation.without_teacher",
     "teacher.name",
     "student.name",
+    "student.lora.merge",
     "data.train",
     "data.num_workers",
     "training.batch_size",

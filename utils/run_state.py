@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoints import Checkpoint
 from .errors import UserError
@@ -53,7 +53,7 @@ class RunState:
             "guard": self.guard.state_dict(),
             "flags": None if self.flags is None else self.flags.state_dict(),
         }
-        return {"tensors": {"module": self.module.state_dict()}, "objects": objects, "state": state}
+        return {"tensors": {"module": learned(self.module)}, "objects": objects, "state": state}
 
     def load(self, saved: Checkpoint, path: Path) -> None:
         """Make everything as it was when `parts` was saved. `path` is for messages.
@@ -86,4 +86,14 @@ class RunState:
         self.clock.before = state["seconds"]
 
     def load_weights(self, saved: Checkpoint) -> None:
-        self.module.load_state_dict(saved.tensors["module"])
+        tensors = saved.tensors["module"]
+        if differing := sorted(tensors.keys() ^ learned(self.module).keys()):
+            raise RuntimeError(f"the checkpoint holds other tensors than are trained here, such as {differing[0]}")
+        self.module.load_state_dict(tensors, strict=False)
+
+
+def learned(module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module without its frozen parameters: a run has them from where it had them at its start."""
+    kept = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    kept |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in kept}
