@@ -278,7 +278,7 @@ def train_student(
     resume_from = on_main_process(accelerator, lambda: store.resume_point(resume))
     done = 0 if resume_from is None else step_of(resume_from)
     every, main = config.logging.every, accelerator.is_main_process
-    logger = StepLogger(output, plan.total_steps, every, start_step=done, main_process=main)
+    logger = StepLogger(output, plan.total_steps, every, start_step=done, main_process=main, deadline=stop.deadline)
     if resume_from is None and main:
         logger.truncate_after(-1)
         (output / START).unlink(missing_ok=True)

@@ -1,22 +1,16 @@
-"""What a run says while it runs: train.log, metrics.jsonl, the tagged lines, one progress display.
+"""What a run says while it runs: train.log, metrics.jsonl, the tagged lines, what the progress display shows.
 
 Every message goes through `logging`; `setup_logging` sends it to a rich console and to `train.log`.
 `StepLogger` owns what is said at a logged step. Nothing here prints during evaluation.
-
-A saved notebook keeps every byte a child process wrote, carriage returns included, and its child sees
-a terminal of 80 x 24, so `isatty()` does not tell whether a person watches. Hence one display, drawn at
-most every two seconds on a terminal, a status line every 30 s elsewhere, and both slow down in a long
-run, so that what a run writes is bounded whatever its length.
 """
 
 import json
 import logging
 import math
-import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import IO, Any
@@ -27,6 +21,7 @@ from tqdm import tqdm
 
 from .atomic import write_text
 from .errors import RunError, UserError
+from .progress import Progress, person_may_watch, status_of
 
 log = logging.getLogger(__name__)
 
@@ -34,10 +29,6 @@ OWN_LOGGERS = ("curriculum_distillation", "models", "utils", "train", "verify_fi
 """Loggers of this project, which speak from INFO on; everybody else only from WARNING on."""
 
 ROUTER_TERMS = ("feat", "rel", "attn", "layer", "contr")
-BAR_SECONDS, LINE_SECONDS = 2.0, 30.0
-BAR_DRAWS, STATUS_LINES = 5000, 1500
-"""How often the display is drawn at most: the interval grows with the expected length of the run."""
-
 REPEATS = 3
 """A library's warning is shown this often, however often it is raised."""
 
@@ -171,112 +162,6 @@ class _LimitRepeats(logging.Filter):
         return self.seen[key] <= REPEATS
 
 
-# --- progress -------------------------------------------------------------------------------------------------------
-
-
-def person_may_watch(stream: IO[str]) -> bool:
-    """Whether a moving bar makes sense on `stream`: a terminal, and not a notebook that runs unattended.
-
-    `KAGGLE_KERNEL_RUN_TYPE=Batch` is Kaggle's "Save & Run All".
-    """
-    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" or os.environ.get("TERM") == "dumb":
-        return False
-    try:
-        return stream.isatty()
-    except ValueError:  # closed
-        return False
-
-
-class Progress:
-    """The one progress display: a bar of one line on a terminal, else a status line now and then.
-
-    The interval between two draws is the larger of `BAR_SECONDS` (`LINE_SECONDS`) and the expected
-    duration of the run over `BAR_DRAWS` (`STATUS_LINES`): 12 hours cost about 0.5 MB in a notebook.
-
-    Args:
-        total: optimizer steps of the run.
-        start: steps already done (resume).
-        stream: where to draw; None: standard output.
-        clock: monotonic seconds.
-    """
-
-    def __init__(
-        self,
-        total: int,
-        start: int = 0,
-        stream: IO[str] | None = None,
-        clock: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self.total, self.start, self.clock = total, start, clock
-        self.first: int | None = None
-        self.stream = stream if stream is not None else sys.stdout
-        self.bar: tqdm | None = None
-        self.as_bar = person_may_watch(self.stream)
-        self.began = self.drawn = clock()
-
-    def update(self, step: int, status: Mapping[str, str] | None = None) -> None:
-        """Say that `step` optimizer steps are done; draws only when it is time."""
-        now = self.clock()
-        if self.first is None:  # time counts from here: what was done before the first step is not its speed
-            self.first, self.began, self.drawn = step, now, now
-        if now - self.drawn < self._interval(step, now) and step < self.total:
-            return
-        self.drawn = now
-        words = ", ".join(f"{name} {value}" for name, value in (status or {}).items())
-        if self.as_bar:
-            self._draw_bar(step, words)
-        else:
-            self._write_line(step, now, words)
-
-    def close(self) -> None:
-        """Leave the display as it stands and end its line."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
-
-    def _interval(self, step: int, now: float) -> float:
-        shortest, draws = (BAR_SECONDS, BAR_DRAWS) if self.as_bar else (LINE_SECONDS, STATUS_LINES)
-        expected = (now - self.began) + self._left(step, now)
-        return max(shortest, expected / draws)
-
-    def _left(self, step: int, now: float) -> float:
-        """Seconds the remaining steps will take at the pace so far; 0 before there is one."""
-        done = step - (self.first or 0)
-        return (now - self.began) * (self.total - step) / done if done > 0 else 0.0
-
-    def _draw_bar(self, step: int, words: str) -> None:
-        if self.bar is None:
-            # Drawn by our own clock: tqdm's intervals are switched off. 79 columns never fold in 80.
-            self.bar = tqdm(
-                total=self.total,
-                initial=self.start,
-                file=self.stream,
-                ncols=79,
-                mininterval=0,
-                miniters=1,
-                unit="step",
-                delay=1e-9,
-                bar_format="{percentage:3.0f}% |{bar:12}| {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}",
-            )
-            self.bar.start_t -= self.drawn - self.began
-        self.bar.set_postfix_str(words, refresh=False)
-        self.bar.update(step - self.bar.n)
-
-    def _write_line(self, step: int, now: float, words: str) -> None:
-        left = self._left(step, now)
-        time_words = duration(now - self.began) + (f", {duration(left)} left" if left > 0 else "")
-        parts = [f"step {step:,}/{self.total:,} ({step / max(self.total, 1):.1%})", time_words]
-        print(", ".join(parts + ([words] if words else [])), file=self.stream, flush=True)
-
-
-def duration(seconds: float) -> str:
-    """`"2 h 05 min"`, `"3 min 20 s"`, `"12 s"`."""
-    whole = round(seconds)
-    if whole >= 3600:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"
-
-
 # --- steps ----------------------------------------------------------------------------------------------------------
 
 
@@ -291,6 +176,7 @@ class StepLogger:
         every: a step is logged when its number is a multiple of this, and the last one is.
         start_step: steps already done (resume).
         main_process: False makes every method but `due` do nothing.
+        deadline: `time.monotonic()` at which the run is stopped, for the display.
         progress: the display; None makes one on standard output.
     """
 
@@ -302,11 +188,12 @@ class StepLogger:
         *,
         start_step: int = 0,
         main_process: bool = True,
+        deadline: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.total_steps, self.every, self.main_process = total_steps, every, main_process
         self.path = Path(output_dir) / "metrics.jsonl" if output_dir is not None else None
-        self.display = progress or (Progress(total_steps, start_step) if main_process else None)
+        self.display = progress or (Progress(total_steps, start_step, deadline=deadline) if main_process else None)
         self._file: IO[str] | None = None
         self._status: dict[str, str] = {}
 
@@ -325,9 +212,7 @@ class StepLogger:
         self._append(record)
         for line in training_lines(record, self.total_steps, weights):
             log.info(line)
-        self._status = {"loss": _number(record.get("loss"))}
-        if (speed := record.get("tokens_per_second")) is not None:
-            self._status["tokens/s"] = f"{speed:,.0f}"
+        self._status = status_of(record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Log one evaluation: `step, split, loss, perplexity, bits_per_byte, tokens, bytes`."""
@@ -335,10 +220,10 @@ class StepLogger:
             self._append(record)
             log.info(evaluation_line(record))
 
-    def progress(self, step: int, **status: str) -> None:
+    def progress(self, step: int) -> None:
         """Tell the display that `step` steps are done. Cheap: call it at every step."""
         if self.display is not None:
-            self.display.update(step, {**self._status, **status})
+            self.display.update(step, self._status)
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the file has an evaluation at this step. Ask in the main process, which writes it."""

@@ -8,7 +8,7 @@ student after the same steps without the teacher. Everything is measured on the 
 from collections.abc import Mapping
 from typing import Any
 
-from .logs import duration
+from .progress import duration
 
 MODELS = {
     "teacher": "Teacher",

@@ -4,26 +4,18 @@ import io
 import json
 import logging
 import warnings
-from itertools import pairwise
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
+from tests.utils.test_progress import Clock, Terminal
 from utils import logs
 from utils.errors import UserError
-from utils.logs import Progress, StepLogger, evaluation_line, read_metrics, setup_logging, training_lines
+from utils.logs import StepLogger, evaluation_line, read_metrics, setup_logging, training_lines
+from utils.progress import Progress
 
 TAGS = ("[CURRICULUM]", "[KD]", "[ROUTING]", "[LM]", "[TOTAL]", "[Eval]")
 TWELVE_HOURS = 12 * 3600.0
-
-
-class Clock:
-    """Seconds that pass when told to."""
-
-    now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class _Broken(Dataset):
@@ -34,17 +26,11 @@ class _Broken(Dataset):
         raise ValueError("broken window")
 
 
-class Terminal(io.StringIO):
-    """Says that it is a terminal, as the child of a notebook does."""
-
-    def isatty(self) -> bool:
-        return True
-
-
 @pytest.fixture(autouse=True)
 def _restore_logging(monkeypatch):
     for name in ("KAGGLE_KERNEL_RUN_TYPE", "TERM"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
     yield
     for handler in [h for h in logging.getLogger().handlers if getattr(h, "_of_this_project", False)]:
         logging.getLogger().removeHandler(handler)
@@ -127,56 +113,6 @@ def test_a_notebook_keeps_less_than_a_megabyte_and_a_half_of_12_hours(tmp_path, 
     assert written.count("\r") < 25_000
     assert "\x1b[1A" not in written  # a saved notebook does not understand cursor movements
     assert "100%" in written.splitlines()[-1]
-
-
-@pytest.mark.parametrize(("kind", "most", "least"), [("terminal", 5200, 4000), ("batch", 1500, 1000)])
-def test_the_display_alone_is_bounded_over_100_hours(monkeypatch, kind, most, least):
-    if kind == "batch":
-        monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
-    clock, stream = Clock(), Terminal()
-    display = Progress(100_000, stream=stream, clock=clock)
-    for step in range(1, 100_001):
-        clock.now += 3.6
-        display.update(step, {"loss": "3.2101", "tokens/s": "12,345"})
-    display.close()
-    draws = stream.getvalue().count("\r" if kind == "terminal" else "\n")
-    assert least < draws < most
-    assert len(stream.getvalue().encode()) < 130 * most
-    assert ("\r" in stream.getvalue()) == (kind == "terminal")
-
-
-def test_a_terminal_is_drawn_on_at_most_every_two_seconds_and_a_file_every_thirty(monkeypatch):
-    for stream, interval in ((Terminal(), 2.0), (io.StringIO(), 30.0)):
-        clock, drawn = Clock(), []
-        display = Progress(10_000, stream=stream, clock=clock)
-        for step in range(1, 3000):
-            clock.now += 0.1
-            before = stream.tell()
-            display.update(step)
-            if stream.tell() > before:
-                drawn.append(clock.now)
-        gaps = [b - a for a, b in pairwise(drawn)]
-        assert min(gaps) >= interval - 1e-6 and max(gaps) < interval + 0.2
-
-
-def test_the_time_left_follows_the_steps_not_what_came_before_them():
-    clock, stream = Clock(), io.StringIO()
-    display = Progress(1000, 400, stream=stream, clock=clock)
-    clock.now += 3600  # the teacher is measured
-    for step in range(401, 501):
-        display.update(step)
-        clock.now += 1.0
-    assert stream.getvalue().splitlines()[-1] == "step 491/1,000 (49.1%), 1 min 30 s, 8 min 29 s left"
-
-
-def test_no_line_of_the_bar_is_wider_than_80_columns():
-    clock, stream = Clock(), Terminal()
-    display = Progress(25_000, stream=stream, clock=clock)
-    for step in range(1, 25_001):
-        clock.now += 1.0
-        display.update(step, {"loss": "3.2101", "tokens/s": "123,456", "something": "x" * 100})
-    display.close()
-    assert max(len(draw) for draw in stream.getvalue().replace("\n", "\r").split("\r")) < 80
 
 
 def test_steps_are_due_by_number_alone_and_the_first_five_are_not():
