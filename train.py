@@ -271,6 +271,8 @@ def train_student(
     config, accelerator = job.config, job.accelerator
     plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
     student = make_student(job)
+    if config.training.gradient_checkpointing:
+        pretrained.recompute_layers(student)
     made_from = {"student": pretrained.fingerprint(student, values=config.student.init == "pretrained")}
     if teacher is not None:
         made_from["teacher"] = pretrained.fingerprint(teacher.model)

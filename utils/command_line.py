@@ -53,6 +53,12 @@ FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("--max-steps", "training.max_steps", "N", "optimizer steps in total, instead of epochs"),
         ("--learning-rate", "training.learning_rate", "X", "peak learning rate"),
         ("--mixed-precision", "training.mixed_precision", "auto|no|fp16|bf16", "precision of the computation"),
+        (
+            "--gradient-checkpointing",
+            "training.gradient_checkpointing",
+            "",
+            "compute layers twice: less memory, slower",
+        ),
         ("--seed", "training.seed", "N", "of initialisation, data order and dropout"),
         ("--max-hours", "training.max_hours", "H", "stop in time: save, evaluate, export, exit 0"),
     ),

@@ -129,6 +129,9 @@ class TrainingConfig:
     """Gradients are scaled down to at most this norm."""
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """Precision of the student's computation; auto: chosen from the hardware, with the reason logged."""
+    gradient_checkpointing: bool = False
+    """Compute the student's layers a second time in the backward pass instead of keeping what it needs of them: less
+    memory, one more forward pass, the same gradients."""
     seed: Annotated[int, Ge(0)] = 42
     """Seed of initialisation, data order and dropout."""
     max_hours: Annotated[float, Gt(0)] | None = None

@@ -191,6 +191,20 @@ def random_model(config: PretrainedConfig) -> nn.Module:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+def recompute_layers(model: nn.Module) -> None:
+    """Have a model keep only what enters each layer for the backward pass, and compute the rest there once more.
+
+    Raises:
+        UserError: transformers cannot do that for this architecture.
+    """
+    try:
+        # renamed in transformers 5; the older name warns where the newer one is there
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    except ValueError as error:
+        raise UserError(f"--gradient-checkpointing: not for this student. Leave it out.\n  {error}") from error
+
+
 def frozen_dtype(requested: str, device: torch.device, precision: str) -> Choice[torch.dtype]:
     """What frozen weights, a teacher's or those below an adapter, are computed in.
 

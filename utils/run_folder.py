@@ -34,6 +34,7 @@ FREE_TO_CHANGE = {
     "data.num_workers",
     "training.batch_size",
     "training.gradient_accumulation_steps",
+    "training.gradient_checkpointing",
     "training.max_hours",
     "training.save_every",
     "training.keep_checkpoints",
