@@ -1,6 +1,6 @@
 """The real program, killed and interrupted: what it leaves is taken up again, and the student is the same bit for bit.
 
-Set KILL_SEED to kill at other moments.
+Four moments are tried, twenty with -m slow. Set KILL_SEED to kill at others.
 """
 
 import hashlib
@@ -56,6 +56,16 @@ class Session:
         self.process.send_signal(number)
         return self.ended()
 
+    def killed_during(self, folder: Path, staged: str, step: int, delay: float) -> int:
+        """Exit code after SIGKILL while something is written: a staging folder of that name is there, after a step."""
+        limit = time.monotonic() + PATIENCE
+        while not (any(folder.glob(f".staging-{staged}*")) and steps_in(self.metrics) >= step):
+            assert self.process.poll() is None, self.output()
+            assert time.monotonic() < limit, self.output()
+        time.sleep(delay)
+        self.process.send_signal(signal.SIGKILL)
+        return self.ended()
+
     def output(self) -> str:
         return self.said.read_text()
 
@@ -99,18 +109,28 @@ def uninterrupted(place, tmp_path_factory) -> Path:
     return output
 
 
-def test_killed_twice_at_any_moment_the_same_command_ends_with_the_same_student(place, uninterrupted, tmp_path):
-    draw = random.Random(int(os.environ.get("KILL_SEED", "7")))
+KINDS = ("step", "save", "step", "export", "save")
+"""When a run is killed: after a step, while a checkpoint is written, or while the student is exported."""
+
+
+def kill_somewhere(session: Session, output: Path, index: int) -> int:
+    """Exit code of a session killed at a random moment, the same for an index and KILL_SEED."""
+    draw = random.Random(f"{os.environ.get('KILL_SEED', '7')} {index}")
+    kind, step, delay = KINDS[index % len(KINDS)], draw.randint(0, 60), draw.uniform(0, 0.05)
+    if kind == "step":
+        return session.stopped_after(max(step, 1), signal.SIGKILL, delay)
+    if kind == "save":
+        return session.killed_during(output / "checkpoints", "step-", step, delay / 5)
+    return session.killed_during(output, "student", 0, delay / 5)
+
+
+@pytest.mark.parametrize("moment", [pytest.param(i, marks=[pytest.mark.slow] if i > 3 else []) for i in range(20)])
+def test_killed_at_any_moment_the_same_command_ends_with_the_same_student(place, uninterrupted, tmp_path, moment):
     output = tmp_path / "run"
-    for first, last in ((1, 12), (14, 40)):  # before or after the first checkpoint; in the first epoch or the second
-        step, delay = draw.randint(first, last), draw.uniform(0, 0.05)
-        session = Session(place, output)
-        assert session.stopped_after(step, signal.SIGKILL, delay) == -signal.SIGKILL, f"over before step {step}"
-        assert not (output / "student").exists()
-    (output / ".staging-student-abc").mkdir()  # what a kill during the export leaves
+    assert kill_somewhere(Session(place, output), output, moment) == -signal.SIGKILL, "over before the kill"
     final = Session(place, output)
     assert final.ended() == 0, final.output()
-    assert "resumed from" in final.output() and same_outcome(output, uninterrupted)
+    assert same_outcome(output, uninterrupted)
 
 
 def test_sigterm_exits_143_and_ctrl_c_130_and_the_same_command_goes_on(place, uninterrupted, tmp_path):

@@ -1,4 +1,4 @@
-"""Fixtures of the models' tests: real tokenizers, loaded once; `slow` tests run only when asked for with -m slow."""
+"""Fixtures of the models' tests: real tokenizers, loaded once."""
 
 import functools
 from collections.abc import Callable
@@ -8,17 +8,6 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from models.vocabulary import VocabularyMap
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: minutes long; run with -m slow")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if not config.getoption("-m"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
 
 
 @pytest.fixture(scope="session")
