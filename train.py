@@ -28,7 +28,7 @@ from models.pairing import PairCollator, PairEncoder, count_channel
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher
 from models.vocabulary import VocabularyMap
-from utils import adapters, command_line, data, hardware, pretrained, quickstart, report, run_folder
+from utils import adapters, command_line, data, forecast, hardware, pretrained, quickstart, report, run_folder
 from utils.checkpoints import CheckpointStore, step_of
 from utils.config import (
     DataConfig,
@@ -89,6 +89,8 @@ class RunConfig:
     """Folder of the run; by default runs/ and the name of the recipe."""
     resume: str = "auto"
     """auto: continue from the newest whole checkpoint in output_dir, if any; never; or a checkpoint's path."""
+    resume_changed: bool = False
+    """Continue although curriculum, loss, max_grad_norm or patience are no longer those of the checkpoint."""
 
     def __post_init__(self) -> None:
         wrong = []
@@ -135,7 +137,7 @@ class Job:
     windows: Dataset
     """To train on."""
     held_out: HeldOut
-    fingerprint: dict[str, str]
+    fingerprint: dict[str, Any]
     """What a checkpoint must have been made from to be continued."""
 
 
@@ -160,6 +162,15 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
     tokenizers = pretrained.load_each(pretrained.load_tokenizer, names)
     shapes = pretrained.load_each(pretrained.load_config, names)
+    router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
+    if router is not None:
+        with _as_user_error():
+            router.check_widths(**{role: shape.get_text_config().hidden_size for role, shape in shapes.items()})
+    with _as_user_error():
+        student = forecast.Shape.of(shapes["student"])
+    runs = 1 + config.evaluation.without_teacher
+    disk = forecast.disk(student, config.training, config.student.lora, runs=runs)
+    forecast.require_disk(Path(config.output_dir), disk)
     length = int(min(config.data.max_length, *(pretrained.context_length(shape) for shape in shapes.values())))
     if length < config.data.max_length:
         log.info("windows of %d tokens instead of %d: a model reads no more at once", length, config.data.max_length)
@@ -186,7 +197,6 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         vocabulary = vocabulary.with_channel(count_channel([windows[i] for i in chosen]))
     limit = min(config.evaluation.max_windows or len(held_out), len(held_out))
     held_out = held_out.select(sorted(permutation(len(held_out), 0, 0)[:limit].tolist()))
-    router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
     collate = PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth, router)
     return Job(
         config=config,
@@ -205,6 +215,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
             config.training.batch_size,
         ),
         fingerprint={
+            **run_folder.identity(to_plain(config)),
             "training_text": data.corpus_fingerprint(corpus.train),
             "held_out_windows": data.windows_fingerprint(held_out),
             "tokenizers_and_length": encoder.fingerprint,
@@ -223,7 +234,8 @@ def load_teacher(job: Job) -> FrozenTeacher | None:
     log.info("teacher in %s: %s", str(dtype.value).removeprefix("torch."), dtype.reason)
     if job.config.student.init == "random" and not job.config.curriculum.used() & {*ROUTER_TERMS}:
         log.info(RANDOM_HINT)
-    model = pretrained.load_model(config.name, "teacher", dtype.value, device, config.dtype)
+    weights = {"weights": config.dtype, "allow_pickle": config.allow_pickle}
+    model = pretrained.load_model(config.name, "teacher", dtype.value, device, **weights)
     with _as_user_error():
         return FrozenTeacher(model, job.vocabulary)
 
@@ -235,10 +247,11 @@ def make_student(job: Job) -> nn.Module:
     if config.init == "random":
         return pretrained.random_model(pretrained.load_config(config.name, "student")).to(device)
     if not config.lora.enabled:
-        return pretrained.load_model(config.name, "student", torch.float32, device)
+        return pretrained.load_model(config.name, "student", torch.float32, device, allow_pickle=config.allow_pickle)
     dtype = pretrained.frozen_dtype(config.lora.base, device, job.accelerator.mixed_precision)
     log.info("below the adapter, the student in %s: %s", str(dtype.value).removeprefix("torch."), dtype.reason)
-    base = pretrained.load_model(config.name, "student", dtype.value, device, config.lora.base)
+    weights = {"weights": config.lora.base, "allow_pickle": config.allow_pickle}
+    base = pretrained.load_model(config.name, "student", dtype.value, device, **weights)
     return adapters.add_lora(base, config.name, config.lora)
 
 
@@ -276,7 +289,8 @@ def train_student(
     made_from = {"student": pretrained.fingerprint(student, values=config.student.init == "pretrained")}
     if teacher is not None:
         made_from["teacher"] = pretrained.fingerprint(teacher.model)
-    store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, {**job.fingerprint, **made_from})
+    made_from = {**job.fingerprint, **made_from}
+    store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, made_from, config.resume_changed)
     resume_from = on_main_process(accelerator, lambda: store.resume_point(resume))
     done = 0 if resume_from is None else step_of(resume_from)
     every, main = config.logging.every, accelerator.is_main_process
@@ -349,7 +363,9 @@ def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[s
     if job.accelerator.is_main_process:
         student, config = framework.student, job.config.student
         if config.lora.merge:
-            student = adapters.merged(student, pretrained.load_model(config.name, "student", torch.float32))
+            student = adapters.merged(
+                student, pretrained.load_model(config.name, "student", torch.float32, allow_pickle=config.allow_pickle)
+            )
         names = (asked.student.name, config.init, asked.teacher.name, asked.data.train)
         card = pretrained.model_card(*names, results, adapter=config.lora.enabled and not config.lora.merge)
         pretrained.export(student, job.tokenizer, output / "student", card)

@@ -140,3 +140,11 @@ class RouterConfig:
     """Windows that standardise the teacher's states and fit the first projections."""
     learning_rate: Annotated[float, Gt(0)] = 1e-3
     """Peak learning rate of projections and gates; it follows the schedule of the student's."""
+
+    def check_widths(self, student: int, teacher: int) -> None:
+        """Whether states of these widths can be compared; raises a ValueError that says why not."""
+        if student % self.heads or teacher % self.heads:
+            raise ValueError(
+                f"got router.heads {self.heads} for states of width {student} (student) and {teacher} (teacher), "
+                "expected a divisor of both; 1 always is"
+            )

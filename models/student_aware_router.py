@@ -48,11 +48,7 @@ class StudentAwareRouter(nn.Module):
     def __init__(self, config: RouterConfig, student_shape: tuple[int, int], teacher_shape: tuple[int, int]) -> None:
         super().__init__()
         (depth_s, width_s), (depth_t, width_t) = student_shape, teacher_shape
-        if width_s % config.heads or width_t % config.heads:
-            raise ValueError(
-                f"got router.heads {config.heads} for states of width {width_s} (student) and {width_t} (teacher), "
-                "expected a divisor of both; 1 always is"
-            )
+        config.check_widths(width_s, width_t)
         self.config = config
         self.student_layers = _spread(depth_s, config.layers)
         """Student layers that are compared, counted from 1."""

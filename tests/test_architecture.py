@@ -34,6 +34,7 @@ FLOORS = {
 """From the ground up. A module imports only from lower floors, or from its own as `WITHIN_A_FLOOR` tells."""
 
 WITHIN_A_FLOOR = {
+    ("utils", "forecast", "config"),
     ("models", "alignment", "vocabulary"),
     ("models", "fused_head", "losses"),
     ("models", "projection", "vocabulary"),

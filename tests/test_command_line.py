@@ -253,6 +253,35 @@ def test_settings_that_change_nothing_may_differ_on_resume(tmp_path):
     train.run_folder.check(tmp_path, to_plain(other), "auto")
 
 
+def test_what_weighs_the_loss_may_change_on_resume_if_that_is_asked_for(tmp_path, caplog):
+    output = ("--output-dir", str(tmp_path))
+    train.run_folder.write_config(tmp_path, to_plain(configured(*output)), {})
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    other = (*output, "--set", "curriculum.kd.weight=0.123", "loss.top_k=7")
+    with pytest.raises(UserError, match=r"curriculum\.kd\.weight: .* -> 0\.123[\s\S]*--set resume_changed=true"):
+        train.run_folder.check(tmp_path, to_plain(configured(*other)), "auto")
+    train.run_folder.check(tmp_path, to_plain(configured(*other, "resume_changed=true")), "auto")
+    assert "loss.top_k: " in caplog.text and "as asked for" in caplog.text
+    with pytest.raises(UserError, match=r"training\.seed: ") as raised:
+        train.run_folder.check(tmp_path, to_plain(configured(*other, "resume_changed=true", "training.seed=9")), "auto")
+    assert "resume_changed" not in str(raised.value)
+
+
+@pytest.mark.parametrize("weight", ["0.1", "{points: [[0, 0], [1, 0.1]]}"])
+def test_the_micro_batch_may_change_on_resume_unless_a_term_depends_on_it(tmp_path, weight):
+    """`contr` compares with what is in the same micro-batch."""
+    output = ("--output-dir", str(tmp_path), "--batch-size", "4", "--gradient-accumulation-steps", "2")
+    halved = ("--batch-size", "2", "--gradient-accumulation-steps", "4")
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    train.run_folder.write_config(tmp_path, to_plain(configured(*output)), {})
+    train.run_folder.check(tmp_path, to_plain(configured(*output, *halved)), "auto")
+    contrast = ("--set", f"curriculum.contr.weight={weight}")
+    train.run_folder.write_config(tmp_path, to_plain(configured(*output, *contrast)), {})
+    train.run_folder.check(tmp_path, to_plain(configured(*output, *contrast)), "auto")
+    with pytest.raises(UserError, match=r"batch_size: 4 -> 2\n.*accumulation_steps: 2 -> 4"):
+        train.run_folder.check(tmp_path, to_plain(configured(*output, *halved, *contrast)), "auto")
+
+
 @pytest.mark.parametrize("setting", ["data.eval=other.txt", "data.eval_fraction=0.3", "evaluation.max_windows=9"])
 def test_what_is_measured_on_may_not_change_on_resume(tmp_path, setting):
     output = ("--output-dir", str(tmp_path))

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from .atomic import atomic_folder, clean_leftovers, remove_folder
+from .config import refuse_differences
 from .errors import RunError, UserError
 from .forecast import free_disk
 
@@ -61,9 +62,17 @@ class CheckpointStore:
         keep: how many of the newest stay.
         fingerprint: what must be equal for a run to be continued (settings, hashes of data and tokenizers):
             nested dicts of JSON values. It is stored with each checkpoint and compared on resume.
+        changed: other settings were asked for, as far as `config.CHANGEABLE` goes.
     """
 
-    def __init__(self, folder: str | Path, keep: int = 2, fingerprint: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 2,
+        fingerprint: Mapping[str, Any] | None = None,
+        changed: bool = False,
+    ) -> None:
+        self.changed = changed
         self.folder, self.keep = Path(folder), max(1, keep)
         self.fingerprint = json.loads(json.dumps(dict(fingerprint or {})))
         self._verified: set[Path] = set()
@@ -231,16 +240,8 @@ class CheckpointStore:
         return path
 
     def _refuse_other_run(self, path: Path) -> None:
-        saved = _flat(_state(path).get("fingerprint", {}))
-        here = _flat(self.fingerprint)
-        differing = [key for key in sorted(saved | here) if saved.get(key, "-") != here.get(key, "-")]
-        if differing:
-            lines = "".join(f"  - {key}: {_shown(saved, key)} -> {_shown(here, key)}\n" for key in differing)
-            raise UserError(
-                f"{path} belongs to a run with other settings (checkpoint -> now):\n{lines}"
-                "Expected the same, or the result would be neither run. Put them back to continue it, or start a new "
-                "run: another --output-dir, with --resume never."
-            )
+        saved, here = _flat(_state(path).get("fingerprint", {})), _flat(self.fingerprint)
+        refuse_differences(str(path), saved, here, self.changed)
 
     def _check(self, path: Path) -> str | None:
         if path in self._verified:
@@ -390,8 +391,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def _shown(values: Mapping[str, Any], key: str) -> str:
-    text = json.dumps(values[key], ensure_ascii=False) if key in values else "(absent)"
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -6,6 +6,8 @@ Defaults live in the dataclasses and nowhere else. `build` works for any tree of
 
 import dataclasses
 import difflib
+import json
+import logging
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -21,6 +23,12 @@ from .errors import UserError
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
+CHANGEABLE = ("curriculum.", "loss.", "training.max_grad_norm", "training.patience")
+"""Settings, or beginnings of their keys, that a run can be continued with otherwise if that is asked for: they weigh
+what is learned from, and nothing in a checkpoint was cut or sized by them."""
+
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
@@ -33,6 +41,8 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
     need an NVIDIA GPU and bitsandbytes."""
+    allow_pickle: bool = False
+    """Also take weights that are only there as pickle files (.bin); safetensors cannot carry code, they can."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,8 @@ class StudentConfig:
     """random: only config.json and the tokenizer are taken from `name`; weights are drawn from the seed."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """An adapter in place of the weights."""
+    allow_pickle: bool = False
+    """As for the teacher."""
 
     def __post_init__(self) -> None:
         if self.lora.enabled and self.init == "random":
@@ -320,6 +332,37 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and "points" not in value
         found |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return found
+
+
+def refuse_differences(where: str, there: Mapping[str, Any], here: Mapping[str, Any], changed: bool) -> None:
+    """Compare what a run was made from with what it would be continued with, by dotted key.
+
+    Args:
+        where: the run or checkpoint, for the message.
+        changed: other values of `CHANGEABLE` settings were asked for; they are logged.
+
+    Raises:
+        UserError: every difference, what to do, and the override where there is one.
+    """
+    keys = [key for key in sorted({*there, *here}) if there.get(key, "-") != here.get(key, "-")]
+    if not keys:
+        return
+    lines = "".join(f"\n  - {key}: {_told(there, key)} -> {_told(here, key)}" for key in keys)
+    can_change = all(key.startswith(CHANGEABLE) for key in keys)
+    if can_change and changed:
+        log.warning("continuing %s with other settings, as asked for (that run -> now):%s", where, lines)
+        return
+    override = " To continue it with the new values nevertheless: --set resume_changed=true." if can_change else ""
+    raise UserError(
+        f"{where} belongs to a run with other settings (that run -> now):{lines}\n"
+        "Expected the same, or the result would be neither run. Put them back to continue it, or choose another "
+        f"--output-dir, with --resume never, for a new run.{override}"
+    )
+
+
+def _told(values: Mapping[str, Any], key: str) -> str:
+    text = json.dumps(values[key], ensure_ascii=False, default=str) if key in values else "(absent)"
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _dataclass_in(annotation: Any) -> type | None:

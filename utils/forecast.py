@@ -13,6 +13,9 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from .config import LoraConfig, TrainingConfig
+from .errors import UserError
+
 RUNTIME = 700 * 2**20
 """Bytes of CUDA context and kernels, or of Python with its libraries."""
 LOGIT_COPIES = 2
@@ -99,18 +102,31 @@ def training_memory(
     return parts | {"runtime": RUNTIME}
 
 
-def disk(student: Shape, *, checkpoints: int, text_bytes: int, runs: int = 1, in_memory: int = 0) -> dict[str, int]:
+def disk(
+    student: Shape,
+    training: TrainingConfig,
+    lora: LoraConfig,
+    *,
+    text_bytes: int = 0,
+    runs: int = 1,
+    in_memory: int = 0,
+) -> dict[str, int]:
     """Bytes that a run writes, by what they are.
 
     Args:
-        checkpoints: most that exist at a time.
+        lora: with an adapter only that is saved, and exported unless it is merged.
         text_bytes: of the training text.
         runs: how many students are trained (2 with a comparison without the teacher).
         in_memory: up to so many bytes of text, windows are not written.
     """
+    # a new checkpoint is whole before the oldest goes; with patience the best one stays besides
+    checkpoints = training.keep_checkpoints + 1 + bool(training.patience)
+    # attention has four layers of the hidden width, the rest three between it and the intermediate one
+    widths = 8 * student.hidden + 3 * (student.hidden + student.intermediate)
+    saved = student.layers * lora.rank * widths if lora.enabled else student.parameters
     return {
-        "checkpoints": student.parameters * 12 * checkpoints * runs,  # weights and two moments of AdamW
-        "student": student.parameters * 4,
+        "checkpoints": saved * 12 * checkpoints * runs,  # weights and two moments of AdamW
+        "student": (student.parameters if lora.merge else saved) * 4,
         "windows": text_bytes * WINDOW_BYTES_PER_TEXT_BYTE if text_bytes > in_memory else 0,
     }
 
@@ -125,6 +141,22 @@ def free_memory(device: torch.device) -> int:
 def free_disk(folder: Path) -> int:
     """Bytes free where a folder is, or will be."""
     return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
+
+
+def require_disk(folder: Path, parts: dict[str, int]) -> None:
+    """Make sure, before models are loaded, that what a run will write finds room; what it wrote before counts.
+
+    Raises:
+        UserError: the estimate, and how much is free.
+    """
+    written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    needed, free = max(0, sum(parts.values()) - written), free_disk(folder)
+    if needed > free:
+        raise UserError(
+            f"too little disk for {folder}: this run needs about {largest(parts)}, {written / 2**30:.3g} GiB of them "
+            f"are there, and {free / 2**30:.3g} GiB are free. Free some space, choose another --output-dir, or lower "
+            "training.keep_checkpoints."
+        )
 
 
 def largest(parts: dict[str, int], count: int = 3) -> str:

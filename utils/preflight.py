@@ -167,17 +167,18 @@ class SetUp:
 @check("models", "give folders or hub ids that hold weights; --student-init random needs none")
 def models(setup: SetUp) -> tuple:
     config, found, missing = setup.config, [], []
-    wanted = [("student", config.student.name, setup.student)] if config.student.init == "pretrained" else []
-    wanted += [("teacher", config.teacher.name, setup.teacher)] if setup.teacher else []
-    for role, name, shape in wanted:
+    wanted = [("student", config.student, setup.student)] if config.student.init == "pretrained" else []
+    wanted += [("teacher", config.teacher, setup.teacher)] if setup.teacher else []
+    for role, model, shape in wanted:
+        name, pickled = model.name, model.allow_pickle
         if name in setup.built_later:
             found.append(f"{role} is built by the first run")
             continue
         folder = Path(pretrained.locate(name, role))
         if folder.is_dir() and not too_large(shape):
-            pretrained.load_model(name, role, torch.float32)
+            pretrained.load_model(name, role, torch.float32, allow_pickle=pickled)
             found.append(f"{role} loads")
-        elif folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
+        elif folder.is_dir() and not pretrained.has_weights(folder, pickled):
             missing.append(f"{role} has no weights in {folder}")
         else:
             found.append(f"{role} of {forecast.Shape.of(shape).parameters / 1e6:,.0f} M parameters, weights not read")
@@ -231,11 +232,10 @@ def memory(setup: SetUp) -> tuple:
 
 @check("disk", "free some space, choose another --output-dir, or lower training.keep_checkpoints")
 def disk(setup: SetUp) -> tuple:
-    training = setup.config.training
     parts = forecast.disk(
         forecast.Shape.of(setup.student),
-        # a new checkpoint is whole before the oldest goes; with patience the best one stays besides
-        checkpoints=training.keep_checkpoints + 1 + bool(training.patience),
+        setup.config.training,
+        setup.config.student.lora,
         text_bytes=setup.text_bytes,
         runs=1 + setup.config.evaluation.without_teacher,
         in_memory=data.IN_MEMORY_BYTES,

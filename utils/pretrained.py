@@ -122,13 +122,19 @@ def load_each(load: Callable[[str, str], T], names: Mapping[str, str]) -> dict[s
 
 
 def load_model(
-    name: str, role: str, dtype: torch.dtype, device: torch.device | str = "cpu", weights: str = "auto"
+    name: str,
+    role: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    weights: str = "auto",
+    allow_pickle: bool = False,
 ) -> nn.Module:
     """The model with its weights on a device.
 
     Args:
         dtype: of its weights, and of its computation where `weights` has fewer bits.
         weights: `8bit` or `4bit` (see `check_weights`) quantises the linear layers, all but the head.
+        allow_pickle: take pickle files where there are no safetensors.
 
     Raises:
         UserError: not reachable, no weights, or weights that lack tensors of this model (which transformers
@@ -138,6 +144,15 @@ def load_model(
     if weights in QUANTISED:
         options |= {"quantization_config": _quantisation(weights, dtype), "device_map": {"": device}}
     load = AutoModelForCausalLM.from_pretrained
+    folder = Path(locate(name, role))
+    if not allow_pickle and has_weights(folder, allow_pickle=True) and not has_weights(folder):
+        files = ", ".join(path.name for path in folder.glob("*.bin"))
+        raise UserError(
+            f"{role} {name}: its weights are pickle files only ({files}), which can carry code. Expected safetensors: "
+            "choose a model that has them, or convert it with save_pretrained. If you trust its author: "
+            f"--set {role}.allow_pickle=true."
+        )
+    options["use_safetensors"] = None if allow_pickle else True
     model, loading = _load(load, name, role, "weights", output_loading_info=True, **options)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
@@ -184,6 +199,11 @@ def require(package: str, wanted_by: str, extra: str) -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{wanted_by} needs {package}, which is not installed: pip install '.[{extra}]'")
+
+
+def has_weights(folder: Path, allow_pickle: bool = False) -> bool:
+    """Whether a folder holds weights that `load_model` would take."""
+    return any(folder.glob("*.safetensors")) or (allow_pickle and any(folder.glob("*.bin")))
 
 
 def random_model(config: PretrainedConfig) -> nn.Module:

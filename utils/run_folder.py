@@ -11,7 +11,7 @@ import yaml
 
 from . import hardware
 from .atomic import clean_leftovers, write_text
-from .config import flatten, load_yaml
+from .config import flatten, load_yaml, refuse_differences
 from .errors import UserError
 
 CONFIG = "config.yaml"
@@ -21,6 +21,7 @@ BEFORE_TRAINING = {CONFIG, "train.log"}
 FREE_TO_CHANGE = {
     "output_dir",
     "resume",
+    "resume_changed",
     "logging",
     "evaluation.every",
     "evaluation.samples",
@@ -28,8 +29,10 @@ FREE_TO_CHANGE = {
     "evaluation.new_tokens",
     "evaluation.without_teacher",
     "teacher.name",
+    "teacher.allow_pickle",
     "student.name",
     "student.lora.merge",
+    "student.allow_pickle",
     "data.train",
     "data.num_workers",
     "training.batch_size",
@@ -42,9 +45,15 @@ FREE_TO_CHANGE = {
 """Settings a resumed run may have otherwise: they do not change what is computed, or their content is compared."""
 
 
+MICRO_BATCH = {"training.batch_size", "training.gradient_accumulation_steps"}
+"""Free only as long as no term of the loss depends on how a step is cut: `contr` compares within a micro-batch."""
+
+
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings, by dotted key, that must stay the same when a run is continued."""
-    free = FREE_TO_CHANGE
+    contrast = config.get("curriculum", {}).get("contr", {}).get("weight", 0)
+    values = [value for _, value in contrast["points"]] if isinstance(contrast, Mapping) else [contrast]
+    free = FREE_TO_CHANGE - MICRO_BATCH if any(values) else FREE_TO_CHANGE
     return {key: value for key, value in flatten(config).items() if not {key, key.partition(".")[0]} & free}
 
 
@@ -71,20 +80,9 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
             f"output_dir {folder} holds checkpoints of an earlier run, and a fresh start was asked for. Choose another "
             "--output-dir, continue that run with --resume auto, or delete the folder."
         )
-    _refuse_other_settings(folder, identity(config))
-
-
-def _refuse_other_settings(folder: Path, here: Mapping[str, Any]) -> None:
-    if not (folder / CONFIG).is_file():
-        return
-    there = identity(load_yaml(folder / CONFIG))
-    differing = [key for key in sorted(there | here) if there.get(key, "-") != here.get(key, "-")]
-    if differing:
-        lines = "".join(f"\n  - {key}: {there.get(key, '-')} -> {here.get(key, '-')}" for key in differing)
-        raise UserError(
-            f"output_dir {folder} holds a run with other settings (that run -> now):{lines}\n"
-            "Choose another --output-dir for a new run, or put the settings back to continue that one."
-        )
+    if (folder / CONFIG).is_file():
+        there = identity(load_yaml(folder / CONFIG))
+        refuse_differences(f"output_dir {folder}", there, identity(config), config["resume_changed"])
 
 
 @contextmanager

@@ -7,13 +7,17 @@ import json
 import os
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import models.teacher
 import train
 from tests.faults.conftest import documents, write_jsonl
+from utils import data, pretrained
+from utils.pretrained import load_model
 
 
 @pytest.fixture
@@ -134,6 +138,74 @@ def test_a_teacher_that_overflows_on_the_text_is_named(refused, place, tmp_path,
     save_file(weights, tmp_path / "hot" / "model.safetensors", metadata={"format": "pt"})
     said = refused("--teacher", tmp_path / "hot", "--set", f"teacher.dtype={dtype}")
     assert "teacher's loss" in said and dtype in said and remedy in said
+
+
+def test_weights_in_pickle_files_are_refused_unless_asked_for_and_never_run_code(refused, place, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(place.teacher, tmp_path / "old")
+    weights = load_file(tmp_path / "old" / "model.safetensors")
+    (tmp_path / "old" / "model.safetensors").unlink()
+    torch.save(weights, tmp_path / "old" / "pytorch_model.bin")
+    assert "--set teacher.allow_pickle=true" in refused("--teacher", tmp_path / "old")
+    loaded = load_model(str(tmp_path / "old"), "teacher", torch.float32, allow_pickle=True)
+    assert torch.equal(loaded.state_dict()["model.norm.weight"], weights["model.norm.weight"])
+
+    class Bomb:
+        def __reduce__(self):
+            return os.system, ("touch EXECUTED",)
+
+    torch.save(Bomb(), tmp_path / "old" / "pytorch_model.bin")
+    assert "its weights cannot be loaded" in refused(
+        "--teacher", tmp_path / "old", "--set", "teacher.allow_pickle=true"
+    )
+    assert not (tmp_path / "EXECUTED").exists()
+
+
+def test_code_that_comes_with_a_model_is_refused_and_never_run(refused, place, tmp_path):
+    shutil.copytree(place.teacher, tmp_path / "own-code")
+    code = f"open({str(tmp_path / 'EXECUTED')!r}, 'w')\nclass C: pass\n"
+    (tmp_path / "own-code" / "code.py").write_text(code)
+    config = json.loads((place.teacher / "config.json").read_text()) | {"model_type": "its-own"}
+    auto = {"auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.C"}}
+    (tmp_path / "own-code" / "config.json").write_text(json.dumps(config | auto))
+    said = refused("--teacher", tmp_path / "own-code")
+    assert f"teacher {tmp_path / 'own-code'}" in said and "Python code of its own, which is never run" in said
+    assert not (tmp_path / "EXECUTED").exists()
+
+
+# ----------------------------------------------------------------------------- before models are loaded
+
+
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    monkeypatch.setattr(pretrained, "load_model", lambda *_: pytest.fail("a model was loaded first"))
+    monkeypatch.setattr(data, "load_documents", lambda *_: pytest.fail("text was read first"))
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_heads_that_do_not_divide_the_widths_are_found_before_anything_is_loaded(refused):
+    said = refused("--set", "router.heads=3", "curriculum.rel.weight=0.1")
+    assert "router.heads 3" in said and "width 16 (student) and 32 (teacher)" in said
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_too_little_disk_is_refused_with_the_estimate_before_anything_is_loaded(refused, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    said = refused()
+    assert "too little disk" in said and "this run needs about" in said and "checkpoints" in said
+
+
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_gpu_without_kernels_in_this_build_is_refused_with_the_remedy_before_anything_is_loaded(refused, monkeypatch):
+    """A P100 under a build that begins at compute capability 7.5."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Tesla P100-PCIE-16GB")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (6, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_90"])
+    said = refused()
+    assert "Tesla P100" in said and "sm_60" in said and "https://download.pytorch.org/whl/cu126" in said
 
 
 @pytest.mark.parametrize("word", ["step-00000001", "no/such/place"])

@@ -1,10 +1,14 @@
 """The forecast of memory and disk against figures that are known."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
-from transformers import GPT2Config, LlamaConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
-from utils.forecast import Shape, disk, free_disk, largest, training_memory
+from utils.config import LoraConfig, TrainingConfig
+from utils.errors import UserError
+from utils.forecast import Shape, disk, free_disk, largest, require_disk, training_memory
 
 QWEN = Qwen2Config(
     vocab_size=151_936,
@@ -76,10 +80,43 @@ def test_no_more_layers_are_counted_than_the_models_have(shapes):
 
 def test_a_checkpoint_is_12_bytes_a_parameter_and_small_text_is_not_written(shapes):
     student = shapes[0]
-    parts = disk(student, checkpoints=3, text_bytes=1000, in_memory=1000)
+    training = TrainingConfig(keep_checkpoints=2)
+    parts = disk(student, training, LoraConfig(), text_bytes=1000, in_memory=1000)
     assert parts == {"checkpoints": 36 * student.parameters, "student": 4 * student.parameters, "windows": 0}
-    twice = disk(student, checkpoints=3, text_bytes=1001, runs=2, in_memory=1000)
+    twice = disk(student, training, LoraConfig(), text_bytes=1001, runs=2, in_memory=1000)
     assert twice["checkpoints"] == 2 * parts["checkpoints"] and twice["windows"] > 1000
+
+
+def test_with_patience_the_best_checkpoint_stays_besides(shapes):
+    more, usual = (disk(shapes[0], TrainingConfig(patience=wait), LoraConfig())["checkpoints"] for wait in (1, 0))
+    assert more == 4 / 3 * usual
+
+
+def test_an_adapter_takes_the_disk_of_its_factors():
+    peft = pytest.importorskip("peft")
+    config = LlamaConfig(
+        vocab_size=99, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    adapter = peft.get_peft_model(base, peft.LoraConfig(task_type="CAUSAL_LM", r=8, target_modules="all-linear"))
+    trained = sum(p.numel() for p in adapter.parameters() if p.requires_grad)
+    for merge in (False, True):
+        parts = disk(
+            Shape.of(config), TrainingConfig(keep_checkpoints=1), LoraConfig(enabled=True, rank=8, merge=merge)
+        )
+        assert parts["checkpoints"] == 24 * trained
+        assert parts["student"] == 4 * (Shape.of(config).parameters if merge else trained)
+
+
+def test_too_little_disk_is_refused_with_the_estimate_and_what_is_there_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**30))
+    require_disk(tmp_path, {"checkpoints": 2**30})
+    with pytest.raises(UserError, match=r"about 1\.5 GiB \(checkpoints 1\.5\), 0 GiB of them are there, and 1 GiB are"):
+        require_disk(tmp_path, {"checkpoints": 3 * 2**29})
+    (tmp_path / "step-00000001").mkdir()
+    with (tmp_path / "step-00000001" / "module.safetensors").open("wb") as file:
+        file.truncate(2**29)
+    require_disk(tmp_path, {"checkpoints": 3 * 2**29})
 
 
 def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
