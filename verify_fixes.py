@@ -33,7 +33,7 @@ from models.fused_head import GPU_ROWS
 from models.outputs import IGNORE, PairedBatch
 from models.pairing import PairCollator, PairEncoder
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
-from models.teacher import LOGITS_AT_ONCE, FrozenTeacher
+from models.teacher import FrozenTeacher
 from models.vocabulary import MARKER, TEXT, VocabularyMap
 from utils import checklist, command_line, hardware, miniature, preflight, pretrained, quickstart, rehearsal
 from utils.checklist import Check, check
@@ -95,7 +95,7 @@ class Bench:
         self, student: nn.Module, teacher: FrozenTeacher | None, loss: LossConfig | None = None, **weights: Schedule
     ) -> DistillationFramework:
         """Weights that are not given are those of CurriculumConfig; a teacher of the student's size is its equal."""
-        vocabulary = self.same_map if teacher and len(teacher.rank) == self.size else self.job.vocabulary
+        vocabulary = self.same_map if teacher and len(teacher.order) == self.size else self.job.vocabulary
         return assemble(student, teacher, vocabulary, loss or LossConfig(), **weights)
 
     def distillation(self, seed: int = 0, weights: dict[str, Schedule] | None = None, **teacher: Any):
@@ -405,7 +405,7 @@ def default_setup(config: train.RunConfig) -> preflight.SetUp:
     """What the embedded default starts from, by sizes alone."""
     student = quickstart.student_config(quickstart.STUDENT_VOCABULARY)
     teacher = quickstart.teacher_config(quickstart.TEACHER_VOCABULARY)
-    return preflight.SetUp(config, student, teacher, 2_000_000, LOGITS_AT_ONCE, GPU_ROWS, quickstart.NAMES)
+    return preflight.SetUp(config, student, teacher, 2_000_000, GPU_ROWS, quickstart.NAMES)
 
 
 def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
@@ -426,7 +426,7 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
     teacher = pretrained.load_config(config.teacher.name, "teacher") if config.teacher.name else None
     files = [Path(name).expanduser() for name in config.data.train]
     text_bytes = max(sum(map(int, job.windows["bytes"])), sum(f.stat().st_size for f in files if f.is_file()))
-    return preflight.SetUp(asked, student, teacher, text_bytes, LOGITS_AT_ONCE, GPU_ROWS, quickstart.NAMES), job
+    return preflight.SetUp(asked, student, teacher, text_bytes, GPU_ROWS, quickstart.NAMES), job
 
 
 # ---------------------------------------------------------------------------------------- the report

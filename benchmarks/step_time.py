@@ -39,7 +39,7 @@ from models.distillation_framework import DistillationFramework
 from models.fused_head import GPU_ROWS, PASCAL_ROWS, head_losses
 from models.outputs import PairedBatch, SparseTarget
 from models.pairing import PairCollator
-from models.teacher import LOGITS_AT_ONCE, FrozenTeacher
+from models.teacher import FrozenTeacher, exact_top_k
 from models.vocabulary import MARKER, TEXT, VocabularyMap
 
 TEACHER_VOCABULARY, STUDENT_VOCABULARY = 151_936, 49_152
@@ -252,20 +252,18 @@ def _body(model: nn.Module, ids: Tensor, backward: bool) -> Costs:
     return _counted(work)
 
 
-def _teacher_head(model: nn.Module, tokens: int, top_k: int) -> Costs:
+def _teacher_head(model: nn.Module, tokens: int, top_k: int, rows: int) -> Costs:
     """As `FrozenTeacher.signal` does it, every position an anchor at depth 0."""
     head = model.get_output_embeddings()
-    vocabulary, width = head.weight.shape
-    states = torch.empty(tokens, width, dtype=head.weight.dtype)
+    states = torch.empty(tokens, head.weight.shape[1], dtype=head.weight.dtype)
     at = torch.zeros(tokens, dtype=torch.long)
 
     def work() -> None:
-        for part in torch.arange(tokens).split(max(1, LOGITS_AT_ONCE // vocabulary)):
-            log_probs = head(states[: len(part)]).float().log_softmax(1)
-            log_probs.gather(1, at[: len(part), None])
-            log_probs = log_probs[at[: len(part)]]
-            _, ids = log_probs.topk(top_k)
-            log_probs.scatter_(1, ids, -torch.inf).logsumexp(1)
+        for part in torch.arange(tokens).split(rows):
+            logits = head(states[: len(part)]).float()
+            logits.gather(1, at[: len(part), None])
+            _, columns = exact_top_k(logits, top_k)
+            logits.sub_(logits[:, :1]).exp_().scatter_(1, columns, 0.0).sum(1)
 
     with torch.no_grad():
         return _counted(work)
@@ -295,16 +293,17 @@ def forecast(shape: str, batch: int, length: int) -> tuple[list[list], dict]:
         teacher, student = (AutoModelForCausalLM.from_config(c, dtype=torch.float16) for c in configs)
         ids = torch.zeros(batch, length, dtype=torch.long)
         tokens = batch * length
-        parts = {
-            "teacher": [_body(teacher, ids, False), _teacher_head(teacher, tokens, loss.top_k)],
-            "student body": [_body(student, ids, True)],
+        bodies = [_body(teacher, ids, False), _body(student, ids, True)]
+        kinds = {card.rows for card in CARDS.values()}
+        heads = {
+            rows: [_teacher_head(teacher, tokens, loss.top_k, rows), _student_head(student, tokens, loss.top_k, rows)]
+            for rows in kinds
         }
-        heads = {name: _student_head(student, tokens, loss.top_k, card.rows) for name, card in CARDS.items()}
     for name, card in CARDS.items():
-        taught = sum(c.seconds(card) for c in parts["teacher"])
-        body, head = parts["student body"][0].seconds(card), heads[name].seconds(card)
-        flop = sum(c.flop for c in [*parts["teacher"], *parts["student body"], heads[name]])
-        moved = sum(c.bytes for c in [*parts["teacher"], *parts["student body"], heads[name]])
+        costs = [*bodies, *heads[card.rows]]
+        teacher_body, body, teacher_head, head = (c.seconds(card) for c in costs)
+        taught = teacher_body + teacher_head
+        flop, moved = sum(c.flop for c in costs), sum(c.bytes for c in costs)
         split = f"teacher {taught * 1e3:,.0f}, body {body * 1e3:,.0f}, head {head * 1e3:,.0f}"
         total = taught + body + head
         row = [shape, f"{batch} x {length}", f"{flop / 1e12:.2f}", f"{moved / 1e9:,.0f}"]

@@ -51,7 +51,9 @@ def head_logits(model: nn.Module, states: Tensor) -> Tensor:
     The head computes in its own dtype (or autocast's), whatever the dtype of the states.
     """
     head, options = model.get_output_embeddings(), logit_options(model)
-    logits = head(states.to(head.weight.dtype)).float() * options["scale"]
+    logits = head(states.to(head.weight.dtype)).float()
+    if options["scale"] != 1:  # 1 would be a copy of the largest tensor there is
+        logits = logits * options["scale"]
     if cap := options["softcap"]:
         logits = cap * torch.tanh(logits / cap)
     return logits

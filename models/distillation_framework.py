@@ -230,8 +230,7 @@ class DistillationFramework(nn.Module):
         """(sum over spans, its derivative [n] by the log-probability of each label if it `learns`, these [n])."""
         with torch.no_grad():
             log_probs = head(lm_weight=0.0).log_probs
-        held = batch.teacher_mask.flatten().bool()
-        teacher = span_sums(signal.realised, batch.teacher_spans.flatten()[held], batch.counts["span"])
+        teacher = span_sums(signal.realised, batch.teacher_spans.flatten()[batch.teacher_held], batch.counts["span"])
         c = self.config
         with torch.set_grad_enabled(learns):
             leaf = log_probs.clone().requires_grad_(learns)

@@ -116,5 +116,5 @@ def _binary(log_prob: Tensor) -> tuple[Tensor, Tensor]:
 
 def span_sums(values: Tensor, spans: Tensor, count: int) -> Tensor:
     """[P] sums of per-token values over the spans they belong to (-1: none)."""
-    held = spans >= 0
-    return values.new_zeros(count).index_add(0, spans[held], values[held])
+    # what is in no span goes to one more, that is dropped: choosing would wait for the device
+    return values.new_zeros(count + 1).index_add(0, torch.where(spans < 0, count, spans), values)[:count]

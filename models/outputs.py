@@ -2,7 +2,7 @@
 
 Shapes: B windows, S student positions, T teacher positions, N KD rows (anchored student positions,
 ordered by window, then position), M unpadded teacher positions, K outcomes kept per row, P spans,
-n supervised student positions.
+n supervised student positions, A anchors of rows, D rows at depth > 0.
 Flat index of student position (b, j): b * S + j; of teacher position (b, k): b * T + k.
 For the router: A anchors at depth 0, Q of them sampled in a window, R runs of anchors.
 """
@@ -10,6 +10,7 @@ For the router: A anchors at depth 0, Q of them sampled in a window, R runs of a
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,12 +61,18 @@ class PairedBatch:
     teacher_ids: Tensor  # [B, T]
     teacher_mask: Tensor  # [B, T]
     teacher_labels: Tensor  # [B, T] as labels, for the teacher
+    teacher_held: Tensor  # [M] flat positions of the teacher's tokens, in order
+    asked: Tensor  # [M] indices into `teacher_held`: first those that are the anchor of a row, then the others
     row_student: Tensor  # [N] flat student position
     row_supervised: Tensor  # [N] the same as an index into `supervised`
     row_teacher: Tensor  # [N] flat teacher position: the anchor
+    row_asked: Tensor  # [N] the same as an index into `asked`
     depth: Tensor  # [N] student tokens read since the anchor's boundary
     prefix_lo: Tensor  # [N] teacher tokens that begin with what was read since the anchor are, in the
     prefix_hi: Tensor  # [N]   vocabulary map's order, those with prefix_lo <= rank < prefix_hi
+    deep: Tensor  # [D] rows at depth > 0
+    deep_before: np.ndarray  # [A + 1] how many of these have an anchor before the i-th of `asked`. On the host, where
+    deep_width: np.ndarray  # [D]      chunks are cut; how many tokens begin with what was read.
     pieces: Tensor  # [N] teacher tokens that the student's next token is made of, from the anchor's token on;
     #                     0 where it does not end on a common boundary
     student_spans: Tensor  # [B, S] index of the span that holds the predicted token, or -1

@@ -231,6 +231,7 @@ class PairCollator:
         rows = _stack(aligned, padded["student_ids"].shape[1], padded["teacher_ids"].shape[1])
         rows["supervised"] = np.flatnonzero(padded["labels"] != IGNORE)
         rows["row_supervised"] = np.searchsorted(rows["supervised"], rows["row_student"])
+        asked, host = _asked(rows, padded["teacher_mask"])
         counts = {
             "lm": len(rows["supervised"]),
             "kd": len(rows["row_student"]),
@@ -242,7 +243,8 @@ class PairCollator:
             anchors, compared = _anchors(readings, aligned, padded, self.router)
             counts |= compared
         return PairedBatch(
-            **{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in (padded | rows).items()},
+            **{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in (padded | rows | asked).items()},
+            **host,
             counts=counts,
             anchors=anchors,
             bytes=torch.tensor([int(w["bytes"]) for w in windows], dtype=torch.int64),
@@ -275,6 +277,18 @@ def _stack(aligned: list[Alignment], student_width: int, teacher_width: int) -> 
         f"{side}_spans": _widen(flat[f"{side}_spans"], width)
         for side, width in zip(SIDES, (student_width, teacher_width), strict=True)
     }
+
+
+def _asked(rows: dict[str, np.ndarray], mask: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """In which order the teacher's positions are asked for their distributions: (for the device, for the host)."""
+    held = np.flatnonzero(mask)
+    anchors, row_asked = np.unique(np.searchsorted(held, rows["row_teacher"]), return_inverse=True)
+    others = np.delete(np.arange(len(held)), anchors)
+    deep = np.flatnonzero(rows["depth"])
+    before = np.searchsorted(row_asked[deep], np.arange(len(anchors) + 1))
+    width = (rows["prefix_hi"] - rows["prefix_lo"])[deep]
+    device = {"teacher_held": held, "asked": np.append(anchors, others), "row_asked": row_asked, "deep": deep}
+    return device, {"deep_before": before, "deep_width": width}
 
 
 def _widen(rows: np.ndarray, width: int) -> np.ndarray:

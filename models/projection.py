@@ -87,8 +87,7 @@ class Projection:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Append the mass of the real next student token, taken from its first piece (or from the tail)."""
         rows = batch.pieces > 1
-        flat_mask = batch.teacher_mask.flatten().bool()
-        at = (flat_mask.cumsum(0) - 1)[batch.row_teacher]  # anchor as an index into signal.realised
+        at = batch.asked[batch.row_asked]  # anchor as an index into signal.realised
         # differences of a running sum, in float64 because it runs over the whole batch
         sums = torch.cat([signal.realised.new_zeros(1), signal.realised]).double().cumsum(0)
         log_mass = (sums[at + batch.pieces] - sums[at]).float() - signal.log_mass

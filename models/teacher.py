@@ -1,6 +1,7 @@
 """The frozen teacher: PairedBatch -> TeacherSignal.
 
-Shapes: B windows, T teacher positions, M unpadded teacher positions, N KD rows, V_T teacher vocabulary.
+Shapes: B windows, T teacher positions, M unpadded teacher positions, N KD rows, K tokens kept of each, V teacher
+vocabulary.
 """
 
 from collections.abc import Sequence
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from .causal_lm import body_layers, check_head, head_logits, vocabulary_size
+from .fused_head import chunk_rows
 from .outputs import PairedBatch, TeacherSignal
 from .vocabulary import VocabularyMap
 
-LOGITS_AT_ONCE = 2**24
-"""Teacher logits in memory at a time (elements); a chunk of positions is this over the vocabulary."""
+BLOCKS = 8
+"""Into how many interleaved parts a row is cut to find its largest entries; see `exact_top_k`."""
 
 
 class FrozenTeacher:
@@ -29,10 +31,10 @@ class FrozenTeacher:
     def __init__(self, model: nn.Module, vocabulary: VocabularyMap) -> None:
         check_head(model, "teacher")
         self.model = model.eval().requires_grad_(False)
-        self.rank = torch.from_numpy(vocabulary.rank)
-        if len(self.rank) != vocabulary_size(model):
+        self.order = torch.from_numpy(vocabulary.order).long()
+        if len(self.order) != vocabulary_size(model):
             raise ValueError(
-                f"the vocabulary map holds {len(self.rank):,} teacher tokens, the teacher's head has "
+                f"the vocabulary map holds {len(self.order):,} teacher tokens, the teacher's head has "
                 f"{vocabulary_size(model):,} rows; build the map with teacher_vocab_size={vocabulary_size(model)}"
             )
 
@@ -48,41 +50,91 @@ class FrozenTeacher:
             layers: teacher layers, counted from 1, whose states are returned as well.
         """
         home, device = batch.teacher_ids.device, self.device
-        self.rank = self.rank.to(device)
+        self.order = self.order.to(device)
         batch = batch.to(device)
         with torch.autocast(device.type, enabled=False):
             states, hidden = body_layers(self.model, batch.teacher_ids, batch.teacher_mask, layers)
-            states = states.flatten(0, 1)
-            position = batch.teacher_mask.flatten().nonzero()[:, 0]
-            following = batch.teacher_ids.flatten().roll(-1)[position]
-            row_at = torch.searchsorted(position, batch.row_teacher)
-            size = max(1, LOGITS_AT_ONCE // len(self.rank))
-            bounds = torch.arange(0, len(position) + size, size, device=device).clamp_max(len(position))
-            # rows follow their anchors' order: the rows of a chunk of positions are neighbours
-            row_bounds = torch.searchsorted(row_at, bounds).tolist()
-            parts: list[tuple[Tensor, ...]] = []
-            for chunk, lo in enumerate(range(0, len(position), size)):
-                log_probs = head_logits(self.model, states[position[lo : lo + size]]).log_softmax(1)
-                realised = log_probs.gather(1, following[lo : lo + size, None])[:, 0]
-                rows = slice(row_bounds[chunk], row_bounds[chunk + 1])
-                parts.append((*self._top(log_probs, row_at[rows] - lo, rows, batch, top_k), realised))
-        ids, log_probs, log_tail, log_mass, realised = (
-            torch.cat(column).to(home) for column in zip(*parts, strict=True)
-        )
+            position = batch.teacher_held[batch.asked]
+            states = states.flatten(0, 1)[position]
+            following = batch.teacher_ids.flatten().roll(-1)[position, None]
+            anchors, total = len(batch.deep_before) - 1, len(position)
+            top_k = min(top_k, len(self.order))
+            size, _ = chunk_rows(len(self.order), device, 4 if states.dtype == torch.float32 else 6)
+            few = -(-size // 4)  # deep rows come with their tokens, which take more than a logit
+            # of no rows, where there are no anchors
+            at_anchors, within, realised = [_top(torch.empty(0, len(self.order), device=device), top_k)], [], []
+            for lo in [*range(0, anchors, size), *range(anchors, total, size)]:
+                hi = min(lo + size, anchors if lo < anchors else total)
+                logits = head_logits(self.model, states[lo:hi])
+                at_text = logits.gather(1, following[lo:hi])[:, 0]
+                if lo < anchors:
+                    first, last = batch.deep_before[[lo, hi]]
+                    for start in range(first, last, few):
+                        within.append(self._within(logits, batch, lo, slice(start, min(start + few, last)), top_k))
+                    at_anchors.append(_top(logits, top_k))
+                    log_sum = at_anchors[-1][-1]
+                else:
+                    log_sum = logits.logsumexp(1)
+                realised.append(at_text - log_sum)
+            *columns, log_sum = (torch.cat(c)[batch.row_asked] for c in zip(*at_anchors, strict=True))
+            log_mass = torch.zeros_like(log_sum)  # at depth 0 nothing was read since the anchor
+            if within:
+                *parts, part_sum = (torch.cat(c) for c in zip(*within, strict=True))
+                for column, part in zip(columns, parts, strict=True):
+                    column[batch.deep] = part
+                # a prefix without any mass: its row is not used, and must not be NaN
+                log_mass[batch.deep] = (part_sum - log_sum[batch.deep]).clamp_min(torch.finfo(torch.float32).min)
+            columns += [log_mass, torch.empty_like(batch.asked, dtype=torch.float32)]
+            columns[-1][batch.asked] = torch.cat(realised)
         states_there = tuple(state.to(home) for state in hidden) if layers else None
-        return TeacherSignal(ids, log_probs, log_tail, log_mass, realised, states_there)
+        return TeacherSignal(*(column.to(home) for column in columns), states_there)
 
-    def _top(self, log_probs: Tensor, at: Tensor, rows: slice, batch: PairedBatch, top_k: int) -> tuple[Tensor, ...]:
-        """(ids, log-probabilities, log tail, log prefix mass) of some rows; `at`: their row in `log_probs`."""
-        log_probs = log_probs[at]
-        log_mass = log_probs.new_zeros(len(at))
-        deep = (batch.depth[rows] > 0).nonzero()[:, 0]
-        lo, hi = (bound[rows][deep, None] for bound in (batch.prefix_lo, batch.prefix_hi))
-        restricted = log_probs[deep].masked_fill((self.rank < lo) | (self.rank >= hi), -torch.inf)
-        log_mass[deep] = restricted.logsumexp(1)
-        # a prefix without any mass: its row is not used, and must not be NaN
-        log_mass = log_mass.clamp_min(torch.finfo(torch.float32).min)
-        log_probs[deep] = restricted - log_mass[deep, None]
-        top, ids = log_probs.topk(min(top_k, log_probs.shape[1]))
-        log_tail = log_probs.scatter_(1, ids, -torch.inf).logsumexp(1)
-        return ids.masked_fill(top == -torch.inf, -1), top, log_tail, log_mass
+    def _within(
+        self, logits: Tensor, batch: PairedBatch, first: int, part: slice, top_k: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `_top` gives, with tokens for columns, of some rows at depth > 0: of the tokens that begin as was read.
+
+        Args:
+            logits: of neighbouring anchors.
+            first: which anchor the first row of `logits` is.
+            part: which of `batch.deep`.
+        """
+        rows = batch.deep[part]
+        column = torch.arange(max(int(batch.deep_width[part].max()), top_k), device=logits.device)
+        lo, hi = batch.prefix_lo[rows, None], batch.prefix_hi[rows, None]
+        token = self.order[(lo + column).clamp_max(len(self.order) - 1)]
+        restricted = logits[(batch.row_asked[rows] - first)[:, None], token].masked_fill(lo + column >= hi, -torch.inf)
+        at, log_probs, log_tail, log_sum = _top(restricted, top_k)
+        return token.gather(1, at).masked_fill(log_probs == -torch.inf, -1), log_probs, log_tail, log_sum
+
+
+def _top(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(columns [r, k] of the largest, their log-probabilities [r, k], log mass of the others [r], log of the sum [r]).
+
+    The logits [r, V] are overwritten: they are the largest thing there is.
+    """
+    top, columns = exact_top_k(logits, top_k)
+    peak = top[:, 0].clamp_min(torch.finfo(logits.dtype).min)
+    # summed over what is left, not total - sum: exact also where it is tiny
+    rest = logits.sub_(peak[:, None]).exp_().scatter_(1, columns, 0.0).sum(1)
+    log_sum = (peak + (rest + (top - peak[:, None]).exp().sum(1)).log()).clamp_min(torch.finfo(logits.dtype).min)
+    return columns, top - log_sum[:, None], peak + rest.log() - log_sum, log_sum
+
+
+def exact_top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """(the k largest of each row [r, k], largest first, their columns): `torch.topk`, faster on long rows.
+
+    A row is cut into `BLOCKS` parts that lie upon each other: the largest of each pile of `BLOCKS` entries is found
+    first, then the k piles with the largest of these, by the same means. None of the k largest is elsewhere: an entry
+    of another pile is no larger than k entries, one in each of those. Among equals the choice is free.
+    """
+    width = values.shape[1] // BLOCKS
+    if width < 2 * k:
+        return values.topk(k)
+    piles = values[:, : BLOCKS * width].unflatten(1, (BLOCKS, width))
+    _, pile = exact_top_k(piles.amax(1), k)
+    heights = torch.arange(0, BLOCKS * width, width, device=values.device)
+    leftover = torch.arange(BLOCKS * width, values.shape[1], device=values.device).expand(len(values), -1)
+    columns = torch.cat([(pile[:, None] + heights[:, None]).flatten(1), leftover], 1)
+    top, at = values.gather(1, columns).topk(k)
+    return top, columns.gather(1, at)

@@ -22,8 +22,8 @@ LOGIT_COPIES = 2
 """Float32 copies of the student's chunk of logits: the buffer, one in half precision, and what is small beside them."""
 HIDDEN_KEPT, INTERMEDIATE_KEPT = 17, 4
 """Widths that a layer keeps per token for the backward pass."""
-TEACHER_COPIES = 4
-"""Float32 copies of the teacher's chunk of logits."""
+TEACHER_COPIES = 2
+"""Float32 copies of the teacher's chunk of logits: itself, one in half precision, and what is small beside them."""
 WINDOW_BYTES_PER_TEXT_BYTE = 9
 """Tokenised windows of both models in the cache of `datasets`."""
 ROUTED_KEPT = 10
@@ -62,8 +62,7 @@ def training_memory(
     tokens: int,
     precision: str,
     teacher_dtype: torch.dtype,
-    teacher_logits: int,
-    student_rows: int,
+    logit_rows: int,
     routed_layers: int = 0,
     routed_teacher_layers: int = 0,
 ) -> dict[str, int]:
@@ -73,8 +72,7 @@ def training_memory(
         tokens: per forward pass (windows times their length).
         precision: `no`, `fp16` or `bf16`.
         teacher_dtype: of the teacher's weights.
-        teacher_logits: elements of the teacher's logits that are in memory at a time, at most.
-        student_rows: positions whose logits the student's head computes at a time, at most.
+        logit_rows: positions whose logits a head computes at a time, at most.
         routed_layers: student layers whose states a router compares with the teacher's; 0: there is none.
         routed_teacher_layers: teacher layers whose states it keeps.
     """
@@ -85,12 +83,12 @@ def training_memory(
         "gradients": student.parameters * 4,
         "optimizer": student.parameters * 8,
         "student activations": tokens * student.layers * kept * width,
-        "student logits": min(tokens, student_rows) * student.vocabulary * 4 * LOGIT_COPIES,
+        "student logits": min(tokens, logit_rows) * student.vocabulary * 4 * LOGIT_COPIES,
         "head gradient": student.vocabulary * student.hidden * 4,  # before it is added to the others
     }
     if teacher is not None:
         bytes_each = torch.finfo(teacher_dtype).bits // 8
-        chunk = max(teacher.vocabulary, min(tokens * teacher.vocabulary, teacher_logits))
+        chunk = min(tokens, logit_rows) * teacher.vocabulary
         passing = tokens * (HIDDEN_KEPT * teacher.hidden + INTERMEDIATE_KEPT * teacher.intermediate) * bytes_each
         parts["teacher weights"] = teacher.parameters * bytes_each
         parts["teacher logits"] = chunk * 4 * TEACHER_COPIES + passing

@@ -150,10 +150,8 @@ class SetUp:
     teacher: PretrainedConfig | None
     text_bytes: int
     """Of the training text."""
-    teacher_logits: int
-    """Elements of the teacher's logits in memory at a time, at most."""
-    student_rows: int
-    """Positions whose logits the student's head computes at a time, at most."""
+    logit_rows: int
+    """Positions whose logits a head computes at a time, at most."""
     built_later: frozenset[str] = frozenset()
     """Names of models that the first run builds."""
 
@@ -220,8 +218,7 @@ def memory(setup: SetUp) -> tuple:
         tokens=training.batch_size * setup.window,
         precision=mixed,
         teacher_dtype=pretrained.frozen_dtype(setup.config.teacher.dtype, device, mixed).value,
-        teacher_logits=setup.teacher_logits,
-        student_rows=setup.student_rows,
+        logit_rows=setup.logit_rows,
         routed_layers=router.layers if router else 0,
         routed_teacher_layers=router.teacher_layers if router else 0,
     )

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
-from models.outputs import PairedBatch, TeacherSignal
-from models.teacher import FrozenTeacher
+from models.outputs import TeacherSignal
+from models.teacher import FrozenTeacher, exact_top_k
 from tests.models.test_projection import teacher_log_probs
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
 
@@ -62,12 +64,30 @@ def test_signals_of_single_windows_are_those_of_the_batch(pair):
     assert close(together, batch)
 
 
-@pytest.mark.parametrize("elements", [1, 7 * 400, 64 * 400])
-def test_signal_does_not_depend_on_the_size_of_chunks(pair, elements, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 2, 7, 64])
+def test_signal_does_not_depend_on_the_size_of_chunks(pair, rows, monkeypatch):
     batch = pair.batch()
     whole = pair.frozen().signal(batch, 8)
-    monkeypatch.setattr("models.teacher.LOGITS_AT_ONCE", elements)
+    monkeypatch.setattr("models.teacher.chunk_rows", lambda *_: (rows, "asked for"))
     assert close(pair.frozen().signal(batch, 8), whole)
+
+
+@given(
+    rows=st.integers(0, 3),
+    width=st.integers(1, 3000),
+    k=st.integers(1, 40),
+    kinds=st.integers(1, 50),
+    seed=st.integers(0, 2**16),
+)
+def test_top_k_in_blocks_is_top_k_also_among_equals(rows, width, k, kinds, seed):
+    k = min(k, width)
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(0, kinds, (rows, width), generator=generator).float()
+    values[values == 0] = -torch.inf
+    top, columns = exact_top_k(values, k)
+    assert torch.equal(top, values.topk(k)[0])
+    assert torch.equal(values.gather(1, columns), top)
+    assert all(len(set(row)) == k for row in columns.tolist())
 
 
 def test_teacher_is_no_module_and_cannot_be_trained(pair):
@@ -94,9 +114,12 @@ def test_a_half_precision_teacher_speaks_float32_also_under_autocast(pair):
 
 
 def test_a_batch_without_anchors_gives_a_signal_without_rows(pair):
-    batch = pair.batch()
-    empty = {f: torch.zeros(0, dtype=torch.int64) for f in ("row_student", "row_teacher", "depth")}
-    empty |= {f: torch.zeros(0, dtype=torch.int64) for f in ("prefix_lo", "prefix_hi", "pieces")}
-    signal = pair.frozen().signal(PairedBatch(**{**vars(batch), **empty}), 8)
-    assert signal.ids.shape == (0, 8)
+    collator = pair.collator()
+    window = pair.encoder.windows(STORIES[:1])[0]
+    for column in ("teacher_starts", "teacher_ends"):
+        window[column] = window[column] + 1000  # nothing is read by both
+    batch = collator([window])
+    assert batch.counts["kd"] == 0
+    signal = pair.frozen().signal(batch, 8)
+    assert signal.ids.shape == (0, 8) and signal.log_mass.shape == (0,)
     assert len(signal.realised) == int(batch.teacher_mask.sum())

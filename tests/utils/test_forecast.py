@@ -36,7 +36,7 @@ def shapes():
 
 
 def forecast(shapes, tokens=1024, precision="fp16", **options) -> dict[str, int]:
-    options |= {"precision": precision, "teacher_dtype": torch.float16, "teacher_logits": 2**24, "student_rows": 2048}
+    options |= {"precision": precision, "teacher_dtype": torch.float16, "logit_rows": 2048}
     return training_memory(*shapes, tokens=tokens, **options)
 
 
