@@ -45,13 +45,28 @@ def logit_options(model: nn.Module) -> dict[str, float | None]:
     return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
-def head_logits(model: nn.Module, states: Tensor) -> Tensor:
+def is_plain_linear(head: nn.Module) -> bool:
+    """Whether calling it is the product with its weight and no more: no subclass, hooks or forward of its own
+    (accelerate's offloading, for one)."""
+    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    return type(head) is nn.Linear and not any(hooks) and "forward" not in vars(head)
+
+
+def head_logits(model: nn.Module, states: Tensor, out: Tensor | None = None) -> Tensor:
     """[..., V] float32 logits for states [..., H], scaled and soft-capped as the model's config says.
 
     The head computes in its own dtype (or autocast's), whatever the dtype of the states.
+
+    Args:
+        out: [r, V] float32 memory to use again for states [up to r, H], where the head allows it: pages that are new
+            to a process cost it more time than reading its logits.
     """
     head, options = model.get_output_embeddings(), logit_options(model)
-    logits = head(states.to(head.weight.dtype)).float()
+    states = states.to(head.weight.dtype)
+    if out is not None and states.dtype == out.dtype and head.bias is None and is_plain_linear(head):
+        logits = torch.mm(states, head.weight.t(), out=out[: len(states)])
+    else:
+        logits = head(states).float()
     if options["scale"] != 1:  # 1 would be a copy of the largest tensor there is
         logits = logits * options["scale"]
     if cap := options["softcap"]:

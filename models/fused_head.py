@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from .causal_lm import is_plain_linear
 from .losses import PADDING, kd_loss
 from .outputs import SparseTarget
 
@@ -45,7 +46,9 @@ class HeadLosses(NamedTuple):
     """[n] log-probability of every label."""
 
 
-def chunk_rows(vocabulary: int, device: torch.device, bytes_per_logit: int = 4) -> tuple[int, str]:
+def chunk_rows(
+    vocabulary: int, device: torch.device, bytes_per_logit: int = 4, most_on_cpu: int = CPU_ROWS
+) -> tuple[int, str]:
     """How many rows of logits to hold at once, and why.
 
     Each chunk reads and writes the whole weight gradient, so few rows waste time; many rows waste memory. Where more
@@ -57,6 +60,7 @@ def chunk_rows(vocabulary: int, device: torch.device, bytes_per_logit: int = 4) 
     Args:
         vocabulary: V.
         bytes_per_logit: 4 for one float32 buffer; more for float64, a half-precision copy (+ 2) or soft-capping (+ 4).
+        most_on_cpu: rows that are enough there; without a backward pass more of them still gain.
     """
     if device.type == "cuda":
         pascal = torch.cuda.get_device_capability(device)[0] < 7
@@ -64,7 +68,7 @@ def chunk_rows(vocabulary: int, device: torch.device, bytes_per_logit: int = 4) 
         budget = torch.cuda.get_device_properties(device).total_memory // 16
         where = f"a sixteenth of the GPU's memory is {budget / 1e6:,.0f} MB"
     else:
-        most, budget = CPU_ROWS, CPU_BYTES
+        most, budget = most_on_cpu, CPU_BYTES
         where = f"the budget on {device.type} is {budget / 1e6:,.0f} MB"
     fitting = budget // (vocabulary * bytes_per_logit)
     rows = most if fitting >= most else max(LEAST_ROWS, fitting // 16 * 16)
@@ -115,7 +119,7 @@ def head_losses(
         ValueError: for shapes that do not fit and a chunk under 1.
     """
     _check(states, labels, target, rows, chunk)
-    linear = type(head) is nn.Linear and not _is_altered(head)
+    linear = is_plain_linear(head)
     weight = getattr(head, "weight", None)
     params = [head.weight, head.bias] if linear else [p for p in head.parameters() if p.requires_grad]
     kind = states.device.type
@@ -148,12 +152,6 @@ def head_losses(
     )
     loss, lm_sum, kd_sum, log_probs = _Fused.apply(job, states, *params)
     return HeadLosses(loss, lm_sum, None if target is None else kd_sum, log_probs)
-
-
-def _is_altered(head: nn.Module) -> bool:
-    """Whether hooks or a forward of its own (accelerate's offloading, for one) do more than the product."""
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    return any(hooks) or "forward" in vars(head)
 
 
 def _check(states: Tensor, labels: Tensor, target: SparseTarget | None, rows: Tensor | None, chunk: int | None) -> None:

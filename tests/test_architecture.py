@@ -36,6 +36,7 @@ FLOORS = {
 WITHIN_A_FLOOR = {
     ("utils", "forecast", "config"),
     ("models", "alignment", "vocabulary"),
+    ("models", "fused_head", "causal_lm"),
     ("models", "fused_head", "losses"),
     ("models", "projection", "vocabulary"),
 }
