@@ -84,8 +84,18 @@ def locate(name: str, role: str) -> str:
 
 
 def load_config(name: str, role: str) -> PretrainedConfig:
-    """The model's config.json."""
-    return _load(AutoConfig.from_pretrained, name, role, "config.json")
+    """The model's config.json.
+
+    Raises:
+        UserError: not reachable, or the model reads its text with an encoder: both sides here are decoders.
+    """
+    config = _load(AutoConfig.from_pretrained, name, role, "config.json")
+    if getattr(config, "is_encoder_decoder", False):
+        raise UserError(
+            f"{role} {name}: got an encoder-decoder model ({config.model_type}). Expected a causal language model, "
+            "such as those of the families of Llama, Qwen, Gemma or GPT-2."
+        )
+    return config
 
 
 def load_tokenizer(name: str, role: str) -> PreTrainedTokenizerBase:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, BartConfig, LlamaConfig, LlamaForCausalLM, T5Config
 
 from utils import pretrained
 from utils.errors import UserError
@@ -109,3 +109,11 @@ def test_whole_weights_are_asked_for_without_quantisation(folder, monkeypatch):
     model = pretrained.load_model(folder, "teacher", torch.bfloat16, CPU, "bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert not {"quantization_config", "device_map"} & asked.keys()
+
+
+@pytest.mark.parametrize("kind", [T5Config, BartConfig])
+def test_a_model_with_an_encoder_is_refused(tmp_path, kind):
+    """transformers would load the decoder of some of them alone."""
+    kind().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=rf"student .*encoder-decoder model \({kind.model_type}\)\. Expected a causal"):
+        pretrained.load_config(str(tmp_path), "student")
