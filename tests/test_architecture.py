@@ -27,7 +27,7 @@ FLOORS = {
         | {"checklist", "environment", "forecast"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"},
         {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures", "adapters"},
-        {"run_state", "report_html"},
+        {"run_state", "report_html", "out_of_memory"},
         {"training", "report"},
     ],
 }

@@ -304,6 +304,10 @@ class StepGuard:
         values = torch.stack([output.terms[name].sum.detach().to(loss.dtype) for name in names] or [loss])
         self._micro_batches.append((documents, names, values.isfinite(), loss))
 
+    def forget(self) -> None:
+        """Take back the notes on a step that is done again."""
+        self._micro_batches = []
+
     def decide(self, step: int, norm: Tensor) -> Tensor:
         """Whether the step that ends now is to be left out, as a scalar bool tensor. `step`: counted from 1."""
         seen, self._micro_batches = self._micro_batches, []

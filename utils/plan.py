@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -24,7 +24,9 @@ class Plan:
 
     windows: int
     micro_batch: int
-    accumulation: int
+    """Windows per forward pass, at most."""
+    global_batch: int
+    """Windows per optimizer step."""
     processes: int
     total_steps: int
 
@@ -33,16 +35,27 @@ class Plan:
         """The plan of a configuration for so many windows."""
         global_batch = config.batch_size * config.gradient_accumulation_steps * processes
         steps = config.max_steps or config.epochs * data.steps_per_epoch(windows, global_batch)
-        return cls(windows, config.batch_size, config.gradient_accumulation_steps, processes, steps)
+        return cls(windows, config.batch_size, global_batch, processes, steps)
 
     @property
-    def global_batch(self) -> int:
-        """Windows per optimizer step."""
-        return self.micro_batch * self.accumulation * self.processes
+    def accumulation(self) -> int:
+        """Forward passes per optimizer step and process."""
+        return math.ceil(self.global_batch / (self.micro_batch * self.processes))
+
+    def halved(self) -> "Plan":
+        """The same optimizer steps, in micro-batches of half the windows, rounded up."""
+        return replace(self, micro_batch=(self.micro_batch + 1) // 2)
 
     @property
     def steps_per_epoch(self) -> int:
         return data.steps_per_epoch(self.windows, self.global_batch)
+
+    def __str__(self) -> str:
+        return (
+            f"micro-batch {self.micro_batch} x accumulation {self.accumulation} x processes {self.processes} = effective "
+            f"batch of {self.global_batch} windows; {self.windows} windows, {self.steps_per_epoch} optimizer steps an "
+            f"epoch, {self.total_steps} in all"
+        )
 
     def identity(self) -> dict[str, int]:
         """What may not change between a checkpoint and its continuation."""

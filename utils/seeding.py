@@ -45,3 +45,13 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
     return np.argsort(bits.random_raw(n), kind="stable")
+
+
+def seed_forward(device: torch.device, seed: int, step: int, micro_batch: int, rank: int) -> None:
+    """Seed torch for one forward: what is drawn in it depends on nothing that happened before."""
+    entropy = np.random.SeedSequence([seed, step, micro_batch, rank])
+    number = int(entropy.generate_state(1, np.uint64)[0] >> 1)
+    # torch.manual_seed would also ask every absent kind of device: 1 ms a call
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)

@@ -30,22 +30,22 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import data, hardware
+from . import data, hardware, out_of_memory
 from .checkpoints import CheckpointStore
 from .config import TrainingConfig
 from .errors import RunError, UserError
 from .guards import RedFlags, StepGuard
 from .logs import StepLogger
 from .meters import Clock, HostSum, Measured, TermGradients
+from .out_of_memory import Attempt, OutOfMemory
 from .plan import Plan, build_optimizer, build_scheduler, taught_parameters
 from .run_state import RunState
-from .seeding import rng_state, set_rng_state
+from .seeding import rng_state, seed_forward, set_rng_state
 from .stopping import STOP_REASONS, EarlyStopping, StopSignal
 
 log = logging.getLogger(__name__)
@@ -88,6 +88,7 @@ def fit(
     stop: StopSignal | None = None,
     num_workers: int = 0,
     term_gradients: bool = False,
+    forecast: str = "",
 ) -> FitResult:
     """Train `module` on `dataset` for the steps that `Plan.of(config, len(dataset), processes)` says.
 
@@ -105,11 +106,13 @@ def fit(
         stop: asks the loop to stop at the next step boundary.
         num_workers: processes that prepare batches.
         term_gradients: log the norm of the gradient that each term contributes to the student (`TermGradients`).
+        forecast: of the memory that this takes, for the message where it does not fit.
 
     Raises:
         UserError: no windows, nothing to train, or a checkpoint of another plan.
         RunError: loss or gradient were not finite `guards.MOST_SKIPPED` times in a row (a checkpoint is saved), or a
             checkpoint could not be written.
+        OutOfMemory: also in micro-batches of one window.
     """
     if not len(dataset):
         raise UserError("got 0 training windows, expected at least 1. Give more text, or a smaller data.max_length.")
@@ -129,9 +132,10 @@ def fit(
         term_gradients=term_gradients,
     )
     try:
-        if resume_from is not None:
-            loop.resume(resume_from)
-        return loop.run()
+        with out_of_memory.explained(forecast):
+            if resume_from is not None:
+                loop.resume(resume_from)
+            return loop.run()
     finally:
         loop.close()
 
@@ -206,12 +210,16 @@ class TrainingLoop:
     def run(self) -> FitResult:
         """Steps until something stops the run; saves at the end."""
         self.logger.truncate_after(self.step)
-        self._announce()
+        log.info("%s, from step %d", self.plan, self.step)
         self.model.train()
         windows = self._windows()
         while (reason := self._reason_to_stop()) is None and not self.guard.exhausted:
-            self._advance(*next(windows))
-            self._at_boundary()
+            if self._advance(*next(windows)):
+                self._at_boundary()
+            else:
+                windows.close()
+                self._halve()
+                windows = self._windows()
         windows.close()
         self.guard.read()
         self._save()
@@ -231,15 +239,6 @@ class TrainingLoop:
             skipped_steps=self.guard.skipped,
             loss_spikes=self.guard.spikes.total,
         )
-
-    def _announce(self) -> None:
-        plan = self.plan
-        log.info(
-            "micro-batch %d x accumulation %d x processes %d = effective batch of %d windows; "
-            "%d windows, %d optimizer steps an epoch, %d in all, from step %d",
-            plan.micro_batch, plan.accumulation, plan.processes, plan.global_batch,
-            plan.windows, plan.steps_per_epoch, plan.total_steps, self.step,
-        )  # fmt: skip
 
     def _windows(self) -> Iterator[tuple[int, list[Any]]]:
         """(epoch, this process's micro-batches of one optimizer step), from the current step on, without end.
@@ -288,16 +287,18 @@ class TrainingLoop:
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
-    def _advance(self, epoch: int, window: list[Any]) -> None:
-        """One optimizer step on a window of micro-batches."""
+    def _advance(self, epoch: int, window: list[Any]) -> bool:
+        """One optimizer step on a window of micro-batches. False, in every process: it does not fit into memory."""
         counts = self._host.sum_counts([batch.counts for batch in window if batch is not None])
         measured = Measured() if self.logger.due(self.step + 1) else None
         if measured is not None and self.term_gradients:
             measured.gradients = TermGradients(self._taught)
-        for index, batch in enumerate(window):
-            is_last = index == len(window) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                self._backward(batch, index, epoch, counts, measured)
+        if not self._differentiate(window, counts, measured):
+            return False
+        if self.flags is not None:
+            for batch in window:
+                if batch is not None:
+                    self.flags.batch(batch.labels, epoch + 1, batch.documents)
         lr = self.optimizer.param_groups[0]["lr"]
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
         self._update(norm)
@@ -307,16 +308,53 @@ class TrainingLoop:
             self._log_step(measured, counts, lr, norm)
         if measured is not None or self.accelerator.device.type == "cpu" or self.guard.must_read:
             self.guard.read()
+        return True
 
-    def _backward(self, batch: Any, index: int, epoch: int, counts: dict[str, int], measured: Measured | None) -> None:
-        """Forward and backward of one micro-batch."""
+    def _differentiate(self, window: list[Any], counts: dict[str, int], measured: Measured | None) -> bool:
+        """The gradient of a step, micro-batch by micro-batch. False, in every process: one does not fit into memory.
+
+        Processes agree once all forwards are done, before the backward in which they exchange gradients: whoever
+        fails later, or in a forward in which they already wait for each other (the contrastive term), ends the run.
+        """
+        alone = self.accelerator.num_processes == 1
+        attempt = Attempt(survive=alone or not counts.get("contr"))
+        for index, batch in enumerate(window):
+            is_last = index == len(window) - 1
+            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+                loss = attempt(self._forward, batch, index, counts, measured)
+                if is_last:
+                    attempt.failed = bool(self._host([float(attempt.failed)])[0])
+                    attempt.survive = alone
+                attempt(self.accelerator.backward, loss)
+            del loss
+        return not attempt.failed
+
+    def _halve(self) -> None:
+        """Take back a step that does not fit into memory, and go on in micro-batches of half the size.
+
+        Raises:
+            OutOfMemory: there is but one window in each; the steps before are saved.
+        """
+        self.optimizer.zero_grad()
+        self.guard.forget()
+        out_of_memory.release()
+        if self.plan.micro_batch == 1:
+            self._save()
+            raise OutOfMemory(f"out of memory in optimizer step {self.step + 1}, in micro-batches of one window")
+        if self.plan.processes > 1:
+            # DDP cannot take back a forward: some processes would exchange gradients that others do not have
+            self.model = None
+            self.accelerator.free_memory()
+            self.model, self.optimizer = self.accelerator.prepare(_Shell(self.module), self.state.optimizer)
+        self.plan = out_of_memory.halved(self.plan, self.step, "contr" in self._host.names)
+
+    def _forward(self, batch: Any, index: int, counts: dict[str, int], measured: Measured | None) -> Tensor:
+        """What to differentiate of one micro-batch."""
         rank, device = self.accelerator.process_index, self.accelerator.device
         idle = batch is None
         if idle:  # DDP waits for every process: take part with a loss of 0
             batch = self.collate([self.dataset[0]])
             batch = batch.as_filler() if hasattr(batch, "as_filler") else batch
-        elif self.flags is not None:
-            self.flags.batch(batch.labels, epoch + 1, batch.documents)
         seed_forward(device, self.config.seed, self.step, index, rank)
         batch = batch.to(device, non_blocking=True)
         looked_at = measured is not None and measured.gradients is not None
@@ -324,12 +362,12 @@ class TrainingLoop:
         loss, hidden = self.model(batch, self.step, counts=counts, measure=measured is not None, **extra)
         if looked_at and not idle:
             measured.gradients.add(hidden.output, counts, 1.0 if self.scaler is None else self.scaler.get_scale())
-        # DDP averages gradients over processes; counts are global, so the sum is wanted
-        self.accelerator.backward(loss * (0 if idle else self.plan.processes))
         if not idle:
             self.guard.look(hidden.output, batch.documents)
         if measured is not None:
             measured.add(hidden.output, idle)
+        # DDP averages gradients over processes; counts are global, so the sum is wanted
+        return loss * (0 if idle else self.plan.processes)
 
     def _update(self, norm: Tensor) -> None:
         """Take the step, unless the gradient is not finite; that is decided without waiting for the device."""
@@ -439,16 +477,6 @@ class _Shell(nn.Module):
     def forward(self, batch: Any, step: int, **options: Any) -> tuple[Tensor, SimpleNamespace]:
         output = self.module(batch, step, **options)
         return output.loss, SimpleNamespace(output=output)
-
-
-def seed_forward(device: torch.device, seed: int, step: int, micro_batch: int, rank: int) -> None:
-    """Seed torch for one forward: what is drawn in it depends on nothing that happened before."""
-    entropy = np.random.SeedSequence([seed, step, micro_batch, rank])
-    number = int(entropy.generate_state(1, np.uint64)[0] >> 1)
-    # torch.manual_seed would also ask every absent kind of device: 1 ms a call
-    torch.default_generator.manual_seed(number)
-    if device.type == "cuda":
-        torch.cuda.manual_seed(number)
 
 
 @contextmanager
