@@ -52,9 +52,9 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"micro-batch {self.micro_batch} x accumulation {self.accumulation} x processes {self.processes} = effective "
-            f"batch of {self.global_batch} windows; {self.windows} windows, {self.steps_per_epoch} optimizer steps an "
-            f"epoch, {self.total_steps} in all"
+            f"micro-batch {self.micro_batch} x accumulation {self.accumulation} x processes {self.processes} = "
+            f"effective batch of {self.global_batch} windows; {self.windows} windows, {self.steps_per_epoch} optimizer "
+            f"steps an epoch, {self.total_steps} in all"
         )
 
     def identity(self) -> dict[str, int]:
