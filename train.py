@@ -10,7 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,8 @@ from utils.errors import RunError, UserError
 from utils.guards import RedFlags
 from utils.held_out import START, HeldOut, metrics_of
 from utils.logs import StepLogger, setup_logging
-from utils.plan import Plan, build_accelerator, on_main_process
+from utils.plan import Plan, build_accelerator
+from utils.processes import main_process_first, on_main_process, rank, tell_launcher
 from utils.seeding import permutation, seed_everything
 from utils.stopping import StopSignal
 from utils.training import FitResult, fit
@@ -177,7 +178,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     sizes = {role: shape.get_text_config().vocab_size for role, shape in shapes.items()}
     for role, name in names.items():
         log.info("%s %s: vocabulary %s, tokenizer %s", role, name, f"{sizes[role]:,}", f"{len(tokenizers[role]):,}")
-    with _as_user_error(), accelerator.main_process_first():
+    with _as_user_error():
         encoder = PairEncoder(tokenizers["student"], tokenizers["teacher"], length)
         vocabulary = VocabularyMap.build(
             tokenizers["student"],
@@ -402,23 +403,23 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         Interrupted: by a signal.
     """
     output, asked = Path(config.output_dir), config
-    run_folder.check(output, to_plain(config), config.resume)
-    CheckpointStore(output / "checkpoints").check_path(config.resume)
-    setup_logging(output)
-    log.info("%s", recipe)
     device = hardware.choose_device()
     if remedy := hardware.check_kernels():
         raise UserError(remedy)
     check_weights(config, device.value)
     precision = hardware.choose_precision(config.training.mixed_precision, device.value)
     accelerator = build_accelerator(precision.value, cpu=device.value.type == "cpu")
+    on_main_process(accelerator, lambda: _check_folder(output, config))
     setup_logging(output, main_process=accelerator.is_main_process)
+    log.info("%s", recipe)
     notes = {"recipe": recipe, "device": f"{device.value}: {device.reason}", "mixed precision": precision.reason}
     notes |= {"backend": "; ".join(hardware.configure_backends(device.value)) or "defaults"}
     log.info("device %s: %s; mixed precision %s: %s", device.value, device.reason, precision.value, precision.reason)
+    if unused := hardware.unused_gpus(accelerator.num_processes, used_here=1):
+        log.warning(unused)
     config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
-    job = prepare(config, accelerator)
+    job = main_process_first(accelerator, lambda: prepare(config, accelerator))
     _log_coverage(job)
     if accelerator.is_main_process:
         run_folder.write_config(output, to_plain(asked), notes)
@@ -431,6 +432,11 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         report.print_summary(results)
         log.info("student: %s; report: %s", output / "student", output / report.REPORT_HTML)
     return trained.result.stopped_by
+
+
+def _check_folder(output: Path, config: RunConfig) -> None:
+    run_folder.check(output, to_plain(config), config.resume)
+    CheckpointStore(output / "checkpoints").check_path(config.resume)
 
 
 def _log_coverage(job: Job) -> None:
@@ -446,8 +452,7 @@ def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSign
     """The configuration with paths in place of the names that stand for the embedded material."""
     if not quickstart.is_named(config):
         return config
-    with accelerator.main_process_first():
-        material = quickstart.material()
+    material = main_process_first(accelerator, quickstart.material)
 
     def train_teacher() -> Path:
         own, recipe = configure(
@@ -471,17 +476,21 @@ def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSign
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     started = time.monotonic()
-    setup_logging(None)
+    main_process = rank() == 0
+    setup_logging(None, main_process=main_process)
     try:
         config, recipe = configure(sys.argv[1:] if argv is None else argv)
-        with StopSignal(config.training.max_hours, started) as stop, run_folder.left_if_used(config.output_dir):
+        folder = run_folder.left_if_used(config.output_dir) if main_process else nullcontext()
+        with StopSignal(config.training.max_hours, started) as stop, folder:
             run(config, recipe, stop)
             return 0
     except Interrupted as interrupted:
         log.warning("stopped by %s; the same command continues from the checkpoint", interrupted)
         return EXIT_CODES.get(str(interrupted), 0)
     except UserError as error:
-        log.error("%s", error, exc_info=error)
+        tell_launcher(error)
+        if main_process:  # what another one finds wrong, the main one does too, or the launcher tells
+            log.error("%s", error, exc_info=error)
         return 2
     except RunError as error:
         log.error("%s", error, exc_info=error)
@@ -489,6 +498,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return EXIT_CODES["SIGINT"]
     except Exception as error:
+        tell_launcher(error)
         log.critical("%s: %s", type(error).__name__, error, exc_info=error)
         return 1
 

@@ -22,7 +22,7 @@ FLOORS = {
         {"distillation_framework"},
     ],
     "utils": [
-        {"errors", "atomic", "seeding", "progress"},
+        {"errors", "atomic", "seeding", "progress", "processes"},
         {"config", "hardware", "logs", "guards", "sources", "stopping", "meters"}
         | {"checklist", "environment", "forecast"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"},

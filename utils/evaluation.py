@@ -93,7 +93,7 @@ def token_nll(
             for rows in torch.arange(len(ids)).split(_rows_at_once(model, ids.shape[1])):
                 nll, scored = _rows_nll(model, ids[rows].to(device), mask[rows].to(device), labels[rows].to(device))
                 total, count = total + nll, count + scored
-    total, count = _sum_over_processes([total, count], accelerator)
+    total, count = sum_over_processes([total, count], accelerator)
     return total, round(count)
 
 
@@ -121,7 +121,7 @@ def evaluate(
 
     with float32_evaluation(model) if float32 else nullcontext():
         nll, tokens = token_nll(model, counted(), device, accelerator)
-    return metrics(nll, tokens, round(_sum_over_processes([num_bytes], accelerator)[0]))
+    return metrics(nll, tokens, round(sum_over_processes([num_bytes], accelerator)[0]))
 
 
 def metrics(nll: float, tokens: int, num_bytes: int) -> dict[str, float | int]:
@@ -168,7 +168,7 @@ def compare(
     for batch in batches:
         result = compare_batch(batch)
         agree, kl, count = agree + result["agree"], kl + result["kl_sum"], count + result["count"]
-    agree, kl, count = _sum_over_processes([agree, kl, count], accelerator)
+    agree, kl, count = sum_over_processes([agree, kl, count], accelerator)
     if count == 0:
         return {"top1_agreement": None, "kl_nats_per_token": None}
     return {"top1_agreement": agree / count, "kl_nats_per_token": kl / count}
@@ -271,7 +271,8 @@ def _rows_nll(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> tu
     return total, len(where)
 
 
-def _sum_over_processes(values: Sequence[float], accelerator: Any) -> list[float]:
+def sum_over_processes(values: Sequence[float], accelerator: Any) -> list[float]:
+    """Each of the values, summed over the processes of an accelerator, which must all call this."""
     if accelerator is None or accelerator.num_processes == 1:
         return list(values)
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64

@@ -37,13 +37,28 @@ class Choice(Generic[T]):
 def choose_device() -> Choice[torch.device]:
     """The device to train on: a CUDA GPU, else the CPU."""
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        unused = f"; {count - 1} more unused by this process" if count > 1 else ""
-        return Choice(torch.device("cuda", torch.cuda.current_device()), f"{torch.cuda.get_device_name()}{unused}")
+        return Choice(torch.device("cuda", torch.cuda.current_device()), torch.cuda.get_device_name())
     if torch.backends.mps.is_available():
         return Choice(torch.device("cpu"), f"this Apple GPU lacks the float64 that resume and KD need; {cores()} cores")
     why = "this torch build has no CUDA" if torch.version.cuda is None else "no GPU is visible to torch"
     return Choice(torch.device("cpu"), f"{why}; {cores()} cores")
+
+
+def unused_gpus(processes: int, used_here: int) -> str | None:
+    """What a run leaves idle on this machine and how to use it; None if nothing.
+
+    Args:
+        processes: of the run; several come from a launcher, which placed them.
+        used_here: GPUs that this process uses.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if processes > 1 or count <= used_here:
+        return None
+    return (
+        f"{count - used_here} of {count} GPUs stay unused; `accelerate launch --multi_gpu --num_processes {count} "
+        "train.py ...` with the same flags trains on all of them, and --teacher-device cuda:1 gives the teacher one "
+        "of its own (docs/scaling.md)"
+    )
 
 
 def choose_precision(requested: Literal["auto", "no", "fp16", "bf16"], device: torch.device) -> Choice[Precision]:

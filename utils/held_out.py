@@ -95,12 +95,12 @@ class HeldOut:
         new_tokens = self.config.new_tokens
         return evaluation.generate_samples(model, tokenizer, prompts, new_tokens, float32=side == "student")
 
-    def coverage(self) -> dict[str, int]:
-        """Supervised student positions of this process's windows (`lm`), those with an anchor (`kd`) and at depth 0."""
+    def coverage(self) -> dict[str, float]:
+        """Supervised student positions (`lm`), those with an anchor (`kd`) and at depth 0, over all processes."""
         totals = dict.fromkeys(("lm", "kd", "depth0"), 0)
         for batch in self.batches():
             totals = {name: totals[name] + batch.counts[name] for name in totals}
-        return totals
+        return dict(zip(totals, evaluation.sum_over_processes([*totals.values()], self.accelerator), strict=True))
 
     def fingerprint(self) -> dict[str, Any]:
         """What `measure_start` depends on besides the models."""

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from .atomic import write_text
 from .errors import RunError, UserError
+from .processes import rank
 from .progress import Progress, person_may_watch, status_of
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
     Args:
         output_dir: created if missing; None keeps the log on the console only.
         level: of this project's own loggers; libraries are heard from WARNING on.
-        main_process: the other processes of a distributed run write no file and only warnings.
+        main_process: the other processes of a run write no file, and nothing but errors, with their number.
 
     Calling it again replaces the earlier set-up, for instance to move from one run to the next.
     """
@@ -66,7 +67,7 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
         root.removeHandler(handler)
         handler.close()
     file = Path(output_dir) / "train.log" if output_dir is not None and main_process else None
-    handlers: list[logging.Handler] = [_ConsoleHandler(file)]
+    handlers: list[logging.Handler] = [_ConsoleHandler(file, "" if main_process else f"process {rank()}: ")]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         to_file = _File(file, encoding="utf-8")
@@ -76,9 +77,9 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
         handler._of_this_project = True  # type: ignore[attr-defined]
         handler.addFilter(_LimitRepeats())
         root.addHandler(handler)
-    root.setLevel(logging.WARNING)
+    root.setLevel(logging.WARNING if main_process else logging.ERROR)
     for name in OWN_LOGGERS:
-        logging.getLogger(name).setLevel(level if main_process else logging.WARNING)
+        logging.getLogger(name).setLevel(level if main_process else logging.ERROR)
     logging.captureWarnings(True)
     _join_libraries()
 
@@ -101,11 +102,12 @@ class _ConsoleHandler(logging.Handler):
 
     Args:
         file: the log that has the tracebacks. None: there is none, so that of an unexpected failure is shown.
+        prefix: of every line.
     """
 
-    def __init__(self, file: Path | None) -> None:
+    def __init__(self, file: Path | None, prefix: str = "") -> None:
         super().__init__()
-        self.file = file
+        self.file, self.prefix = file, prefix
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -119,7 +121,7 @@ class _ConsoleHandler(logging.Handler):
         text.append(time.strftime("%H:%M:%S ", time.localtime(record.created)), "dim")
         if record.levelno >= logging.WARNING:
             style = "bold red" if record.levelno >= logging.ERROR else "yellow"
-            text.append(f"{record.levelname.capitalize()}: ", style)
+            text.append(f"{record.levelname.capitalize()}: {self.prefix}", style)
         unexpected = (
             record.exc_info and record.exc_info[1] and not isinstance(record.exc_info[1], (UserError, RunError))
         )

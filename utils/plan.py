@@ -1,21 +1,26 @@
 """How windows become optimizer steps, and what takes them: plan, accelerator, optimizer, schedule."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from torch import nn
 from transformers import get_scheduler
 
 from . import data
 from .config import TrainingConfig
 from .errors import UserError
+
+LONGEST_WAIT = timedelta(hours=2)
+"""How long processes wait for one another: for the main one to cut a large corpus into windows. A process that ends
+does not make the others wait: its launcher ends them, and so does the closed connection."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +74,12 @@ def build_accelerator(mixed_precision: str, *, cpu: bool = False) -> Accelerator
         mixed_precision: `no`, `fp16` or `bf16` (`auto` is decided in `hardware`).
         cpu: stay on the CPU even if there is a GPU.
     """
-    # terms of the curriculum whose weight is 0 leave parameters without a gradient
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
-    return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[ddp])
-
-
-def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
-    """What `action` returns when the main process alone runs it; the same in every process."""
-    found = [action() if accelerator.is_main_process else None]
-    return broadcast_object_list(found)[0] if accelerator.num_processes > 1 else found[0]
+    # terms of the curriculum whose weight is 0 leave parameters without a gradient; no buffer ever changes
+    ddp = DistributedDataParallelKwargs(
+        find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
+    )
+    group = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[ddp, group])
 
 
 @contextmanager

@@ -44,6 +44,7 @@ from .logs import StepLogger
 from .meters import Clock, HostSum, Measured, TermGradients
 from .out_of_memory import Attempt, OutOfMemory
 from .plan import Plan, build_optimizer, build_scheduler, taught_parameters
+from .processes import on_main_process
 from .run_state import RunState
 from .seeding import rng_state, seed_forward, set_rng_state
 from .stopping import STOP_REASONS, EarlyStopping, StopSignal
@@ -425,11 +426,8 @@ class TrainingLoop:
             return
         with self._clock.paused():
             self.guard.read()
-            parts = self.state.parts()
-            if self.accelerator.is_main_process:
-                protect = [] if self.early.best_step is None else [self.early.best_step]
-                self.checkpoints.save(self.step, **parts, protect=protect)
-            self.accelerator.wait_for_everyone()
+            protect, parts = [] if self.early.best_step is None else [self.early.best_step], self.state.parts()
+            on_main_process(self.accelerator, lambda: self.checkpoints.save(self.step, **parts, protect=protect))
         self._saved_step = self.step
 
     def resume(self, path: Path) -> None:

@@ -1,0 +1,65 @@
+"""Several processes of one run: who goes first, and how a failure in one of them ends them all with its reason."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.environment import get_int_from_env
+from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+
+def rank() -> int:
+    """Number of this process in the run; from the launcher's variables, so also before accelerate is set up."""
+    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"], 0)
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """What `action` returns when the main process alone runs it; the same in every process.
+
+    An exception is raised in every process too: the others must not wait for one that is gone.
+    """
+    if accelerator.num_processes == 1:
+        return action()
+    value, error = None, None
+    if accelerator.is_main_process:
+        try:
+            value = action()
+        except Exception as raised:
+            error = raised
+    # the main process raises its own, with its traceback
+    value, told = broadcast_object_list([(value, _portable(error))])[0]
+    if error is not None:
+        raise error
+    if told is not None:
+        raise told
+    return value
+
+
+def main_process_first(accelerator: Accelerator, action: Callable[[], Any]) -> Any:
+    """What `action` returns in each process. The main process goes first: the others find what it left in caches."""
+    own: list[Any] = []
+
+    def first() -> None:
+        own.append(action())
+
+    on_main_process(accelerator, first)
+    return own[0] if own else action()
+
+
+def tell_launcher(error: BaseException) -> None:
+    """Leave the reason where torchrun looks for it, which then names it as the cause when it ends the other processes.
+
+    Call it while the exception is handled. Without torchrun it does nothing.
+    """
+    get_error_handler().record_exception(error)
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The exception, or one that says the same if it cannot be sent."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
