@@ -487,14 +487,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Interrupted as interrupted:
         log.warning("stopped by %s; the same command continues from the checkpoint", interrupted)
         return EXIT_CODES.get(str(interrupted), 0)
-    except UserError as error:
+    except (UserError, RunError) as error:
         tell_launcher(error)
         if main_process:  # what another one finds wrong, the main one does too, or the launcher tells
             log.error("%s", error, exc_info=error)
-        return 2
-    except RunError as error:
-        log.error("%s", error, exc_info=error)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return EXIT_CODES["SIGINT"]
     except Exception as error:

@@ -1,15 +1,15 @@
 """How an optimizer step is cut into micro-batches and processes does not change it."""
 
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
+from tests.gloo import launch
 from tests.toy import ToyModule, toy_collate, toy_config, toy_windows, train
 from utils.logs import read_metrics
 from utils.plan import Plan
+from utils.processes import rank
 from utils.training import TrainingLoop
 
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
@@ -66,19 +66,17 @@ def test_plan_counts_the_short_last_step_and_max_steps_replaces_epochs():
     assert Plan.of(toy_config(max_steps=100), 9).total_steps == 100
 
 
-def _in_process(rank: int, processes: int, port: int, results, folder: Path) -> None:
-    import os
-
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
+def _in_process(folder: Path) -> list[tuple[dict, int]]:
+    """Weights and steps of a run without and with a look at the gradient of each term."""
     # 9 windows in steps of 8: the last step has one window, so one process has nothing to do in it
     config = toy_config(batch_size=2, gradient_accumulation_steps=2, epochs=2)
+    found = []
     for asked in (False, True):
         module = ToyModule(dtype=torch.float64)
-        options = {"folder": folder if asked and rank == 0 else None, "term_gradients": asked}
+        options = {"folder": folder if asked and rank() == 0 else None, "term_gradients": asked}
         result = train(module, config, windows=toy_windows(9), **options)
-        results[rank, asked] = ({name: value.numpy() for name, value in module.state_dict().items()}, result.steps)
+        found.append(({name: value.numpy() for name, value in module.state_dict().items()}, result.steps))
+    return found
 
 
 def _term_gradients(folder: Path) -> list[dict[str, float]]:
@@ -88,13 +86,7 @@ def _term_gradients(folder: Path) -> list[dict[str, float]]:
 
 def test_two_processes_compute_what_one_does(tmp_path):
     """Weights, and the gradient of each term, whose measurement changes nothing here either."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_in_process, args=(2, port, results, tmp_path / "two"), nprocs=2)
-        (first, steps), *others = (results[rank, asked] for asked in (False, True) for rank in (0, 1))
+    (first, steps), *others = (found for both in launch(2, _in_process, tmp_path / "two") for found in both)
     alone = ToyModule(dtype=torch.float64)
     config = toy_config(batch_size=4, gradient_accumulation_steps=2, epochs=2)
     train(alone, config, tmp_path / "one", windows=toy_windows(9), term_gradients=True)

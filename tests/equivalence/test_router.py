@@ -5,17 +5,16 @@ processes, and not on the process that computes it.
 """
 
 import copy
-import socket
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 from models import pairing
 from models.config import RouterConfig
 from models.student_aware_router import ROUTER_TERMS
+from tests.gloo import launch
 from tests.models.tiny import STORIES, Pair, byte_bpe, pair_of, tiny_llama
 
 SPLITTABLE = ("feat", "rel", "attn", "layer")
@@ -95,17 +94,17 @@ def test_order_of_windows_changes_nothing(pair, windows):
     assert_equal(step(framework, pair, [windows[::-1]], counts), plain)
 
 
-def _in_process(rank: int, port: int, windows: list[dict], results) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _in_process(windows: list[dict]) -> dict[str, dict]:
+    dist.init_process_group("gloo")
+    rank, results = dist.get_rank(), {}
     pair = double_pair()
     framework, counts = framework_of(pair, windows), pair.collator()(windows).counts
     for name, mine in (("uneven", windows[:5] if rank == 0 else windows[5:]), ("idle", windows if rank == 0 else [])):
         found = step(framework, pair, [mine or [_without_anchors(windows[0])]], counts)
         for value in found.values():
             dist.all_reduce(value)
-        results[rank, name] = {key: value.numpy() for key, value in found.items()}
-    dist.destroy_process_group()
+        results[name] = {key: value.numpy() for key, value in found.items()}
+    return results
 
 
 def _without_anchors(window: dict) -> dict:
@@ -114,16 +113,10 @@ def _without_anchors(window: dict) -> dict:
 
 def test_two_processes_compute_what_one_does_with_the_same_negatives(pair, windows):
     """Also where one of them has nothing to compare."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_in_process, args=(port, windows, results), nprocs=2)
-        found = dict(results)
+    found = [gradients for results in launch(2, _in_process, windows) for gradients in results.values()]
     framework, counts = framework_of(pair, windows), pair.collator()(windows).counts
     alone = step(framework, pair, [windows], counts)
     apart = framework_of(pair, windows, ("contr",))
     assert step(apart, pair, [windows[:5], windows[5:]], counts)["loss"] != step(apart, pair, [windows], counts)["loss"]
-    for gradients in found.values():
+    for gradients in found:
         assert_equal({name: torch.from_numpy(value) for name, value in gradients.items()}, alone)

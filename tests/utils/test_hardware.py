@@ -16,6 +16,7 @@ from utils.hardware import (
     describe,
     peak_memory_mb,
     remedy,
+    unused_gpus,
 )
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -70,6 +71,16 @@ def test_the_device_agrees_with_accelerate_and_has_a_reason():
 
     choice = choose_device()
     assert choice.value.type == PartialState().device.type and choice.reason
+
+
+@pytest.mark.parametrize(("count", "processes", "used", "said"), [(2, 1, 1, "1 of 2"), (2, 2, 1, ""), (2, 1, 2, "")])
+def test_a_plain_start_tells_what_it_leaves_unused_and_the_command_that_uses_it(
+    gpu, monkeypatch, count, processes, used, said
+):
+    gpu("Tesla T4", (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    told = unused_gpus(processes, used) or ""
+    assert said in told and bool(told) == bool(said) == ("--num_processes 2" in told)
 
 
 def test_tf32_is_set_by_an_interface_that_leaves_all_getters_readable(gpu):

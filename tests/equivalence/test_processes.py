@@ -1,0 +1,185 @@
+"""A run does not depend on how many processes share it; one launch of two and one of four serve all tests."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from models.config import RouterConfig
+from models.student_aware_router import ROUTER_TERMS
+from tests.gloo import launch
+from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
+from tests.toy import ToyModule, digest, toy_config, toy_windows, train
+from utils.checkpoints import CheckpointStore
+from utils.errors import UserError
+from utils.logs import StepLogger, read_metrics
+from utils.plan import build_accelerator
+from utils.processes import main_process_first, on_main_process
+from utils.training import TrainingLoop, fit
+
+WINDOWS, GLOBAL_BATCH = 7, 4
+"""Steps of 4 and 3 windows: of four processes one has nothing to do in the second step of an epoch."""
+
+
+class StopAfter:
+    """Asks for a stop after so many steps, as a signal would."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def requested(self) -> str | None:
+        self.left -= 1
+        return "SIGTERM" if self.left < 0 else None
+
+
+def distil(folder: Path, dtype: torch.dtype) -> dict:
+    """Losses, gradients of every step and final weights of a whole framework with every term."""
+    accelerator = build_accelerator("no", cpu=True)
+    models = [
+        tiny_llama(size, seed, num_hidden_layers=3, tie_word_embeddings=True).to(dtype)
+        for seed, size in enumerate((300, 400))
+    ]
+    options = {"student": models[0], "teacher": models[1], "router": RouterConfig(layers=2, span=4, positions=8)}
+    pair = pair_of(byte_bpe(300), byte_bpe(400), **options)
+    torch.manual_seed(0)
+    framework = pair.framework(dict.fromkeys(("lm", "kd", "span", *ROUTER_TERMS), 1.0)).to(dtype)
+    windows = pair.encoder.windows([*STORIES, *(story[::-1] for story in STORIES)])[:WINDOWS]
+    framework.calibrate([pair.collator()(windows)])
+    config = toy_config(
+        batch_size=GLOBAL_BATCH // accelerator.num_processes, gradient_accumulation_steps=1, learning_rate=1e-3
+    )
+    seen: list[dict] = []
+    update = TrainingLoop._update
+
+    def spy(loop, norm):
+        seen.append({name: p.grad.numpy().copy() for name, p in framework.named_parameters() if p.grad is not None})
+        update(loop, norm)
+
+    logger = StepLogger(folder, 10**6, 1, main_process=accelerator.is_main_process)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingLoop, "_update", spy)
+        result = fit(framework, windows, pair.collator(), config, accelerator=accelerator, logger=logger)
+    logger.close()
+    accelerator.wait_for_everyone()
+    terms = [{n: t["raw"] for n, t in record["terms"].items()} for record in read_metrics(folder / "metrics.jsonl")]
+    weights = {name: value.numpy() for name, value in framework.state_dict().items()}
+    return {"terms": terms, "gradients": seen, "weights": weights, "steps": result.steps}
+
+
+def session(folder: Path, stop_after: int | None = None, dropout: float = 0.0) -> dict:
+    """One session of a toy run; goes on with what the folder holds."""
+    accelerator = build_accelerator("no", cpu=True)
+    module = ToyModule(dropout, torch.float64)
+    store = CheckpointStore(folder / "checkpoints")
+    config = toy_config(batch_size=GLOBAL_BATCH // accelerator.num_processes, gradient_accumulation_steps=1)
+    resume_from = on_main_process(accelerator, store.resume_point)
+    stop = None if stop_after is None else StopAfter(stop_after)
+    windows = toy_windows(WINDOWS)
+    result = train(module, config, windows=windows, checkpoints=store, resume_from=resume_from, stop=stop)
+    weights = {name: value.numpy() for name, value in module.state_dict().items()}
+    return {"weights": weights, "digest": digest(module), "steps": result.steps}
+
+
+def failures(folder: Path) -> list[str]:
+    """What every process hears of a mistake that only the main one makes, and who ran what first."""
+    accelerator = build_accelerator("no", cpu=True)
+    heard = []
+
+    def fail():
+        raise UserError("only here")
+
+    for run in (on_main_process, main_process_first):
+        try:
+            run(accelerator, fail)
+        except UserError as error:
+            heard.append(str(error))
+
+    def in_turn() -> str:
+        was_there = (folder / "made").exists()
+        (folder / "made").touch()
+        return f"{accelerator.process_index} {'found' if was_there else 'made'} it"
+
+    return [*heard, main_process_first(accelerator, in_turn)]
+
+
+def of_two(folder: Path) -> dict:
+    """All that two processes do."""
+    return {
+        torch.float64: distil(folder / "two64", torch.float64),
+        torch.float32: distil(folder / "two32", torch.float32),
+        "whole": session(folder / "whole", dropout=0.3),
+        "halves": [session(folder / "halves", 2, dropout=0.3), session(folder / "halves", dropout=0.3)],
+        "goes on alone": session(folder / "goes on alone", 1),
+        "began alone": session(folder / "began alone"),
+        "heard": failures(folder),
+    }
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def two(folder) -> list[dict]:
+    session(folder / "began alone", 2)
+    return launch(2, of_two, folder)
+
+
+@pytest.fixture(scope="module")
+def four(folder) -> list[dict]:
+    return launch(4, distil, folder / "four64", torch.float64)
+
+
+@pytest.fixture(scope="module")
+def one(folder) -> SimpleNamespace:
+    return {dtype: distil(folder / f"one{dtype}", dtype) for dtype in (torch.float64, torch.float32)}
+
+
+def assert_close(found: dict, expected: dict, **tolerance) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, err_msg=name, **tolerance)
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_losses_and_gradients_are_those_of_one_process(one, two, four, processes):
+    """Every term, the contrastive one with its negatives from all processes included; the last step is short."""
+    expected = one[torch.float64]
+    of_all = four if processes == 4 else [result[torch.float64] for result in two]
+    assert expected["steps"] == 4 and [len(terms) for terms in expected["terms"]] == 4 * [3 + len(ROUTER_TERMS)]
+    for found in of_all:
+        for terms, wanted in zip(found["terms"], expected["terms"], strict=True):
+            assert_close(terms, wanted, rtol=1e-12)
+        for gradients, wanted in zip(found["gradients"], expected["gradients"], strict=True):
+            assert_close(gradients, wanted, rtol=1e-12, atol=1e-12)
+        assert_close(found["weights"], of_all[0]["weights"], rtol=0)
+
+
+def test_final_students_are_equal_within_the_rounding_of_float32(one, two):
+    expected = one[torch.float32]["weights"]
+    for result in two:
+        assert_close(result[torch.float32]["weights"], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_resume_bit_for_bit(two):
+    for result in two:
+        first, second = result["halves"]
+        assert (first["steps"], second["steps"]) == (2, result["whole"]["steps"]) == (2, 4)
+        assert second["digest"] == result["whole"]["digest"] == two[0]["whole"]["digest"] != first["digest"]
+
+
+def test_a_run_goes_on_with_another_number_of_processes(two, folder):
+    """Without dropout, whose masks a process draws for itself, the weights are those of one process."""
+    alone = session(folder / "alone")["weights"]
+    assert_close(two[0]["began alone"]["weights"], alone, rtol=1e-10, atol=1e-12)
+    assert_close(session(folder / "goes on alone")["weights"], alone, rtol=1e-10, atol=1e-12)
+
+
+def test_a_mistake_in_the_main_process_is_told_in_all_and_it_goes_first(two):
+    assert [result["heard"] for result in two] == [
+        ["only here", "only here", "0 made it"],
+        ["only here", "only here", "1 found it"],
+    ]

@@ -1,0 +1,34 @@
+"""Several processes of one run on the CPU: what tests of more than one device share."""
+
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+
+
+def launch(processes: int, function: Callable, *args: Any) -> list[Any]:
+    """What `function(*args)`, of a module's top level, returns in each process, as plain values and NumPy arrays."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # importing takes each process far longer than what it is to do: they fork from one that has imported everything
+    multiprocessing.set_forkserver_preload(["train"])
+    arguments = {"nprocs": processes, "start_method": "forkserver"}
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        torch.multiprocessing.start_processes(_process, (processes, port, function, args, results), **arguments)
+        return [results[rank] for rank in range(processes)]
+
+
+def _process(rank: int, processes: int, port: int, function: Callable, args: tuple, results: Any) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)
+    results[rank] = function(*args)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
