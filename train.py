@@ -39,20 +39,18 @@ from utils.config import (
     TrainingConfig,
     to_plain,
 )
-from utils.errors import RunError, UserError
+from utils.endings import EXIT_CODES, Interrupted, exit_code
+from utils.errors import UserError
 from utils.guards import RedFlags
 from utils.held_out import START, HeldOut, metrics_of
 from utils.logs import StepLogger, setup_logging
 from utils.plan import Plan, build_accelerator
-from utils.processes import main_process_first, on_main_process, rank, tell_launcher
+from utils.processes import main_process_first, on_main_process, rank
 from utils.seeding import permutation, seed_everything
 from utils.stopping import StopSignal
 from utils.training import FitResult, fit
 
 log = logging.getLogger("train")
-
-EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
-"""Of runs that a signal ended; every other ending that is no error is 0."""
 
 LM_ALONE = CurriculumConfig(kd=Term(0.0), lm=Term(1.0))
 WITHOUT_TEACHER = "without_teacher"
@@ -64,10 +62,6 @@ RANDOM_HINT = (
 )
 CHANNEL_WINDOWS = 2000
 """Windows on which the counted channel (loss.correction: channel) is counted."""
-
-
-class Interrupted(Exception):
-    """A signal, or the clock, ended the run before there was something to evaluate; the checkpoint is saved."""
 
 
 # ------------------------------------------------------------------------------------- configuration
@@ -478,26 +472,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     main_process = rank() == 0
     setup_logging(None, main_process=main_process)
-    try:
+
+    def command() -> None:
         config, recipe = configure(sys.argv[1:] if argv is None else argv)
         folder = run_folder.left_if_used(config.output_dir) if main_process else nullcontext()
         with StopSignal(config.training.max_hours, started) as stop, folder:
             run(config, recipe, stop)
-            return 0
-    except Interrupted as interrupted:
-        log.warning("stopped by %s; the same command continues from the checkpoint", interrupted)
-        return EXIT_CODES.get(str(interrupted), 0)
-    except (UserError, RunError) as error:
-        tell_launcher(error)
-        if main_process:  # what another one finds wrong, the main one does too, or the launcher tells
-            log.error("%s", error, exc_info=error)
-        return 2 if isinstance(error, UserError) else 1
-    except KeyboardInterrupt:
-        return EXIT_CODES["SIGINT"]
-    except Exception as error:
-        tell_launcher(error)
-        log.critical("%s: %s", type(error).__name__, error, exc_info=error)
-        return 1
+
+    return exit_code(command)
 
 
 if __name__ == "__main__":

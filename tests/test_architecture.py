@@ -24,7 +24,7 @@ FLOORS = {
     "utils": [
         {"errors", "atomic", "seeding", "progress", "processes"},
         {"config", "hardware", "logs", "guards", "sources", "stopping", "meters"}
-        | {"checklist", "environment", "forecast"},
+        | {"checklist", "environment", "forecast", "endings"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"},
         {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures", "adapters"},
         {"run_state", "report_html", "out_of_memory"},
