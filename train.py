@@ -48,6 +48,7 @@ from utils.plan import Plan, build_accelerator
 from utils.processes import main_process_first, on_main_process, rank
 from utils.seeding import permutation, seed_everything
 from utils.stopping import StopSignal
+from utils.tracking import Tracking
 from utils.training import FitResult, fit
 
 log = logging.getLogger("train")
@@ -289,7 +290,10 @@ def train_student(
     resume_from = on_main_process(accelerator, lambda: store.resume_point(resume))
     done = 0 if resume_from is None else step_of(resume_from)
     every, main = config.logging.every, accelerator.is_main_process
-    logger = StepLogger(output, plan.total_steps, every, start_step=done, main_process=main, deadline=stop.deadline)
+    tracker = Tracking(accelerator, output, to_plain(config), done) if main and config.logging.track else None
+    logger = StepLogger(
+        output, plan.total_steps, every, start_step=done, main_process=main, tracker=tracker, deadline=stop.deadline
+    )
     if resume_from is None and main:
         logger.truncate_after(-1)
         (output / START).unlink(missing_ok=True)
@@ -402,7 +406,8 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         raise UserError(remedy)
     check_weights(config, device.value)
     precision = hardware.choose_precision(config.training.mixed_precision, device.value)
-    accelerator = build_accelerator(precision.value, cpu=device.value.type == "cpu")
+    cpu, track = device.value.type == "cpu", config.logging.track
+    accelerator = build_accelerator(precision.value, cpu=cpu, track=track, folder=output)
     on_main_process(accelerator, lambda: _check_folder(output, config))
     setup_logging(output, main_process=accelerator.is_main_process)
     log.info("%s", recipe)
@@ -414,7 +419,8 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
     job = main_process_first(accelerator, lambda: prepare(config, accelerator))
-    _log_coverage(job)
+    if config.teacher.name is not None:
+        job.held_out.log_coverage()
     if accelerator.is_main_process:
         run_folder.write_config(output, to_plain(asked), notes)
     teacher = load_teacher(job)
@@ -431,15 +437,6 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
 def _check_folder(output: Path, config: RunConfig) -> None:
     run_folder.check(output, to_plain(config), config.resume)
     CheckpointStore(output / "checkpoints").check_path(config.resume)
-
-
-def _log_coverage(job: Job) -> None:
-    """How much of the text KD reaches, on the evaluation windows."""
-    if job.config.teacher.name is None:
-        return
-    totals = job.held_out.coverage()
-    shares = [totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0")]
-    log.info("coverage: %.1f %% of student positions have an anchor, %.1f %% at depth 0", *(100 * s for s in shares))
 
 
 def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> RunConfig:

@@ -25,7 +25,8 @@ FLOORS = {
         {"errors", "atomic", "seeding", "progress", "processes"},
         {"config", "hardware", "logs", "guards", "sources", "stopping", "meters"}
         | {"checklist", "environment", "forecast", "endings"},
-        {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"},
+        {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}
+        | {"tracking"},
         {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures", "adapters"},
         {"run_state", "report_html", "out_of_memory"},
         {"training", "report"},

@@ -70,12 +70,16 @@ FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("--output-dir", "output_dir", "DIR", "folder of this run"),
         ("--resume", "resume", "auto|never|PATH", "continue from the newest whole checkpoint, never, or from PATH"),
         ("--log-every", "logging.every", "N", "optimizer steps between logged steps"),
+        ("--track", "logging.track", "NAME", "also log to tensorboard, wandb or another tracker that accelerate knows"),
         ("--log-term-gradients", "logging.term_gradients", "", "also log the gradient norm of each term; slow"),
         ("--eval-every", "evaluation.every", "N", "optimizer steps between evaluations; 0: before and after only"),
         ("--save-every", "training.save_every", "N", "optimizer steps between checkpoints"),
     ),
 }
 """Per group of --help: flag, configuration key, what it takes (nothing: it sets the key to true), what it is."""
+
+SEVERAL = ("data.train", "logging.track")
+"""Keys of lists: their flags take several values."""
 
 EPILOG = """\
 Every other setting has a dotted key, for example:
@@ -181,7 +185,7 @@ def parser() -> argparse.ArgumentParser:
         group = made.add_argument_group(title)
         for flag, key, metavar, text in flags:
             taken = {"metavar": metavar} if metavar else {"action": "store_const", "const": "true"}
-            several = {"nargs": "+", "action": "extend"} if key == "data.train" else {}
+            several = {"nargs": "+", "action": "extend"} if key in SEVERAL else {}
             group.add_argument(flag, dest=key, help=text, **taken, **several)
             if key == "resume":
                 group.add_argument("--no-resume", dest="no_resume", action="store_true", help="same as --resume never")

@@ -180,6 +180,10 @@ class LoggingConfig:
 
     every: Annotated[int, Gt(0)] = 100
     """Optimizer steps between logged steps."""
+    track: list[
+        Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
+    ] = field(default_factory=list)
+    """Trackers that get every record of metrics.jsonl as well; each needs its package."""
     term_gradients: bool = False
     """Also log the norm of the gradient that each term contributes to the student (for debugging: slow, and takes
     the memory of one gradient per term)."""

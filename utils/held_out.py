@@ -102,6 +102,12 @@ class HeldOut:
             totals = {name: totals[name] + batch.counts[name] for name in totals}
         return dict(zip(totals, evaluation.sum_over_processes([*totals.values()], self.accelerator), strict=True))
 
+    def log_coverage(self) -> None:
+        """Tell how much of the text KD reaches."""
+        totals = self.coverage()
+        shares = [100 * totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0")]
+        log.info("coverage: %.1f %% of student positions have an anchor, %.1f %% at depth 0", *shares)
+
     def fingerprint(self) -> dict[str, Any]:
         """What `measure_start` depends on besides the models."""
         settings = {name: getattr(self.config, name) for name in ("samples", "prompt_tokens", "new_tokens")}

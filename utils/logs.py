@@ -178,6 +178,7 @@ class StepLogger:
         every: a step is logged when its number is a multiple of this, and the last one is.
         start_step: steps already done (resume).
         main_process: False makes every method but `due` do nothing.
+        tracker: also gets every record: has `log(record)` and `close()`.
         deadline: `time.monotonic()` at which the run is stopped, for the display.
         progress: the display; None makes one on standard output.
     """
@@ -190,12 +191,14 @@ class StepLogger:
         *,
         start_step: int = 0,
         main_process: bool = True,
+        tracker: Any = None,
         deadline: float | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.total_steps, self.every, self.main_process = total_steps, every, main_process
         self.path = Path(output_dir) / "metrics.jsonl" if output_dir is not None else None
         self.display = progress or (Progress(total_steps, start_step, deadline=deadline) if main_process else None)
+        self.tracker = tracker
         self._file: IO[str] | None = None
         self._status: dict[str, str] = {}
 
@@ -242,8 +245,10 @@ class StepLogger:
         write_text(self.path, "".join(line + "\n" for line in kept))
 
     def close(self) -> None:
-        """Close the file and the display."""
+        """Close the file, the display and the tracker."""
         self._close_file()
+        if self.tracker is not None:
+            self.tracker.close()
         if self.display is not None:
             self.display.close()
 
@@ -260,6 +265,8 @@ class StepLogger:
                 f"{self.path} cannot be written: {error.strerror or error}. The newest checkpoint is kept; free some "
                 "space there, then the same command continues from it."
             ) from error
+        if self.tracker is not None:
+            self.tracker.log(record)
 
     def _close_file(self) -> None:
         if self._file is not None:

@@ -5,16 +5,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 from torch import nn
 from transformers import get_scheduler
 
-from . import data
+from . import data, tracking
 from .config import TrainingConfig
 from .errors import UserError
 
@@ -67,19 +68,33 @@ class Plan:
         return {"windows": self.windows, "windows_per_step": self.global_batch, "total_steps": self.total_steps}
 
 
-def build_accelerator(mixed_precision: str, *, cpu: bool = False) -> Accelerator:
+def build_accelerator(
+    mixed_precision: str, *, cpu: bool = False, track: Sequence[str] = (), folder: Path | None = None
+) -> Accelerator:
     """An Accelerator as the loop needs it.
 
     Args:
         mixed_precision: `no`, `fp16` or `bf16` (`auto` is decided in `hardware`).
         cpu: stay on the CPU even if there is a GPU.
+        track: experiment trackers, see `utils.tracking`.
+        folder: where those that need one write.
+
+    Raises:
+        UserError: a tracker is not installed.
     """
+    tracking.require(track)
     # terms of the curriculum whose weight is 0 leave parameters without a gradient; no buffer ever changes
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
     )
     group = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
-    return Accelerator(mixed_precision=mixed_precision, cpu=cpu, kwargs_handlers=[ddp, group])
+    return Accelerator(
+        mixed_precision=mixed_precision,
+        cpu=cpu,
+        log_with=list(track) or None,
+        project_config=ProjectConfiguration(logging_dir=str(folder)) if track else None,
+        kwargs_handlers=[ddp, group],
+    )
 
 
 @contextmanager
