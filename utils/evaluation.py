@@ -146,10 +146,11 @@ def metrics(nll: float, tokens: int, num_bytes: int) -> dict[str, float | int]:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Parameters (shared ones counted once) and dtype, for the report."""
+    """Parameters (shared ones counted once) and dtype, for the report. Quantised weights are integers: `uint8` holds
+    two of 4 bits, and only transformers can count them."""
     parameters = list(model.parameters())
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in parameters if p.is_floating_point()})
-    return {"parameters": sum(p.numel() for p in parameters), "dtype": "+".join(dtypes)}
+    count = model.num_parameters() if hasattr(model, "num_parameters") else sum(p.numel() for p in parameters)
+    return {"parameters": count, "dtype": "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))}
 
 
 def compare(

@@ -21,6 +21,7 @@ T = TypeVar("T")
 Precision = Literal["no", "fp16", "bf16"]
 
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "safetensors", "pydantic")
+PACKAGES += ("peft", "bitsandbytes")  # where they are installed
 
 BF16_CAPABILITY = (8, 0)
 """First NVIDIA compute capability with bf16 and TF32 arithmetic."""

@@ -7,6 +7,7 @@ from tests.models.tiny import byte_bpe, pair_of, tiny_llama
 from utils import pretrained
 from utils.adapters import add_lora
 from utils.config import LoraConfig
+from utils.evaluation import describe_model
 from utils.run_state import learned
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e .[quant]")
@@ -25,6 +26,7 @@ def test_a_teacher_of_few_bits_says_about_the_same(tmp_path, weights, dtype):
     whole = pair_of(*TOKENIZERS, teacher=pretrained.load_model(folder, "teacher", torch.float32))
     small = pretrained.load_model(folder, "teacher", dtype, "cpu", weights)
     assert sum(p.dtype in (torch.int8, torch.uint8) for p in small.parameters()) == 2 * 7
+    assert describe_model(small)["parameters"] == describe_model(whole.teacher)["parameters"]
     batch = whole.batch()
     expected, found = (p.frozen().signal(batch, 8) for p in (whole, pair_of(*TOKENIZERS, teacher=small)))
     error = (found.realised - expected.realised).abs().mean()
