@@ -21,13 +21,14 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from models.chat import ChatEncoder, chat_tokenizer, ends_turns
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
 from models.pairing import PairCollator, PairEncoder, count_channel
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher
-from models.vocabulary import VocabularyMap
+from models.vocabulary import MARKER, VocabularyMap
 from utils import adapters, command_line, data, forecast, hardware, pretrained, quickstart, report, run_folder
 from utils.checkpoints import CheckpointStore, step_of
 from utils.config import (
@@ -43,7 +44,7 @@ from utils.endings import EXIT_CODES, Interrupted, exit_code
 from utils.errors import UserError
 from utils.guards import RedFlags
 from utils.held_out import START, HeldOut, metrics_of
-from utils.logs import StepLogger, setup_logging
+from utils.logs import StepLogger, setup_logging, show_learned
 from utils.plan import Plan, build_accelerator
 from utils.processes import main_process_first, on_main_process, rank
 from utils.seeding import permutation, seed_everything
@@ -174,15 +175,14 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     for role, name in names.items():
         log.info("%s %s: vocabulary %s, tokenizer %s", role, name, f"{sizes[role]:,}", f"{len(tokenizers[role]):,}")
     with _as_user_error():
-        encoder = PairEncoder(tokenizers["student"], tokenizers["teacher"], length)
-        vocabulary = VocabularyMap.build(
-            tokenizers["student"],
-            tokenizers["teacher"],
-            sizes["student"],
-            sizes["teacher"],
-            cache_dir=quickstart.cache_dir() / "vocabularies",
-        )
         corpus = data.load_documents(config.data)
+        chat = corpus.conversations
+        if chat:
+            tokenizers = {role: _for_chat(role, tokenizer) for role, tokenizer in tokenizers.items()}
+        pair = (tokenizers["student"], tokenizers["teacher"])
+        encoder = ChatEncoder(*pair, length, config.data.learn_from) if chat else PairEncoder(*pair, length)
+        rows, cache = (sizes["student"], sizes["teacher"]), quickstart.cache_dir() / "vocabularies"
+        vocabulary = VocabularyMap.build(*pair, *rows, cache_dir=cache)
         workers = config.data.num_workers or None
         windows = data.make_windows(corpus.train, encoder.windows, encoder.fingerprint, workers)
         held_out = data.make_windows(corpus.eval, encoder.windows, encoder.fingerprint, workers)
@@ -194,6 +194,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     limit = min(config.evaluation.max_windows or len(held_out), len(held_out))
     held_out = held_out.select(sorted(permutation(len(held_out), 0, 0)[:limit].tolist()))
     collate = PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth, router)
+    measured = (config.evaluation, accelerator, held_out, corpus.eval, collate, tokenizers, config.training.batch_size)
     return Job(
         config=config,
         accelerator=accelerator,
@@ -201,15 +202,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         vocabulary=vocabulary,
         collate=collate,
         windows=windows,
-        held_out=HeldOut(
-            config.evaluation,
-            accelerator,
-            held_out,
-            corpus.eval,
-            collate,
-            tokenizers,
-            config.training.batch_size,
-        ),
+        held_out=HeldOut(*measured, prompt=encoder.prompt if chat else None),
         fingerprint={
             **run_folder.identity(to_plain(config)),
             "training_text": data.corpus_fingerprint(corpus.train),
@@ -218,6 +211,15 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
             "mixed_precision": accelerator.mixed_precision,
         },
     )
+
+
+def _for_chat(role: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    if not tokenizer.chat_template:
+        log.info('%s: no chat template, so conversations are written with "User:" and "Assistant:"', role)
+    tokenizer = chat_tokenizer(tokenizer)
+    if not ends_turns(tokenizer):
+        log.warning("%s: its chat template marks no end of the assistant's turn: no model learns where to stop", role)
+    return tokenizer
 
 
 def load_teacher(job: Job) -> FrozenTeacher | None:
@@ -421,6 +423,8 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     job = main_process_first(accelerator, lambda: prepare(config, accelerator))
     if config.teacher.name is not None:
         job.held_out.log_coverage()
+    window = job.windows[0]
+    show_learned(window["student_ids"], window["student_roles"] != MARKER, job.tokenizer.decode)
     if accelerator.is_main_process:
         run_folder.write_config(output, to_plain(asked), notes)
     teacher = load_teacher(job)

@@ -29,7 +29,7 @@ BEHIND = 2**40
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A part of a document that fits into a window, with what is read before it."""
 
     document: str
@@ -99,12 +99,16 @@ class PairEncoder:
             found, left_out = self._pieces(name, len(text.encode()), pair)
             pieces += found
             at_ends += left_out
+        return self.packed(pieces, at_ends)
+
+    def packed(self, pieces: list[Piece], left_out: int) -> list[dict[str, Any]]:
+        """Windows of pieces; `left_out` counts bytes that are in none of them."""
         windows = [self._assemble(group) for group in self._group(pieces)]
         if windows:
-            windows[-1]["left_out"] += at_ends
+            windows[-1]["left_out"] += left_out
         return windows
 
-    def _pieces(self, name: str, size: int, pair: Sequence[Reading]) -> tuple[list[_Piece], int]:
+    def _pieces(self, name: str, size: int, pair: Sequence[Reading]) -> tuple[list[Piece], int]:
         """A document of `size` bytes cut into pieces that fill a window each, and the bytes left out at its end."""
         pair = [self._end(reading, size, side) for side, reading in enumerate(pair)]
         cuts = _common_cuts(pair, size)
@@ -123,7 +127,7 @@ class PairEncoder:
                 continue
             readings = [self._lead(pair[i], i, cuts[[lead, at, to], 1 + i], cuts[lead, 0]) for i in range(2)]
             ends = (int(cuts[lead, 0]), int(cuts[to, 0]))
-            pieces.append(_Piece(name, readings, *ends, text_bytes, left_out, whole=to == len(cuts) - 1))
+            pieces.append(Piece(name, readings, *ends, text_bytes, left_out, whole=to == len(cuts) - 1))
             at, left_out = to, 0
         return pieces, left_out
 
@@ -137,7 +141,7 @@ class PairEncoder:
         mark = Reading(ids, where, where, np.full(len(ids), MARKER, dtype=np.int8))
         return Reading(*(np.concatenate(c) for c in zip(mark, body, strict=True)))
 
-    def _group(self, pieces: list[_Piece]) -> list[list[_Piece]]:
+    def _group(self, pieces: list[Piece]) -> list[list[Piece]]:
         """Pieces that share a window, largest first into the fullest window that has room for them."""
         groups, room = [], np.empty((len(pieces), 2), dtype=np.int64)
         for piece in sorted(pieces, key=lambda p: -p.size.max()):
@@ -153,7 +157,7 @@ class PairEncoder:
                 groups.append([piece])
         return groups
 
-    def _assemble(self, group: list[_Piece]) -> dict[str, Any]:
+    def _assemble(self, group: list[Piece]) -> dict[str, Any]:
         window: dict[str, Any] = {
             "bytes": sum(p.text_bytes for p in group),
             "left_out": sum(p.left_out for p in group),

@@ -79,7 +79,7 @@ class TokenTable:
             )
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         spec["truncation"] = spec["padding"] = None
-        self._spec = spec
+        self.spec = spec
         self.end_of_text: int | None = tokenizer.eos_token_id
         self.start_marker: int | None = self._find_start_marker(tokenizer)
         self.bytes: list[bytes | None] = self._token_bytes(spec)
@@ -139,7 +139,7 @@ class TokenTable:
 
     @functools.cached_property
     def _backend(self) -> tokenizers.Tokenizer:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(self._spec | {"post_processor": None}))
+        backend = tokenizers.Tokenizer.from_str(json.dumps(self.spec | {"post_processor": None}))
         backend.encode_special_tokens = True
         return backend
 
@@ -161,7 +161,7 @@ class TokenTable:
 
     @functools.cached_property
     def _normalisers(self) -> list:
-        found = [n for n in _components(self._spec["normalizer"], "normalizers") if n["type"] in _TEXT_NORMALISERS]
+        found = [n for n in _components(self.spec["normalizer"], "normalizers") if n["type"] in _TEXT_NORMALISERS]
         # a tokenizer is the library's own loader for a serialised normaliser
         empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
         return [tokenizers.Tokenizer.from_str(json.dumps(empty | {"normalizer": n})).normalizer for n in found]
@@ -177,25 +177,31 @@ class TokenTable:
 
         A space that the tokenizer puts before the text lies at byte -1.
         """
-        readings = []
-        for text, encoding in zip(texts, self._backend.encode_batch_fast(texts, add_special_tokens=False), strict=True):
-            ids, data = np.array(encoding.ids, dtype=np.int64), text.encode()
-            spelt = b"".join([self.bytes[i] or b"" for i in encoding.ids])
-            if spelt == data or spelt == b" " + data:
-                ends = np.cumsum(self._lengths[ids]) - (len(spelt) - len(data))
-                starts = ends - self._lengths[ids]
-                roles = np.where(self._lengths[ids] > 0, TEXT, MISMATCH)
-                readings.append(Reading(ids, starts, ends, roles.astype(np.int8)))
-            else:
-                readings.append(self._locate(text, data))
-        return readings
+        encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [self.place(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
 
-    def _locate(self, text: str, data: bytes) -> Reading:
+    def place(self, text: str, ids: list[int], offsets: list[tuple[int, int]] | None = None) -> Reading:
+        """Locate the tokens of a text in its UTF-8 bytes.
+
+        Args:
+            offsets: first character and end of every token, for tokens that do not spell the text; None: the text
+                alone is tokenised again to know them.
+        """
+        tokens, data = np.array(ids, dtype=np.int64), text.encode()
+        spelt = b"".join([self.bytes[i] or b"" for i in ids])
+        if spelt != data and spelt != b" " + data:
+            return self._locate(text, data, ids, offsets)
+        lengths = self._lengths[tokens]
+        ends = np.cumsum(lengths) - (len(spelt) - len(data))
+        return Reading(tokens, ends - lengths, ends, np.where(lengths > 0, TEXT, MISMATCH).astype(np.int8))
+
+    def _locate(self, text: str, data: bytes, ids: list[int], offsets: list[tuple[int, int]] | None) -> Reading:
         """Token by token, where the tokens do not spell the text; resumes where the tokenizer's offsets say."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        if offsets is None:
+            offsets = self._backend.encode(text, add_special_tokens=False).offsets
         at_byte = np.cumsum([0, *(len(c.encode()) for c in text)])
         starts, ends, roles, here = [], [], [], 0
-        for n, (i, (lo, hi)) in enumerate(zip(encoding.ids, encoding.offsets, strict=True)):
+        for n, (i, (lo, hi)) in enumerate(zip(ids, offsets, strict=True)):
             token, lo, hi = self.bytes[i], int(at_byte[lo]), int(at_byte[hi])
             if token and data.startswith(token, here):
                 start, end, role = here, here + len(token), TEXT
@@ -207,7 +213,7 @@ class TokenTable:
                 start, end, role = here, max(here, hi), MISMATCH
             starts.append(start), ends.append(end), roles.append(role)
             here = end
-        columns = (np.array(c, dtype=np.int64) for c in (encoding.ids, starts, ends))
+        columns = (np.array(c, dtype=np.int64) for c in (ids, starts, ends))
         return Reading(*columns, np.array(roles, dtype=np.int8))
 
     def spell(self, pieces: list[bytes]) -> list[list[int]]:
@@ -216,7 +222,7 @@ class TokenTable:
         By the tokenizer's own rules where these spell the bytes; by longest match over bytes elsewhere
         (not valid UTF-8, bytes it drops). Stops at a byte that no token covers.
         """
-        spec = self._spec | {"post_processor": None, "added_tokens": []}
+        spec = self.spec | {"post_processor": None, "added_tokens": []}
         kept = [n for n in _components(spec["normalizer"], "normalizers") if n["type"] != "Prepend"]
         spec["normalizer"] = {"type": "Sequence", "normalizers": kept}
         pre = [dict(p) for p in _components(spec["pre_tokenizer"], "pretokenizers")]

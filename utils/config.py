@@ -93,8 +93,17 @@ class DataConfig:
     """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv) or folders of those."""
     eval: str | None = None
     """Text to measure on; null: a share of the training documents is held out."""
-    text_column: str = "text"
-    """Column that holds the text in tabular sources."""
+    text_column: str | None = None
+    """Column that holds plain text in tabular sources; null: messages, prompt and completion, or `text`, whichever of
+    these columns are there, in this order."""
+    messages_column: str = "messages"
+    """Column of conversations: lists of messages with `role` and `content`."""
+    prompt_column: str = "prompt"
+    """Column of what a user asks; together with `completion_column` a conversation of two messages."""
+    completion_column: str = "completion"
+    """Column of what the assistant answers."""
+    learn_from: Literal["completions", "all"] = "completions"
+    """What is learned of conversations: what the assistant says, or every message. Of plain text: all."""
     split: str = "train"
     """Split of a hub data set."""
     document_separator: str | None = None

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import seeding, sources
+from .columns import Columns, Conversation, as_text
 from .config import DataConfig
 from .errors import UserError
 
@@ -42,6 +43,8 @@ class Corpus:
 
     train: list[str]
     eval: list[str]
+    conversations: bool
+    """Whether every document is a conversation: a JSON list of `{"role", "content"}`; else every one is plain text."""
     report: dict[str, int]
     """Documents read, empty, duplicate, in_eval (dropped from training because evaluation has them), train, eval;
     train_bytes and eval_bytes, UTF-8."""
@@ -61,13 +64,16 @@ def load_documents(config: DataConfig) -> Corpus:
     Raises `UserError` for what cannot be found, read or split.
     """
     report = dict.fromkeys(("read", "empty", "duplicate", "in_eval"), 0)
-    documents = _kept(_read(config, config.train, config.split), report, config.deduplicate, config.max_documents)
+    kinds: dict[bool, str] = {}
+    documents = _kept(
+        _read(config, config.train, config.split, kinds), report, config.deduplicate, config.max_documents
+    )
     _require(documents, config.train, report)
     if config.eval is None:
         train, held_out = _split(documents, config.eval_fraction)
     else:
         counts = dict.fromkeys(report, 0)
-        held_out = _kept(_read(config, [config.eval], "validation"), counts, config.deduplicate, None)
+        held_out = _kept(_read(config, [config.eval], "validation", kinds), counts, config.deduplicate, None)
         _require(held_out, [config.eval], counts)
         keys = {_key(text) for text in held_out}
         train = [text for text in documents if _key(text) not in keys]
@@ -78,12 +84,23 @@ def load_documents(config: DataConfig) -> Corpus:
                 "Give other evaluation data, or none: then a part of the training documents is held out."
             )
     report |= {"train": len(train), "eval": len(held_out), "train_bytes": _bytes(train), "eval_bytes": _bytes(held_out)}
-    return Corpus(train, held_out, report)
+    return Corpus(train, held_out, True in kinds, report)
 
 
-def _read(config: DataConfig, names: Sequence[str], split: str) -> Iterator[sources.Located]:
-    found = sources.read(names, split=split, column=config.text_column, separator=config.document_separator)
-    return found if config.document_start is None else _joined(found, config.document_start)
+def _read(config: DataConfig, names: Sequence[str], split: str, kinds: dict[bool, str]) -> Iterator[tuple[str, str]]:
+    """Documents as texts. `kinds`: where the first conversation (True) or plain text (False) was met."""
+    columns = Columns(config.text_column, config.messages_column, config.prompt_column, config.completion_column)
+    found = sources.read(names, split=split, columns=columns, separator=config.document_separator)
+    for place, value in found if config.document_start is None else _joined(found, config.document_start):
+        chat = isinstance(value, Conversation)
+        if value is not None and kinds.setdefault(chat, place) and len(kinds) > 1:
+            raise UserError(
+                f"Conversations and plain text cannot be mixed: {kinds[True]} is a conversation (columns "
+                f"{config.messages_column!r}, or {config.prompt_column!r} and {config.completion_column!r}), "
+                f"{kinds[False]} is plain text. Give one kind, for training and for evaluation; to read a column as "
+                "plain text, name it: --set data.text_column=NAME."
+            )
+        yield place, value.text(place, config.learn_from) if chat else as_text(place, value)
 
 
 def _joined(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Located]:
@@ -94,7 +111,9 @@ def _joined(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Lo
         raise UserError(f"data.document_start: got {start!r}, expected a regular expression ({error})") from error
     place, held = "", []
     for where, value in parts:
-        text = _as_text(where, value)
+        if isinstance(value, Conversation):
+            raise UserError(f"{where}: a conversation, but data.document_start is for texts that come line by line.")
+        text = as_text(where, value)
         if begins.search(text) and held:
             yield place, "".join(held)
             held = []
@@ -105,13 +124,12 @@ def _joined(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Lo
 
 
 def _kept(
-    documents: Iterable[sources.Located], report: dict[str, int], deduplicate: bool, limit: int | None
+    documents: Iterable[tuple[str, str]], report: dict[str, int], deduplicate: bool, limit: int | None
 ) -> list[str]:
     kept: list[str] = []
     seen: set[bytes] = set()
-    for place, value in documents:
+    for _, text in documents:
         report["read"] += 1
-        text = _as_text(place, value)
         if not text.strip():
             report["empty"] += 1
             continue
@@ -125,22 +143,6 @@ def _kept(
         if limit is not None and len(kept) >= limit:
             break
     return kept
-
-
-def _as_text(place: str, value: Any) -> str:
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise UserError(
-            f"{place}: expected text, got {type(value).__name__}. Name a column of texts: --set data.text_column=NAME."
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"{place}: character {error.start} is half of a surrogate pair, which is no text. Repair the file."
-        ) from None
-    return value
 
 
 def _require(documents: list[str], names: Sequence[str], report: dict[str, int]) -> None:
@@ -302,8 +304,8 @@ def warn_of_left_out(windows: datasets.Dataset) -> None:
         share = left_out / (left_out + used)
         log.log(
             logging.WARNING if share > MOST_LEFT_OUT else logging.INFO,
-            "%s bytes of the training text (%.2f %%) are left out: there the two tokenizers have no common boundary "
-            "within a window",
+            "%s bytes of the training text (%.2f %%) are left out, because they do not fit into a window: the end of a "
+            "longer conversation (raise --max-length), or text without a common boundary of the two tokenizers",
             f"{left_out:,}", 100 * share,
         )  # fmt: skip
 

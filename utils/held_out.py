@@ -40,6 +40,9 @@ class HeldOut:
     tokenizers: Mapping[str, Any]
     """For `student` and `teacher`."""
     batch_size: int
+    prompt: Callable[[str, str], tuple[str, list[int]]] | None = None
+    """Where documents are conversations: (document, side) -> what is asked last in it, and the token ids up to the
+    answer."""
 
     def batches(self) -> Iterator[Any]:
         """This process's share of the windows."""
@@ -79,20 +82,30 @@ class HeldOut:
         """Metrics, number of parameters and dtype of a model."""
         return self.score(model, side) | evaluation.describe_model(model)
 
+    def prompts(self, side: str) -> list[tuple[str, list[int]]]:
+        """Prompts of the samples, from documents spread over the text: as shown, and as a side's model reads them.
+
+        Of a text its beginning, of a conversation all up to the last answer.
+        """
+        count = min(self.config.samples, len(self.documents))
+        chosen = [self.documents[i * len(self.documents) // count] for i in range(count)]
+        if self.prompt is not None:
+            return [self.prompt(document, side) for document in chosen]
+        student, reader = self.tokenizers["student"], self.tokenizers[side]
+        start = evaluation.start_token(reader)
+        lead = [] if start is None else [start]
+        ids = [student(text[:2000], add_special_tokens=False)["input_ids"] for text in chosen]
+        shown = [student.decode(row[: self.config.prompt_tokens]) for row in ids]
+        return [(text, lead + reader(text, add_special_tokens=False)["input_ids"]) for text in shown]
+
     def beginnings(self) -> list[str]:
-        """Beginnings of documents spread over the text: the prompts of the samples."""
-        tokenizer, count = self.tokenizers["student"], min(self.config.samples, len(self.documents))
-        chosen = [self.documents[i * len(self.documents) // count][:2000] for i in range(count)]
-        ids = [tokenizer(text, add_special_tokens=False)["input_ids"][: self.config.prompt_tokens] for text in chosen]
-        return [tokenizer.decode(row) for row in ids]
+        """The prompts of the samples as they are shown."""
+        return [text for text, _ in self.prompts("student")]
 
     def continuations(self, model: nn.Module, side: str) -> list[str]:
-        """How a model goes on from each of the beginnings."""
+        """How a model goes on from each of the prompts."""
+        prompts, new_tokens = [ids for _, ids in self.prompts(side)], self.config.new_tokens
         tokenizer = self.tokenizers[side]
-        start = evaluation.start_token(tokenizer)
-        lead = [] if start is None else [start]
-        prompts = [lead + tokenizer(text, add_special_tokens=False)["input_ids"] for text in self.beginnings()]
-        new_tokens = self.config.new_tokens
         return evaluation.generate_samples(model, tokenizer, prompts, new_tokens, float32=side == "student")
 
     def coverage(self) -> dict[str, float]:

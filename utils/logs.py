@@ -10,8 +10,10 @@ import math
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -40,6 +42,8 @@ _TAG_STYLES = {
     "[LM]": "green",
     "[TOTAL]": "bold",
     "[Eval]": "bold yellow",
+    "[learned]": "bold green",
+    "[read]": "dim",
 }
 
 
@@ -162,6 +166,24 @@ class _LimitRepeats(logging.Filter):
         key = (record.name, re.sub(r"\d+", "#", record.getMessage()[:200]))
         self.seen[key] = self.seen.get(key, 0) + 1
         return self.seen[key] <= REPEATS
+
+
+def show_learned(
+    ids: Sequence[int], learned: Sequence[bool], decode: Callable[[list[int]], str], most: int = 10, width: int = 160
+) -> None:
+    """Show on one window what is learned from: a head line, and a line for each run of tokens that are learned or only
+    read, at most `most` of them, each with the first and last characters of its text."""
+    total = sum(map(bool, learned))
+    log.info("what is learned from: %d of %d tokens of the student's first window", total, len(ids))
+    runs = [
+        (key, [i for _, i in run]) for key, run in groupby(zip(map(bool, learned), ids, strict=True), itemgetter(0))
+    ]
+    for key, run in runs[:most]:
+        text = repr(decode(run))[1:-1]
+        text = text if len(text) <= width else f"{text[: width // 2]} ... {text[-width // 2 :]}"
+        log.info("%s %s", "[learned]" if key else "[read]   ", text)
+    if len(runs) > most:
+        log.info("and %d more such parts", len(runs) - most)
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------

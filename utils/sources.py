@@ -17,6 +17,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from .columns import Columns
 from .errors import UserError
 
 log = logging.getLogger(__name__)
@@ -31,13 +32,13 @@ Located = tuple[str, Any]
 """(place, value): the place is file:line or the like, for messages; a value of None is an empty document."""
 
 
-def read(names: Sequence[str], *, split: str, column: str, separator: str | None) -> Iterator[Located]:
+def read(names: Sequence[str], *, split: str, columns: Columns, separator: str | None) -> Iterator[Located]:
     """Documents of every source in turn.
 
     Args:
         split: of hub data sets that do not name one themselves; in a folder, files and folders that are named
             after it (train-00000-of-00001.parquet) are preferred to all others.
-        column: that holds the text, wherever there are columns.
+        columns: that hold the documents, wherever there are columns.
         separator: of documents in .txt files, at every occurrence (backslash-n and -t are understood; the empty
             string makes the file one document). None: lines that are exactly `<|endoftext|>` if the file has any,
             else blank lines. The separator is structure, not text, and so are line breaks next to it.
@@ -48,11 +49,11 @@ def read(names: Sequence[str], *, split: str, column: str, separator: str | None
     for name in names:
         files = _find(name, split)
         if files is None:
-            yield from _read_hub(name, column, split)
+            yield from _read_hub(name, columns, split)
             continue
         log.info("Reading %s: %d file(s), first %s", name, len(files), files[0])
         for file in files:
-            yield from _read_file(file, column, separator)
+            yield from _read_file(file, columns, separator)
 
 
 def _find(source: str, split: str) -> list[Path] | None:
@@ -106,7 +107,7 @@ def _there(folder: Path) -> str:
     return f"In {folder} there is: {', '.join(names[:12]) or 'nothing'}{more}."
 
 
-def _read_hub(source: str, column: str, split: str) -> Iterator[Located]:
+def _read_hub(source: str, columns: Columns, split: str) -> Iterator[Located]:
     name, subset, split = _hub_id(source, split)
     try:
         rows = datasets.load_dataset(name, subset, split=split)
@@ -118,16 +119,16 @@ def _read_hub(source: str, column: str, split: str) -> Iterator[Located]:
             f"Offline: give a file or folder instead ({', '.join(SUFFIXES)}); on Kaggle attach the data as an input "
             "and give its name or /kaggle/input/...; or load it once with internet, then set HF_HUB_OFFLINE=1."
         ) from error
-    yield from _read_rows(rows, source, column)
+    yield from _read_rows(rows, source, columns)
 
 
-def _read_rows(rows: datasets.Dataset, place: str, column: str) -> Iterator[Located]:
-    if column not in rows.column_names:
-        raise _no_column(place, column, rows.column_names)
-    rows = rows.select_columns([column])
+def _read_rows(rows: datasets.Dataset, place: str, columns: Columns) -> Iterator[Located]:
+    names = columns.among(place, rows.column_names)
+    rows = rows.select_columns(names)
     for start in range(0, len(rows), 1000):
-        for offset, value in enumerate(rows[start : start + 1000][column]):
-            yield f"{place}, row {start + offset}", value
+        batch = rows[start : start + 1000]
+        for offset, values in enumerate(zip(*(batch[name] for name in names), strict=True)):
+            yield f"{place}, row {start + offset}", columns.document(names, values)
 
 
 def _hub_id(source: str, split: str) -> tuple[str, str | None, str]:
@@ -144,30 +145,23 @@ def _hub_id(source: str, split: str) -> tuple[str, str | None, str]:
     return name, subset or None, chosen or split
 
 
-def _no_column(place: str, column: str, found: Iterable[str]) -> UserError:
-    return UserError(
-        f"{place}: no column {column!r}. Columns found: {', '.join(map(str, found)) or 'none'}. "
-        "Name the one that holds the text: --set data.text_column=NAME."
-    )
-
-
 # ---------------------------------------------------------------- files
 
 
-def _read_file(file: Path, column: str, separator: str | None) -> Iterator[Located]:
+def _read_file(file: Path, columns: Columns, separator: str | None) -> Iterator[Located]:
     match file.suffix.lower():
         case ".txt":
             return _read_txt(file, separator)
         case ".jsonl":
-            return _read_jsonl(file, column)
+            return _read_jsonl(file, columns)
         case ".json":
-            return _read_json(file, column)
+            return _read_json(file, columns)
         case ".csv":
-            return _read_csv(file, column)
+            return _read_csv(file, columns)
         case ".parquet":
-            return _read_parquet(file, column)
+            return _read_parquet(file, columns)
         case ".arrow":
-            return _read_arrow(file, column)
+            return _read_arrow(file, columns)
         case suffix:
             expected = ", ".join(SUFFIXES)
             raise UserError(f"{file}: cannot read files of type {suffix or '(none)'}. Expected one of {expected}.")
@@ -231,7 +225,7 @@ def _cut(lines: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
         number += part.count("\n") + separator.count("\n")
 
 
-def _read_jsonl(file: Path, column: str) -> Iterator[Located]:
+def _read_jsonl(file: Path, columns: Columns) -> Iterator[Located]:
     for number, line in enumerate(_lines(file), 1):
         if line.strip():
             try:
@@ -240,71 +234,68 @@ def _read_jsonl(file: Path, column: str) -> Iterator[Located]:
                 raise UserError(
                     f"{file}:{number}: not valid JSON: {error.msg} (column {error.colno}). Expected one object a line."
                 ) from None
-            yield _field(f"{file}:{number}", record, column)
+            yield _field(f"{file}:{number}", record, columns)
 
 
-def _read_json(file: Path, column: str) -> Iterator[Located]:
+def _read_json(file: Path, columns: Columns) -> Iterator[Located]:
     """A list of objects; or JSON lines under another name."""
     try:
         records = json.loads("".join(_lines(file)))
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.lineno > 1:
-            yield from _read_jsonl(file, column)
+            yield from _read_jsonl(file, columns)
             return
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}).") from None
-    if isinstance(records, dict) and column in records and not isinstance(records[column], list):
+    if isinstance(records, dict) and not all(isinstance(value, list) for value in records.values()):
         records = [records]
     if not isinstance(records, list):
         found = f"an object with the keys {', '.join(records)}" if isinstance(records, dict) else type(records).__name__
-        raise UserError(f"{file}: expected a list of objects with the key {column!r}, got {found}.")
+        raise UserError(f"{file}: expected a list of objects, one for each document, got {found}.")
     for number, record in enumerate(records):
-        yield _field(f"{file}, record {number}", record, column)
+        yield _field(f"{file}, record {number}", record, columns)
 
 
-def _field(place: str, record: Any, column: str) -> Located:
+def _field(place: str, record: Any, columns: Columns) -> Located:
     if not isinstance(record, dict):
-        raise UserError(f"{place}: expected an object with the key {column!r}, got {type(record).__name__}.")
-    if column not in record:
-        raise _no_column(place, column, record)
-    return place, record[column]
+        raise UserError(f"{place}: expected an object whose keys are columns, got {type(record).__name__}.")
+    names = columns.among(place, record)
+    return place, columns.document(names, [record[name] for name in names])
 
 
-def _read_csv(file: Path, column: str) -> Iterator[Located]:
+def _read_csv(file: Path, columns: Columns) -> Iterator[Located]:
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
     rows = csv.reader(_lines(file), strict=True)
     try:
         header = next(rows, [])
-        if column not in header:
-            raise _no_column(f"{file}:1", column, header)
-        index = header.index(column)
+        names = columns.among(f"{file}:1", header)
         for row in rows:
             if row and len(row) != len(header):
                 raise UserError(
                     f"{file}:{rows.line_num}: expected {len(header)} fields as in the first line, got {len(row)}. "
                     "Quote fields that contain commas."
                 )
-            yield f"{file}:{rows.line_num}", row[index] if row else None
+            values = [row[header.index(name)] for name in names] if row else [None]
+            yield f"{file}:{rows.line_num}", columns.document(names, values)
     except csv.Error as error:
         raise UserError(f"{file}:{rows.line_num}: not valid CSV: {error}.") from None
 
 
-def _read_parquet(file: Path, column: str) -> Iterator[Located]:
+def _read_parquet(file: Path, columns: Columns) -> Iterator[Located]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            if column not in table.schema_arrow.names:
-                raise _no_column(str(file), column, table.schema_arrow.names)
+            names = columns.among(str(file), table.schema_arrow.names)
             number = 0
-            for batch in table.iter_batches(1000, columns=[column]):
-                for value in batch.column(0).to_pylist():
-                    yield f"{file}, row {number}", value
+            for batch in table.iter_batches(1000, columns=names):
+                for values in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
+                    yield f"{file}, row {number}", columns.document(names, values)
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: cannot be read as Parquet: {error}") from error
 
 
-def _read_arrow(file: Path, column: str) -> Iterator[Located]:
+def _read_arrow(file: Path, columns: Columns) -> Iterator[Located]:
     try:
         rows = datasets.Dataset.from_file(str(file))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: cannot be read as Arrow: {error}") from error
-    yield from _read_rows(rows, str(file), column)
+    yield from _read_rows(rows, str(file), columns)

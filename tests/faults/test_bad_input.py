@@ -50,6 +50,12 @@ def test_an_unknown_flag_comes_with_the_nearest_one(refused):
 
 GOOD = json.dumps({"text": documents(1)[0]}).encode() + b"\n"
 
+
+def chat(answer: str | None) -> bytes:
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    return json.dumps({"messages": messages}).encode() + b"\n"
+
+
 BAD_DATA = {
     "empty": (b"", ["0 documents read", "text column"]),
     "blank": (b'{"text": " "}\n{"text": ""}\n', ["2 documents read, 2 of them empty"]),
@@ -58,6 +64,11 @@ BAD_DATA = {
     "not-utf-8": (GOOD + GOOD + b'{"text": "caf\xe9"}\n', ["bad.jsonl:3:", "not UTF-8", "0xe9"]),
     "no-column": (GOOD + b'{"story": "x", "title": "y"}\n', ["bad.jsonl:2:", "'text'", "story, title", "text_column"]),
     "no-object": (b'["a", "b"]\n', ["bad.jsonl:1:", "expected an object", "list"]),
+    "no-messages": (chat("hi") + b'{"messages": "hi"}\n', ["bad.jsonl:2:", "list of messages", "got str"]),
+    "no-role": (chat("hi") + b'{"messages": [{"from": "x"}]}\n', ["bad.jsonl:2, message 0:", "'role'", "keys from"]),
+    "no-content": (chat("a") + chat(None), ["bad.jsonl:2, message 1:", "expected text as its content", "NoneType"]),
+    "half-a-pair": (b'{"prompt": "a", "answer": "b"}\n', ["bad.jsonl:1:", "prompt, answer", "data.completion_column"]),
+    "mixed": (GOOD + chat("hi"), ["cannot be mixed", "bad.jsonl:2 is a conversation", "bad.jsonl:1 is plain text"]),
     "no-text": (b'{"text": 7}\n', ["bad.jsonl:1:", "expected text, got int"]),
 }
 

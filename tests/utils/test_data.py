@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils import data, sources
+from utils.columns import Columns
 from utils.config import DataConfig
 from utils.data import (
     corpus_fingerprint,
@@ -28,7 +29,7 @@ from utils.errors import UserError
 
 
 def documents(path: Path, separator: str | None = None, column: str = "text") -> list[str]:
-    found = sources.read([str(path)], split="train", column=column, separator=separator)
+    found = sources.read([str(path)], split="train", columns=Columns(column), separator=separator)
     return [text for _, text in found]
 
 

@@ -62,3 +62,18 @@ def test_without_a_router_there_is_nothing_to_record():
     asked = []
     assert held_out(100, 3).routing(nn.Linear(1, 1), lambda batch: asked.append(batch)) == {}
     assert len(asked) == 1
+
+
+def test_prompts_of_conversations_are_read_by_whoever_knows_their_templates():
+    """So many as there are samples, spread over the text."""
+    accelerator = SimpleNamespace(device=torch.device("cpu"))
+    documents, asked = [f"conversation {n}" for n in range(9)], []
+
+    def prompt(document: str, side: str) -> tuple[str, list[int]]:
+        asked.append((document, side))
+        return f"shown of {document}", [1, 2]
+
+    held = HeldOut(EvaluationConfig(samples=3), accelerator, [], documents, Batch, {}, 2, prompt)
+    assert held.beginnings() == [f"shown of conversation {n}" for n in (0, 3, 6)]
+    assert held.prompts("teacher")[0] == ("shown of conversation 0", [1, 2])
+    assert asked[3:] == [(f"conversation {n}", "teacher") for n in (0, 3, 6)]

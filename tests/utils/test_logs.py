@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from tests.utils.test_progress import Clock, Terminal
 from utils import logs
 from utils.errors import UserError
-from utils.logs import StepLogger, evaluation_line, read_metrics, setup_logging, training_lines
+from utils.logs import StepLogger, evaluation_line, read_metrics, setup_logging, show_learned, training_lines
 from utils.progress import Progress
 
 TAGS = ("[CURRICULUM]", "[KD]", "[ROUTING]", "[LM]", "[TOTAL]", "[Eval]")
@@ -263,3 +263,20 @@ def test_an_evaluation_is_found_by_its_step_and_a_training_step_is_none(tmp_path
     steps.evaluation({"step": 1, "loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.0, "tokens": 5, "bytes": 5})
     assert steps.has_evaluation(1) and not steps.has_evaluation(2)
     steps.close()
+
+
+def test_what_is_learned_is_shown_run_by_run_and_in_a_few_lines(caplog):
+    def shown(*of) -> list[str]:
+        caplog.clear()
+        with caplog.at_level("INFO", "utils"):
+            show_learned(*of)
+        return caplog.messages
+
+    letters = "what is read|learned\nhere|read"
+    ids = [ord(letter) for letter in letters if letter != "|"]
+    learned = [n for n, part in enumerate(letters.split("|")) for _ in part]
+    lines = shown(ids, [part == 1 for part in learned], lambda run: "".join(map(chr, run)))
+    assert lines[0] == f"what is learned from: 12 of {len(ids)} tokens of the student's first window"
+    assert lines[1:] == ["[read]    what is read", "[learned] learned\\nhere", "[read]    read"]
+    many = shown([65] * 500, [n // 5 % 2 for n in range(500)], lambda run: "long " * 100)
+    assert len(many) == 12 and many[-1] == "and 90 more such parts" and max(map(len, many)) < 180
