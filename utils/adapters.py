@@ -85,6 +85,6 @@ def _wrapped(base: nn.Module, settings: Any) -> nn.Module:
     import peft
 
     with warnings.catch_warnings():
-        # of names that transformers renamed, and of tied weights, which `merged` unties
-        warnings.filterwarnings("ignore", ".*(is_gradient_checkpointing|tie_word_embeddings)")
+        # of a renamed call, of tied weights, which `merged` unties, and of what peft sets right itself
+        warnings.filterwarnings("ignore", ".*(is_gradient_checkpointing|tie_word_embeddings|fan_in_fan_out)")
         return peft.get_peft_model(base, settings)

@@ -4,10 +4,16 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
+from models.causal_lm import check_head
 from models.losses import span_loss, span_sums
+from tests.models.test_causal_lm import build
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
+from tests.toy import digest
+from utils.adapters import add_lora, merged
+from utils.config import LoraConfig
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e .[peft]")
 
@@ -101,3 +107,50 @@ def test_what_is_measured_besides_changes_no_mask():
         torch.manual_seed(3)
         losses.append(adapted.framework({"lm": 1.0})(adapted.batch(), measure=measure).loss.item())
     assert losses[0] == losses[1]
+
+
+FAMILIES = ["Llama", "tied Llama", "GPT2", "GPTNeoX", "Gemma2", "Cohere", "Granite"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_takes_an_adapter_and_merges_it(family):
+    student = add_lora(build(family), "some/base", LoraConfig(enabled=True, rank=3)).eval()
+    torch.manual_seed(5)
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    check_head(student, "student")
+    ids = torch.randint(1, 40, (2, 9))
+    with torch.no_grad():
+        expected, before = student(input_ids=ids).logits, build(family)(input_ids=ids).logits
+        found = merged(student, build(family))(input_ids=ids).logits
+    assert torch.allclose(found, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
+    assert (found - before).abs().max() > 0.1
+
+
+def test_training_leaves_the_weights_below_the_adapter_bit_for_bit(real_models_dir):
+    """A trained model, with a teacher of the same tokenizer; the adapter learns, and merged it computes the same."""
+    student, teacher = (
+        transformers.AutoModelForCausalLM.from_pretrained(real_models_dir / "models" / name)
+        for name in ("stories260k-llama", "bitstories-1m")
+    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(real_models_dir / "models" / "stories260k-llama")
+    base = copy.deepcopy(student)
+    torch.manual_seed(0)
+    student = add_lora(student, "some/base", LoraConfig(enabled=True, targets=["q_proj", "v_proj", "lm_head"]))
+    one = pair_of(tokenizer, tokenizer, student=student, teacher=teacher)
+    framework, batch, losses = one.framework({"kd": 0.7, "lm": 0.3}), one.batch(), []
+    optimizer = torch.optim.AdamW(framework.parameter_groups(3e-3, 0.0))
+    for _ in range(8):
+        losses.append(framework(batch).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+    with torch.no_grad():
+        expected = student.eval()(input_ids=batch.student_ids).logits
+        plain = merged(student, copy.deepcopy(base))
+        assert torch.allclose(
+            plain(input_ids=batch.student_ids).logits, expected, rtol=0, atol=1e-5 * expected.abs().max()
+        )
+    assert digest(student.unload()) == digest(base)
