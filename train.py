@@ -6,12 +6,12 @@ The junction of `models/` (what is learned) and `utils/` (how it is run): everyt
 """
 
 import logging
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from models.cached_teacher import CachedTeacher, RememberingCollator
 from models.chat import ChatEncoder, chat_tokenizer, ends_turns
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
@@ -30,8 +31,10 @@ from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher
 from models.vocabulary import MARKER, VocabularyMap
 from utils import adapters, command_line, data, forecast, hardware, pretrained, quickstart, report, run_folder
+from utils.cache_building import CacheBuilding, settle, with_cache
 from utils.checkpoints import CheckpointStore, step_of
 from utils.config import (
+    CacheConfig,
     DataConfig,
     EvaluationConfig,
     LoggingConfig,
@@ -41,7 +44,7 @@ from utils.config import (
     to_plain,
 )
 from utils.endings import EXIT_CODES, Interrupted, exit_code
-from utils.errors import UserError
+from utils.errors import UserError, value_errors_are_the_users
 from utils.guards import RedFlags
 from utils.held_out import START, HeldOut, metrics_of
 from utils.logs import StepLogger, setup_logging, show_learned
@@ -49,6 +52,7 @@ from utils.plan import Plan, build_accelerator
 from utils.processes import main_process_first, on_main_process, rank
 from utils.seeding import permutation, seed_everything
 from utils.stopping import StopSignal
+from utils.teacher_cache import TeacherCache
 from utils.tracking import Tracking
 from utils.training import FitResult, fit
 
@@ -81,6 +85,7 @@ class RunConfig:
     router: RouterConfig = field(default_factory=RouterConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     output_dir: str = "runs/train"
     """Folder of the run; by default runs/ and the name of the recipe."""
@@ -103,6 +108,8 @@ class RunConfig:
             wrong.append(f"no teacher, but {' and '.join(signals)} weigh more than 0: give --teacher or set them to 0")
         if self.teacher.name is None and self.evaluation.without_teacher:
             wrong.append("evaluation.without_teacher compares with a run that has a teacher: give --teacher")
+        if self.cache.folder and self.teacher.name is None:
+            wrong.append("a teacher cache, but no teacher: give --teacher")
         if self.training.patience and not self.evaluation.every:
             wrong.append("training.patience counts evaluations, and evaluation.every is 0: give --eval-every")
         if wrong:
@@ -130,21 +137,15 @@ class Job:
     tokenizer: PreTrainedTokenizerBase
     """Of the student."""
     vocabulary: VocabularyMap
-    collate: PairCollator
+    collate: PairCollator | RememberingCollator
     windows: Dataset
     """To train on."""
     held_out: HeldOut
     fingerprint: dict[str, Any]
     """What a checkpoint must have been made from to be continued."""
-
-
-@contextmanager
-def _as_user_error() -> Iterator[None]:
-    """The library below tells what does not fit together by ValueError."""
-    try:
-        yield
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    teacher_dtype: hardware.Choice[torch.dtype]
+    cache: TeacherCache | None = None
+    """Of what the teacher says."""
 
 
 def check_weights(config: RunConfig, device: torch.device) -> None:
@@ -160,10 +161,9 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     tokenizers = pretrained.load_each(pretrained.load_tokenizer, names)
     shapes = pretrained.load_each(pretrained.load_config, names)
     router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
-    if router is not None:
-        with _as_user_error():
+    with value_errors_are_the_users():
+        if router is not None:
             router.check_widths(**{role: shape.get_text_config().hidden_size for role, shape in shapes.items()})
-    with _as_user_error():
         student = forecast.Shape.of(shapes["student"])
     runs = 1 + config.evaluation.without_teacher
     disk = forecast.disk(student, config.training, config.student.lora, runs=runs)
@@ -174,7 +174,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     sizes = {role: shape.get_text_config().vocab_size for role, shape in shapes.items()}
     for role, name in names.items():
         log.info("%s %s: vocabulary %s, tokenizer %s", role, name, f"{sizes[role]:,}", f"{len(tokenizers[role]):,}")
-    with _as_user_error():
+    with value_errors_are_the_users():
         corpus = data.load_documents(config.data)
         chat = corpus.conversations
         if chat:
@@ -210,6 +210,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
             "tokenizers_and_length": encoder.fingerprint,
             "mixed_precision": accelerator.mixed_precision,
         },
+        teacher_dtype=pretrained.frozen_dtype(config.teacher.dtype, accelerator.device, accelerator.mixed_precision),
     )
 
 
@@ -222,19 +223,29 @@ def _for_chat(role: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokeni
     return tokenizer
 
 
+def cached_teacher(job: Job, stop: StopSignal) -> CachedTeacher:
+    """The teacher behind its cache; loaded for what the cache lacks and for hidden states, else not at all."""
+    building, whole = CacheBuilding.of(job), job.config.cache.build_only
+    if not building.needs_teacher(set() if whole else job.config.curriculum.used() & {*ROUTER_TERMS}):
+        return CachedTeacher(None, job.cache)
+    teacher = CachedTeacher(load_teacher(job), job.cache)
+    if reason := building.build(teacher, job.collate, whole, stop):
+        raise Interrupted(reason)
+    return teacher
+
+
 def load_teacher(job: Job) -> FrozenTeacher | None:
     """The frozen teacher on the training device, or None if the run has none."""
     config = job.config.teacher
     if config.name is None:
         return None
-    device = job.accelerator.device
-    dtype = pretrained.frozen_dtype(config.dtype, device, job.accelerator.mixed_precision)
+    dtype, device = job.teacher_dtype, job.accelerator.device
     log.info("teacher in %s: %s", str(dtype.value).removeprefix("torch."), dtype.reason)
     if job.config.student.init == "random" and not job.config.curriculum.used() & {*ROUTER_TERMS}:
         log.info(RANDOM_HINT)
     weights = {"weights": config.dtype, "allow_pickle": config.allow_pickle}
     model = pretrained.load_model(config.name, "teacher", dtype.value, device, **weights)
-    with _as_user_error():
+    with value_errors_are_the_users():
         return FrozenTeacher(model, job.vocabulary)
 
 
@@ -268,7 +279,7 @@ class Trained:
 
 def train_student(
     job: Job,
-    teacher: FrozenTeacher | None,
+    teacher: FrozenTeacher | CachedTeacher | None,
     curriculum: CurriculumConfig,
     output: Path,
     stop: StopSignal,
@@ -285,8 +296,13 @@ def train_student(
     if config.training.gradient_checkpointing:
         pretrained.recompute_layers(student)
     made_from = {"student": pretrained.fingerprint(student, values=config.student.init == "pretrained")}
-    if teacher is not None:
+    measure_teacher = None
+    if teacher is not None and job.cache is None:
         made_from["teacher"] = pretrained.fingerprint(teacher.model)
+        measure_teacher = partial(job.held_out.measure, teacher.model, "teacher")
+    elif teacher is not None:
+        made_from["teacher"] = {**job.cache.identity, **job.cache.settings}
+        measure_teacher = partial(job.cache.evaluation, job.held_out.fingerprint())
     made_from = {**job.fingerprint, **made_from}
     store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, made_from, config.resume_changed)
     resume_from = on_main_process(accelerator, lambda: store.resume_point(resume))
@@ -300,8 +316,8 @@ def train_student(
         logger.truncate_after(-1)
         (output / START).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    start = job.held_out.measure_start(student, None if teacher is None else teacher.model, output)
-    with _as_user_error():
+    start = job.held_out.measure_start(student, measure_teacher, output)
+    with value_errors_are_the_users():
         scheduler = CurriculumScheduler(curriculum, config.loss, plan.total_steps)
         framework = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)
         if resume_from is None and framework.router is not None:
@@ -326,10 +342,11 @@ def train_student(
         evaluate_every=config.evaluation.every,
         checkpoints=store,
         resume_from=resume_from,
-        flags=_red_flags(config, plan, student, start, main),
+        flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=main),
         stop=stop,
         num_workers=config.data.num_workers,
         term_gradients=config.logging.term_gradients,
+        settle=partial(settle, job),
     )
     if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
         of = f"{result.steps} of {plan.total_steps} steps"
@@ -341,19 +358,6 @@ def train_student(
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(framework, result, start)
-
-
-def _red_flags(config: RunConfig, plan: Plan, student: nn.Module, start: dict[str, Any], main: bool) -> RedFlags:
-    flags = RedFlags(
-        plan.total_steps,
-        student.get_output_embeddings().weight.shape[0],
-        warmup_steps=math.ceil(config.training.warmup_ratio * plan.total_steps),
-        initial_loss=start["initial_student"]["loss"],
-        warn=None if main else lambda _: None,
-    )
-    if "teacher" in start:
-        flags.teacher(start["teacher"]["bits_per_byte"], start["initial_student"]["bits_per_byte"])
-    return flags
 
 
 def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[str, Any]:
@@ -427,11 +431,17 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     show_learned(window["student_ids"], window["student_roles"] != MARKER, job.tokenizer.decode)
     if accelerator.is_main_process:
         run_folder.write_config(output, to_plain(asked), notes)
-    teacher = load_teacher(job)
+    without_cache, job = job, with_cache(job, RememberingCollator)
+    teacher = load_teacher(job) if job.cache is None else cached_teacher(job, stop)
+    if config.cache.build_only:
+        log.info("teacher cache %s is complete: %s", config.cache.folder, job.cache.written)
+        return "finished"
     trained = train_student(job, teacher, config.curriculum, output, stop, config.resume)
+    if job.cache is not None:
+        log.info("teacher cache: %s", job.cache.written)
     results = export(job, asked, trained, output)  # before the comparison, so that a kill there loses nothing
     if config.evaluation.without_teacher and trained.result.stopped_by != "max_hours":
-        results = compare_without_teacher(job, trained, results, output, stop)
+        results = compare_without_teacher(without_cache, trained, results, output, stop)
     if accelerator.is_main_process:
         report.print_summary(results)
         log.info("student: %s; report: %s", output / "student", output / report.REPORT_HTML)

@@ -8,7 +8,7 @@ For the router: A anchors at depth 0, Q of them sampled in a window, R runs of a
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,13 +21,43 @@ LEAST_RELATED = 4
 """Sampled anchors that a window needs for its relations to be compared: six pairs."""
 
 
+_Self = TypeVar("_Self", bound="_Movable")
+
+
 def _tensors(batch: Any) -> dict[str, Any]:
     """The fields of a dataclass that are tensors, or hold tensors."""
-    return {f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor | Anchors)}
+    return {f.name: v for f in fields(batch) if isinstance(v := getattr(batch, f.name), Tensor | _Movable)}
+
+
+class _Movable:
+    """A dataclass whose tensors go from place to place together."""
+
+    def to(self: _Self, device: torch.device | str, non_blocking: bool = False) -> _Self:
+        return replace(self, **{n: v.to(device, non_blocking=non_blocking) for n, v in _tensors(self).items()})
+
+    def pin_memory(self: _Self) -> _Self:
+        return replace(self, **{n: v.pin_memory() for n, v in _tensors(self).items()})
 
 
 @dataclass
-class Anchors:
+class TeacherSignal(_Movable):
+    """What the teacher says about a batch: the seam between a running teacher and a cache.
+
+    At temperature 1. At depth > 0 the distribution is the one restricted to the tokens that begin with
+    what the student has read, renormalised.
+    """
+
+    ids: Tensor  # [N, K] int64 teacher tokens, most probable first; -1 where fewer than K exist
+    log_probs: Tensor  # [N, K] float32, -inf where ids is -1
+    log_tail: Tensor  # [N] log mass of all other tokens
+    log_mass: Tensor  # [N] log probability, under the full distribution, of what was read since the anchor
+    realised: Tensor  # [M] log probability of the text's next teacher token, at every unpadded teacher position
+    hidden: tuple[Tensor, ...] | None = None
+    """[B, T, H_T] states after the teacher layers that the router asked for; None where it asked for none."""
+
+
+@dataclass
+class Anchors(_Movable):
     """Where both models have read the same bytes (depth 0): what the router compares.
 
     The first position of either model is left out: its state is extreme and says little (massive activations).
@@ -43,15 +73,9 @@ class Anchors:
     attends: Tensor  # [B, Q] bool: sampled anchors that see at least two teacher tokens and overlap one
     runs: int  # R
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Anchors":
-        return replace(self, **{n: v.to(device, non_blocking=non_blocking) for n, v in _tensors(self).items()})
-
-    def pin_memory(self) -> "Anchors":
-        return replace(self, **{n: v.pin_memory() for n, v in _tensors(self).items()})
-
 
 @dataclass
-class PairedBatch:
+class PairedBatch(_Movable):
     """Windows of text as both models read them, and how the two readings fit together."""
 
     student_ids: Tensor  # [B, S] int64, right padded
@@ -87,6 +111,10 @@ class PairedBatch:
     """Per window, which documents it holds (for messages)."""
     anchors: Anchors | None = None
     """For the router; None where there is none."""
+    keys: list[bytes] = field(default_factory=list)
+    """Per window, what a memory of the teacher knows it by (`CachedTeacher`)."""
+    signal: TeacherSignal | None = None
+    """What the teacher says about this batch, where a memory had it."""
 
     def as_filler(self) -> "PairedBatch":
         """The same without anchors: for a process that only keeps others company, and must not be compared with."""
@@ -96,12 +124,6 @@ class PairedBatch:
         none = {name: getattr(a, name)[:0] for name in ("student", "teacher", "window", "run")}
         empty = replace(a, **none, sampled=torch.full_like(a.sampled, -1), attends=torch.zeros_like(a.attends), runs=0)
         return replace(self, anchors=empty)
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "PairedBatch":
-        return replace(self, **{n: v.to(device, non_blocking=non_blocking) for n, v in _tensors(self).items()})
-
-    def pin_memory(self) -> "PairedBatch":
-        return replace(self, **{n: v.pin_memory() for n, v in _tensors(self).items()})
 
     def scored(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
         """(ids, mask, labels) of "student" or "teacher" for evaluation.
@@ -113,23 +135,6 @@ class PairedBatch:
         else:
             ids, mask, labels, eot = self.teacher_ids, self.teacher_mask, self.teacher_labels, self.end_of_text[1]
         return ids, mask, labels if eot is None else labels.masked_fill(labels == eot, IGNORE)
-
-
-@dataclass
-class TeacherSignal:
-    """What the teacher says about a batch: the seam between a running teacher and a cache.
-
-    At temperature 1. At depth > 0 the distribution is the one restricted to the tokens that begin with
-    what the student has read, renormalised.
-    """
-
-    ids: Tensor  # [N, K] int64 teacher tokens, most probable first; -1 where fewer than K exist
-    log_probs: Tensor  # [N, K] float32, -inf where ids is -1
-    log_tail: Tensor  # [N] log mass of all other tokens
-    log_mass: Tensor  # [N] log probability, under the full distribution, of what was read since the anchor
-    realised: Tensor  # [M] log probability of the text's next teacher token, at every unpadded teacher position
-    hidden: tuple[Tensor, ...] | None = None
-    """[B, T, H_T] states after the teacher layers that the router asked for; None where it asked for none."""
 
 
 @dataclass

@@ -343,6 +343,13 @@ class VocabularyMap:
         rank[self.order] = np.arange(len(self.order))
         return rank
 
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all spellings and of both sizes."""
+        spelt = hashlib.sha256(np.ascontiguousarray(self.segments).tobytes())
+        spelt.update(f"{self.segments.shape} {self.student_vocab_size}".encode())
+        return spelt.hexdigest()
+
     def descend(self, node: np.ndarray, token: np.ndarray) -> np.ndarray:
         """The nodes one student token further; -1 where no teacher token continues so (or the node is -1)."""
         key = node.astype(np.int64) * self.student_vocab_size + token

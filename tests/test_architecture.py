@@ -19,17 +19,17 @@ FLOORS = {
         {"config", "outputs"},
         {"vocabulary", "alignment", "losses", "causal_lm", "curriculum", "projection", "fused_head"},
         {"pairing", "chat", "teacher", "student_aware_router"},
-        {"distillation_framework"},
+        {"distillation_framework", "cached_teacher"},
     ],
     "utils": [
         {"errors", "atomic", "seeding", "progress", "processes"},
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
-        | {"checklist", "environment", "forecast", "endings"},
+        | {"checklist", "environment", "forecast", "endings", "signal_codec"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}
         | {"tracking"},
         {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures", "adapters"},
-        {"run_state", "report_html", "out_of_memory"},
-        {"training", "report"},
+        {"run_state", "report_html", "out_of_memory", "teacher_cache"},
+        {"training", "report", "cache_building"},
     ],
 }
 """From the ground up. A module imports only from lower floors, or from its own as `WITHIN_A_FLOOR` tells."""

@@ -42,6 +42,10 @@ SURFACE = {
     "--max-hours": "H",
     "--temperature": "T",
     "--top-k": "K",
+    "--cache-teacher": "DIR",
+    "--build-cache-only": None,
+    "--cache-top-k": "K|adaptive",
+    "--cache-accept-mismatch": None,
     "--output-dir": "DIR",
     "--resume": "auto|never|PATH",
     "--no-resume": None,
@@ -77,7 +81,7 @@ def test_the_surface_is_frozen():
 
 def test_help_is_grouped_and_names_every_flag():
     text = command_line.parser().format_help()
-    for group in ("recipe:", "models:", "data:", "training:", "distillation:", "run:"):
+    for group in ("recipe:", "models:", "data:", "training:", "distillation:", "teacher cache:", "run:"):
         assert f"\n{group}" in text
     for flag in SURFACE:
         assert flag in text

@@ -5,6 +5,7 @@ disk, and renamed with `os.replace`. A reader therefore never sees half a file, 
 hidden leftover remains, which `clean_leftovers` removes at the next start.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -21,12 +22,17 @@ _DELETED = ".deleted-"
 
 def write_text(path: str | Path, text: str) -> None:
     """Write `text` (UTF-8, line ends as given) to `path`, replacing what was there in one step."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` to `path`, replacing what was there in one step."""
     path = Path(path)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_STAGING + path.name + "-")
     staging = Path(name)
     try:
-        with open(handle, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(staging, 0o666 & ~_umask())  # mkstemp makes private files; an output should look like any other
@@ -106,6 +112,15 @@ def clean_leftovers(parent: str | Path) -> list[str]:
             continue
         handled.append(path.name)
     return handled
+
+
+def sha256_of(file: str | Path) -> str:
+    """Hash of a file's bytes, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def sync_folder(folder: str | Path) -> None:

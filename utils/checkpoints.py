@@ -11,7 +11,6 @@ It is written to a hidden folder, flushed and renamed, so a kill at any moment l
 they were. Damage that a file format would not notice (a flipped bit loads silently) fails the hash.
 """
 
-import hashlib
 import json
 import logging
 import re
@@ -27,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .atomic import atomic_folder, clean_leftovers, remove_folder
+from .atomic import atomic_folder, clean_leftovers, remove_folder, sha256_of
 from .config import refuse_differences
 from .errors import RunError, UserError
 from .forecast import free_disk
@@ -302,7 +301,7 @@ def _file_damage(file: Path, size: int, digest: str) -> str | None:
     try:
         if file.stat().st_size != size:
             return f"has {file.stat().st_size:,} bytes instead of {size:,}"
-        return None if _sha256(file) == digest else "does not match its sha256"
+        return None if sha256_of(file) == digest else "does not match its sha256"
     except FileNotFoundError:
         return "is missing"
     except OSError as error:
@@ -311,18 +310,10 @@ def _file_damage(file: Path, size: int, digest: str) -> str | None:
 
 def _write_manifest(folder: Path, step: int) -> int:
     """List every file of `folder`; returns their total size in bytes."""
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir())}
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())}
     manifest = {"format": FORMAT, "step": step, "files": files}
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
     return sum(entry["bytes"] for entry in files.values())
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while chunk := stream.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -66,6 +66,12 @@ FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("--temperature", "loss.temperature", "T", "temperature of teacher and student in KD"),
         ("--top-k", "loss.top_k", "K", "teacher tokens kept per position"),
     ),
+    "teacher cache": (
+        ("--cache-teacher", "cache.folder", "DIR", "keep what the teacher says there; later epochs and runs read it"),
+        ("--build-cache-only", "cache.build_only", "", "build the whole cache first, and stop"),
+        ("--cache-top-k", "cache.top_k", "K|adaptive", "teacher tokens kept per position, in place of --top-k"),
+        ("--cache-accept-mismatch", "cache.accept_mismatch", "", "use a cache of another text or teacher"),
+    ),
     "run": (
         ("--output-dir", "output_dir", "DIR", "folder of this run"),
         ("--resume", "resume", "auto|never|PATH", "continue from the newest whole checkpoint, never, or from PATH"),

@@ -184,6 +184,27 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
+class CacheConfig:
+    """What the teacher says, kept on disk: computed once, read by later epochs and runs."""
+
+    folder: str | None = None
+    """Folder of the cache; null: the teacher runs in every step."""
+    build_only: bool = False
+    """Build the cache and stop, without a student."""
+    top_k: Annotated[int, Gt(0)] | Literal["adaptive"] = 64
+    """Teacher tokens kept per position, in place of loss.top_k; adaptive: the fewest that hold 99.9 % of the mass, at
+    most 256."""
+    storage: Literal["compact", "float32"] = "compact"
+    """compact: log-probabilities in 6 to 16 bits; float32: exactly as the teacher says them."""
+    accept_mismatch: bool = False
+    """Use the cache although it was built from another text or by another teacher; no matter what that does."""
+
+    def __post_init__(self) -> None:
+        if self.build_only and self.folder is None:
+            raise ValueError("cache.build_only builds a cache in a folder: give --cache-teacher DIR")
+
+
+@dataclass(frozen=True)
 class LoggingConfig:
     """What is written while training."""
 

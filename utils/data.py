@@ -286,11 +286,12 @@ def windows_fingerprint(windows: Iterable[dict[str, Any]]) -> str:
     """Hash of windows and their order, 32 hexadecimal digits."""
     total = blake2b(digest_size=16)
     for window in windows:
-        total.update(_content(window))
+        total.update(window_key(window))
     return total.hexdigest()
 
 
-def _content(window: dict[str, Any]) -> bytes:
+def window_key(window: dict[str, Any]) -> bytes:
+    """Hash of a window's content, 16 bytes."""
     content = blake2b(digest_size=16)
     for key, value in sorted(window.items()):
         content.update(key.encode() + (value.encode() if isinstance(value, str) else np.asarray(value).tobytes()))
@@ -434,7 +435,7 @@ class Delivery:
 
 class _Numbered(_Rows):
     def __getitem__(self, index: int) -> tuple[int, bytes]:
-        return index, _content(self.windows[index])
+        return index, window_key(self.windows[index])
 
 
 def delivery(

@@ -1,5 +1,8 @@
 """The two exceptions whose message is all that a user needs: a mistake of the user's, and an end that is no bug."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something the user can put right: a setting, a path, a file's content, a missing device.
@@ -16,3 +19,12 @@ class RunError(RuntimeError):
     The message says what happened, what is kept, and what to do. `train.py` prints it without a traceback and exits
     with status 1; the same command continues once the cause is gone.
     """
+
+
+@contextmanager
+def value_errors_are_the_users() -> Iterator[None]:
+    """What is built inside tells by ValueError what does not fit together: that is the user's to put right."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(str(error)) from error

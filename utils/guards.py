@@ -15,7 +15,7 @@ from statistics import median
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +84,22 @@ class RedFlags:
         self._epoch: int | None = None
         self._batches: dict[int, None] = {}
         self._last_lr: float | None = None
+
+    @classmethod
+    def of_run(
+        cls, total_steps: int, warmup_ratio: float, student: nn.Module, start: Mapping[str, Any], *, main: bool
+    ) -> "RedFlags":
+        """Those of a run that starts from `HeldOut.measure_start`; they speak in the main process only."""
+        flags = cls(
+            total_steps,
+            student.get_output_embeddings().weight.shape[0],
+            warmup_steps=math.ceil(warmup_ratio * total_steps),
+            initial_loss=start["initial_student"]["loss"],
+            warn=None if main else lambda _: None,
+        )
+        if "teacher" in start:
+            flags.teacher(start["teacher"]["bits_per_byte"], start["initial_student"]["bits_per_byte"])
+        return flags
 
     def batch(self, labels: Tensor, epoch: int, documents: Sequence[str] = ()) -> None:
         """Look for a batch that was already trained on in this epoch.

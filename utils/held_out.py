@@ -126,11 +126,26 @@ class HeldOut:
         settings = {name: getattr(self.config, name) for name in ("samples", "prompt_tokens", "new_tokens")}
         return {"windows": data.windows_fingerprint(self.windows), **settings}
 
-    def measure_start(self, student: nn.Module, teacher: nn.Module | None, folder: Path) -> dict[str, Any]:
+    def measure(self, model: nn.Module, side: str) -> dict[str, Any]:
+        """`metrics` (see `describe`) and `samples` of a model.
+
+        Raises:
+            UserError: its loss is not finite.
+        """
+        described = self.describe(model, side)
+        _require_finite(described, side)
+        return {"metrics": described, "samples": self.continuations(model, side)}
+
+    def measure_start(
+        self, student: nn.Module, teacher: Callable[[], dict[str, Any]] | None, folder: Path
+    ) -> dict[str, Any]:
         """Teacher and untrained student, metrics and samples.
 
         Measured once a run and kept in `folder`, so that a resumed run has what its first session measured; anew if
         it was measured on something else.
+
+        Args:
+            teacher: what `measure` says of the teacher; None: there is none.
 
         Raises:
             UserError: a model's loss is not finite.
@@ -142,12 +157,10 @@ class HeldOut:
                 return found
             log.info("%s was measured on other windows or samples: measuring again", START)
         measured: dict[str, Any] = {"measured_on": measured_on, "samples": {"prompt": self.beginnings()}}
-        for key, side, model in (("teacher", "teacher", teacher), ("initial_student", "student", student)):
-            if model is None:
-                continue
-            measured[key] = self.describe(model, side)
-            _require_finite(measured[key], side)
-            measured["samples"][key] = self.continuations(model, side)
+        parts = {} if teacher is None else {"teacher": teacher}
+        for key, measure in (parts | {"initial_student": lambda: self.measure(student, "student")}).items():
+            found = measure()
+            measured[key], measured["samples"][key] = found["metrics"], found["samples"]
             log.info("%s: %.4f bits per byte on held-out text", key.replace("_", " "), measured[key]["bits_per_byte"])
         if self.accelerator.is_main_process:
             write_json(file, measured)

@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from .atomic import atomic_folder, write_text
+from .atomic import atomic_folder, sha256_of, write_text
 from .errors import UserError
 from .hardware import Choice
 
@@ -261,6 +261,19 @@ def fingerprint(model: nn.Module, values: bool = True) -> str:
             flat = parameter.detach().flatten()
             total.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
     return total.hexdigest()
+
+
+def weights_fingerprint(name: str, role: str) -> str:
+    """What a model's weights are, without loading them: the commit of a hub model, else a hash of the folder's files.
+
+    A folder's files are read whole, at the speed of the disk.
+    """
+    source = Path(locate(name, role))
+    if not source.is_dir():
+        return f"{name}@{getattr(load_config(name, role), '_commit_hash', None)}"
+    files = [source / "config.json", *sorted([*source.glob("*.safetensors"), *source.glob("*.bin")])]
+    hashes = "".join(f"{file.name} {sha256_of(file)} " for file in files)
+    return hashlib.sha256(hashes.encode()).hexdigest()
 
 
 def context_length(config: PretrainedConfig) -> float:

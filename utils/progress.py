@@ -48,6 +48,7 @@ class Progress:
         stream: where to draw; None: standard output.
         clock: monotonic seconds.
         deadline: when, by that clock, the run is stopped; None: never.
+        unit: what is counted, where it is not optimizer steps.
     """
 
     def __init__(
@@ -57,8 +58,9 @@ class Progress:
         stream: IO[str] | None = None,
         clock: Callable[[], float] = time.monotonic,
         deadline: float | None = None,
+        unit: str = "step",
     ) -> None:
-        self.total, self.start, self.clock, self.deadline = total, start, clock, deadline
+        self.total, self.start, self.clock, self.deadline, self.unit = total, start, clock, deadline, unit
         self.first: int | None = None
         self.stream = stream if stream is not None else sys.stdout
         self.bar: tqdm | None = None
@@ -127,7 +129,7 @@ class Progress:
 
     def _write_line(self, step: int, now: float, words: list[str]) -> None:
         left = self._left(step, now)
-        parts = [f"step {step:,}/{self.total:,} ({step / max(self.total, 1):.1%})", duration(now - self.began)]
+        parts = [f"{self.unit} {step:,}/{self.total:,} ({step / max(self.total, 1):.1%})", duration(now - self.began)]
         if left > 0:
             parts.append(f"{duration(left)} left")
         if self.deadline is not None and step < self.total:

@@ -90,6 +90,7 @@ def fit(
     num_workers: int = 0,
     term_gradients: bool = False,
     forecast: str = "",
+    settle: Callable[[], None] = lambda: None,
 ) -> FitResult:
     """Train `module` on `dataset` for the steps that `Plan.of(config, len(dataset), processes)` says.
 
@@ -108,6 +109,7 @@ def fit(
         num_workers: processes that prepare batches.
         term_gradients: log the norm of the gradient that each term contributes to the student (`TermGradients`).
         forecast: of the memory that this takes, for the message where it does not fit.
+        settle: called in every process before a checkpoint and before an epoch: what waits is to be on the disk then.
 
     Raises:
         UserError: no windows, nothing to train, or a checkpoint of another plan.
@@ -131,6 +133,7 @@ def fit(
         stop=stop,
         num_workers=num_workers,
         term_gradients=term_gradients,
+        settle=settle,
     )
     try:
         with out_of_memory.explained(forecast):
@@ -160,12 +163,13 @@ class TrainingLoop:
         stop: StopSignal | None,
         num_workers: int,
         term_gradients: bool,
+        settle: Callable[[], None],
     ) -> None:
         self.module, self.dataset, self.collate, self.config = module, dataset, collate, config
         self.accelerator, self.logger, self.checkpoints = accelerator, logger, checkpoints
         self.evaluate, self.evaluate_every = evaluate, evaluate_every if evaluate is not None else 0
         self.flags, self.stop, self.num_workers = flags, stop, num_workers
-        self.term_gradients = term_gradients
+        self.term_gradients, self.settle = term_gradients, settle
         self.plan = Plan.of(config, len(dataset), accelerator.num_processes)
         self.evaluation: dict[str, Any] | None = None
         self.resumed_from: int | None = None
@@ -264,6 +268,7 @@ class TrainingLoop:
                 count = data.micro_batches_in_step(plan.windows, step, **sizes, processes=plan.processes)
                 yield epoch, list(islice(batches, count))
             del batches
+            self.settle()
             if self.accelerator.device.type == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -424,6 +429,7 @@ class TrainingLoop:
         """Write a checkpoint of this step boundary, once."""
         if self.checkpoints is None or self._saved_step == self.step:
             return
+        self.settle()
         with self._clock.paused():
             self.guard.read()
             protect, parts = [] if self.early.best_step is None else [self.early.best_step], self.state.parts()

@@ -1,0 +1,137 @@
+"""The teacher cache in the real program: killed, damaged, mistaken for another, and read without the teacher."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import train
+from tests.faults.conftest import Place, documents, write_jsonl
+from tests.faults.test_kill import Session, same_outcome, steps_in
+from utils import cache_building
+from utils.logs import read_metrics
+from utils.quickstart import train_tokenizer
+
+SHORT = ["--max-steps", "4", "--eval-every", "0", "--log-every", "1"]
+
+
+def run(place: Place, output: Path, cache: Path, *more: str) -> int:
+    return train.main(place.arguments(output, "--cache-teacher", str(cache), *SHORT, *more))
+
+
+@pytest.fixture(scope="module")
+def built(place, tmp_path_factory) -> Path:
+    """A cache of what four steps need."""
+    folder = tmp_path_factory.mktemp("built")
+    assert run(place, folder / "run", folder / "cache", "--build-cache-only") == 0
+    assert not (folder / "run" / "checkpoints").exists()
+    return folder / "cache"
+
+
+@pytest.fixture
+def cache(built, tmp_path) -> Path:
+    """One of its own for a test to spoil."""
+    return Path(shutil.copytree(built, tmp_path / "cache"))
+
+
+def losses(output: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(output / "metrics.jsonl") if "terms" in record]
+
+
+def refused(capsys, *named: str) -> None:
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Traceback" not in said
+    for words in named:
+        assert words in said, said
+
+
+def test_without_its_weights_at_hand_the_report_is_whole_and_the_losses_are_those_of_the_teacher(
+    place, tmp_path, monkeypatch, capsys
+):
+    exact = ("--set", "cache.storage=float32", "--cache-top-k", "256", "--batch-size", "1")
+    online = tmp_path / "online"
+    assert train.main(place.arguments(online, *SHORT, "--batch-size", "1")) == 0
+    assert run(place, tmp_path / "writing", tmp_path / "exact", *exact) == 0
+    monkeypatch.setattr(train, "load_teacher", lambda job: pytest.fail("the teacher was loaded"))
+    assert run(place, tmp_path / "reading", tmp_path / "exact", *exact) == 0
+    assert losses(online) == losses(tmp_path / "writing") == losses(tmp_path / "reading")
+    reports = [json.loads((tmp_path / name / "evaluation_report.json").read_text()) for name in ("writing", "reading")]
+    for key in ("teacher", "retention", "samples", "student"):
+        assert reports[0][key] == reports[1][key]
+    assert reports[0]["retention"]["top1_agreement"] is not None
+    assert "teacher" in reports[0]["samples"][0]
+    assert "the teacher is not loaded" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert run(place, tmp_path / "compact", tmp_path / "small", *exact[2:]) == 0
+    assert losses(tmp_path / "compact") == pytest.approx(losses(online), rel=2e-3)
+
+
+def test_killed_while_it_writes_its_cache_a_run_ends_as_one_that_was_not(place, tmp_path):
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    arguments = ("--epochs", "2", "--eval-every", "0")
+    session = Session(place, whole, "--cache-teacher", str(tmp_path / "a"), *arguments)
+    assert session.ended() == 0, session.output()
+    killed = Session(place, output, "--cache-teacher", str(tmp_path / "b"), *arguments)
+    assert killed.stopped_after(6, signal.SIGKILL, 0.01) == -signal.SIGKILL
+    assert steps_in(output / "metrics.jsonl") < 20, "the first epoch was over"
+    assert list((tmp_path / "b" / "shards").glob("*.safetensors"))
+    session = Session(place, output, "--cache-teacher", str(tmp_path / "b"), *arguments)
+    assert session.ended() == 0, session.output()
+    assert same_outcome(output, whole)
+
+
+def test_a_flipped_bit_is_found_and_that_part_is_built_again(place, cache, tmp_path, capsys):
+    victim = next((cache / "shards").iterdir())
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 4
+    victim.write_bytes(content)
+    assert run(place, tmp_path / "run", cache, "--build-cache-only") == 0
+    refused(capsys, "does not match its sha256", "the teacher is loaded for")
+    before = {file.name: file.read_bytes() for file in (cache / "shards").iterdir()}
+    assert run(place, tmp_path / "run", cache, "--build-cache-only") == 0
+    assert {file.name: file.read_bytes() for file in (cache / "shards").iterdir()} == before
+
+
+def test_a_cache_of_another_teacher_is_refused(place, cache, tmp_path, capsys):
+    other = Path(shutil.copytree(place.teacher, tmp_path / "other"))
+    model = AutoModelForCausalLM.from_pretrained(other)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] += 1e-3
+    model.save_pretrained(other)
+    assert run(place, tmp_path / "run", cache, "--teacher", str(other)) == 2
+    refused(capsys, "built from something else", "- teacher: ", "--cache-accept-mismatch uses it all the same")
+    assert not (tmp_path / "run").exists()
+    assert run(place, tmp_path / "run", cache, "--teacher", str(other), "--cache-accept-mismatch") == 0
+
+
+def test_a_cache_of_another_tokenizer_is_refused(place, cache, tmp_path, capsys):
+    other = Path(shutil.copytree(place.student, tmp_path / "other"))
+    train_tokenizer(documents(90, seed=5), 280).save_pretrained(other)
+    assert run(place, tmp_path / "run", cache, "--student", str(other), "--cache-accept-mismatch") == 2
+    refused(capsys, "- tokenizers_and_length: ", "- vocabulary_map: ", "overrules teacher, teacher_dtype, text only")
+
+
+def test_a_cache_of_another_text_is_refused_and_can_be_added_to(place, cache, tmp_path, capsys):
+    other = write_jsonl(tmp_path / "other.jsonl", documents(60, seed=3))
+    assert run(place, tmp_path / "run", cache, "--train-data", str(other)) == 2
+    refused(capsys, "- text: ", "--cache-accept-mismatch")
+    before = len(list((cache / "shards").iterdir()))
+    more = ("--train-data", str(other), "--cache-accept-mismatch", "--build-cache-only")
+    assert run(place, tmp_path / "run", cache, *more) == 0
+    assert len(list((cache / "shards").iterdir())) > before
+
+
+def test_too_little_disk_is_told_before_training(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cache_building, "free_disk", lambda _: 1000)
+    assert run(place, tmp_path / "run", tmp_path / "cache") == 2
+    refused(capsys, "MB more, 0.0 MB are free", "--cache-top-k")
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_contradictory_settings_are_told_at_once(place, tmp_path, capsys):
+    assert train.main(place.arguments(tmp_path / "run", "--build-cache-only")) == 2
+    refused(capsys, "--cache-teacher DIR")

@@ -1,0 +1,260 @@
+"""The teacher's signals on disk: found by content, proved by hashes, refused to those they do not belong to."""
+
+import errno
+import json
+import os
+import pickle
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from tests.utils.test_signal_codec import said
+from utils import cache_building, teacher_cache
+from utils.cache_building import CacheBuilding
+from utils.config import CacheConfig, EvaluationConfig
+from utils.errors import RunError, UserError
+from utils.held_out import HeldOut
+from utils.plan import Plan
+from utils.signal_codec import Codec
+from utils.stopping import StopSignal
+from utils.teacher_cache import TeacherCache, open_cache
+
+CODEC = Codec(3000, 8, "float32")
+IDENTITY = {"teacher": "t", "teacher_dtype": "float32", "tokenizers_and_length": "k", "max_depth": 16}
+
+
+def windows(count: int, seed: int = 0) -> list[dict]:
+    random = np.random.default_rng(seed)
+    return [{"student_ids": random.integers(0, 9, 20 + n), "bytes": 40 + n, "documents": f"d{n}"} for n in range(count)]
+
+
+def opened(folder, *, codec=CODEC, text="text", accept=False, **identity) -> TeacherCache:
+    config = CacheConfig(str(folder), accept_mismatch=accept)
+    return open_cache(config, codec, IDENTITY | identity, text, main=True)
+
+
+def filled(folder, some: list[dict], shards: int = 1) -> TeacherCache:
+    cache = opened(folder)
+    for part in np.array_split(np.arange(len(some)), shards):
+        cache.keep(cache.keys(some[i] for i in part), [said(4, 8, seed=i) for i in part], 40, 0.1)
+        cache.flush()
+    return cache
+
+
+def shards_of(folder) -> list:
+    return sorted((folder / "shards").iterdir())
+
+
+def test_a_window_is_found_by_its_content_in_any_order_by_any_process(tmp_path):
+    some = windows(6)
+    filled(tmp_path, some, shards=3)
+    for cache in (opened(tmp_path), pickle.loads(pickle.dumps(opened(tmp_path)))):
+        found = cache.read(cache.keys([some[4], some[1]]))
+        assert np.array_equal(found.log_probs, np.concatenate([said(4, 8, seed=s).log_probs for s in (4, 1)]))
+        assert cache.read(cache.keys(windows(1, seed=9))) is None
+        assert cache.read([*cache.keys(some[:1]), *cache.keys(windows(1, seed=9))]) is None
+
+
+def test_what_is_kept_can_be_read_at_once_and_by_others_once_it_is_written(tmp_path):
+    some = windows(2)
+    writer, reader = opened(tmp_path), opened(tmp_path)
+    keys = writer.keys(some)
+    kept = writer.keep(keys, [said(4, 8, seed=s) for s in (0, 1)], 40, 0.1)
+    assert np.array_equal(writer.read(keys).ids, kept.ids) and reader.read(keys) is None
+    writer.flush()
+    assert np.array_equal(reader.read(keys).ids, kept.ids)
+    before = shards_of(tmp_path)
+    writer.keep(keys, [said(4, 8, seed=s) for s in (0, 1)], 40, 0.1)
+    writer.flush()
+    assert shards_of(tmp_path) == before, "a window that is there is not written again"
+    assert "2 windows and 40 student tokens" in str(writer.written)
+
+
+def test_a_full_buffer_becomes_a_shard(tmp_path, monkeypatch):
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 300)
+    cache, some = opened(tmp_path), windows(8)
+    for window in some:
+        cache.keep(cache.keys([window]), [said(4, 8)], 20, 0.1)
+    assert len(shards_of(tmp_path)) >= 2
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
+def test_a_damaged_shard_is_found_and_its_windows_are_missing(tmp_path, damage):
+    some = windows(6)
+    filled(tmp_path, some, shards=3)
+    victim = shards_of(tmp_path)[1]
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes({"flip": bytes(content), "cut": content[:-7], "empty": b""}[damage])
+    cache = opened(tmp_path)
+    assert sum(cache.holds([key]) for key in cache.keys(some)) == 4
+    assert victim not in shards_of(tmp_path)
+
+
+def test_a_damaged_shard_is_refused_where_it_cannot_be_built_again(tmp_path, monkeypatch):
+    filled(tmp_path, windows(2))
+    shards_of(tmp_path)[0].write_bytes(b"")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match=r"1 of 1 shards do not match their sha256.*Copy it"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("differing", "overridable"),
+    [
+        ({"teacher": "u"}, True),
+        ({"teacher_dtype": "float16"}, True),
+        ({"text": "other"}, True),
+        ({"tokenizers_and_length": "l"}, False),
+        ({"max_depth": 2}, False),
+        ({"codec": replace(CODEC, top_k=4)}, False),
+        ({"codec": replace(CODEC, storage="compact")}, False),
+        ({"codec": replace(CODEC, vocabulary=4000)}, False),
+    ],
+)
+def test_a_cache_of_something_else_is_refused_with_the_difference_and_the_flag(tmp_path, differing, overridable):
+    filled(tmp_path, windows(1))
+    with pytest.raises(UserError) as raised:
+        opened(tmp_path, **differing)
+    named = next(iter(differing)) if "codec" not in differing else "->"
+    assert named in str(raised.value) and "--cache-accept-mismatch" in str(raised.value)
+    if overridable:
+        assert opened(tmp_path, accept=True, **differing).holds(TeacherCache.keys(windows(1)))
+    else:
+        with pytest.raises(UserError, match="overrules"):
+            opened(tmp_path, accept=True, **differing)
+
+
+def test_a_text_that_was_accepted_once_is_known(tmp_path):
+    opened(tmp_path)
+    opened(tmp_path, text="second", accept=True)
+    for text in ("text", "second"):
+        opened(tmp_path, text=text)
+
+
+@pytest.mark.parametrize("manifest", [None, "{", "[]", '{"format": 1}'])
+def test_shards_without_a_readable_manifest_are_refused(tmp_path, manifest):
+    filled(tmp_path, windows(1))
+    file = tmp_path / "manifest.json"
+    file.unlink() if manifest is None else file.write_text(manifest)
+    with pytest.raises(UserError, match=r"manifest\.json"):
+        opened(tmp_path)
+
+
+def test_a_full_disk_is_one_message_and_leaves_nothing_half_written(tmp_path, monkeypatch):
+    filled(tmp_path, windows(2))
+    before, cache = shards_of(tmp_path), opened(tmp_path)
+    cache.keep(cache.keys(windows(1, seed=5)), [said(4, 8)], 20, 0.1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"No space left on device; needs 0\.0 MB, .* free"):
+        cache.flush()
+    assert shards_of(tmp_path) == before
+
+
+def test_an_evaluation_is_measured_once_and_again_where_it_was_damaged(tmp_path):
+    cache, calls = opened(tmp_path), []
+
+    def measure():
+        calls.append(1)
+        return {"metrics": {"loss": 1.5}, "samples": ["é"]}
+
+    assert cache.evaluation({"windows": "a"}) is None
+    for _ in range(2):
+        assert cache.evaluation({"windows": "a"}, measure)["samples"] == ["é"]
+    assert len(calls) == 1
+    (file,) = (tmp_path / "evaluations").iterdir()
+    file.write_text(file.read_text().replace("1.5", "1.4"))
+    assert cache.evaluation({"windows": "a"}) is None
+    assert cache.evaluation({"windows": "a"}, measure)["metrics"] == {"loss": 1.5}
+    assert json.loads(file.read_text())["measured"]["metrics"] == {"loss": 1.5}
+
+
+# ---------------------------------------------------------------- building
+
+
+class Batch:
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = rows
+
+    def to(self, device):
+        return self
+
+
+class Teacher:
+    """Says something of every window, and remembers it."""
+
+    def __init__(self, cache: TeacherCache, stop_after: int = 10**6) -> None:
+        self.cache, self.model, self.asked, self.stop_after = cache, None, 0, stop_after
+
+    def requested(self) -> str | None:
+        return "SIGTERM" if self.asked >= self.stop_after else None
+
+    def signal(self, batch: Batch) -> None:
+        self.asked += len(batch.rows)
+        keys = self.cache.keys(batch.rows)
+        self.cache.keep(keys, [said(len(row["student_ids"]), 8) for row in batch.rows], 20 * len(keys), 0.1)
+
+
+class Column(list):
+    """Windows that know their column `bytes`, as a data set does."""
+
+    def __getitem__(self, at):
+        return np.array([row["bytes"] for row in self]) if at == "bytes" else super().__getitem__(at)
+
+
+def building(cache: TeacherCache, monkeypatch, steps: int = 3) -> CacheBuilding:
+    alone = SimpleNamespace(
+        process_index=0, num_processes=1, is_main_process=True, device="cpu", wait_for_everyone=lambda: None
+    )
+    held_out = HeldOut(EvaluationConfig(), alone, windows(3, seed=1), [], Batch, {}, 2)
+    monkeypatch.setattr(HeldOut, "measure", lambda self, model, side: {"metrics": {}, "samples": []})
+    plan = Plan(windows=10, micro_batch=2, global_batch=4, processes=1, total_steps=steps)
+    return CacheBuilding(cache, Column(windows(10)), held_out, plan, seed=0)
+
+
+def test_a_build_can_be_stopped_and_taken_up_and_then_needs_no_teacher(tmp_path, monkeypatch):
+    first = building(opened(tmp_path), monkeypatch)
+    assert first.needs_teacher(set())
+    teacher = Teacher(first.cache, stop_after=7)
+    assert first.build(teacher, Batch, True, teacher) == "SIGTERM"
+    asked, second = teacher.asked, building(opened(tmp_path), monkeypatch)
+    teacher = Teacher(second.cache)
+    assert second.needs_teacher(set())
+    assert second.build(teacher, Batch, True, StopSignal()) is None
+    assert asked + teacher.asked == 13, "nothing is computed twice"
+    third = building(opened(tmp_path), monkeypatch)
+    assert not third.needs_teacher(set()) and third.needs_teacher({"feat"})
+
+
+def test_only_windows_that_the_run_comes_to_are_built(tmp_path, monkeypatch):
+    short = building(opened(tmp_path), monkeypatch, steps=1)
+    teacher = Teacher(short.cache)
+    short.build(teacher, Batch, True, StopSignal())
+    assert teacher.asked == 3 + 4
+    assert not building(opened(tmp_path), monkeypatch, steps=1).needs_teacher(set())
+
+
+def test_the_forecast_is_what_is_written_and_too_little_disk_is_refused_before(tmp_path, monkeypatch, caplog):
+    made = building(opened(tmp_path), monkeypatch)
+    made.build(Teacher(made.cache), Batch, False, StopSignal())
+    monkeypatch.setattr(cache_building, "free_disk", lambda _: 10)
+    with pytest.raises(UserError, match=r"needs 0\.\d+ MB more, 0\.0 MB are free"):
+        made.forecast()
+    monkeypatch.setattr(cache_building, "free_disk", lambda _: 10**12)
+    monkeypatch.setattr(cache_building, "KAGGLE_OUTPUT", 1000)
+    with caplog.at_level("INFO", logger="utils"):
+        made.forecast()
+    assert "Kaggle keeps at most 20 GB" in caplog.text and "10 windows are missing" in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_to_says_what_it_lacks(tmp_path, monkeypatch):
+    made = building(opened(tmp_path), monkeypatch)
+    monkeypatch.setattr(TeacherCache, "writable", False)
+    with pytest.raises(UserError, match=r"lacks 10 of 10 training windows, 3 of 3 held-out windows"):
+        made.needs_teacher(set())

@@ -1,0 +1,213 @@
+"""What a run needs of a teacher cache, what it will take, and how it is filled beforehand."""
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from . import data, pretrained, seeding
+from .errors import UserError
+from .forecast import free_disk
+from .held_out import HeldOut
+from .plan import Plan
+from .processes import main_process_first
+from .progress import Progress, duration
+from .signal_codec import Codec
+from .stopping import StopSignal
+from .teacher_cache import TeacherCache, open_cache
+
+log = logging.getLogger(__name__)
+
+KAGGLE_OUTPUT = 20e9
+"""Bytes of output that a Kaggle notebook may keep."""
+NEAR = 0.75
+"""Share of it from which it is named."""
+
+
+def with_cache(job: Any, remember: Callable[..., Any]) -> Any:
+    """The job whose batches come with what its cache knows of them; as it is, where no cache is asked for.
+
+    Args:
+        job: a dataclass; `train.Job`.
+        remember: (collate, cache, ahead=) -> collate.
+    """
+    config, dtype = job.config, str(job.teacher_dtype.value).removeprefix("torch.")
+    if config.cache.folder is None:
+        return job
+    identity = {
+        "teacher": pretrained.weights_fingerprint(config.teacher.name, "teacher"),
+        "teacher_dtype": config.teacher.dtype if config.teacher.dtype in pretrained.QUANTISED else dtype,
+        "tokenizers_and_length": job.fingerprint["tokenizers_and_length"],
+        "vocabulary_map": job.vocabulary.fingerprint,
+        "max_depth": config.loss.max_depth,
+    }
+    codec = Codec(len(job.vocabulary.segments), config.cache.top_k, config.cache.storage)
+    text, main = job.fingerprint["training_text"], job.accelerator.is_main_process
+    cache = main_process_first(job.accelerator, lambda: open_cache(config.cache, codec, identity, text, main=main))
+    return replace(
+        job,
+        config=replace(config, loss=replace(config.loss, top_k=cache.top_k)),
+        collate=remember(job.collate, cache),
+        held_out=replace(job.held_out, collate=remember(job.collate, cache, ahead=False)),
+        cache=cache,
+    )
+
+
+def settle(job: Any) -> None:
+    """Put what a cache still holds in memory on the disk, in all processes."""
+    if job.cache is not None:
+        job.cache.flush()
+        job.accelerator.wait_for_everyone()
+
+
+@dataclass(frozen=True)
+class CacheBuilding:
+    """A cache and the windows that a run will ask it for."""
+
+    cache: TeacherCache
+    windows: Sequence[dict]
+    """To train on."""
+    held_out: HeldOut
+    plan: Plan
+    seed: int
+    num_workers: int = 0
+
+    @classmethod
+    def of(cls, job: Any) -> "CacheBuilding":
+        """For a job `with_cache`."""
+        training, workers = job.config.training, job.config.data.num_workers
+        plan = Plan.of(training, len(job.windows), job.accelerator.num_processes)
+        return cls(job.cache, job.windows, job.held_out, plan, training.seed, workers)
+
+    @cached_property
+    def _keys(self) -> list[bytes]:
+        return self.cache.keys(self.windows)
+
+    @cached_property
+    def _held_out_keys(self) -> list[bytes]:
+        return self.cache.keys(self.held_out.windows)
+
+    @property
+    def _visited(self) -> list[int]:
+        """Training windows that the run comes to."""
+        seen = self.plan.total_steps * self.plan.global_batch
+        return seeding.permutation(len(self.windows), self.seed, 0)[:seen].tolist()
+
+    def needs_teacher(self, states_for: set[str]) -> bool:
+        """Whether the teacher must be loaded; the log tells what for.
+
+        Args:
+            states_for: terms that need its hidden states, which are not kept.
+
+        Raises:
+            UserError: something is missing, and the cache cannot be written to.
+        """
+        wanted = {"training": [self._keys[i] for i in self._visited], "held-out": self._held_out_keys}
+        found = []
+        for name, keys in wanted.items():
+            if lacking := sum(not self.cache.holds([key]) for key in keys):
+                found.append(f"{lacking:,} of {len(keys):,} {name} windows")
+        if self.cache.evaluation(self.held_out.fingerprint()) is None:
+            found.append("its evaluation on the held-out text")
+        if found and not self.cache.writable:
+            raise UserError(
+                f"teacher cache {self.cache.folder} lacks {', '.join(found)} and cannot be written to. Copy it to a "
+                "folder that can be, or give the text, windows and evaluation settings that it was built with."
+            )
+        found += [f"the hidden states that {', '.join(sorted(states_for))} need in every step"] if states_for else []
+        if found:
+            log.info("the teacher is loaded for %s", "; ".join(found))
+        else:
+            log.info("the teacher is not loaded: all that it says is in %s", self.cache.folder)
+        return bool(found)
+
+    def build(self, teacher: Any, collate: Callable[[list[dict]], Any], whole: bool, stop: StopSignal) -> str | None:
+        """Evaluate the teacher and fill in the held-out windows, say what the training windows will take and, if
+        `whole`, fill these in too.
+
+        Args:
+            teacher: `signal(batch)` puts what it says into the cache; `model` is evaluated.
+            collate: of the training windows.
+
+        Returns:
+            why it was asked to stop, if it was; what has been computed is kept.
+
+        Raises:
+            UserError: there is too little disk for the rest.
+        """
+        self.cache.evaluation(self.held_out.fingerprint(), lambda: self.held_out.measure(teacher.model, "teacher"))
+        held_out = self.held_out
+        mine = range(held_out.accelerator.process_index, len(held_out.windows), held_out.accelerator.num_processes)
+        batches = [list(mine[at : at + held_out.batch_size]) for at in range(0, len(mine), held_out.batch_size)]
+        self._fill(held_out.windows, self._held_out_keys, batches, held_out.collate, teacher.signal, stop)
+        self.forecast()
+        if whole:
+            self._fill(self.windows, self._keys, self._first_epoch(), collate, teacher.signal, stop)
+        return stop.requested()
+
+    def forecast(self) -> None:
+        """Say what the missing training windows will take, judging by the held-out windows.
+
+        Raises:
+            UserError: there is less free disk than that.
+        """
+        cache = self.cache
+        lacking = [i for i in self._visited if not cache.holds([self._keys[i]])]
+        if not lacking:
+            return
+        known = [self.held_out.windows[i] for i in range(len(self.held_out.windows))]
+        text = sum(int(window["bytes"]) for window in known)
+        tokens = sum(len(window["student_ids"]) for window in known)
+        size = cache.size(self._held_out_keys)
+        share = int(np.asarray(self.windows["bytes"][:])[lacking].sum()) / max(text, 1)
+        expected, free = share * size, free_disk(cache.folder)
+        speed = cache.written.tokens / cache.written.seconds if cache.written.seconds else 0
+        log.info(
+            "teacher cache: %.1f bytes per student token; %s windows are missing and will take %s MB%s; %s MB are free",
+            size / max(tokens, 1), f"{len(lacking):,}", f"{expected / 1e6:,.1f}",
+            f" and {duration(share * tokens / speed)} of the teacher" if speed else "", f"{free / 1e6:,.0f}",
+        )  # fmt: skip
+        if expected > free:
+            raise UserError(
+                f"teacher cache {cache.folder}: needs {expected / 1e6:,.1f} MB more, {free / 1e6:,.1f} MB are free. "
+                "Free some space, lower --cache-top-k, or give another --cache-teacher DIR."
+            )
+        if (total := cache.bytes_on_disk() + expected) > NEAR * KAGGLE_OUTPUT:
+            log.warning("the teacher cache will hold %.1f GB; Kaggle keeps at most 20 GB of output", total / 1e9)
+
+    def _first_epoch(self) -> list[list[int]]:
+        """This process's batches of the first epoch, as training would meet them: the signals are then the same."""
+        plan, epoch = self.plan, min(self.plan.total_steps, self.plan.steps_per_epoch)
+        sizes = {"global_batch": plan.global_batch, "micro_batch": plan.micro_batch, "processes": plan.processes}
+        count = sum(data.micro_batches_in_step(plan.windows, step, **sizes) for step in range(epoch))
+        rank = self.held_out.accelerator.process_index
+        return list(islice(data.step_batches(plan.windows, **sizes, rank=rank, seed=self.seed, epoch=0), count))
+
+    def _fill(
+        self,
+        windows: Sequence[dict],
+        keys: Sequence[bytes],
+        batches: Iterable[list[int]],
+        collate: Callable[[list[dict]], Any],
+        compute: Callable[[Any], Any],
+        stop: StopSignal,
+    ) -> None:
+        """Compute and store the batches of which a window is missing, in all processes."""
+        cache, accelerator = self.cache, self.held_out.accelerator
+        todo = [batch for batch in batches if batch and not cache.holds([keys[i] for i in batch])]
+        progress = Progress(len(todo), unit="batch") if accelerator.is_main_process and todo else None
+        for done, batch in enumerate(data.loader(windows, todo, collate, self.num_workers), start=1):
+            compute(batch.to(accelerator.device))
+            if stop.requested():
+                break
+            if progress is not None:
+                progress.update(done, {"written": f"{cache.written.bytes / 1e6:,.0f} MB"})
+        if progress is not None:
+            progress.close()
+        cache.flush()
+        accelerator.wait_for_everyone()
+        cache.refresh()
