@@ -98,6 +98,8 @@ class RunConfig:
         wrong = []
         if self.student.name is None:
             wrong.append("no student: give --student ID or DIR")
+        if self.student.lora.enabled and self.student.name in quickstart.NAMES:
+            wrong.append("--lora adapts trained weights, and the embedded student has none: give --student ID or DIR")
         if not self.data.train:
             wrong.append("no training data: give --train-data")
         used = self.curriculum.used()

@@ -179,6 +179,7 @@ def test_wrong_values_of_flags_and_settings_are_reported_together():
         (["--set", "training.patience=2", "evaluation.every=0"], "--eval-every"),
         (["--lora", "--student-init", "random"], "leave out --lora"),
         (["--merge-lora"], "give --lora too"),
+        (["--lora", "--student", "quickstart"], "the embedded student has none"),
         (["--lora", "--set", "student.lora.targets=[]"], "student.lora.targets"),
         (["--teacher-dtype", "int4"], "'8bit' or '4bit'"),
         (["--no-resume", "--resume", "auto"], "contradicts"),
