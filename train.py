@@ -33,6 +33,7 @@ from models.vocabulary import MARKER, VocabularyMap
 from utils import adapters, command_line, data, forecast, hardware, pretrained, quickstart, report, run_folder
 from utils.cache_building import CacheBuilding, settle, with_cache
 from utils.checkpoints import CheckpointStore, step_of
+from utils.comparison import compare
 from utils.config import (
     CacheConfig,
     DataConfig,
@@ -118,13 +119,8 @@ class RunConfig:
             raise ValueError("; ".join(wrong))
 
 
-def configure(argv: Sequence[str]) -> tuple[RunConfig, str]:
-    """The configuration a command line asks for, and which recipe it starts from and why.
-
-    Raises:
-        UserError: every mistake in recipe and flags.
-    """
-    return command_line.configure(RunConfig, argv)
+configure = partial(command_line.configure, RunConfig)
+"""argv -> the configuration a command line asks for, and which recipe it starts from and why."""
 
 
 # ------------------------------------------------------------------------------------------ building
@@ -487,7 +483,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(None, main_process=main_process)
 
     def command() -> None:
-        config, recipe = configure(sys.argv[1:] if argv is None else argv)
+        words = sys.argv[1:] if argv is None else argv
+        if (asked := command_line.parse(words)).compare:
+            return compare(asked.compare, Path(asked.values.get("output_dir", ".")))
+        config, recipe = configure(words)
         folder = run_folder.left_if_used(config.output_dir) if main_process else nullcontext()
         with StopSignal(config.training.max_hours, started) as stop, folder:
             run(config, recipe, stop)

@@ -28,7 +28,7 @@ FLOORS = {
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}
         | {"tracking"},
         {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures", "adapters"},
-        {"run_state", "report_html", "out_of_memory", "teacher_cache"},
+        {"run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"},
         {"training", "report", "cache_building"},
     ],
 }

@@ -21,6 +21,7 @@ SURFACE = {
     "--help": "-h",
     "--config": "NAME|PATH",
     "--set": "KEY=VALUE",
+    "--compare": "RUN",
     "--teacher": "ID|DIR",
     "--student": "ID|DIR",
     "--student-init": "pretrained|random",

@@ -106,6 +106,8 @@ class Arguments:
     """Configuration key -> text (or list of texts), from flags."""
     assignments: list[str] = field(default_factory=list)
     """`dotted.key=value` of --set, in order."""
+    compare: list[str] = field(default_factory=list)
+    """Folders of runs to compare, instead of training."""
 
     def apply(self, values: dict[str, Any]) -> None:
         """Lay flags, then --set, over the nested `values` of a recipe, in place."""
@@ -186,6 +188,9 @@ def parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--set", metavar="KEY=VALUE", action="extend", nargs="+", default=[], help="any setting, after all flags"
     )
+    recipe.add_argument(
+        "--compare", metavar="RUN", nargs="+", help="train nothing: compare the folders of runs, in words and a picture"
+    )
     recipe.add_argument("-h", "--help", action="help", help="show this and exit")
     for title, flags in FLAGS.items():
         group = made.add_argument_group(title)
@@ -212,12 +217,16 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise UserError(_describe_unknown(unknown, known))
     found = vars(given)
     config, assignments, no_resume = found.pop("config"), found.pop("set"), found.pop("no_resume")
+    compare = found.pop("compare") or []
     values = {key: value for key, value in found.items() if value is not None}
     if no_resume:
         if values.get("resume", "never") != "never":
             raise UserError(f"--no-resume contradicts --resume {values['resume']}: give one of them")
         values["resume"] = "never"
-    return Arguments(config, values, assignments)
+    arguments = Arguments(config, values, assignments, compare)
+    if compare and (config or assignments or values.keys() - {"output_dir"}):
+        raise UserError("--compare trains nothing. Expected beside it only --output-dir DIR, where the picture goes.")
+    return arguments
 
 
 def _with_dashes(word: str) -> str:

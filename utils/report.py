@@ -10,9 +10,9 @@ from . import report_html, run_folder
 from .atomic import write_json, write_text
 from .logs import console, json_safe, read_metrics, read_warnings
 from .pictures import Records, curves_as_svg, draw_curves, draw_routing, routing_as_svg
-from .results import MODELS, figure, headline, model_name, retention_lines, run_lines
+from .results import MODELS, REPORT_JSON, figure, headline, model_name, retention_lines, run_lines
 
-REPORT_JSON, REPORT_MD, REPORT_HTML = "evaluation_report.json", "evaluation_report.md", "report.html"
+REPORT_MD, REPORT_HTML = "evaluation_report.md", "report.html"
 CURVES, ROUTING = "training_curves.png", "routing.png"
 
 

@@ -1,0 +1,129 @@
+"""Runs are compared from their files alone, finished or not, and what does not compare is said."""
+
+import json
+
+import pytest
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+import train
+from tests.utils.test_logs import evaluation_at, record_at
+from tests.utils.test_report import RESULTS, scores
+from utils import logs
+from utils.comparison import PICTURE, compare, differing_settings, read_runs
+from utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def _console(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    logs.console.cache_clear()
+    yield
+    logs.console.cache_clear()
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Makes folders of runs: `finished` has a report, the others have got as far as `step` of 1,000."""
+
+    def make(name: str, bits: float, step: int = 1000, finished: bool = True, settings=None, size: int = 4000) -> str:
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        records = [record_at(s, 1000) for s in range(100, step + 1, 100)]
+        records += [{**evaluation_at(s), "bits_per_byte": bits + 1 - s / 1000, "bytes": size} for s in (0, step)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        start = {"teacher": scores(0.8, 9), "initial_student": scores(2.8, 5)}
+        (folder / "baseline_evaluation.json").write_text(json.dumps(start))
+        if finished:
+            run = {"steps": step, "seconds": 4100.0, "stopped_by": "finished"}
+            report = RESULTS | {"student": scores(bits, 5), "run": run}
+            (folder / "evaluation_report.json").write_text(json.dumps(report))
+        if settings is not None:
+            (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        return str(folder)
+
+    return make
+
+
+def test_the_table_has_figures_states_and_changes(place, tmp_path, capsys):
+    names = [place("a", 1.0), place("b", 0.9), place("c", 1.1, step=400, finished=False)]
+    compare(names, tmp_path / "out")
+    shown = capsys.readouterr().out
+    rows = {
+        line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.split()[:1] in (["a"], ["b"], ["c"])
+    }
+    assert rows["a"] == ["finished", "1,000", "1.0000", "0.8000", "90.0%", "1:08:20"]
+    assert rows["b"] == ["finished", "1,000", "0.9000", "-10.0%", "0.8000", "90.0%", "1:08:20"]
+    assert rows["c"] == ["unfinished", "400", "(40%)", "1.7000", "+70.0%", "0.8000", "-", "-"]
+    assert max(map(len, shown.splitlines()[:8])) <= 80
+    assert f"picture: {tmp_path / 'out' / PICTURE}" in shown
+    picture = imread(tmp_path / "out" / PICTURE)
+    assert picture.shape[1] > 1200 and picture[..., :3].std() > 0.02
+
+
+def test_the_picture_is_over_steps_and_over_tokens_and_marks_what_is_unfinished(place, tmp_path, monkeypatch):
+    drawn: list[Figure] = []
+    saved = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), saved(self, *a, **k))[1])
+    compare([place("a", 1.0), place("b", 1.0, step=500, finished=False)], tmp_path)
+    steps, tokens = drawn[0].axes
+    a, b = (line for line in steps.get_lines() if len(line.get_xdata()) == 2 and line.get_marker() == "o")
+    assert list(a.get_xdata()) == [0, 1000] and list(b.get_xdata()) == [0, 500] and "(unfinished)" in b.get_label()
+    assert list(tokens.get_lines()[0].get_xdata()) == [0, 4096 * 1000]
+    assert [text.get_text() for text in steps.texts] == ["teacher  0.800"]
+
+
+def test_settings_that_differ_are_named_and_the_folders_own_are_not(place):
+    ramp = {"points": [[0, 0.1], [1, 0.7]]}
+    common = {"training": {"seed": 1}, "resume": "auto"}
+    one = place("a", 1.0, settings={**common, "curriculum": {"kd": {"weight": 0.7}}, "output_dir": "x"})
+    two = place("b", 1.0, settings={**common, "curriculum": {"kd": {"weight": ramp}}, "output_dir": "y", "new": 1})
+    three = place("c", 1.0)
+    found = differing_settings(read_runs([one, two, three]))
+    assert found == {"curriculum.kd.weight": ["0.7", json.dumps(ramp), "?"]}
+
+
+def test_what_makes_figures_incomparable_is_said(place, tmp_path, capsys):
+    compare([place("a", 1.0), place("b", 1.0, size=5000)], tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "measured on different text (bytes: a 4,000, b 5,000)" in said and "unknown settings: a, b" in said
+
+
+def test_a_report_that_the_run_has_left_behind_is_not_taken(place):
+    folder = place("a", 0.5)
+    with open(f"{folder}/metrics.jsonl", "a") as file:
+        file.write(json.dumps({**evaluation_at(1200), "bits_per_byte": 0.4}) + "\n" + json.dumps({"step": 1200})[:5])
+    run = read_runs([folder, folder])[0]
+    assert not run.report and run.bits("student") == 0.4 and run.bits("teacher") == 0.8
+
+
+def test_a_run_that_has_logged_nothing_is_compared_as_well(place, tmp_path, capsys):
+    empty = tmp_path / "runs" / "z"
+    empty.mkdir(parents=True)
+    (empty / "metrics.jsonl").write_text("")
+    compare([str(empty), place("a", 1.0)], tmp_path)
+    assert "Without an evaluation so far: z." in capsys.readouterr().out
+
+
+def test_every_folder_that_no_run_left_is_told(place, tmp_path):
+    good = place("a", 1.0)
+    (tmp_path / "runs" / "a" / "evaluation_report.json").write_text("{")
+    with pytest.raises(UserError) as raised:
+        read_runs([good, str(tmp_path / "no"), str(tmp_path / "runs"), __file__])
+    told = str(raised.value)
+    assert "evaluation_report.json is damaged" in told and "no: no such folder" in told and ": a file" in told
+    assert "runs: no metrics.jsonl in it; runs in it: a" in told
+    with pytest.raises(UserError, match="at least two"):
+        read_runs([good])
+
+
+def test_the_command_compares_and_loads_nothing(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("it trained"))
+    names = [place("a", 1.0), place("b", 0.9)]
+    assert train.main(["--compare", *names, "--output-dir", str(tmp_path / "o")]) == 0
+    assert (tmp_path / "o" / PICTURE).is_file() and "-10.0%" in capsys.readouterr().out
+    assert train.main(["--compare", *names, "--epochs", "2"]) == 2
+    assert "trains nothing" in capsys.readouterr().out
+    assert train.main(["--compare", names[0], "nowhere"]) == 2
+    assert "nowhere: no such folder" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,258 @@
+"""Several runs side by side, from what they left: one table, the settings that differ, one picture.
+
+No model is loaded. A run need not be finished; what it has logged so far is compared, and it is marked.
+"""
+
+import json
+import os
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+from rich import box
+from rich.table import Table
+from tqdm import tqdm
+
+from .config import flatten
+from .errors import UserError
+from .held_out import START
+from .logs import console, read_metrics
+from .pictures import STYLE, save
+from .results import REPORT_JSON, figure, percent
+from .run_folder import read_config
+
+PICTURE = "comparison.png"
+METRICS = "metrics.jsonl"
+OWN_TO_A_RUN = {"output_dir", "resume"}
+"""Settings that differ in any two runs."""
+
+MOST_SHOWN = 60
+"""Characters of a setting's value."""
+
+_COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#444444")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run has left so far."""
+
+    name: str
+    records: Sequence[Mapping[str, Any]]
+    report: Mapping[str, Any]
+    """Empty without a report on the last step."""
+    start: Mapping[str, Any]
+    """Teacher and untrained student, measured before the first step; empty where there is none."""
+    settings: Mapping[str, Any]
+    """By dotted key; empty without a config.yaml."""
+
+    @cached_property
+    def evaluations(self) -> list[Mapping[str, Any]]:
+        """Of the student, by step."""
+        return [record for record in self.records if "terms" not in record and record.get("bits_per_byte") is not None]
+
+    @property
+    def step(self) -> int:
+        return max((record["step"] for record in self.records), default=0)
+
+    @property
+    def progress(self) -> float:
+        """Share of the optimizer steps done."""
+        return max((record["progress"] for record in self.records if "progress" in record), default=0.0)
+
+    @property
+    def state(self) -> str:
+        """How it ended, if it did."""
+        if self.report:
+            return self.report["run"]["stopped_by"].replace("_", " ")
+        return "unfinished" if self.progress < 1 else "no report"
+
+    def bits(self, model: str) -> float | None:
+        """Bits per byte of a model of the results; of the student the newest."""
+        if model == "student" and not self.report:
+            return self.evaluations[-1]["bits_per_byte"] if self.evaluations else None
+        return ((self.report or self.start).get(model) or {}).get("bits_per_byte")
+
+    @property
+    def scored_bytes(self) -> int | None:
+        """Of the text it is measured on."""
+        return self.evaluations[-1].get("bytes") if self.evaluations else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Student's tokens that a step learns from: median of the logged ones, of which the last is short."""
+        counts = [record["terms"]["lm"]["count"] for record in self.records if "lm" in record.get("terms", {})]
+        return statistics.median(counts) if counts else None
+
+
+def compare(folders: Sequence[str], output: Path) -> None:
+    """Print how runs compare, and draw it into `output`.
+
+    Raises:
+        UserError: folders that no run has left.
+    """
+    runs = read_runs(folders)
+    console().print(result_table(runs))
+    if differing := differing_settings(runs):
+        console().print(settings_table(runs, differing))
+    for note in notes(runs):
+        console().print(note)
+    output.mkdir(parents=True, exist_ok=True)
+    draw(output / PICTURE, runs)
+    console().print(f"picture: {output / PICTURE}", soft_wrap=True)
+
+
+def read_runs(folders: Sequence[str]) -> list[Run]:
+    """The runs in these folders.
+
+    Raises:
+        UserError: every folder that is none of a run.
+    """
+    problems = [f"  - {folder}: {problem}" for folder in folders if (problem := _problem(Path(folder)))]
+    if len(folders) < 2:
+        problems.append(f"  - got {len(folders)} folder, and a comparison needs at least two")
+    if problems:
+        raise UserError("--compare expects the folders of runs, such as runs/quickstart:\n" + "\n".join(problems))
+    paths = [Path(folder).absolute() for folder in folders]
+    shared = Path(os.path.commonpath([path.parent for path in paths]))
+    return [_read(path.relative_to(shared).as_posix(), path) for path in paths]
+
+
+def _problem(folder: Path) -> str | None:
+    if not folder.is_dir():
+        return "no such folder" if not folder.exists() else "a file"
+    if not (folder / METRICS).is_file():
+        found = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{METRICS}"))
+        return f"no {METRICS} in it" + (f"; runs in it: {', '.join(found)}" if found else "")
+    for name in (REPORT_JSON, START):
+        try:
+            _json(folder / name)
+        except ValueError as error:
+            return f"{name} is damaged: {error}"
+    return None
+
+
+def _read(name: str, folder: Path) -> Run:
+    records = read_metrics(folder / METRICS)
+    report = _json(folder / REPORT_JSON)
+    newest = max((record.get("step", 0) for record in records), default=0)
+    if report.get("run", {}).get("steps", -1) < newest:  # none, or the run was continued after it
+        report = {}
+    return Run(name, records, report, _json(folder / START), flatten(read_config(folder)[0]))
+
+
+def _json(file: Path) -> dict[str, Any]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
+def result_table(runs: Sequence[Run]) -> Table:
+    """A row for each run: change against the first one, share of the gap to the teacher closed; 80 columns wide."""
+    table = _table("Bits per byte on unseen text")
+    table.add_column("run", overflow="fold", min_width=12)
+    table.add_column("state", no_wrap=True)
+    for column in ("step", "student", "change", "teacher", "closed", "time"):
+        table.add_column(column, justify="right", no_wrap=True)
+    first, least = runs[0].bits("student"), min((bits for run in runs if (bits := run.bits("student"))), default=None)
+    for run in runs:
+        bits, seconds = run.bits("student"), run.report.get("run", {}).get("seconds")
+        table.add_row(
+            run.name,
+            run.state,
+            f"{run.step:,}" + ("" if run.report else f" ({run.progress:.0%})"),
+            figure(bits),
+            "" if run is runs[0] or None in (bits, first) else f"{bits / first - 1:+.1%}",
+            figure(run.bits("teacher")),
+            percent((run.report.get("retention") or {}).get("gap_closed")),
+            "-" if seconds is None else tqdm.format_interval(seconds),
+            style="bold" if bits is not None and bits == least else None,
+        )
+    return table
+
+
+def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
+    """Dotted key -> its value in each run, where those that tell theirs differ."""
+    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in OWN_TO_A_RUN)
+    shown = {key: [_shown(run.settings[key]) if key in run.settings else "?" for run in runs] for key in keys}
+    return {key: values for key, values in shown.items() if len({*values} - {"?"}) > 1}
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
+
+
+def settings_table(runs: Sequence[Run], differing: Mapping[str, Sequence[str]]) -> Table:
+    """A row for each setting that differs."""
+    table = _table("Settings that differ")
+    table.add_column("setting", no_wrap=True)
+    for run in runs:
+        table.add_column(run.name, overflow="fold")
+    for key, values in differing.items():
+        table.add_row(key, *values)
+    return table
+
+
+def _table(title: str) -> Table:
+    look = {"box": box.SIMPLE_HEAD, "collapse_padding": True, "pad_edge": False}
+    return Table(title=title, title_justify="left", title_style="bold", **look)
+
+
+def notes(runs: Sequence[Run]) -> Iterable[str]:
+    """What makes figures of these runs incomparable."""
+    sizes = {run.name: run.scored_bytes for run in runs if run.scored_bytes is not None}
+    if len({*sizes.values()}) > 1:
+        told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
+        yield f"The runs are measured on different text (bytes: {told}): their bits per byte do not compare."
+    if silent := [run.name for run in runs if not run.evaluations]:
+        yield f"Without an evaluation so far: {', '.join(silent)}."
+    if unknown := [run.name for run in runs if not run.settings]:
+        yield f"Without a config.yaml, so with unknown settings: {', '.join(unknown)}."
+
+
+def draw(path: Path, runs: Sequence[Run]) -> None:
+    """Bits per byte of the students over steps and over tokens, with the teachers' levels."""
+    with matplotlib.rc_context(STYLE):
+        chart = Figure(figsize=(13, 4.8), layout="constrained")
+        steps, tokens = chart.subplots(1, 2)
+        for place, run in enumerate(runs):
+            style = {"color": _COLOURS[place % len(_COLOURS)], "marker": "o", "markersize": 3.5}
+            dashes = "-" if run.report else (0, (4, 2))
+            x, y = (
+                [record["step"] for record in run.evaluations],
+                [record["bits_per_byte"] for record in run.evaluations],
+            )
+            label = f"{run.name}  {figure(run.bits('student'), 3)}" + ("" if run.report else f" ({run.state})")
+            steps.plot(x, y, label=label, linestyle=dashes, **style)
+            if run.tokens_per_step is not None:
+                tokens.plot([step * run.tokens_per_step for step in x], y, linestyle=dashes, **style)
+        _finish(steps, runs, "optimizer step")
+        _finish(tokens, runs, "student's tokens learned from (median of the logged steps x step)")
+        chart.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 3))
+        save(chart, path)
+
+
+def _finish(panel: Axes, runs: Sequence[Run], name: str) -> None:
+    panel.set_title("Evaluation, bits per byte")
+    panel.set_xlabel(name)
+    panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+    levels = {round(bits, 2): bits for run in runs if (bits := run.bits("teacher")) is not None}
+    for level in levels.values():
+        panel.axhline(level, color="#888888", linestyle=(0, (5, 3)), linewidth=1.2)
+        panel.annotate(
+            f"teacher  {level:.3f}",
+            (0.985, level),
+            xycoords=panel.get_yaxis_transform(),
+            xytext=(0, 3),
+            textcoords="offset points",
+            horizontalalignment="right",
+            color="#666666",
+            fontsize=9,
+        )
+    panel.margins(y=0.09)
