@@ -141,6 +141,7 @@ class Job:
     held_out: HeldOut
     fingerprint: dict[str, Any]
     """What a checkpoint must have been made from to be continued."""
+    teacher_device: torch.device
     teacher_dtype: hardware.Choice[torch.dtype]
     cache: TeacherCache | None = None
     """Of what the teacher says."""
@@ -155,6 +156,7 @@ def check_weights(config: RunConfig, device: torch.device) -> None:
 
 def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     """Tokenizers, text, windows and the vocabulary map: all that can fail cheaply, before the models."""
+    there = hardware.choose_teacher_device(config.teacher.device, accelerator.device, accelerator.num_processes).value
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
     tokenizers = pretrained.load_each(pretrained.load_tokenizer, names)
     shapes = pretrained.load_each(pretrained.load_config, names)
@@ -208,7 +210,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
             "tokenizers_and_length": encoder.fingerprint,
             "mixed_precision": accelerator.mixed_precision,
         },
-        teacher_dtype=pretrained.frozen_dtype(config.teacher.dtype, accelerator.device, accelerator.mixed_precision),
+        teacher_device=there,
+        teacher_dtype=pretrained.frozen_dtype(config.teacher.dtype, there, accelerator.mixed_precision),
     )
 
 
@@ -233,12 +236,12 @@ def cached_teacher(job: Job, stop: StopSignal) -> CachedTeacher:
 
 
 def load_teacher(job: Job) -> FrozenTeacher | None:
-    """The frozen teacher on the training device, or None if the run has none."""
+    """The frozen teacher on its device, or None if the run has none."""
     config = job.config.teacher
     if config.name is None:
         return None
-    dtype, device = job.teacher_dtype, job.accelerator.device
-    log.info("teacher in %s: %s", str(dtype.value).removeprefix("torch."), dtype.reason)
+    dtype, device = job.teacher_dtype, job.teacher_device
+    log.info("teacher on %s in %s: %s", device, str(dtype.value).removeprefix("torch."), dtype.reason)
     if job.config.student.init == "random" and not job.config.curriculum.used() & {*ROUTER_TERMS}:
         log.info(RANDOM_HINT)
     weights = {"weights": config.dtype, "allow_pickle": config.allow_pickle}
@@ -345,6 +348,7 @@ def train_student(
         num_workers=config.data.num_workers,
         term_gradients=config.logging.term_gradients,
         settle=partial(settle, job),
+        ask=None if teacher is None or config.teacher.device == "auto" else framework.ask,
     )
     if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
         of = f"{result.steps} of {plan.total_steps} steps"
@@ -412,17 +416,19 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     precision = hardware.choose_precision(config.training.mixed_precision, device.value)
     cpu, track = device.value.type == "cpu", config.logging.track
     accelerator = build_accelerator(precision.value, cpu=cpu, track=track, folder=output)
-    on_main_process(accelerator, lambda: _check_folder(output, config))
+    on_main_process(accelerator, lambda: run_folder.check(output, to_plain(asked), asked.resume))
+    on_main_process(accelerator, lambda: CheckpointStore(output / "checkpoints").check_path(asked.resume))
     setup_logging(output, main_process=accelerator.is_main_process)
     log.info("%s", recipe)
     notes = {"recipe": recipe, "device": f"{device.value}: {device.reason}", "mixed precision": precision.reason}
     notes |= {"backend": "; ".join(hardware.configure_backends(device.value)) or "defaults"}
     log.info("device %s: %s; mixed precision %s: %s", device.value, device.reason, precision.value, precision.reason)
-    if unused := hardware.unused_gpus(accelerator.num_processes, used_here=1):
-        log.warning(unused)
     config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
     job = main_process_first(accelerator, lambda: prepare(config, accelerator))
+    used_here = len({accelerator.device, job.teacher_device} - {torch.device("cpu")})
+    if unused := hardware.unused_gpus(accelerator.num_processes, used_here):
+        log.warning(unused)
     if config.teacher.name is not None:
         job.held_out.log_coverage()
     window = job.windows[0]
@@ -444,11 +450,6 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         report.print_summary(results)
         log.info("student: %s; report: %s", output / "student", output / report.REPORT_HTML)
     return trained.result.stopped_by
-
-
-def _check_folder(output: Path, config: RunConfig) -> None:
-    run_folder.check(output, to_plain(config), config.resume)
-    CheckpointStore(output / "checkpoints").check_path(config.resume)
 
 
 def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSignal) -> RunConfig:

@@ -102,7 +102,7 @@ class DistillationFramework(nn.Module):
             counts: items of every term in the whole optimizer step, over all micro-batches and processes (the sum of
                 `batch.counts`); None: this batch is the whole step.
             measure: also measure, without gradient, terms whose weight is 0.
-            signal: what the teacher said about this batch, if it is known already (`FrozenTeacher.signal`).
+            signal: what the teacher said about this batch, if it is known already (`ask`).
             term_graphs: give lm, kd and span graphs of their own, for a look at each one's gradient, at the price of
                 one more pass of the head for each. Without it only the total has a graph with them in it.
 
@@ -113,8 +113,9 @@ class DistillationFramework(nn.Module):
         counts = batch.counts if counts is None else counts
         wanted = self._wanted(batch, {t for t in weights if weights[t] or measure}, signal, weights)
         routed = wanted & {*ROUTER_TERMS}
-        if signal is None and wanted - {"lm"}:
-            signal = self.teacher.signal(batch, self.config.top_k, self.router.teacher_layers if routed else ())
+        if signal is None:
+            signal = self._ask(batch, wanted)
+        signal = None if signal is None else signal.to(batch.student_ids.device)
         layers = self.router.student_layers if routed else ()
         states, hidden = body_layers(self.student, batch.student_ids, batch.student_mask, layers)
         shares = {t: weights[t] / max(int(counts[t]), 1) for t in wanted}
@@ -132,6 +133,21 @@ class DistillationFramework(nn.Module):
         used += [head] if any(weights[t] for t in wanted & {*HEAD_TERMS}) else []
         loss = torch.stack(used).sum() if used else self._no_loss()
         return DistillationOutput(loss, terms, weights, {**scalars, "top_k": self.config.top_k})
+
+    def ask(self, batch: PairedBatch, step: int | None = None, measure: bool = False) -> TeacherSignal | None:
+        """What `forward` needs to know of the teacher about a batch at that step, on the teacher's device.
+
+        Asked before the student works on the batches before it, a teacher on another GPU computes at the same time.
+        None where no term needs the teacher.
+        """
+        weights = self.curriculum.weights(step)
+        return self._ask(batch, self._wanted(batch, {t for t in weights if weights[t] or measure}, None, weights))
+
+    def _ask(self, batch: PairedBatch, wanted: set[str]) -> TeacherSignal | None:
+        if not wanted - {"lm"}:
+            return None
+        layers = self.router.teacher_layers if wanted & {*ROUTER_TERMS} else ()
+        return self.teacher.signal(batch, self.config.top_k, layers)
 
     def _wanted(
         self, batch: PairedBatch, wanted: set[str], signal: TeacherSignal | None, weights: dict[str, float]
@@ -247,7 +263,7 @@ class DistillationFramework(nn.Module):
             sums over those positions: `agree` (same most probable token), `kl_sum` (KL in nats, at temperature 1, with
             the tail in one bucket), and their `count`.
         """
-        signal = signal or self.teacher.signal(batch, self.config.top_k)
+        signal = (signal or self.teacher.signal(batch, self.config.top_k)).to(batch.student_ids.device)
         target = self._target(batch, signal, corrected=False)
         states = body_states(self.student, batch.student_ids, batch.student_mask)
         rows = (target.valid & (batch.depth == 0)).nonzero()[:, 0]
@@ -272,7 +288,7 @@ class DistillationFramework(nn.Module):
         with evaluating(self.student):
             for batch in batches:
                 hidden = self._student_layers(batch)
-                signal = self.teacher.signal(batch, 1, self.router.teacher_layers)
+                signal = self.teacher.signal(batch, 1, self.router.teacher_layers).to(batch.student_ids.device)
                 found.append((hidden, signal.hidden, batch.anchors))
         self.router.calibrate(found)
 

@@ -55,6 +55,11 @@ class TeacherSignal(_Movable):
     hidden: tuple[Tensor, ...] | None = None
     """[B, T, H_T] states after the teacher layers that the router asked for; None where it asked for none."""
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "TeacherSignal":
+        moved = super().to(device, non_blocking)
+        hidden = self.hidden and tuple(state.to(device, non_blocking=non_blocking) for state in self.hidden)
+        return replace(moved, hidden=hidden)
+
 
 @dataclass
 class Anchors(_Movable):

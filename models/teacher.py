@@ -50,12 +50,14 @@ class FrozenTeacher:
     def signal(self, batch: PairedBatch, top_k: int, layers: Sequence[int] = ()) -> TeacherSignal:
         """The teacher's top-k distributions at the anchors of a batch, and its probability of the real text.
 
+        The signal stays on the teacher's device: a copy to another GPU would make that one wait at once.
+
         Args:
             layers: teacher layers, counted from 1, whose states are returned as well.
         """
-        home, device = batch.teacher_ids.device, self.device
+        device = self.device
         self.order = self.order.to(device)
-        batch = batch.to(device)
+        batch = batch.to(device, non_blocking=True)
         with torch.autocast(device.type, enabled=False):
             states, hidden = body_layers(self.model, batch.teacher_ids, batch.teacher_mask, layers)
             position = batch.teacher_held[batch.asked]
@@ -88,8 +90,7 @@ class FrozenTeacher:
                 log_mass[batch.deep] = (part_sum - log_sum[batch.deep]).clamp_min(torch.finfo(torch.float32).min)
             columns += [log_mass, torch.empty_like(batch.asked, dtype=torch.float32)]
             columns[-1][batch.asked] = torch.cat(realised)
-        states_there = tuple(state.to(home) for state in hidden) if layers else None
-        return TeacherSignal(*(column.to(home) for column in columns), states_there)
+        return TeacherSignal(*columns, hidden if layers else None)
 
     def _within(
         self, logits: Tensor, batch: PairedBatch, first: int, part: slice, top_k: int

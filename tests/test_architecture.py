@@ -22,7 +22,7 @@ FLOORS = {
         {"distillation_framework", "cached_teacher"},
     ],
     "utils": [
-        {"errors", "atomic", "seeding", "progress", "processes"},
+        {"errors", "atomic", "seeding", "progress", "processes", "shell"},
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
         | {"checklist", "environment", "forecast", "endings", "signal_codec"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}

@@ -23,6 +23,7 @@ SURFACE = {
     "--set": "KEY=VALUE",
     "--compare": "RUN",
     "--teacher": "ID|DIR",
+    "--teacher-device": "auto|cpu|cuda:1",
     "--student": "ID|DIR",
     "--student-init": "pretrained|random",
     "--teacher-dtype": "TYPE",

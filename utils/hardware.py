@@ -17,6 +17,8 @@ from typing import Any, Generic, Literal, TypeVar
 import psutil
 import torch
 
+from .errors import UserError
+
 T = TypeVar("T")
 Precision = Literal["no", "fp16", "bf16"]
 
@@ -60,6 +62,25 @@ def unused_gpus(processes: int, used_here: int) -> str | None:
         "train.py ...` with the same flags trains on all of them, and --teacher-device cuda:1 gives the teacher one "
         "of its own (docs/scaling.md)"
     )
+
+
+def choose_teacher_device(requested: str, student: torch.device, processes: int) -> Choice[torch.device]:
+    """Where the teacher computes.
+
+    Raises:
+        UserError: no such device, or one GPU for the teachers of several processes.
+    """
+    if requested == "auto":
+        return Choice(student, "with the student")
+    known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
+    if requested not in known:
+        raise UserError(f"teacher.device {requested}: there is no such device. Expected auto or {', '.join(known)}.")
+    if processes > 1 and requested != "cpu":
+        raise UserError(
+            f"teacher.device {requested}: each of the {processes} processes has its teacher, and all would share "
+            "one GPU. Leave --teacher-device out, or start one process with `python train.py`."
+        )
+    return Choice(torch.device(requested), "asked for")
 
 
 def choose_precision(requested: Literal["auto", "no", "fp16", "bf16"], device: torch.device) -> Choice[Precision]:

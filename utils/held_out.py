@@ -56,7 +56,7 @@ class HeldOut:
         The student computes in float32; of a large teacher a float32 copy may not fit, only its loss is float32.
         """
         batches = ((*batch.scored(side), int(batch.bytes.sum())) for batch in self.batches())
-        device = self.accelerator.device
+        device = next(model.parameters()).device
         return evaluation.evaluate(model, batches, device, self.accelerator, float32=side == "student")
 
     def routing(self, model: nn.Module, measure: Callable[[Any], dict[str, Any] | None]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ FREE_TO_CHANGE = {
     "evaluation.new_tokens",
     "evaluation.without_teacher",
     "teacher.name",
+    "teacher.device",
     "teacher.allow_pickle",
     "student.name",
     "student.lora.merge",

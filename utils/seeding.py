@@ -1,11 +1,14 @@
 """Randomness that can be repeated: seeds, the states of all generators, and the order of the data."""
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import set_seed
+from torch import nn
 
 
 def seed_everything(seed: int) -> None:
@@ -55,3 +58,16 @@ def seed_forward(device: torch.device, seed: int, step: int, micro_batch: int, r
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         torch.cuda.manual_seed(number)
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Restores the random generators and the training mode of every submodule afterwards."""
+    generators = rng_state()
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+        set_rng_state(generators)

@@ -22,12 +22,11 @@ import gc
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -46,7 +45,8 @@ from .out_of_memory import Attempt, OutOfMemory
 from .plan import Plan, build_optimizer, build_scheduler, taught_parameters
 from .processes import on_main_process
 from .run_state import RunState
-from .seeding import rng_state, seed_forward, set_rng_state
+from .seeding import seed_forward, undisturbed
+from .shell import Shell
 from .stopping import STOP_REASONS, EarlyStopping, StopSignal
 
 log = logging.getLogger(__name__)
@@ -91,6 +91,7 @@ def fit(
     term_gradients: bool = False,
     forecast: str = "",
     settle: Callable[[], None] = lambda: None,
+    ask: Callable[[Any, int, bool], Any] | None = None,
 ) -> FitResult:
     """Train `module` on `dataset` for the steps that `Plan.of(config, len(dataset), processes)` says.
 
@@ -108,6 +109,9 @@ def fit(
         stop: asks the loop to stop at the next step boundary.
         num_workers: processes that prepare batches.
         term_gradients: log the norm of the gradient that each term contributes to the student (`TermGradients`).
+        ask: (batch, step, measured) -> what the module's forward takes as `signal`, or None. Called for the batches of
+            an optimizer step before those of the step before are worked on: a teacher on another GPU computes
+            meanwhile. None: the module asks its teacher itself.
         forecast: of the memory that this takes, for the message where it does not fit.
         settle: called in every process before a checkpoint and before an epoch: what waits is to be on the disk then.
 
@@ -134,6 +138,7 @@ def fit(
         num_workers=num_workers,
         term_gradients=term_gradients,
         settle=settle,
+        ask=ask,
     )
     try:
         with out_of_memory.explained(forecast):
@@ -164,12 +169,13 @@ class TrainingLoop:
         num_workers: int,
         term_gradients: bool,
         settle: Callable[[], None],
+        ask: Callable[[Any, int, bool], Any] | None,
     ) -> None:
         self.module, self.dataset, self.collate, self.config = module, dataset, collate, config
         self.accelerator, self.logger, self.checkpoints = accelerator, logger, checkpoints
         self.evaluate, self.evaluate_every = evaluate, evaluate_every if evaluate is not None else 0
         self.flags, self.stop, self.num_workers = flags, stop, num_workers
-        self.term_gradients, self.settle = term_gradients, settle
+        self.term_gradients, self.settle, self.ask = term_gradients, settle, ask
         self.plan = Plan.of(config, len(dataset), accelerator.num_processes)
         self.evaluation: dict[str, Any] | None = None
         self.resumed_from: int | None = None
@@ -187,7 +193,7 @@ class TrainingLoop:
         self.scheduler = build_scheduler(optimizer, self.config, self.plan.total_steps)
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._taught = taught_parameters(optimizer.param_groups)
-        self.model, self.optimizer = accelerator.prepare(_Shell(self.module), optimizer)
+        self.model, self.optimizer = accelerator.prepare(Shell(self.module), optimizer)
         if self.scaler is not None:  # an accelerator that served another run before has its scale
             self.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
         self.early, self._clock = EarlyStopping(self.config.patience), Clock()
@@ -217,14 +223,14 @@ class TrainingLoop:
         self.logger.truncate_after(self.step)
         log.info("%s, from step %d", self.plan, self.step)
         self.model.train()
-        windows = self._windows()
+        windows = self._one_ahead()
         while (reason := self._reason_to_stop()) is None and not self.guard.exhausted:
             if self._advance(*next(windows)):
                 self._at_boundary()
             else:
                 windows.close()
                 self._halve()
-                windows = self._windows()
+                windows = self._one_ahead()
         windows.close()
         self.guard.read()
         self._save()
@@ -245,14 +251,25 @@ class TrainingLoop:
             loss_spikes=self.guard.spikes.total,
         )
 
+    def _one_ahead(self) -> Iterator[tuple[int, list[tuple[Any, Any]]]]:
+        """(epoch, micro-batches of one step, each with its signal), the next step's signals already asked for."""
+        waiting = None
+        for step, (epoch, window) in enumerate(self._windows(), start=self.step):
+            asks = self.ask if step < self.plan.total_steps else None
+            measured = self.logger.due(step + 1)
+            pairs = [(b, None if asks is None or b is None else asks(b, step, measured)) for b in window]
+            now, waiting = ((epoch, pairs), None) if self.ask is None else (waiting, (epoch, pairs))
+            if now is not None:
+                yield now
+
     def _windows(self) -> Iterator[tuple[int, list[Any]]]:
         """(epoch, this process's micro-batches of one optimizer step), from the current step on, without end.
 
         A micro-batch is None where a short last step leaves this process nothing.
         """
         plan, sizes = self.plan, {"global_batch": self.plan.global_batch, "micro_batch": self.plan.micro_batch}
+        epoch, first = divmod(self.step, plan.steps_per_epoch)
         while True:
-            epoch, first = divmod(self.step, plan.steps_per_epoch)
             order = data.step_batches(
                 plan.windows,
                 **sizes,
@@ -269,6 +286,7 @@ class TrainingLoop:
                 yield epoch, list(islice(batches, count))
             del batches
             self.settle()
+            epoch, first = epoch + 1, 0
             if self.accelerator.device.type == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -293,16 +311,16 @@ class TrainingLoop:
 
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
-    def _advance(self, epoch: int, window: list[Any]) -> bool:
+    def _advance(self, epoch: int, window: list[tuple[Any, Any]]) -> bool:
         """One optimizer step on a window of micro-batches. False, in every process: it does not fit into memory."""
-        counts = self._host.sum_counts([batch.counts for batch in window if batch is not None])
+        counts = self._host.sum_counts([batch.counts for batch, _ in window if batch is not None])
         measured = Measured() if self.logger.due(self.step + 1) else None
         if measured is not None and self.term_gradients:
             measured.gradients = TermGradients(self._taught)
         if not self._differentiate(window, counts, measured):
             return False
         if self.flags is not None:
-            for batch in window:
+            for batch, _ in window:
                 if batch is not None:
                     self.flags.batch(batch.labels, epoch + 1, batch.documents)
         lr = self.optimizer.param_groups[0]["lr"]
@@ -316,7 +334,7 @@ class TrainingLoop:
             self.guard.read()
         return True
 
-    def _differentiate(self, window: list[Any], counts: dict[str, int], measured: Measured | None) -> bool:
+    def _differentiate(self, window: list[tuple[Any, Any]], counts: dict[str, int], measured: Measured | None) -> bool:
         """The gradient of a step, micro-batch by micro-batch. False, in every process: one does not fit into memory.
 
         Processes agree once all forwards are done, before the backward in which they exchange gradients: whoever
@@ -324,10 +342,10 @@ class TrainingLoop:
         """
         alone = self.accelerator.num_processes == 1
         attempt = Attempt(survive=alone or not counts.get("contr"))
-        for index, batch in enumerate(window):
+        for index, (batch, signal) in enumerate(window):
             is_last = index == len(window) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
-                loss = attempt(self._forward, batch, index, counts, measured)
+                loss = attempt(self._forward, batch, signal, index, counts, measured)
                 if is_last:
                     attempt.failed = bool(self._host([float(attempt.failed)])[0])
                     attempt.survive = alone
@@ -351,10 +369,12 @@ class TrainingLoop:
             # DDP cannot take back a forward: some processes would exchange gradients that others do not have
             self.model = None
             self.accelerator.free_memory()
-            self.model, self.optimizer = self.accelerator.prepare(_Shell(self.module), self.state.optimizer)
+            self.model, self.optimizer = self.accelerator.prepare(Shell(self.module), self.state.optimizer)
         self.plan = out_of_memory.halved(self.plan, self.step, "contr" in self._host.names)
 
-    def _forward(self, batch: Any, index: int, counts: dict[str, int], measured: Measured | None) -> Tensor:
+    def _forward(
+        self, batch: Any, signal: Any, index: int, counts: dict[str, int], measured: Measured | None
+    ) -> Tensor:
         """What to differentiate of one micro-batch."""
         rank, device = self.accelerator.process_index, self.accelerator.device
         idle = batch is None
@@ -364,7 +384,7 @@ class TrainingLoop:
         seed_forward(device, self.config.seed, self.step, index, rank)
         batch = batch.to(device, non_blocking=True)
         looked_at = measured is not None and measured.gradients is not None
-        extra = {"term_graphs": True} if looked_at else {}
+        extra = ({"term_graphs": True} if looked_at else {}) | ({} if signal is None else {"signal": signal})
         loss, hidden = self.model(batch, self.step, counts=counts, measure=measured is not None, **extra)
         if looked_at and not idle:
             measured.gradients.add(hidden.output, counts, 1.0 if self.scaler is None else self.scaler.get_scale())
@@ -407,7 +427,7 @@ class TrainingLoop:
 
     def _evaluate(self) -> bool:
         """Evaluate without leaving a trace in the training; True if it is the best so far."""
-        with self._clock.paused(), _undisturbed(self.module):
+        with self._clock.paused(), undisturbed(self.module):
             record = self.evaluate(self.step)
         if record is None:
             return False
@@ -465,32 +485,3 @@ class TrainingLoop:
         self._host.close()
         self.model = self.optimizer = self.scheduler = self.state = None
         self.accelerator.free_memory()
-
-
-class _Shell(nn.Module):
-    """What accelerate and DDP wrap instead of the module, which so stays as it is.
-
-    DDP looks for tensors in what a forward returns and expects a gradient for every parameter they depend on.
-    It must see the loss and nothing else: a term that was only measured depends on parameters that get none.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, batch: Any, step: int, **options: Any) -> tuple[Tensor, SimpleNamespace]:
-        output = self.module(batch, step, **options)
-        return output.loss, SimpleNamespace(output=output)
-
-
-@contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Restores the random generators and the training mode of every submodule afterwards."""
-    generators = rng_state()
-    modes = [(part, part.training) for part in module.modules()]
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-        set_rng_state(generators)

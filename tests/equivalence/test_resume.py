@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -13,13 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing
 
+from tests.gloo import launch
 from tests.toy import ToyModule, digest, toy_config, train
 from utils.checkpoints import CheckpointStore
 from utils.guards import RedFlags
 from utils.logs import read_metrics
-from utils.plan import build_accelerator, on_main_process
+from utils.plan import build_accelerator
+from utils.processes import on_main_process, rank
 
 CONFIG = {"batch_size": 1, "gradient_accumulation_steps": 4, "epochs": 3, "patience": 3}
 STEPS = 9  # 11 windows: 3 steps an epoch, the last one short
@@ -151,33 +151,24 @@ def test_resume_of_a_run_cut_into_other_steps_is_refused(tmp_path):
         run(tmp_path, gradient_accumulation_steps=8)
 
 
-def _in_process(rank: int, port: int, results, folder: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def _in_process(folder: Path) -> tuple[tuple, int, tuple]:
     accelerator, config = build_accelerator("no", cpu=True), toy_config(**CONFIG, save_every=3)
 
     def session(place: str, seed: int, stop: StopAfter | None = None):
         module, store = ToyModule(dropout=0.3, seed=seed), CheckpointStore(folder / place)
-        random.seed(100 * seed + rank)  # every process has generators of its own; the loop leaves this one alone
+        random.seed(100 * seed + rank())  # every process has generators of its own; the loop leaves this one alone
         start = on_main_process(accelerator, lambda: store.resume_point("auto"))
         result = train(module, config, None, checkpoints=store, resume_from=start, stop=stop)
         return digest(module), result.steps, random.random()
 
     whole = session("whole", 0)
     first = session("parts", 0, StopAfter(2))
-    results[rank] = (whole, first[1], session("parts", 7))
+    return whole, first[1], session("parts", 7)
 
 
 def test_two_processes_resume_bit_equal_each_with_its_own_generators(tmp_path):
     """11 windows in steps of 8: in an epoch's last step the second process has less to do than the first."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with torch.multiprocessing.Manager() as manager:
-        results = manager.dict()
-        torch.multiprocessing.spawn(_in_process, args=(port, results, tmp_path), nprocs=2)
-        (whole, stopped, resumed), (other_whole, other_stopped, other_resumed) = results[0], results[1]
+    (whole, stopped, resumed), (other_whole, other_stopped, other_resumed) = launch(2, _in_process, tmp_path)
     assert stopped == other_stopped == 2
     assert whole[:2] == resumed[:2] == other_whole[:2] == other_resumed[:2] and whole[1] == 6
     assert resumed[2] == whole[2] != other_whole[2] == other_resumed[2]

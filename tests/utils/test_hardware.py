@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from utils import hardware
+from utils.errors import UserError
 from utils.hardware import (
     check_kernels,
     choose_device,
     choose_precision,
+    choose_teacher_device,
     configure_backends,
     covers,
     describe,
@@ -81,6 +83,18 @@ def test_a_plain_start_tells_what_it_leaves_unused_and_the_command_that_uses_it(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     told = unused_gpus(processes, used) or ""
     assert said in told and bool(told) == bool(said) == ("--num_processes 2" in told)
+
+
+def test_the_teacher_computes_where_it_is_told_to_and_no_gpu_serves_two_processes(gpu, monkeypatch):
+    gpu("Tesla T4", (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_teacher_device("auto", GPU, 2).value == GPU
+    assert choose_teacher_device("cuda:1", GPU, 1).value == torch.device("cuda", 1)
+    assert choose_teacher_device("cpu", GPU, 2).value == CPU
+    with pytest.raises(UserError, match=r"cuda:2: there is no such device\. Expected auto or cpu, cuda:0, cuda:1"):
+        choose_teacher_device("cuda:2", GPU, 1)
+    with pytest.raises(UserError, match="each of the 2 processes"):
+        choose_teacher_device("cuda:1", GPU, 2)
 
 
 def test_tf32_is_set_by_an_interface_that_leaves_all_getters_readable(gpu):
