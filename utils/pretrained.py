@@ -287,8 +287,13 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, c
     """Write model, tokenizer and model card; the folder is whole or absent.
 
     It loads without this project: with `AutoModelForCausalLM.from_pretrained`, or, where the model is peft's, what is
-    written is the adapter alone, with `AutoPeftModelForCausalLM.from_pretrained`.
+    written is the adapter alone, with `AutoPeftModelForCausalLM.from_pretrained`. Generation stops where the tokenizer
+    ends a text (of conversations a turn), besides where the model did before.
     """
+    ends, end = model.generation_config.eos_token_id, tokenizer.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    if end is not None and end not in ends:
+        model.generation_config.eos_token_id = [end, *(other for other in ends if other is not None)]
     # peft would ask the hub whether the base's vocabulary was resized, which never happens here
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     with atomic_folder(folder) as staging:

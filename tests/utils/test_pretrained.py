@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BartConfig, LlamaConfig, LlamaForCausalLM, T5Config
 
+from tests.models.tiny import byte_bpe
 from utils import pretrained
 from utils.errors import UserError
 
@@ -117,3 +118,12 @@ def test_a_model_with_an_encoder_is_refused(tmp_path, kind):
     kind().save_pretrained(tmp_path)
     with pytest.raises(UserError, match=rf"student .*encoder-decoder model \({kind.model_type}\)\. Expected a causal"):
         pretrained.load_config(str(tmp_path), "student")
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, [0]), (2, [0, 2]), ([2, 0], [2, 0]), (0, 0)])
+def test_an_exported_model_stops_where_its_tokenizer_ends_a_turn(tmp_path, before, after):
+    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=280, **shape))
+    model.generation_config.eos_token_id = before
+    pretrained.export(model, byte_bpe(280), tmp_path / "student", "card")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").generation_config.eos_token_id == after
