@@ -151,9 +151,10 @@ def require_disk(folder: Path, parts: dict[str, int]) -> None:
     needed, free = max(0, sum(parts.values()) - written), free_disk(folder)
     if needed > free:
         raise UserError(
-            f"too little disk for {folder}: this run needs about {largest(parts)}, {written / 2**30:.3g} GiB of them "
-            f"are there, and {free / 2**30:.3g} GiB are free. Free some space, choose another --output-dir, or lower "
-            "training.keep_checkpoints."
+            f"too little disk for {folder}: this run needs about {needed / 1e6:,.1f} MB more (checkpoints "
+            f"{parts['checkpoints'] / 1e6:,.1f} and student {parts['student'] / 1e6:,.1f}, of which "
+            f"{written / 1e6:,.1f} are there), and {free / 1e6:,.1f} MB are free. Free some space, choose another "
+            "--output-dir, or lower training.keep_checkpoints."
         )
 
 

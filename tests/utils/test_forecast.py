@@ -109,14 +109,15 @@ def test_an_adapter_takes_the_disk_of_its_factors():
 
 
 def test_too_little_disk_is_refused_with_the_estimate_and_what_is_there_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**30))
-    require_disk(tmp_path, {"checkpoints": 2**30})
-    with pytest.raises(UserError, match=r"about 1\.5 GiB \(checkpoints 1\.5\), 0 GiB of them are there, and 1 GiB are"):
-        require_disk(tmp_path, {"checkpoints": 3 * 2**29})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
+    require_disk(tmp_path, {"checkpoints": 9 * 10**8, "student": 10**8})
+    needed = {"checkpoints": 14 * 10**8, "student": 10**8}
+    with pytest.raises(UserError, match=r"about 1,500\.0 MB more \(checkpoints 1,400\.0 and student 100\.0, "):
+        require_disk(tmp_path, needed)
     (tmp_path / "step-00000001").mkdir()
     with (tmp_path / "step-00000001" / "module.safetensors").open("wb") as file:
-        file.truncate(2**29)
-    require_disk(tmp_path, {"checkpoints": 3 * 2**29})
+        file.truncate(5 * 10**8)
+    require_disk(tmp_path, needed)
 
 
 def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
