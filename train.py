@@ -28,9 +28,9 @@ from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
 from models.pairing import PairCollator, PairEncoder, count_channel
 from models.student_aware_router import ROUTER_TERMS
-from models.teacher import FrozenTeacher
+from models.teacher import FrozenTeacher, logit_rows
 from models.vocabulary import MARKER, VocabularyMap
-from utils import adapters, command_line, data, forecast, hardware, pretrained, quickstart, report, run_folder
+from utils import adapters, command_line, data, forecast, hardware, memory, pretrained, quickstart, report, run_folder
 from utils.cache_building import CacheBuilding, settle, with_cache
 from utils.checkpoints import CheckpointStore, step_of
 from utils.comparison import compare
@@ -145,6 +145,7 @@ class Job:
     teacher_dtype: hardware.Choice[torch.dtype]
     cache: TeacherCache | None = None
     """Of what the teacher says."""
+    memory: str = ""  # forecast of what training takes
 
 
 def check_weights(config: RunConfig, device: torch.device) -> None:
@@ -165,8 +166,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         if router is not None:
             router.check_widths(**{role: shape.get_text_config().hidden_size for role, shape in shapes.items()})
         student = forecast.Shape.of(shapes["student"])
-    runs = 1 + config.evaluation.without_teacher
-    disk = forecast.disk(student, config.training, config.student.lora, runs=runs)
+    disk = forecast.disk(student, config.training, config.student.lora, runs=1 + config.evaluation.without_teacher)
     forecast.require_disk(Path(config.output_dir), disk)
     length = int(min(config.data.max_length, *(pretrained.context_length(shape) for shape in shapes.values())))
     if length < config.data.max_length:
@@ -191,8 +191,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     if config.loss.correction == "channel":
         chosen = permutation(len(windows), 0, 0)[:CHANNEL_WINDOWS].tolist()
         vocabulary = vocabulary.with_channel(count_channel([windows[i] for i in chosen]))
-    limit = min(config.evaluation.max_windows or len(held_out), len(held_out))
-    held_out = held_out.select(sorted(permutation(len(held_out), 0, 0)[:limit].tolist()))
+    held_out = held_out.select(sorted(permutation(len(held_out), 0, 0)[: config.evaluation.max_windows].tolist()))
     collate = PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth, router)
     measured = (config.evaluation, accelerator, held_out, corpus.eval, collate, tokenizers, config.training.batch_size)
     return Job(
@@ -349,6 +348,7 @@ def train_student(
         term_gradients=config.logging.term_gradients,
         settle=partial(settle, job),
         ask=None if teacher is None or config.teacher.device == "auto" else framework.ask,
+        forecast=job.memory,
     )
     if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
         of = f"{result.steps} of {plan.total_steps} steps"
@@ -425,7 +425,8 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     log.info("device %s: %s; mixed precision %s: %s", device.value, device.reason, precision.value, precision.reason)
     config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
-    job = main_process_first(accelerator, lambda: prepare(config, accelerator))
+    config, told = memory.settle(config, accelerator, logit_rows)
+    job = replace(main_process_first(accelerator, lambda: prepare(config, accelerator)), memory=told)
     used_here = len({accelerator.device, job.teacher_device} - {torch.device("cpu")})
     if unused := hardware.unused_gpus(accelerator.num_processes, used_here):
         log.warning(unused)

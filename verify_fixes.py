@@ -29,13 +29,12 @@ from models.causal_lm import check_head, vocabulary_size
 from models.config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Schedule, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
-from models.fused_head import GPU_ROWS
 from models.outputs import IGNORE, PairedBatch
 from models.pairing import PairCollator, PairEncoder
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
-from models.teacher import FrozenTeacher
+from models.teacher import FrozenTeacher, logit_rows
 from models.vocabulary import MARKER, TEXT, VocabularyMap
-from utils import checklist, command_line, hardware, miniature, preflight, pretrained, quickstart, rehearsal
+from utils import checklist, command_line, forecast, hardware, miniature, preflight, pretrained, quickstart, rehearsal
 from utils.checklist import Check, check
 from utils.checkpoints import CheckpointStore
 from utils.config import DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
@@ -355,7 +354,7 @@ def hidden_states(bench: Bench) -> tuple:
 def own_label_shift(setup: preflight.SetUp) -> tuple:
     allowed = "0.95 to 1.25 ln V, equal to 1e-3"
     shapes = {"student": setup.student, **({"teacher": setup.teacher} if setup.teacher else {})}
-    fresh = {role: preflight.shallow(shape) for role, shape in shapes.items()}
+    fresh = {role: forecast.shallow(shape, preflight.REPRESENTATIVE) for role, shape in shapes.items()}
     fresh = {role: config for role, config in fresh.items() if not preflight.too_large(config)}
     if "student" not in fresh:
         return "not measured: the student is too large to be built for a check", allowed, True
@@ -405,7 +404,7 @@ def default_setup(config: train.RunConfig) -> preflight.SetUp:
     """What the embedded default starts from, by sizes alone."""
     student = quickstart.student_config(quickstart.STUDENT_VOCABULARY)
     teacher = quickstart.teacher_config(quickstart.TEACHER_VOCABULARY)
-    return preflight.SetUp(config, student, teacher, 2_000_000, GPU_ROWS, quickstart.NAMES)
+    return preflight.SetUp(config, student, teacher, 2_000_000, logit_rows, quickstart.NAMES)
 
 
 def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
@@ -426,7 +425,7 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
     teacher = pretrained.load_config(config.teacher.name, "teacher") if config.teacher.name else None
     files = [Path(name).expanduser() for name in config.data.train]
     text_bytes = max(sum(map(int, job.windows["bytes"])), sum(f.stat().st_size for f in files if f.is_file()))
-    return preflight.SetUp(asked, student, teacher, text_bytes, GPU_ROWS, quickstart.NAMES), job
+    return preflight.SetUp(asked, student, teacher, text_bytes, logit_rows, quickstart.NAMES), job
 
 
 # ---------------------------------------------------------------------------------------- the report
@@ -445,6 +444,8 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
         UserError: a mistake in what was asked for. Models or text that are missing are told after the machine.
     """
     config = train.configure(argv)[0]
+    if config.training.batch_size == "auto":  # whatever fits, the least is what must
+        config = replace(config, training=replace(config.training, batch_size=1))
     yield "This machine"
     yield from (preflight.versions(), preflight.conflicts(), preflight.kernels(), preflight.precision(config))
     try:

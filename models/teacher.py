@@ -5,7 +5,7 @@ vocabulary.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -141,3 +141,11 @@ def exact_top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = torch.cat([(pile[:, None] + heights[:, None]).flatten(1), leftover], 1)
     top, at = values.gather(1, columns).topk(k)
     return top, columns.gather(1, at)
+
+
+def logit_rows(device: torch.device) -> dict[str, Callable[[int, int], int]]:
+    """For a forecast: (vocabulary, bytes per logit) -> rows of logits in the heads of `student` and `teacher`."""
+    return {
+        "student": lambda vocabulary, size: chunk_rows(vocabulary, device, size)[0],
+        "teacher": lambda vocabulary, size: chunk_rows(vocabulary, device, size, CPU_ROWS)[0],
+    }

@@ -27,6 +27,7 @@ FLOORS = {
         | {"checklist", "environment", "forecast", "endings", "signal_codec"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}
         | {"tracking"},
+        {"memory"},
         {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures", "adapters"},
         {"run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"},
         {"training", "report", "cache_building"},

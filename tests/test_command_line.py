@@ -33,7 +33,7 @@ SURFACE = {
     "--eval-data": "ID|PATH",
     "--max-length": "N",
     "--document-separator": "S",
-    "--batch-size": "N",
+    "--batch-size": "N|auto",
     "--gradient-accumulation-steps": "N",
     "--epochs": "N",
     "--max-steps": "N",

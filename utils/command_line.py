@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from . import hardware
-from .config import build, find_config, load_yaml, set_dotted
+from .config import TrainingConfig, build, find_config, load_yaml, set_dotted
 from .errors import UserError
 
 Config = TypeVar("Config")
@@ -43,7 +43,7 @@ FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ),
     ),
     "training": (
-        ("--batch-size", "training.batch_size", "N", "windows per forward pass"),
+        ("--batch-size", "training.batch_size", "N|auto", "windows per forward pass; auto: what fits"),
         (
             "--gradient-accumulation-steps",
             "training.gradient_accumulation_steps",
@@ -114,6 +114,7 @@ class Arguments:
         """Lay flags, then --set, over the nested `values` of a recipe, in place."""
         if "training.epochs" in self.values and "training.max_steps" not in self.values:
             set_dotted(values, "training.max_steps=null")  # the flag was given for this run, the recipe was not
+        self._keep_windows_per_step(values)
         for key, value in self.values.items():
             *path, last = key.split(".")
             inner = values
@@ -124,6 +125,15 @@ class Arguments:
             inner[last] = value
         for assignment in self.assignments:
             set_dotted(values, assignment)
+
+    def _keep_windows_per_step(self, values: dict[str, Any]) -> None:
+        """With `--batch-size auto`, accumulation counts windows: those that the recipe has in an optimizer step."""
+        recipe, accumulation = values.get("training", {}), "gradient_accumulation_steps"
+        if self.values.get("training.batch_size") != "auto" or f"training.{accumulation}" in self.values:
+            return
+        size, times = (recipe.get(key, getattr(TrainingConfig, key)) for key in ("batch_size", accumulation))
+        if isinstance(size, int) and isinstance(times, int):
+            set_dotted(values, f"training.{accumulation}={size * times}")
 
 
 def configure(schema: type[Config], argv: Sequence[str]) -> tuple[Config, str]:

@@ -130,10 +130,10 @@ class DataConfig:
 class TrainingConfig:
     """The loop."""
 
-    batch_size: Annotated[int, Gt(0)] = 2
-    """Windows per forward pass and process."""
+    batch_size: Annotated[int, Gt(0)] | Literal["auto"] = 2
+    """Windows per forward pass and process; auto: as many as fit into memory, by the forecast."""
     gradient_accumulation_steps: Annotated[int, Gt(0)] = 8
-    """Forward passes per optimizer step."""
+    """Forward passes per optimizer step; with `batch_size: auto` windows per optimizer step and process."""
     epochs: Annotated[int, Gt(0)] = 1
     """Passes over the training windows."""
     max_steps: Annotated[int, Gt(0)] | None = None

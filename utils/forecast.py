@@ -1,10 +1,6 @@
-"""How much memory and disk a run will take: plain sums, to find out in a second what would fail after an hour.
+"""Sizes of models, and how much disk a run will take; see memory.py for what is held while it trains."""
 
-The factors were measured on the losses of `models/` with Llama-like models (torch 2.13): the student's logits exist in
-chunks of a bounded size, the gradient of its head is one more copy of the head's weight, and a layer keeps 17 hidden
-and 4 intermediate widths per token for its gradient. Expect the truth within a third for other architectures.
-"""
-
+import copy
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +12,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from .config import LoraConfig, TrainingConfig
 from .errors import UserError
 
-RUNTIME = 700 * 2**20
-"""Bytes of CUDA context and kernels, or of Python with its libraries."""
-LOGIT_COPIES = 2
-"""Float32 copies of the student's chunk of logits: the buffer, one in half precision, and what is small beside them."""
-HIDDEN_KEPT, INTERMEDIATE_KEPT = 17, 4
-"""Widths that a layer keeps per token for the backward pass."""
-TEACHER_COPIES = 2
-"""Float32 copies of the teacher's chunk of logits: itself, one in half precision, and what is small beside them."""
 WINDOW_BYTES_PER_TEXT_BYTE = 9
 """Tokenised windows of both models in the cache of `datasets`."""
-ROUTED_KEPT = 10
-"""Teacher widths in float32 that the router keeps per student layer and token for the backward pass, all terms used."""
 
 
 @dataclass(frozen=True)
@@ -55,49 +41,22 @@ class Shape:
         )
 
 
-def training_memory(
-    student: Shape,
-    teacher: Shape | None,
-    *,
-    tokens: int,
-    precision: str,
-    teacher_dtype: torch.dtype,
-    logit_rows: int,
-    routed_layers: int = 0,
-    routed_teacher_layers: int = 0,
-) -> dict[str, int]:
-    """Bytes at the peak of a training step, by what holds them.
+def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """The same architecture with at most so many layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = min(text.num_hidden_layers, layers)
+    for per_layer in ("layer_types", "attention_layers"):
+        if isinstance(getattr(text, per_layer, None), list):
+            setattr(text, per_layer, getattr(text, per_layer)[: text.num_hidden_layers])
+    return config
 
-    Args:
-        tokens: per forward pass (windows times their length).
-        precision: `no`, `fp16` or `bf16`.
-        teacher_dtype: of the teacher's weights.
-        logit_rows: positions whose logits a head computes at a time, at most.
-        routed_layers: student layers whose states a router compares with the teacher's; 0: there is none.
-        routed_teacher_layers: teacher layers whose states it keeps.
-    """
-    width = 4 if precision == "no" else 2
-    kept = HIDDEN_KEPT * student.hidden + INTERMEDIATE_KEPT * student.intermediate
-    parts = {
-        "student weights": student.parameters * (4 if precision == "no" else 6),  # autocast keeps half copies
-        "gradients": student.parameters * 4,
-        "optimizer": student.parameters * 8,
-        "student activations": tokens * student.layers * kept * width,
-        "student logits": min(tokens, logit_rows) * student.vocabulary * 4 * LOGIT_COPIES,
-        "head gradient": student.vocabulary * student.hidden * 4,  # before it is added to the others
-    }
-    if teacher is not None:
-        bytes_each = torch.finfo(teacher_dtype).bits // 8
-        chunk = min(tokens, logit_rows) * teacher.vocabulary
-        passing = tokens * (HIDDEN_KEPT * teacher.hidden + INTERMEDIATE_KEPT * teacher.intermediate) * bytes_each
-        parts["teacher weights"] = teacher.parameters * bytes_each
-        parts["teacher logits"] = chunk * 4 * TEACHER_COPIES + passing
-        if routed_layers:
-            ours, theirs = min(routed_layers, student.layers), min(routed_teacher_layers, teacher.layers)
-            states = ours * (student.hidden + ROUTED_KEPT * teacher.hidden) + theirs * teacher.hidden
-            trained = ours * student.hidden * (teacher.hidden + theirs)  # projections and gates
-            parts["router"] = 4 * tokens * states + 16 * trained  # with gradient and two moments
-    return parts | {"runtime": RUNTIME}
+
+def trained_parameters(student: Shape, lora: LoraConfig) -> int:
+    """All of a student, or those of its adapter."""
+    # attention has four layers of the hidden width, the rest three between it and the intermediate one
+    widths = 8 * student.hidden + 3 * (student.hidden + student.intermediate)
+    return student.layers * lora.rank * widths if lora.enabled else student.parameters
 
 
 def disk(
@@ -119,9 +78,7 @@ def disk(
     """
     # a new checkpoint is whole before the oldest goes; with patience the best one stays besides
     checkpoints = training.keep_checkpoints + 1 + bool(training.patience)
-    # attention has four layers of the hidden width, the rest three between it and the intermediate one
-    widths = 8 * student.hidden + 3 * (student.hidden + student.intermediate)
-    saved = student.layers * lora.rank * widths if lora.enabled else student.parameters
+    saved = trained_parameters(student, lora)
     return {
         "checkpoints": saved * 12 * checkpoints * runs,  # weights and two moments of AdamW
         "student": (student.parameters if lora.merge else saved) * 4,

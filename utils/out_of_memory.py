@@ -9,15 +9,10 @@ import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 
 from .errors import RunError
+from .memory import REMEDY
 from .plan import Plan
 
 log = logging.getLogger(__name__)
-
-REMEDY = (
-    "Lower --batch-size and raise --gradient-accumulation-steps by the same factor (--batch-size auto does both; the "
-    "same command then continues from the newest checkpoint), or start a new run with a lower --max-length, a "
-    "--mixed-precision other than no, or smaller models"
-)
 
 
 class OutOfMemory(RunError):
@@ -93,4 +88,4 @@ def explained(forecast: str) -> Iterator[None]:
             raise
         told = str(error).partition("\n")[0].rstrip(". ")
         expected = f" Forecast before the start: {forecast}." if forecast else ""
-        raise OutOfMemory(f"{told}.{expected} {REMEDY}.") from error
+        raise OutOfMemory(f"{told}.{expected} {REMEDY}. The checkpoints of this run stay.") from error

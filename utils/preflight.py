@@ -5,8 +5,8 @@ What trains tiny models is in rehearsal.py, what needs the losses in verify_fixe
 `job` below is what a run is prepared to: `windows` to train on, `held_out` text, and its `config`.
 """
 
-import copy
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
 from . import data, environment, evaluation, forecast, hardware, pretrained, run_folder
+from . import memory as plan_memory
 from .checklist import check
 from .config import to_plain
-from .logs import ROUTER_TERMS
 
 SHOWN = ("torch", "transformers", "accelerate", "datasets")
 """Packages whose versions are printed."""
@@ -150,8 +150,8 @@ class SetUp:
     teacher: PretrainedConfig | None
     text_bytes: int
     """Of the training text."""
-    logit_rows: int
-    """Positions whose logits a head computes at a time, at most."""
+    logit_rows: Callable[[torch.device], plan_memory.Rows]
+    """Of both heads, positions whose logits exist at a time."""
     built_later: frozenset[str] = frozenset()
     """Names of models that the first run builds."""
 
@@ -183,17 +183,6 @@ def models(setup: SetUp) -> tuple:
     return "; ".join(missing + found) or "random start, no teacher", "weights are there", not missing
 
 
-def shallow(config: PretrainedConfig) -> PretrainedConfig:
-    """The same architecture with few layers."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = min(text.num_hidden_layers, REPRESENTATIVE)
-    for per_layer in ("layer_types", "attention_layers"):
-        if isinstance(getattr(text, per_layer, None), list):
-            setattr(text, per_layer, getattr(text, per_layer)[: text.num_hidden_layers])
-    return config
-
-
 def too_large(config: PretrainedConfig) -> bool:
     """Whether a model is too large to be built or loaded for a check."""
     return forecast.Shape.of(config).parameters > LARGEST_BUILT
@@ -211,17 +200,9 @@ def window_length(setup: SetUp) -> tuple:
 def memory(setup: SetUp) -> tuple:
     device, training = hardware.choose_device().value, setup.config.training
     mixed = hardware.choose_precision(training.mixed_precision, device).value
-    router = setup.config.router if setup.config.curriculum.used() & {*ROUTER_TERMS} else None
-    parts = forecast.training_memory(
-        forecast.Shape.of(setup.student),
-        forecast.Shape.of(setup.teacher) if setup.teacher else None,
-        tokens=training.batch_size * setup.window,
-        precision=mixed,
-        teacher_dtype=pretrained.frozen_dtype(setup.config.teacher.dtype, device, mixed).value,
-        logit_rows=setup.logit_rows,
-        routed_layers=router.layers if router else 0,
-        routed_teacher_layers=router.teacher_layers if router else 0,
-    )
+    shapes = (setup.student, setup.teacher)
+    demand = plan_memory.demand_of(setup.config, *shapes, setup.window, mixed, device, setup.logit_rows)
+    parts = demand.memory(training.batch_size)
     free = forecast.free_memory(device)
     value = f"about {forecast.largest(parts)} on {device}"
     return value, f"{free / 2**30:.3g} GiB free", sum(parts.values()) <= free

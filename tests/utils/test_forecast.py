@@ -3,12 +3,11 @@
 from types import SimpleNamespace
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
 
 from utils.config import LoraConfig, TrainingConfig
 from utils.errors import UserError
-from utils.forecast import Shape, disk, free_disk, largest, require_disk, training_memory
+from utils.forecast import Shape, disk, free_disk, largest, require_disk
 
 QWEN = Qwen2Config(
     vocab_size=151_936,
@@ -35,11 +34,6 @@ def shapes():
     return Shape.of(SMOLLM), Shape.of(QWEN)
 
 
-def forecast(shapes, tokens=1024, precision="fp16", **options) -> dict[str, int]:
-    options |= {"precision": precision, "teacher_dtype": torch.float16, "logit_rows": 2048}
-    return training_memory(*shapes, tokens=tokens, **options)
-
-
 def test_parameters_are_counted_as_published_and_tied_ones_once(shapes):
     assert [shape.parameters for shape in shapes] == [361_821_120, 1_543_714_304]
 
@@ -47,35 +41,6 @@ def test_parameters_are_counted_as_published_and_tied_ones_once(shapes):
 def test_a_model_that_names_its_sizes_otherwise_is_understood():
     shape = Shape.of(GPT2Config(n_embd=64, n_layer=3, n_head=2, vocab_size=100))
     assert (shape.hidden, shape.intermediate, shape.layers, shape.vocabulary) == (64, 256, 3, 100)
-
-
-def test_the_recipe_for_16_gb_fits_and_four_times_its_tokens_do_not(shapes):
-    assert 9 < sum(forecast(shapes).values()) / 2**30 < 15.5
-    assert sum(forecast(shapes, tokens=8192).values()) / 2**30 > 16
-
-
-def test_float32_training_of_the_weights_costs_16_bytes_a_parameter(shapes):
-    parts = forecast(shapes, precision="no")
-    fixed = sum(parts[name] for name in ("student weights", "gradients", "optimizer"))
-    assert fixed == 16 * shapes[0].parameters
-
-
-def test_without_a_teacher_nothing_is_counted_for_it(shapes):
-    assert not [name for name in forecast((shapes[0], None)) if name.startswith("teacher")]
-
-
-def test_a_router_costs_its_parameters_and_states_per_token_and_nothing_else_changes(shapes):
-    plain, routed = forecast(shapes), forecast(shapes, routed_layers=4, routed_teacher_layers=8)
-    assert {name: size for name, size in routed.items() if name != "router"} == plain
-    none, more = (forecast(shapes, tokens=n, routed_layers=4, routed_teacher_layers=8)["router"] for n in (0, 2048))
-    assert none == 16 * 4 * 960 * (1536 + 8)  # four projections and gates; weight, gradient, two moments
-    assert more - none == 2 * (routed["router"] - none) > 2 * 1024 * 4 * (8 * 1536 + 4 * 960)
-    assert "router" not in forecast((shapes[0], None), routed_layers=4, routed_teacher_layers=8)
-
-
-def test_no_more_layers_are_counted_than_the_models_have(shapes):
-    everything = forecast(shapes, routed_layers=32, routed_teacher_layers=28)
-    assert forecast(shapes, routed_layers=99, routed_teacher_layers=99) == everything
 
 
 def test_a_checkpoint_is_12_bytes_a_parameter_and_small_text_is_not_written(shapes):

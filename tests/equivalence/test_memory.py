@@ -1,0 +1,159 @@
+"""The forecast of memory against the peak of real optimizer steps, byte by byte as torch's allocator counts them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import GPT2Config, GPT2LMHeadModel
+
+import train
+from models.config import RouterConfig
+from models.teacher import logit_rows
+from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
+from tests.toy import toy_config
+from utils import memory
+from utils.errors import UserError
+from utils.logs import StepLogger
+from utils.memory import RUNTIME, Demand
+from utils.plan import another_accelerator, build_accelerator
+from utils.pretrained import recompute_layers
+from utils.training import fit
+
+WITHIN = 0.2
+EVERYTHING = ("feat", "rel", "attn", "layer", "contr")
+
+CASES = {
+    "plain": {},
+    "large vocabulary": {"vocabulary": 16_000},
+    "deep": {"num_hidden_layers": 12},
+    "long": {"length": 512, "windows": 1},
+    "router": {"terms": EVERYTHING, "num_hidden_layers": 4},
+    "half precision": {"precision": "bf16", "vocabulary": 4_000, "num_hidden_layers": 4},
+    "dropout": {"student": "gpt2"},
+    "layers computed twice": {"recomputes": True, "num_hidden_layers": 8},
+    "alone": {"teacher": False, "windows": 8},
+}
+
+
+def student_of(case: dict, vocabulary: int):
+    if case.get("student") == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=96, n_layer=3, n_head=4, vocab_size=vocabulary, n_positions=512))
+    shape = {
+        "num_hidden_layers": case.get("num_hidden_layers", 2),
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    }
+    return tiny_llama(vocabulary, 1, width=96, num_attention_heads=4, **shape).train()
+
+
+def set_up(case: dict):
+    """(framework, windows, collate, what the forecast says of them)."""
+    tokenizer = byte_bpe(600)
+    vocabulary, length, has_teacher = case.get("vocabulary", 600), case.get("length", 128), case.get("teacher", True)
+    terms = case.get("terms", ())
+    router = RouterConfig(layers=3, teacher_layers=3) if terms else None
+    teacher = tiny_llama(vocabulary, 2, width=128, num_hidden_layers=3)
+    pair = pair_of(
+        tokenizer, tokenizer, max_length=length, student=student_of(case, vocabulary), teacher=teacher, router=router
+    )
+    weights = {"lm": 0.5, **dict.fromkeys(("kd", "span") if has_teacher else (), 0.5), **dict.fromkeys(terms, 0.1)}
+    framework = pair.framework(weights, top_k=64)
+    if not has_teacher:
+        framework._frozen = (None,)
+    if case.get("recomputes"):
+        recompute_layers(pair.student)
+    collate = pair.collator()
+    windows = [w for w in pair.encoder.windows(["\n".join(STORIES[:3]) * 60]) if len(w["student_ids"]) > 0.9 * length]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    demand = Demand(
+        student=pair.student.config,
+        teacher=teacher.config if has_teacher else None,
+        length=length,
+        precision=case.get("precision", "no"),
+        teacher_dtype=torch.float32,
+        student_dtype=torch.float32,
+        student_rows=logit_rows(device)["student"],
+        teacher_rows=logit_rows(device)["teacher"],
+        top_k=64,
+        on_gpu=device.type == "cuda",
+        recomputes=case.get("recomputes", False),
+        routed_layers=3 if terms else 0,
+        routed_teacher_layers=3 if terms else 0,
+    )
+    return framework, windows, collate, demand
+
+
+def peak_of(framework, windows, collate, config, precision: str) -> int:
+    """Bytes at the peak of some optimizer steps, weights included."""
+    kept = [framework] if framework.teacher is None else [framework, framework.teacher.model]
+    on_gpu = torch.cuda.is_available()
+    logger = StepLogger(None, 10**6, 1, main_process=False)
+    with another_accelerator(precision, cpu=not on_gpu) as accelerator:
+        if on_gpu:
+            for module in kept:
+                module.to("cuda")
+            torch.cuda.reset_peak_memory_stats()
+            fit(framework, windows, collate, config, accelerator=accelerator, logger=logger)
+            return torch.cuda.max_memory_allocated()
+        weights = sum(p.nbytes for module in kept for p in module.parameters())
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
+            fit(framework, windows, collate, config, accelerator=accelerator, logger=logger)
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return weights + peak
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_forecast_is_within_a_fifth_of_the_peak(name):
+    case = CASES[name]
+    framework, windows, collate, demand = set_up(case)
+    size = case.get("windows", 4)
+    assert len(windows) >= 2 * size
+    config = toy_config(batch_size=size, gradient_accumulation_steps=2, max_steps=2)
+    measured = peak_of(framework, windows[: 2 * size], collate, config, demand.precision)
+    forecast = sum(demand.memory(size).values()) - RUNTIME
+    print(
+        "X", name, round(forecast / measured - 1, 3), {k: round(v / 2**20, 2) for k, v in demand.memory(size).items()}
+    )
+    assert forecast == pytest.approx(measured, rel=WITHIN)
+
+
+# --------------------------------------------------------------------------------------------------- what fits
+
+
+@pytest.fixture
+def config():
+    names = ("--student", "quickstart", "--teacher", "quickstart", "--train-data", "quickstart")
+    return train.configure([*names, "--batch-size", "auto", "--max-length", "64"])[0]
+
+
+def settled(monkeypatch, config, free: float):
+    shapes = {"student": tiny_llama(600).config, "teacher": tiny_llama(600).config}
+    monkeypatch.setattr(memory.pretrained, "load_each", lambda load, names: shapes)
+    monkeypatch.setattr(memory, "free_memory", lambda device: int(free))
+    return memory.settle(config, build_accelerator("no", cpu=True), logit_rows)
+
+
+def test_auto_keeps_the_windows_of_the_recipe_in_an_optimizer_step(monkeypatch, config):
+    assert (config.training.batch_size, config.training.gradient_accumulation_steps) == ("auto", 16)  # 2 x 8
+    found, told = settled(monkeypatch, config, 2**40)
+    assert (found.training.batch_size, found.training.gradient_accumulation_steps) == (16, 1)
+    assert "micro-batches of 16" in told
+    least, more = (memory.demand_of(config, *2 * [tiny_llama(600).config], 64, "no", torch.device("cpu"), logit_rows)
+                   .memory(n) for n in (1, 4))  # fmt: skip
+    assert settled(monkeypatch, config, 2 * sum(more.values()))[0].training.batch_size == 4
+    tight = settled(monkeypatch, config, sum(least.values()) + 1)[0].training
+    assert (tight.batch_size, tight.gradient_accumulation_steps) == (1, 16)
+
+
+def test_a_run_that_cannot_fit_is_refused_and_one_that_may_not_is_warned_of(monkeypatch, config, caplog):
+    with pytest.raises(UserError, match=r"even in micro-batches of one window.*--batch-size.*--max-length"):
+        settled(monkeypatch, config, 2**28)
+    small = replace(config, training=replace(config.training, batch_size=4))
+    assert settled(monkeypatch, small, 2**40)[0] == small and not caplog.records
+    settled(monkeypatch, small, RUNTIME)
+    assert "micro-batches are halved" in caplog.text

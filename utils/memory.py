@@ -1,0 +1,361 @@
+"""How much memory training will take, to find out in seconds what would fail after an hour; and what fits.
+
+What the models themselves take is not guessed: `measure_body` runs them on tensors without content (FakeTensorMode),
+with as few layers as tell how it grows with depth, and counts the bytes that exist at a time. What the losses of
+`models/` add are sums, whose factors are bytes of the tensors they hold; `tests/equivalence/test_memory.py` compares
+the whole with the peak of real optimizer steps.
+
+Attention: the scores [heads, S, S] count where a model's own attention makes them (eager, or dropout on a CPU). On a
+GPU it is taken for granted that SDPA has a kernel that does not, as it has for float32 and float16 on every GPU that
+torch supports, and for bfloat16 from compute capability 8.0 on.
+"""
+
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from . import pretrained
+from .config import LoraConfig
+from .errors import UserError
+from .forecast import Shape, free_memory, largest, shallow, trained_parameters
+from .logs import ROUTER_TERMS
+from .processes import on_main_process
+
+log = logging.getLogger(__name__)
+
+Rows = dict[str, Callable[[int, int], int]]
+
+REMEDY = (
+    "Lower --batch-size and raise --gradient-accumulation-steps by the same factor (--batch-size auto does both), or "
+    "try --gradient-checkpointing, a lower --max-length, --lora, or smaller models"
+)
+RUNTIME = 700 * 2**20
+"""Bytes of CUDA context and kernels, or of Python with its libraries."""
+PREFIX = 1
+"""Bytes for each of the teacher's logits in a chunk, for its distributions at depth > 0 and what is small."""
+KEPT_OUTCOME, PASSING_OUTCOME, CHUNK_OUTCOME = 24, 72, 110
+"""Bytes for each outcome that the teacher names at a position: in signal and target; while one becomes the other; and
+of the head's chunk, in the KD term."""
+ROUTED_KEPT = 10
+"""Teacher widths in float32 that the router keeps per student layer and token for the backward pass, all terms used."""
+MEASURED_LAYERS = (2, 3)
+"""A body is run with so many layers; every further one takes what the third takes more than two."""
+
+
+# ------------------------------------------------------------------------------------- what a model's body takes
+
+
+class _Live(TorchDispatchMode):
+    """Counts the bytes of tensors that exist, from when it is entered."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(found):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._sizes:
+                    self._sizes[storage._cdata] = storage.nbytes()
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._freed, storage._cdata)
+        return found
+
+    def _freed(self, storage: int) -> None:
+        self.now -= self._sizes.pop(storage)
+
+
+@dataclass(frozen=True)
+class Body:
+    """Bytes beside the weights in a forward, and backward, through a model without its head."""
+
+    kept: int
+    """For the backward pass, what enters the head included."""
+    forward: int
+    """At the peak of the forward."""
+    backward: int
+    """At the peak of the backward, the gradients of all parameters included."""
+
+    def deeper(self, other: "Body", layers: int) -> "Body":
+        """With more layers, given another one that has one layer more."""
+        own, more = vars(self), vars(other)
+        return Body(**{name: own[name] + layers * (more[name] - own[name]) for name in own})
+
+
+def measure_body(
+    config: PretrainedConfig,
+    windows: int,
+    length: int,
+    dtype: torch.dtype,
+    half: bool,
+    trained: bool,
+    on_gpu: bool,
+    recomputes: bool = False,
+) -> Body:
+    """What a body takes for windows of `length` tokens, run without content.
+
+    Args:
+        dtype: of the weights.
+        half: under autocast to half precision.
+        trained: with gradients, and those of an earlier micro-batch in memory.
+        on_gpu: attention never makes scores for dropout's sake.
+        recomputes: with gradient checkpointing.
+
+    Raises:
+        RuntimeError: the architecture looks into its tensors, which have no content here.
+    """
+    layers = config.get_text_config().num_hidden_layers
+    settings = (windows, length, dtype, half, trained, on_gpu, recomputes)
+    few, more = (_run(shallow(config, n), *settings) for n in MEASURED_LAYERS)
+    return few if layers <= MEASURED_LAYERS[0] else few.deeper(more, layers - MEASURED_LAYERS[0])
+
+
+def _run(
+    config: Any,
+    windows: int,
+    length: int,
+    dtype: torch.dtype,
+    half: bool,
+    trained: bool,
+    on_gpu: bool,
+    recomputes: bool,
+) -> Body:
+    for dropout in ("attention_dropout", "attn_pdrop") if on_gpu else ():
+        if hasattr(config.get_text_config(), dropout):
+            setattr(config.get_text_config(), dropout, 0.0)
+    with FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train(trained)
+        if recomputes:
+            pretrained.recompute_layers(model)
+        parameters = list(model.parameters())
+        ids = torch.zeros(windows, length, dtype=torch.long)
+        with _Live([*parameters, *model.buffers(), ids]) as live, torch.set_grad_enabled(trained):
+            for _ in range(1 + trained):  # twice: the second time with gradients there
+                before, live.peak = live.now, live.now
+                with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                    kept, forward = live.now - before, live.peak - before
+                    logits = model.get_output_embeddings()(states.flatten(0, 1)[:1])
+                if trained:
+                    live.peak = live.now
+                    logits.float().sum().backward()
+                del states, logits
+        return Body(kept, forward, live.peak)
+
+
+# ------------------------------------------------------------------------------------------------ a training step
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a training step depends on."""
+
+    student: PretrainedConfig
+    teacher: PretrainedConfig | None
+    length: int
+    """Tokens per window."""
+    precision: str
+    """`no`, `fp16` or `bf16`."""
+    student_dtype: torch.dtype
+    teacher_dtype: torch.dtype
+    student_rows: Callable[[int, int], int]
+    """(vocabulary, bytes per logit) -> positions whose logits the student's head computes at a time, at most."""
+    teacher_rows: Callable[[int, int], int]
+    """Likewise for the teacher's."""
+    top_k: int
+    on_gpu: bool
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    recomputes: bool = False
+    """Layers are computed a second time in the backward pass (gradient checkpointing)."""
+    routed_layers: int = 0
+    """Student layers whose states a router compares with the teacher's; 0: there is none."""
+    routed_teacher_layers: int = 0
+    gradients: int = 0
+    """Terms whose gradients are logged one by one."""
+    apart: bool = False
+    """The teacher has a device of its own: what it takes there is not told."""
+    weight_share: float = 1.0
+    """Size of the teacher's weights beside those of `teacher_dtype`: less where they are quantised."""
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, Shape | None]:
+        return Shape.of(self.student), None if self.teacher is None else Shape.of(self.teacher)
+
+    def memory(self, windows: int) -> dict[str, int]:
+        """Bytes at the peak of a step with so many windows a micro-batch, by what holds them.
+
+        A step has several peaks, and the highest is told: the teacher's forward, the student's head (its chunk of
+        logits beside everything that waits for the backward pass), the backward pass through its body, and AdamW.
+
+        Raises:
+            RuntimeError: see `measure_body`.
+        """
+        student, teacher = self.shapes
+        half, tokens = self.precision != "no", windows * self.length
+        body = measure_body(self.student, windows, self.length, torch.float32, half, True, self.on_gpu, self.recomputes)
+        head = 0 if self.lora.enabled else student.vocabulary * student.hidden
+        rows = min(tokens, self.student_rows(student.vocabulary, 6 if half else 4))
+        learned = trained_parameters(student, self.lora)
+        named = tokens * min(self.top_k, teacher.vocabulary) if teacher else 0
+        chunk_named = min(rows, tokens) * min(self.top_k, teacher.vocabulary) if teacher else 0
+        routed = self._router(tokens)
+        gradients = {"gradients": learned * 4 * (1 + self.gradients) + routed["trained"] * 4}
+        held = {"signal": named * KEPT_OUTCOME, "router": routed["kept"]}
+        waiting = gradients | {"student activations": body.kept} | held
+        logits = rows * student.vocabulary * (6 if half else 4) + chunk_named * CHUNK_OUTCOME
+        in_head = head * (6 if half else 4) + tokens * student.hidden * (8 if half else 4)
+        peaks = [
+            waiting | {"student logits": logits, "head gradient": in_head},
+            gradients | {"backward": body.backward - 4 * student.parameters} | held,
+            # without a fused kernel, which the scaler of fp16 rules out, one more copy
+            gradients | {"update": learned * 4 * (self.precision == "fp16")},
+        ]
+        if teacher is not None:
+            peaks += [waiting | {"projection": named * PASSING_OUTCOME}]
+        if teacher is not None and not self.apart:
+            peaks += self._teacher_peaks(windows, gradients, named)
+        peak = max(peaks, key=lambda parts: sum(parts.values()))
+        learned += routed["trained"]
+        weights = learned * 4 + (student.parameters * self.student_dtype.itemsize if self.lora.enabled else 0)
+        fixed = {"student weights": weights, "optimizer": learned * 8}
+        if teacher is not None and not self.apart:
+            fixed["teacher weights"] = teacher.parameters * self.teacher_dtype.itemsize * self.weight_share
+        parts = fixed | peak | {"runtime": RUNTIME}
+        return {name: int(size) for name, size in parts.items() if size}
+
+    def _teacher_peaks(self, windows: int, gradients: dict, named: int) -> list[dict[str, int]]:
+        teacher, tokens = self.shapes[1], windows * self.length
+        body = measure_body(self.teacher, windows, self.length, self.teacher_dtype, False, False, self.on_gpu)
+        each = 4 if self.teacher_dtype == torch.float32 else 6
+        chunk = teacher.vocabulary * min(tokens, self.teacher_rows(teacher.vocabulary, each)) * (each + PREFIX)
+        states = self._teacher_states(tokens)
+        return [
+            gradients | {"teacher activations": body.forward + states},
+            gradients | {"teacher logits": chunk + body.kept + states, "signal": named * 24},
+        ]
+
+    def _teacher_states(self, tokens: int) -> int:
+        if not self.routed_layers:
+            return 0
+        teacher = self.shapes[1]
+        return tokens * (teacher.layers + 1) * teacher.hidden * self.teacher_dtype.itemsize  # asked for, all come
+
+    def _router(self, tokens: int) -> dict[str, int]:
+        """`kept` bytes of states until the backward pass, and its `trained` parameters."""
+        student, teacher = self.shapes
+        if teacher is None or not self.routed_layers:
+            return {"kept": 0, "trained": 0}
+        ours, theirs = min(self.routed_layers, student.layers), min(self.routed_teacher_layers, teacher.layers)
+        states = ours * (student.hidden + ROUTED_KEPT * teacher.hidden) + theirs * teacher.hidden
+        return {"kept": 4 * tokens * states, "trained": ours * student.hidden * (teacher.hidden + theirs)}
+
+
+# --------------------------------------------------------------------------------------------------- what fits
+
+QUANTISED_SHARE = {"8bit": 0.5, "4bit": 0.28}
+"""Size of quantised weights beside half precision, scales included."""
+MARGIN = 1.25
+"""A run whose forecast is so many times what is free is refused: more than the forecast can be wrong."""
+ROOM_ON_CPU = 0.5
+"""Of the free memory of a host that `--batch-size auto` takes: nothing raises there before the system kills."""
+
+
+def demand_of(
+    config: Any,
+    student: PretrainedConfig,
+    teacher: PretrainedConfig | None,
+    length: int,
+    precision: str,
+    device: torch.device,
+    logit_rows: Callable[[torch.device], Rows],
+) -> Demand:
+    """What the junction's RunConfig asks for; `logit_rows`: device -> rows of `student` and `teacher`."""
+    rows = logit_rows(device)
+    router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
+    lora = config.student.lora
+    return Demand(
+        student=student,
+        teacher=teacher,
+        length=length,
+        precision=precision,
+        student_dtype=pretrained.frozen_dtype(lora.base, device, precision).value,
+        teacher_dtype=pretrained.frozen_dtype(config.teacher.dtype, device, precision).value,
+        student_rows=rows["student"],
+        teacher_rows=rows["teacher"],
+        top_k=config.loss.top_k,
+        on_gpu=device.type == "cuda",
+        lora=lora,
+        recomputes=config.training.gradient_checkpointing,
+        routed_layers=router.layers if router else 0,
+        routed_teacher_layers=router.teacher_layers if router else 0,
+        gradients=len(config.curriculum.used()) if config.logging.term_gradients else 0,
+        apart=config.teacher.device not in ("auto", str(device)),
+        weight_share=QUANTISED_SHARE.get(config.teacher.dtype, 1.0),
+    )
+
+
+def settle(config: Any, accelerator: Accelerator, logit_rows: Callable[[torch.device], Rows]) -> tuple[Any, str]:
+    """(the RunConfig with a number for `batch_size: auto`, the forecast in words), logged.
+
+    With auto, `gradient_accumulation_steps` is the number of windows per optimizer step and process: they are taken in
+    the largest micro-batches that divide it and fit.
+
+    Raises:
+        UserError: micro-batches of one window need more than is free, by more than the forecast can be wrong; or there
+            is no forecast, and auto needs one.
+    """
+    precision, device = accelerator.mixed_precision, accelerator.device
+    return on_main_process(accelerator, lambda: _settle(config, precision, device, logit_rows))
+
+
+def _settle(
+    config: Any, precision: str, device: torch.device, logit_rows: Callable[[torch.device], Rows]
+) -> tuple[Any, str]:
+    training, free = config.training, free_memory(device)
+    auto, most = training.batch_size == "auto", training.gradient_accumulation_steps
+    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
+    shapes = pretrained.load_each(pretrained.load_config, names)
+    length = int(min(config.data.max_length, *map(pretrained.context_length, shapes.values())))
+    teacher = shapes["teacher"] if config.teacher.name else None
+    demand = demand_of(config, shapes["student"], teacher, length, precision, device, logit_rows)
+    try:
+        size, sizes = training.batch_size, [n for n in range(most, 0, -1) if most % n == 0]
+        if auto:
+            room = free * (1 if demand.on_gpu else ROOM_ON_CPU)
+            size = next((n for n in sizes if sum(demand.memory(n).values()) <= room), 1)
+        parts, least = demand.memory(size), sum(demand.memory(1).values())
+    except (RuntimeError, ValueError) as error:  # an architecture that cannot be run without content
+        if auto:
+            raise UserError(
+                f"--batch-size auto: no forecast of memory is possible for these models ({error}). Give a number."
+            ) from error
+        log.warning("memory: no forecast is possible for these models (%s)", error)
+        return config, ""
+    told = f"{largest(parts)} in micro-batches of {size}; {free / 2**30:.3g} GiB free on {device}"
+    if least > MARGIN * free:
+        raise UserError(
+            f"training would take about {least / 2**30:.3g} GiB even in micro-batches of one window, and "
+            f"{free / 2**30:.3g} GiB are free on {device} (forecast: {largest(parts)}). {REMEDY}."
+        )
+    if sum(parts.values()) > free:
+        log.warning("memory: about %s. Where it does not fit, micro-batches are halved. %s", told, REMEDY)
+    else:
+        log.info("memory: about %s%s", told, " (chosen by --batch-size auto)" if auto else "")
+    if auto:
+        training = replace(training, batch_size=size, gradient_accumulation_steps=most // size)
+    return replace(config, training=training), told
