@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from itertools import groupby
 from operator import itemgetter
@@ -152,6 +153,10 @@ class _File(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         pass
 
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
 
 class _LimitRepeats(logging.Filter):
     """Lets a library say the same thing `REPEATS` times only: one warning per step would fill the log."""
@@ -283,6 +288,8 @@ class StepLogger:
                 self._file = self.path.open("a", encoding="utf-8", buffering=1)
             self._file.write(json.dumps(json_safe(record), allow_nan=False) + "\n")
         except OSError as error:
+            with suppress(OSError):  # what is left in the buffer has no place either
+                self._close_file()
             raise RunError(
                 f"{self.path} cannot be written: {error.strerror or error}. The newest checkpoint is kept; free some "
                 "space there, then the same command continues from it."
@@ -291,9 +298,9 @@ class StepLogger:
             self.tracker.log(record)
 
     def _close_file(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:

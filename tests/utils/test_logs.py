@@ -4,13 +4,14 @@ import io
 import json
 import logging
 import warnings
+from pathlib import Path
 
 import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from tests.utils.test_progress import Clock, Terminal
 from utils import logs
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 from utils.logs import StepLogger, evaluation_line, read_metrics, setup_logging, show_learned, training_lines
 from utils.progress import Progress
 
@@ -280,3 +281,16 @@ def test_what_is_learned_is_shown_run_by_run_and_in_a_few_lines(caplog):
     assert lines[1:] == ["[read]    what is read", "[learned] learned\\nhere", "[read]    read"]
     many = shown([65] * 500, [n // 5 % 2 for n in range(500)], lambda run: "long " * 100)
     assert len(many) == 12 and many[-1] == "and 90 more such parts" and max(map(len, many)) < 180
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_on_a_full_disk_metrics_end_the_run_in_one_sentence_and_the_log_is_silent(tmp_path, capsys):
+    for name in ("metrics.jsonl", "train.log"):
+        (tmp_path / name).symlink_to("/dev/full")
+    setup_logging(tmp_path)
+    logging.getLogger("train").info("a line that the file cannot take")
+    said = capsys.readouterr()
+    assert "a line that" in said.out and said.err == ""
+    logger = StepLogger(tmp_path, 10, 1)
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: No space left"):
+        logger.evaluation({"step": 0, "split": "eval", "loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.0})
