@@ -80,7 +80,7 @@ def vocabulary_map(teacher: int, student: int) -> VocabularyMap:
     return VocabularyMap.from_segments(np.where(np.arange(len(PIECES)) < pieces[:, None], segments, -1), student)
 
 
-def random_batch(vocabulary: VocabularyMap, batch: int, length: int) -> PairedBatch:
+def random_windows(vocabulary: VocabularyMap, batch: int, length: int) -> list[dict]:
     """Windows of random teacher tokens, spelt for the student in at most `length` tokens of two bytes each."""
     random, windows = np.random.default_rng(1), []
     for _ in range(batch):
@@ -98,7 +98,12 @@ def random_batch(vocabulary: VocabularyMap, batch: int, length: int) -> PairedBa
             columns = {"ids": tokens, "starts": ends - 2 * sizes, "ends": ends, "roles": roles}
             window |= {f"{side}_{column}": values for column, values in columns.items()}
         windows.append(window)
-    return PairCollator(vocabulary, (None, None), LossConfig().max_depth)(windows)
+    return windows
+
+
+def random_batch(vocabulary: VocabularyMap, batch: int, length: int) -> PairedBatch:
+    """`random_windows` collated."""
+    return PairCollator(vocabulary, (None, None), LossConfig().max_depth)(random_windows(vocabulary, batch, length))
 
 
 def run_measured(args: argparse.Namespace) -> tuple[dict, PairedBatch]:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import measure, peers, step_time
+from benchmarks import cache, measure, peers, step_time
 from models.config import LossConfig
 
 CPU = torch.device("cpu")
@@ -49,3 +49,15 @@ def test_the_forecast_counts_operations_and_bytes_once():
     assert costs.bytes == 4 * (15 + 35 + 21) + 4 * 21
     card = step_time.CARDS["T4"]
     assert np.isclose(costs.seconds(card), costs.bytes / (card.bytes * card.bytes_share))
+
+
+def test_the_cache_benchmark_sees_what_a_cache_changes_and_what_it_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(step_time, "TEACHER_VOCABULARY", 3000)
+    monkeypatch.setattr(step_time, "STUDENT_VOCABULARY", 1000)
+    setting = cache.tiny_bodies(48)
+    exact = cache.errors(setting, "64, float32", tmp_path / "exact", 1)
+    compact = cache.errors(setting, "64", tmp_path / "compact", 1)
+    assert exact["error"] == 0 and 0 < compact["error"] < 0.01
+    assert exact["kd 1"] < 0 and abs(exact["kd 1"] - compact["kd 1"]) < 1e-3
+    assert compact["bytes"] < 0.6 * exact["bytes"] and compact["worst"] <= compact["mass"] < 1
+    assert cache.steps(setting, tmp_path / "steps", 1).keys() >= {"LM only", "cached", "online", "ratio"}
