@@ -22,10 +22,12 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from models.cached_teacher import CachedTeacher, RememberingCollator
+from models.causal_lm import vocabulary_size
 from models.chat import ChatEncoder, chat_tokenizer, ends_turns
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
+from models.fused_head import chunk_rows
 from models.pairing import PairCollator, PairEncoder, count_channel
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher, logit_rows
@@ -168,9 +170,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         student = forecast.Shape.of(shapes["student"])
     disk = forecast.disk(student, config.training, config.student.lora, runs=1 + config.evaluation.without_teacher)
     forecast.require_disk(Path(config.output_dir), disk)
-    length = int(min(config.data.max_length, *(pretrained.context_length(shape) for shape in shapes.values())))
-    if length < config.data.max_length:
-        log.info("windows of %d tokens instead of %d: a model reads no more at once", length, config.data.max_length)
+    length = pretrained.window_length(config.data.max_length, shapes.values())
     sizes = {role: shape.get_text_config().vocab_size for role, shape in shapes.items()}
     for role, name in names.items():
         log.info("%s %s: vocabulary %s, tokenizer %s", role, name, f"{sizes[role]:,}", f"{len(tokenizers[role]):,}")
@@ -317,6 +317,8 @@ def train_student(
         (output / START).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     start = job.held_out.measure_start(student, measure_teacher, output)
+    each = 4 if accelerator.mixed_precision == "no" else 6
+    log.info("student's head: %s", chunk_rows(vocabulary_size(student), accelerator.device, each)[1])
     with value_errors_are_the_users():
         scheduler = CurriculumScheduler(curriculum, config.loss, plan.total_steps)
         framework = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)

@@ -250,7 +250,7 @@ def _counted(work: Callable[[], object]) -> Costs:
 def _body(model: nn.Module, ids: Tensor, backward: bool) -> Costs:
     def work() -> None:
         with torch.set_grad_enabled(backward):
-            states = body_states(model, ids, None)
+            states = body_states(model, ids)
             if backward:
                 states.backward(torch.empty_like(states))
 

@@ -59,7 +59,7 @@ class FrozenTeacher:
         self.order = self.order.to(device)
         batch = batch.to(device, non_blocking=True)
         with torch.autocast(device.type, enabled=False):
-            states, hidden = body_layers(self.model, batch.teacher_ids, batch.teacher_mask, layers)
+            states, hidden = body_layers(self.model, batch.teacher_ids, layers)
             position = batch.teacher_held[batch.asked]
             states = states.flatten(0, 1)[position]
             following = batch.teacher_ids.flatten().roll(-1)[position, None]

@@ -419,8 +419,8 @@ def plant_coarse_teacher_states(monkeypatch):
 
 
 def plant_hidden_states_of_every_step(monkeypatch):
-    def always(model, ids, mask, layers):
-        out = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False, output_hidden_states=True)
+    def always(model, ids, layers):
+        out = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
         return out.last_hidden_state, tuple(out.hidden_states[layer] for layer in layers)
 
     monkeypatch.setattr(distillation_framework, "body_layers", always)

@@ -165,6 +165,8 @@ class Clock:
     def __init__(self) -> None:
         self.before = 0.0
         self.tokens = 0
+        self.waited = 0.0
+        """Seconds in which there was no batch to work on."""
         self._began = self._since = time.monotonic()
 
     def total(self) -> float:
@@ -176,6 +178,13 @@ class Clock:
         speed = self.tokens / max(now - self._since, 1e-9)
         self._since, self.tokens = now, 0
         return speed
+
+    def delivered(self, batches: Iterator[Any]) -> Any:
+        """The next of `batches`; what it takes is time in which nothing is computed."""
+        start = time.monotonic()
+        found = next(batches)
+        self.waited += time.monotonic() - start
+        return found
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -281,6 +281,14 @@ def context_length(config: PretrainedConfig) -> float:
     text = config.get_text_config()
     limits = [getattr(text, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
     return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=math.inf)
+
+
+def window_length(asked: int, shapes: Iterable[PretrainedConfig]) -> int:
+    """Tokens per window: as many as asked for, or fewer where a model reads no more at once, which is logged."""
+    length = int(min(asked, *map(context_length, shapes)))
+    if length < asked:
+        log.info("windows of %d tokens instead of %d: a model reads no more at once", length, asked)
+    return length
 
 
 def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:

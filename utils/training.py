@@ -225,7 +225,7 @@ class TrainingLoop:
         self.model.train()
         windows = self._one_ahead()
         while (reason := self._reason_to_stop()) is None and not self.guard.exhausted:
-            if self._advance(*next(windows)):
+            if self._advance(*self._clock.delivered(windows)):
                 self._at_boundary()
             else:
                 windows.close()
@@ -239,6 +239,8 @@ class TrainingLoop:
         if reason == "early_stopping":
             self._take_best()
         log.info("training ended after step %d of %d: %s", self.step, self.plan.total_steps, reason)
+        share = 100 * self._clock.waited / max(self._clock.total() - self._clock.before, 1e-9)
+        log.info("%.1f %% of this session was spent waiting for batches (data.num_workers %d)", share, self.num_workers)
         return FitResult(
             steps=self.step,
             seconds=self._clock.total(),

@@ -322,8 +322,7 @@ def test_router_gets_the_states_after_its_layers_and_those_of_the_teacher_have_n
     framework(batch)
     assert (framework.router.student_layers, framework.router.teacher_layers) == ([2, 3], [2, 4])
     for states, side, layers in zip(seen[0][:2], ("student", "teacher"), ([2, 3], [2, 4]), strict=True):
-        ids, mask = getattr(batch, f"{side}_ids"), getattr(batch, f"{side}_mask")
-        every = getattr(pair, side)(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        every = getattr(pair, side)(getattr(batch, f"{side}_ids"), output_hidden_states=True).hidden_states
         assert all(torch.equal(state, every[layer]) for state, layer in zip(states, layers, strict=True))
         assert all(state.requires_grad == (side == "student") for state in states)
 

@@ -1,6 +1,7 @@
-"""The gradient of each term: the right one, of the student alone, and measured without a trace in the run."""
+"""What the loop counts: the gradient of each term, measured without a trace in the run, and its time."""
 
 import math
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from accelerate.state import AcceleratorState
 from tests.toy import ToyModule, digest, toy_collate, toy_config, toy_windows, train
 from tests.utils.test_plan import Routed
 from utils.logs import StepLogger, read_metrics
+from utils.meters import Clock
 from utils.plan import build_accelerator
 from utils.training import fit
 
@@ -125,3 +127,14 @@ def test_the_scale_of_fp16_is_divided_out(tmp_path):
     assert len(scales) == 12 and min(scales) > 100  # 4 micro-batches: two terms and the loss, all of them scaled
     for name in ("lm", "kd"):
         assert scaled[name]["grad_norm"] == pytest.approx(plain[name]["grad_norm"], rel=1e-6)
+
+
+def test_the_clock_knows_how_long_it_waited_for_batches():
+    def slow():
+        for number in range(3):
+            time.sleep(0.02)
+            yield number
+
+    clock, batches = Clock(), slow()
+    assert [clock.delivered(batches) for _ in range(3)] == [0, 1, 2]
+    assert 0.06 <= clock.waited <= clock.total()
