@@ -32,7 +32,19 @@ from models.pairing import PairCollator, PairEncoder, count_channel
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher, logit_rows
 from models.vocabulary import MARKER, VocabularyMap
-from utils import adapters, command_line, data, forecast, hardware, memory, pretrained, quickstart, report, run_folder
+from utils import (
+    adapters,
+    command_line,
+    data,
+    forecast,
+    hardware,
+    memory,
+    pretrained,
+    quickstart,
+    report,
+    run_folder,
+    students,
+)
 from utils.cache_building import CacheBuilding, settle, with_cache
 from utils.checkpoints import CheckpointStore, step_of
 from utils.comparison import compare
@@ -53,7 +65,7 @@ from utils.held_out import START, HeldOut, metrics_of
 from utils.logs import StepLogger, setup_logging, show_learned
 from utils.plan import Plan, build_accelerator
 from utils.processes import main_process_first, on_main_process, rank
-from utils.seeding import permutation, seed_everything
+from utils.seeding import permutation
 from utils.stopping import StopSignal
 from utils.teacher_cache import TeacherCache
 from utils.tracking import Tracking
@@ -250,18 +262,8 @@ def load_teacher(job: Job) -> FrozenTeacher | None:
 
 
 def make_student(job: Job) -> nn.Module:
-    """The student before training, on the training device, float32 where it is trained; the same one every time."""
-    config, device = job.config.student, job.accelerator.device
-    seed_everything(job.config.training.seed)
-    if config.init == "random":
-        return pretrained.random_model(pretrained.load_config(config.name, "student")).to(device)
-    if not config.lora.enabled:
-        return pretrained.load_model(config.name, "student", torch.float32, device, allow_pickle=config.allow_pickle)
-    dtype = pretrained.frozen_dtype(config.lora.base, device, job.accelerator.mixed_precision)
-    log.info("below the adapter, the student in %s: %s", str(dtype.value).removeprefix("torch."), dtype.reason)
-    weights = {"weights": config.lora.base, "allow_pickle": config.allow_pickle}
-    base = pretrained.load_model(config.name, "student", dtype.value, device, **weights)
-    return adapters.add_lora(base, config.name, config.lora)
+    """The student before training."""
+    return students.make(job.config.student, job.config.training, job.accelerator)
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -293,8 +295,6 @@ def train_student(
     config, accelerator = job.config, job.accelerator
     plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
     student = make_student(job)
-    if config.training.gradient_checkpointing:
-        pretrained.recompute_layers(student)
     made_from = {"student": pretrained.fingerprint(student, values=config.student.init == "pretrained")}
     measure_teacher = None
     if teacher is not None and job.cache is None:
@@ -370,14 +370,9 @@ def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[s
     results = job.held_out.results(framework.student, trained.start, framework.compare)
     results["run"] = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
     if job.accelerator.is_main_process:
-        student, config = framework.student, job.config.student
-        if config.lora.merge:
-            student = adapters.merged(
-                student, pretrained.load_model(config.name, "student", torch.float32, allow_pickle=config.allow_pickle)
-            )
-        names = (asked.student.name, config.init, asked.teacher.name, asked.data.train)
-        card = pretrained.model_card(*names, results, adapter=config.lora.enabled and not config.lora.merge)
-        pretrained.export(student, job.tokenizer, output / "student", card)
+        names = {"name": asked.student.name, "teacher": asked.teacher.name, "text": asked.data.train}
+        export_to = (job.tokenizer, output / "student", results)
+        students.export(framework.student, job.config.student, *export_to, **names)
         report.write_report(output, results)
     return results
 

@@ -29,7 +29,7 @@ FLOORS = {
         | {"tracking"},
         {"memory"},
         {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures", "adapters"},
-        {"run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"},
+        {"students", "run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"},
         {"training", "report", "cache_building"},
     ],
 }
