@@ -60,6 +60,9 @@ class CachedTeacher:
     def __init__(self, teacher: FrozenTeacher | None, memory: Any) -> None:
         self._teacher, self.memory = teacher, memory
 
+    def __deepcopy__(self, memo: dict) -> "CachedTeacher":
+        return self  # as the teacher, and there is one memory
+
     @property
     def model(self) -> nn.Module:
         return self._running.model

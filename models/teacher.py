@@ -42,6 +42,9 @@ class FrozenTeacher:
                 f"{vocabulary_size(model):,} rows; build the map with teacher_vocab_size={vocabulary_size(model)}"
             )
 
+    def __deepcopy__(self, memo: dict) -> "FrozenTeacher":
+        return self  # read only: copies of what holds it share it
+
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device

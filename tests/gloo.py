@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed
 import torch.multiprocessing
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
 
 def launch(processes: int, function: Callable, *args: Any) -> list[Any]:
@@ -23,6 +25,14 @@ def launch(processes: int, function: Callable, *args: Any) -> list[Any]:
         results = manager.dict()
         torch.multiprocessing.start_processes(_process, (processes, port, function, args, results), **arguments)
         return [results[rank] for rank in range(processes)]
+
+
+def shard(accelerator: Accelerator) -> Accelerator:
+    """The accelerator as `accelerate launch --use_fsdp --fsdp_version 2` makes one, also on a CPU."""
+    options = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**options)
+    accelerator.state.distributed_type = DistributedType.FSDP
+    return accelerator
 
 
 def _process(rank: int, processes: int, port: int, function: Callable, args: tuple, results: Any) -> None:

@@ -24,7 +24,7 @@ FLOORS = {
     "utils": [
         {"errors", "atomic", "seeding", "progress", "processes", "shell"},
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
-        | {"checklist", "environment", "forecast", "endings", "signal_codec"},
+        | {"checklist", "environment", "forecast", "endings", "sharding", "signal_codec"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}
         | {"tracking"},
         {"memory"},

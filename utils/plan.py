@@ -18,6 +18,7 @@ from transformers import get_scheduler
 from . import data, tracking
 from .config import TrainingConfig
 from .errors import UserError
+from .sharding import check_launcher
 
 LONGEST_WAIT = timedelta(hours=2)
 """How long processes wait for one another: for the main one to cut a large corpus into windows. A process that ends
@@ -80,13 +81,12 @@ def build_accelerator(
         folder: where those that need one write.
 
     Raises:
-        UserError: a tracker is not installed.
+        UserError: a tracker is not installed, or a launcher asks for DeepSpeed or FSDP1.
     """
     tracking.require(track)
-    # terms of the curriculum whose weight is 0 leave parameters without a gradient; no buffer ever changes
-    ddp = DistributedDataParallelKwargs(
-        find_unused_parameters=True, gradient_as_bucket_view=True, broadcast_buffers=False
-    )
+    check_launcher()
+    # terms of the curriculum whose weight is 0 leave parameters without a gradient
+    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
     group = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     return Accelerator(
         mixed_precision=mixed_precision,

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from . import sharding
 from .checkpoints import Checkpoint
 from .errors import UserError
 from .guards import RedFlags, StepGuard
@@ -23,6 +24,9 @@ class RunState:
     """The parts of a run that change while it runs, and how many optimizer steps it has done."""
 
     module: nn.Module
+    """Whole: what is evaluated and saved."""
+    twin: nn.Module
+    """What is trained: the module, or where weights are sharded its twin (see `sharding`)."""
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler | None
@@ -38,8 +42,10 @@ class RunState:
 
         Call it in every process: the random generators of each are in it.
         """
+        self.gather()
+        moments = self.optimizer.state_dict()
         objects = {
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": moments if self.twin is self.module else sharding.whole(moments),
             "scheduler": self.scheduler.state_dict(),
             "rng": gather_object([rng_state()]),
         }
@@ -54,6 +60,10 @@ class RunState:
             "flags": None if self.flags is None else self.flags.state_dict(),
         }
         return {"tensors": {"module": learned(self.module)}, "objects": objects, "state": state}
+
+    def gather(self) -> None:
+        """Give the module the weights as they are now. Call it in every process."""
+        sharding.gather(self.twin, self.module)
 
     def load(self, saved: Checkpoint, path: Path) -> None:
         """Make everything as it was when `parts` was saved. `path` is for messages.
@@ -72,6 +82,7 @@ class RunState:
             )
         self.load_weights(saved)
         self.optimizer.load_state_dict(saved.objects["optimizer"])
+        sharding.scatter_state(self.optimizer)
         self.scheduler.load_state_dict(saved.objects["scheduler"])
         if self.scaler is not None and "scaler" in saved.objects:
             self.scaler.load_state_dict(saved.objects["scaler"])
@@ -90,6 +101,7 @@ class RunState:
         if differing := sorted(tensors.keys() ^ learned(self.module).keys()):
             raise RuntimeError(f"the checkpoint holds other tensors than are trained here, such as {differing[0]}")
         self.module.load_state_dict(tensors, strict=False)
+        sharding.scatter(self.module, self.twin)
 
 
 def learned(module: nn.Module) -> dict[str, Tensor]:

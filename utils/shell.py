@@ -16,6 +16,9 @@ class Shell(nn.Module):
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
+        kinds = {type(part).__name__ for part in module.modules()}
+        named = {name for part in module.modules() for name in getattr(part, "_no_split_modules", None) or ()}
+        self._no_split_modules = sorted(kinds & named)  # what accelerate shards apart: transformers' layers
 
     def forward(self, batch: Any, step: int, **options: Any) -> tuple[Tensor, SimpleNamespace]:
         output = self.module(batch, step, **options)

@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import data, hardware, out_of_memory
+from . import data, hardware, out_of_memory, sharding
 from .checkpoints import CheckpointStore
 from .config import TrainingConfig
 from .errors import RunError, UserError
@@ -121,6 +121,8 @@ def fit(
             checkpoint could not be written.
         OutOfMemory: also in micro-batches of one window.
     """
+    if term_gradients and sharding.is_sharded(accelerator):
+        raise UserError("logging.term_gradients needs whole weights, and FSDP shards them: leave one of the two out.")
     if not len(dataset):
         raise UserError("got 0 training windows, expected at least 1. Give more text, or a smaller data.max_length.")
     loop = TrainingLoop(
@@ -189,11 +191,12 @@ class TrainingLoop:
         self.module.to(accelerator.device)
         # With fp16 the scaler must decide on the host whether to step: accelerate cannot see it on the device.
         self.scaler = accelerator.scaler
-        optimizer = build_optimizer(self.module, self.config, fused=self.scaler is None)
+        twin = sharding.twin_of(self.module, accelerator)
+        optimizer = build_optimizer(twin, self.config, fused=self.scaler is None)
         self.scheduler = build_scheduler(optimizer, self.config, self.plan.total_steps)
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._taught = taught_parameters(optimizer.param_groups)
-        self.model, self.optimizer = accelerator.prepare(Shell(self.module), optimizer)
+        self.model, self.optimizer = accelerator.prepare(Shell(twin), optimizer)
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._taught = taught_parameters(self.optimizer.param_groups)
         if self.scaler is not None:  # an accelerator that served another run before has its scale
             self.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
         self.early, self._clock = EarlyStopping(self.config.patience), Clock()
@@ -201,6 +204,7 @@ class TrainingLoop:
         self.guard = StepGuard(total, gather_object, scaled=self.scaler is not None)
         self.state = RunState(
             module=self.module,
+            twin=twin,
             optimizer=self.optimizer.optimizer,
             scheduler=self.scheduler,
             scaler=self.scaler,
@@ -234,6 +238,8 @@ class TrainingLoop:
         windows.close()
         self.guard.read()
         self._save()
+        self.state.gather()
+        self.module.to(self.accelerator.device)
         if self.guard.exhausted:
             raise RunError(self.guard.explanation(self.step))
         if reason == "early_stopping":
@@ -327,6 +333,7 @@ class TrainingLoop:
                     self.flags.batch(batch.labels, epoch + 1, batch.documents)
         lr = self.optimizer.param_groups[0]["lr"]
         norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
+        norm = sharding.full(norm)
         self._update(norm)
         self.state.step += 1
         self._clock.tokens += counts.get("lm", 0)
@@ -343,7 +350,7 @@ class TrainingLoop:
         fails later, or in a forward in which they already wait for each other (the contrastive term), ends the run.
         """
         alone = self.accelerator.num_processes == 1
-        attempt = Attempt(survive=alone or not counts.get("contr"))
+        attempt = Attempt(survive=alone or not (counts.get("contr") or sharding.is_sharded(self.accelerator)))
         for index, (batch, signal) in enumerate(window):
             is_last = index == len(window) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):
@@ -429,7 +436,8 @@ class TrainingLoop:
 
     def _evaluate(self) -> bool:
         """Evaluate without leaving a trace in the training; True if it is the best so far."""
-        with self._clock.paused(), undisturbed(self.module):
+        self.state.gather()
+        with self._clock.paused(), undisturbed(self.module), sharding.on_device(self.module, self.accelerator):
             record = self.evaluate(self.step)
         if record is None:
             return False

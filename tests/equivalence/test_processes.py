@@ -5,11 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from transformers import AutoModelForCausalLM
 
 from models.config import RouterConfig
 from models.student_aware_router import ROUTER_TERMS
 from tests.equivalence.test_resume import StopAfter
-from tests.gloo import launch
+from tests.gloo import launch, shard
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
 from tests.toy import ToyModule, toy_config, toy_windows, train
 from utils.checkpoints import CheckpointStore
@@ -23,9 +25,9 @@ WINDOWS, GLOBAL_BATCH = 7, 4
 """Steps of 4 and 3 windows: of four processes one has nothing to do in the second step of an epoch."""
 
 
-def distil(folder: Path, dtype: torch.dtype) -> dict:
+def distil(folder: Path, dtype: torch.dtype, sharded: bool = False, stop_after: int | None = None) -> dict:
     """Losses, gradients of every step and final weights of a whole framework with every term."""
-    accelerator = build_accelerator("no", cpu=True)
+    accelerator = shard(build_accelerator("no", cpu=True)) if sharded else build_accelerator("no", cpu=True)
     models = [
         tiny_llama(size, seed, num_hidden_layers=3, tie_word_embeddings=True).to(dtype)
         for seed, size in enumerate((300, 400))
@@ -49,11 +51,18 @@ def distil(folder: Path, dtype: torch.dtype) -> dict:
     logger = StepLogger(folder, 10**6, 1, main_process=accelerator.is_main_process)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingLoop, "_update", spy)
-        result = fit(framework, windows, pair.collator(), config, accelerator=accelerator, logger=logger)
+        store = CheckpointStore(folder / "checkpoints")
+        state = {"checkpoints": store, "resume_from": on_main_process(accelerator, store.resume_point)}
+        state |= {"stop": None if stop_after is None else StopAfter(stop_after)}
+        result = fit(framework, windows, pair.collator(), config, accelerator=accelerator, logger=logger, **state)
     logger.close()
     accelerator.wait_for_everyone()
     terms = [{n: t["raw"] for n, t in record["terms"].items()} for record in read_metrics(folder / "metrics.jsonl")]
     weights = {name: value.numpy() for name, value in framework.state_dict().items()}
+    if accelerator.is_main_process:
+        framework.student.save_pretrained(folder / "student")
+    if sharded:
+        AcceleratorState._reset_state(reset_partial_state=False)
     return {"terms": terms, "gradients": seen, "weights": weights, "steps": result.steps}
 
 
@@ -100,6 +109,11 @@ def of_two(folder: Path) -> dict:
         "goes on alone": session(folder / "goes on alone", 1),
         "began alone": session(folder / "began alone"),
         "heard": failures(folder),
+        "sharded": distil(folder / "sharded", torch.float64, sharded=True),
+        "first half": distil(folder / "half sharded", torch.float64, sharded=True, stop_after=2),
+        "second half": distil(folder / "half sharded", torch.float64, sharded=True),
+        "began whole": distil(folder / "began whole", torch.float64, stop_after=1),
+        "goes on sharded": distil(folder / "began whole", torch.float64, sharded=True),
     }
 
 
@@ -155,6 +169,27 @@ def test_a_run_goes_on_with_another_number_of_processes(two, folder):
     alone = session(folder / "alone")
     assert_close(two[0]["began alone"], alone, rtol=1e-10, atol=1e-12)
     assert_close(session(folder / "goes on alone"), alone, rtol=1e-10, atol=1e-12)
+
+
+def test_sharded_weights_learn_what_whole_ones_do_and_are_exported_whole(one, two, folder):
+    """FSDP2, the head tied to the embedding; each process holds half of every matrix while it trains."""
+    expected = one[torch.float64]
+    student = AutoModelForCausalLM.from_pretrained(folder / "sharded" / "student")
+    for result in two:
+        for terms, wanted in zip(result["sharded"]["terms"], expected["terms"], strict=True):
+            assert_close(terms, wanted, rtol=1e-12)
+        assert not any(result["sharded"]["gradients"])  # none on the module: a twin was trained
+        assert_close(result["sharded"]["weights"], expected["weights"], rtol=1e-9, atol=1e-12)
+        for name, value in student.state_dict().items():
+            np.testing.assert_array_equal(value.numpy(), result["sharded"]["weights"][f"student.{name}"])
+
+
+@pytest.mark.parametrize("continued", ["second half", "goes on sharded"])
+def test_a_sharded_run_continues_its_own_checkpoint_bit_for_bit_and_that_of_a_whole_one(one, two, continued):
+    exact = {"rtol": 0} if continued == "second half" else {"rtol": 1e-9, "atol": 1e-12}
+    for result in two:
+        assert result["first half"]["steps"] == 2 and result[continued]["steps"] == 4
+        assert_close(result[continued]["weights"], result["sharded"]["weights"], **exact)
 
 
 def test_a_mistake_in_the_main_process_is_told_in_all_and_it_goes_first(two):
