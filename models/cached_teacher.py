@@ -92,7 +92,7 @@ class CachedTeacher:
     def _states(self, batch: PairedBatch, layers: Sequence[int]) -> tuple[Tensor, ...]:
         home, there = batch.student_ids.device, self._running.device
         with torch.autocast(there.type, enabled=False):
-            states = body_layers(self.model, batch.teacher_ids.to(there), batch.teacher_mask.to(there), layers)[1]
+            states = body_layers(self.model, batch.teacher_ids.to(there), layers)[1]
         return tuple(state.to(home) for state in states)
 
 
