@@ -68,13 +68,13 @@ def load_documents(config: DataConfig) -> Corpus:
     documents = _kept(
         _read(config, config.train, config.split, kinds), report, config.deduplicate, config.max_documents
     )
-    _require(documents, config.train, report)
+    _require(documents, config.train, report, True in kinds)
     if config.eval is None:
         train, held_out = _split(documents, config.eval_fraction)
     else:
         counts = dict.fromkeys(report, 0)
         held_out = _kept(_read(config, [config.eval], "validation", kinds), counts, config.deduplicate, None)
-        _require(held_out, [config.eval], counts)
+        _require(held_out, [config.eval], counts, True in kinds)
         keys = {_key(text) for text in held_out}
         train = [text for text in documents if _key(text) not in keys]
         report["in_eval"] = len(documents) - len(train)
@@ -145,9 +145,15 @@ def _kept(
     return kept
 
 
-def _require(documents: list[str], names: Sequence[str], report: dict[str, int]) -> None:
+def _require(documents: list[str], names: Sequence[str], report: dict[str, int], conversations: bool) -> None:
     if not names:
         raise UserError("No training data: expected at least one file, folder or hub id. Give it with --train-data.")
+    if not documents and conversations:
+        raise UserError(
+            f"Nothing to learn from in {', '.join(names)}: in none of {report['read']} conversations is there text of "
+            "the role 'assistant'. Rename the role that answers (gpt, bot, model), or learn from all messages: "
+            "--set data.learn_from=all."
+        )
     if not documents:
         raise UserError(
             f"No text in {', '.join(names)}: {report['read']} documents read, {report['empty']} of them empty. "

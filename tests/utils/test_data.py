@@ -89,6 +89,15 @@ def error(path: Path, **settings) -> str:
     return str(caught.value)
 
 
+def test_conversations_in_which_nobody_answers_are_told_as_such(tmp_path):
+    path = tmp_path / "a.jsonl"
+    says = [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "hello"}]
+    path.write_text(json.dumps({"messages": says}) + "\n" + json.dumps({"messages": says[1:]}))
+    with pytest.raises(UserError, match=r"none of 2 conversations .* 'assistant'.*data\.learn_from=all"):
+        load(path)
+    assert len(load(path, learn_from="all").train) == 1
+
+
 def test_bad_utf8_is_an_error_with_its_line(tmp_path):
     for name in ("a.txt", "a.jsonl", "a.csv", "a.json"):
         path = tmp_path / name
