@@ -15,6 +15,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -333,12 +334,14 @@ def _settle(
     length = int(min(config.data.max_length, *map(pretrained.context_length, shapes.values())))
     teacher = shapes["teacher"] if config.teacher.name else None
     demand = demand_of(config, shapes["student"], teacher, length, precision, device, logit_rows)
+    cache = config.cache.folder
+    spared = bool(cache) and Path(cache).expanduser().is_dir() and not demand.routed_layers
     try:
         size, sizes = training.batch_size, [n for n in range(most, 0, -1) if most % n == 0]
         if auto:
             room = free * (1 if demand.on_gpu else ROOM_ON_CPU)
             size = next((n for n in sizes if sum(demand.memory(n).values()) <= room), 1)
-        parts, least = demand.memory(size), sum(demand.memory(1).values())
+        parts, least = demand.memory(size), sum(replace(demand, apart=demand.apart or spared).memory(1).values())
     except (RuntimeError, ValueError) as error:  # an architecture that cannot be run without content
         if auto:
             raise UserError(
@@ -347,7 +350,8 @@ def _settle(
         log.warning("memory: no forecast is possible for these models (%s)", error)
         return config, ""
     told = f"{largest(parts)} in micro-batches of {size}; {free / 2**30:.3g} GiB free on {device}"
-    if least > MARGIN * free:
+    told += " (teacher included, which a complete cache spares)" if spared else ""
+    if least > MARGIN * free and not config.cache.build_only:
         raise UserError(
             f"training would take about {least / 2**30:.3g} GiB even in micro-batches of one window, and "
             f"{free / 2**30:.3g} GiB are free on {device} (forecast: {largest(parts)}). {REMEDY}."

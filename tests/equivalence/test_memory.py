@@ -1,5 +1,6 @@
 """The forecast of memory against the peak of real optimizer steps, byte by byte as torch's allocator counts them."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -157,3 +158,16 @@ def test_a_run_that_cannot_fit_is_refused_and_one_that_may_not_is_warned_of(monk
     assert settled(monkeypatch, small, 2**40)[0] == small and not caplog.records
     settled(monkeypatch, small, RUNTIME)
     assert "micro-batches are halved" in caplog.text
+
+
+def test_a_run_that_fits_without_the_teacher_is_not_refused_once_its_cache_is_there(monkeypatch, config, tmp_path):
+    shapes = 2 * [tiny_llama(600).config]
+    monkeypatch.setattr(memory, "RUNTIME", 0)
+    least = sum(memory.demand_of(config, *shapes, 64, "no", torch.device("cpu"), logit_rows).memory(1).values())
+    free = 0.99 * least / memory.MARGIN
+    cached = replace(config, cache=replace(config.cache, folder=str(tmp_path)))
+    assert "which a complete cache spares" in settled(monkeypatch, cached, free)[1]
+    for folder, build_only, refused in ((tmp_path / "new", False, True), (tmp_path / "new", True, False)):
+        other = replace(config, cache=replace(config.cache, folder=str(folder), build_only=build_only))
+        with pytest.raises(UserError) if refused else nullcontext():
+            settled(monkeypatch, other, free)
