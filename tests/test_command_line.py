@@ -242,6 +242,21 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path, capsys):
     assert "is a file" in capsys.readouterr().out
 
 
+def test_a_cache_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("text and tokenizers were loaded"))
+    run = [*PAIR, "--output-dir", str(tmp_path / "run"), "--cache-teacher"]
+    for cache in ("file", "file/cache"):
+        assert train.main([*run, str(tmp_path / cache)]) == 2
+        assert "is a file" in capsys.readouterr().out
+    monkeypatch.setattr(train.run_folder.os, "access", lambda *_: False)
+    assert train.main([*run, str(tmp_path / "cache")]) == 2
+    assert "cannot be written to" in capsys.readouterr().out and not (tmp_path / "cache").exists()
+    assert not (tmp_path / "run").exists()
+    there = to_plain(configured("--cache-teacher", str(tmp_path)))
+    train.run_folder.check(tmp_path / "run", there, "auto")  # a cache that is there may be read-only
+
+
 def test_the_folder_of_a_run_with_other_settings_is_refused_with_what_differs(tmp_path, capsys):
     config = configured("--output-dir", str(tmp_path))
     train.run_folder.write_config(tmp_path, to_plain(config), {})

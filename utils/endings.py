@@ -22,7 +22,7 @@ def exit_code(command: Callable[[], None]) -> int:
         command()
         return 0
     except Interrupted as interrupted:
-        log.warning("stopped by %s; the same command continues from the checkpoint", interrupted)
+        log.warning("stopped by %s; the same command continues where it stopped", interrupted)
         return EXIT_CODES.get(str(interrupted), 0)
     except (UserError, RunError) as error:
         tell_launcher(error)

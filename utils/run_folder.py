@@ -1,5 +1,6 @@
 """The folder of a run: refused early when it cannot serve, and the record of what was run in it."""
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -62,14 +63,22 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
-    """Make sure, before anything is loaded, that a run may write here. Creates the folder.
+    """Make sure, before anything is loaded, that a run may write here and that its teacher cache has a place.
+
+    The folder of the run is created.
 
     Raises:
-        UserError: a file is in the way, the folder cannot be written to, or it holds another run's checkpoints.
+        UserError: a file is in the way, the folder cannot be written to, it holds another run's checkpoints, or there
+            is no teacher cache and none can be made.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir():
-        raise UserError(f"output_dir {folder}: {existing} is a file. Expected a folder; choose another --output-dir.")
+    _above("output_dir", folder, "--output-dir")
+    if cache := config.get("cache", {}).get("folder"):
+        cache = Path(cache).expanduser()
+        if not os.access(above := _above("teacher cache", cache, "--cache-teacher DIR"), os.W_OK) and above != cache:
+            raise UserError(
+                f"teacher cache {cache} cannot be made: {above} cannot be written to. Choose another "
+                "--cache-teacher DIR."
+            )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -87,6 +96,18 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
     if (folder / CONFIG).is_file():
         there = identity(load_yaml(folder / CONFIG))
         refuse_differences(f"output_dir {folder}", there, identity(config), config["resume_changed"])
+
+
+def _above(what: str, folder: Path, flag: str) -> Path:
+    """The folder itself, or where there is none yet, the nearest one above it.
+
+    Raises:
+        UserError: that is a file.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{what} {folder}: {existing} is a file. Expected a folder; choose another {flag}.")
+    return existing
 
 
 @contextmanager
