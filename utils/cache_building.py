@@ -161,11 +161,11 @@ class CacheBuilding:
             return
         known = [self.held_out.windows[i] for i in range(len(self.held_out.windows))]
         text = sum(int(window["bytes"]) for window in known)
-        tokens = sum(len(window["student_ids"]) for window in known)
+        tokens = self.held_out.coverage()["lm"]  # what is learned: of a conversation not all that is read
         size = cache.size(self._held_out_keys)
         share = int(np.asarray(self.windows["bytes"][:])[lacking].sum()) / max(text, 1)
         expected, free = share * size, free_disk(cache.folder)
-        speed = cache.written.tokens / cache.written.seconds if cache.written.seconds else 0
+        speed = self.plan.processes * cache.written.tokens / cache.written.seconds if cache.written.seconds else 0
         log.info(
             "teacher cache: %.1f bytes per student token; %s windows are missing and will take %s MB%s; %s MB are free",
             size / max(tokens, 1), f"{len(lacking):,}", f"{expected / 1e6:,.1f}",

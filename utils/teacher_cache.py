@@ -130,7 +130,8 @@ class TeacherCache:
         return join([self.codec.decode(self._bytes(key)) for key in keys]) if self.holds(keys) else None
 
     def keep(self, keys: Sequence[bytes], windows: Sequence[Sequence[np.ndarray]], tokens: int, seconds: float) -> Said:
-        """Store what the teacher said about a batch of windows; returns it as it will be read.
+        """Store what the teacher said about a batch of windows; returns it as it will be read: of windows that are
+        there already, what was stored before.
 
         Args:
             windows: the arrays of a `Said` each.
@@ -141,17 +142,20 @@ class TeacherCache:
             RunError: the disk is full, or the cache may not be written to.
         """
         began = time.monotonic()
-        packed = [self.codec.encode(Said(*window)) for window in windows]
-        decoded = [self.codec.decode(data) for data in packed]
+        new = {
+            key: self.codec.encode(Said(*window))
+            for key, window in zip(keys, windows, strict=True)
+            if not self.holds([key])
+        }
+        self._waiting |= new
+        self._waiting_bytes += sum(map(len, new.values()))
+        stored = {key: self.codec.decode(self._bytes(key)) for key in keys}
         seconds += time.monotonic() - began
-        for key, data, window in zip(keys, packed, decoded, strict=True):
-            if not self.holds([key]):
-                self._waiting[key] = data
-                self._waiting_bytes += len(data)
-                self.written.add(window, len(data), tokens / len(keys), seconds / len(keys))
+        for key, data in new.items():
+            self.written.add(stored[key], len(data), tokens / len(keys), seconds / len(keys))
         if self._waiting_bytes >= SHARD_BYTES:
             self.flush()
-        return join(decoded)
+        return join([stored[key] for key in keys])
 
     def flush(self) -> None:
         """Write what is waiting as a shard.
@@ -325,8 +329,8 @@ def _told(folder: Path, size: int) -> Iterator[None]:
     except OSError as error:
         raise RunError(
             f"teacher cache {folder} cannot be written: {error.strerror or error}; needs {size / 1e6:,.1f} MB, "
-            f"{free_disk(folder) / 1e6:,.1f} MB are free. What was written before is whole. Free some "
-            "space there, and the same command continues; or give another --cache-teacher DIR."
+            f"{free_disk(folder) / 1e6:,.1f} MB are free. What was written before is whole. Put that right, and the "
+            "same command continues; or give another --cache-teacher DIR."
         ) from error
 
 

@@ -17,6 +17,7 @@ from utils.config import CacheConfig, EvaluationConfig
 from utils.errors import RunError, UserError
 from utils.held_out import HeldOut
 from utils.plan import Plan
+from utils.progress import duration
 from utils.signal_codec import Codec
 from utils.stopping import StopSignal
 from utils.teacher_cache import TeacherCache, open_cache
@@ -70,6 +71,14 @@ def test_what_is_kept_can_be_read_at_once_and_by_others_once_it_is_written(tmp_p
     writer.flush()
     assert shards_of(tmp_path) == before, "a window that is there is not written again"
     assert "2 windows and 40 student tokens" in str(writer.written)
+
+
+def test_of_a_batch_that_is_partly_there_the_stored_part_is_used(tmp_path):
+    some = windows(2)
+    cache = filled(tmp_path, some[:1])
+    kept = cache.keep(cache.keys(some), [said(4, 8, seed=s) for s in (7, 1)], 40, 0.1)
+    assert np.array_equal(kept.log_probs, np.concatenate([said(4, 8, seed=s).log_probs for s in (0, 1)]))
+    assert cache.written.windows == 2, "each was written once"
 
 
 def test_a_full_buffer_becomes_a_shard(tmp_path, monkeypatch):
@@ -177,6 +186,9 @@ def test_an_evaluation_is_measured_once_and_again_where_it_was_damaged(tmp_path)
 
 # ---------------------------------------------------------------- building
 
+LEARNED = 15
+"""Tokens of the held-out windows that are learned from: a quarter of those that are read, as of conversations."""
+
 
 class Batch:
     def __init__(self, rows: list[dict]) -> None:
@@ -214,6 +226,7 @@ def building(cache: TeacherCache, monkeypatch, steps: int = 3) -> CacheBuilding:
     )
     held_out = HeldOut(EvaluationConfig(), alone, windows(3, seed=1), [], Batch, {}, 2)
     monkeypatch.setattr(HeldOut, "measure", lambda self, model, side: {"metrics": {}, "samples": []})
+    monkeypatch.setattr(HeldOut, "coverage", lambda self: {"lm": LEARNED})
     plan = Plan(windows=10, micro_batch=2, global_batch=4, processes=1, total_steps=steps)
     return CacheBuilding(cache, Column(windows(10)), held_out, plan, seed=0)
 
@@ -251,6 +264,13 @@ def test_the_forecast_is_what_is_written_and_too_little_disk_is_refused_before(t
     with caplog.at_level("INFO", logger="utils"):
         made.forecast()
     assert "Kaggle keeps at most 20 GB" in caplog.text and "10 windows are missing" in caplog.text
+    each = made.cache.written.bytes / LEARNED
+    assert f"{each:.1f} bytes per student token" in caplog.text
+    made.cache.written.tokens, made.cache.written.seconds = LEARNED, 1000.0  # 123 bytes of held-out text
+    missing = sum(row["bytes"] for row in made.windows)
+    with caplog.at_level("INFO", logger="utils"):
+        made.forecast()
+    assert f"and {duration(1000.0 * missing / 123)} of the teacher" in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_to_says_what_it_lacks(tmp_path, monkeypatch):
