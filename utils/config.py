@@ -20,6 +20,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import UserError
+from .mistakes import describe, dotted, shown
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -281,7 +282,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def set_dotted(values: dict[str, Any], assignment: str) -> None:
+def setdotted(values: dict[str, Any], assignment: str) -> None:
     """Apply `a.b=value` to nested dicts in place; the value is parsed as YAML.
 
     Raises:
@@ -322,7 +323,7 @@ def build(schema: type[T], values: dict[str, Any], *, source: str) -> T:
             instance = TypeAdapter(schema).validate_python(cleaned)
             break
         except ValidationError as error:
-            problems += [line for line in _describe(error, cleaned) if line not in problems]
+            problems += [line for line in describe(error, cleaned) if line not in problems]
             if not _take_out(error, cleaned):
                 break
     if problems:
@@ -335,7 +336,7 @@ def _take_out(error: ValidationError, values: dict[str, Any]) -> bool:
     """Remove wrong values, so that the default stands in and what they hid can be checked. False: none removed."""
     removed = False
     for item in error.errors(include_url=False, include_input=False):
-        *path, last = _dotted(item["loc"], values).split(".")
+        *path, last = dotted(item["loc"], values).split(".")
         inner: Any = values
         for part in path:
             if not isinstance(inner, dict) or part not in inner:
@@ -427,7 +428,7 @@ def _without_unknown(schema: type, values: Any, prefix: str, known: dict[str, st
     for key, value in values.items():
         if key not in hints:
             near = _did_you_mean(str(key), hints, prefix) or _did_you_mean_elsewhere(str(key), known)
-            problems.append(f"{prefix}{key}: unknown key (got {_shown(value)}){near}")
+            problems.append(f"{prefix}{key}: unknown key (got {shown(value)}){near}")
             continue
         inner = _dataclass_in(hints[key])
         cleaned[key] = value if inner is None else _without_unknown(inner, value, f"{prefix}{key}.", known, problems)
@@ -444,56 +445,3 @@ def _did_you_mean_elsewhere(word: str, known: dict[str, str]) -> str:
         path for path, leaf in known.items() if difflib.get_close_matches(word, [leaf], cutoff=0.8)
     ]
     return f"; did you mean {' or '.join(paths[:3])}?" if paths else ""
-
-
-def _describe(error: ValidationError, values: Any) -> list[str]:
-    """One line for each wrong value; of a union's branches only those the value could have meant are named."""
-    by_path: dict[str, list[dict]] = {}
-    for item in error.errors(include_url=False):
-        by_path.setdefault(_dotted(item["loc"], values), []).append(item)
-    lines = []
-    for path, items in by_path.items():
-        if any(other.startswith(f"{path}.") for other in by_path):
-            continue  # a ramp with mistakes inside was also tried as a number
-        if isinstance(items[0]["input"], dict) and len(items) > 1:
-            items = [item for item in items if not item["type"].startswith("float")]
-        where, kind, message = f"{path}: " if path else "", items[0]["type"], items[0]["msg"]
-        if kind == "value_error":
-            lines.append(where + message.removeprefix("Value error, "))
-        elif kind == "missing":
-            lines.append(f"{where}missing")
-        else:
-            wanted = " or ".join(dict.fromkeys(_expected(item) for item in items))
-            lines.append(f"{where}got {_shown(items[0]['input'])}, expected {wanted}")
-    return lines
-
-
-def _expected(item: dict) -> str:
-    """What pydantic wanted, as a phrase that follows "expected"."""
-    if item["type"] == "dataclass_type":
-        ramp = item["ctx"]["class_name"] == "Ramp"
-        return "a mapping {points: [[progress, value], ...]}" if ramp else "a mapping"
-    return item["msg"].removeprefix("Input should be ").split(", unable")[0]
-
-
-def _dotted(location: tuple, values: Any) -> str:
-    """The dotted path of an error without pydantic's names of union branches, which are no keys of `values`."""
-    parts = []
-    for part in location:
-        inside = isinstance(values, dict) and part in values
-        indexed = isinstance(values, list | tuple) and isinstance(part, int)
-        if inside or indexed or not isinstance(part, str) or (isinstance(values, dict) and _is_key(part)):
-            parts.append(str(part))
-            if inside or (indexed and part < len(values)):
-                values = values[part]
-    return ".".join(parts)
-
-
-def _is_key(part: str) -> bool:
-    """A missing key, as opposed to the name of a union branch (a class or a built-in type)."""
-    return part.islower() and part.isidentifier() and part not in ("float", "int", "str", "bool", "list", "tuple")
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
