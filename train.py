@@ -8,7 +8,7 @@ The junction of `models/` (what is learned) and `utils/` (how it is run): everyt
 import logging
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,15 +33,17 @@ from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher, logit_rows
 from models.vocabulary import MARKER, VocabularyMap
 from utils import (
-    adapters,
+    benchmark_tasks,
     command_line,
     data,
     forecast,
     hardware,
+    hub,
     memory,
     pretrained,
     quickstart,
     report,
+    requirements,
     run_folder,
     students,
 )
@@ -52,12 +54,14 @@ from utils.config import (
     CacheConfig,
     DataConfig,
     EvaluationConfig,
+    HubConfig,
     LoggingConfig,
     ModelConfig,
     StudentConfig,
     TrainingConfig,
     to_plain,
 )
+from utils.contradictions import contradictions
 from utils.endings import EXIT_CODES, Interrupted, exit_code
 from utils.errors import UserError, value_errors_are_the_users
 from utils.guards import RedFlags
@@ -77,10 +81,6 @@ LM_ALONE = CurriculumConfig(kd=Term(0.0), lm=Term(1.0))
 WITHOUT_TEACHER = "without_teacher"
 """Folder, in that of a run, of the same student trained without the teacher."""
 
-RANDOM_HINT = (
-    "a student that starts from random weights learns more from the teacher's hidden states besides "
-    "(docs/experiments.md): --set curriculum.feat.weight=1 curriculum.attn.weight=1"
-)
 CHANNEL_WINDOWS = 2000
 """Windows on which the counted channel (loss.correction: channel) is counted."""
 
@@ -102,6 +102,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     output_dir: str = "runs/train"
     """Folder of the run; by default runs/ and the name of the recipe."""
     resume: str = "auto"
@@ -110,26 +111,7 @@ class RunConfig:
     """Continue although curriculum, loss, max_grad_norm or patience are no longer those of the checkpoint."""
 
     def __post_init__(self) -> None:
-        wrong = []
-        if self.student.name is None:
-            wrong.append("no student: give --student ID or DIR")
-        if self.student.lora.enabled and self.student.name in quickstart.NAMES:
-            wrong.append("--lora adapts trained weights, and the embedded student has none: give --student ID or DIR")
-        if not self.data.train:
-            wrong.append("no training data: give --train-data")
-        used = self.curriculum.used()
-        if not used & {*HEAD_TERMS}:
-            wrong.append(f"nothing to learn from: the weights of {', '.join(HEAD_TERMS)} are 0; raise one of them")
-        signals = sorted(used - {"lm"})
-        if self.teacher.name is None and signals:
-            wrong.append(f"no teacher, but {' and '.join(signals)} weigh more than 0: give --teacher or set them to 0")
-        if self.teacher.name is None and self.evaluation.without_teacher:
-            wrong.append("evaluation.without_teacher compares with a run that has a teacher: give --teacher")
-        if self.cache.folder and self.teacher.name is None:
-            wrong.append("a teacher cache, but no teacher: give --teacher")
-        if self.training.patience and not self.evaluation.every:
-            wrong.append("training.patience counts evaluations, and evaluation.every is 0: give --eval-every")
-        if wrong:
+        if wrong := contradictions(self, HEAD_TERMS):
             raise ValueError("; ".join(wrong))
 
 
@@ -160,13 +142,6 @@ class Job:
     cache: TeacherCache | None = None
     """Of what the teacher says."""
     memory: str = ""  # forecast of what training takes
-
-
-def check_weights(config: RunConfig, device: torch.device) -> None:
-    """Refuse, with nothing loaded, weights that need another device or a package that is not there."""
-    if config.teacher.name is not None:
-        pretrained.check_weights(config.teacher.dtype, "teacher.dtype", device)
-    adapters.check(config.student.lora, device)
 
 
 def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
@@ -254,16 +229,11 @@ def load_teacher(job: Job) -> FrozenTeacher | None:
     dtype, device = job.teacher_dtype, job.teacher_device
     log.info("teacher on %s in %s: %s", device, str(dtype.value).removeprefix("torch."), dtype.reason)
     if job.config.student.init == "random" and not job.config.curriculum.used() & {*ROUTER_TERMS}:
-        log.info(RANDOM_HINT)
+        log.info(students.RANDOM_HINT)
     weights = {"weights": config.dtype, "allow_pickle": config.allow_pickle}
     model = pretrained.load_model(config.name, "teacher", dtype.value, device, **weights)
     with value_errors_are_the_users():
         return FrozenTeacher(model, job.vocabulary)
-
-
-def make_student(job: Job) -> nn.Module:
-    """The student before training."""
-    return students.make(job.config.student, job.config.training, job.accelerator)
 
 
 # ------------------------------------------------------------------------------------------ training
@@ -294,7 +264,7 @@ def train_student(
     """
     config, accelerator = job.config, job.accelerator
     plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
-    student = make_student(job)
+    student = students.make(config.student, config.training, accelerator)
     made_from = {"student": pretrained.fingerprint(student, values=config.student.init == "pretrained")}
     measure_teacher = None
     if teacher is not None and job.cache is None:
@@ -370,9 +340,25 @@ def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[s
     results = job.held_out.results(framework.student, trained.start, framework.compare)
     results["run"] = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
     if job.accelerator.is_main_process:
-        names = {"name": asked.student.name, "teacher": asked.teacher.name, "text": asked.data.train}
-        export_to = (job.tokenizer, output / "student", results)
-        students.export(framework.student, job.config.student, *export_to, **names)
+        settings = (job.config.student, job.tokenizer, output / "student", to_plain(asked))
+        students.export(framework.student, *settings, results)
+        report.write_report(output, results)
+    return results
+
+
+def add_tasks(
+    job: Job, trained: Trained, teacher: FrozenTeacher | CachedTeacher | None, results: dict[str, Any], output: Path
+) -> dict[str, Any]:
+    """Measure the tasks that were asked for, in this process, and add them to the report."""
+    config = job.config
+    models: dict[str, Callable[[], nn.Module]] = {"student": lambda: trained.framework.student}
+    if teacher is not None:
+        loaded = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
+        models["teacher"] = lambda: (loaded or load_teacher(job)).model
+    if config.student.init == "pretrained":
+        models["initial_student"] = lambda: students.make(config.student, config.training, job.accelerator)
+    if tasks := benchmark_tasks.measure(job.held_out, models):
+        results = {**results, "tasks": tasks}
         report.write_report(output, results)
     return results
 
@@ -409,12 +395,13 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     device = hardware.choose_device()
     if remedy := hardware.check_kernels():
         raise UserError(remedy)
-    check_weights(config, device.value)
+    requirements.check(config, device.value)
     precision = hardware.choose_precision(config.training.mixed_precision, device.value)
     cpu, track = device.value.type == "cpu", config.logging.track
     accelerator = build_accelerator(precision.value, cpu=cpu, track=track, folder=output)
     on_main_process(accelerator, lambda: run_folder.check(output, to_plain(asked), asked.resume))
     on_main_process(accelerator, lambda: CheckpointStore(output / "checkpoints").check_path(asked.resume))
+    on_main_process(accelerator, lambda: hub.check(config.hub, output / "student"))
     setup_logging(output, main_process=accelerator.is_main_process)
     log.info("%s", recipe)
     notes = {"recipe": recipe, "device": f"{device.value}: {device.reason}", "mixed precision": precision.reason}
@@ -442,9 +429,14 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     if job.cache is not None:
         log.info("teacher cache: %s", job.cache.written)
     results = export(job, asked, trained, output)  # before the comparison, so that a kill there loses nothing
-    if config.evaluation.without_teacher and trained.result.stopped_by != "max_hours":
+    in_time, main = trained.result.stopped_by != "max_hours", accelerator.is_main_process
+    if config.evaluation.tasks and main and in_time:
+        results = add_tasks(job, trained, teacher, results, output)
+    if config.evaluation.without_teacher and in_time:
         results = compare_without_teacher(without_cache, trained, results, output, stop)
-    if accelerator.is_main_process:
+    if main:
+        students.describe(output / "student", to_plain(asked), results)
+        hub.push(config.hub, output / "student")
         report.print_summary(results)
         log.info("student: %s; report: %s", output / "student", output / report.REPORT_HTML)
     return trained.result.stopped_by

@@ -41,7 +41,9 @@ from utils.config import DataConfig, EvaluationConfig, ModelConfig, StudentConfi
 from utils.errors import UserError
 from utils.logs import StepLogger
 from utils.plan import another_accelerator, build_accelerator
+from utils.requirements import check as check_requirements
 from utils.seeding import permutation, seed_everything
+from utils.students import make as make_student
 from utils.training import FitResult, fit
 
 LENGTH = miniature.CONTEXT
@@ -381,7 +383,7 @@ def own_router(setup: preflight.SetUp, job: train.Job) -> tuple:
     if {setup.config.teacher.dtype, setup.config.student.lora.base} & {*pretrained.QUANTISED}:
         return "not measured: this check computes on the CPU, quantised weights do not", allowed, True
     config, size = job.config, min(job.config.training.batch_size, ROUTED_WINDOWS)
-    student, teacher = train.make_student(job).eval(), train.load_teacher(job)
+    student, teacher = make_student(config.student, config.training, job.accelerator).eval(), train.load_teacher(job)
     scheduler = CurriculumScheduler(config.curriculum, config.loss, 1)
     module = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)
     chosen = permutation(len(job.windows), config.training.seed, 0).tolist()
@@ -413,7 +415,7 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
     Raises:
         UserError: a mistake in models or data.
     """
-    train.check_weights(asked, hardware.choose_device().value)
+    check_requirements(asked, hardware.choose_device().value)
     config = asked
     if quickstart.is_named(asked):
         material = quickstart.material()
@@ -465,11 +467,8 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
     else:
         yield "Your set-up" if argv else "The default of this machine (flags of train.py check your own set-up)"
         yield from (preflight.models(setup), own_label_shift(setup), preflight.window_length(setup))
-        yield from (
-            preflight.duplicates(own),
-            preflight.leakage(own),
-            *([preflight.coverage(own)] if setup.teacher else []),
-        )
+        yield from (preflight.duplicates(own), preflight.leakage(own))
+        yield from [preflight.coverage(own)] if setup.teacher else []
         if own.collate.router is not None:
             yield own_router(setup, own)
     yield from (preflight.memory(setup), preflight.disk(setup), preflight.output_directory(setup))

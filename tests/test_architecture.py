@@ -27,9 +27,10 @@ FLOORS = {
         | {"checklist", "environment", "forecast", "endings", "sharding", "signal_codec"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}
         | {"tracking"},
-        {"memory"},
-        {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures", "adapters"},
-        {"students", "run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"},
+        {"memory", "contradictions"},
+        {"plan", "held_out", "preflight", "rehearsal", "miniature", "pictures", "adapters"}
+        | {"model_card", "hub", "benchmark_tasks"},
+        {"requirements", "students", "run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"},
         {"training", "report", "cache_building"},
     ],
 }

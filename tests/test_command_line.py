@@ -55,6 +55,9 @@ SURFACE = {
     "--track": "NAME",
     "--log-term-gradients": None,
     "--eval-every": "N",
+    "--eval-tasks": "TASK",
+    "--eval-tasks-path": "DIR",
+    "--push-to-hub": "OWNER/NAME",
     "--save-every": "N",
 }
 
@@ -120,6 +123,9 @@ def test_help_is_grouped_and_names_every_flag():
         (["--track", "tensorboard", "wandb"], "logging.track", ["tensorboard", "wandb"]),
         (["--log-term-gradients"], "logging.term_gradients", True),
         (["--eval-every", "12"], "evaluation.every", 12),
+        (["--eval-tasks", "arc_easy", "piqa"], "evaluation.tasks", ["arc_easy", "piqa"]),
+        (["--eval-tasks-path", "d"], "evaluation.tasks_path", "d"),
+        (["--push-to-hub", "me/mine"], "hub.repository", "me/mine"),
         (["--save-every", "13"], "training.save_every", 13),
         (["--set", "curriculum.kd.weight=0", "curriculum.lm.weight=1"], "curriculum.kd.weight", 0.0),
         (["--teacher", "123"], "teacher.name", "123"),

@@ -80,12 +80,15 @@ FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
         ("--track", "logging.track", "NAME", "also log to tensorboard, wandb or another tracker that accelerate knows"),
         ("--log-term-gradients", "logging.term_gradients", "", "also log the gradient norm of each term; slow"),
         ("--eval-every", "evaluation.every", "N", "optimizer steps between evaluations; 0: before and after only"),
+        ("--eval-tasks", "evaluation.tasks", "TASK", "tasks of lm_eval for teacher and student, after training"),
+        ("--eval-tasks-path", "evaluation.tasks_path", "DIR", "tasks of your own, in lm_eval's YAML form"),
+        ("--push-to-hub", "hub.repository", "OWNER/NAME", "upload the student after the run, to a private repository"),
         ("--save-every", "training.save_every", "N", "optimizer steps between checkpoints"),
     ),
 }
 """Per group of --help: flag, configuration key, what it takes (nothing: it sets the key to true), what it is."""
 
-SEVERAL = ("data.train", "logging.track")
+SEVERAL = ("data.train", "logging.track", "evaluation.tasks")
 """Keys of lists: their flags take several values."""
 
 EPILOG = """\

@@ -184,6 +184,12 @@ class EvaluationConfig:
     """Length of the continuations, in tokens of the model that writes them."""
     without_teacher: bool = False
     """Also train the same student, on the same batches for the same steps, without the teacher, and compare."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks or groups of lm_eval, measured after training on teacher, student and, if it had weights, its beginning."""
+    tasks_path: str | None = None
+    """Folder with tasks of your own, in lm_eval's YAML form."""
+    tasks_limit: Annotated[int, Gt(0)] | None = None
+    """First documents of each task that are scored; null: all."""
 
 
 @dataclass(frozen=True)
@@ -220,6 +226,16 @@ class LoggingConfig:
     term_gradients: bool = False
     """Also log the norm of the gradient that each term contributes to the student (for debugging: slow, and takes
     the memory of one gradient per term)."""
+
+
+@dataclass(frozen=True)
+class HubConfig:
+    """The student on the Hugging Face Hub."""
+
+    repository: str | None = None
+    """OWNER/NAME to which it is uploaded after the run; null: none."""
+    private: bool = True
+    """If the repository does not exist, it is made a private one."""
 
 
 # ---------------------------------------------------------------------------------------------- YAML
@@ -282,7 +298,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def setdotted(values: dict[str, Any], assignment: str) -> None:
+def set_dotted(values: dict[str, Any], assignment: str) -> None:
     """Apply `a.b=value` to nested dicts in place; the value is parsed as YAML.
 
     Raises:

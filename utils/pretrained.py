@@ -6,7 +6,6 @@ loaded is one `UserError` that names the model and the ways to attach it.
 
 import hashlib
 import importlib.util
-import json
 import logging
 import math
 import os
@@ -39,6 +38,9 @@ T = TypeVar("T")
 
 ATTACHED = Path("/kaggle/input")
 """Where a notebook's attached models appear."""
+
+CARD = "README.md"
+"""Of an exported model: where the hub looks for a model card."""
 
 QUANTISED = {"8bit": (7, 5), "4bit": (6, 0)}
 """Weights by bitsandbytes, and the compute capability that each needs (installation guide of bitsandbytes 0.50)."""
@@ -296,76 +298,25 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, c
 
     It loads without this project: with `AutoModelForCausalLM.from_pretrained`, or, where the model is peft's, what is
     written is the adapter alone, with `AutoPeftModelForCausalLM.from_pretrained`. Generation stops where the tokenizer
-    ends a text (of conversations a turn), besides where the model did before.
+    ends a text (of conversations a turn), besides where the model did before, and pads with a token that exists.
     """
     ends, end = model.generation_config.eos_token_id, tokenizer.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     if end is not None and end not in ends:
         model.generation_config.eos_token_id = [end, *(other for other in ends if other is not None)]
+    if model.generation_config.pad_token_id is None:  # else generate() warns of each text that it pads the end
+        model.generation_config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     # peft would ask the hub whether the base's vocabulary was resized, which never happens here
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     with atomic_folder(folder) as staging:
         model.save_pretrained(staging, **options)
         tokenizer.save_pretrained(staging)
-        write_text(staging / "README.md", card)
-
-
-def model_card(
-    base: str, init: str, teacher: str | None, data: list[str], report: dict[str, Any], *, adapter: bool = False
-) -> str:
-    """A short model card in the hub's form: what it is, where it comes from, what was measured.
-
-    Args:
-        adapter: the model is an adapter of its base, and loads with peft.
-    """
-    rows = [
-        f"| {title} | {report[key]['bits_per_byte']:.4f} | {report[key]['perplexity']:.2f} |"
-        for key, title in (("teacher", "teacher"), ("initial_student", "before training"), ("student", "this model"))
-        if report.get(key)
-    ]
-    how = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
-    start = "its own weights" if init == "pretrained" else "random weights"
-    library, loader = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
-    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    if adapter:
-        imports = ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
-    return "\n".join(
-        [
-            "---",
-            f"library_name: {library}",
-            "pipeline_tag: text-generation",
-            *([f"base_model: {json.dumps(base)}"] if not Path(base).exists() else []),
-            "---",
-            "",
-            "# Student of a curriculum distillation",
-            "",
-            *([f"A LoRA adapter of `{_public(base)}`.", ""] if adapter else []),
-            f"The architecture and tokenizer of `{_public(base)}`, starting from {start}, {how}",
-            f"on {', '.join(f'`{_public(name)}`' for name in data)} in {report['run']['steps']:,} optimizer steps.",
-            "",
-            "| on held-out text | bits per byte | perplexity (own tokens) |",
-            "|---|---|---|",
-            *rows,
-            "",
-            "```python",
-            *imports,
-            "",
-            f'model = {loader}.from_pretrained("path/to/this/folder")',
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-            "```",
-            "",
-        ]
-    )
+        write_text(staging / CARD, card)
 
 
 def where_from(name: str) -> str:
     """A hub id, or the whole path of a local folder: where anybody on this machine finds the model."""
     return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
-
-
-def _public(name: str) -> str:
-    """A hub id, or the last part of a local path: where a folder lies on this machine concerns nobody."""
-    return Path(name).name if Path(name).expanduser().exists() else name
 
 
 def _load(load: Any, name: str, role: str, what: Literal["config.json", "tokenizer", "weights"], **options: Any) -> Any:

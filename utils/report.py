@@ -10,7 +10,7 @@ from . import report_html, run_folder
 from .atomic import write_json, write_text
 from .logs import console, json_safe, read_metrics, read_warnings
 from .pictures import Records, curves_as_svg, draw_curves, draw_routing, routing_as_svg
-from .results import MODELS, REPORT_JSON, figure, headline, model_name, retention_lines, run_lines
+from .results import MODELS, REPORT_JSON, figure, headline, model_name, retention_lines, run_lines, task_table
 
 REPORT_MD, REPORT_HTML = "evaluation_report.md", "report.html"
 CURVES, ROUTING = "training_curves.png", "routing.png"
@@ -79,6 +79,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
 def markdown(results: Mapping[str, Any]) -> str:
     """The report for people."""
     parts = ["# Evaluation report", headline(results), _model_table(results), _retention_list(results)]
+    parts += [f"## Tasks\n\nMeasured by lm_eval.\n\n{tasks}"] if (tasks := task_table(results)) else []
     parts += [f"![Training curves]({CURVES})", _routing(results.get("routing")), _run_list(results)]
     if samples := results.get("samples"):
         parts.append("## Samples\n\nGreedy continuations of the same beginnings.")

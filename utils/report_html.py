@@ -12,7 +12,7 @@ from typing import Any
 
 from .config import flatten
 from .pictures import THEME
-from .results import MODELS, figure, headline, model_name, percent, retention_lines, run_lines
+from .results import MODELS, figure, headline, model_name, percent, retention_lines, run_lines, task_rows
 
 MOST_WARNINGS = 30
 
@@ -120,6 +120,7 @@ def page(
         "<h2>Result on unseen text</h2>",
         _model_table(results),
         _pairs_card(retention_lines(results)),
+        _tasks(results),
         "<h2>Training</h2>" if pictures else "",
         f'<div class="grid" style="--least: 440px">{"".join(map(_picture, pictures))}</div>',
         _samples(results),
@@ -194,6 +195,18 @@ def _model_table(results: Mapping[str, Any]) -> str:
     return (
         f'<div class="card"><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
         f'<tbody>{"".join(rows)}</tbody></table></div><p class="note">{note} The bars are bits per byte.</p></div>'
+    )
+
+
+def _tasks(results: Mapping[str, Any]) -> str:
+    heads, rows = task_rows(results)
+    if not rows:
+        return ""
+    told = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    return (
+        f'<h2>Tasks</h2><div class="card"><div class="scroll"><table><thead><tr>'
+        f"{''.join(f'<th>{_text(head)}</th>' for head in heads)}</tr></thead><tbody>{told}</tbody></table></div>"
+        '<p class="note">Measured by lm_eval; ± is the standard error, the arrow points to the better side.</p></div>'
     )
 
 

@@ -2,7 +2,8 @@
 
 The results are one dict, in the form of evaluation_report.json:
 `{student, teacher, initial_student, retention, samples, run}` and, where there was one, `baseline`: the same
-student after the same steps without the teacher. Everything is measured on the same text.
+student after the same steps without the teacher. Everything is measured on the same text, but for `tasks`: those of
+lm_eval, a row for each metric (see `utils.benchmark_tasks`).
 """
 
 from collections.abc import Mapping
@@ -56,6 +57,32 @@ def retention_lines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Same most probable token as the teacher", percent(kept.get("top1_agreement"))),
         ("KL from the teacher at common boundaries", f"{figure(kept.get('kl_nats_per_token'))} nats per token"),
     ]
+
+
+def task_rows(results: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """lm_eval's tasks as a table for people: its heads, and its rows; no rows where none was measured."""
+    rows = results.get("tasks") or []
+    keys = [key for key in MODELS if any(row.get(key) for row in rows)]
+    cells = []
+    for row in rows:
+        arrow = {True: " ↑", False: " ↓"}.get(row["higher_is_better"], "")
+        about = [row["task"], row["metric"] + arrow, figure(row["documents"])]
+        cells.append([*about, *(_measured(row, key) for key in keys)])
+    return ["task", "metric", "documents", *(model_name(key, results) for key in keys)], cells
+
+
+def task_table(results: Mapping[str, Any]) -> str:
+    """The same in Markdown; empty where none was measured."""
+    heads, rows = task_rows(results)
+    lines = [heads, ["---", "---", *["---:"] * (len(heads) - 2)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) if rows else ""
+
+
+def _measured(row: Mapping[str, Any], key: str) -> str:
+    """Value and standard error."""
+    found = row.get(key) or {}
+    error = "" if found.get("stderr") is None else f" ± {figure(found['stderr'])}"
+    return figure(found.get("value")) + error
 
 
 def run_lines(results: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """The student before and after its training: made, the same one every time, and exported."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,17 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from . import adapters, pretrained
+from .atomic import write_text
 from .config import StudentConfig, TrainingConfig
+from .model_card import model_card
 from .seeding import seed_everything
 
 log = logging.getLogger(__name__)
+
+RANDOM_HINT = (
+    "a student that starts from random weights learns more from the teacher's hidden states besides "
+    "(docs/experiments.md): --set curriculum.feat.weight=1 curriculum.attn.weight=1"
+)
 
 
 def make(config: StudentConfig, training: TrainingConfig, accelerator: Accelerator) -> nn.Module:
@@ -41,21 +48,21 @@ def export(
     config: StudentConfig,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
-    results: dict[str, Any],
-    *,
-    name: str,
-    teacher: str | None,
-    text: Sequence[str],
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
 ) -> None:
     """Write the trained student, its tokenizer and a model card to a folder: the adapter alone, unless it is merged.
 
     Args:
-        results: for the card, as in the report.
-        name: of the student, and `teacher` and `text`: as the user gave them.
+        config: of the student, with paths that can be loaded.
+        settings, results: for the card, see `utils.model_card`.
     """
-    alone = config.lora.enabled and not config.lora.merge
     if config.lora.merge:
         base = pretrained.load_model(config.name, "student", torch.float32, allow_pickle=config.allow_pickle)
         student = adapters.merged(student, base)
-    card = pretrained.model_card(name, config.init, teacher, text, results, adapter=alone)
-    pretrained.export(student, tokenizer, folder, card)
+    pretrained.export(student, tokenizer, folder, model_card(settings, results))
+
+
+def describe(folder: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
+    """Write the card of an exported student once more, when there is more to tell."""
+    write_text(folder / pretrained.CARD, model_card(settings, results))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BartConfig, LlamaConfig, LlamaForCausalLM, T5Config
 
-from tests.models.tiny import byte_bpe
+from tests.models.tiny import byte_bpe, tiny_llama
 from utils import pretrained
 from utils.errors import UserError
 
@@ -127,3 +127,12 @@ def test_an_exported_model_stops_where_its_tokenizer_ends_a_turn(tmp_path, befor
     model.generation_config.eos_token_id = before
     pretrained.export(model, byte_bpe(280), tmp_path / "student", "card")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").generation_config.eos_token_id == after
+
+
+def test_an_exported_model_pads_with_a_token_that_exists(tmp_path):
+    tokenizer, model = byte_bpe(280), tiny_llama(280)
+    pretrained.export(model, tokenizer, tmp_path / "by the end of text", "card")
+    assert model.generation_config.pad_token_id == tokenizer.eos_token_id
+    model.generation_config.pad_token_id, tokenizer.pad_token = None, tokenizer.convert_ids_to_tokens(7)
+    pretrained.export(model, tokenizer, tmp_path / "by its own", "card")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "by its own").generation_config.pad_token_id == 7

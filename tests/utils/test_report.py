@@ -208,3 +208,21 @@ def test_the_console_table_fits_80_columns(capsys, monkeypatch):
     report.console.cache_clear()
     assert max(map(len, shown.splitlines())) <= 80
     assert "Same student without the teacher" in shown and "3,410,560" in shown and "…" not in shown
+
+
+def test_tasks_are_told_with_their_error_and_their_better_side(tmp_path):
+    row = {"task": "arc_easy", "metric": "acc", "higher_is_better": True, "documents": 2376}
+    tasks = [
+        {**row, "teacher": {"value": 0.75, "stderr": 0.0089}, "student": {"value": 0.5, "stderr": None}},
+        {**row, "metric": "ppl", "higher_is_better": False, "student": {"value": 12.5, "stderr": None}},
+    ]
+    write_report(tmp_path, {**RESULTS, "tasks": tasks}, run(kd=0.7))
+    markdown = (tmp_path / "evaluation_report.md").read_text(encoding="utf-8")
+    assert "| task | metric | documents | Teacher | Distilled student |" in markdown
+    assert "| arc_easy | acc ↑ | 2,376 | 0.7500 ± 0.0089 | 0.5000 |" in markdown
+    assert "| arc_easy | ppl ↓ | 2,376 | - | 12.5000 |" in markdown
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<td>0.7500 ± 0.0089</td>" in page and "Measured by lm_eval" in page
+    write_report(tmp_path, RESULTS, run(kd=0.7))
+    assert "lm_eval" not in (tmp_path / "evaluation_report.md").read_text(encoding="utf-8")
+    assert "lm_eval" not in (tmp_path / "report.html").read_text(encoding="utf-8")
