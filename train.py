@@ -346,23 +346,6 @@ def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[s
     return results
 
 
-def add_tasks(
-    job: Job, trained: Trained, teacher: FrozenTeacher | CachedTeacher | None, results: dict[str, Any], output: Path
-) -> dict[str, Any]:
-    """Measure the tasks that were asked for, in this process, and add them to the report."""
-    config = job.config
-    models: dict[str, Callable[[], nn.Module]] = {"student": lambda: trained.framework.student}
-    if teacher is not None:
-        loaded = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
-        models["teacher"] = lambda: (loaded or load_teacher(job)).model
-    if config.student.init == "pretrained":
-        models["initial_student"] = lambda: students.make(config.student, config.training, job.accelerator)
-    if tasks := benchmark_tasks.measure(job.held_out, models):
-        results = {**results, "tasks": tasks}
-        report.write_report(output, results)
-    return results
-
-
 def compare_without_teacher(
     job: Job, trained: Trained, results: dict[str, Any], output: Path, stop: StopSignal
 ) -> dict[str, Any]:
@@ -378,6 +361,24 @@ def compare_without_teacher(
     results = job.held_out.with_baseline(results, without.framework.student)
     if job.accelerator.is_main_process:
         report.write_report(output, results, baseline_metrics=folder / "metrics.jsonl")
+    return results
+
+
+def add_tasks(
+    job: Job, trained: Trained, teacher: FrozenTeacher | CachedTeacher | None, results: dict[str, Any], output: Path
+) -> dict[str, Any]:
+    """Measure the tasks that were asked for, in this process, and add them to the report."""
+    config = job.config
+    models: dict[str, Callable[[], nn.Module]] = {"student": lambda: trained.framework.student}
+    if teacher is not None:
+        loaded = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
+        models["teacher"] = lambda: (loaded or load_teacher(job)).model
+    if config.student.init == "pretrained":
+        models["initial_student"] = lambda: students.make(config.student, config.training, job.accelerator)
+    if tasks := benchmark_tasks.measure(job.held_out, models):
+        results = {**results, "tasks": tasks}
+        baseline = output / WITHOUT_TEACHER / "metrics.jsonl" if "baseline" in results else None
+        report.write_report(output, results, baseline_metrics=baseline)
     return results
 
 
@@ -430,10 +431,10 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         log.info("teacher cache: %s", job.cache.written)
     results = export(job, asked, trained, output)  # before the comparison, so that a kill there loses nothing
     in_time, main = trained.result.stopped_by != "max_hours", accelerator.is_main_process
-    if config.evaluation.tasks and main and in_time:
-        results = add_tasks(job, trained, teacher, results, output)
     if config.evaluation.without_teacher and in_time:
         results = compare_without_teacher(without_cache, trained, results, output, stop)
+    if config.evaluation.tasks and in_time and main:  # last: no other process waits for this one
+        results = add_tasks(job, trained, teacher, results, output)
     if main:
         students.describe(output / "student", to_plain(asked), results)
         hub.push(config.hub, output / "student")
