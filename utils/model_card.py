@@ -19,7 +19,7 @@ _USE = """\
 
 folder = "path/to/this/folder"
 model = {loader}.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder){stops}
 
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
@@ -53,9 +53,11 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     start = "its own weights" if trained else "random weights"
     how = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
     imports, loader = "from transformers import AutoModelForCausalLM, AutoTokenizer", "AutoModelForCausalLM"
+    stops = ""
     if adapter:
-        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer"
+        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer, GenerationConfig"
         loader = "AutoPeftModelForCausalLM"
+        stops = "\nmodel.generation_config = GenerationConfig.from_pretrained(folder)  # not that of the base"
     parts = [
         f"---\n{header.to_yaml()}\n---",
         "# Student of a curriculum distillation",
@@ -71,7 +73,7 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         f"With torch {torch.__version__} and transformers {transformers.__version__}.",
         f"## Licence\n\n{_LICENCE}",
         "## Use",
-        _USE.format(imports=imports, loader=loader),
+        _USE.format(imports=imports, loader=loader, stops=stops),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

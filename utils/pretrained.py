@@ -310,6 +310,7 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, c
     options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     with atomic_folder(folder) as staging:
         model.save_pretrained(staging, **options)
+        model.generation_config.save_pretrained(staging)  # peft leaves it to the base, which may stop elsewhere
         tokenizer.save_pretrained(staging)
         write_text(staging / CARD, card)
 

@@ -9,6 +9,7 @@ from utils import pretrained
 from utils.adapters import add_lora, check, merged
 from utils.config import LoraConfig, build
 from utils.errors import UserError
+from utils.model_card import model_card
 
 pytest.importorskip("peft", reason="peft is not installed: pip install -e .[peft]")
 
@@ -87,6 +88,27 @@ def test_the_exported_adapter_is_small_and_loads_over_its_base(tmp_path):
     assert not (tmp_path / "student" / "model.safetensors").exists()
     assert (tmp_path / "student" / "README.md").read_text() == "card"
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "student")), logits(student))
+
+
+def test_the_code_of_its_card_loads_an_adapter_that_stops_where_its_tokenizer_ends_a_turn(tmp_path):
+    """Its base ends a text elsewhere, as before it was taught to talk."""
+    from tests.models.tiny import byte_bpe
+    from tests.utils.test_model_card import RESULTS, settings as run_settings
+
+    plain = base()
+    plain.generation_config.eos_token_id = 7
+    plain.save_pretrained(tmp_path / "base")
+    name, folder = str(tmp_path / "base"), tmp_path / "student"
+    card = model_card(run_settings(name, enabled=True), RESULTS)
+    pretrained.export(add_lora(plain, name, settings()), byte_bpe(280), folder, card)
+    code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    found: dict = {}
+    exec(code.replace("path/to/this/folder", str(folder)), found)
+    model = found["model"]
+    assert model.generation_config.eos_token_id == [found["tokenizer"].eos_token_id, 7]
+    with torch.no_grad():
+        nn.init.zeros_(model.get_output_embeddings().weight)  # the first token, its end of text, is then the choice
+    assert model.generate(input_ids=IDS[:1], max_new_tokens=5, do_sample=False).shape[1] == IDS.shape[1] + 1
 
 
 @pytest.mark.parametrize(
