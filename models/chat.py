@@ -127,7 +127,8 @@ class _Side:
             rendered = _render(self.tokenizer, roles, contents)
         except jinja2.TemplateError as error:
             raise ConversationError(
-                f"the {self.name}'s chat template refuses a conversation of {', '.join(roles)}: {error}"
+                f"the {self.name}'s chat template refuses a conversation of {', '.join(roles)}: {error}. It begins: "
+                f"{_beginning(contents)}"
             ) from error
         filled = "".join(contents[int(part)] if n % 2 else part for n, part in enumerate(parts))
         return parts if filled == rendered else None
@@ -191,6 +192,11 @@ class _Side:
             slot += 1
         starts[done:] = ends[done:] = slot
         return Reading(np.array(ids, dtype=np.int64), starts, ends, roles)
+
+
+def _beginning(contents: Sequence[str]) -> str:
+    """By which a conversation is found in a file."""
+    return repr(" ".join(contents)[:80])
 
 
 def _within(offsets: list[tuple[int, int]], begin: int, end: int) -> slice:
@@ -258,7 +264,7 @@ class ChatEncoder(PairEncoder):
         name = SIDES[parts.index(None)]
         raise ConversationError(
             f"the {name}'s chat template changes what is said in a conversation of {', '.join(roles)}, so that it "
-            f"cannot be found in the result; the conversation begins: {' '.join(contents)[:80]!r}. Leave such "
+            f"cannot be found in the result; the conversation begins: {_beginning(contents)}. Leave such "
             "conversations out, or give the tokenizer a template that writes contents as they are."
         )
 
@@ -270,7 +276,7 @@ class ChatEncoder(PairEncoder):
             if [int(n) for n in found[1::2] if int(n) in learned] != learned:
                 raise ConversationError(
                     f"the {side.name}'s chat template leaves out, repeats or moves messages of a conversation of "
-                    f"{', '.join(roles)}; expected each once and in order"
+                    f"{', '.join(roles)}; expected each once and in order. It begins: {_beginning(contents)}"
                 )
         pair = [side.read(found, contents, learned) for side, found in zip(self.sides, parts, strict=True)]
         sizes = np.array([len(contents[n].encode()) for n in learned], dtype=np.int64)
