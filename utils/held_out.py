@@ -94,7 +94,8 @@ class HeldOut:
         student, reader = self.tokenizers["student"], self.tokenizers[side]
         start = evaluation.start_token(reader)
         lead = [] if start is None else [start]
-        ids = [student(text[:2000], add_special_tokens=False)["input_ids"] for text in chosen]
+        # not verbose: only the first tokens are used, whatever the model's context length
+        ids = [student(text[:2000], add_special_tokens=False, verbose=False)["input_ids"] for text in chosen]
         shown = [student.decode(row[: self.config.prompt_tokens]) for row in ids]
         return [(text, lead + reader(text, add_special_tokens=False)["input_ids"]) for text in shown]
 

@@ -1,11 +1,13 @@
 """What is measured on held-out text besides its loss."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from tests.models.tiny import byte_bpe
 from utils.config import EvaluationConfig
 from utils.held_out import ROUTING_BATCHES, HeldOut
 
@@ -77,3 +79,11 @@ def test_prompts_of_conversations_are_read_by_whoever_knows_their_templates():
     assert held.beginnings() == [f"shown of conversation {n}" for n in (0, 3, 6)]
     assert held.prompts("teacher")[0] == ("shown of conversation 0", [1, 2])
     assert asked[3:] == [(f"conversation {n}", "teacher") for n in (0, 3, 6)]
+
+
+def test_the_beginning_of_a_long_document_is_no_warning_that_a_model_cannot_read_all_of_it():
+    tokenizer = copy.deepcopy(byte_bpe(300))
+    tokenizer.model_max_length = 8
+    of = HeldOut(EvaluationConfig(prompt_tokens=4), None, [], ["word " * 100], Batch, {"student": tokenizer}, 1)
+    assert len(of.prompts("student")[0][1]) in (4, 5)
+    assert not tokenizer.deprecation_warnings  # where transformers notes what it has warned of
