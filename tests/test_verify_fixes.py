@@ -544,6 +544,14 @@ def test_machine_that_cannot_hold_the_run_is_found(setup, tmp_path, monkeypatch)
     assert "is a file" in preflight.output_directory(in_the_way).value
 
 
+def test_where_there_is_a_cache_memory_is_asked_for_without_the_teacher(setup, tmp_path, monkeypatch):
+    monkeypatch.setattr(forecast, "largest", ", ".join)  # the names of all parts
+    cached = replace(setup, config=replace(setup.config, cache=replace(setup.config.cache, folder=str(tmp_path))))
+    assert "teacher weights" in preflight.memory(setup).value
+    found = preflight.memory(cached).value
+    assert "teacher weights" not in found and found.endswith("if the teacher cache is complete")
+
+
 def test_an_exception_is_a_failed_check_and_not_a_crash(bench, monkeypatch, capsys):
     def broken(*_, **__):
         raise ZeroDivisionError("by zero,\nof all things")

@@ -310,6 +310,12 @@ def demand_of(
     )
 
 
+def spares_teacher(config: Any) -> bool:
+    """Whether there is a cache that, where it is complete, is read in place of the teacher."""
+    folder, routed = config.cache.folder, config.curriculum.used() & {*ROUTER_TERMS}
+    return folder is not None and Path(folder).expanduser().is_dir() and not routed
+
+
 def settle(config: Any, accelerator: Accelerator, logit_rows: Callable[[torch.device], Rows]) -> tuple[Any, str]:
     """(the RunConfig with a number for `batch_size: auto`, the forecast in words), logged.
 
@@ -334,8 +340,7 @@ def _settle(
     length = int(min(config.data.max_length, *map(pretrained.context_length, shapes.values())))
     teacher = shapes["teacher"] if config.teacher.name else None
     demand = demand_of(config, shapes["student"], teacher, length, precision, device, logit_rows)
-    cache = config.cache.folder
-    spared = bool(cache) and Path(cache).expanduser().is_dir() and not demand.routed_layers
+    spared = spares_teacher(config)
     try:
         size, sizes = training.batch_size, [n for n in range(most, 0, -1) if most % n == 0]
         if auto:

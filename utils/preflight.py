@@ -7,7 +7,7 @@ What trains tiny models is in rehearsal.py, what needs the losses in verify_fixe
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -202,9 +202,10 @@ def memory(setup: SetUp) -> tuple:
     mixed = hardware.choose_precision(training.mixed_precision, device).value
     shapes = (setup.student, setup.teacher)
     demand = plan_memory.demand_of(setup.config, *shapes, setup.window, mixed, device, setup.logit_rows)
-    parts = demand.memory(training.batch_size)
+    spared = plan_memory.spares_teacher(setup.config)
+    parts = replace(demand, apart=demand.apart or spared).memory(training.batch_size)
     free = forecast.free_memory(device)
-    value = f"about {forecast.largest(parts)} on {device}"
+    value = f"about {forecast.largest(parts)} on {device}{', if the teacher cache is complete' if spared else ''}"
     return value, f"{free / 2**30:.3g} GiB free", sum(parts.values()) <= free
 
 
