@@ -295,8 +295,12 @@ def _check(folder: Path, here: Mapping[str, Any], text: str, accept: bool) -> No
             f"Expected the same. Put it back, or give another --cache-teacher DIR. {override}"
         )
     log.warning("teacher cache %s is used although it was built from something else (cache -> now):%s", folder, lines)
-    if "text" in differing and os.access(folder, os.W_OK):
-        write_json(folder / MANIFEST, {**manifest, "texts": [*texts, text]})
+    if not os.access(folder, os.W_OK):
+        return
+    texts += [text] if "text" in differing else []
+    # what is missing comes from here: whoever expects the first teacher alone must be told
+    both = {key: f"{was}, then {now}" for key, (was, now) in differing.items() if key != "text" and now not in was}
+    write_json(folder / MANIFEST, {**manifest, "texts": texts, "built_from": there | both})
 
 
 def _remove_damaged(folder: Path) -> None:

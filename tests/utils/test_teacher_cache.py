@@ -143,6 +143,15 @@ def test_a_text_that_was_accepted_once_is_known(tmp_path):
         opened(tmp_path, text=text)
 
 
+def test_a_cache_that_was_opened_to_another_teacher_is_nobodys_alone(tmp_path):
+    opened(tmp_path)
+    for teacher in ("u", "t"):
+        opened(tmp_path, teacher=teacher, accept=True)
+        with pytest.raises(UserError, match=rf"teacher: t, then u -> {teacher}\n"):
+            opened(tmp_path, teacher=teacher)
+    assert json.loads((tmp_path / "manifest.json").read_text())["built_from"]["top_k"] == CODEC.top_k
+
+
 @pytest.mark.parametrize("manifest", [None, "{", "[]", '{"format": 1}'])
 def test_shards_without_a_readable_manifest_are_refused(tmp_path, manifest):
     filled(tmp_path, windows(1))
