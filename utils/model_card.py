@@ -93,6 +93,8 @@ def _recipe(settings: Mapping[str, Any]) -> str:
     told = {"curriculum": terms, "loss": settings["loss"], "training": settings["training"]}
     if settings["student"]["lora"]["enabled"]:
         told["lora"] = settings["student"]["lora"]
+    if settings["cache"]["folder"]:
+        told["loss"] = {**settings["loss"], "top_k": settings["cache"]["top_k"]}
     return yaml.safe_dump(told, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
 
 

@@ -93,7 +93,8 @@ def test_the_exported_adapter_is_small_and_loads_over_its_base(tmp_path):
 def test_the_code_of_its_card_loads_an_adapter_that_stops_where_its_tokenizer_ends_a_turn(tmp_path):
     """Its base ends a text elsewhere, as before it was taught to talk."""
     from tests.models.tiny import byte_bpe
-    from tests.utils.test_model_card import RESULTS, settings as run_settings
+    from tests.utils.test_model_card import RESULTS
+    from tests.utils.test_model_card import settings as run_settings
 
     plain = base()
     plain.generation_config.eos_token_id = 7

@@ -34,7 +34,8 @@ def settings(student="owner/small", teacher="owner/large", text=("owner/text:pla
         "teacher": {"name": teacher},
         "data": {"train": list(text)},
         "curriculum": {"kd": {"weight": 0.7}, "feat": {"weight": 0}, "lm": {"weight": {"points": [[0, 1], [1, 0.3]]}}},
-        "loss": {"temperature": 1.0},
+        "loss": {"temperature": 1.0, "top_k": 256},
+        "cache": {"folder": None, "top_k": 64},
         "training": {"learning_rate": 3e-4},
     }
 
@@ -57,7 +58,13 @@ def test_it_tells_teacher_text_recipe_and_what_was_measured():
         assert row in card
     recipe = yaml.safe_load(card.partition("```yaml\n")[2].partition("```")[0])
     assert recipe["curriculum"] == {"kd": {"weight": 0.7}, "lm": {"weight": {"points": [[0, 1], [1, 0.3]]}}}
-    assert recipe["training"] == {"learning_rate": 3e-4} and recipe["loss"] == {"temperature": 1.0}
+    assert recipe["training"] == {"learning_rate": 3e-4} and recipe["loss"] == {"temperature": 1.0, "top_k": 256}
+
+
+def test_behind_a_cache_the_recipe_tells_how_many_tokens_it_keeps():
+    cached = settings() | {"cache": {"folder": "some/cache", "top_k": 64}}
+    recipe = yaml.safe_load(model_card(cached, RESULTS).partition("```yaml\n")[2].partition("```")[0])
+    assert recipe["loss"] == {"temperature": 1.0, "top_k": 64}
 
 
 def test_nobody_learns_where_folders_lay(tmp_path):
