@@ -84,7 +84,7 @@ def test_a_trained_model_equal_to_its_teacher_has_kd_and_span_zero(kind, real_mo
     assert gradient <= 1e-4
 
 
-@pytest.mark.parametrize("shifted", ["row_teacher", "row_supervised"])
+@pytest.mark.parametrize("shifted", ["row_asked", "row_supervised"])
 def test_anchors_shifted_by_one_are_caught(shifted):
     """Equal models, rows moved to a neighbour: what was 0 is far from it."""
     pair = twins(byte_bpe(300))

@@ -130,7 +130,7 @@ def test_weights_of_another_shape_are_refused(refused, place, tmp_path):
 
 @pytest.mark.parametrize(
     ("file", "what"),
-    [("model.safetensors", "weights"), ("tokenizer.json", "tokenizer"), ("config.json", "tokenizer")],
+    [("model.safetensors", "weights"), ("tokenizer.json", "tokenizer"), ("config.json", "config.json")],
 )
 def test_a_download_cut_short_is_told_with_model_and_part(refused, place, tmp_path, file, what):
     shutil.copytree(place.teacher, tmp_path / "cut")
