@@ -68,7 +68,7 @@ class DistillationFramework(nn.Module):
         self.student = student
         # in a tuple, out of reach of parameters(), state_dict(), train(), to() and DDP
         self._frozen = (teacher,)
-        self.config = loss
+        self.loss_config = loss  # not `config`, which transformers.Trainer takes for a model's own
         self.curriculum = curriculum
         self.projection = None if vocabulary is None else Projection(vocabulary, loss.correction, loss.min_prefix_mass)
         self.router: StudentAwareRouter | None = None
@@ -132,7 +132,7 @@ class DistillationFramework(nn.Module):
         used = [terms[t].sum * shares[t] for t in ROUTER_TERMS if t in routed and weights[t]]
         used += [head] if any(weights[t] for t in wanted & {*HEAD_TERMS}) else []
         loss = torch.stack(used).sum() if used else self._no_loss()
-        return DistillationOutput(loss, terms, weights, {**scalars, "top_k": self.config.top_k})
+        return DistillationOutput(loss, terms, weights, {**scalars, "top_k": self.loss_config.top_k})
 
     def ask(self, batch: PairedBatch, step: int | None = None, measure: bool = False) -> TeacherSignal | None:
         """What `forward` needs to know of the teacher about a batch at that step, on the teacher's device.
@@ -147,7 +147,7 @@ class DistillationFramework(nn.Module):
         if not wanted - {"lm"}:
             return None
         layers = self.router.teacher_layers if wanted & {*ROUTER_TERMS} else ()
-        return self.teacher.signal(batch, self.config.top_k, layers)
+        return self.teacher.signal(batch, self.loss_config.top_k, layers)
 
     def _wanted(
         self, batch: PairedBatch, wanted: set[str], signal: TeacherSignal | None, weights: dict[str, float]
@@ -232,7 +232,7 @@ class DistillationFramework(nn.Module):
         return self.projection.to(batch.student_ids.device)(signal, batch, corrected)
 
     def _kd_options(self, temperature: float) -> dict:
-        c = self.config
+        c = self.loss_config
         return {"temperature": temperature, "kind": c.divergence, "tail": c.tail, "skew": c.skew}
 
     def _span_term(
@@ -247,7 +247,7 @@ class DistillationFramework(nn.Module):
         with torch.no_grad():
             log_probs = head(lm_weight=0.0).log_probs
         teacher = span_sums(signal.realised, batch.teacher_spans.flatten()[batch.teacher_held], batch.counts["span"])
-        c = self.config
+        c = self.loss_config
         with torch.set_grad_enabled(learns):
             leaf = log_probs.clone().requires_grad_(learns)
             student = span_sums(leaf, batch.student_spans.flatten()[batch.supervised], batch.counts["span"])
@@ -263,7 +263,7 @@ class DistillationFramework(nn.Module):
             sums over those positions: `agree` (same most probable token), `kl_sum` (KL in nats, at temperature 1, with
             the tail in one bucket), and their `count`.
         """
-        signal = (signal or self.teacher.signal(batch, self.config.top_k)).to(batch.student_ids.device)
+        signal = (signal or self.teacher.signal(batch, self.loss_config.top_k)).to(batch.student_ids.device)
         target = self._target(batch, signal, corrected=False)
         states = body_states(self.student, batch.student_ids)
         rows = (target.valid & (batch.depth == 0)).nonzero()[:, 0]

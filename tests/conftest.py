@@ -5,6 +5,7 @@ Tests marked `slow` take minutes and run only when asked for: -m slow.
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,3 +64,11 @@ def real_models_dir() -> Path:
     if not (path / "models").is_dir():
         pytest.fail(f"REAL_MODELS_DIR={folder}: no folder `models` there")
     return path
+
+
+@pytest.fixture
+def as_installed(monkeypatch):
+    """This source tree as the package `curriculum_distillation`, installed or not."""
+    for module in [name for name in sys.modules if name.partition(".")[0] in ("models", "utils")]:
+        monkeypatch.setitem(sys.modules, f"curriculum_distillation.{module}", sys.modules[module])
+    monkeypatch.setitem(sys.modules, "curriculum_distillation", type(sys)("curriculum_distillation"))

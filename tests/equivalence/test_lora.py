@@ -89,7 +89,7 @@ def test_every_pass_of_a_head_with_dropout_draws_one_mask():
     spans, held = batch.counts["span"], batch.teacher_mask.flatten().bool()
     student = span_sums(realised, batch.student_spans.flatten()[batch.supervised], spans)
     teacher = span_sums(signal.realised, batch.teacher_spans.flatten()[held], spans)
-    options = framework.config
+    options = framework.loss_config
     value = span_loss(
         student, teacher, temperature=options.span_temperature, kind=options.divergence, skew=options.skew
     )

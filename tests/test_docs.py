@@ -1,0 +1,280 @@
+"""What README and docs/ tell users: every snippet runs, every command parses, every flag, key, path and link exists."""
+
+import ast
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from transformers import get_scheduler
+
+import train
+from benchmarks import alignment, memory_forecast
+from models.config import CurriculumConfig, LossConfig
+from models.curriculum import CurriculumScheduler
+from models.distillation_framework import DistillationFramework
+from models.teacher import FrozenTeacher
+from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
+from tests.toy import digest, toy_config
+from utils import command_line
+from utils.config import _leaves, build, load_yaml, to_plain
+from utils.logs import StepLogger, read_metrics
+from utils.plan import build_accelerator
+from utils.seeding import permutation
+from utils.training import fit
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
+PROSE = {page: BLOCK.sub(lambda m: "" if m[1] == "python" else m[0], text) for page, text in TEXT.items()}
+"""Without the blocks of Python code."""
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+# --------------------------------------------------------------------- commands, flags, keys, links
+
+FOREIGN = re.compile(
+    r"(?:pip|pytest|python -m pytest|python llama\.cpp|tensorboard|lm_eval|git|export|accelerate launch|torchrun)\b"
+    r"(?:[^\n`|]|\\\n)*?(?=train\.py|$|\n|`|\|)"
+)
+"""Commands of other programs, up to a train.py that they start."""
+BENCHMARK = re.compile(r"python -m benchmarks\.(\w+)((?:\\\n|[^\n`|])*)")
+OF_ACCELERATE = {"--fsdp_version"}
+OF_BENCHMARKS = {
+    flag for file in (ROOT / "benchmarks").glob("*.py") for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())
+}
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*[a-z]\b")
+
+
+def flags_of(command_line_parser) -> set[str]:
+    return {option for action in command_line_parser._actions for option in action.option_strings}
+
+
+@each_page
+def test_every_flag_exists(page):
+    known, text = flags_of(command_line.parser()) | OF_ACCELERATE, PROSE[page].replace("\\\n", " ")
+    for name, arguments in BENCHMARK.findall(text):
+        assert (ROOT / "benchmarks" / f"{name}.py").is_file(), f"{page.name}: there is no benchmarks.{name}"
+        assert set(FLAG.findall(arguments)) <= OF_BENCHMARKS, f"{page.name}: {arguments}"
+    known |= OF_BENCHMARKS if "python -m benchmarks." in text else set()
+    found = set(FLAG.findall(FOREIGN.sub(" ", BENCHMARK.sub(" ", text))))
+    assert found <= known, f"{page.name}: there is no {', '.join(sorted(found - known))}"
+
+
+@each_page
+def test_every_train_command_is_accepted(page):
+    """As far as nothing is loaded for it; synopses, with their dots and brackets, are only looked through for flags."""
+    text = PROSE[page].replace("\\\n", " ")
+    for words in re.findall(r"(?:python|launch[^`\n]*?|torchrun[^`\n]*?) ?train\.py ([^\n`#]+)", text):
+        if "--help" in words or "..." in words or "[" in words:
+            continue
+        command = [word.strip("'\"") for word in words.split("#")[0].split()]
+        if "--compare" in command:
+            assert command_line.parse(command).compare
+        else:
+            train.configure(command)
+
+
+@each_page
+def test_every_setting_exists(page):
+    keys = [path for path, _ in _leaves(train.RunConfig)]
+    sections = "|".join(sorted({path.split(".")[0] for path in keys if "." in path}))
+    prose = re.sub(r"\]\([^)]*\)|[\w./-]+/[\w./-]+|\w+\.(?:md|gguf)", "", PROSE[page])
+    for key in re.findall(rf"(?<![\w./])((?:{sections})\.[a-z][a-z_]*(?:\.[a-z_]+)*)\b(?!\()", prose):
+        assert any(path == key or path.startswith(f"{key}.") for path in keys), f"{page.name}: there is no {key}"
+
+
+@each_page
+def test_every_piece_of_a_recipe_is_accepted(page, tmp_path):
+    for language, block in BLOCK.findall(TEXT[page]):
+        if language == "yaml":
+            base = train.configure(["--config", "quickstart"])[0]
+            given = load_yaml(write(tmp_path / "piece.yaml", block))
+            build(train.RunConfig, {**to_plain(base), **given}, source=page.name)
+
+
+def write(file: Path, text: str) -> Path:
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def anchors(text: str) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@each_page
+def test_every_link_and_path_leads_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", TEXT[page]):
+        if not re.match(r"[a-z]+:", target):
+            file, _, anchor = target.partition("#")
+            there = (page.parent / file).resolve() if file else page
+            assert there.exists(), f"{page.name}: {target}"
+            assert not anchor or anchor in anchors(there.read_text()), f"{page.name}: no heading {target}"
+    for path in re.findall(r"`((?:models|utils|tests|benchmarks|configs|docs)/[\w/.-]+)", TEXT[page]):
+        assert (ROOT / path).exists(), f"{page.name}: there is no {path}"
+
+
+def test_every_page_is_in_the_list_of_pages():
+    for page in PAGES[1:]:
+        assert f"(docs/{page.name})" in TEXT[PAGES[0]], f"README does not lead to docs/{page.name}"
+
+
+@each_page
+def test_every_recipe_it_asks_for_exists(page):
+    for name in re.findall(r"--config ([a-z]\w+)", FOREIGN.sub(" ", PROSE[page])):
+        assert (ROOT / "configs" / f"{name}.yaml").is_file(), f"{page.name}: {name}"
+
+
+def strings_in_the_source() -> list[str]:
+    files = [ROOT / "train.py", *(file for tower in ("models", "utils") for file in (ROOT / tower).glob("*.py"))]
+    nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+    return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+
+
+def test_every_message_in_troubleshooting_is_one_that_is_printed():
+    """Between the dots, which stand for what differs."""
+    printed = strings_in_the_source()
+    quoted = re.findall(r"^> `(.*)`$", TEXT[ROOT / "docs" / "troubleshooting.md"], re.MULTILINE)
+    assert len(quoted) > 20
+    for message in quoted:
+        parts = [part.strip(" ,;:()") for part in message.split("...")]
+        longest = max(parts, key=len)
+        assert len(longest) > 10 and any(longest in text for text in printed), message
+        rest = " ".join(printed)
+        assert all(part in rest for part in parts), message
+
+
+def test_the_drawn_sentence_is_what_the_two_tokenizers_do(real_models_dir):
+    folder, page = real_models_dir / "tokenizers", TEXT[ROOT / "docs" / "how_it_works.md"]
+    sentence = "The unperturbed lighthouse studied photosynthesis in 1789."
+    drawn = alignment.Setting.of(folder / "qwen2.5", folder / "smollm", sentence).drawing()
+    assert f"```\n{drawn}\n```" in page
+
+
+@pytest.mark.parametrize("row", [memory_forecast.ROWS[i] for i in (0, 5, -1)], ids=lambda row: row[0] + row[3])
+def test_the_forecast_in_the_recipes_is_what_is_forecast(row):
+    (told,) = re.findall(
+        rf"^\| {re.escape(' | '.join(row[:3]))} \| {re.escape(f'`{row[3]}`' if row[3] else '')} \| ([\d.]+) \|",
+        TEXT[ROOT / "docs" / "recipes.md"],
+        re.MULTILINE,
+    )
+    assert sum(memory_forecast.forecast(*row).values()) / 2**30 == pytest.approx(float(told), abs=0.1)
+
+
+# ------------------------------------------------------------------------------------- library.md
+
+LIBRARY = [code for language, code in BLOCK.findall(TEXT[ROOT / "docs" / "library.md"]) if language == "python"]
+
+
+@pytest.fixture
+def scope(monkeypatch, as_installed, tmp_path):
+    """The names that docs/library.md takes for granted; tiny models for those that it names."""
+    monkeypatch.chdir(tmp_path)
+    tiny = {"HuggingFaceTB/SmolLM2-360M": byte_bpe(280), "Qwen/Qwen2.5-1.5B": byte_bpe(330)}
+    loaders = SimpleNamespace(
+        tokenizer=tiny.get,
+        model=lambda name, dtype: tiny_llama(len(tiny[name]), num_hidden_layers=2, tie_word_embeddings=True),
+    )
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loaders.tokenizer)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaders.model)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    return {"texts": STORIES * 30}
+
+
+def test_the_library_page_runs_from_top_to_bottom(scope, tmp_path):
+    trained = []
+    for code in LIBRARY:
+        before = digest(scope["student"]) if "student" in scope else None
+        exec(code, scope)
+        trained.append(before is not None and digest(scope["student"]) != before)
+    assert trained == [False, True, True, False]
+    assert scope["trainer"].state.global_step == scope["steps"] >= 2
+    assert scope["framework"].router is not None and scope["output"].terms.keys() >= {"kd", "lm", "feat", "attn"}
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "student")
+    assert digest(again) == digest(scope["student"])
+
+
+def trainer_class() -> type:
+    """`DistillationTrainer` as it stands in docs/library.md."""
+    (code,) = (code for code in LIBRARY if "class DistillationTrainer" in code)
+    kept = [node for node in ast.parse(code).body if isinstance(node, ast.ImportFrom | ast.ClassDef)]
+    scope = {"torch": torch}
+    exec(compile(ast.Module(kept, []), "library.md", "exec"), scope)
+    return scope["DistillationTrainer"]
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return pair_of(byte_bpe(280), byte_bpe(330), max_length=40)
+
+
+def fresh_framework(pair, steps: int) -> DistillationFramework:
+    loss = LossConfig(temperature=2.0, top_k=32)
+    scheduler = CurriculumScheduler(CurriculumConfig(), loss, steps)
+    student = tiny_llama(280, seed=3, num_hidden_layers=2, tie_word_embeddings=True)
+    return DistillationFramework(
+        student, FrozenTeacher(pair.teacher, pair.vocabulary), pair.vocabulary, loss, scheduler
+    )
+
+
+def by_trainer(pair, windows: list[dict], micro_batch: int, accumulation: int, folder: Path) -> tuple[list, dict]:
+    """(loss of every step, final weights) of one epoch with the Trainer of the docs."""
+    steps = -(-len(windows) // (micro_batch * accumulation))
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        num_train_epochs=1,
+        train_sampling_strategy="sequential",
+        remove_unused_columns=False,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    framework, collate = fresh_framework(pair, steps), pair.collator()
+    optimizer = torch.optim.AdamW(framework.parameter_groups(0.01, weight_decay=0.01), betas=(0.9, 0.95))
+    trainer = trainer_class()(
+        model=framework,
+        args=arguments,
+        train_dataset=windows,
+        data_collator=lambda some: {"batch": collate(some)},
+        optimizers=(optimizer, get_scheduler("linear", optimizer, 0, steps)),
+    )
+    trainer.train()
+    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
+    return losses, {name: value.clone() for name, value in framework.state_dict().items()}
+
+
+def test_the_trainer_of_the_docs_does_what_the_own_loop_does(pair, tmp_path):
+    """However the steps are cut, the short last one too; micro-batches hold different numbers of tokens."""
+    texts = [story[start : start + 7 * start + 12] for start in (2, 4, 6) for story in STORIES]
+    windows = [pair.encoder.windows([text])[0] for text in texts][:11]
+    assert len({len(window["student_ids"]) for window in windows}) > 3
+    order = [windows[i] for i in permutation(len(windows), 0, 0)]
+    config = toy_config(
+        batch_size=2,
+        gradient_accumulation_steps=2,
+        epochs=1,
+        learning_rate=0.01,
+        scheduler="linear",
+        warmup_ratio=0,
+        seed=0,
+    )
+    own = fresh_framework(pair, 3)
+    logger = StepLogger(tmp_path / "own", 3, 1)
+    fit(own, windows, pair.collator(), config, accelerator=build_accelerator("no", cpu=True), logger=logger)
+    logger.close()
+    records = [record["loss"] for record in read_metrics(tmp_path / "own" / "metrics.jsonl")]
+    assert len(records) == 3
+    for micro_batch, accumulation in ((1, 4), (2, 2), (4, 1)):
+        losses, weights = by_trainer(pair, order, micro_batch, accumulation, tmp_path / f"{micro_batch}")
+        assert losses == pytest.approx(records, rel=1e-4)
+        for name, value in own.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
