@@ -1,4 +1,4 @@
-"""Distil a large causal language model into a small one: parse -> build -> fit -> evaluate -> report.
+"""Distil a large language model into a small one: parse -> build -> fit -> evaluate -> report.
 
     python train.py --batch-size 2 --epochs 1
 
@@ -23,19 +23,21 @@ from transformers import PreTrainedTokenizerBase
 
 from models.cached_teacher import CachedTeacher, RememberingCollator
 from models.causal_lm import vocabulary_size
-from models.chat import ChatEncoder, chat_tokenizer, ends_turns
+from models.chat import chat_tokenizer, ends_turns
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
+from models.encoder_decoder import make_encoder
 from models.fused_head import chunk_rows
-from models.pairing import PairCollator, PairEncoder, count_channel
+from models.pairing import PairCollator, count_channel, read_and_learned
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher, logit_rows
-from models.vocabulary import MARKER, VocabularyMap
+from models.vocabulary import VocabularyMap
 from utils import (
     benchmark_tasks,
     command_line,
     data,
+    families,
     forecast,
     hardware,
     hub,
@@ -150,6 +152,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
     tokenizers = pretrained.load_each(pretrained.load_tokenizer, names)
     shapes = pretrained.load_each(pretrained.load_config, names)
+    starts = families.decoder_starts(config, shapes)
     router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
     with value_errors_are_the_users():
         if router is not None:
@@ -163,11 +166,11 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         log.info("%s %s: vocabulary %s, tokenizer %s", role, name, f"{sizes[role]:,}", f"{len(tokenizers[role]):,}")
     with value_errors_are_the_users():
         corpus = data.load_documents(config.data)
-        chat = corpus.conversations
-        if chat:
+        if corpus.conversations and starts is None:
             tokenizers = {role: _for_chat(role, tokenizer) for role, tokenizer in tokenizers.items()}
         pair = (tokenizers["student"], tokenizers["teacher"])
-        encoder = ChatEncoder(*pair, length, config.data.learn_from) if chat else PairEncoder(*pair, length)
+        reading = {"conversations": corpus.conversations, "learn_from": config.data.learn_from, "starts": starts}
+        encoder = make_encoder(pair, length, **reading)
         rows, cache = (sizes["student"], sizes["teacher"]), quickstart.cache_dir() / "vocabularies"
         vocabulary = VocabularyMap.build(*pair, *rows, cache_dir=cache)
         workers = config.data.num_workers or None
@@ -188,7 +191,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         vocabulary=vocabulary,
         collate=collate,
         windows=windows,
-        held_out=HeldOut(*measured, prompt=encoder.prompt if chat else None),
+        held_out=HeldOut(*measured, prompt=encoder.prompt),
         fingerprint={
             **run_folder.identity(to_plain(config)),
             "training_text": data.corpus_fingerprint(corpus.train),
@@ -417,8 +420,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         log.warning(unused)
     if config.teacher.name is not None:
         job.held_out.log_coverage()
-    window = job.windows[0]
-    show_learned(window["student_ids"], window["student_roles"] != MARKER, job.tokenizer.decode)
+    show_learned(*read_and_learned(job.windows[0]), job.tokenizer.decode)
     if accelerator.is_main_process:
         run_folder.write_config(output, to_plain(asked), notes)
     without_cache, job = job, with_cache(job, RememberingCollator)

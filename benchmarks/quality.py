@@ -219,8 +219,8 @@ def bits_per_byte(model: torch.nn.Module, pair: Pair, side: str) -> float:
     model.eval()
     for i in range(0, len(pair.unseen), 12):
         batch = pair.collator(0)(pair.unseen[i : i + 12])
-        ids, mask, labels = batch.scored(side)
-        logits = model(input_ids=ids, attention_mask=mask).logits.float()
+        inputs, labels = batch.scored(side)
+        logits = model(**inputs).logits.float()
         nll += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
         total += batch.bytes.sum().item()
     return nll / total / math.log(2)

@@ -91,8 +91,9 @@ class CachedTeacher:
 
     def _states(self, batch: PairedBatch, layers: Sequence[int]) -> tuple[Tensor, ...]:
         home, there = batch.student_ids.device, self._running.device
+        source = batch.teacher_source and batch.teacher_source.to(there)
         with torch.autocast(there.type, enabled=False):
-            states = body_layers(self.model, batch.teacher_ids.to(there), layers)[1]
+            states = body_layers(self.model, batch.teacher_ids.to(there), layers, source)[1]
         return tuple(state.to(home) for state in states)
 
 

@@ -1,42 +1,64 @@
-"""A transformers causal language model as body and head: hidden states first, logits only where they are needed."""
+"""A transformers language model as body and head: hidden states first, logits only where they are needed.
+
+Its body is that of a causal language model, or an encoder and a decoder, whose states are then those meant below.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import ModelOutput
+
+from .outputs import Source
 
 
-def body(model: nn.Module) -> nn.Module:
-    """What is below the head. The wrapper that peft puts around a model with adapters is looked through."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return inner.base_model
+def _without_adapter(model: nn.Module) -> nn.Module:
+    """The model in the wrapper that peft puts around one with adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def body_states(model: nn.Module, ids: Tensor) -> Tensor:
+def _body(model: nn.Module, ids: Tensor, source: Source | None, **options: bool) -> ModelOutput:
+    """What the part below the head says of ids that are padded on the right, if at all.
+
+    No attention mask for what is causal: it never sees the padding behind it. With a mask transformers would ask the
+    device twice whether there is padding, and then give attention an S x S mask, which rules its fastest kernels out.
+    """
+    inner = _without_adapter(model)
+    if source is None:
+        return inner.base_model(input_ids=ids, use_cache=False, **options)
+    read = inner.get_encoder()(input_ids=source.ids, attention_mask=source.mask).last_hidden_state
+    encoder = {"encoder_hidden_states": read, "encoder_attention_mask": source.mask}
+    return inner.get_decoder()(input_ids=ids, use_cache=False, **encoder, **options)
+
+
+def body_states(model: nn.Module, ids: Tensor, source: Source | None = None) -> Tensor:
     """[B, S, H] the states that enter the head, for ids that are padded on the right, if at all.
 
-    No attention mask: what is causal never sees the padding behind it. With a mask transformers would ask the device
-    twice whether there is padding, and then give attention an S x S mask, which rules its fastest kernels out.
+    Args:
+        source: what the encoder reads, where there is one; ids are then the decoder's.
     """
-    return body(model)(input_ids=ids, use_cache=False).last_hidden_state
+    return _body(model, ids, source).last_hidden_state
 
 
-def body_layers(model: nn.Module, ids: Tensor, layers: Sequence[int]) -> tuple[Tensor, tuple[Tensor, ...]]:
+def body_layers(
+    model: nn.Module, ids: Tensor, layers: Sequence[int], source: Source | None = None
+) -> tuple[Tensor, tuple[Tensor, ...]]:
     """(states that enter the head, states after some layers): [B, S, H] each; layers are counted from 1.
 
     Nothing but these is kept: without layers the model is not asked for its hidden states.
     """
     if not layers:
-        return body_states(model, ids), ()
-    out = body(model)(input_ids=ids, use_cache=False, output_hidden_states=True)
+        return body_states(model, ids, source), ()
+    out = _body(model, ids, source, output_hidden_states=True)
     return out.last_hidden_state, tuple(out.hidden_states[layer] for layer in layers)
 
 
 def depth_and_width(model: nn.Module) -> tuple[int, int]:
-    """Number of layers and width of their states."""
+    """Number of layers (a decoder's, where there is an encoder besides) and width of their states."""
     config = model.config.get_text_config()
-    return config.num_hidden_layers, config.hidden_size
+    found = (getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers", "num_hidden_layers"))
+    return next(filter(None, found)), config.hidden_size
 
 
 def logit_options(model: nn.Module) -> dict[str, float | None]:
@@ -44,6 +66,8 @@ def logit_options(model: nn.Module) -> dict[str, float | None]:
     config = model.config.get_text_config()
     # Cohere multiplies, Granite divides, Gemma 2 caps
     scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    if getattr(config, "scale_decoder_outputs", False):  # T5 of 2019, not its successors
+        scale *= config.hidden_size**-0.5
     return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
@@ -99,12 +123,22 @@ def check_head(model: nn.Module, name: str) -> None:
         raise ValueError(
             f"the {name} ({type(model).__name__}) has no output embeddings: expected a causal language model"
         )
+    bias = getattr(_without_adapter(model), "final_logits_bias", None)
+    if bias is not None and bias.any():
+        raise ValueError(
+            f"the {name} ({type(model).__name__}) adds a bias to its logits (final_logits_bias), which is not "
+            "supported: expected one whose bias is 0, such as BART's"
+        )
     device = next(model.parameters()).device
     ids = torch.arange(1, 5, device=device).clamp_max(vocabulary_size(model) - 1)[None]
+    source, inputs = None, {"input_ids": ids}
+    if model.config.is_encoder_decoder:
+        source = Source(ids.flip(1), torch.ones_like(ids))
+        inputs = {"input_ids": source.ids, "attention_mask": source.mask, "decoder_input_ids": ids}
     with evaluating(model):
-        own = model(input_ids=ids, use_cache=False).logits.float()
-        ours = head_logits(model, body_states(model, ids))
-        begun = head_logits(model, body_states(model, ids[:, :-1]))
+        own = model(**inputs, use_cache=False).logits.float()
+        ours = head_logits(model, body_states(model, ids, source))
+        begun = head_logits(model, body_states(model, ids[:, :-1], source))
     if not own.isfinite().all():
         raise ValueError(
             f"the logits of the {name} ({type(model).__name__}, {model.dtype}) are not finite: its weights are "

@@ -40,7 +40,7 @@ class DistillationFramework(nn.Module):
     the router; the teacher is held outside of them.
 
     Args:
-        student: a transformers causal language model.
+        student: a transformers language model, causal or an encoder-decoder as the teacher is.
         teacher: None trains without a teacher (LM term only).
         vocabulary: the pair's vocabulary map; needed with a teacher.
         loss: how the teacher's distribution becomes a loss.
@@ -117,7 +117,7 @@ class DistillationFramework(nn.Module):
             signal = self._ask(batch, wanted)
         signal = None if signal is None else signal.to(batch.student_ids.device)
         layers = self.router.student_layers if routed else ()
-        states, hidden = body_layers(self.student, batch.student_ids, layers)
+        states, hidden = body_layers(self.student, batch.student_ids, layers, batch.student_source)
         shares = {t: weights[t] / max(int(counts[t]), 1) for t in wanted}
         head, terms = self._head_terms(batch, states, wanted, shares, scalars, signal)
         if term_graphs:
@@ -265,7 +265,7 @@ class DistillationFramework(nn.Module):
         """
         signal = (signal or self.teacher.signal(batch, self.loss_config.top_k)).to(batch.student_ids.device)
         target = self._target(batch, signal, corrected=False)
-        states = body_states(self.student, batch.student_ids)
+        states = body_states(self.student, batch.student_ids, batch.student_source)
         rows = (target.valid & (batch.depth == 0)).nonzero()[:, 0]
         agree = kl_sum = 0.0
         for some in rows.split(chunk_rows(vocabulary_size(self.student), rows.device)[0]):
@@ -293,7 +293,8 @@ class DistillationFramework(nn.Module):
         self.router.calibrate(found)
 
     def _student_layers(self, batch: PairedBatch) -> tuple[Tensor, ...]:
-        return body_layers(self.student, batch.student_ids, self.router.student_layers)[1]
+        layers = self.router.student_layers
+        return body_layers(self.student, batch.student_ids, layers, batch.student_source)[1]
 
     @torch.no_grad()
     def routing(self, batch: PairedBatch) -> dict[str, list] | None:

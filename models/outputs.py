@@ -80,10 +80,18 @@ class Anchors(_Movable):
 
 
 @dataclass
+class Source(_Movable):
+    """What the encoder of an encoder-decoder model reads (E tokens of a prompt)."""
+
+    ids: Tensor  # [B, E] int64, right padded
+    mask: Tensor  # [B, E] int64, 1 on tokens: an encoder sees what is behind a token, too
+
+
+@dataclass
 class PairedBatch(_Movable):
     """Windows of text as both models read them, and how the two readings fit together."""
 
-    student_ids: Tensor  # [B, S] int64, right padded
+    student_ids: Tensor  # [B, S] int64, right padded; what the decoder reads where there is an encoder
     student_mask: Tensor  # [B, S] int64, 1 on tokens
     labels: Tensor  # [B, S] int64: the token that position j predicts (already shifted), or IGNORE
     supervised: Tensor  # [n] flat student positions that have a label, in order
@@ -116,6 +124,9 @@ class PairedBatch(_Movable):
     """Per window, which documents it holds (for messages)."""
     anchors: Anchors | None = None
     """For the router; None where there is none."""
+    student_source: Source | None = None
+    """For the student's encoder; None where it has none. Both models have one, or neither."""
+    teacher_source: Source | None = None
     keys: list[bytes] = field(default_factory=list)
     """Per window, what a memory of the teacher knows it by (`CachedTeacher`)."""
     signal: TeacherSignal | None = None
@@ -130,16 +141,21 @@ class PairedBatch(_Movable):
         empty = replace(a, **none, sampled=torch.full_like(a.sampled, -1), attends=torch.zeros_like(a.attends), runs=0)
         return replace(self, anchors=empty)
 
-    def scored(self, side: str) -> tuple[Tensor, Tensor, Tensor]:
-        """(ids, mask, labels) of "student" or "teacher" for evaluation.
+    def scored(self, side: str) -> tuple[dict[str, Tensor], Tensor]:
+        """(what the model of "student" or "teacher" is called with, labels) for evaluation.
 
         Both sides score exactly the same bytes of text; end-of-text tokens are not scored.
         """
         if side == "student":
-            ids, mask, labels, eot = self.student_ids, self.student_mask, self.labels, self.end_of_text[0]
+            ids, mask, source = self.student_ids, self.student_mask, self.student_source
+            labels, eot = self.labels, self.end_of_text[0]
         else:
-            ids, mask, labels, eot = self.teacher_ids, self.teacher_mask, self.teacher_labels, self.end_of_text[1]
-        return ids, mask, labels if eot is None else labels.masked_fill(labels == eot, IGNORE)
+            ids, mask, source = self.teacher_ids, self.teacher_mask, self.teacher_source
+            labels, eot = self.teacher_labels, self.end_of_text[1]
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        if source is not None:
+            inputs = {"input_ids": source.ids, "attention_mask": source.mask, "decoder_input_ids": ids}
+        return inputs, labels if eot is None else labels.masked_fill(labels == eot, IGNORE)
 
 
 @dataclass

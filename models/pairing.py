@@ -10,7 +10,7 @@ for the space that some tokenizers put there.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .alignment import Alignment, align, paired_tokens
 from .config import RouterConfig
-from .outputs import IGNORE, LEAST_RELATED, Anchors, PairedBatch
+from .outputs import IGNORE, LEAST_RELATED, Anchors, PairedBatch, Source
 from .vocabulary import END, FORMAT, MARKER, Reading, TokenTable, VocabularyMap
 
 SIDES = ("student", "teacher")
@@ -63,7 +63,8 @@ class PairEncoder:
         self.tables = (TokenTable(student_tokenizer), TokenTable(teacher_tokenizer))
         self.max_length = max_length
         self.end_of_text = tuple(table.end_of_text for table in self.tables)
-        self._unmarked = any(table.start_marker is None for table in self.tables)
+        # what is read before a text
+        self.starts = [[] if table.start_marker is None else [table.start_marker] for table in self.tables]
         # the end of a document then marks the start of the next one
         self._end_is_start = tuple(t.start_marker is not None and t.start_marker == t.end_of_text for t in self.tables)
         parts = [str(FORMAT), *(table.fingerprint for table in self.tables), str(max_length)]
@@ -101,6 +102,9 @@ class PairEncoder:
             at_ends += left_out
         return self.packed(pieces, at_ends)
 
+    prompt: Callable[[str, str], tuple[str, list[int]]] | None = None
+    """(document, side) -> what is asked last in it and the ids up to the answer, where documents are conversations."""
+
     def packed(self, pieces: list[Piece], left_out: int) -> list[dict[str, Any]]:
         """Windows of pieces; `left_out` counts bytes that are in none of them."""
         windows = [self._assemble(group) for group in self._group(pieces)]
@@ -114,10 +118,10 @@ class PairEncoder:
         cuts = _common_cuts(pair, size)
         pieces, left_out = [], 0
         # without a start marker the first span of a document is read, not predicted
-        at = 1 if self._unmarked else 0
+        at = 0 if all(self.starts) else 1
         while at < len(cuts) - 1:
             lead = max(at - 1, 0)
-            room = [self.max_length - (table.start_marker is not None) for table in self.tables]
+            room = [self.max_length - len(start) for start in self.starts]
             fits = ((cuts[at:, 1:] - cuts[lead, 1:]) <= room).all(1)
             to = at + int(np.flatnonzero(fits).max(initial=0))
             text_bytes = int(np.diff(np.clip(cuts[[at, max(to, at + 1)], 0], 0, size))[0])
@@ -132,9 +136,8 @@ class PairEncoder:
         return pieces, left_out
 
     def _lead(self, reading: Reading, side: int, cuts: np.ndarray, first_byte: int) -> Reading:
-        """Start marker, context cuts[0]..cuts[1] (read, not predicted) and text up to cuts[2]."""
-        marker = self.tables[side].start_marker
-        ids = np.array([] if marker is None else [marker], dtype=np.int64)
+        """Start markers, context cuts[0]..cuts[1] (read, not predicted) and text up to cuts[2]."""
+        ids = np.array(self.starts[side], dtype=np.int64)
         where = np.full(len(ids), first_byte)
         body = reading.part(cuts[0], cuts[2])
         body = body._replace(roles=np.where(np.arange(len(body.ids)) < cuts[1] - cuts[0], MARKER, body.roles))
@@ -197,6 +200,13 @@ def _reading(window: dict[str, Any], side: str) -> Reading:
     return Reading(*(np.asarray(window[f"{side}_{column}"], dtype=np.int64) for column in Reading._fields))
 
 
+def read_and_learned(window: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens that the student reads of a window, those of its encoder first; whether it learns to predict each)."""
+    source = np.asarray(window.get("student_source", []), dtype=np.int64)
+    ids, roles = np.asarray(window["student_ids"]), np.asarray(window["student_roles"])
+    return np.append(source, ids), np.append(np.zeros(len(source), dtype=bool), roles != MARKER)
+
+
 def count_channel(windows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """(teacher tokens, student tokens) that start at the same byte, over windows: for `VocabularyMap.with_channel`."""
     pairs = [paired_tokens(_reading(w, "student"), _reading(w, "teacher")) for w in windows]
@@ -249,6 +259,7 @@ class PairCollator:
         return PairedBatch(
             **{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in (padded | rows | asked).items()},
             **host,
+            **{f"{side}_source": _source([w.get(f"{side}_source") for w in windows]) for side in SIDES},
             counts=counts,
             anchors=anchors,
             bytes=torch.tensor([int(w["bytes"]) for w in windows], dtype=torch.int64),
@@ -262,6 +273,12 @@ def _pad(rows: list[np.ndarray], value: int) -> np.ndarray:
     for i, row in enumerate(rows):
         out[i, : len(row)] = row
     return out
+
+
+def _source(rows: list[np.ndarray | None]) -> Source | None:
+    if rows[0] is None:
+        return None
+    return Source(*(torch.from_numpy(_pad(some, 0)) for some in (rows, [np.ones_like(row) for row in rows])))
 
 
 def _stack(aligned: list[Alignment], student_width: int, teacher_width: int) -> dict[str, np.ndarray]:

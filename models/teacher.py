@@ -23,12 +23,12 @@ BLOCKS = 8
 
 
 class FrozenTeacher:
-    """A causal language model that is only ever read.
+    """A language model that is only ever read.
 
     No `nn.Module`, so that it is no part of what is trained, saved, wrapped or put into training mode.
 
     Args:
-        model: a transformers causal language model, in the dtype and on the device where it is to run.
+        model: a transformers language model, in the dtype and on the device where it is to run.
         vocabulary: the vocabulary map of the pair, for the restriction at depth > 0.
     """
 
@@ -62,7 +62,7 @@ class FrozenTeacher:
         self.order = self.order.to(device)
         batch = batch.to(device, non_blocking=True)
         with torch.autocast(device.type, enabled=False):
-            states, hidden = body_layers(self.model, batch.teacher_ids, layers)
+            states, hidden = body_layers(self.model, batch.teacher_ids, layers, batch.teacher_source)
             position = batch.teacher_held[batch.asked]
             states = states.flatten(0, 1)[position]
             following = batch.teacher_ids.flatten().roll(-1)[position, None]

@@ -93,7 +93,7 @@ class TokenTable:
         self.fingerprint = hashlib.sha256((json.dumps(spec, sort_keys=True) + roles).encode()).hexdigest()
 
     def __getstate__(self) -> dict:
-        cached = ("_backend", "_lengths", "_normalisers", "by_bytes")
+        cached = ("_backend", "_framing", "_lengths", "_normalisers", "by_bytes")
         return {k: v for k, v in self.__dict__.items() if k not in cached}
 
     @staticmethod
@@ -179,6 +179,16 @@ class TokenTable:
         """
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [self.place(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
+
+    @functools.cached_property
+    def _framing(self) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
+        backend.encode_special_tokens = True
+        return backend
+
+    def framed(self, text: str) -> np.ndarray:
+        """Ids of a text with the special tokens that the tokenizer puts around it; those written in it are text."""
+        return np.array(self._framing.encode(text).ids, dtype=np.int32)
 
     def place(self, text: str, ids: list[int], offsets: list[tuple[int, int]] | None = None) -> Reading:
         """Locate the tokens of a text in its UTF-8 bytes.

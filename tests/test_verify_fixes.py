@@ -202,23 +202,26 @@ def test_without_flags_what_train_would_take_is_checked(tmp_path, monkeypatch, c
 
 
 def test_one_step_runs_in_the_precision_of_the_device_and_leaves_the_accelerator_as_it_was(bench, setup, monkeypatch):
-    found = verify_fixes.one_step(bench, setup.config)
+    found = verify_fixes.rehearsal.one_step(bench, setup.config)
     assert found.passed and "4 of 4 taken on cpu, as there is no GPU" in found.value, found
     half = replace(
         setup.config,
         training=replace(setup.config.training, mixed_precision="bf16"),
         teacher=replace(setup.config.teacher, dtype="bfloat16"),
     )
-    found = verify_fixes.one_step(bench, half)
+    found = verify_fixes.rehearsal.one_step(bench, half)
     assert found.passed and "mixed precision bf16, teacher in bfloat16" in found.value
     assert bench.accelerator.mixed_precision == "no" and bench.accelerator.device.type == "cpu"
     with monkeypatch.context() as patch:
         patch.setattr(fused_head, "kd_loss", lambda logits, *_, **__: logits.sum() * float("nan"))
-        assert not verify_fixes.one_step(bench, setup.config).passed
+        assert not verify_fixes.rehearsal.one_step(bench, setup.config).passed
     routed = replace(setup.config, curriculum=CurriculumConfig(**dict.fromkeys(ROUTER_TERMS, Term(0.1))))
-    assert verify_fixes.one_step(bench, routed).passed
+    assert verify_fixes.rehearsal.one_step(bench, routed).passed
     monkeypatch.setattr(student_aware_router, "_distance", lambda a, b: a.sum(-1) * float("nan"))
-    assert verify_fixes.one_step(bench, setup.config).passed and not verify_fixes.one_step(bench, routed).passed
+    assert (
+        verify_fixes.rehearsal.one_step(bench, setup.config).passed
+        and not verify_fixes.rehearsal.one_step(bench, routed).passed
+    )
 
 
 def test_help_is_that_of_the_training_flags_under_its_own_name(capsys):
@@ -284,7 +287,7 @@ def plant_mean_of_means(monkeypatch):
 
 
 def plant_evaluation_sees_the_future(monkeypatch):
-    monkeypatch.setattr(evaluation, "_rows_nll", lambda model, ids, mask, labels: (0.1 * len(ids), len(ids)))
+    monkeypatch.setattr(evaluation, "_rows_nll", lambda model, inputs, labels: (0.1 * len(labels), len(labels)))
 
 
 def plant_student_cast_for_evaluation(monkeypatch):
@@ -419,7 +422,7 @@ def plant_coarse_teacher_states(monkeypatch):
 
 
 def plant_hidden_states_of_every_step(monkeypatch):
-    def always(model, ids, layers):
+    def always(model, ids, layers, source):
         out = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
         return out.last_hidden_state, tuple(out.hidden_states[layer] for layer in layers)
 

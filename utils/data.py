@@ -312,7 +312,8 @@ def warn_of_left_out(windows: datasets.Dataset) -> None:
         log.log(
             logging.WARNING if share > MOST_LEFT_OUT else logging.INFO,
             "%s bytes of the training text (%.2f %%) are left out, because they do not fit into a window: the end of a "
-            "longer conversation (raise --max-length), or text without a common boundary of the two tokenizers",
+            "longer conversation or what answers a longer prompt (raise --max-length), or text without a common "
+            "boundary of the two tokenizers",
             f"{left_out:,}", 100 * share,
         )  # fmt: skip
 

@@ -74,24 +74,25 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 def token_nll(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    batches: Iterable[tuple[dict[str, Tensor], Tensor]],
     device: torch.device,
     accelerator: Any = None,
 ) -> tuple[float, int]:
     """Negative log-likelihood of all supervised tokens, in nats, and their number.
 
     Args:
-        model: a causal language model of transformers, in whatever dtype; the losses are float32, their
-            sum float64.
-        batches: (ids, mask, labels), each [B, S]; positions whose label is IGNORE are not scored.
+        model: a language model of transformers, in whatever dtype; the losses are float32, their sum float64.
+        batches: what the model is called with, each [B, ...], and labels [B, S]; positions whose label is IGNORE are
+            not scored.
         device: of the model.
         accelerator: if given, both numbers are summed over its processes, which must all call this.
     """
     total, count = 0.0, 0
     with evaluation_mode(model):
-        for ids, mask, labels in batches:
-            for rows in torch.arange(len(ids)).split(_rows_at_once(model, ids.shape[1])):
-                nll, scored = _rows_nll(model, ids[rows].to(device), mask[rows].to(device), labels[rows].to(device))
+        for inputs, labels in batches:
+            for rows in torch.arange(len(labels)).split(_rows_at_once(model, labels.shape[1])):
+                some = {name: tensor[rows].to(device) for name, tensor in inputs.items()}
+                nll, scored = _rows_nll(model, some, labels[rows].to(device))
                 total, count = total + nll, count + scored
     total, count = sum_over_processes([total, count], accelerator)
     return total, round(count)
@@ -99,13 +100,13 @@ def token_nll(
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor, Tensor, int]],
+    batches: Iterable[tuple[dict[str, Tensor], Tensor, int]],
     device: torch.device,
     accelerator: Any = None,
     *,
     float32: bool = True,
 ) -> dict[str, float | int]:
-    """`metrics` of a model on (ids, mask, labels, bytes of text scored) batches.
+    """`metrics` of a model on batches as for `token_nll`, with the bytes of text that each scores.
 
     Args:
         float32: compute in float32 whatever the model's dtype (see `float32_evaluation`); False for a
@@ -113,11 +114,11 @@ def evaluate(
     """
     num_bytes = 0
 
-    def counted() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def counted() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
         nonlocal num_bytes
-        for ids, mask, labels, size in batches:
+        for inputs, labels, size in batches:
             num_bytes += int(size)
-            yield ids, mask, labels
+            yield inputs, labels
 
     with float32_evaluation(model) if float32 else nullcontext():
         nll, tokens = token_nll(model, counted(), device, accelerator)
@@ -150,7 +151,13 @@ def describe_model(model: nn.Module) -> dict[str, Any]:
     two of 4 bits, and only transformers can count them."""
     parameters = list(model.parameters())
     count = model.num_parameters() if hasattr(model, "num_parameters") else sum(p.numel() for p in parameters)
-    return {"parameters": count, "dtype": "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))}
+    dtype = "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    return {"parameters": count, "dtype": dtype} | ({"encoder_decoder": True} if has_encoder(model) else {})
+
+
+def has_encoder(model: nn.Module) -> bool:
+    """Whether it is an encoder-decoder model."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def compare(
@@ -196,17 +203,24 @@ def retention(
 
 def start_token(tokenizer: Any) -> int | None:
     """The token a document starts with: `bos` where the tokenizer puts it or it is also `eos`, else `eos`."""
+    added = leading_bos(tokenizer)
+    return tokenizer.eos_token_id if added is None else added
+
+
+def leading_bos(tokenizer: Any) -> int | None:
+    """`bos` where the tokenizer puts it in front of every text, else None."""
     adds_itself = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return tokenizer.bos_token_id if adds_itself else tokenizer.eos_token_id
+    return tokenizer.bos_token_id if adds_itself else None
 
 
 def generate_samples(
     model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, *, float32: bool = True
 ) -> list[str]:
-    """Greedy continuations, without the prompts.
+    """Greedy continuations, without the prompts; of an encoder-decoder model, what its decoder writes.
 
     Args:
-        prompts: token ids, the start marker included (see `start_token`). Each runs alone, so no padding.
+        prompts: token ids, the start marker included (see `start_token`); or what an encoder reads. Each runs alone, so
+            no padding.
         new_tokens: at most; fewer where the model's context ends.
         float32: as in `evaluate`.
     """
@@ -220,15 +234,19 @@ def generate_samples(
     texts = []
     with float32_evaluation(model) if float32 else evaluation_mode(model):
         for prompt in prompts:
-            room = int(min(new_tokens, context - len(prompt)))
+            read = 2 if has_encoder(model) else len(prompt)  # a decoder's start, and perhaps that of a text
+            room = int(min(new_tokens, context - read))
             if room < 1:
                 texts.append("")
                 continue
             ids = torch.tensor([list(prompt)], device=device)
             settings = GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=end, pad_token_id=end or 0)
+            if has_encoder(model):
+                settings.decoder_start_token_id = model.config.decoder_start_token_id
+                settings.forced_bos_token_id = leading_bos(tokenizer)
             with _plain_generation(model):
                 out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
-            texts.append(_continuation(tokenizer, list(prompt), out[0].tolist()))
+            texts.append(_continuation(tokenizer, [] if has_encoder(model) else list(prompt), out[0].tolist()))
     return texts
 
 
@@ -259,11 +277,11 @@ def _rows_at_once(model: nn.Module, positions: int) -> int:
     return max(1, LOGIT_ELEMENTS // (vocabulary * max(positions, 1)))
 
 
-def _rows_nll(model: nn.Module, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[float, int]:
+def _rows_nll(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[float, int]:
     where = (labels.flatten() != IGNORE).nonzero().flatten()
     if not len(where):
         return 0.0, 0
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.flatten(0, 1)
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
     targets, total = labels.flatten(), 0.0
     for chunk in where.split(max(1, LOGIT_ELEMENTS // logits.shape[1])):
         # Float64 on the host: not every device has it.

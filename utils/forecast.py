@@ -7,10 +7,11 @@ from pathlib import Path
 
 import psutil
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from .config import LoraConfig, TrainingConfig
 from .errors import UserError
+from .families import auto_class, depth, layer_counts
 
 WINDOW_BYTES_PER_TEXT_BYTE = 9
 """Tokenised windows of both models in the cache of `datasets`."""
@@ -18,7 +19,7 @@ WINDOW_BYTES_PER_TEXT_BYTE = 9
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a causal language model."""
+    """Sizes of a model; of an encoder-decoder model both stacks count, as deep as the deeper one."""
 
     parameters: int
     hidden: int
@@ -30,22 +31,23 @@ class Shape:
     def of(cls, config: PretrainedConfig) -> "Shape":
         """From a model's config; no weights are read or allocated."""
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = auto_class(config).from_config(config)
         text = config.get_text_config()
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
             hidden=text.hidden_size,
             intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
-            layers=text.num_hidden_layers,
+            layers=depth(config),
             vocabulary=model.get_output_embeddings().weight.shape[0],
         )
 
 
 def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The same architecture with at most so many layers."""
+    """The same architecture with at most so many layers, in encoder and decoder each."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
-    text.num_hidden_layers = min(text.num_hidden_layers, layers)
+    for name in layer_counts(text):
+        setattr(text, name, min(getattr(text, name), layers))
     for per_layer in ("layer_types", "attention_layers"):
         if isinstance(getattr(text, per_layer, None), list):
             setattr(text, per_layer, getattr(text, per_layer)[: text.num_hidden_layers])

@@ -1,7 +1,7 @@
 """The text nobody trains on, and everything that is measured on it: before, during and after training.
 
-Models and batches are handed in; a batch has `scored(side)` -> (ids, mask, labels), `bytes` and `to(device)`,
-and both sides (`student`, `teacher`) of it score the same bytes of text.
+Models and batches are handed in; a batch has `scored(side)` -> (what the model is called with, labels), `bytes` and
+`to(device)`, and both sides (`student`, `teacher`) of it score the same bytes of text.
 """
 
 import json

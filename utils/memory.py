@@ -20,15 +20,16 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from . import pretrained
 from .config import LoraConfig
 from .errors import UserError
+from .families import auto_class, depth
 from .forecast import Shape, free_memory, largest, shallow, trained_parameters
 from .logs import ROUTER_TERMS
 from .processes import on_main_process
@@ -108,7 +109,7 @@ def measure_body(
     on_gpu: bool,
     recomputes: bool = False,
 ) -> Body:
-    """What a body takes for windows of `length` tokens, run without content.
+    """What a body takes for windows of `length` tokens, run without content; of encoder and decoder each.
 
     Args:
         dtype: of the weights.
@@ -120,7 +121,7 @@ def measure_body(
     Raises:
         RuntimeError: the architecture looks into its tensors, which have no content here.
     """
-    layers = config.get_text_config().num_hidden_layers
+    layers = depth(config)
     settings = (windows, length, dtype, half, trained, on_gpu, recomputes)
     few, more = (_run(shallow(config, n), *settings) for n in MEASURED_LAYERS)
     return few if layers <= MEASURED_LAYERS[0] else few.deeper(more, layers - MEASURED_LAYERS[0])
@@ -140,7 +141,7 @@ def _run(
         if hasattr(config.get_text_config(), dropout):
             setattr(config.get_text_config(), dropout, 0.0)
     with FakeTensorMode():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype).train(trained)
+        model = auto_class(config).from_config(config, dtype=dtype).train(trained)
         if recomputes:
             pretrained.recompute_layers(model)
         parameters = list(model.parameters())
@@ -149,7 +150,7 @@ def _run(
             for _ in range(1 + trained):  # twice: the second time with gradients there
                 before, live.peak = live.now, live.now
                 with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                    states = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                    states = _states(model, ids)
                     kept, forward = live.now - before, live.peak - before
                     logits = model.get_output_embeddings()(states.flatten(0, 1)[:1])
                 if trained:
@@ -157,6 +158,16 @@ def _run(
                     logits.float().sum().backward()
                 del states, logits
         return Body(kept, forward, live.peak)
+
+
+def _states(model: nn.Module, ids: Tensor) -> Tensor:
+    """What enters the head; an encoder, where there is one, reads as many tokens as its decoder."""
+    if not model.config.is_encoder_decoder:
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    mask = torch.ones_like(ids)
+    read = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+    encoder = {"encoder_hidden_states": read, "encoder_attention_mask": mask}
+    return model.get_decoder()(input_ids=ids, use_cache=False, **encoder).last_hidden_state
 
 
 # ------------------------------------------------------------------------------------------------ a training step

@@ -52,7 +52,8 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     )
     start = "its own weights" if trained else "random weights"
     how = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
-    imports, loader = "from transformers import AutoModelForCausalLM, AutoTokenizer", "AutoModelForCausalLM"
+    loader = "AutoModelForSeq2SeqLM" if results["student"].get("encoder_decoder") else "AutoModelForCausalLM"
+    imports = f"from transformers import {loader}, AutoTokenizer"
     stops = ""
     if adapter:
         imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer, GenerationConfig"

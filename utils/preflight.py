@@ -88,7 +88,7 @@ class _HandMade(nn.Module):
 @check("perplexity by tokens", "perplexity is a mean of batch means: it depends on how text is cut into batches")
 def weighted_perplexity() -> tuple:
     rows = [torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)]
-    batches = [(ids, torch.ones_like(ids), torch.zeros_like(ids), 5 * ids.shape[1] // 6) for ids in rows]
+    batches = [({"input_ids": ids}, torch.zeros_like(ids), 5 * ids.shape[1] // 6) for ids in rows]
     found = evaluation.evaluate(_HandMade(), batches, torch.device("cpu"))
     right = abs(found["perplexity"] - 2**2.5) < 1e-3 and abs(found["bits_per_byte"] - 30 / 9) < 1e-3
     value = f"{found['perplexity']:.3f}, bits per byte {found['bits_per_byte']:.3f}, of 3 and 9 tokens"

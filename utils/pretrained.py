@@ -21,7 +21,6 @@ from huggingface_hub import constants
 from torch import nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PretrainedConfig,
@@ -30,6 +29,7 @@ from transformers import (
 
 from .atomic import atomic_folder, sha256_of, write_text
 from .errors import UserError
+from .families import auto_class
 from .hardware import Choice
 
 log = logging.getLogger(__name__)
@@ -89,15 +89,9 @@ def load_config(name: str, role: str) -> PretrainedConfig:
     """The model's config.json.
 
     Raises:
-        UserError: not reachable, or the model reads its text with an encoder: both sides here are decoders.
+        UserError: not reachable.
     """
-    config = _load(AutoConfig.from_pretrained, name, role, "config.json")
-    if getattr(config, "is_encoder_decoder", False):
-        raise UserError(
-            f"{role} {name}: got an encoder-decoder model ({config.model_type}). Expected a causal language model, "
-            "such as those of the families of Llama, Qwen, Gemma or GPT-2."
-        )
-    return config
+    return _load(AutoConfig.from_pretrained, name, role, "config.json")
 
 
 def load_tokenizer(name: str, role: str) -> PreTrainedTokenizerBase:
@@ -155,7 +149,7 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype}
     if weights in QUANTISED:
         options |= {"quantization_config": _quantisation(weights, dtype), "device_map": {"": device}}
-    load = AutoModelForCausalLM.from_pretrained
+    load = auto_class(load_config(name, role)).from_pretrained
     folder = Path(locate(name, role))
     if not allow_pickle and has_weights(folder, allow_pickle=True) and not has_weights(folder):
         files = ", ".join(path.name for path in folder.glob("*.bin"))
@@ -169,7 +163,7 @@ def load_model(
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
             f"{role} {name}: its weights lack {len(missing)} tensors of a {type(model).__name__}, such as "
-            f"{missing[0]}. Expected all of them: is this a causal language model, and is the download complete?"
+            f"{missing[0]}. Expected all of them: is this a language model with its head, and is the download complete?"
         )
     return model if weights in QUANTISED else model.to(device)  # quantised weights may not be moved
 
@@ -220,7 +214,7 @@ def has_weights(folder: Path, allow_pickle: bool = False) -> bool:
 
 def random_model(config: PretrainedConfig) -> nn.Module:
     """A model with fresh float32 weights; seed torch before."""
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return auto_class(config).from_config(config, dtype=torch.float32)
 
 
 def recompute_layers(model: nn.Module) -> None:
@@ -296,9 +290,9 @@ def window_length(asked: int, shapes: Iterable[PretrainedConfig]) -> int:
 def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
     """Write model, tokenizer and model card; the folder is whole or absent.
 
-    It loads without this project: with `AutoModelForCausalLM.from_pretrained`, or, where the model is peft's, what is
-    written is the adapter alone, with `AutoPeftModelForCausalLM.from_pretrained`. Generation stops where the tokenizer
-    ends a text (of conversations a turn), besides where the model did before, and pads with a token that exists.
+    It loads without this project: with `from_pretrained` of the class that its card names; where the model is peft's,
+    what is written is the adapter alone. Generation stops where the tokenizer ends a text (of conversations a turn),
+    besides where the model did before, and pads with a token that exists.
     """
     ends, end = model.generation_config.eos_token_id, tokenizer.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]

@@ -1,4 +1,4 @@
-"""Checks of evaluation and training loop that rehearse a run on tiny models.
+"""Checks of device, evaluation and training loop that rehearse a run on tiny models.
 
 `bench` below has what is rehearsed with (see `Bench` in verify_fixes.py): models, windows, and the real loop as `fit`.
 """
@@ -9,9 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import hardware, pretrained
 from .checklist import check
 from .checkpoints import CheckpointStore
 from .logs import ROUTER_TERMS
+from .plan import another_accelerator
+
+FEW_STEPS = 4
+"""On the device; with fp16 the first may be left out while the scale of the loss is found."""
+
+# --------------------------------------------------------------------------------------- the device
+
+
+@check("one step on this device", "set --mixed-precision no; or train on the CPU: CUDA_VISIBLE_DEVICES=")
+def one_step(bench: Any, config: Any) -> tuple:
+    device = hardware.choose_device().value
+    mixed = hardware.choose_precision(config.training.mixed_precision, device).value
+    dtype = pretrained.frozen_dtype(config.teacher.dtype, device, mixed).value
+    weights = {name: 0.1 for name in ROUTER_TERMS if name in config.curriculum.used()}
+    module = bench.distillation(weights=weights, device=device, dtype=dtype)
+    before = [p.detach().clone() for p in module.parameters()]
+    with another_accelerator(mixed, cpu=device.type == "cpu") as accelerator:
+        result = bench.fit(module, bench.windows, {"accelerator": accelerator}, max_steps=FEW_STEPS)
+    after = [p.detach().cpu() for p in module.parameters()]
+    finite = all(p.isfinite().all() for p in after)
+    moved = any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    taken = result.steps - result.skipped_steps
+    where = "cpu, as there is no GPU" if device.type == "cpu" else str(device)
+    value = f"{taken} of {result.steps} taken on {where}; mixed precision {mixed}, teacher in {dtype}"
+    weights = f"weights {'finite' if finite else 'not finite'} and {'changed' if moved else 'unchanged'}"
+    return f"{value}; {weights}".replace("torch.", ""), "1 or more, finite", taken > 0 and finite and moved
+
 
 # ---------------------------------------------------------------------------------------- evaluation
 

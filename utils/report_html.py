@@ -87,10 +87,10 @@ $sections
 </html>
 """)
 
-_LOADING = """from transformers import AutoModelForCausalLM, AutoTokenizer
+_LOADING = """from transformers import {auto}, AutoTokenizer
 
 folder = "student"  # beside this file
-model = AutoModelForCausalLM.from_pretrained(folder)
+model = {auto}.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 
 inputs = tokenizer("Once upon a time", return_tensors="pt")
@@ -115,6 +115,7 @@ def page(
         told: what the run noted of its decisions and its environment, nested.
         warnings: what the run warned of, in order.
     """
+    auto = "AutoModelForSeq2SeqLM" if results["student"].get("encoder_decoder") else "AutoModelForCausalLM"
     sections = [
         _warnings(warnings),
         "<h2>Result on unseen text</h2>",
@@ -124,7 +125,7 @@ def page(
         "<h2>Training</h2>" if pictures else "",
         f'<div class="grid" style="--least: 440px">{"".join(map(_picture, pictures))}</div>',
         _samples(results),
-        f'<h2>Use the student</h2><div class="card"><pre class="code">{_text(_LOADING)}</pre></div>',
+        f'<h2>Use the student</h2><div class="card"><pre class="code">{_text(_LOADING.format(auto=auto))}</pre></div>',
         _details("Settings", _groups(settings or {})),
         _details("Environment and decisions", _groups(told or {})),
     ]

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from . import adapters, pretrained
+from . import adapters, evaluation, pretrained
 from .atomic import write_text
 from .config import StudentConfig, TrainingConfig
 from .model_card import model_card
@@ -60,6 +60,8 @@ def export(
     if config.lora.merge:
         base = pretrained.load_model(config.name, "student", torch.float32, allow_pickle=config.allow_pickle)
         student = adapters.merged(student, base)
+    if evaluation.has_encoder(student):  # as it was trained
+        student.generation_config.forced_bos_token_id = evaluation.leading_bos(tokenizer)
     pretrained.export(student, tokenizer, folder, model_card(settings, results))
 
 

@@ -1,5 +1,6 @@
 """The forecast of memory against the peak of real optimizer steps, byte by byte as torch's allocator counts them."""
 
+import json
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,8 +11,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
 from models.config import RouterConfig
+from models.encoder_decoder import SourceEncoder
 from models.teacher import logit_rows
-from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
+from models.vocabulary import VocabularyMap
+from tests.models.tiny import STORIES, Pair, bart_like, byte_bpe, pair_of, tiny_bart, tiny_llama, tiny_t5
 from tests.toy import toy_config
 from utils import memory
 from utils.errors import UserError
@@ -83,6 +86,42 @@ def set_up(case: dict):
         routed_teacher_layers=3 if terms else 0,
     )
     return framework, windows, collate, demand
+
+
+@pytest.mark.parametrize(("family", "recomputes"), [("t5", False), ("t5", True), ("bart", False)])
+def test_the_forecast_of_an_encoder_decoder_pair_is_within_a_fifth_of_the_peak(family, recomputes):
+    """With as many tokens for the encoder as for the decoder, which is what is forecast."""
+    tokenizer, build, start = bart_like(600), *((tiny_t5, 0) if family == "t5" else (tiny_bart, 2))
+    stacks = {"num_layers": 4} if family == "t5" else {"encoder_layers": 4, "decoder_layers": 4}
+    inner = {"d_ff": 192, "d_kv": 48} if family == "t5" else {"encoder_ffn_dim": 192, "decoder_ffn_dim": 192}
+    student, teacher = (build(len(tokenizer), seed, d_model=96, **stacks, **inner) for seed in (1, 2))
+    encoder = SourceEncoder(tokenizer, tokenizer, 128, (start, start))
+    pair = Pair(student.train(), teacher, encoder, VocabularyMap.build(tokenizer, tokenizer))
+    ids = tokenizer("\n".join(STORIES) * 2, add_special_tokens=False).input_ids
+    texts = [tokenizer.decode(ids[n : n + 118]) for n in range(16)]
+    roles = ("user", "assistant")
+    rows = [[{"role": r, "content": t} for r, t in zip(roles, texts[n : n + 2], strict=True)] for n in range(0, 16, 2)]
+    windows = encoder.windows([json.dumps(row) for row in rows])
+    assert len(windows) == 8 and all(len(w[f"student_{of}"]) > 110 for w in windows for of in ("source", "ids"))
+    if recomputes:
+        recompute_layers(pair.student)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    demand = Demand(
+        student=student.config,
+        teacher=teacher.config,
+        length=128,
+        precision="no",
+        teacher_dtype=torch.float32,
+        student_dtype=torch.float32,
+        student_rows=logit_rows(device)["student"],
+        teacher_rows=logit_rows(device)["teacher"],
+        top_k=64,
+        on_gpu=device.type == "cuda",
+        recomputes=recomputes,
+    )
+    config = toy_config(batch_size=4, gradient_accumulation_steps=2, max_steps=2)
+    measured = peak_of(pair.framework({"lm": 0.5, "kd": 0.5}, top_k=64), windows, pair.collator(), config, "no")
+    assert sum(demand.memory(4).values()) - RUNTIME == pytest.approx(measured, rel=WITHIN)
 
 
 def peak_of(framework, windows, collate, config, precision: str) -> int:

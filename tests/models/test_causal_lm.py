@@ -5,8 +5,9 @@ import torch
 import transformers
 from torch import nn
 
-from models.causal_lm import body_states, check_head, head_logits, vocabulary_size
-from tests.models.tiny import tiny_llama
+from models.causal_lm import body_layers, body_states, check_head, depth_and_width, head_logits, vocabulary_size
+from models.outputs import Source
+from tests.models.tiny import tiny_bart, tiny_llama, tiny_t5
 
 SHAPE = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
 LLAMA = {**SHAPE, "intermediate_size": 32, "num_key_value_heads": 2, "initializer_range": 0.4, "pad_token_id": 0}
@@ -93,3 +94,59 @@ def test_the_check_leaves_the_training_mode_alone():
 def test_logits_of_a_half_head_are_float32_whatever_the_states():
     model = tiny_llama(40).to(torch.bfloat16)
     assert head_logits(model, torch.randn(3, 16)).dtype == torch.float32
+
+
+PAIRS = {
+    "T5": lambda: tiny_t5(40, num_decoder_layers=3),
+    "T5 1.1": lambda: tiny_t5(40, num_decoder_layers=3, tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
+    "BART": lambda: tiny_bart(40, decoder_layers=3),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@torch.no_grad()
+def test_head_of_a_decoder_is_the_models_own_logits_and_its_layers_are_the_decoders(name):
+    model = PAIRS[name]()
+    check_head(model, "student")
+    ids, source = torch.randint(1, 40, (2, 6)), Source(torch.randint(1, 40, (2, 9)), torch.ones(2, 9, dtype=torch.long))
+    source.mask[1, 5:] = 0
+    inputs = {"input_ids": source.ids, "attention_mask": source.mask, "decoder_input_ids": ids}
+    own = model(**inputs, output_hidden_states=True)
+    states, layers = body_layers(model, ids, (1, 3), source)
+    assert torch.allclose(head_logits(model, states), own.logits, atol=1e-5)
+    assert depth_and_width(model) == (3, 16) == (len(own.decoder_hidden_states) - 1, states.shape[-1])
+    assert all(torch.equal(layer, own.decoder_hidden_states[n]) for layer, n in zip(layers, (1, 3), strict=True))
+    source.ids[1, 5:] = 7  # padding
+    assert torch.equal(body_states(model, ids, source), states)
+    source.ids[1, 4] += 1
+    assert not torch.equal(body_states(model, ids, source), states)
+
+
+@torch.no_grad()
+def test_the_scale_of_the_config_matters_in_a_t5():
+    model, ids = PAIRS["T5"](), torch.randint(1, 40, (1, 6))
+    states = body_states(model, ids, Source(ids, torch.ones_like(ids)))
+    own = model(input_ids=ids, decoder_input_ids=ids).logits
+    assert torch.allclose(model.get_output_embeddings()(states), 4 * own, atol=1e-4)
+
+
+def test_a_model_with_a_bias_of_its_own_on_the_logits_is_refused():
+    model = tiny_bart(40)
+    model.final_logits_bias[0, 3] = 0.01  # too little to be seen in the logits
+    with pytest.raises(ValueError, match="adds a bias to its logits"):
+        check_head(model, "teacher")
+
+
+def test_a_decoder_that_reads_ahead_is_refused():
+    model = tiny_t5(40)
+    for layer in model.decoder.block:
+        layer.layer[0].SelfAttention.forward = _sees_everything(layer.layer[0].SelfAttention.forward)
+    with pytest.raises(ValueError, match="reads the text that follows"):
+        check_head(model, "student")
+
+
+def _sees_everything(forward):
+    def call(states, mask=None, **options):
+        return forward(states.mean(1, keepdim=True).expand_as(states).contiguous(), mask=mask, **options)
+
+    return call

@@ -252,7 +252,7 @@ def test_both_sides_score_the_same_bytes_and_no_ends_of_turns():
     windows = encode(encoder, messages("Hello", "Hi there.", "", "Es geht über die Straße."))
     batch = batch_of(encoder, windows)
     for side, of in zip(SIDES, encoder.sides, strict=True):
-        _, _, labels = batch.scored(side)
+        _, labels = batch.scored(side)
         spelt = b"".join(plain_bytes(of.tokenizer)[int(i)] for i in labels[labels != IGNORE])
         assert spelt == "Hi there.Es geht über die Straße.".encode() and len(spelt) == batch.bytes.sum()
 

@@ -7,9 +7,17 @@ import re
 from dataclasses import dataclass
 
 import torch
-from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as token_models
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Schedule, Term
 from models.curriculum import CurriculumScheduler
@@ -85,6 +93,33 @@ def characters(alphabet: str = "abcdefghijklmnopqrstuvwxyzODELBST .,:\n") -> Pre
     return _wrap(backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
+@functools.cache
+def t5_like(size: int = 120, seed_text: int = 0) -> PreTrainedTokenizerFast:
+    """Unigram with a mark for spaces; puts an end of text behind a text, and nothing in front."""
+    special = ["<pad>", "</s>", "<unk>"]
+    backend = Tokenizer(token_models.Unigram())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    options = {"vocab_size": size, "special_tokens": special, "unk_token": "<unk>", "show_progress": False}
+    backend.train_from_iterator(STORIES[seed_text:3], trainers.UnigramTrainer(**options))
+    backend.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return _wrap(backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+
+
+@functools.cache
+def bart_like(size: int = 320, seed_text: int = 0) -> PreTrainedTokenizerFast:
+    """Byte-level BPE; puts a start of text in front and an end of text behind."""
+    special = ["<s>", "<pad>", "</s>"]
+    backend = Tokenizer(token_models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    options = {"vocab_size": size, "special_tokens": special, "initial_alphabet": alphabet, "show_progress": False}
+    backend.train_from_iterator(STORIES[seed_text:], trainers.BpeTrainer(**options))
+    frame = {"single": "<s> $A </s>", "special_tokens": [("<s>", 0), ("</s>", 2)]}
+    backend.post_processor = processors.TemplateProcessing(**frame)
+    return _wrap(backend, bos_token="<s>", pad_token="<pad>", eos_token="</s>")
+
+
 def from_merges(pieces: list[str]) -> PreTrainedTokenizerFast:
     """BPE over single letters with one merge for each longer piece, in that order; no byte is lost."""
     letters = sorted({c for piece in pieces for c in piece})
@@ -141,6 +176,24 @@ def tiny_llama(vocabulary: int, seed: int = 0, *, width: int = 16, spread: float
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2}
     options = {"max_position_embeddings": 512, "tie_word_embeddings": False, "initializer_range": spread}
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, **(shape | options | config))).eval()
+
+
+def tiny_t5(vocabulary: int, seed: int = 0, **config) -> T5ForConditionalGeneration:
+    """Two layers each, random weights, no dropout; its logits are scaled, as those of the T5 of 2019."""
+    torch.manual_seed(seed)
+    shape = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+    options = {"initializer_factor": 1.0, "dropout_rate": 0.0}
+    return T5ForConditionalGeneration(T5Config(vocab_size=vocabulary, **(shape | options | config))).eval()
+
+
+def tiny_bart(vocabulary: int, seed: int = 0, **config) -> BartForConditionalGeneration:
+    """One layer that encodes and two that decode, random weights, no dropout."""
+    torch.manual_seed(seed)
+    heads = {f"{stack}_attention_heads": 2 for stack in ("encoder", "decoder")}
+    widths = {f"{stack}_ffn_dim": 32 for stack in ("encoder", "decoder")}
+    shape = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 2, "max_position_embeddings": 512, **heads, **widths}
+    options = {"init_std": 0.3, "dropout": 0.0}
+    return BartForConditionalGeneration(BartConfig(vocab_size=vocabulary, **(shape | options | config))).eval()
 
 
 def curriculum(total_steps: int = 10, **weights) -> CurriculumScheduler:

@@ -50,7 +50,7 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32, tied: bool = True):
     return model.to(dtype)
 
 
-def uneven_batches(rows: int = 7, width: int = 12) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def uneven_batches(rows: int = 7, width: int = 12) -> list[tuple[dict[str, torch.Tensor], torch.Tensor]]:
     generator = torch.Generator().manual_seed(1)
     batches = []
     for _ in range(3):
@@ -58,7 +58,7 @@ def uneven_batches(rows: int = 7, width: int = 12) -> list[tuple[torch.Tensor, t
         lengths = torch.randint(1, width + 1, (rows, 1), generator=generator)
         mask = (torch.arange(width) < lengths).long()
         labels = torch.roll(ids, -1, 1).masked_fill(torch.arange(width) >= lengths - 1, IGNORE)
-        batches.append((ids, mask, labels))
+        batches.append(({"input_ids": ids, "attention_mask": mask}, labels))
     return batches
 
 
@@ -66,9 +66,9 @@ def plain_nll(model, batches) -> tuple[float, int]:
     """Reference: window by window without padding, token by token, float64."""
     total, count = 0.0, 0
     with torch.no_grad():
-        for ids, mask, labels in batches:
-            for row in range(len(ids)):
-                length = int(mask[row].sum())
+        for inputs, labels in batches:
+            ids, lengths = inputs["input_ids"], inputs["attention_mask"].sum(1).tolist()
+            for row, length in enumerate(lengths):
                 log_probs = model(input_ids=ids[row : row + 1, :length]).logits[0].double().log_softmax(-1)
                 for j in range(length):
                     if labels[row, j] != IGNORE:
@@ -104,14 +104,14 @@ def test_uneven_batches_are_weighted_by_tokens_not_by_batches():
             self.anchor = torch.nn.Parameter(torch.zeros(()))
             self.config = SimpleNamespace(vocab_size=64)
 
-        def forward(self, input_ids, attention_mask, use_cache):
+        def forward(self, input_ids, use_cache):
             wide = (input_ids == 1).unsqueeze(-1)
             narrow = torch.where(torch.arange(64) < 4, 0.0, -1e9)
             return SimpleNamespace(logits=torch.where(wide, torch.zeros(64), narrow) + self.anchor)
 
     def batch(kind, size):
         ids = torch.full((1, size), kind)
-        return ids, torch.ones_like(ids), torch.zeros_like(ids), size
+        return {"input_ids": ids}, torch.zeros_like(ids), size
 
     result = evaluate(Fixed(), [batch(0, 1), batch(1, 9)], CPU)
     assert result["perplexity"] == pytest.approx(math.exp((math.log(4) + 9 * math.log(64)) / 10))
@@ -129,7 +129,7 @@ def test_a_fresh_model_has_a_perplexity_near_the_vocabulary_size():
 def test_masked_batches_count_nothing_and_an_empty_text_is_the_users_to_fix():
     model = tiny("gpt2")
     ids = torch.zeros(2, 4, dtype=torch.long)
-    nothing = (ids, torch.ones_like(ids), torch.full_like(ids, IGNORE))
+    nothing = ({"input_ids": ids, "attention_mask": torch.ones_like(ids)}, torch.full_like(ids, IGNORE))
     assert token_nll(model, [nothing], CPU) == (0.0, 0)
     with pytest.raises(UserError, match="--eval-data"):
         metrics(0.0, 0, 0)
@@ -188,11 +188,11 @@ def test_training_goes_on_as_if_there_had_been_no_evaluation(kind, dtype):
         model = tiny(kind, dtype).train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
         batches = uneven_batches()
-        for ids, mask, labels in batches:
+        for inputs, labels in batches:
             if evaluated:
                 evaluate(model, [(*batch, 9) for batch in batches], CPU)
             torch.manual_seed(3)  # dropout
-            logits = model(input_ids=ids, attention_mask=mask).logits.float()
+            logits = model(**inputs).logits.float()
             torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
             optimizer.step()
             optimizer.zero_grad()

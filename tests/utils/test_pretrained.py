@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BartConfig, LlamaConfig, LlamaForCausalLM, T5Config
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tests.models.tiny import byte_bpe, tiny_llama
+from tests.models.tiny import byte_bpe, tiny_bart, tiny_llama, tiny_t5
 from utils import pretrained
 from utils.errors import UserError
 
@@ -112,12 +112,15 @@ def test_whole_weights_are_asked_for_without_quantisation(folder, monkeypatch):
     assert not {"quantization_config", "device_map"} & asked.keys()
 
 
-@pytest.mark.parametrize("kind", [T5Config, BartConfig])
-def test_a_model_with_an_encoder_is_refused(tmp_path, kind):
-    """transformers would load the decoder of some of them alone."""
-    kind().save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=rf"student .*encoder-decoder model \({kind.model_type}\)\. Expected a causal"):
-        pretrained.load_config(str(tmp_path), "student")
+@pytest.mark.parametrize("build", [tiny_t5, tiny_bart])
+def test_a_model_with_an_encoder_is_loaded_whole(tmp_path, build):
+    """The class for causal models would load the decoder of some of them alone."""
+    model = build(40)
+    model.save_pretrained(tmp_path)
+    found = pretrained.load_model(str(tmp_path), "student", torch.float32).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    random = pretrained.random_model(pretrained.load_config(str(tmp_path), "student"))
+    assert type(random) is type(model)
 
 
 @pytest.mark.parametrize(("before", "after"), [(None, [0]), (2, [0, 2]), ([2, 0], [2, 0]), (0, 0)])
