@@ -86,7 +86,7 @@ def test_the_loss_is_that_of_the_running_teacher_and_the_same_read_or_computed(p
     teacher, collate = cached(pair, storage=storage)
     online = pair.framework({"kd": 0.7, "span": 0.2, "lm": 0.3}, top_k=12)
     weights = curriculum(kd=0.7, span=0.2, lm=0.3)
-    offline = DistillationFramework(pair.student, teacher, pair.vocabulary, online.config, weights)
+    offline = DistillationFramework(pair.student, teacher, pair.vocabulary, online.loss_config, weights)
     windows = pair.encoder.windows(STORIES)
     losses = [framework(collate(windows), 3).loss for framework in (online, offline, offline)]
     assert losses[1] == losses[2] and teacher.memory.kept == len(windows)
