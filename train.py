@@ -68,7 +68,7 @@ from utils.endings import EXIT_CODES, Interrupted, exit_code
 from utils.errors import UserError, value_errors_are_the_users
 from utils.guards import RedFlags
 from utils.held_out import START, HeldOut, metrics_of
-from utils.logs import StepLogger, setup_logging, show_learned
+from utils.logs import StepLogger, learned_lines, setup_logging
 from utils.plan import Plan, build_accelerator
 from utils.processes import main_process_first, on_main_process, rank
 from utils.seeding import permutation
@@ -202,6 +202,11 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         teacher_device=there,
         teacher_dtype=pretrained.frozen_dtype(config.teacher.dtype, there, accelerator.mixed_precision),
     )
+
+
+def learned_from(job: Job) -> list[str]:
+    """One example of what is learned from, decoded."""
+    return learned_lines(*read_and_learned(job.windows[0]), job.tokenizer.decode)
 
 
 def _for_chat(role: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -420,7 +425,8 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         log.warning(unused)
     if config.teacher.name is not None:
         job.held_out.log_coverage()
-    show_learned(*read_and_learned(job.windows[0]), job.tokenizer.decode)
+    for line in learned_from(job):
+        log.info("%s", line)
     if accelerator.is_main_process:
         run_folder.write_config(output, to_plain(asked), notes)
     without_cache, job = job, with_cache(job, RememberingCollator)

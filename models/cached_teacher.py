@@ -58,7 +58,7 @@ class CachedTeacher:
     """
 
     def __init__(self, teacher: FrozenTeacher | None, memory: Any) -> None:
-        self._teacher, self.memory = teacher, memory
+        self.teacher, self.memory = teacher, memory
 
     def __deepcopy__(self, memo: dict) -> "CachedTeacher":
         return self  # as the teacher, and there is one memory
@@ -69,8 +69,8 @@ class CachedTeacher:
 
     @property
     def _running(self) -> FrozenTeacher:
-        assert self._teacher is not None, "the teacher is not loaded, and something is not in its memory"
-        return self._teacher
+        assert self.teacher is not None, "the teacher is not loaded, and something is not in its memory"
+        return self.teacher
 
     @torch.no_grad()
     def signal(self, batch: PairedBatch, top_k: int | None = None, layers: Sequence[int] = ()) -> TeacherSignal:

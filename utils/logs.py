@@ -173,22 +173,22 @@ class _LimitRepeats(logging.Filter):
         return self.seen[key] <= REPEATS
 
 
-def show_learned(
+def learned_lines(
     ids: Sequence[int], learned: Sequence[bool], decode: Callable[[list[int]], str], most: int = 10, width: int = 160
-) -> None:
-    """Show on one window what is learned from: a head line, and a line for each run of tokens that are learned or only
+) -> list[str]:
+    """What is learned from, of one window: a head line, and a line for each run of tokens that are learned or only
     read, at most `most` of them, each with the first and last characters of its text."""
-    total = sum(map(bool, learned))
-    log.info("what is learned from: %d of %d tokens of the student's first window", total, len(ids))
+    lines = [f"what is learned from: {sum(map(bool, learned))} of {len(ids)} tokens of the student's first window"]
     runs = [
         (key, [i for _, i in run]) for key, run in groupby(zip(map(bool, learned), ids, strict=True), itemgetter(0))
     ]
     for key, run in runs[:most]:
         text = repr(decode(run))[1:-1]
         text = text if len(text) <= width else f"{text[: width // 2]} ... {text[-width // 2 :]}"
-        log.info("%s %s", "[learned]" if key else "[read]   ", text)
+        lines.append(f"{'[learned]' if key else '[read]   '} {text}")
     if len(runs) > most:
-        log.info("and %d more such parts", len(runs) - most)
+        lines.append(f"and {len(runs) - most} more such parts")
+    return lines
 
 
 # --- steps ----------------------------------------------------------------------------------------------------------

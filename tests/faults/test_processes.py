@@ -19,7 +19,7 @@ UNLUCKY = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train
-def fail(job):
+def fail(*_):
     raise RuntimeError("out of luck")
 if os.environ["RANK"] == "1":
     train.students.make = fail

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from tests.utils.test_progress import Clock, Terminal
 from utils import logs
 from utils.errors import RunError, UserError
-from utils.logs import StepLogger, evaluation_line, read_metrics, setup_logging, show_learned, training_lines
+from utils.logs import StepLogger, evaluation_line, learned_lines, read_metrics, setup_logging, training_lines
 from utils.progress import Progress
 
 TAGS = ("[CURRICULUM]", "[KD]", "[ROUTING]", "[LM]", "[TOTAL]", "[Eval]")
@@ -266,20 +266,14 @@ def test_an_evaluation_is_found_by_its_step_and_a_training_step_is_none(tmp_path
     steps.close()
 
 
-def test_what_is_learned_is_shown_run_by_run_and_in_a_few_lines(caplog):
-    def shown(*of) -> list[str]:
-        caplog.clear()
-        with caplog.at_level("INFO", "utils"):
-            show_learned(*of)
-        return caplog.messages
-
+def test_what_is_learned_is_shown_run_by_run_and_in_a_few_lines():
     letters = "what is read|learned\nhere|read"
     ids = [ord(letter) for letter in letters if letter != "|"]
     learned = [n for n, part in enumerate(letters.split("|")) for _ in part]
-    lines = shown(ids, [part == 1 for part in learned], lambda run: "".join(map(chr, run)))
+    lines = learned_lines(ids, [part == 1 for part in learned], lambda run: "".join(map(chr, run)))
     assert lines[0] == f"what is learned from: 12 of {len(ids)} tokens of the student's first window"
     assert lines[1:] == ["[read]    what is read", "[learned] learned\\nhere", "[read]    read"]
-    many = shown([65] * 500, [n // 5 % 2 for n in range(500)], lambda run: "long " * 100)
+    many = learned_lines([65] * 500, [n // 5 % 2 for n in range(500)], lambda run: "long " * 100)
     assert len(many) == 12 and many[-1] == "and 90 more such parts" and max(map(len, many)) < 180
 
 

@@ -1,0 +1,135 @@
+"""The notebook for Kaggle and Colab, executed from top to bottom without a network."""
+
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+import train
+from utils import quickstart, run_folder
+from utils.config import to_plain
+from utils.stopping import StopSignal
+
+nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install -e .[test]")
+nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -e .[test]")
+pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install -e .[test]")
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "kaggle_distillation.ipynb"
+MOST_BYTES = 1_000_000
+"""Of a saved run."""
+STEPS, STOPPED_AT = 6, 2
+FLAGS = (
+    f"--config quickstart --max-steps {STEPS} --max-length 64 --save-every 2 --set data.max_documents=300 "
+    "evaluation.every=0 evaluation.max_windows=8 evaluation.new_tokens=8 evaluation.without_teacher=false"
+)
+
+
+@pytest.fixture
+def notebook():
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def cell(book, tag: str):
+    (found,) = [cell for cell in book.cells if tag in cell.metadata.get("tags", ())]
+    return found
+
+
+def said(cell) -> str:
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The embedded material with a teacher that nobody trained, which takes a minute."""
+    monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path / "cache"))
+    material = quickstart.material()
+    own, _ = train.configure(["--config", "quickstart_teacher"])
+    folder = quickstart.teacher_folder(material, run_folder.identity(to_plain(own)))
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(material.teacher)).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(material.teacher).save_pretrained(folder)
+
+
+@pytest.fixture
+def inputs(cache, tmp_path, monkeypatch):
+    """An attached output of an earlier version: a run that its deadline stopped, in folders that cannot be written."""
+    output = tmp_path / "inputs" / "notebooks" / "earlier" / "runs" / "notebook"
+    boundaries = iter(range(100))
+    with monkeypatch.context() as patch:
+        reached = lambda self: "max_hours" if next(boundaries) == STOPPED_AT else None  # noqa: E731
+        patch.setattr(StopSignal, "requested", reached)
+        assert train.main([*FLAGS.split(), "--output-dir", str(output), "--max-hours", "1"]) == 0
+    written = [tmp_path / "inputs", *(tmp_path / "inputs").rglob("*")]
+    for path in written:
+        path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
+    yield tmp_path / "inputs"
+    for path in written:
+        path.chmod(path.stat().st_mode | stat.S_IWUSR)
+
+
+def test_it_is_committed_without_outputs_in_short_cells_that_are_explained(notebook):
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(not cell.outputs and cell.execution_count is None for cell in code)
+    assert max(len(cell.source.splitlines()) for cell in code) <= 20
+    before = [notebook.cells[number - 1] for number, cell in enumerate(notebook.cells) if cell.cell_type == "code"]
+    assert all(cell.cell_type == "markdown" for cell in before)
+
+
+def test_an_attached_project_is_copied_and_a_missing_one_asked_for(notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    source, inputs = cell(notebook, "project").source, tmp_path / "inputs"
+    scope = {"OUTPUT": "runs/notebook", "INPUTS": str(inputs), "REPOSITORY": ""}
+    with pytest.raises(AssertionError, match="attach it as an input, or give its git address"):
+        exec(source, dict(scope))
+    project = inputs / "datasets" / "me" / "curriculum-distillation"
+    project.mkdir(parents=True)
+    (project / "verify_fixes.py").touch()
+    exec(source, scope)
+    assert Path.cwd() == tmp_path / "curriculum-distillation" and Path("verify_fixes.py").is_file()
+    assert scope["OUTPUT"] == tmp_path / "runs" / "notebook"
+
+
+def test_a_package_that_is_missing_is_installed_beside_the_torch_that_is_there(notebook, monkeypatch):
+    from utils import environment
+
+    asked = []
+    source = cell(notebook, "packages").source
+    missing = [
+        environment.Conflict("", "datasets>=4.0", None, True),
+        environment.Conflict("x", "numpy<2", "2.4", False),
+    ]
+    monkeypatch.setattr(environment, "find_conflicts", lambda own, packages: missing)
+    scope = {name: __import__(name) for name in ("subprocess", "sys")}
+    monkeypatch.setattr(scope["subprocess"], "run", lambda command, check: asked.append(command))
+    exec(source, {**scope, "version": lambda name: "2.10.0+cu128"})
+    assert [command[-2:] for command in asked] == [["torch==2.10.0+cu128", "datasets>=4.0"]]
+
+
+def test_it_runs_from_top_to_bottom_and_continues_the_attached_run(notebook, inputs, tmp_path):
+    """Offline, with the embedded default for a few steps; a saved run stays small."""
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "curriculum-distillation").symlink_to(NOTEBOOK.parent.parent)
+    values = f'FLAGS, OUTPUT, INPUTS, MAX_HOURS = "{FLAGS}", "runs/notebook", "{inputs}", 0.5'
+    place = notebook.cells.index(cell(notebook, "parameters"))
+    notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(values))
+    environment = {**os.environ, "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    client = nbclient.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(work)}})
+    client.execute(env=environment)
+
+    assert "nothing was missing" in said(cell(notebook, "packages"))
+    assert "[learned]" in said(cell(notebook, "preflight")) and "✓ memory" in said(cell(notebook, "preflight"))
+    assert "Continuing" in said(cell(notebook, "resume"))
+    assert f"step-{STOPPED_AT:08d}" in said(cell(notebook, "train"))
+    (shown,) = cell(notebook, "report").outputs
+    assert "<iframe srcdoc=" in shown["data"]["text/html"] and "image/png" in cell(notebook, "curves").outputs[0].data
+    assert "student.zip" in said(cell(notebook, "export")) and (work / "runs" / "student.zip").is_file()
+    assert len(said(cell(notebook, "sample"))) > 100
+    size = len(nbformat.writes(notebook).encode())
+    assert size < MOST_BYTES, f"a saved run has {size:,} bytes"
