@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM
 
 import train
-from utils import hub
+from utils import benchmark_tasks, hub
 
 SHORT = ["--max-steps", "4", "--save-every", "4", "--eval-every", "0"]
 
@@ -102,6 +103,27 @@ def test_a_finished_run_is_uploaded_by_the_same_command(place, whole, monkeypatc
     monkeypatch.setattr(hub, "push", lambda config, student: pushed.append((config.repository, student)))
     assert train.main(place.arguments(whole, *SHORT, "--push-to-hub", "me/mine")) == 0
     assert pushed == [("me/mine", whole / "student")]
+
+
+def test_what_is_measured_is_the_trained_student_and_the_whole_teacher(place, tmp_path, monkeypatch):
+    """Also where a cache spared the run its teacher."""
+    measured = []
+
+    def measure(held_out, models):
+        measured.append({key: sum(p.numel() for p in model().parameters()) for key, model in models.items()})
+        return []
+
+    monkeypatch.setattr(benchmark_tasks, "check", lambda config: None)
+    monkeypatch.setattr(benchmark_tasks, "measure", measure)
+    cached = ["--cache-teacher", str(tmp_path / "cache")]
+    for number, cache in enumerate(([], cached, cached)):
+        asked = [*SHORT, "--eval-tasks", "any", *cache]
+        assert train.main(place.arguments(tmp_path / f"run-{number}", *asked)) == 0
+    sizes = {
+        "student": AutoModelForCausalLM.from_pretrained(tmp_path / "run-0" / "student").num_parameters(),
+        "teacher": AutoModelForCausalLM.from_pretrained(place.teacher).num_parameters(),
+    }
+    assert measured == [sizes] * 3
 
 
 @needs_lm_eval
