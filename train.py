@@ -48,6 +48,7 @@ from utils import (
     requirements,
     run_folder,
     students,
+    teachers,
 )
 from utils.cache_building import CacheBuilding, settle, with_cache
 from utils.checkpoints import CheckpointStore, step_of
@@ -143,12 +144,12 @@ class Job:
     teacher_dtype: hardware.Choice[torch.dtype]
     cache: TeacherCache | None = None
     """Of what the teacher says."""
-    memory: str = ""  # forecast of what training takes
+    needed: memory.Forecast = field(default_factory=memory.Forecast)
 
 
 def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     """Tokenizers, text, windows and the vocabulary map: all that can fail cheaply, before the models."""
-    there = hardware.choose_teacher_device(config.teacher.device, accelerator.device, accelerator.num_processes).value
+    there = teachers.place(config, accelerator)
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
     tokenizers = pretrained.load_each(pretrained.load_tokenizer, names)
     shapes = pretrained.load_each(pretrained.load_config, names)
@@ -191,7 +192,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         vocabulary=vocabulary,
         collate=collate,
         windows=windows,
-        held_out=HeldOut(*measured, prompt=encoder.prompt),
+        held_out=HeldOut(*measured, encoder.prompt, config.teacher.device == teachers.SHARDED),
         fingerprint={
             **run_folder.identity(to_plain(config)),
             "training_text": data.corpus_fingerprint(corpus.train),
@@ -230,16 +231,13 @@ def cached_teacher(job: Job, stop: StopSignal) -> CachedTeacher:
 
 
 def load_teacher(job: Job) -> FrozenTeacher | None:
-    """The frozen teacher on its device, or None if the run has none."""
+    """The frozen teacher where it computes, or None if the run has none."""
     config = job.config.teacher
     if config.name is None:
         return None
-    dtype, device = job.teacher_dtype, job.teacher_device
-    log.info("teacher on %s in %s: %s", device, str(dtype.value).removeprefix("torch."), dtype.reason)
     if job.config.student.init == "random" and not job.config.curriculum.used() & {*ROUTER_TERMS}:
         log.info(students.RANDOM_HINT)
-    weights = {"weights": config.dtype, "allow_pickle": config.allow_pickle}
-    model = pretrained.load_model(config.name, "teacher", dtype.value, device, **weights)
+    model = teachers.load(job)
     with value_errors_are_the_users():
         return FrozenTeacher(model, job.vocabulary)
 
@@ -327,8 +325,9 @@ def train_student(
         num_workers=config.data.num_workers,
         term_gradients=config.logging.term_gradients,
         settle=partial(settle, job),
-        ask=None if teacher is None or config.teacher.device == "auto" else framework.ask,
-        forecast=job.memory,
+        ask=framework.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
+        waits=teacher is not None and config.teacher.device == teachers.SHARDED,
+        forecast=job.needed.told,
     )
     if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
         of = f"{result.steps} of {plan.total_steps} steps"
@@ -378,7 +377,7 @@ def add_tasks(
     """Measure the tasks that were asked for, in this process, and add them to the report."""
     config = job.config
     models: dict[str, Callable[[], nn.Module]] = {"student": lambda: trained.framework.student}
-    if teacher is not None:
+    if teacher is not None and config.teacher.device != teachers.SHARDED:  # no other process computes with this one
         loaded = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
         models["teacher"] = lambda: (loaded or load_teacher(job)).model
     if config.student.init == "pretrained":
@@ -418,9 +417,9 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     log.info("device %s: %s; mixed precision %s: %s", device.value, device.reason, precision.value, precision.reason)
     config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
-    config, told = memory.settle(config, accelerator, logit_rows)
-    job = replace(main_process_first(accelerator, lambda: prepare(config, accelerator)), memory=told)
-    used_here = len({accelerator.device, job.teacher_device} - {torch.device("cpu")})
+    config, needed = memory.settle(config, accelerator, logit_rows)
+    job = replace(main_process_first(accelerator, lambda: prepare(config, accelerator)), needed=needed)
+    used_here = teachers.gpus_used(config, accelerator.device, job.teacher_device)
     if unused := hardware.unused_gpus(accelerator.num_processes, used_here):
         log.warning(unused)
     if config.teacher.name is not None:

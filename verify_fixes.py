@@ -44,6 +44,7 @@ from utils.plan import build_accelerator
 from utils.requirements import check as check_requirements
 from utils.seeding import permutation, seed_everything
 from utils.students import make as make_student
+from utils.teachers import alone
 from utils.training import FitResult, fit
 
 LENGTH = miniature.CONTEXT
@@ -406,7 +407,7 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
         material = quickstart.material()
         config = quickstart.with_paths(asked, material, lambda: material.teacher)  # need not be trained yet
     limit = min(asked.data.max_documents or MOST_DOCUMENTS, MOST_DOCUMENTS)
-    config = replace(config, data=replace(config.data, max_documents=limit))
+    config = replace(config, data=replace(config.data, max_documents=limit), teacher=alone(config.teacher))
     job = train.prepare(config, build_accelerator("no", cpu=True))
     student = pretrained.load_config(config.student.name, "student")
     teacher = pretrained.load_config(config.teacher.name, "teacher") if config.teacher.name else None

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import body_layers
 from .outputs import PairedBatch, TeacherSignal
 from .pairing import PairCollator
 from .teacher import FrozenTeacher
@@ -90,11 +89,8 @@ class CachedTeacher:
         return replace(found.to(device), hidden=hidden)
 
     def _states(self, batch: PairedBatch, layers: Sequence[int]) -> tuple[Tensor, ...]:
-        home, there = batch.student_ids.device, self._running.device
-        source = batch.teacher_source and batch.teacher_source.to(there)
-        with torch.autocast(there.type, enabled=False):
-            states = body_layers(self.model, batch.teacher_ids.to(there), layers, source)[1]
-        return tuple(state.to(home) for state in states)
+        states = self._running.states(batch.teacher_ids, layers, batch.teacher_source)[1]
+        return tuple(state.to(batch.student_ids.device) for state in states)
 
 
 def _as_signal(arrays: Sequence[np.ndarray]) -> TeacherSignal:

@@ -113,8 +113,11 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, name: str) -> None:
+def check_head(model: nn.Module, name: str) -> torch.device:
     """Make sure that body and head give the model's own logits, and that none depends on what follows.
+
+    Returns:
+        the device on which logits come out; of a model that is spread over several not that on which ids enter.
 
     Raises:
         ValueError: for an architecture that does something else between its body and its logits, or is not causal.
@@ -129,8 +132,7 @@ def check_head(model: nn.Module, name: str) -> None:
             f"the {name} ({type(model).__name__}) adds a bias to its logits (final_logits_bias), which is not "
             "supported: expected one whose bias is 0, such as BART's"
         )
-    device = next(model.parameters()).device
-    ids = torch.arange(1, 5, device=device).clamp_max(vocabulary_size(model) - 1)[None]
+    ids = torch.arange(1, 5, device=input_device(model)).clamp_max(vocabulary_size(model) - 1)[None]
     source, inputs = None, {"input_ids": ids}
     if model.config.is_encoder_decoder:
         source = Source(ids.flip(1), torch.ones_like(ids))
@@ -139,6 +141,7 @@ def check_head(model: nn.Module, name: str) -> None:
         own = model(**inputs, use_cache=False).logits.float()
         ours = head_logits(model, body_states(model, ids, source))
         begun = head_logits(model, body_states(model, ids[:, :-1], source))
+        own = own.to(ours.device)
     if not own.isfinite().all():
         raise ValueError(
             f"the logits of the {name} ({type(model).__name__}, {model.dtype}) are not finite: its weights are "
@@ -156,6 +159,12 @@ def check_head(model: nn.Module, name: str) -> None:
             f"(largest difference {error:.3g}); expected head(body(x)) with logit_scale, logits_scaling or "
             "final_logit_softcapping"
         )
+    return ours.device
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Where ids enter a model."""
+    return model.get_input_embeddings().weight.device
 
 
 def vocabulary_size(model: nn.Module) -> int:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import body_layers, check_head, head_logits, vocabulary_size
+from .causal_lm import body_layers, check_head, head_logits, input_device, vocabulary_size
 from .fused_head import chunk_rows
-from .outputs import PairedBatch, TeacherSignal
+from .outputs import PairedBatch, Source, TeacherSignal
 from .vocabulary import VocabularyMap
 
 CPU_ROWS = 512
@@ -28,12 +28,13 @@ class FrozenTeacher:
     No `nn.Module`, so that it is no part of what is trained, saved, wrapped or put into training mode.
 
     Args:
-        model: a transformers language model, in the dtype and on the device where it is to run.
+        model: a transformers language model, in the dtype and on the device where it is to run; accelerate may
+            have spread its layers over several.
         vocabulary: the vocabulary map of the pair, for the restriction at depth > 0.
     """
 
     def __init__(self, model: nn.Module, vocabulary: VocabularyMap) -> None:
-        check_head(model, "teacher")
+        self.device = check_head(model, "teacher")  # of what it says
         self.model = model.eval().requires_grad_(False)
         self.order = torch.from_numpy(vocabulary.order).long()
         if len(self.order) != vocabulary_size(model):
@@ -45,9 +46,14 @@ class FrozenTeacher:
     def __deepcopy__(self, memo: dict) -> "FrozenTeacher":
         return self  # read only: copies of what holds it share it
 
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+    @torch.no_grad()
+    def states(
+        self, ids: Tensor, layers: Sequence[int], source: Source | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """`body_layers` of ids on any device, outside of autocast; the states after a layer are where it is."""
+        with torch.autocast(self.device.type, enabled=False):
+            there = input_device(self.model)
+            return body_layers(self.model, ids.to(there), layers, source and source.to(there))
 
     @torch.no_grad()
     def signal(self, batch: PairedBatch, top_k: int, layers: Sequence[int] = ()) -> TeacherSignal:
@@ -62,9 +68,9 @@ class FrozenTeacher:
         self.order = self.order.to(device)
         batch = batch.to(device, non_blocking=True)
         with torch.autocast(device.type, enabled=False):
-            states, hidden = body_layers(self.model, batch.teacher_ids, layers, batch.teacher_source)
+            states, hidden = self.states(batch.teacher_ids, layers, batch.teacher_source)
             position = batch.teacher_held[batch.asked]
-            states = states.flatten(0, 1)[position]
+            states = states.flatten(0, 1).to(device)[position]
             following = batch.teacher_ids.flatten().roll(-1)[position, None]
             anchors, total = len(batch.deep_before) - 1, len(position)
             top_k = min(top_k, len(self.order))

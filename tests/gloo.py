@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ import torch.multiprocessing
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
+PATIENCE = 300
+"""Seconds after which processes are taken to wait for each other for ever."""
+
 
 def launch(processes: int, function: Callable, *args: Any) -> list[Any]:
     """What `function(*args)`, of a module's top level, returns in each process, as plain values and NumPy arrays."""
@@ -20,10 +24,18 @@ def launch(processes: int, function: Callable, *args: Any) -> list[Any]:
         port = free.getsockname()[1]
     # importing takes each process far longer than what it is to do: they fork from one that has imported everything
     multiprocessing.set_forkserver_preload(["train"])
-    arguments = {"nprocs": processes, "start_method": "forkserver"}
+    arguments = {"nprocs": processes, "start_method": "forkserver", "join": False}
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
-        torch.multiprocessing.start_processes(_process, (processes, port, function, args, results), **arguments)
+        started = torch.multiprocessing.start_processes(
+            _process, (processes, port, function, args, results), **arguments
+        )
+        end = time.monotonic() + PATIENCE
+        while not started.join(timeout=max(0.0, end - time.monotonic())):
+            if time.monotonic() > end:
+                for process in started.processes:
+                    process.kill()
+                raise TimeoutError(f"{processes} processes have not ended in {PATIENCE} seconds")
         return [results[rank] for rank in range(processes)]
 
 

@@ -31,7 +31,7 @@ FLOORS = {
         {"plan", "held_out", "preflight", "miniature", "pictures", "adapters"}
         | {"model_card", "hub", "benchmark_tasks"},
         {"requirements", "students", "run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"}
-        | {"rehearsal"},
+        | {"rehearsal", "teachers"},
         {"training", "report", "cache_building"},
     ],
 }

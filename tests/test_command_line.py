@@ -23,7 +23,7 @@ SURFACE = {
     "--set": "KEY=VALUE",
     "--compare": "RUN",
     "--teacher": "ID|DIR",
-    "--teacher-device": "auto|cpu|cuda:1",
+    "--teacher-device": "auto|cpu|cuda:1|spread|sharded",
     "--student": "ID|DIR",
     "--student-init": "pretrained|random",
     "--teacher-dtype": "TYPE",

@@ -19,7 +19,7 @@ Config = TypeVar("Config")
 FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     "models": (
         ("--teacher", "teacher.name", "ID|DIR", "frozen teacher: hub id or local folder"),
-        ("--teacher-device", "teacher.device", "auto|cpu|cuda:1", "where the teacher computes; auto: with the student"),
+        ("--teacher-device", "teacher.device", "auto|cpu|cuda:1|spread|sharded", "where the teacher computes"),
         ("--student", "student.name", "ID|DIR", "student: hub id or local folder"),
         ("--student-init", "student.init", "pretrained|random", "random: config.json and tokenizer only, no weights"),
         (

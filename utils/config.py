@@ -43,7 +43,8 @@ class ModelConfig:
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
     need an NVIDIA GPU and bitsandbytes."""
     device: str = "auto"
-    """auto: the student's; cpu, or a GPU of its own such as cuda:1, where it works one step ahead of the student."""
+    """auto: the student's; cpu, or a GPU of its own such as cuda:1, where it works one step ahead of the student; its
+    layers spread over all GPUs, or sharded over all processes."""
     allow_pickle: bool = False
     """Also take weights that are only there as pickle files (.bin); safetensors cannot carry code, they can."""
 

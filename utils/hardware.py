@@ -74,7 +74,9 @@ def choose_teacher_device(requested: str, student: torch.device, processes: int)
         return Choice(student, "with the student")
     known = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0))]
     if requested not in known:
-        raise UserError(f"teacher.device {requested}: there is no such device. Expected auto or {', '.join(known)}.")
+        raise UserError(
+            f"teacher.device {requested}: there is no such device. Expected auto, spread, sharded, {', '.join(known)}."
+        )
     if processes > 1 and requested != "cpu":
         raise UserError(
             f"teacher.device {requested}: each of the {processes} processes has its teacher, and all would share "

@@ -43,10 +43,14 @@ class HeldOut:
     prompt: Callable[[str, str], tuple[str, list[int]]] | None = None
     """Where documents are conversations: (document, side) -> what is asked last in it, and the token ids up to the
     answer."""
+    together: bool = False
+    """Every process asks the teacher about all windows, not about its share: a sharded one must be asked equally often
+    by all."""
 
-    def batches(self) -> Iterator[Any]:
-        """This process's share of the windows."""
-        mine = range(self.accelerator.process_index, len(self.windows), self.accelerator.num_processes)
+    def batches(self, together: bool = False) -> Iterator[Any]:
+        """This process's share of the windows, or all of them."""
+        first, each = (0, 1) if together else (self.accelerator.process_index, self.accelerator.num_processes)
+        mine = range(first, len(self.windows), each)
         for start in range(0, len(mine), self.batch_size):
             yield self.collate([self.windows[i] for i in mine[start : start + self.batch_size]])
 
@@ -55,9 +59,10 @@ class HeldOut:
 
         The student computes in float32; of a large teacher a float32 copy may not fit, only its loss is float32.
         """
-        batches = ((*batch.scored(side), int(batch.bytes.sum())) for batch in self.batches())
-        device = next(model.parameters()).device
-        return evaluation.evaluate(model, batches, device, self.accelerator, float32=side == "student")
+        together = self.together and side == "teacher"
+        batches = ((*batch.scored(side), int(batch.bytes.sum())) for batch in self.batches(together))
+        device, summed = next(model.parameters()).device, None if together else self.accelerator
+        return evaluation.evaluate(model, batches, device, summed, float32=side == "student")
 
     def routing(self, model: nn.Module, measure: Callable[[Any], dict[str, Any] | None]) -> dict[str, Any]:
         """`{"routing": ...}` for an evaluation record: the mean over the first windows, the same in every process.
@@ -187,9 +192,8 @@ class HeldOut:
         if "teacher" in found:
             device = self.accelerator.device
             with evaluation.float32_evaluation(student):
-                agreement = evaluation.compare(
-                    lambda batch: compare(batch.to(device)), self.batches(), self.accelerator
-                )
+                shares = (self.batches(self.together), None if self.together else self.accelerator)
+                agreement = evaluation.compare(lambda batch: compare(batch.to(device)), *shares)
             found["retention"] = evaluation.retention(
                 found["student"], found["teacher"], found["initial_student"], agreement
             )

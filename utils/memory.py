@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_iter
 from transformers import PretrainedConfig
 
 from . import pretrained
-from .config import LoraConfig
+from .config import LoraConfig, ModelConfig
 from .errors import UserError
 from .families import auto_class, depth
 from .forecast import Shape, free_memory, largest, shallow, trained_parameters
@@ -202,7 +202,7 @@ class Demand:
     apart: bool = False
     """The teacher has a device of its own: what it takes there is not told."""
     weight_share: float = 1.0
-    """Size of the teacher's weights beside those of `teacher_dtype`: less where they are quantised."""
+    """Size of the teacher's weights beside those of `teacher_dtype`: less where they are quantised or sharded."""
 
     @cached_property
     def shapes(self) -> tuple[Shape, Shape | None]:
@@ -295,6 +295,7 @@ def demand_of(
     precision: str,
     device: torch.device,
     logit_rows: Callable[[torch.device], Rows],
+    processes: int = 1,
 ) -> Demand:
     """What the junction's RunConfig asks for; `logit_rows`: device -> rows of `student` and `teacher`."""
     rows = logit_rows(device)
@@ -316,8 +317,8 @@ def demand_of(
         routed_layers=router.layers if router else 0,
         routed_teacher_layers=router.teacher_layers if router else 0,
         gradients=len(config.curriculum.used()) if config.logging.term_gradients else 0,
-        apart=config.teacher.device not in ("auto", str(device)),
-        weight_share=QUANTISED_SHARE.get(config.teacher.dtype, 1.0),
+        apart=config.teacher.device not in ("auto", "sharded", str(device)),
+        weight_share=_share(config.teacher, teacher, processes),
     )
 
 
@@ -327,8 +328,27 @@ def spares_teacher(config: Any) -> bool:
     return folder is not None and Path(folder).expanduser().is_dir() and not routed
 
 
-def settle(config: Any, accelerator: Accelerator, logit_rows: Callable[[torch.device], Rows]) -> tuple[Any, str]:
-    """(the RunConfig with a number for `batch_size: auto`, the forecast in words), logged.
+def _share(config: ModelConfig, teacher: PretrainedConfig | None, processes: int) -> float:
+    """Of the teacher's weights in half precision, what a process holds."""
+    if config.device != "sharded" or teacher is None:
+        return QUANTISED_SHARE.get(config.dtype, 1.0)
+    shape = Shape.of(teacher)
+    tied = teacher.get_text_config().tie_word_embeddings
+    layers = 1 - shape.vocabulary * shape.hidden * (1 if tied else 2) / shape.parameters
+    # the layer that computes is whole, and so is the next one, which is on its way
+    return min(1.0, 1 - layers + layers * (1 / processes + 2 / shape.layers))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Of what training takes on the student's device; empty where none is possible."""
+
+    told: str = ""
+    size: int = 0  # bytes
+
+
+def settle(config: Any, accelerator: Accelerator, logit_rows: Callable[[torch.device], Rows]) -> tuple[Any, Forecast]:
+    """(the RunConfig with a number for `batch_size: auto`, the forecast), logged.
 
     With auto, `gradient_accumulation_steps` is the number of windows per optimizer step and process: they are taken in
     the largest micro-batches that divide it and fit.
@@ -338,19 +358,20 @@ def settle(config: Any, accelerator: Accelerator, logit_rows: Callable[[torch.de
             is no forecast, and auto needs one.
     """
     precision, device = accelerator.mixed_precision, accelerator.device
-    return on_main_process(accelerator, lambda: _settle(config, precision, device, logit_rows))
+    processes = accelerator.num_processes
+    return on_main_process(accelerator, lambda: _settle(config, precision, device, processes, logit_rows))
 
 
 def _settle(
-    config: Any, precision: str, device: torch.device, logit_rows: Callable[[torch.device], Rows]
-) -> tuple[Any, str]:
+    config: Any, precision: str, device: torch.device, processes: int, logit_rows: Callable[[torch.device], Rows]
+) -> tuple[Any, Forecast]:
     training, free = config.training, free_memory(device)
     auto, most = training.batch_size == "auto", training.gradient_accumulation_steps
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
     shapes = pretrained.load_each(pretrained.load_config, names)
     length = int(min(config.data.max_length, *map(pretrained.context_length, shapes.values())))
     teacher = shapes["teacher"] if config.teacher.name else None
-    demand = demand_of(config, shapes["student"], teacher, length, precision, device, logit_rows)
+    demand = demand_of(config, shapes["student"], teacher, length, precision, device, logit_rows, processes)
     spared = spares_teacher(config)
     try:
         size, sizes = training.batch_size, [n for n in range(most, 0, -1) if most % n == 0]
@@ -364,7 +385,7 @@ def _settle(
                 f"--batch-size auto: no forecast of memory is possible for these models ({error}). Give a number."
             ) from error
         log.warning("memory: no forecast is possible for these models (%s)", error)
-        return config, ""
+        return config, Forecast()
     told = f"{largest(parts)} in micro-batches of {size}; {free / 2**30:.3g} GiB free on {device}"
     told += " (teacher included, which a complete cache spares)" if spared else ""
     if least > MARGIN * free and not config.cache.build_only:
@@ -378,4 +399,4 @@ def _settle(
         log.info("memory: about %s%s", told, " (chosen by --batch-size auto)" if auto else "")
     if auto:
         training = replace(training, batch_size=size, gradient_accumulation_steps=most // size)
-    return replace(config, training=training), told
+    return replace(config, training=training), Forecast(told, sum(parts.values()))

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import torch
+from accelerate.utils import align_module_device
 from huggingface_hub import constants
 from torch import nn
 from transformers import (
@@ -31,6 +32,7 @@ from .atomic import atomic_folder, sha256_of, write_text
 from .errors import UserError
 from .families import auto_class
 from .hardware import Choice
+from .sharding import full
 
 log = logging.getLogger(__name__)
 
@@ -131,7 +133,7 @@ def load_model(
     name: str,
     role: str,
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | Mapping[int | str, int] = "cpu",
     weights: str = "auto",
     allow_pickle: bool = False,
 ) -> nn.Module:
@@ -139,6 +141,9 @@ def load_model(
 
     Args:
         dtype: of its weights, and of its computation where `weights` has fewer bits.
+        device: or the bytes that each of several has for it (GPUs by number, `cpu`): accelerate spreads the layers over
+            these, over the first as few as can be and what finds no room on the disk, and moves what goes from one
+            to the next.
         weights: `8bit` or `4bit` (see `check_weights`) quantises the linear layers, all but the head.
         allow_pickle: take pickle files where there are no safetensors.
 
@@ -149,6 +154,8 @@ def load_model(
     options: dict[str, Any] = {"dtype": dtype}
     if weights in QUANTISED:
         options |= {"quantization_config": _quantisation(weights, dtype), "device_map": {"": device}}
+    if spread := isinstance(device, Mapping):
+        options |= {"device_map": "balanced_low_0", "max_memory": dict(device)}
     load = auto_class(load_config(name, role)).from_pretrained
     folder = Path(locate(name, role))
     if not allow_pickle and has_weights(folder, allow_pickle=True) and not has_weights(folder):
@@ -165,7 +172,9 @@ def load_model(
             f"{role} {name}: its weights lack {len(missing)} tensors of a {type(model).__name__}, such as "
             f"{missing[0]}. Expected all of them: is this a language model with its head, and is the download complete?"
         )
-    return model if weights in QUANTISED else model.to(device)  # quantised weights may not be moved
+    if spread and model.get_input_embeddings().weight.is_meta:
+        raise UserError(f"{role} {name}: no GPU has room for its embedding, and nothing can be spread from there.")
+    return model if spread or weights in QUANTISED else model.to(device)  # quantised weights may not be moved
 
 
 def _quantisation(weights: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -249,13 +258,18 @@ def frozen_dtype(requested: str, device: torch.device, precision: str) -> Choice
 
 
 def fingerprint(model: nn.Module, values: bool = True) -> str:
-    """Hash that tells models apart: names and shapes of all parameters and, with `values`, a sample of each."""
+    """Hash that tells models apart: names and shapes of all parameters and, with `values`, a sample of each.
+
+    Of a sharded model call it in every process.
+    """
     total = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         total.update(f"{name} {tuple(parameter.shape)}".encode())
         if values:
-            flat = parameter.detach().flatten()
-            total.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
+            owner, _, own = name.rpartition(".")
+            with align_module_device(model.get_submodule(owner)):  # loads what was put on the disk
+                flat = full(getattr(model.get_submodule(owner), own).detach()).flatten()
+                total.update(flat[:: max(1, len(flat) // 64)].float().cpu().numpy().tobytes())
     return total.hexdigest()
 
 

@@ -92,6 +92,7 @@ def fit(
     forecast: str = "",
     settle: Callable[[], None] = lambda: None,
     ask: Callable[[Any, int, bool], Any] | None = None,
+    waits: bool = False,
 ) -> FitResult:
     """Train `module` on `dataset` for the steps that `Plan.of(config, len(dataset), processes)` says.
 
@@ -109,10 +110,10 @@ def fit(
         stop: asks the loop to stop at the next step boundary.
         num_workers: processes that prepare batches.
         term_gradients: log the norm of the gradient that each term contributes to the student (`TermGradients`).
-        ask: (batch, step, measured) -> what the module's forward takes as `signal`, or None. Called for the batches of
-            an optimizer step before those of the step before are worked on: a teacher on another GPU computes
-            meanwhile. None: the module asks its teacher itself.
+        ask: (batch, step, measured) -> `signal` for the module's forward, or None. Called for a step's batches before
+            those of the step before are worked on: a teacher on another GPU computes meanwhile. None: the module asks.
         forecast: of the memory that this takes, for the message where it does not fit.
+        waits: forwards of different processes wait for each other: one that does not fit into memory ends the run.
         settle: called in every process before a checkpoint and before an epoch: what waits is to be on the disk then.
 
     Raises:
@@ -141,6 +142,7 @@ def fit(
         term_gradients=term_gradients,
         settle=settle,
         ask=ask,
+        waits=waits or sharding.is_sharded(accelerator),
     )
     try:
         with out_of_memory.explained(forecast):
@@ -172,12 +174,13 @@ class TrainingLoop:
         term_gradients: bool,
         settle: Callable[[], None],
         ask: Callable[[Any, int, bool], Any] | None,
+        waits: bool,
     ) -> None:
         self.module, self.dataset, self.collate, self.config = module, dataset, collate, config
         self.accelerator, self.logger, self.checkpoints = accelerator, logger, checkpoints
         self.evaluate, self.evaluate_every = evaluate, evaluate_every if evaluate is not None else 0
         self.flags, self.stop, self.num_workers = flags, stop, num_workers
-        self.term_gradients, self.settle, self.ask = term_gradients, settle, ask
+        self.term_gradients, self.settle, self.ask, self.waits = term_gradients, settle, ask, waits
         self.plan = Plan.of(config, len(dataset), accelerator.num_processes)
         self.evaluation: dict[str, Any] | None = None
         self.resumed_from: int | None = None
@@ -350,7 +353,7 @@ class TrainingLoop:
         fails later, or in a forward in which they already wait for each other (the contrastive term), ends the run.
         """
         alone = self.accelerator.num_processes == 1
-        attempt = Attempt(survive=alone or not (counts.get("contr") or sharding.is_sharded(self.accelerator)))
+        attempt = Attempt(survive=alone or not (counts.get("contr") or self.waits))
         for index, (batch, signal) in enumerate(window):
             is_last = index == len(window) - 1
             with nullcontext() if is_last else self.accelerator.no_sync(self.model):

@@ -175,7 +175,19 @@ def settled(monkeypatch, config, free: float):
     shapes = {"student": tiny_llama(600).config, "teacher": tiny_llama(600).config}
     monkeypatch.setattr(memory.pretrained, "load_each", lambda load, names: shapes)
     monkeypatch.setattr(memory, "free_memory", lambda device: int(free))
-    return memory.settle(config, build_accelerator("no", cpu=True), logit_rows)
+    found, forecast = memory.settle(config, build_accelerator("no", cpu=True), logit_rows)
+    return found, forecast.told
+
+
+def test_of_a_sharded_teacher_a_process_holds_a_part_of_the_layers_and_two_whole_ones(config):
+    model = tiny_llama(600, num_hidden_layers=10)
+    sharded = replace(config, teacher=replace(config.teacher, device="sharded"))
+    demands = [memory.demand_of(c, model.config, model.config, 64, "no", torch.device("cpu"), logit_rows, 4)
+               for c in (config, sharded)]  # fmt: skip
+    whole, part = (demand.memory(1)["teacher weights"] for demand in demands)
+    layers = sum(p.nbytes for p in model.model.layers.parameters())
+    assert whole == sum(p.nbytes for p in model.parameters())
+    assert part == pytest.approx(whole - layers + layers * (1 / 4 + 2 / 10), rel=0.01)
 
 
 def test_auto_keeps_the_windows_of_the_recipe_in_an_optimizer_step(monkeypatch, config):
