@@ -324,14 +324,14 @@ def main(variants: dict[str, Variant], results: str, doc: str, base: str) -> Non
         transformers_logging.disable_progress_bar()
         torch.set_num_threads(args.threads)
         pair = Pair(args.pair, args.share, args.cache)
-        base = {"pair": args.pair, "share": args.share, "steps": args.steps, "size": args.size}
+        setting = {"pair": args.pair, "share": args.share, "steps": args.steps, "size": args.size}
         levels = {
             "teacher": bits_per_byte(pair.teacher.model, pair, "teacher"),
             "initial": bits_per_byte(pair.student(args.seeds[0]), pair, "student"),
         }
         for seed in args.seeds:
             for variant in args.variants:
-                job = base | {"variant": variant, "seed": seed}
+                job = setting | {"variant": variant, "seed": seed}
                 done = args.results.read_text().splitlines() if args.results.exists() else []
                 if any(job.items() <= json.loads(line).items() for line in done):
                     continue
