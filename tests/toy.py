@@ -112,6 +112,17 @@ def train(module: nn.Module, config: TrainingConfig, folder=None, *, windows=Non
         logger.close()
 
 
+class StopAfter:
+    """Asks for a stop at a step boundary, as a signal would."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def requested(self) -> str | None:
+        self.left -= 1
+        return "SIGTERM" if self.left < 0 else None
+
+
 def digest(module: nn.Module) -> str:
     """Hash of all weights, bit for bit."""
     total = hashlib.sha256()

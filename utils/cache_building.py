@@ -141,9 +141,7 @@ class CacheBuilding:
         """
         self.cache.evaluation(self.held_out.fingerprint(), lambda: self.held_out.measure(teacher.model, "teacher"))
         held_out = self.held_out
-        mine = range(held_out.accelerator.process_index, len(held_out.windows), held_out.accelerator.num_processes)
-        batches = [list(mine[at : at + held_out.batch_size]) for at in range(0, len(mine), held_out.batch_size)]
-        self._fill(held_out.windows, self._held_out_keys, batches, held_out.collate, teacher.signal, stop)
+        self._fill(held_out.windows, self._held_out_keys, held_out.indices(), held_out.collate, teacher.signal, stop)
         self.forecast()
         if whole:
             self._fill(self.windows, self._keys, self._first_epoch(), collate, teacher.signal, stop)

@@ -47,12 +47,16 @@ class HeldOut:
     """Every process asks the teacher about all windows, not about its share: a sharded one must be asked equally often
     by all."""
 
-    def batches(self, together: bool = False) -> Iterator[Any]:
-        """This process's share of the windows, or all of them."""
+    def indices(self, together: bool = False) -> list[list[int]]:
+        """Windows of each batch: of this process's share, or of all."""
         first, each = (0, 1) if together else (self.accelerator.process_index, self.accelerator.num_processes)
         mine = range(first, len(self.windows), each)
-        for start in range(0, len(mine), self.batch_size):
-            yield self.collate([self.windows[i] for i in mine[start : start + self.batch_size]])
+        return [list(mine[start : start + self.batch_size]) for start in range(0, len(mine), self.batch_size)]
+
+    def batches(self, together: bool = False) -> Iterator[Any]:
+        """This process's share of the windows, or all of them."""
+        for batch in self.indices(together):
+            yield self.collate([self.windows[i] for i in batch])
 
     def score(self, model: nn.Module, side: str) -> dict[str, Any]:
         """Metrics of a model, over all processes.

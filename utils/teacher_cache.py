@@ -211,8 +211,7 @@ class TeacherCache:
             fingerprint: of the text and of the settings.
             measure: None: only look whether it is there.
         """
-        key = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:32]
-        file = self.folder / EVALUATIONS / f"{key}.json"
+        file = self.folder / EVALUATIONS / f"{_digest(fingerprint)[:32]}.json"
         try:
             stored = json.loads(file.read_text(encoding="utf-8"))
             if stored["sha256"] == _digest(stored["measured"]):
@@ -338,5 +337,5 @@ def _told(folder: Path, size: int) -> Iterator[None]:
         ) from error
 
 
-def _digest(measured: Any) -> str:
-    return hashlib.sha256(json.dumps(measured, sort_keys=True).encode()).hexdigest()
+def _digest(values: Any) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -51,6 +51,20 @@ def student_of(case: dict, vocabulary: int):
     return tiny_llama(vocabulary, 1, width=96, num_attention_heads=4, **shape).train()
 
 
+def demand_of(**case) -> Demand:
+    """Of a step in float32 weights, with 64 outcomes of the teacher's, on the device of these tests."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Demand(
+        teacher_dtype=torch.float32,
+        student_dtype=torch.float32,
+        student_rows=logit_rows(device)["student"],
+        teacher_rows=logit_rows(device)["teacher"],
+        top_k=64,
+        on_gpu=device.type == "cuda",
+        **case,
+    )
+
+
 def set_up(case: dict):
     """(framework, windows, collate, what the forecast says of them)."""
     tokenizer = byte_bpe(600)
@@ -69,18 +83,11 @@ def set_up(case: dict):
         recompute_layers(pair.student)
     collate = pair.collator()
     windows = [w for w in pair.encoder.windows(["\n".join(STORIES[:3]) * 60]) if len(w["student_ids"]) > 0.9 * length]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    demand = Demand(
+    demand = demand_of(
         student=pair.student.config,
         teacher=teacher.config if has_teacher else None,
         length=length,
         precision=case.get("precision", "no"),
-        teacher_dtype=torch.float32,
-        student_dtype=torch.float32,
-        student_rows=logit_rows(device)["student"],
-        teacher_rows=logit_rows(device)["teacher"],
-        top_k=64,
-        on_gpu=device.type == "cuda",
         recomputes=case.get("recomputes", False),
         routed_layers=3 if terms else 0,
         routed_teacher_layers=3 if terms else 0,
@@ -105,20 +112,8 @@ def test_the_forecast_of_an_encoder_decoder_pair_is_within_a_fifth_of_the_peak(f
     assert len(windows) == 8 and all(len(w[f"student_{of}"]) > 110 for w in windows for of in ("source", "ids"))
     if recomputes:
         recompute_layers(pair.student)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    demand = Demand(
-        student=student.config,
-        teacher=teacher.config,
-        length=128,
-        precision="no",
-        teacher_dtype=torch.float32,
-        student_dtype=torch.float32,
-        student_rows=logit_rows(device)["student"],
-        teacher_rows=logit_rows(device)["teacher"],
-        top_k=64,
-        on_gpu=device.type == "cuda",
-        recomputes=recomputes,
-    )
+    sides = {"student": student.config, "teacher": teacher.config}
+    demand = demand_of(**sides, length=128, precision="no", recomputes=recomputes)
     config = toy_config(batch_size=4, gradient_accumulation_steps=2, max_steps=2)
     measured = peak_of(pair.framework({"lm": 0.5, "kd": 0.5}, top_k=64), windows, pair.collator(), config, "no")
     assert sum(demand.memory(4).values()) - RUNTIME == pytest.approx(measured, rel=WITHIN)

@@ -10,10 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from models.config import RouterConfig
 from models.student_aware_router import ROUTER_TERMS
-from tests.equivalence.test_resume import StopAfter
 from tests.gloo import launch, shard
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
-from tests.toy import ToyModule, toy_config, toy_windows, train
+from tests.toy import StopAfter, ToyModule, toy_config, toy_windows, train
 from utils.checkpoints import CheckpointStore
 from utils.errors import UserError
 from utils.logs import StepLogger, read_metrics

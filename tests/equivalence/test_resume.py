@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.gloo import launch
-from tests.toy import ToyModule, digest, toy_config, train
+from tests.toy import StopAfter, ToyModule, digest, toy_config, train
 from utils.checkpoints import CheckpointStore
 from utils.guards import RedFlags
 from utils.logs import read_metrics
@@ -24,17 +24,6 @@ from utils.processes import on_main_process, rank
 CONFIG = {"batch_size": 1, "gradient_accumulation_steps": 4, "epochs": 3, "patience": 3}
 STEPS = 9  # 11 windows: 3 steps an epoch, the last one short
 CHANGING = {"tokens_per_second", "peak_memory_mb"}
-
-
-class StopAfter:
-    """Asks for a stop at a step boundary, as a signal would."""
-
-    def __init__(self, step: int) -> None:
-        self.left = step
-
-    def requested(self) -> str | None:
-        self.left -= 1
-        return "SIGTERM" if self.left < 0 else None
 
 
 def evaluate(step: int) -> dict:

@@ -73,7 +73,7 @@ def test_the_next_step_is_asked_for_before_this_one_is_worked_on():
 
 @pytest.mark.parametrize("stop_at", [0, 1, 3])
 def test_a_resumed_run_asks_about_the_steps_that_are_left(tmp_path, stop_at):
-    from tests.equivalence.test_resume import StopAfter
+    from tests.toy import StopAfter
     from utils.checkpoints import CheckpointStore
 
     asked: list[int] = []

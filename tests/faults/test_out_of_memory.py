@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.multiprocessing
 
-from tests.toy import ToyModule, digest, toy_config, toy_windows, train
+from tests.toy import StopAfter, ToyModule, digest, toy_config, toy_windows, train
 from utils.checkpoints import CheckpointStore
 from utils.out_of_memory import OutOfMemory
 
@@ -49,17 +49,6 @@ class OneOf(Full):
         done = sum(at == step for at, _ in self.seen)
         self.most = 1 if done == self.micro_batch else 99
         return super().forward(batch, step, **options)
-
-
-class StopAfter:
-    """Asks the loop to stop after so many steps, as a signal does."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def requested(self) -> str | None:
-        self.left -= 1
-        return "SIGINT" if self.left < 0 else None
 
 
 def warnings(caplog) -> list[str]:
