@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 
 from .errors import RunError, UserError
-from .processes import rank, tell_launcher
+from .processes import leave, rank, tell_launcher
 
 log = logging.getLogger(__name__)
 
@@ -20,9 +20,11 @@ def exit_code(command: Callable[[], None]) -> int:
     """What the process returns for `command`, whose exceptions are told here."""
     try:
         command()
+        leave()
         return 0
     except Interrupted as interrupted:
         log.warning("stopped by %s; the same command continues where it stopped", interrupted)
+        leave()
         return EXIT_CODES.get(str(interrupted), 0)
     except (UserError, RunError) as error:
         tell_launcher(error)

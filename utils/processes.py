@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import torch.distributed
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.environment import get_int_from_env
@@ -46,6 +47,16 @@ def main_process_first(accelerator: Accelerator, action: Callable[[], Any]) -> A
 
     on_main_process(accelerator, first)
     return own[0] if own else action()
+
+
+def leave() -> None:
+    """Close the connections to the other processes, when nothing is left to tell them.
+
+    Left open, the threads that serve them still run while the interpreter is taken down, and may take the process with
+    them: a run that is done would end as one that failed. After a failure they stay open: others may still wait.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def tell_launcher(error: BaseException) -> None:

@@ -44,17 +44,13 @@ def test_a_run_with_a_spread_teacher_is_that_of_any(place, tmp_path, monkeypatch
     assert train.main(place.arguments(tmp_path / "plain", *MORE, "--teacher-device", "spread")) == 0  # the same teacher
 
 
-def of_two(*runs: list[str]) -> list[int]:
-    return [train.main(arguments) for arguments in runs]
-
-
 def test_a_run_with_a_sharded_teacher_is_that_of_any(place, tmp_path):
     """In two processes, of which one has fewer windows to evaluate and none to learn from in an epoch's last step."""
     more = [*MORE[:-2], "--epochs", "2", "--batch-size", "3", "--gradient-accumulation-steps", "1"]
     more += ["--set", "data.max_documents=16", "evaluation.max_windows=3", "evaluation.every=3"]
     runs = [place.arguments(tmp_path / "whole", *more)]
     runs.append(place.arguments(tmp_path / "sharded", *more, "--teacher-device", "sharded"))
-    assert launch(2, of_two, *runs) == [[0, 0], [0, 0]]
+    assert [launch(2, train.main, run) for run in runs] == [[0, 0], [0, 0]]
     (plain, report), (records, found) = outcome(tmp_path / "whole"), outcome(tmp_path / "sharded")
     assert records == plain and min(r["terms"]["lm"]["count"] for r in records if "terms" in r) < 64  # of one window
     measured, expected = found.pop("retention"), report.pop("retention")
