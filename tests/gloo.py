@@ -1,17 +1,25 @@
 """Several processes of one run on the CPU: what tests of more than one device share."""
 
+import json
 import multiprocessing
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed
 import torch.multiprocessing
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+
+from utils import plan
+from utils.plan import build_accelerator
 
 PATIENCE = 300
 """Seconds after which processes are taken to wait for each other for ever."""
@@ -39,12 +47,40 @@ def launch(processes: int, function: Callable, *args: Any) -> list[Any]:
         return [results[rank] for rank in range(processes)]
 
 
-def shard(accelerator: Accelerator) -> Accelerator:
-    """The accelerator as `accelerate launch --use_fsdp --fsdp_version 2` makes one, also on a CPU."""
-    options = {"fsdp_version": 2, "auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**options)
-    accelerator.state.distributed_type = DistributedType.FSDP
-    return accelerator
+@contextmanager
+def launched(how: str, mixed_precision: str = "no") -> Iterator[Accelerator]:
+    """The accelerator that a run gets from `accelerate launch`, on a CPU.
+
+    Args:
+        how: whole, or sharded: `fsdp2`, `zero2` or `zero3`, as in configs/accelerate/.
+    """
+    with ExitStack() as until_the_end:
+        if how.startswith("zero"):
+            until_the_end.enter_context(_deepspeed_on_cpus(how[-1]))
+        accelerator = build_accelerator(mixed_precision, cpu=not how.startswith("zero"))
+        if how == "fsdp2":
+            options = {"auto_wrap_policy": "transformer_based_wrap", "cpu_ram_efficient_loading": False}
+            accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2, **options)
+            accelerator.state.distributed_type = DistributedType.FSDP
+        try:
+            yield accelerator
+        finally:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@contextmanager
+def _deepspeed_on_cpus(stage: str) -> Iterator[None]:
+    """What a launcher of DeepSpeed sets, where there is no GPU that would say how processes talk."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a kernel that it would compile for CPUs
+    asked = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": stage}
+    if stage == "3":  # cut the smallest weights, too
+        sharding = {"stage": 3, "stage3_param_persistence_threshold": 0}
+        asked["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = json.dumps({"zero_optimization": sharding})
+    group = partial(InitProcessGroupKwargs, backend="gloo")
+    with patch.dict(os.environ, asked), patch.object(plan, "InitProcessGroupKwargs", group):
+        yield
 
 
 def _process(rank: int, processes: int, port: int, function: Callable, args: tuple, results: Any) -> None:

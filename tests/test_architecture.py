@@ -26,8 +26,8 @@ FLOORS = {
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
         | {"checklist", "environment", "families", "forecast", "endings", "sharding", "signal_codec"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}
-        | {"tracking"},
-        {"memory", "contradictions"},
+        | {"tracking", "engines"},
+        {"memory", "contradictions", "zero"},
         {"plan", "held_out", "preflight", "miniature", "pictures", "adapters"}
         | {"model_card", "hub", "benchmark_tasks"},
         {"requirements", "students", "run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"}

@@ -11,12 +11,18 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 from torch import nn
 from transformers import get_scheduler
 
-from . import data, tracking
+from . import data, tracking, zero
 from .config import TrainingConfig
+from .engines import Engine, FullySharded
 from .errors import UserError
 from .sharding import check_launcher
 
@@ -81,7 +87,7 @@ def build_accelerator(
         folder: where those that need one write.
 
     Raises:
-        UserError: a tracker is not installed, or a launcher asks for DeepSpeed or FSDP1.
+        UserError: a tracker is not installed, or a launcher asks for FSDP1, or for a DeepSpeed that is refused.
     """
     tracking.require(track)
     check_launcher()
@@ -94,7 +100,14 @@ def build_accelerator(
         log_with=list(track) or None,
         project_config=ProjectConfiguration(logging_dir=str(folder)) if track else None,
         kwargs_handlers=[ddp, group],
+        deepspeed_plugin=zero.plugin(mixed_precision, "cpu" if cpu else "gpu"),
     )
+
+
+def engine_kind(accelerator: Accelerator) -> type[Engine]:
+    """What takes the steps of a module here."""
+    kinds = {DistributedType.FSDP: FullySharded, DistributedType.DEEPSPEED: zero.Zero}
+    return kinds.get(accelerator.distributed_type, Engine)
 
 
 @contextmanager

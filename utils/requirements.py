@@ -4,7 +4,8 @@ from typing import Any
 
 import torch
 
-from . import adapters, benchmark_tasks, pretrained
+from . import adapters, benchmark_tasks, pretrained, zero
+from .errors import UserError
 
 
 def check(config: Any, device: torch.device) -> None:
@@ -15,9 +16,15 @@ def check(config: Any, device: torch.device) -> None:
         device: of the student.
 
     Raises:
-        UserError: weights that need another device, a package that is not there, a task that cannot be measured.
+        UserError: weights that need another device, or that DeepSpeed cannot cut, a package that is not there, a task
+            that cannot be measured.
     """
     if config.teacher.name is not None:
         pretrained.check_weights(config.teacher.dtype, "teacher.dtype", device)
     adapters.check(config.student.lora, device)
+    if zero.is_requested() and config.student.lora.enabled and config.student.lora.base in pretrained.QUANTISED:
+        raise UserError(
+            f"DeepSpeed: got student.lora.base={config.student.lora.base}, whose weights cannot be cut; expected auto, "
+            "or no DeepSpeed"
+        )
     benchmark_tasks.check(config.evaluation)

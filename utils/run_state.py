@@ -9,8 +9,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import sharding
 from .checkpoints import Checkpoint
+from .engines import Engine
 from .errors import UserError
 from .guards import RedFlags, StepGuard
 from .meters import Clock
@@ -23,11 +23,8 @@ from .stopping import EarlyStopping
 class RunState:
     """The parts of a run that change while it runs, and how many optimizer steps it has done."""
 
-    module: nn.Module
-    """Whole: what is evaluated and saved."""
-    twin: nn.Module
-    """What is trained: the module, or where weights are sharded its twin (see `sharding`)."""
-    optimizer: torch.optim.Optimizer
+    engine: Engine
+    """Has the weights and moments."""
     scheduler: Any
     scaler: torch.amp.GradScaler | None
     plan: Plan
@@ -42,10 +39,9 @@ class RunState:
 
         Call it in every process: the random generators of each are in it.
         """
-        self.gather()
-        moments = self.optimizer.state_dict()
+        self.engine.gather()
         objects = {
-            "optimizer": moments if self.twin is self.module else sharding.whole(moments),
+            "optimizer": self.engine.moments(),
             "scheduler": self.scheduler.state_dict(),
             "rng": gather_object([rng_state()]),
         }
@@ -59,11 +55,7 @@ class RunState:
             "guard": self.guard.state_dict(),
             "flags": None if self.flags is None else self.flags.state_dict(),
         }
-        return {"tensors": {"module": learned(self.module)}, "objects": objects, "state": state}
-
-    def gather(self) -> None:
-        """Give the module the weights as they are now. Call it in every process."""
-        sharding.gather(self.twin, self.module)
+        return {"tensors": {"module": learned(self.engine.module)}, "objects": objects, "state": state}
 
     def load(self, saved: Checkpoint, path: Path) -> None:
         """Make everything as it was when `parts` was saved. `path` is for messages.
@@ -81,8 +73,7 @@ class RunState:
                 "processes. Put them back to continue it, or start a new run in another --output-dir."
             )
         self.load_weights(saved)
-        self.optimizer.load_state_dict(saved.objects["optimizer"])
-        sharding.scatter_state(self.optimizer)
+        self.engine.load_moments(saved.objects["optimizer"])
         self.scheduler.load_state_dict(saved.objects["scheduler"])
         if self.scaler is not None and "scaler" in saved.objects:
             self.scaler.load_state_dict(saved.objects["scaler"])
@@ -98,10 +89,11 @@ class RunState:
 
     def load_weights(self, saved: Checkpoint) -> None:
         tensors = saved.tensors["module"]
-        if differing := sorted(tensors.keys() ^ learned(self.module).keys()):
+        module = self.engine.module
+        if differing := sorted(tensors.keys() ^ learned(module).keys()):
             raise RuntimeError(f"the checkpoint holds other tensors than are trained here, such as {differing[0]}")
-        self.module.load_state_dict(tensors, strict=False)
-        sharding.scatter(self.module, self.twin)
+        module.load_state_dict(tensors, strict=False)
+        self.engine.scatter()
 
 
 def learned(module: nn.Module) -> dict[str, Tensor]:

@@ -1,19 +1,11 @@
-"""Weights and moments spread over processes (FSDP2), beside the whole module that is evaluated and saved.
+"""Tensors that are cut into a part for each process (FSDP2), and a frozen model whose layers are."""
 
-What accelerate shards is a twin: the module itself stays whole, on the CPU while the twin is trained. So evaluation,
-export and checkpoints are those of any run, and a checkpoint does not tell whether the run was sharded.
-"""
-
-import copy
 import inspect
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -26,14 +18,8 @@ def check_launcher() -> None:
     """Refuse, before anything is built, what a launcher's variables ask for and this program cannot do right.
 
     Raises:
-        UserError: DeepSpeed, or the first version of FSDP.
+        UserError: the first version of FSDP.
     """
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise UserError(
-            "accelerate was told to use DeepSpeed, which takes over the optimizer step and the checkpoints of this "
-            "program. FSDP2 shards the same (with fsdp_reshard_after_forward as ZeRO-3, without it as ZeRO-2): "
-            "accelerate launch --config_file configs/accelerate/fsdp2.yaml train.py ..."
-        )
     fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if fsdp and os.environ.get("FSDP_VERSION", "1") != "2":
         raise UserError(
@@ -42,19 +28,16 @@ def check_launcher() -> None:
         )
 
 
-def is_sharded(accelerator: Accelerator) -> bool:
-    """Whether accelerate spreads weights over the processes."""
-    return accelerator.distributed_type == DistributedType.FSDP
-
-
-def twin_of(module: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """What to hand to accelerate: the module, or its twin where it is going to be sharded."""
-    return copy.deepcopy(module.cpu()) if is_sharded(accelerator) else module
-
-
 def full(tensor: Tensor) -> Tensor:
     """A sharded tensor put together, any other as it is. Call it in every process."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(value: Tensor, tensor: Tensor) -> Tensor:
+    """A whole tensor cut as another one of its shape is. Call it in every process."""
+    if not isinstance(tensor, DTensor):
+        return value
+    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
 
 
 def whole(value: Any) -> Any:
@@ -64,41 +47,6 @@ def whole(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     return [whole(item) for item in value] if isinstance(value, list) else value
-
-
-@torch.no_grad()
-def gather(twin: nn.Module, module: nn.Module) -> None:
-    """Give the module the weights of its twin. Call it in every process."""
-    if twin is not module:
-        own = dict(module.named_parameters())
-        for name, parameter in twin.named_parameters():
-            own[name].copy_(full(parameter))
-
-
-@torch.no_grad()
-def scatter(module: nn.Module, twin: nn.Module) -> None:
-    """Give the twin the weights and buffers of the module. Call it in every process."""
-    if twin is not module:
-        own = dict(module.named_parameters()) | dict(module.named_buffers())
-        for name, tensor in [*twin.named_parameters(), *twin.named_buffers()]:
-            tensor.copy_(_like(own[name], tensor))
-
-
-def scatter_state(optimizer: torch.optim.Optimizer) -> None:
-    """Spread the moments that were just loaded as their parameters are."""
-    for parameter, state in optimizer.state.items():
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[name] = _like(value, parameter)
-
-
-@contextmanager
-def on_device(module: nn.Module, accelerator: Accelerator) -> Iterator[None]:
-    """The whole module on the device for a while."""
-    module.to(accelerator.device)
-    yield
-    if is_sharded(accelerator):
-        module.cpu()
 
 
 def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
@@ -126,9 +74,3 @@ def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
     lead.__class__ = kind  # transformers finds by the class what hidden states are; FSDP needs its hooks alone here
     model.to(accelerator.device)
     model._is_fsdp_managed_module = True  # transformers generates with it in step with the other processes
-
-
-def _like(value: Tensor, tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return value
-    return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)

@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import data, hardware, out_of_memory, sharding
+from . import data, hardware, out_of_memory
 from .checkpoints import CheckpointStore
 from .config import TrainingConfig
 from .errors import RunError, UserError
@@ -42,11 +42,10 @@ from .guards import RedFlags, StepGuard
 from .logs import StepLogger
 from .meters import Clock, HostSum, Measured, TermGradients
 from .out_of_memory import Attempt, OutOfMemory
-from .plan import Plan, build_optimizer, build_scheduler, taught_parameters
+from .plan import Plan, build_optimizer, build_scheduler, engine_kind, taught_parameters
 from .processes import on_main_process
 from .run_state import RunState
 from .seeding import seed_forward, undisturbed
-from .shell import Shell
 from .stopping import STOP_REASONS, EarlyStopping, StopSignal
 
 log = logging.getLogger(__name__)
@@ -122,8 +121,9 @@ def fit(
             checkpoint could not be written.
         OutOfMemory: also in micro-batches of one window.
     """
-    if term_gradients and sharding.is_sharded(accelerator):
-        raise UserError("logging.term_gradients needs whole weights, and FSDP shards them: leave one of the two out.")
+    sharded = engine_kind(accelerator).sharded
+    if term_gradients and sharded:
+        raise UserError("logging.term_gradients needs whole weights, and they are sharded: leave one of the two out.")
     if not len(dataset):
         raise UserError("got 0 training windows, expected at least 1. Give more text, or a smaller data.max_length.")
     loop = TrainingLoop(
@@ -142,7 +142,7 @@ def fit(
         term_gradients=term_gradients,
         settle=settle,
         ask=ask,
-        waits=waits or sharding.is_sharded(accelerator),
+        waits=waits or sharded,
     )
     try:
         with out_of_memory.explained(forecast):
@@ -191,24 +191,20 @@ class TrainingLoop:
     def _prepare(self) -> None:
         accelerator = self.accelerator
         accelerator.gradient_accumulation_steps = 1  # `accelerate launch` may have set it; the loop counts itself
-        self.module.to(accelerator.device)
         # With fp16 the scaler must decide on the host whether to step: accelerate cannot see it on the device.
         self.scaler = accelerator.scaler
-        twin = sharding.twin_of(self.module, accelerator)
-        optimizer = build_optimizer(twin, self.config, fused=self.scaler is None)
+        self.engine = engine_kind(accelerator)(self.module, accelerator)
+        optimizer = build_optimizer(self.engine.twin, self.config, fused=self.scaler is None)
         self.scheduler = build_scheduler(optimizer, self.config, self.plan.total_steps)
-        self.model, self.optimizer = accelerator.prepare(Shell(twin), optimizer)
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self._taught = taught_parameters(self.optimizer.param_groups)
+        self._taught = taught_parameters(optimizer.param_groups)
+        self.engine.wrap(optimizer)
         if self.scaler is not None:  # an accelerator that served another run before has its scale
             self.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
         self.early, self._clock = EarlyStopping(self.config.patience), Clock()
         total = partial(accelerator.reduce, reduction="sum")
         self.guard = StepGuard(total, gather_object, scaled=self.scaler is not None)
         self.state = RunState(
-            module=self.module,
-            twin=twin,
-            optimizer=self.optimizer.optimizer,
+            engine=self.engine,
             scheduler=self.scheduler,
             scaler=self.scaler,
             plan=self.plan,
@@ -229,7 +225,7 @@ class TrainingLoop:
         """Steps until something stops the run; saves at the end."""
         self.logger.truncate_after(self.step)
         log.info("%s, from step %d", self.plan, self.step)
-        self.model.train()
+        self.engine.model.train()
         windows = self._one_ahead()
         while (reason := self._reason_to_stop()) is None and not self.guard.exhausted:
             if self._advance(*self._clock.delivered(windows)):
@@ -241,7 +237,7 @@ class TrainingLoop:
         windows.close()
         self.guard.read()
         self._save()
-        self.state.gather()
+        self.engine.gather()
         self.module.to(self.accelerator.device)
         if self.guard.exhausted:
             raise RunError(self.guard.explanation(self.step))
@@ -334,9 +330,8 @@ class TrainingLoop:
             for batch, _ in window:
                 if batch is not None:
                     self.flags.batch(batch.labels, epoch + 1, batch.documents)
-        lr = self.optimizer.param_groups[0]["lr"]
-        norm = self.accelerator.clip_grad_norm_(self.parameters, self.config.max_grad_norm)
-        norm = sharding.full(norm)
+        lr = self.engine.optimizer.param_groups[0]["lr"]
+        norm = self.engine.clip(self.config.max_grad_norm)
         self._update(norm)
         self.state.step += 1
         self._clock.tokens += counts.get("lm", 0)
@@ -356,12 +351,12 @@ class TrainingLoop:
         attempt = Attempt(survive=alone or not (counts.get("contr") or self.waits))
         for index, (batch, signal) in enumerate(window):
             is_last = index == len(window) - 1
-            with nullcontext() if is_last else self.accelerator.no_sync(self.model):
+            with nullcontext() if is_last else self.engine.no_sync():
                 loss = attempt(self._forward, batch, signal, index, counts, measured)
                 if is_last:
                     attempt.failed = bool(self._host([float(attempt.failed)])[0])
                     attempt.survive = alone
-                attempt(self.accelerator.backward, loss)
+                attempt(self.engine.backward, loss, is_last)
             del loss
         return not attempt.failed
 
@@ -371,7 +366,7 @@ class TrainingLoop:
         Raises:
             OutOfMemory: there is but one window in each; the steps before are saved.
         """
-        self.optimizer.zero_grad()
+        self.engine.forget()
         self.guard.forget()
         out_of_memory.release()
         if self.plan.micro_batch == 1:
@@ -379,9 +374,7 @@ class TrainingLoop:
             raise OutOfMemory(f"out of memory in optimizer step {self.step + 1}, in micro-batches of one window")
         if self.plan.processes > 1:
             # DDP cannot take back a forward: some processes would exchange gradients that others do not have
-            self.model = None
-            self.accelerator.free_memory()
-            self.model, self.optimizer = self.accelerator.prepare(Shell(self.module), self.state.optimizer)
+            self.engine.wrap_again()
         self.plan = out_of_memory.halved(self.plan, self.step, "contr" in self._host.names)
 
     def _forward(
@@ -397,7 +390,7 @@ class TrainingLoop:
         batch = batch.to(device, non_blocking=True)
         looked_at = measured is not None and measured.gradients is not None
         extra = ({"term_graphs": True} if looked_at else {}) | ({} if signal is None else {"signal": signal})
-        loss, hidden = self.model(batch, self.step, counts=counts, measure=measured is not None, **extra)
+        loss, hidden = self.engine.model(batch, self.step, counts=counts, measure=measured is not None, **extra)
         if looked_at and not idle:
             measured.gradients.add(hidden.output, counts, 1.0 if self.scaler is None else self.scaler.get_scale())
         if not idle:
@@ -410,13 +403,8 @@ class TrainingLoop:
     def _update(self, norm: Tensor) -> None:
         """Take the step, unless the gradient is not finite; that is decided without waiting for the device."""
         is_bad = self.guard.decide(self.step + 1, norm.detach())
-        if self.scaler is None:
-            # what GradScaler tells a fused optimizer: 1 leaves parameters, moments and step count untouched
-            self.optimizer.optimizer.found_inf = is_bad.float()
-        self.optimizer.step()
-        if not self.optimizer.step_was_skipped:
+        if self.engine.update(is_bad):
             self.scheduler.step()
-        self.optimizer.zero_grad()
 
     def _log_step(self, measured: Measured, counts: dict[str, int], lr: float, norm: Tensor) -> None:
         told = measured.record(self._host, counts, self.accelerator)
@@ -439,8 +427,7 @@ class TrainingLoop:
 
     def _evaluate(self) -> bool:
         """Evaluate without leaving a trace in the training; True if it is the best so far."""
-        self.state.gather()
-        with self._clock.paused(), undisturbed(self.module), sharding.on_device(self.module, self.accelerator):
+        with self._clock.paused(), undisturbed(self.module), self.engine.evaluation():
             record = self.evaluate(self.step)
         if record is None:
             return False
@@ -494,7 +481,6 @@ class TrainingLoop:
 
     def close(self) -> None:
         """Let go of everything, so that the accelerator can serve another run."""
-        self.optimizer.zero_grad()
         self._host.close()
-        self.model = self.optimizer = self.scheduler = self.state = None
-        self.accelerator.free_memory()
+        self.engine.close()
+        self.engine = self.scheduler = self.state = None

@@ -1,16 +1,20 @@
 """A run does not depend on how many processes share it; one launch of two and one of four serve all tests."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate import Accelerator
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from models.config import RouterConfig
+from models.distillation_framework import DistillationFramework
+from models.pairing import PairCollator
 from models.student_aware_router import ROUTER_TERMS
-from tests.gloo import launch, shard
+from tests.gloo import launch, launched
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
 from tests.toy import StopAfter, ToyModule, toy_config, toy_windows, train
 from utils.checkpoints import CheckpointStore
@@ -24,21 +28,47 @@ WINDOWS, GLOBAL_BATCH = 7, 4
 """Steps of 4 and 3 windows: of four processes one has nothing to do in the second step of an epoch."""
 
 
-def distil(folder: Path, dtype: torch.dtype, sharded: bool = False, stop_after: int | None = None) -> dict:
-    """Losses, gradients of every step and final weights of a whole framework with every term."""
-    accelerator = shard(build_accelerator("no", cpu=True)) if sharded else build_accelerator("no", cpu=True)
+def distil(folder: Path, dtype: torch.dtype, how: str = "whole", stop_after: int | None = None, **changed) -> dict:
+    """Losses, gradients of every step and final weights of a whole framework with every term.
+
+    Args:
+        how: see `launched`.
+        changed: see `whole_framework`; or `accumulation`.
+    """
+    with launched(how) as accelerator:
+        return _distil(accelerator, folder, dtype, stop_after, **changed)
+
+
+def whole_framework(
+    dtype: torch.dtype, tied: bool = True, change: Callable[[nn.Module], None] = lambda student: None
+) -> tuple[DistillationFramework, list[dict], PairCollator]:
+    """A framework with every term, its windows, and what makes batches of them.
+
+    Args:
+        tied: the head to the embedding.
+        change: done to the student first.
+    """
     models = [
-        tiny_llama(size, seed, num_hidden_layers=3, tie_word_embeddings=True).to(dtype)
+        tiny_llama(size, seed, num_hidden_layers=3, tie_word_embeddings=tied).to(dtype)
         for seed, size in enumerate((300, 400))
     ]
+    change(models[0])
     options = {"student": models[0], "teacher": models[1], "router": RouterConfig(layers=2, span=4, positions=8)}
     pair = pair_of(byte_bpe(300), byte_bpe(400), **options)
     torch.manual_seed(0)
     framework = pair.framework(dict.fromkeys(("lm", "kd", "span", *ROUTER_TERMS), 1.0)).to(dtype)
     windows = pair.encoder.windows([*STORIES, *(story[::-1] for story in STORIES)])[:WINDOWS]
     framework.calibrate([pair.collator()(windows)])
+    return framework, windows, pair.collator()
+
+
+def _distil(accelerator: Accelerator, folder: Path, dtype: torch.dtype, stop_after: int | None, **changed) -> dict:
+    accumulation = changed.pop("accumulation", 1)
+    framework, windows, collate = whole_framework(dtype, **changed)
     config = toy_config(
-        batch_size=GLOBAL_BATCH // accelerator.num_processes, gradient_accumulation_steps=1, learning_rate=1e-3
+        batch_size=GLOBAL_BATCH // accelerator.num_processes // accumulation,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-3,
     )
     seen: list[dict] = []
     update = TrainingLoop._update
@@ -53,15 +83,13 @@ def distil(folder: Path, dtype: torch.dtype, sharded: bool = False, stop_after: 
         store = CheckpointStore(folder / "checkpoints")
         state = {"checkpoints": store, "resume_from": on_main_process(accelerator, store.resume_point)}
         state |= {"stop": None if stop_after is None else StopAfter(stop_after)}
-        result = fit(framework, windows, pair.collator(), config, accelerator=accelerator, logger=logger, **state)
+        result = fit(framework, windows, collate, config, accelerator=accelerator, logger=logger, **state)
     logger.close()
     accelerator.wait_for_everyone()
     terms = [{n: t["raw"] for n, t in record["terms"].items()} for record in read_metrics(folder / "metrics.jsonl")]
     weights = {name: value.numpy() for name, value in framework.state_dict().items()}
     if accelerator.is_main_process:
         framework.student.save_pretrained(folder / "student")
-    if sharded:
-        AcceleratorState._reset_state(reset_partial_state=False)
     return {"terms": terms, "gradients": seen, "weights": weights, "steps": result.steps}
 
 
@@ -108,11 +136,11 @@ def of_two(folder: Path) -> dict:
         "goes on alone": session(folder / "goes on alone", 1),
         "began alone": session(folder / "began alone"),
         "heard": failures(folder),
-        "sharded": distil(folder / "sharded", torch.float64, sharded=True),
-        "first half": distil(folder / "half sharded", torch.float64, sharded=True, stop_after=2),
-        "second half": distil(folder / "half sharded", torch.float64, sharded=True),
+        "sharded": distil(folder / "sharded", torch.float64, "fsdp2"),
+        "first half": distil(folder / "half sharded", torch.float64, how="fsdp2", stop_after=2),
+        "second half": distil(folder / "half sharded", torch.float64, "fsdp2"),
         "began whole": distil(folder / "began whole", torch.float64, stop_after=1),
-        "goes on sharded": distil(folder / "began whole", torch.float64, sharded=True),
+        "goes on sharded": distil(folder / "began whole", torch.float64, "fsdp2"),
     }
 
 
@@ -196,3 +224,17 @@ def test_a_mistake_in_the_main_process_is_told_in_all_and_it_goes_first(two):
         ["only here", "only here", "0 made it"],
         ["only here", "only here", "1 found it"],
     ]
+
+
+def test_gradients_are_ready_in_one_order_whatever_a_batch_holds():
+    """DeepSpeed exchanges them in the order in which each process has them, and does not look whose they are."""
+    framework, windows, collate = whole_framework(torch.float32)
+    ready: list[str] = []
+    for name, parameter in framework.named_parameters():
+        parameter.register_post_accumulate_grad_hook(lambda _, name=name: ready.append(name))
+    orders = []
+    for batch in (collate(windows[:2]), collate(windows[2:3]), collate(windows[:1]).as_filler()):
+        framework(batch, 0, counts=batch.counts).loss.backward()
+        orders.append([*ready])
+        ready.clear()
+    assert orders[0] == orders[1] == orders[2] and {*orders[0]} == {name for name, _ in framework.named_parameters()}

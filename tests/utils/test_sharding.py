@@ -6,14 +6,13 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from utils.config import CONFIG_FOLDER
 from utils.errors import UserError
-from utils.plan import build_accelerator
-from utils.sharding import full, is_sharded, twin_of, whole
+from utils.plan import build_accelerator, engine_kind
+from utils.sharding import full, whole
 
 
 @pytest.mark.parametrize(
     ("variables", "said"),
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed.*fsdp2.yaml"),
         ({"ACCELERATE_USE_FSDP": "true"}, "version 1, expected 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "version 1, expected 2"),
     ],
@@ -27,7 +26,8 @@ def test_what_cannot_be_done_right_is_refused_before_anything_is_built(monkeypat
 
 def test_without_sharding_nothing_is_copied():
     accelerator, module = build_accelerator("no", cpu=True), torch.nn.Linear(2, 2)
-    assert not is_sharded(accelerator) and twin_of(module, accelerator) is module
+    engine = engine_kind(accelerator)(module, accelerator)
+    assert not engine.sharded and engine.twin is module
     assert full(module.weight) is module.weight
     assert whole({"a": [module.weight, 3]}) == {"a": [module.weight, 3]}
 
