@@ -29,8 +29,14 @@ two, so that it rounds nothing itself."""
 BLOCK = 16_384
 """Tokens whose weight gradient is computed at once from half-precision factors: bounds the float32 temporary."""
 CPU_ROWS, CPU_BYTES = 224, 160 * 2**20
+CPU_BLOCK = 512
+"""Tokens for each thread whose logits a CPU computes at once: their weights then stay in its cache. For 224 rows, 576
+wide, that takes 0.98 to 1.01 of the time of one product for 1,024 rows; all tokens at once take 1.07 to 1.15."""
 PASCAL_ROWS, GPU_ROWS = 512, 2_048
 LEAST_ROWS = 16
+STEEPEST = 1e34
+"""Most of a row's slope, and its inverse the least: what is divided by it, or a state times it, stays a normal number of
+float32. It is met where a student gives less than 1e-34 to all tokens beyond the named ones."""
 
 
 class HeadLosses(NamedTuple):
@@ -236,26 +242,27 @@ class _Job:
                 part = slice(first, first + self.rows)
                 logits = head.logits(part)
                 capped = _adjust(logits, self.scale, self.softcap)
-                log_probs[part], kd = self._chunk(logits, part, lm_weight[part, None], kd_weight, learns)
+                log_probs[part], kd, slope = self._chunk(logits, part, lm_weight[part, None], kd_weight, learns)
                 if kd is not None:
                     kd_sum += kd
                 if learns:
                     if capped is not None:  # d tanh = 1 - tanh ** 2
                         logits.addcmul_(logits, capped.square_(), value=-1)
-                    head.backward(part, logits)
+                    head.backward(part, logits, slope)
         return log_probs, kd_sum, head.gradients
 
     def _chunk(
         self, logits: Tensor, part: slice, lm_weight: Tensor, kd_weight: Tensor, learns: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """(log-probabilities of the labels [c], KD sum); the logits [c, V] are overwritten by their gradient."""
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """(log-probabilities of the labels [c], KD sum, slope [c, 1]); the logits [c, V] are overwritten by their
+        gradient over the slope of their row."""
         logits -= logits.amax(1, keepdim=True)
         label = self.labels[part, None]
         at_label = logits.gather(1, label)
         target = self.target_of(part)
         if target is None:
             total = logits.exp_().sum(1, keepdim=True)
-            kd, dense = None, lm_weight / total
+            kd, slope = None, lm_weight / total
         else:
             columns, kept = _columns(target.ids)
             listed = torch.where(kept, logits.gather(1, columns), PADDING)
@@ -263,20 +270,21 @@ class _Job:
             rest = logits.exp_().scatter_(1, columns, 0.0).sum(1, keepdim=True)
             masses = listed.exp()
             total = rest + masses.sum(1, keepdim=True)
-            kd, slope = self._kd(torch.cat([listed, rest.log()], 1), target, kept, learns and self.learns_kd)
-            dense, at_listed = lm_weight / total, masses * (lm_weight / total)
-            if slope is not None:
-                slope *= kd_weight
-                limits, least = torch.finfo(rest.dtype), torch.finfo(rest.dtype).tiny
-                # a rest at the edge of float32: the quotient may overflow, its product with a mass does not
-                dense = (dense + slope[:, -1:] / rest.clamp_min(least)).clamp(limits.min, limits.max)
-                at_listed = at_listed + slope[:, :-1]
+            kd, at_kd = self._kd(torch.cat([listed, rest.log()], 1), target, kept, learns and self.learns_kd)
+            slope, at_listed = lm_weight / total, masses * (lm_weight / total)
+            if at_kd is not None:
+                at_kd *= kd_weight
+                silent = (lm_weight == 0) & (at_kd == 0).all(1, keepdim=True)
+                slope = slope + at_kd[:, -1:] / rest.clamp_min(torch.finfo(rest.dtype).tiny)
+                # bounded: the quotients below neither overflow nor vanish
+                slope = slope.abs().clamp(1 / STEEPEST, STEEPEST).copysign(slope).masked_fill(silent, 0.0)
+                at_listed = at_listed + at_kd[:, :-1]
         if learns:
-            logits *= dense
+            over = torch.where(slope == 0, 1.0, slope)
             if target is not None:
-                logits.scatter_add_(1, columns, at_listed)
-            logits.scatter_add_(1, label, -lm_weight)
-        return (at_label - total.log())[:, 0], kd
+                logits.scatter_add_(1, columns, at_listed / over)
+            logits.scatter_add_(1, label, -lm_weight / over)
+        return (at_label - total.log())[:, 0], kd, slope
 
     def _kd(self, outcomes: Tensor, target: SparseTarget, kept: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
         """(KD sum, its gradient or None) from the logits [c, K + 1] of the named tokens and of all others merged."""
@@ -321,28 +329,32 @@ class _Linear:
             torch.zeros_like(t, dtype=job.exact, memory_format=torch.contiguous_format) if need else None
             for t, need in zip((states, *params), needs, strict=True)
         ]
+        on_cpu = self.half is None and states.device.type == "cpu"
+        self.block = CPU_BLOCK * torch.get_num_threads() if on_cpu else len(weight)
 
     def logits(self, part: slice) -> Tensor:
         x = self.states[part].to(self.compute)
         out = (self.buffer if self.half is None else self.half)[: len(x)]
-        if self.bias is None:
-            torch.mm(x, self.weight.t(), out=out)
-        else:
-            torch.addmm(self.bias, x, self.weight.t(), out=out)
+        for first in range(0, len(self.weight), self.block):
+            block = slice(first, first + self.block)
+            if self.bias is None:
+                torch.mm(x, self.weight[block].t(), out=out[:, block])
+            else:
+                torch.addmm(self.bias[block], x, self.weight[block].t(), out=out[:, block])
         return out if self.half is None else self.buffer[: len(x)].copy_(out)
 
-    def backward(self, part: slice, gradient: Tensor) -> None:
+    def backward(self, part: slice, gradient: Tensor, slope: Tensor) -> None:
         d_states, d_weight, d_bias = self.gradients
         x = self.states[part].to(self.compute)
         if d_bias is not None:
-            d_bias += gradient.sum(0)
-        if self.half is None:
+            d_bias.addmv_(gradient.t(), slope[:, 0])
+        if self.half is None:  # the rows' slopes go into the narrow factors: a pass over [c, V] less
             if d_states is not None:
-                torch.mm(gradient, self.weight, out=d_states[part])
+                torch.mm(gradient, self.weight, out=d_states[part]).mul_(slope)
             if d_weight is not None:
-                d_weight.addmm_(gradient.t(), x)
+                d_weight.addmm_(gradient.t(), x * slope)
             return
-        rounded = self.half[: len(x)].copy_(gradient)
+        rounded = torch.mul(gradient, slope, out=self.half[: len(x)])
         for first in range(0, len(self.weight), BLOCK):
             block = slice(first, first + BLOCK)
             if d_states is not None:
@@ -377,7 +389,8 @@ class _Module:
             self.out = job.head(self.x.to(job.cast))
         return self.out.detach().to(job.exact, copy=True)
 
-    def backward(self, part: slice, gradient: Tensor) -> None:
+    def backward(self, part: slice, gradient: Tensor, slope: Tensor) -> None:
+        gradient *= slope
         wanted = [self.x] * self.needs[0] + self.learned
         found = torch.autograd.grad(self.out, wanted, gradient.to(self.out.dtype), allow_unused=True)
         d_states, *sums = self.gradients
