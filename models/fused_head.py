@@ -35,8 +35,8 @@ wide, that takes 0.98 to 1.01 of the time of one product for 1,024 rows; all tok
 PASCAL_ROWS, GPU_ROWS = 512, 2_048
 LEAST_ROWS = 16
 STEEPEST = 1e34
-"""Most of a row's slope, and its inverse the least: what is divided by it, or a state times it, stays a normal number of
-float32. It is met where a student gives less than 1e-34 to all tokens beyond the named ones."""
+"""Most of a row's slope, and its inverse the least: what is divided by it, or a state times it, is then a normal number
+of float32. It is met where a student gives less than 1e-34 to all tokens beyond the named ones."""
 
 
 class HeadLosses(NamedTuple):

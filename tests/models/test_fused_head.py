@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from models import fused_head
 from models.fused_head import chunk_rows, head_losses
 from models.losses import kd_loss, next_token_loss
 from models.outputs import SparseTarget
@@ -420,6 +421,17 @@ def test_nothing_is_read_back_from_the_device(adapted):
         assert {p.grad.shape for p in head.parameters() if p.requires_grad}
         with pytest.raises(DataDependentOutputException):
             found.loss.item()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_tokens_computed_at_once_change_nothing(monkeypatch, bias):
+    monkeypatch.setattr(fused_head, "CPU_BLOCK", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
+    states, head, labels, target, rows = case(vocabulary=50, bias=bias)
+    expected = reference(states, head, labels, target, rows)
+    found = fused(states, head, labels, target, rows, chunk=4)
+    assert found.loss.item() == pytest.approx(expected[0].item(), rel=1e-6)
+    assert_same(gradients(found.loss, states, head), gradients(expected[0], states, head))
 
 
 def test_rows_of_a_chunk_follow_the_budget_and_are_explained():
