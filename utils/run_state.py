@@ -73,6 +73,7 @@ class RunState:
                 "processes. Put them back to continue it, or start a new run in another --output-dir."
             )
         self.load_weights(saved)
+        self.engine.scatter()
         self.engine.load_moments(saved.objects["optimizer"])
         self.scheduler.load_state_dict(saved.objects["scheduler"])
         if self.scaler is not None and "scaler" in saved.objects:
@@ -88,12 +89,12 @@ class RunState:
         self.clock.before = state["seconds"]
 
     def load_weights(self, saved: Checkpoint) -> None:
+        """Give the module, and not yet the engine, the weights of a checkpoint."""
         tensors = saved.tensors["module"]
         module = self.engine.module
         if differing := sorted(tensors.keys() ^ learned(module).keys()):
             raise RuntimeError(f"the checkpoint holds other tensors than are trained here, such as {differing[0]}")
         module.load_state_dict(tensors, strict=False)
-        self.engine.scatter()
 
 
 def learned(module: nn.Module) -> dict[str, Tensor]:

@@ -153,7 +153,7 @@ class Zero(FullySharded):
 
     @torch.no_grad()
     def clip(self, largest: float) -> Tensor:
-        parts = [part for group in self.model.optimizer.averaged_gradients.values() for part in group]
+        parts = self._gradient()
         square = torch.stack([torch.linalg.vector_norm(part) for part in parts]).square().sum()
         norm = self.accelerator.reduce(square, reduction="sum").sqrt()
         shorter = (largest / (norm + 1e-6)).clamp(max=1)  # as torch.nn.utils.clip_grad_norm_
@@ -163,11 +163,14 @@ class Zero(FullySharded):
 
     def update(self, is_bad: Tensor) -> bool:
         self.optimizer.found_inf = is_bad.float()
+        old = self._gradient() if self._stage == 3 else []
         self.model.step()  # leaves out by itself, and forgets, a gradient that is not finite
+        for part in old:
+            part.zero_()  # ZeRO-3 would take it again for a weight that is without a gradient in the next step
         return True
 
     def forget(self) -> None:
-        pass  # `step` does; and a step is never taken back, as running out of memory ends the run
+        pass  # `update` does; and a step is never taken back, as running out of memory ends the run
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -219,6 +222,10 @@ class Zero(FullySharded):
         for index, parameter in enumerate(p for group in self._groups for p in group):
             for key in MOMENTS if index in state["state"] else ():
                 self._set_moment(parameter, state["state"][index][key].to(self.accelerator.device), key)
+
+    def _gradient(self) -> list[Tensor]:
+        """This process's part of the gradient, after the last micro-batch."""
+        return [part for group in self.model.optimizer.averaged_gradients.values() for part in group]
 
     def _link(self) -> None:
         """Tell ZeRO-2 where a weight's moments are; by itself it looks once, when only the first group has any."""
