@@ -21,6 +21,8 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, In
 from utils import plan
 from utils.plan import build_accelerator
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported, which otherwise looks for a GPU
+
 PATIENCE = 300
 """Seconds after which processes are taken to wait for each other for ever."""
 
@@ -86,6 +88,7 @@ def _deepspeed_on_cpus(stage: str) -> Iterator[None]:
 def _process(rank: int, processes: int, port: int, function: Callable, args: tuple, results: Any) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     results[rank] = function(*args)
     if torch.distributed.is_initialized():
