@@ -31,7 +31,7 @@ from models.encoder_decoder import make_encoder
 from models.fused_head import chunk_rows
 from models.pairing import PairCollator, count_channel, read_and_learned
 from models.student_aware_router import ROUTER_TERMS
-from models.teacher import FrozenTeacher, logit_rows
+from models.teacher import FrozenTeacher
 from models.vocabulary import VocabularyMap
 from utils import (
     benchmark_tasks,
@@ -417,7 +417,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     log.info("device %s: %s; mixed precision %s: %s", device.value, device.reason, precision.value, precision.reason)
     config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
-    config, needed = memory.settle(config, accelerator, logit_rows)
+    config, needed = memory.settle(config, accelerator, chunk_rows)
     job = replace(main_process_first(accelerator, lambda: prepare(config, accelerator)), needed=needed)
     used_here = teachers.gpus_used(config, accelerator.device, job.teacher_device)
     if unused := hardware.unused_gpus(accelerator.num_processes, used_here):

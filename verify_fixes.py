@@ -29,10 +29,11 @@ from models.causal_lm import check_head, vocabulary_size
 from models.config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Schedule, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
+from models.fused_head import chunk_rows
 from models.outputs import IGNORE, PairedBatch
 from models.pairing import PairCollator, PairEncoder
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
-from models.teacher import FrozenTeacher, logit_rows
+from models.teacher import FrozenTeacher
 from models.vocabulary import MARKER, TEXT, VocabularyMap
 from utils import checklist, command_line, forecast, hardware, miniature, preflight, pretrained, quickstart, rehearsal
 from utils.checklist import Check, check
@@ -392,7 +393,7 @@ def default_setup(config: train.RunConfig) -> preflight.SetUp:
     """What the embedded default starts from, by sizes alone."""
     student = quickstart.student_config(quickstart.STUDENT_VOCABULARY)
     teacher = quickstart.teacher_config(quickstart.TEACHER_VOCABULARY)
-    return preflight.SetUp(config, student, teacher, 2_000_000, logit_rows, quickstart.NAMES)
+    return preflight.SetUp(config, student, teacher, 2_000_000, chunk_rows, quickstart.NAMES)
 
 
 def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
@@ -413,7 +414,7 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
     teacher = pretrained.load_config(config.teacher.name, "teacher") if config.teacher.name else None
     files = [Path(name).expanduser() for name in config.data.train]
     text_bytes = max(sum(map(int, job.windows["bytes"])), sum(f.stat().st_size for f in files if f.is_file()))
-    return preflight.SetUp(asked, student, teacher, text_bytes, logit_rows, quickstart.NAMES), job
+    return preflight.SetUp(asked, student, teacher, text_bytes, chunk_rows, quickstart.NAMES), job
 
 
 # ---------------------------------------------------------------------------------------- the report

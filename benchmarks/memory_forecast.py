@@ -14,7 +14,7 @@ import torch
 import train
 from benchmarks.measure import table
 from benchmarks.step_time import STUDENT_VOCABULARY, TEACHER_VOCABULARY, shapes
-from models.teacher import logit_rows
+from models.fused_head import chunk_rows
 from utils import memory
 from utils.hardware import choose_precision
 
@@ -45,7 +45,7 @@ def forecast(card: str, recipe: str, student: str, flags: str) -> dict[str, int]
     ):
         precision = choose_precision(config.training.mixed_precision, GPU).value
         models = shapes(student, TEACHER_VOCABULARY, STUDENT_VOCABULARY)[::-1]
-        demand = memory.demand_of(config, *models, config.data.max_length, precision, GPU, logit_rows)
+        demand = memory.demand_of(config, *models, config.data.max_length, precision, GPU, chunk_rows)
         return demand.memory(config.training.batch_size)
 
 

@@ -12,6 +12,10 @@ from transformers.modeling_outputs import ModelOutput
 
 from .outputs import Source
 
+CPU_BLOCK = 512
+"""Tokens for each thread whose logits a CPU computes at once: their weights then stay in its cache. 224 rows, 288
+to 1,536 wide, take 0.90 to 1.01 of the time of one product for many more rows; all tokens at once take 1.04 to 1.15."""
+
 
 def _without_adapter(model: nn.Module) -> nn.Module:
     """The model in the wrapper that peft puts around one with adapters."""
@@ -78,6 +82,19 @@ def is_plain_linear(head: nn.Module) -> bool:
     return type(head) is nn.Linear and not any(hooks) and "forward" not in vars(head)
 
 
+def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [r, H] @ weight [V, H].T + bias, written into [r, V] memory that is there, which is returned."""
+    on_cpu = x.device.type == "cpu" and x.dtype.itemsize >= 4
+    size = CPU_BLOCK * torch.get_num_threads() if on_cpu else len(weight)
+    for first in range(0, len(weight), size):
+        block = slice(first, first + size)
+        if bias is None:
+            torch.mm(x, weight[block].t(), out=out[:, block])
+        else:
+            torch.addmm(bias[block], x, weight[block].t(), out=out[:, block])
+    return out
+
+
 def head_logits(model: nn.Module, states: Tensor, out: Tensor | None = None) -> Tensor:
     """[..., V] float32 logits for states [..., H], scaled and soft-capped as the model's config says.
 
@@ -89,8 +106,8 @@ def head_logits(model: nn.Module, states: Tensor, out: Tensor | None = None) -> 
     """
     head, options = model.get_output_embeddings(), logit_options(model)
     states = states.to(head.weight.dtype)
-    if out is not None and states.dtype == out.dtype and head.bias is None and is_plain_linear(head):
-        logits = torch.mm(states, head.weight.t(), out=out[: len(states)])
+    if out is not None and states.dtype == out.dtype and is_plain_linear(head):
+        logits = linear_into(out[: len(states)], states, head.weight, head.bias)
     else:
         logits = head(states).float()
     if options["scale"] != 1:  # 1 would be a copy of the largest tensor there is

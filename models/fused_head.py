@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from .causal_lm import is_plain_linear
+from .causal_lm import is_plain_linear, linear_into
 from .losses import PADDING, kd_loss
 from .outputs import SparseTarget
 
@@ -29,9 +29,6 @@ two, so that it rounds nothing itself."""
 BLOCK = 16_384
 """Tokens whose weight gradient is computed at once from half-precision factors: bounds the float32 temporary."""
 CPU_ROWS, CPU_BYTES = 224, 160 * 2**20
-CPU_BLOCK = 512
-"""Tokens for each thread whose logits a CPU computes at once: their weights then stay in its cache. For 224 rows, 576
-wide, that takes 0.98 to 1.01 of the time of one product for 1,024 rows; all tokens at once take 1.07 to 1.15."""
 PASCAL_ROWS, GPU_ROWS = 512, 2_048
 LEAST_ROWS = 16
 STEEPEST = 1e34
@@ -52,9 +49,7 @@ class HeadLosses(NamedTuple):
     """[n] log-probability of every label."""
 
 
-def chunk_rows(
-    vocabulary: int, device: torch.device, bytes_per_logit: int = 4, most_on_cpu: int = CPU_ROWS
-) -> tuple[int, str]:
+def chunk_rows(vocabulary: int, device: torch.device, bytes_per_logit: int = 4) -> tuple[int, str]:
     """How many rows of logits to hold at once, and why.
 
     Each chunk reads and writes the whole weight gradient, so few rows waste time; many rows waste memory. Where more
@@ -66,7 +61,6 @@ def chunk_rows(
     Args:
         vocabulary: V.
         bytes_per_logit: 4 for one float32 buffer; more for float64, a half-precision copy (+ 2) or soft-capping (+ 4).
-        most_on_cpu: rows that are enough there; without a backward pass more of them still gain.
     """
     if device.type == "cuda":
         pascal = torch.cuda.get_device_capability(device)[0] < 7
@@ -74,7 +68,7 @@ def chunk_rows(
         budget = torch.cuda.get_device_properties(device).total_memory // 16
         where = f"a sixteenth of the GPU's memory is {budget / 1e6:,.0f} MB"
     else:
-        most, budget = most_on_cpu, CPU_BYTES
+        most, budget = CPU_ROWS, CPU_BYTES
         where = f"the budget on {device.type} is {budget / 1e6:,.0f} MB"
     fitting = budget // (vocabulary * bytes_per_logit)
     rows = most if fitting >= most else max(LEAST_ROWS, fitting // 16 * 16)
@@ -329,18 +323,11 @@ class _Linear:
             torch.zeros_like(t, dtype=job.exact, memory_format=torch.contiguous_format) if need else None
             for t, need in zip((states, *params), needs, strict=True)
         ]
-        on_cpu = self.half is None and states.device.type == "cpu"
-        self.block = CPU_BLOCK * torch.get_num_threads() if on_cpu else len(weight)
 
     def logits(self, part: slice) -> Tensor:
         x = self.states[part].to(self.compute)
         out = (self.buffer if self.half is None else self.half)[: len(x)]
-        for first in range(0, len(self.weight), self.block):
-            block = slice(first, first + self.block)
-            if self.bias is None:
-                torch.mm(x, self.weight[block].t(), out=out[:, block])
-            else:
-                torch.addmm(self.bias[block], x, self.weight[block].t(), out=out[:, block])
+        linear_into(out, x, self.weight, self.bias)
         return out if self.half is None else self.buffer[: len(x)].copy_(out)
 
     def backward(self, part: slice, gradient: Tensor, slope: Tensor) -> None:

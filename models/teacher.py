@@ -5,7 +5,7 @@ vocabulary.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,6 @@ from .fused_head import chunk_rows
 from .outputs import PairedBatch, Source, TeacherSignal
 from .vocabulary import VocabularyMap
 
-CPU_ROWS = 512
-"""Rows of logits at once beyond which a CPU is no faster (measured: 512 wide, 151,936 tokens: 110, 224, 256, 512 rows
-take 1.26, 1.12, 1.08, 1.00 of the time)."""
 BLOCKS = 8
 """Into how many interleaved parts a row is cut to find its largest entries; see `exact_top_k`."""
 
@@ -74,7 +71,7 @@ class FrozenTeacher:
             following = batch.teacher_ids.flatten().roll(-1)[position, None]
             anchors, total = len(batch.deep_before) - 1, len(position)
             top_k = min(top_k, len(self.order))
-            most, _ = chunk_rows(len(self.order), device, 4 if states.dtype == torch.float32 else 6, CPU_ROWS)
+            most, _ = chunk_rows(len(self.order), device, 4 if states.dtype == torch.float32 else 6)
             size = math.ceil(total / math.ceil(total / most))  # a small last chunk would read the whole head again
             few = math.ceil(size / 4)  # deep rows come with their tokens, which take more than a logit
             buffer = torch.empty(size, len(self.order), device=device)
@@ -150,11 +147,3 @@ def exact_top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     columns = torch.cat([(pile[:, None] + heights[:, None]).flatten(1), leftover], 1)
     top, at = values.gather(1, columns).topk(k)
     return top, columns.gather(1, at)
-
-
-def logit_rows(device: torch.device) -> dict[str, Callable[[int, int], int]]:
-    """For a forecast: (vocabulary, bytes per logit) -> rows of logits in the heads of `student` and `teacher`."""
-    return {
-        "student": lambda vocabulary, size: chunk_rows(vocabulary, device, size)[0],
-        "teacher": lambda vocabulary, size: chunk_rows(vocabulary, device, size, CPU_ROWS)[0],
-    }

@@ -36,7 +36,8 @@ from .processes import on_main_process
 
 log = logging.getLogger(__name__)
 
-Rows = dict[str, Callable[[int, int], int]]
+ChunkRows = Callable[[int, torch.device, int], tuple[int, str]]
+"""(vocabulary, device, bytes per logit) -> (positions whose logits a head computes at a time, at most, why)."""
 
 REMEDY = (
     "Lower --batch-size and raise --gradient-accumulation-steps by the same factor (--batch-size auto does both), or "
@@ -185,10 +186,8 @@ class Demand:
     """`no`, `fp16` or `bf16`."""
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
-    student_rows: Callable[[int, int], int]
-    """(vocabulary, bytes per logit) -> positions whose logits the student's head computes at a time, at most."""
-    teacher_rows: Callable[[int, int], int]
-    """Likewise for the teacher's."""
+    rows: Callable[[int, int], int]
+    """(vocabulary, bytes per logit) -> positions whose logits a head computes at a time, at most."""
     top_k: int
     on_gpu: bool
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -221,7 +220,7 @@ class Demand:
         half, tokens = self.precision != "no", windows * self.length
         body = measure_body(self.student, windows, self.length, torch.float32, half, True, self.on_gpu, self.recomputes)
         head = 0 if self.lora.enabled else student.vocabulary * student.hidden
-        rows = min(tokens, self.student_rows(student.vocabulary, 6 if half else 4))
+        rows = min(tokens, self.rows(student.vocabulary, 6 if half else 4))
         learned = trained_parameters(student, self.lora)
         named = tokens * min(self.top_k, teacher.vocabulary) if teacher else 0
         chunk_named = min(rows, tokens) * min(self.top_k, teacher.vocabulary) if teacher else 0
@@ -254,7 +253,7 @@ class Demand:
         teacher, tokens = self.shapes[1], windows * self.length
         body = measure_body(self.teacher, windows, self.length, self.teacher_dtype, False, False, self.on_gpu)
         each = 4 if self.teacher_dtype == torch.float32 else 6
-        chunk = teacher.vocabulary * min(tokens, self.teacher_rows(teacher.vocabulary, each)) * (each + PREFIX)
+        chunk = teacher.vocabulary * min(tokens, self.rows(teacher.vocabulary, each)) * (each + PREFIX)
         states = self._teacher_states(tokens)
         return [
             gradients | {"teacher activations": body.forward + states},
@@ -294,11 +293,10 @@ def demand_of(
     length: int,
     precision: str,
     device: torch.device,
-    logit_rows: Callable[[torch.device], Rows],
+    chunk_rows: ChunkRows,
     processes: int = 1,
 ) -> Demand:
-    """What the junction's RunConfig asks for; `logit_rows`: device -> rows of `student` and `teacher`."""
-    rows = logit_rows(device)
+    """What the junction's RunConfig asks for."""
     router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
     lora = config.student.lora
     return Demand(
@@ -308,8 +306,7 @@ def demand_of(
         precision=precision,
         student_dtype=pretrained.frozen_dtype(lora.base, device, precision).value,
         teacher_dtype=pretrained.frozen_dtype(config.teacher.dtype, device, precision).value,
-        student_rows=rows["student"],
-        teacher_rows=rows["teacher"],
+        rows=lambda vocabulary, each: chunk_rows(vocabulary, device, each)[0],
         top_k=config.loss.top_k,
         on_gpu=device.type == "cuda",
         lora=lora,
@@ -347,7 +344,7 @@ class Forecast:
     size: int = 0  # bytes
 
 
-def settle(config: Any, accelerator: Accelerator, logit_rows: Callable[[torch.device], Rows]) -> tuple[Any, Forecast]:
+def settle(config: Any, accelerator: Accelerator, chunk_rows: ChunkRows) -> tuple[Any, Forecast]:
     """(the RunConfig with a number for `batch_size: auto`, the forecast), logged.
 
     With auto, `gradient_accumulation_steps` is the number of windows per optimizer step and process: they are taken in
@@ -359,11 +356,11 @@ def settle(config: Any, accelerator: Accelerator, logit_rows: Callable[[torch.de
     """
     precision, device = accelerator.mixed_precision, accelerator.device
     processes = accelerator.num_processes
-    return on_main_process(accelerator, lambda: _settle(config, precision, device, processes, logit_rows))
+    return on_main_process(accelerator, lambda: _settle(config, precision, device, processes, chunk_rows))
 
 
 def _settle(
-    config: Any, precision: str, device: torch.device, processes: int, logit_rows: Callable[[torch.device], Rows]
+    config: Any, precision: str, device: torch.device, processes: int, chunk_rows: ChunkRows
 ) -> tuple[Any, Forecast]:
     training, free = config.training, free_memory(device)
     auto, most = training.batch_size == "auto", training.gradient_accumulation_steps
@@ -371,7 +368,7 @@ def _settle(
     shapes = pretrained.load_each(pretrained.load_config, names)
     length = int(min(config.data.max_length, *map(pretrained.context_length, shapes.values())))
     teacher = shapes["teacher"] if config.teacher.name else None
-    demand = demand_of(config, shapes["student"], teacher, length, precision, device, logit_rows, processes)
+    demand = demand_of(config, shapes["student"], teacher, length, precision, device, chunk_rows, processes)
     spared = spares_teacher(config)
     try:
         size, sizes = training.batch_size, [n for n in range(most, 0, -1) if most % n == 0]

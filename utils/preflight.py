@@ -6,7 +6,6 @@ What trains tiny models is in rehearsal.py, what needs the losses in verify_fixe
 """
 
 import platform
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -150,8 +149,7 @@ class SetUp:
     teacher: PretrainedConfig | None
     text_bytes: int
     """Of the training text."""
-    logit_rows: Callable[[torch.device], plan_memory.Rows]
-    """Of both heads, positions whose logits exist at a time."""
+    chunk_rows: plan_memory.ChunkRows
     built_later: frozenset[str] = frozenset()
     """Names of models that the first run builds."""
 
@@ -201,7 +199,7 @@ def memory(setup: SetUp) -> tuple:
     device, training = hardware.choose_device().value, setup.config.training
     mixed = hardware.choose_precision(training.mixed_precision, device).value
     shapes = (setup.student, setup.teacher)
-    demand = plan_memory.demand_of(setup.config, *shapes, setup.window, mixed, device, setup.logit_rows)
+    demand = plan_memory.demand_of(setup.config, *shapes, setup.window, mixed, device, setup.chunk_rows)
     spared = plan_memory.spares_teacher(setup.config)
     parts = replace(demand, apart=demand.apart or spared).memory(training.batch_size)
     free = forecast.free_memory(device)

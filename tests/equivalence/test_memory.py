@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 import train
 from models.config import RouterConfig
 from models.encoder_decoder import SourceEncoder
-from models.teacher import logit_rows
+from models.fused_head import chunk_rows
 from models.vocabulary import VocabularyMap
 from tests.models.tiny import STORIES, Pair, bart_like, byte_bpe, pair_of, tiny_bart, tiny_llama, tiny_t5
 from tests.toy import toy_config
@@ -57,8 +57,7 @@ def demand_of(**case) -> Demand:
     return Demand(
         teacher_dtype=torch.float32,
         student_dtype=torch.float32,
-        student_rows=logit_rows(device)["student"],
-        teacher_rows=logit_rows(device)["teacher"],
+        rows=lambda vocabulary, each: chunk_rows(vocabulary, device, each)[0],
         top_k=64,
         on_gpu=device.type == "cuda",
         **case,
@@ -170,14 +169,14 @@ def settled(monkeypatch, config, free: float):
     shapes = {"student": tiny_llama(600).config, "teacher": tiny_llama(600).config}
     monkeypatch.setattr(memory.pretrained, "load_each", lambda load, names: shapes)
     monkeypatch.setattr(memory, "free_memory", lambda device: int(free))
-    found, forecast = memory.settle(config, build_accelerator("no", cpu=True), logit_rows)
+    found, forecast = memory.settle(config, build_accelerator("no", cpu=True), chunk_rows)
     return found, forecast.told
 
 
 def test_of_a_sharded_teacher_a_process_holds_a_part_of_the_layers_and_two_whole_ones(config):
     model = tiny_llama(600, num_hidden_layers=10)
     sharded = replace(config, teacher=replace(config.teacher, device="sharded"))
-    demands = [memory.demand_of(c, model.config, model.config, 64, "no", torch.device("cpu"), logit_rows, 4)
+    demands = [memory.demand_of(c, model.config, model.config, 64, "no", torch.device("cpu"), chunk_rows, 4)
                for c in (config, sharded)]  # fmt: skip
     whole, part = (demand.memory(1)["teacher weights"] for demand in demands)
     layers = sum(p.nbytes for p in model.model.layers.parameters())
@@ -190,7 +189,7 @@ def test_auto_keeps_the_windows_of_the_recipe_in_an_optimizer_step(monkeypatch, 
     found, told = settled(monkeypatch, config, 2**40)
     assert (found.training.batch_size, found.training.gradient_accumulation_steps) == (16, 1)
     assert "micro-batches of 16" in told
-    least, more = (memory.demand_of(config, *2 * [tiny_llama(600).config], 64, "no", torch.device("cpu"), logit_rows)
+    least, more = (memory.demand_of(config, *2 * [tiny_llama(600).config], 64, "no", torch.device("cpu"), chunk_rows)
                    .memory(n) for n in (1, 4))  # fmt: skip
     assert settled(monkeypatch, config, 2 * sum(more.values()))[0].training.batch_size == 4
     tight = settled(monkeypatch, config, sum(least.values()) + 1)[0].training
@@ -209,7 +208,7 @@ def test_a_run_that_cannot_fit_is_refused_and_one_that_may_not_is_warned_of(monk
 def test_a_run_that_fits_without_the_teacher_is_not_refused_once_its_cache_is_there(monkeypatch, config, tmp_path):
     shapes = 2 * [tiny_llama(600).config]
     monkeypatch.setattr(memory, "RUNTIME", 0)
-    least = sum(memory.demand_of(config, *shapes, 64, "no", torch.device("cpu"), logit_rows).memory(1).values())
+    least = sum(memory.demand_of(config, *shapes, 64, "no", torch.device("cpu"), chunk_rows).memory(1).values())
     free = 0.99 * least / memory.MARGIN
     cached = replace(config, cache=replace(config.cache, folder=str(tmp_path)))
     assert "which a complete cache spares" in settled(monkeypatch, cached, free)[1]

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from models import fused_head
+from models import causal_lm
 from models.fused_head import chunk_rows, head_losses
 from models.losses import kd_loss, next_token_loss
 from models.outputs import SparseTarget
@@ -425,7 +425,7 @@ def test_nothing_is_read_back_from_the_device(adapted):
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_tokens_computed_at_once_change_nothing(monkeypatch, bias):
-    monkeypatch.setattr(fused_head, "CPU_BLOCK", 1)
+    monkeypatch.setattr(causal_lm, "CPU_BLOCK", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 7)
     states, head, labels, target, rows = case(vocabulary=50, bias=bias)
     expected = reference(states, head, labels, target, rows)
