@@ -53,10 +53,10 @@ def chunk_rows(vocabulary: int, device: torch.device, bytes_per_logit: int = 4) 
     """How many rows of logits to hold at once, and why.
 
     Each chunk reads and writes the whole weight gradient, so few rows waste time; many rows waste memory. Where more
-    rows gain no more: 128 to 192 on a CPU (measured: one AVX-512 core, 576 wide, 49,152 tokens: products at 64, 128,
-    192, 256 rows take 1.22, 1.09, 0.99, 1.01 of those of all rows at once), 256 to 512 on Pascal, 1,024 and more on
-    newer GPUs (as published for such losses; not measured here). A GPU gives at most a sixteenth of its memory: not of
-    what is free, which would make sums depend on what ran before.
+    rows gain no more: 192 to 224 on a CPU (measured: one AVX-512 core, 576 wide, 49,152 tokens: products at 64, 128,
+    192, 224, 256 rows take 1.13, 1.03, 1.01, 0.99, 0.98 of those of all rows at once), 256 to 512 on Pascal, 1,024
+    and more on newer GPUs (as published for such losses; not measured here). A GPU gives at most a sixteenth of its
+    memory: not of what is free, which would make sums depend on what ran before.
 
     Args:
         vocabulary: V.
