@@ -77,8 +77,11 @@ def logit_options(model: nn.Module) -> dict[str, float | None]:
 
 def is_plain_linear(head: nn.Module) -> bool:
     """Whether calling it is the product with its weight and no more: no subclass, hooks or forward of its own
-    (accelerate's offloading, for one)."""
+    (accelerate's offloading, for one). Those of ZeRO-3 do not count: they fetch the weight, which reading it does too,
+    and all processes would have to call the head equally often."""
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
+    if hasattr(head, "ds_id"):  # DeepSpeed's mark
+        hooks = ()
     return type(head) is nn.Linear and not any(hooks) and "forward" not in vars(head)
 
 

@@ -45,6 +45,7 @@ WITHIN_A_FLOOR = {
     ("models", "fused_head", "causal_lm"),
     ("models", "fused_head", "losses"),
     ("models", "projection", "vocabulary"),
+    ("utils", "memory", "zero"),
     ("utils", "sources", "columns"),
 }
 """(tower, importer, imported) on one floor; `test_no_cycles` keeps these in order."""

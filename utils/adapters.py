@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import pretrained
+from . import pretrained, zero
 from .config import LoraConfig
 from .errors import UserError
 
@@ -37,7 +37,7 @@ def add_lora(base: nn.Module, name: str, settings: LoraConfig) -> nn.Module:
         name: hub id or local folder of the base: whoever loads the adapter loads it from there.
 
     Raises:
-        UserError: the base has no layers of the names in `settings.targets`.
+        UserError: the base has no layers of the names in `settings.targets`, or DeepSpeed cannot train these.
     """
     import peft
 
@@ -60,6 +60,11 @@ def add_lora(base: nn.Module, name: str, settings: LoraConfig) -> nn.Module:
             f"student.lora.targets: got {', '.join(targets)}, expected all-linear alone, or layers of {name}, such as "
             f"{', '.join(sorted(layers))}.\n  {error}"
         ) from error
+    if zero.is_requested() and hasattr(base.get_output_embeddings(), "base_layer"):
+        raise UserError(
+            f"student.lora.targets: got {', '.join(targets)}, the head among them, which under DeepSpeed all processes "
+            "would have to call equally often; expected other layers, or FSDP2"
+        )
     wanted.base_model_name_or_path = pretrained.where_from(name)
     trained, all_of_it = student.get_nb_trainable_parameters()
     log.info("LoRA of rank %d: %s of %s parameters are trained", settings.rank, f"{trained:,}", f"{all_of_it:,}")

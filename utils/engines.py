@@ -95,17 +95,19 @@ class Engine:
         """Train on from the module's weights. Call it in every process."""
 
     def moments(self) -> dict[str, Any]:
-        """The state of an optimizer of the module's parameters. Call it in every process."""
+        """The state of an optimizer of the module's parameters, in the main process. Call it in every process."""
         return self.optimizer.state_dict()
 
     def load_moments(self, state: dict[str, Any]) -> None:
-        """Take up what `moments` returned, here or in an engine of another kind. Call it in every process."""
+        """Take up what `moments` returned, in an engine of this or another kind. Call it in every process."""
         self.optimizer.load_state_dict(state)
 
     def close(self) -> None:
         """Let go of everything, so that the accelerator can serve another run."""
         self.forget()
-        self.model = self.optimizer = self._stepper = self._parameters = None
+        self.optimizer.state.clear()  # its schedule still knows it
+        self.optimizer.param_groups.clear()
+        self.twin = self.model = self.optimizer = self._stepper = self._parameters = None
         self.accelerator.free_memory()
 
     def _make_twin(self) -> nn.Module:
@@ -139,7 +141,7 @@ class FullySharded(Engine):
             tensor.copy_(like(own[name], tensor))
 
     def moments(self) -> dict[str, Any]:
-        return whole(super().moments())
+        return whole(super().moments(), self.accelerator.is_main_process)
 
     def load_moments(self, state: dict[str, Any]) -> None:
         super().load_moments(state)

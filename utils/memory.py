@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from transformers import PretrainedConfig
 
-from . import pretrained
+from . import pretrained, zero
 from .config import LoraConfig, ModelConfig
 from .errors import UserError
 from .families import auto_class, depth
@@ -52,6 +53,10 @@ KEPT_OUTCOME, PASSING_OUTCOME, CHUNK_OUTCOME = 24, 72, 110
 of the head's chunk, in the KD term."""
 ROUTED_KEPT = 10
 """Teacher widths in float32 that the router keeps per student layer and token for the backward pass, all terms used."""
+EXCHANGED = 2 * 4 * zero.BUCKET
+"""Bytes of gradients on their way to the processes that keep them, where they are sharded."""
+ZERO3_WHOLE = 10**9
+"""Weights that ZeRO-3 holds whole before it lets go of any (DeepSpeed's stage3_max_live_parameters)."""
 MEASURED_LAYERS = (2, 3)
 """A body is run with so many layers; every further one takes what the third takes more than two."""
 
@@ -202,6 +207,10 @@ class Demand:
     """The teacher has a device of its own: what it takes there is not told."""
     weight_share: float = 1.0
     """Size of the teacher's weights beside those of `teacher_dtype`: less where they are quantised or sharded."""
+    sharded: str = ""
+    """How the student is cut into parts: `fsdp2`, `zero2`, `zero3`, or not."""
+    processes: int = 1
+    """That share it then."""
 
     @cached_property
     def shapes(self) -> tuple[Shape, Shape | None]:
@@ -226,6 +235,8 @@ class Demand:
         chunk_named = min(rows, tokens) * min(self.top_k, teacher.vocabulary) if teacher else 0
         routed = self._router(tokens)
         gradients = {"gradients": learned * 4 * (1 + self.gradients) + routed["trained"] * 4}
+        if self.sharded:
+            gradients = {"gradients": gradients["gradients"] // self.processes, "exchange": EXCHANGED}
         held = {"signal": named * KEPT_OUTCOME, "router": routed["kept"]}
         waiting = gradients | {"student activations": body.kept} | held
         logits = rows * student.vocabulary * (6 if half else 4) + chunk_named * CHUNK_OUTCOME
@@ -240,14 +251,30 @@ class Demand:
             peaks += [waiting | {"projection": named * PASSING_OUTCOME}]
         if teacher is not None and not self.apart:
             peaks += self._teacher_peaks(windows, gradients, named)
-        peak = max(peaks, key=lambda parts: sum(parts.values()))
         learned += routed["trained"]
         weights = learned * 4 + (student.parameters * self.student_dtype.itemsize if self.lora.enabled else 0)
-        fixed = {"student weights": weights, "optimizer": learned * 8}
+        kept, passing = self._student_weights(weights, learned)
+        peaks = [peak | {"student weights": passing} for peak in peaks]
+        if self.sharded:
+            peaks += [{"student, whole for evaluation": weights}]
+        peak = max(peaks, key=lambda parts: sum(parts.values()))
+        peak["student weights"] = peak.get("student weights", 0) + kept
+        fixed = {"optimizer": learned * 8 / (self.processes if self.sharded else 1)}
         if teacher is not None and not self.apart:
             fixed["teacher weights"] = teacher.parameters * self.teacher_dtype.itemsize * self.weight_share
         parts = fixed | peak | {"runtime": RUNTIME}
         return {name: int(size) for name, size in parts.items() if size}
+
+    def _student_weights(self, size: int, learned: int) -> tuple[float, float]:
+        """Bytes of its weights, of which there are `size`, that a process holds always, and in a step besides."""
+        student, parts = self.shapes[0], 4 * learned / self.processes
+        if self.sharded == "fsdp2":
+            return size / self.processes, size * _whole_share(self.student, student)
+        if self.sharded == "zero2":  # what it updates is a copy of its part
+            return size + parts, 0
+        if self.sharded == "zero3":
+            return size / self.processes + parts, size * min(1.0, ZERO3_WHOLE / student.parameters)
+        return size, 0
 
     def _teacher_peaks(self, windows: int, gradients: dict, named: int) -> list[dict[str, int]]:
         teacher, tokens = self.shapes[1], windows * self.length
@@ -295,6 +322,7 @@ def demand_of(
     device: torch.device,
     chunk_rows: ChunkRows,
     processes: int = 1,
+    sharded: str = "",
 ) -> Demand:
     """What the junction's RunConfig asks for."""
     router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
@@ -316,6 +344,8 @@ def demand_of(
         gradients=len(config.curriculum.used()) if config.logging.term_gradients else 0,
         apart=config.teacher.device not in ("auto", "sharded", str(device)),
         weight_share=_share(config.teacher, teacher, processes),
+        sharded=sharded,
+        processes=processes,
     )
 
 
@@ -330,10 +360,19 @@ def _share(config: ModelConfig, teacher: PretrainedConfig | None, processes: int
     if config.device != "sharded" or teacher is None:
         return QUANTISED_SHARE.get(config.dtype, 1.0)
     shape = Shape.of(teacher)
-    tied = teacher.get_text_config().tie_word_embeddings
-    layers = 1 - shape.vocabulary * shape.hidden * (1 if tied else 2) / shape.parameters
-    # the layer that computes is whole, and so is the next one, which is on its way
-    return min(1.0, 1 - layers + layers * (1 / processes + 2 / shape.layers))
+    return min(1.0, _whole_share(teacher, shape) + _in_layers(teacher, shape) / processes)
+
+
+def _in_layers(config: PretrainedConfig, shape: Shape) -> float:
+    """Share of a model's weights that is in its layers."""
+    tied = config.get_text_config().tie_word_embeddings
+    return 1 - shape.vocabulary * shape.hidden * (1 if tied else 2) / shape.parameters
+
+
+def _whole_share(config: PretrainedConfig, shape: Shape) -> float:
+    """Share of its weights that FSDP2 holds whole: what is outside of layers, the layer that computes and the next."""
+    layers = _in_layers(config, shape)
+    return 1 - layers + layers * min(1.0, 2 / shape.layers)
 
 
 @dataclass(frozen=True)
@@ -355,12 +394,19 @@ def settle(config: Any, accelerator: Accelerator, chunk_rows: ChunkRows) -> tupl
             is no forecast, and auto needs one.
     """
     precision, device = accelerator.mixed_precision, accelerator.device
-    processes = accelerator.num_processes
-    return on_main_process(accelerator, lambda: _settle(config, precision, device, processes, chunk_rows))
+    among = (accelerator.num_processes, _sharded(accelerator))
+    return on_main_process(accelerator, lambda: _settle(config, precision, device, chunk_rows, *among))
+
+
+def _sharded(accelerator: Accelerator) -> str:
+    """See `Demand.sharded`."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return f"zero{accelerator.deepspeed_plugin.zero_stage}"
+    return "fsdp2" if accelerator.distributed_type == DistributedType.FSDP else ""
 
 
 def _settle(
-    config: Any, precision: str, device: torch.device, processes: int, chunk_rows: ChunkRows
+    config: Any, precision: str, device: torch.device, chunk_rows: ChunkRows, processes: int, sharded: str
 ) -> tuple[Any, Forecast]:
     training, free = config.training, free_memory(device)
     auto, most = training.batch_size == "auto", training.gradient_accumulation_steps
@@ -368,7 +414,7 @@ def _settle(
     shapes = pretrained.load_each(pretrained.load_config, names)
     length = int(min(config.data.max_length, *map(pretrained.context_length, shapes.values())))
     teacher = shapes["teacher"] if config.teacher.name else None
-    demand = demand_of(config, shapes["student"], teacher, length, precision, device, chunk_rows, processes)
+    demand = demand_of(config, shapes["student"], teacher, length, precision, device, chunk_rows, processes, sharded)
     spared = spares_teacher(config)
     try:
         size, sizes = training.batch_size, [n for n in range(most, 0, -1) if most % n == 0]

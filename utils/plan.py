@@ -94,13 +94,15 @@ def build_accelerator(
     # terms of the curriculum whose weight is 0 leave parameters without a gradient
     ddp = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
     group = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+    # of an accelerator that there is already
+    has_plugin = AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
     return Accelerator(
         mixed_precision=mixed_precision,
         cpu=cpu,
         log_with=list(track) or None,
         project_config=ProjectConfiguration(logging_dir=str(folder)) if track else None,
         kwargs_handlers=[ddp, group],
-        deepspeed_plugin=zero.plugin(mixed_precision, "cpu" if cpu else "gpu"),
+        deepspeed_plugin=None if has_plugin else zero.plugin(mixed_precision, "cpu" if cpu else "gpu"),
     )
 
 

@@ -1,5 +1,6 @@
 """Several processes of one run: who goes first, and how a failure in one of them ends them all with its reason."""
 
+import logging
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +10,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.environment import get_int_from_env
 from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+log = logging.getLogger(__name__)
 
 
 def rank() -> int:
@@ -56,7 +59,10 @@ def leave() -> None:
     them: a run that is done would end as one that failed. After a failure they stay open: others may still wait.
     """
     if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        try:
+            torch.distributed.destroy_process_group()
+        except RuntimeError as error:  # the run has ended as it has ended
+            log.warning("the connections to the other processes did not close: %s", error)
 
 
 def tell_launcher(error: BaseException) -> None:

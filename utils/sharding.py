@@ -40,13 +40,18 @@ def like(value: Tensor, tensor: Tensor) -> Tensor:
     return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
 
 
-def whole(value: Any) -> Any:
-    """Nested containers with every sharded tensor put together, on the CPU. Call it in every process."""
+def whole(value: Any, kept: bool) -> Any:
+    """Nested containers with every sharded tensor put together, on the CPU. Call it in every process.
+
+    Args:
+        kept: False: None in place of tensors, in a process that only helps to put them together.
+    """
     if isinstance(value, Tensor):
-        return full(value).cpu()
+        together = full(value)
+        return together.cpu() if kept else None
     if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
-    return [whole(item) for item in value] if isinstance(value, list) else value
+        return {key: whole(item, kept) for key, item in value.items()}
+    return [whole(item, kept) for item in value] if isinstance(value, list) else value
 
 
 def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:

@@ -13,10 +13,12 @@ import torch
 import torch.nn.functional as F
 from accelerate.utils import DeepSpeedPlugin
 from torch import Tensor, nn
+from torch.utils._pytree import tree_iter
 
 from . import pretrained
 from .engines import FullySharded
 from .errors import UserError
+from .sharding import whole
 from .shell import Shell
 
 STAGES = (2, 3)
@@ -140,6 +142,7 @@ class Zero(FullySharded):
             bf16["enabled"] = asked
 
     def close(self) -> None:
+        self._release()
         super().close()
         F.linear = LINEAR  # ZeRO-3 puts one of its own there, for all models, which lets go of weights sooner
 
@@ -184,7 +187,7 @@ class Zero(FullySharded):
     def scatter(self) -> None:
         """DeepSpeed keeps weights in several places: begin anew from the module, with the same optimizer."""
         names = {parameter: name for name, parameter in self.twin.named_parameters()}
-        self.model = None
+        self._release()
         self.accelerator.free_memory()
         self.twin = self._make_twin()
         new = dict(self.twin.named_parameters())
@@ -203,8 +206,8 @@ class Zero(FullySharded):
             groups.append({**group, "params": list(range(count, count + len(parameters)))})
             for parameter in parameters:
                 if steps:
-                    held = {key: safe_get_full_optimizer_state(parameter, key).cpu() for key in MOMENTS}
-                    state[count] = {"step": steps[0].to("cpu", copy=True), **held}
+                    held = {key: safe_get_full_optimizer_state(parameter, key) for key in MOMENTS}
+                    state[count] = whole({"step": steps[0].clone(), **held}, self.accelerator.is_main_process)
                 count += 1
         return {"state": state, "param_groups": groups}
 
@@ -222,6 +225,15 @@ class Zero(FullySharded):
         for index, parameter in enumerate(p for group in self._groups for p in group):
             for key in MOMENTS if index in state["state"] else ():
                 self._set_moment(parameter, state["state"][index][key].to(self.accelerator.device), key)
+
+    def _release(self) -> None:
+        """Free the twin, moments and gradients. An engine of ZeRO-3 does not die with its last user."""
+        held = [vars(self.model.optimizer), list(self.optimizer.state.values())]
+        held += [[parameter, vars(parameter)] for parameter in self.twin.parameters()]
+        for leaf in tree_iter(held):
+            if isinstance(leaf, Tensor):
+                leaf.untyped_storage().resize_(0)
+        self.model = None
 
     def _gradient(self) -> list[Tensor]:
         """This process's part of the gradient, after the last micro-batch."""

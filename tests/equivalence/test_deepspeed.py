@@ -1,5 +1,6 @@
 """DeepSpeed's ZeRO-2 and ZeRO-3 in two processes learn what one process learns, in float32, which is all it takes."""
 
+import gc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,18 +14,31 @@ from transformers import AutoModelForCausalLM
 
 from tests.equivalence.test_processes import assert_close, distil
 from tests.gloo import launch, launched
-from tests.toy import ToyModule, digest, toy_collate, toy_config, toy_windows
+from tests.toy import StopAfter, ToyModule, digest, toy_collate, toy_config, toy_windows
 from utils.checkpoints import CheckpointStore
 from utils.errors import UserError
 from utils.logs import StepLogger, read_metrics
+from utils.plan import build_accelerator
 from utils.pretrained import recompute_layers
+from utils.processes import on_main_process
 from utils.training import fit
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
 
 STAGES = ("zero2", "zero3")
-SMALL = {"tied": False, "accumulation": 2}
-"""Micro-batches of one window: of the last step's, one process has none."""
+
+
+def lora_of(student: nn.Module) -> None:
+    """Add an adapter, and freeze all else."""
+    peft = pytest.importorskip("peft")
+    peft.inject_adapter_in_model(peft.LoraConfig(r=4, target_modules="all-linear"), student)
+
+
+SMALL = {"tied": False, "accumulation": 2, "rows": (7, 1000)}
+"""Micro-batches of one window: of the last step's, one process has none. Each has chunks of logits of its own."""
+
+LORA = {"change": lora_of}
+HALF = LORA | {"frozen": torch.bfloat16}
 
 NO_GRADIENT, NO_LOSS = 1, 3
 """Optimizer steps, counted from 0, in which one process meets something that is not finite."""
@@ -81,12 +95,30 @@ def unlucky(folder: Path, how: str, mixed_precision: str = "no") -> dict:
     }
 
 
+def again(folder: Path, how: str) -> dict:
+    """What is left of a run and its continuation, and what a run inside of another one is given."""
+    with launched(how) as accelerator:
+        store, module, left = CheckpointStore(folder), ToyModule(), []
+        for stop in (StopAfter(1), StopAfter(2), None):
+            resume_from = on_main_process(accelerator, store.resume_point)
+            options = {"checkpoints": store, "resume_from": resume_from, "stop": stop}
+            options |= {"accelerator": accelerator, "logger": StepLogger(None, 10**6, 1, main_process=False)}
+            fit(module, toy_windows(7), toy_collate, toy_config(), **options)
+            storages = (o.untyped_storage() for o in gc.get_objects() if isinstance(o, torch.Tensor))
+            left.append(sum({storage._cdata: storage.nbytes() for storage in storages}.values()))
+        inner = build_accelerator("no")
+        same = inner.deepspeed_plugin is accelerator.deepspeed_plugin
+    return {"left": left, "same plugin": same}
+
+
 def of_two(folder: Path) -> dict:
     """All that two processes do."""
     f32 = torch.float32
     whole = {
         "through": distil(folder / "whole", f32),
         "small": distil(folder / "small", f32, **SMALL),
+        "lora": distil(folder / "lora", f32, **LORA),
+        "lora in half": distil(folder / "lora in half", f32, **HALF),
         "unlucky": unlucky(folder / "unlucky", "whole"),
         "half": unlucky(folder / "half", "whole", "bf16"),
     }
@@ -94,6 +126,8 @@ def of_two(folder: Path) -> dict:
         stage: {
             "through": distil(folder / stage / "through", f32, how=stage),
             "small": distil(folder / stage / "small", f32, how=stage, change=recompute_layers, **SMALL),
+            "lora": distil(folder / stage / "lora", f32, how=stage, **LORA),
+            "lora in half": distil(folder / stage / "lora in half", f32, how=stage, **HALF),
             "first half": distil(folder / stage / "halves", f32, how=stage, stop_after=2),
             "second half": distil(folder / stage / "halves", f32, how=stage),
             "first step": distil(folder / stage / "began sharded", f32, how=stage, stop_after=1),
@@ -102,6 +136,7 @@ def of_two(folder: Path) -> dict:
             "goes on sharded": distil(folder / stage / "began whole", f32, how=stage),
             "unlucky": unlucky(folder / stage / "unlucky", stage),
             "half": unlucky(folder / stage / "half", stage, "bf16"),
+            "again": again(folder / stage / "again", stage),
         }
         for stage in STAGES
     }
@@ -128,13 +163,33 @@ pytestmark = pytest.mark.parametrize("stage", STAGES)
 def test_sharded_weights_learn_what_whole_ones_do(one, two, stage):
     """Every term; the head, which the fused one reads outside of its module, tied to the embedding and not."""
     for result in two:
-        for run, expected in (("through", one), ("small", result["whole"]["small"])):
+        whole = result["whole"]
+        for run, expected in (("through", one), ("small", whole["small"]), ("lora", whole["lora"])):
             found = result[stage][run]
             assert found["steps"] == 4
             for terms, wanted in zip(found["terms"], expected["terms"], strict=True):
                 assert_close(terms, wanted, rtol=1e-5)
             assert_close(found["weights"], expected["weights"], rtol=1e-4, atol=1e-5)
             assert_close(found["weights"], two[0][stage][run]["weights"], rtol=0)
+
+
+def test_an_adapter_of_weights_in_half_precision_learns(two, stage):
+    """Within the rounding of products, which ZeRO-3 computes by a function of its own."""
+    for result in two:
+        found, expected = (result[how]["lora in half"] for how in (stage, "whole"))
+        for terms, wanted in zip(found["terms"], expected["terms"], strict=True):
+            assert_close(terms, wanted, rtol=5e-3)
+        for name, value in expected["weights"].items():
+            if name.startswith("student.") and "lora" not in name:
+                np.testing.assert_array_equal(found["weights"][name], value)
+
+
+def test_nothing_of_a_run_is_left_when_it_is_continued_or_over(two, stage):
+    """Weights and moments of an engine that is done would leave the next one too little room."""
+    for result in two:
+        first, *later = result[stage]["again"]["left"]
+        assert max(later) - first < 100, result[stage]["again"]["left"]  # bytes
+        assert result[stage]["again"]["same plugin"]
 
 
 def test_a_run_continues_its_own_checkpoint_bit_for_bit(two, stage):

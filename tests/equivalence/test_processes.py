@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from models import fused_head
 from models.config import RouterConfig
 from models.distillation_framework import DistillationFramework
 from models.pairing import PairCollator
@@ -33,20 +34,24 @@ def distil(folder: Path, dtype: torch.dtype, how: str = "whole", stop_after: int
 
     Args:
         how: see `launched`.
-        changed: see `whole_framework`; or `accumulation`.
+        changed: see `whole_framework`; or `accumulation`; or `rows`, of logits at once, for each process.
     """
     with launched(how) as accelerator:
         return _distil(accelerator, folder, dtype, stop_after, **changed)
 
 
 def whole_framework(
-    dtype: torch.dtype, tied: bool = True, change: Callable[[nn.Module], None] = lambda student: None
+    dtype: torch.dtype,
+    tied: bool = True,
+    change: Callable[[nn.Module], None] = lambda student: None,
+    frozen: torch.dtype | None = None,
 ) -> tuple[DistillationFramework, list[dict], PairCollator]:
     """A framework with every term, its windows, and what makes batches of them.
 
     Args:
         tied: the head to the embedding.
         change: done to the student first.
+        frozen: of the student's weights that are not trained, if not `dtype`.
     """
     models = [
         tiny_llama(size, seed, num_hidden_layers=3, tie_word_embeddings=tied).to(dtype)
@@ -57,13 +62,16 @@ def whole_framework(
     pair = pair_of(byte_bpe(300), byte_bpe(400), **options)
     torch.manual_seed(0)
     framework = pair.framework(dict.fromkeys(("lm", "kd", "span", *ROUTER_TERMS), 1.0)).to(dtype)
+    for parameter in framework.student.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(frozen or dtype)
     windows = pair.encoder.windows([*STORIES, *(story[::-1] for story in STORIES)])[:WINDOWS]
     framework.calibrate([pair.collator()(windows)])
     return framework, windows, pair.collator()
 
 
 def _distil(accelerator: Accelerator, folder: Path, dtype: torch.dtype, stop_after: int | None, **changed) -> dict:
-    accumulation = changed.pop("accumulation", 1)
+    accumulation, rows = changed.pop("accumulation", 1), changed.pop("rows", None)
     framework, windows, collate = whole_framework(dtype, **changed)
     config = toy_config(
         batch_size=GLOBAL_BATCH // accelerator.num_processes // accumulation,
@@ -80,6 +88,8 @@ def _distil(accelerator: Accelerator, folder: Path, dtype: torch.dtype, stop_aft
     logger = StepLogger(folder, 10**6, 1, main_process=accelerator.is_main_process)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingLoop, "_update", spy)
+        if rows is not None:
+            patch.setattr(fused_head, "chunk_rows", lambda *_: (rows[accelerator.process_index], ""))
         store = CheckpointStore(folder / "checkpoints")
         state = {"checkpoints": store, "resume_from": on_main_process(accelerator, store.resume_point)}
         state |= {"stop": None if stop_after is None else StopAfter(stop_after)}
@@ -87,7 +97,8 @@ def _distil(accelerator: Accelerator, folder: Path, dtype: torch.dtype, stop_aft
     logger.close()
     accelerator.wait_for_everyone()
     terms = [{n: t["raw"] for n, t in record["terms"].items()} for record in read_metrics(folder / "metrics.jsonl")]
-    weights = {name: value.numpy() for name, value in framework.state_dict().items()}
+    kept = framework.state_dict().items()
+    weights = {name: (value.float() if value.dtype == torch.bfloat16 else value).numpy() for name, value in kept}
     if accelerator.is_main_process:
         framework.student.save_pretrained(folder / "student")
     return {"terms": terms, "gradients": seen, "weights": weights, "steps": result.steps}

@@ -5,6 +5,7 @@ import torch
 import transformers
 from torch import nn
 
+from models import causal_lm
 from models.causal_lm import body_layers, body_states, check_head, depth_and_width, head_logits, vocabulary_size
 from models.outputs import Source
 from tests.models.tiny import tiny_bart, tiny_llama, tiny_t5
@@ -150,3 +151,16 @@ def _sees_everything(forward):
         return forward(states.mean(1, keepdim=True).expand_as(states).contiguous(), mask=mask, **options)
 
     return call
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_logits_are_written_into_memory_that_is_there(monkeypatch, bias):
+    """Block by block, of any number of tokens; with fewer states than there is room for."""
+    monkeypatch.setattr(causal_lm, "CPU_BLOCK", 3)
+    model = tiny_llama(50)
+    model.lm_head = nn.Linear(model.config.hidden_size, 50, bias=bias)
+    states, room = torch.randn(4, model.config.hidden_size), torch.full((6, 50), torch.nan)
+    found = head_logits(model, states, out=room)
+    assert found.data_ptr() == room.data_ptr() and room[4:].isnan().all()
+    assert torch.allclose(found, model.lm_head(states), atol=1e-6)

@@ -77,6 +77,13 @@ def test_merged_logits_are_those_with_the_adapter_also_from_the_disk(tmp_path, t
     assert torch.equal(logits(student), expected), "merging changed the student"
 
 
+def test_an_adapter_of_the_head_is_refused_under_deepspeed(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"student.lora.targets: got q_proj, lm_head, the head among them.*DeepSpeed"):
+        add_lora(base(), "some/base", settings(targets=["q_proj", "lm_head"]))
+    add_lora(base(), "some/base", settings())
+
+
 def test_the_exported_adapter_is_small_and_loads_over_its_base(tmp_path):
     from peft import AutoPeftModelForCausalLM
 

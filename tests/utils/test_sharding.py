@@ -29,7 +29,7 @@ def test_without_sharding_nothing_is_copied():
     engine = engine_kind(accelerator)(module, accelerator)
     assert not engine.sharded and engine.twin is module
     assert full(module.weight) is module.weight
-    assert whole({"a": [module.weight, 3]}) == {"a": [module.weight, 3]}
+    assert whole({"a": [module.weight, 3]}, True) == {"a": [module.weight, 3]}
 
 
 @pytest.mark.parametrize(("name", "kind"), [("two_gpus", "MULTI_GPU"), ("fsdp2", "FSDP")])
