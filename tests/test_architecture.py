@@ -26,7 +26,7 @@ FLOORS = {
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
         | {"checklist", "environment", "families", "forecast", "endings", "sharding", "signal_codec"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}
-        | {"tracking", "engines"},
+        | {"tracking", "engines", "student_use"},
         {"memory", "contradictions", "zero"},
         {"plan", "held_out", "preflight", "miniature", "pictures", "adapters"}
         | {"model_card", "hub", "benchmark_tasks"},

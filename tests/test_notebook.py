@@ -1,5 +1,6 @@
 """The notebook for Kaggle and Colab, executed from top to bottom without a network."""
 
+import json
 import os
 import stat
 import sys
@@ -10,7 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
-from utils import quickstart, run_folder
+from models.chat import chat_tokenizer
+from tests.models.tiny import byte_bpe, t5_like, tiny_llama, tiny_t5
+from utils import pretrained, quickstart, run_folder
 from utils.config import to_plain
 from utils.stopping import StopSignal
 
@@ -133,3 +136,31 @@ def test_it_runs_from_top_to_bottom_and_continues_the_attached_run(notebook, inp
     assert len(said(cell(notebook, "sample"))) > 100
     size = len(nbformat.writes(notebook).encode())
     assert size < MOST_BYTES, f"a saved run has {size:,} bytes"
+
+
+@pytest.mark.parametrize(
+    ("family", "prompted", "read"),
+    [
+        ("causal", False, "Once upon"),
+        ("causal", True, "User:\nOnce upon\n\nAssistant:\n"),
+        ("encoder_decoder", True, "Once upon</s>"),
+    ],
+)
+def test_the_student_is_tried_with_what_it_read_in_training(
+    notebook, family, prompted, read, tmp_path, monkeypatch, capsys
+):
+    encoder = family == "encoder_decoder"
+    tokenizer = t5_like(120) if encoder else chat_tokenizer(byte_bpe(300))
+    model = (tiny_t5 if encoder else tiny_llama)(len(tokenizer))
+    pretrained.export(model, tokenizer, tmp_path / "student", "")
+    results = {"student": {"encoder_decoder": encoder}, "prompted": prompted, "samples": [{"prompt": "Once upon"}]}
+    (tmp_path / "evaluation_report.json").write_text(json.dumps(results))
+    asked, sound = [], type(model).generate
+    monkeypatch.setattr(
+        type(model), "generate", lambda self, **inputs: (asked.append(inputs["input_ids"]), sound(self, **inputs))[1]
+    )
+    exec(cell(notebook, "sample").source, {"OUTPUT": tmp_path})
+    assert [tokenizer.decode(ids[0]) for ids in asked] == [read]
+    said = capsys.readouterr()
+    assert said.out.count("Once upon") == 1 and "Assistant" not in said.out
+    assert said.out.startswith("Once upon\n    " if prompted else "Once upon") and "warn" not in said.err.lower()

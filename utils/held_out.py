@@ -41,8 +41,8 @@ class HeldOut:
     """For `student` and `teacher`."""
     batch_size: int
     prompt: Callable[[str, str], tuple[str, list[int]]] | None = None
-    """Where documents are conversations: (document, side) -> what is asked last in it, and the token ids up to the
-    answer."""
+    """Where documents are conversations or examples: (document, side) -> what is asked last in it, and the token ids
+    up to the answer."""
     together: bool = False
     """Every process asks the teacher about all windows, not about its share: a sharded one must be asked equally often
     by all."""
@@ -192,6 +192,7 @@ class HeldOut:
         """
         found = {key: start[key] for key in ("teacher", "initial_student") if key in start}
         found["student"] = self.describe(student, "student")
+        found["prompted"] = self.prompt is not None
         samples = {**start["samples"], "student": self.continuations(student, "student")}
         if "teacher" in found:
             device = self.accelerator.device

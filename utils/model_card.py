@@ -12,18 +12,7 @@ from huggingface_hub import ModelCardData
 from .pretrained import ATTACHED
 from .quickstart import NAMES
 from .results import MODELS, figure, headline, model_name, task_table
-
-_USE = """\
-```python
-{imports}
-
-folder = "path/to/this/folder"
-model = {loader}.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder){stops}
-
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
-```"""
+from .student_use import how_to_use, is_adapter, pipeline_tag
 
 _LICENCE = """\
 To be filled in: the field `license` at the top of this file, which says `unknown`. What may be done with this model
@@ -40,29 +29,21 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         results: see `utils.results`.
     """
     student, teacher, text = settings["student"], settings["teacher"]["name"], settings["data"]["train"]
-    adapter = student["lora"]["enabled"] and not student["lora"]["merge"]
     trained = student["init"] == "pretrained"
     header = ModelCardData(
         license="unknown",
-        library_name="peft" if adapter else "transformers",
-        pipeline_tag="text-generation",
+        library_name="peft" if is_adapter(settings) else "transformers",
+        pipeline_tag=pipeline_tag(results),
         base_model=student["name"] if trained and _is_hub_id(student["name"]) else None,
         datasets=[name.partition(":")[0] for name in text if _is_hub_id(name.partition(":")[0])] or None,
         tags=["knowledge-distillation"] if teacher else None,
     )
     start = "its own weights" if trained else "random weights"
     how = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
-    loader = "AutoModelForSeq2SeqLM" if results["student"].get("encoder_decoder") else "AutoModelForCausalLM"
-    imports = f"from transformers import {loader}, AutoTokenizer"
-    stops = ""
-    if adapter:
-        imports = "from peft import AutoPeftModelForCausalLM\nfrom transformers import AutoTokenizer, GenerationConfig"
-        loader = "AutoPeftModelForCausalLM"
-        stops = "\nmodel.generation_config = GenerationConfig.from_pretrained(folder)  # not that of the base"
     parts = [
         f"---\n{header.to_yaml()}\n---",
         "# Student of a curriculum distillation",
-        f"A LoRA adapter of `{_public(student['name'])}`." if adapter else "",
+        f"A LoRA adapter of `{_public(student['name'])}`." if is_adapter(settings) else "",
         f"The architecture and tokenizer of `{_public(student['name'])}`, starting from {start}, {how}\n"
         f"on {', '.join(f'`{_public(name)}`' for name in text)} in {results['run']['steps']:,} optimizer steps.",
         "## Results",
@@ -74,7 +55,7 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         f"With torch {torch.__version__} and transformers {transformers.__version__}.",
         f"## Licence\n\n{_LICENCE}",
         "## Use",
-        _USE.format(imports=imports, loader=loader, stops=stops),
+        "```python\n" + how_to_use('"path/to/this/folder"', settings, results) + "\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -10,7 +10,17 @@ from . import report_html, run_folder
 from .atomic import write_json, write_text
 from .logs import console, json_safe, read_metrics, read_warnings
 from .pictures import Records, curves_as_svg, draw_curves, draw_routing, routing_as_svg
-from .results import MODELS, REPORT_JSON, figure, headline, model_name, retention_lines, run_lines, task_table
+from .results import (
+    MODELS,
+    REPORT_JSON,
+    figure,
+    headline,
+    model_name,
+    retention_lines,
+    run_lines,
+    samples_title,
+    task_table,
+)
 
 REPORT_MD, REPORT_HTML = "evaluation_report.md", "report.html"
 CURVES, ROUTING = "training_curves.png", "routing.png"
@@ -82,7 +92,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     parts += [f"## Tasks\n\nMeasured by lm_eval.\n\n{tasks}"] if (tasks := task_table(results)) else []
     parts += [f"![Training curves]({CURVES})", _routing(results.get("routing")), _run_list(results)]
     if samples := results.get("samples"):
-        parts.append("## Samples\n\nGreedy continuations of the same beginnings.")
+        parts.append(f"## Samples\n\n{samples_title(results)}.")
         parts += [_sample(number, sample) for number, sample in enumerate(samples, 1)]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -12,7 +12,18 @@ from typing import Any
 
 from .config import flatten
 from .pictures import THEME
-from .results import MODELS, figure, headline, model_name, percent, retention_lines, run_lines, task_rows
+from .results import (
+    MODELS,
+    figure,
+    headline,
+    model_name,
+    percent,
+    retention_lines,
+    run_lines,
+    samples_title,
+    task_rows,
+)
+from .student_use import how_to_use
 
 MOST_WARNINGS = 30
 
@@ -87,15 +98,6 @@ $sections
 </html>
 """)
 
-_LOADING = """from transformers import {auto}, AutoTokenizer
-
-folder = "student"  # beside this file
-model = {auto}.from_pretrained(folder)
-tokenizer = AutoTokenizer.from_pretrained(folder)
-
-inputs = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))"""
-
 
 def page(
     name: str,
@@ -115,7 +117,7 @@ def page(
         told: what the run noted of its decisions and its environment, nested.
         warnings: what the run warned of, in order.
     """
-    auto = "AutoModelForSeq2SeqLM" if results["student"].get("encoder_decoder") else "AutoModelForCausalLM"
+    use = how_to_use('"student"  # beside this file', settings or {}, results)
     sections = [
         _warnings(warnings),
         "<h2>Result on unseen text</h2>",
@@ -125,7 +127,7 @@ def page(
         "<h2>Training</h2>" if pictures else "",
         f'<div class="grid" style="--least: 440px">{"".join(map(_picture, pictures))}</div>',
         _samples(results),
-        f'<h2>Use the student</h2><div class="card"><pre class="code">{_text(_LOADING.format(auto=auto))}</pre></div>',
+        f'<h2>Use the student</h2><div class="card"><pre class="code">{_text(use)}</pre></div>',
         _details("Settings", _groups(settings or {})),
         _details("Environment and decisions", _groups(told or {})),
     ]
@@ -216,15 +218,15 @@ def _picture(svg: str) -> str:
 
 
 def _samples(results: Mapping[str, Any]) -> str:
-    shown = []
+    prompt, shown = "Prompt" if results.get("prompted") else "Beginning", []
     for sample in results.get("samples") or []:
         written = {model_name(key, results): sample[key] for key in MODELS if sample.get(key) is not None}
         texts = "".join(f"<div>{_said(name, text)}</div>" for name, text in written.items())
         shown.append(
-            f'<div class="card sample"><div class="prompt">{_said("Beginning", sample.get("prompt", ""))}</div>'
+            f'<div class="card sample"><div class="prompt">{_said(prompt, sample.get("prompt", ""))}</div>'
             f'<div class="grid" style="--least: 240px">{texts}</div></div>'
         )
-    about = '<p class="note">Greedy continuations of the same beginnings, which nobody was trained on.</p>'
+    about = f'<p class="note">{samples_title(results)}, which nobody was trained on.</p>'
     return f"<h2>Samples</h2>{about}{''.join(shown)}" if shown else ""
 
 

@@ -3,7 +3,8 @@
 The results are one dict, in the form of evaluation_report.json:
 `{student, teacher, initial_student, retention, samples, run}` and, where there was one, `baseline`: the same
 student after the same steps without the teacher. Everything is measured on the same text, but for `tasks`: those of
-lm_eval, a row for each metric (see `utils.benchmark_tasks`).
+lm_eval, a row for each metric (see `utils.benchmark_tasks`). `prompted`: the samples answer prompts, as the student
+learned to from conversations or from examples; else they go on from the beginnings of texts.
 """
 
 from collections.abc import Mapping
@@ -88,9 +89,18 @@ def _measured(row: Mapping[str, Any], key: str) -> str:
 def run_lines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what, value) of how the run went."""
     shown = dict(results.get("run") or {})
+    if shown.get("stopped_by") == "finished":
+        del shown["stopped_by"]
+        shown["training"] = "finished"
     if isinstance(seconds := shown.pop("seconds", None), int | float):
         shown["duration"] = duration(seconds)
     return [(str(key).replace("_", " "), _plain(value)) for key, value in shown.items()]
+
+
+def samples_title(results: Mapping[str, Any]) -> str:
+    """What the samples are."""
+    prompted = results.get("prompted")
+    return "Greedy " + ("answers to the same prompts" if prompted else "continuations of the same beginnings")
 
 
 def figure(value: float | None, digits: int = 4) -> str:

@@ -79,6 +79,7 @@ def test_a_pair_trains_with_every_term_evaluates_and_leaves_a_student_that_loads
     assert tokenizer.decode(written, skip_special_tokens=True) == report["samples"][0]["student"]
     for page in (folder / "README.md", tmp_path / "run" / "report.html"):
         assert "AutoModelForSeq2SeqLM" in page.read_text() and "AutoModelForCausalLM" not in page.read_text()
+    assert ">Prompt<" in (tmp_path / "run" / "report.html").read_text() and report["prompted"]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

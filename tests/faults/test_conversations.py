@@ -23,7 +23,9 @@ def test_a_run_learns_answers_and_leaves_a_student_that_can_be_talked_with(place
     assert answer in [row["completion"] for row in rows]
     report = json.loads((tmp_path / "run" / "evaluation_report.json").read_text())
     assert report["samples"][0]["prompt"] in [row["prompt"] for row in rows]
-    assert report["student"]["bytes"] == report["teacher"]["bytes"]
+    assert report["student"]["bytes"] == report["teacher"]["bytes"] and report["prompted"]
+    for page in ("report.html", "student/README.md"):
+        assert "tokenizer.apply_chat_template(messages, add_gen" in (tmp_path / "run" / page).read_text()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False

@@ -84,6 +84,12 @@ def test_random_weights_come_from_no_base_model_and_the_embedded_text_is_not_on_
     assert ModelCard(model_card(settings(teacher=None), RESULTS)).data.tags is None
 
 
+@pytest.mark.parametrize(("encoder", "task"), [(False, "text-generation"), (True, "text2text-generation")])
+def test_the_hub_learns_the_task(encoder, task):
+    results = RESULTS | {"student": SCORES | {"encoder_decoder": encoder}}
+    assert ModelCard(model_card(settings(), results)).data.pipeline_tag == task
+
+
 @pytest.mark.parametrize(("merge", "library"), [(False, "peft"), (True, "transformers")])
 def test_an_adapter_says_what_it_adapts(merge, library):
     card = model_card(settings(enabled=True, merge=merge), RESULTS)

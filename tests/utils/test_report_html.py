@@ -73,6 +73,20 @@ def test_the_page_is_well_formed_and_has_all_parts():
     assert read.tags.count("svg") == 5 and text.count("Teacher") >= 4 and "number 30" not in text
 
 
+def test_what_a_student_of_conversations_says_are_answers_to_prompts():
+    asked, plain = page("a", RESULTS | {"prompted": True}), page("a", RESULTS)
+    assert ">Prompt<" in asked and "answers to the same prompts" in asked and "Beginning" not in asked
+    assert ">Beginning<" in plain and "continuations of the same beginnings" in plain
+    assert "apply_chat_template(messages, add_generation_prompt=True" in asked and "apply_chat_template" not in plain
+
+
+def test_a_run_that_came_to_its_end_is_finished_and_not_stopped():
+    ended = page("a", RESULTS | {"run": {"steps": 5, "stopped_by": "finished"}})
+    assert "training finished" in ended and "stopped by" not in ended
+    stopped = page("a", RESULTS | {"run": {"steps": 5, "stopped_by": "max_hours"}})
+    assert "stopped by max_hours" in stopped and "finished" not in stopped
+
+
 def test_the_page_loads_nothing_and_runs_nothing():
     text = whole()
     read = Page(text)
