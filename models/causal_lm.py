@@ -5,9 +5,11 @@ Its body is that of a causal language model, or an encoder and a decoder, whose 
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import masking_utils
 from transformers.modeling_outputs import ModelOutput
 
 from .outputs import Source
@@ -22,11 +24,35 @@ def _without_adapter(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+@contextmanager
+def _nothing_asked() -> Iterator[None]:
+    """While transformers makes masks it does not ask the device, for which the host would wait, what is known here:
+    texts are not packed into rows (it looks whether positions jump), what is causal is only padded behind the text
+    (BART makes itself a mask of ones), and where an encoder is given a mask there is padding."""
+
+    def causal(mask: Tensor | None, *args: Any, **options: Any) -> bool:
+        return asked["_ignore_causal_mask_sdpa"](None, *args, **options)
+
+    def of_encoder(mask: Tensor | None, *args: Any, **options: Any) -> bool:
+        return mask is None and asked["_ignore_bidirectional_mask_sdpa"](None, *args, **options)
+
+    there = vars(masking_utils)
+    known = {"find_packed_sequence_indices": lambda positions: None}
+    known |= {"_ignore_causal_mask_sdpa": causal, "_ignore_bidirectional_mask_sdpa": of_encoder}
+    asked = {name: there[name] for name in known if name in there}  # private: another version may not have them
+    try:
+        there.update({name: known[name] for name in asked})
+        yield
+    finally:
+        there.update(asked)
+
+
+@_nothing_asked()
 def _body(model: nn.Module, ids: Tensor, source: Source | None, **options: bool) -> ModelOutput:
     """What the part below the head says of ids that are padded on the right, if at all.
 
-    No attention mask for what is causal: it never sees the padding behind it. With a mask transformers would ask the
-    device twice whether there is padding, and then give attention an S x S mask, which rules its fastest kernels out.
+    No attention mask for what is causal: it never sees the padding behind it. With a mask transformers would give
+    attention an S x S mask, which rules its fastest kernels out.
     """
     inner = _without_adapter(model)
     if source is None:

@@ -84,7 +84,7 @@ class Source(_Movable):
     """What the encoder of an encoder-decoder model reads (E tokens of a prompt)."""
 
     ids: Tensor  # [B, E] int64, right padded
-    mask: Tensor  # [B, E] int64, 1 on tokens: an encoder sees what is behind a token, too
+    mask: Tensor | None  # [B, E] int64, 1 on tokens: an encoder sees what is behind a token, too. None: no padding
 
 
 @dataclass

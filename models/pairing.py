@@ -278,7 +278,8 @@ def _pad(rows: list[np.ndarray], value: int) -> np.ndarray:
 def _source(rows: list[np.ndarray | None]) -> Source | None:
     if rows[0] is None:
         return None
-    return Source(*(torch.from_numpy(_pad(some, 0)) for some in (rows, [np.ones_like(row) for row in rows])))
+    ids, mask = (torch.from_numpy(_pad(some, 0)) for some in (rows, [np.ones_like(row) for row in rows]))
+    return Source(ids, None if mask.all() else mask)  # decided here, where no device has to be waited for
 
 
 def _stack(aligned: list[Alignment], student_width: int, teacher_width: int) -> dict[str, np.ndarray]:
