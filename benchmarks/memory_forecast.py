@@ -2,33 +2,39 @@
 
     python -m benchmarks.memory_forecast
 
-It is the forecast that `train.py` logs before it loads anything (`utils.memory`), for GPUs that need not be there.
-Models: the shapes of Qwen2.5-1.5B and of SmolLM2 without content; nothing is downloaded. Nothing here is measured.
+It is the forecast that `train.py` logs before it loads anything (`utils.memory`), for hardware that need not be there.
+Models: the shapes of Qwen2.5-1.5B and of SmolLM2, or of the quickstart's pair, without content; nothing is downloaded.
+Nothing here is measured.
 """
 
 from types import SimpleNamespace
 from unittest import mock
 
 import torch
+from transformers import PretrainedConfig
 
 import train
 from benchmarks.measure import table
 from benchmarks.step_time import STUDENT_VOCABULARY, TEACHER_VOCABULARY, shapes
 from models.fused_head import chunk_rows
-from utils import memory
+from utils import memory, quickstart
 from utils.hardware import choose_precision
 
-GPU = torch.device("cuda", 0)
-CARDS = {"P100": ((6, 0), 16), "T4": ((7, 5), 16), "24 GB": ((8, 6), 24)}
-"""Compute capability and nominal GB; they decide the precision, and how many logits there are at a time."""
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CARDS = {"P100": ((6, 0), 16), "T4": ((7, 5), 16), "T4 x2, each": ((7, 5), 16), "24 GB": ((8, 6), 24)}
+"""Compute capability and nominal GB; they decide the precision, and how many logits there are at a time. Of two GPUs
+each holds the whole pair (DDP keeps no second copy of the gradients)."""
 WIDER = ["--batch-size 4 --gradient-accumulation-steps 4", "--batch-size 8 --gradient-accumulation-steps 2"]
+TWICE = "--batch-size 4 --gradient-accumulation-steps 2"
 STATES = "--set curriculum.feat.weight=1 curriculum.attn.weight=1"
 SMALLER = ["--gradient-checkpointing", "--lora", "--teacher-dtype 4bit", "--teacher-device cuda:1"]
 ROWS = (
     [("P100", "kaggle_p100", "smollm2-360m", flags) for flags in ("", *WIDER, *SMALLER, STATES)]
     + [("P100", "kaggle_p100", "smollm2-135m", flags) for flags in ("", WIDER[1])]
     + [("T4", "kaggle_p100", "smollm2-360m", flags) for flags in ("", WIDER[0])]
+    + [("T4 x2, each", "kaggle_t4x2", "smollm2-360m", flags) for flags in ("", TWICE)]
     + [("24 GB", "single_24gb", "smollm2-360m", flags) for flags in ("", *WIDER)]
+    + [("CPU", "quickstart", student, "") for student in (quickstart.STUDENT, "smollm2-135m")]
 )
 """Card, recipe, student, flags."""
 
@@ -36,6 +42,9 @@ ROWS = (
 def forecast(card: str, recipe: str, student: str, flags: str) -> dict[str, int]:
     """Bytes at the peak of a step, by what holds them."""
     config = train.configure(["--config", recipe, *flags.split()])[0]
+    teacher, own = pair_of(student)
+    if card == "CPU":
+        return _on(CPU, config, own, teacher)
     capability, size = CARDS[card]
     properties = SimpleNamespace(total_memory=int(size * 1e9))
     with (
@@ -43,10 +52,21 @@ def forecast(card: str, recipe: str, student: str, flags: str) -> dict[str, int]
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
         mock.patch.object(torch.cuda, "get_device_name", return_value=card),
     ):
-        precision = choose_precision(config.training.mixed_precision, GPU).value
-        models = shapes(student, TEACHER_VOCABULARY, STUDENT_VOCABULARY)[::-1]
-        demand = memory.demand_of(config, *models, config.data.max_length, precision, GPU, chunk_rows)
-        return demand.memory(config.training.batch_size)
+        return _on(GPU, config, own, teacher)
+
+
+def pair_of(student: str) -> tuple[PretrainedConfig, PretrainedConfig]:
+    """Configs of (teacher, student)."""
+    if student != quickstart.STUDENT:
+        return shapes(student, TEACHER_VOCABULARY, STUDENT_VOCABULARY)
+    teacher = quickstart.teacher_config(quickstart.TEACHER_VOCABULARY)
+    return teacher, quickstart.student_config(quickstart.STUDENT_VOCABULARY)
+
+
+def _on(device: torch.device, config: train.RunConfig, *models: PretrainedConfig) -> dict[str, int]:
+    precision = choose_precision(config.training.mixed_precision, device).value
+    demand = memory.demand_of(config, *models, config.data.max_length, precision, device, chunk_rows)
+    return demand.memory(config.training.batch_size)
 
 
 def main() -> None:
@@ -56,7 +76,7 @@ def main() -> None:
         largest = sorted(parts.items(), key=lambda part: -part[1])[:3]
         told = ", ".join(f"{name} {size / 2**30:.1f}" for name, size in largest)
         rows.append([card, recipe, student, f"`{flags}`" if flags else "", f"{sum(parts.values()) / 2**30:.1f}", told])
-    print("FORECAST; nothing here was measured. Teacher: Qwen2.5-1.5B.\n")
+    print("FORECAST; nothing here was measured. Teacher: Qwen2.5-1.5B, or the quickstart's.\n")
     print(table(["card", "recipe", "student", "flags beside", "GiB", "largest parts, GiB"], rows))
 
 

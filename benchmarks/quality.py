@@ -47,7 +47,6 @@ PAIRS = {
     "neo-260k": (NEO, "models/stories260k-llama", "models/stories260k-llama", 1e-3),
     "bit-260k": ("models/bitstories-3m", "models/stories260k-llama", "models/stories260k-llama", 1e-3),
 }
-TOP_K = 256
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,8 @@ VARIANTS = {
     "kd reverse": _variant(0.7, 0, 0.3, correction="none", divergence="reverse_kl"),
     "kd jsd": _variant(0.7, 0, 0.3, correction="none", divergence="jsd"),
     "kd skew": _variant(0.7, 0, 0.3, correction="none", divergence="skew_kl"),
+    "k 16": Variant(loss=LossConfig(top_k=16)),
+    "k 64": Variant(loss=LossConfig(top_k=64)),
     "gold": Variant(gold=True),
 }
 
@@ -126,13 +127,13 @@ class Pair:
     def collator(self, max_depth: int, router: RouterConfig | None = None) -> PairCollator:
         return PairCollator(self.map, self.end_of_text, max_depth, router)
 
-    def signals(self, layers: Sequence[int]) -> list[TeacherSignal]:
+    def signals(self, top_k: int, layers: Sequence[int]) -> list[TeacherSignal]:
         """The teacher's signal of each training window, and its states after some layers."""
-        file = self.file.with_suffix("".join(f".{layer}" for layer in layers) + ".pt")
+        file = self.file.with_suffix(f".k{top_k}" + "".join(f".{layer}" for layer in layers) + ".pt")
         if not file.exists():
             stored, collate = [], self.collator(LossConfig().max_depth)
             for window in self.windows:
-                signal = vars(self.teacher.signal(collate([window]), TOP_K, layers))
+                signal = vars(self.teacher.signal(collate([window]), top_k, layers))
                 stored.append({k: v.int() if k == "ids" else v for k, v in signal.items()})
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(stored, file.with_suffix(".tmp"))
@@ -234,7 +235,7 @@ def run(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> dict:
         student, pair.teacher, pair.map, loss, CurriculumScheduler(variant.curriculum, loss, steps), variant.router
     )
     router = variant.router if framework.router is not None else None
-    signals = pair.signals(framework.router.teacher_layers if router else ()) if variant.taught else []
+    signals = pair.signals(loss.top_k, framework.router.teacher_layers if router else ()) if variant.taught else []
     gold = Gold() if variant.gold else None
     collate, full_depth = pair.collator(loss.max_depth, router), pair.collator(LossConfig().max_depth)
     if router:

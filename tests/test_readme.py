@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 
 from tests.models.tiny import STORIES, byte_bpe, tiny_llama
-from utils import command_line
 from utils.config import find_config
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
@@ -14,15 +13,6 @@ README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encodi
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.DOTALL | re.MULTILINE)
-
-
-def test_every_train_command_parses():
-    commands = re.findall(r"python train\.py ((?:[^\n`#]|\\\n)+)", README.replace("\\\n", " "))
-    assert len(commands) >= 2
-    for command in commands:
-        if command.strip() != "--help":
-            asked = command_line.parse(command.split("`")[0].split())
-            assert asked.values or asked.compare
 
 
 def test_every_recipe_it_names_exists():
