@@ -7,9 +7,11 @@ hidden leftover remains, which `clean_leftovers` removes at the next start.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,15 +96,21 @@ def remove_folder(folder: str | Path) -> None:
     shutil.rmtree(hidden, ignore_errors=True)
 
 
-def clean_leftovers(parent: str | Path) -> list[str]:
+def clean_leftovers(parent: str | Path, older_than: float = 0.0) -> list[str]:
     """Remove what an interrupted writer left in `parent`; put back a folder caught between two renames.
 
+    Args:
+        older_than: seconds for which it must not have been changed, so that nobody writes it any more. With 0 call
+            this only when no other process writes there.
+
     Returns:
-        The names that were removed or put back. Call it only when no other process writes there.
+        The names that were removed or put back.
     """
     parent = Path(parent)
-    handled = []
+    handled, latest = [], time.time() - older_than
     for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+        if older_than and _changed(path) > latest:
+            continue
         final = parent / path.name.removeprefix(_REPLACED)
         if path.name.startswith(_REPLACED) and not final.exists():
             os.replace(path, final)
@@ -132,6 +140,14 @@ def sync_folder(folder: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _changed(path: Path) -> float:
+    """When it was, in seconds of `time.time()`; of what has gone in the meantime: now."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return math.inf
 
 
 def _sync_tree(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """What a run needs of a teacher cache, what it will take, and how it is filled beforehand."""
 
 import logging
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,6 +27,11 @@ KAGGLE_OUTPUT = 20e9
 """Bytes of output that a Kaggle notebook may keep."""
 NEAR = 0.75
 """Share of it from which it is named."""
+FLUSH_EVERY = 30.0
+"""Seconds of the teacher's work that a kill may cost while a cache is only built: where the teacher is slow, a whole
+shard would be hours. Shorter, and there would be more shards than a later run likes to open."""
+TEMPERED_TOP_K = 256
+"""Outcomes per row with which a temperature above 1 does what it does with the running teacher, as measured."""
 
 
 def with_cache(job: Any, remember: Callable[..., Any]) -> Any:
@@ -46,6 +52,7 @@ def with_cache(job: Any, remember: Callable[..., Any]) -> Any:
         "max_depth": config.loss.max_depth,
     }
     codec = Codec(len(job.vocabulary.segments), config.cache.top_k, config.cache.storage)
+    _warn_of_top_k(config, codec)
     text, main = job.fingerprint["training_text"], job.accelerator.is_main_process
     cache = main_process_first(job.accelerator, lambda: open_cache(config.cache, codec, identity, text, main=main))
     return replace(
@@ -55,6 +62,26 @@ def with_cache(job: Any, remember: Callable[..., Any]) -> Any:
         held_out=replace(job.held_out, collate=remember(job.collate, cache, ahead=False)),
         cache=cache,
     )
+
+
+def _warn_of_top_k(config: Any, codec: Codec) -> None:
+    """Say where the number of outcomes that are kept makes another loss of what was asked for."""
+    asked, kept, hottest = config.loss.top_k, config.cache.top_k, max(_values(config.loss.temperature))
+    if asked != kept:
+        level = logging.INFO if asked == type(config.loss)().top_k else logging.WARNING
+        log.log(level, "cache.top_k %s takes the place of loss.top_k %d (--cache-top-k changes it)", kept, asked)
+    if hottest > 1 and (kept == "adaptive" or codec.most < min(TEMPERED_TOP_K, codec.vocabulary)):
+        log.warning(
+            "the temperature rises to %g, and cache.top_k is %s: tempering lifts what is not kept, one outcome here, "
+            "so that the KD term is not that of the running teacher (with 64 tokens up to 46 %% larger at "
+            "temperature 4, see docs/teacher_cache.md). Give --cache-top-k %d.",
+            hottest, kept, TEMPERED_TOP_K,
+        )  # fmt: skip
+
+
+def _values(schedule: Any) -> list[float]:
+    """The values of a constant or of a ramp's points."""
+    return [value for _, value in schedule.points] if hasattr(schedule, "points") else [schedule]
 
 
 def settle(job: Any) -> None:
@@ -197,11 +224,15 @@ class CacheBuilding:
         """Compute and store the batches of which a window is missing, in all processes."""
         cache, accelerator = self.cache, self.held_out.accelerator
         todo = [batch for batch in batches if batch and not cache.holds([keys[i] for i in batch])]
+        flushed = time.monotonic()
         progress = Progress(len(todo), unit="batch") if accelerator.is_main_process and todo else None
         for done, batch in enumerate(data.loader(windows, todo, collate, self.num_workers), start=1):
             compute(batch.to(accelerator.device))
             if stop.requested():
                 break
+            if time.monotonic() - flushed >= FLUSH_EVERY:
+                cache.flush()
+                flushed = time.monotonic()
             if progress is not None:
                 progress.update(done, {"written": f"{cache.written.bytes / 1e6:,.0f} MB"})
         if progress is not None:

@@ -6,7 +6,7 @@
 
 A shard is never changed, and its name is the hash of its bytes: it is whole if the two agree. A window is found by its
 content, never by step or index, so the order of the text, the batch size and the number of processes may change.
-Several processes may write at once, each its own shards. After a kill the shards that were written are there.
+Several processes and runs may write at once, each its own shards. After a kill the shards that were written are there.
 
 What a window's signal is does not depend on when it is read: the step that computes it uses what was stored, not what
 the teacher said, so that a run which was interrupted ends as one that was not.
@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 MANIFEST, SHARDS, EVALUATIONS = "manifest.json", "shards", "evaluations"
 SHARD_BYTES = 64 * 2**20
 """A shard is written when so much is waiting; a kill loses at most this."""
+LEFT_BEHIND = 3600.0
+"""Seconds after which a file that is not whole is nobody's: another process may write a shard, which takes less."""
 OVERRIDABLE = {"teacher", "teacher_dtype", "text"}
 """Differences that a user may know to be none; with others the stored signals do not fit."""
 MASS_BINS = 10_000
@@ -306,8 +308,8 @@ def _remove_damaged(folder: Path) -> None:
     shards, began = folder / SHARDS, time.monotonic()
     writable = os.access(folder, os.W_OK)
     if writable:
-        clean_leftovers(shards)
-        clean_leftovers(folder)
+        for place in (folder, shards):
+            clean_leftovers(place, older_than=LEFT_BEHIND)
     files = sorted(shards.glob("*.safetensors"))
     damaged = [file for file in files if sha256_of(file) != file.stem]
     if damaged and not writable:
@@ -317,7 +319,7 @@ def _remove_damaged(folder: Path) -> None:
             "part is built again there), or give another --cache-teacher DIR."
         )
     for file in damaged:
-        file.unlink()
+        file.unlink(missing_ok=True)
         log.warning("teacher cache: shard %s does not match its sha256; its windows are built again", file.name)
     if files:
         size = sum(file.stat().st_size for file in files if file not in damaged)

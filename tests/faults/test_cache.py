@@ -1,8 +1,11 @@
 """The teacher cache in the real program: killed, damaged, mistaken for another, and read without the teacher."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import train
+from models.teacher import FrozenTeacher
 from tests.faults.conftest import Place, documents, write_jsonl
-from tests.faults.test_kill import Session, same_outcome, steps_in
+from tests.faults.test_kill import PATIENCE, ROOT, Session, same_outcome, steps_in
 from utils import cache_building
 from utils.logs import read_metrics
 from utils.quickstart import train_tokenizer
@@ -82,6 +86,38 @@ def test_killed_while_it_writes_its_cache_a_run_ends_as_one_that_was_not(place, 
     session = Session(place, output, "--cache-teacher", str(tmp_path / "b"), *arguments)
     assert session.ended() == 0, session.output()
     assert same_outcome(output, whole)
+
+
+KILLED_WHILE_BUILDING = """
+import os, signal, sys
+import train
+from models.teacher import FrozenTeacher
+from utils import cache_building
+
+cache_building.FLUSH_EVERY = 0  # every batch, as if each took the teacher half a minute
+answer, asked = FrozenTeacher.signal, []
+
+def signal_or_die(*args):
+    asked.append(args)
+    if len(asked) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return answer(*args)
+
+FrozenTeacher.signal = signal_or_die
+sys.exit(train.main(sys.argv[2:]))
+"""
+
+
+def test_killed_while_it_is_only_built_a_cache_keeps_what_was_computed_before(place, tmp_path, monkeypatch):
+    arguments = place.arguments(tmp_path / "run", "--cache-teacher", str(tmp_path / "cache"), *SHORT)
+    arguments.append("--build-cache-only")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", KILLED_WHILE_BUILDING, "13", *arguments]
+    assert subprocess.run(command, cwd=ROOT, env=environment, timeout=PATIENCE).returncode == -signal.SIGKILL
+    answer, asked = FrozenTeacher.signal, []
+    monkeypatch.setattr(FrozenTeacher, "signal", lambda *args: asked.append(args) or answer(*args))
+    assert train.main(arguments) == 0
+    assert len(asked) == 3 + 16 - 12, "of 3 held-out batches and 16 batches to learn from, 12 were there"
 
 
 def test_a_flipped_bit_is_found_and_that_part_is_built_again(place, cache, tmp_path, capsys):

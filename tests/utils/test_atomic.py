@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 
 import pytest
 
@@ -91,6 +92,14 @@ def test_leftovers_go_and_everything_else_stays(tmp_path):
     clean_leftovers(tmp_path)
     assert names(tmp_path) == [".ipynb_checkpoints", "step-2"]
     assert clean_leftovers(tmp_path / "missing") == []
+
+
+def test_leftovers_that_may_still_be_written_stay_where_others_write(tmp_path):
+    for name, age in ((".staging-old", 7300), (".staging-new", 7100)):
+        (tmp_path / name).write_text("half")
+        os.utime(tmp_path / name, (time.time() - age,) * 2)
+    assert clean_leftovers(tmp_path, older_than=7200) == [".staging-old"]
+    assert names(tmp_path) == [".staging-new"]
 
 
 def test_removed_folder_is_gone_at_once_even_if_deleting_fails(tmp_path, monkeypatch):

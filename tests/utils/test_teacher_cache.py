@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import pickle
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from models.config import LossConfig, Ramp
 from tests.utils.test_signal_codec import said
 from utils import cache_building, teacher_cache
 from utils.cache_building import CacheBuilding
@@ -87,6 +89,33 @@ def test_a_full_buffer_becomes_a_shard(tmp_path, monkeypatch):
     for window in some:
         cache.keep(cache.keys([window]), [said(4, 8)], 20, 0.1)
     assert len(shards_of(tmp_path)) >= 2
+
+
+def test_a_cache_that_is_opened_while_another_process_writes_a_shard_leaves_it_alone(tmp_path, monkeypatch):
+    writer, fsync, opening = opened(tmp_path), os.fsync, []
+
+    def meanwhile(descriptor):
+        fsync(descriptor)
+        if not opening:
+            opening.append(len(list((tmp_path / "shards").glob(".staging-*"))))
+            opened(tmp_path)
+
+    keys = writer.keys(windows(2))
+    writer.keep(keys, [said(4, 8, seed=s) for s in (0, 1)], 40, 0.1)
+    monkeypatch.setattr(os, "fsync", meanwhile)
+    writer.flush()
+    assert opening == [1] and len(shards_of(tmp_path)) == 1
+    assert opened(tmp_path).holds(keys)
+
+
+def test_what_a_killed_writer_left_goes_once_it_is_old(tmp_path):
+    filled(tmp_path, windows(1))
+    left = [folder / ".staging-x" for folder in (tmp_path, tmp_path / "shards")]
+    for file in left:
+        file.write_bytes(b"half")
+        os.utime(file, (time.time() - 2 * teacher_cache.LEFT_BEHIND,) * 2)
+    opened(tmp_path)
+    assert not any(file.exists() for file in left)
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty"])
@@ -252,6 +281,47 @@ def test_a_build_can_be_stopped_and_taken_up_and_then_needs_no_teacher(tmp_path,
     assert asked + teacher.asked == 13, "nothing is computed twice"
     third = building(opened(tmp_path), monkeypatch)
     assert not third.needs_teacher(set()) and third.needs_teacher({"feat"})
+
+
+def test_while_it_is_built_a_cache_is_written_every_while(tmp_path, monkeypatch):
+    clock, shards = [0.0], []
+    monkeypatch.setattr(cache_building.time, "monotonic", lambda: clock[0])
+    made = building(opened(tmp_path), monkeypatch)
+
+    class Slow(Teacher):
+        def signal(self, batch):
+            super().signal(batch)
+            clock[0] += cache_building.FLUSH_EVERY / 2
+            shards.append(len(shards_of(tmp_path)) if (tmp_path / "shards").exists() else 0)
+
+    teacher = Slow(made.cache)
+    made.build(teacher, Batch, True, teacher)
+    assert shards == [0, 0, 1, 1, 2, 2, 3], "before each of two held-out batches and five to learn from"
+
+
+@pytest.mark.parametrize(
+    ("loss", "codec", "told"),
+    [
+        ({}, Codec(3000, 64), ["INFO cache.top_k 64 takes the place of loss.top_k 256"]),
+        ({"top_k": 100}, Codec(3000, 64), ["WARNING cache.top_k 64 takes the place of loss.top_k 100"]),
+        ({"top_k": 64}, Codec(3000, 64), []),
+        ({"temperature": 2.0}, Codec(3000, 256), []),
+        ({"temperature": 2.0, "top_k": 200}, Codec(200, 200), []),
+        ({"temperature": 1.0, "top_k": 128}, Codec(3000, 128), []),
+        ({"temperature": 2.0, "top_k": 128}, Codec(3000, 128), ["WARNING the temperature rises to 2"]),
+        (
+            {"temperature": Ramp(((0, 1.0), (1, 4.0)))},
+            Codec(3000, "adaptive"),
+            ["INFO cache.top_k adaptive", "WARNING the temperature rises to 4, and cache.top_k is adaptive"],
+        ),
+    ],
+)
+def test_a_number_of_outcomes_that_changes_the_loss_is_told(loss, codec, told, caplog):
+    config = SimpleNamespace(loss=LossConfig(**loss), cache=CacheConfig("x", top_k=codec.top_k))
+    with caplog.at_level("INFO", logger="utils"):
+        cache_building._warn_of_top_k(config, codec)
+    said = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
+    assert len(said) == len(told) and all(map(str.startswith, said, told)), said
 
 
 def test_only_windows_that_the_run_comes_to_are_built(tmp_path, monkeypatch):
