@@ -165,7 +165,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     sizes = {role: shape.get_text_config().vocab_size for role, shape in shapes.items()}
     for role, name in names.items():
         log.info("%s %s: vocabulary %s, tokenizer %s", role, name, f"{sizes[role]:,}", f"{len(tokenizers[role]):,}")
-    with value_errors_are_the_users():
+    with value_errors_are_the_users(), data.places_told(config.data):
         corpus = data.load_documents(config.data)
         if corpus.conversations and starts is None:
             tokenizers = {role: _for_chat(role, tokenizer) for role, tokenizer in tokenizers.items()}

@@ -12,7 +12,8 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import jinja2
@@ -37,6 +38,24 @@ become U+FFFD."""
 
 class ConversationError(ValueError):
     """A conversation that a chat template refuses, or changes so that its contents cannot be found."""
+
+    document: str | None = None
+    """Its name, where it has one."""
+
+
+_REMEDY = (
+    "Leave such conversations out, or give the tokenizer a template that takes them and writes contents as they are."
+)
+
+
+@contextmanager
+def named(document: str) -> Iterator[None]:
+    """A `ConversationError` raised inside is about this document."""
+    try:
+        yield
+    except ConversationError as error:
+        error.document = document
+        raise
 
 
 def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -128,7 +147,7 @@ class _Side:
         except jinja2.TemplateError as error:
             raise ConversationError(
                 f"the {self.name}'s chat template refuses a conversation of {', '.join(roles)}: {error}. It begins: "
-                f"{_beginning(contents)}"
+                f"{_beginning(contents)}. {_REMEDY}"
             ) from error
         filled = "".join(contents[int(part)] if n % 2 else part for n, part in enumerate(parts))
         return parts if filled == rendered else None
@@ -240,17 +259,19 @@ class ChatEncoder(PairEncoder):
         """
         pieces, left_out = [], 0
         for name, text in zip(documents or [""] * len(texts), texts, strict=True):
-            piece, lost = self._piece(name, text)
+            with named(name):
+                piece, lost = self._piece(name, text)
             left_out += lost
             if piece is not None:
                 pieces.append(piece)
         return self.packed(pieces, left_out)
 
     def prompt(self, conversation: str, side: str) -> tuple[str, list[int]]:
-        """What the assistant answers last in a conversation: the content before it, and the token ids of all before
-        it, as a model is asked to answer."""
+        """What the assistant (or else anybody) says last in a conversation: the content before it, and the token ids
+        of all before it, as a model is asked to answer."""
         roles, contents, parts = self._understood(json.loads(conversation))
-        answer, index = max(n for n, role in enumerate(roles) if role == "assistant"), SIDES.index(side)
+        answer = max((n for n, role in enumerate(roles) if role == "assistant"), default=len(roles) - 1)
+        index = SIDES.index(side)
         return contents[answer - 1] if answer else "", self.sides[index].prompt(parts[index], contents, answer)
 
     def _understood(self, messages: list[dict]) -> tuple[list[str], list[str], list[list[str]]]:
@@ -264,8 +285,7 @@ class ChatEncoder(PairEncoder):
         name = SIDES[parts.index(None)]
         raise ConversationError(
             f"the {name}'s chat template changes what is said in a conversation of {', '.join(roles)}, so that it "
-            f"cannot be found in the result; the conversation begins: {_beginning(contents)}. Leave such "
-            "conversations out, or give the tokenizer a template that writes contents as they are."
+            f"cannot be found in the result; the conversation begins: {_beginning(contents)}. {_REMEDY}"
         )
 
     def _piece(self, name: str, conversation: str) -> tuple[Piece | None, int]:
@@ -276,7 +296,7 @@ class ChatEncoder(PairEncoder):
             if [int(n) for n in found[1::2] if int(n) in learned] != learned:
                 raise ConversationError(
                     f"the {side.name}'s chat template leaves out, repeats or moves messages of a conversation of "
-                    f"{', '.join(roles)}; expected each once and in order. It begins: {_beginning(contents)}"
+                    f"{', '.join(roles)}; expected each once and in order. It begins: {_beginning(contents)}. {_REMEDY}"
                 )
         pair = [side.read(found, contents, learned) for side, found in zip(self.sides, parts, strict=True)]
         sizes = np.array([len(contents[n].encode()) for n in learned], dtype=np.int64)

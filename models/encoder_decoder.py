@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat import ChatEncoder, ConversationError
+from .chat import ChatEncoder, ConversationError, named
 from .pairing import SIDES, PairEncoder
 
 EXPECTED = "Encoder-decoder models learn from a prompt and its completion: columns 'prompt' and 'completion'"
@@ -62,7 +62,8 @@ class SourceEncoder(PairEncoder):
         """
         windows, left_out = [], 0
         for name, example in zip(documents or [""] * len(texts), texts, strict=True):
-            prompt, completion = self._example(example)
+            with named(name):
+                prompt, completion = self._example(example)
             sources = [table.framed(prompt) for table in self.tables]
             size = len(completion.encode())
             pieces, _ = self._pieces(name, size, [table.read([completion])[0] for table in self.tables])

@@ -103,6 +103,25 @@ def _read(config: DataConfig, names: Sequence[str], split: str, kinds: dict[bool
         yield place, value.text(place, config.learn_from) if chat else as_text(place, value)
 
 
+@contextmanager
+def places_told(config: DataConfig) -> Iterator[None]:
+    """An error about one document (a ValueError that has its name as `document`) is told with the document's place.
+
+    The place is found by reading the sources once more, so that no run has to keep those of all its documents.
+
+    Raises `UserError` in that error's place.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not (name := getattr(error, "document", None)):
+            raise
+        sides = [(config.train, config.split)] + [([config.eval], "validation")] * (config.eval is not None)
+        found = (row for names, split in sides for row in _read(config, names, split, {}))
+        place = next(place for place, text in found if document_name(text) == name)
+        raise UserError(f"{place}: {error}") from error
+
+
 def _joined(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Located]:
     """Parts up to the next one that matches `start`, as one document. Lines keep the line breaks they come with."""
     try:

@@ -1,12 +1,19 @@
 """A run on conversations, whose texts hold what looks like control tokens."""
 
 import json
+import shutil
 
+import pytest
 from transformers import AutoTokenizer
 
 import train
 
 from .conftest import documents
+
+ALTERNATING = (
+    "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate user/assistant') }}{% endif %}{{ message['content'] + '\n' }}{% endfor %}"
+)
 
 
 def test_a_run_learns_answers_and_leaves_a_student_that_can_be_talked_with(place, tmp_path, capsys):
@@ -31,3 +38,27 @@ def test_a_run_learns_answers_and_leaves_a_student_that_can_be_talked_with(place
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
     )
     assert asked == "User:\nHi\n\nAssistant:\n"
+
+
+@pytest.mark.parametrize("role", ["train", "eval"])
+def test_a_conversation_that_a_template_refuses_is_told_with_file_and_line(place, tmp_path, capsys, role):
+    """Wherever it lies, behind rows that are empty or read before."""
+    shutil.copytree(place.teacher, tmp_path / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
+    tokenizer.chat_template = ALTERNATING
+    tokenizer.save_pretrained(tmp_path / "teacher")
+    rows = [[{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": "No."}] for n in (1, 1, 2, 3)]
+    for name in ("train", "eval"):
+        lines = [json.dumps({"messages": row}) for row in rows]
+        lines.insert(2, json.dumps({"messages": None}))
+        if name == role:
+            lines.append(json.dumps({"messages": [{"role": "system", "content": "Be kind"}, *rows[0]]}))
+        rows = [[row[0], {"role": "assistant", "content": "Yes."}] for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    sources = ["--train-data", str(tmp_path / "train.jsonl"), "--eval-data", str(tmp_path / "eval.jsonl")]
+    asked = ["--teacher", str(tmp_path / "teacher"), *sources]
+    assert train.main(place.arguments(tmp_path / "run", *asked)) == 2
+    said = capsys.readouterr().out
+    assert f"{role}.jsonl:6: the teacher's chat template refuses a conversation of system, user, assistant" in said
+    assert "roles must alternate" in said and "begins: 'Be kind Say 1" in said and "Traceback" not in said
+    assert not (tmp_path / "run" / "student").exists()

@@ -1,20 +1,23 @@
 """Conversations: learned text is the assistant's text, markers are no targets, each model reads its own template."""
 
 import copy
+import functools
 import json
 import pickle
 import unicodedata
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from models.chat import PLAIN_TEMPLATE, ChatEncoder, ConversationError, chat_tokenizer, ends_turns
-from models.outputs import IGNORE
+from models.outputs import IGNORE, PairedBatch, TeacherSignal
 from models.pairing import PairCollator, PairEncoder
+from models.projection import Projection
 from models.vocabulary import END, MARKER, VocabularyMap
 from tests.models.tiny import Pair, byte_bpe, metaspace, plain_bytes, tiny_llama
 
@@ -31,6 +34,71 @@ INST = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + "
     "' [/INST]' }}{% else %}{{ ' ' + message['content'] + eos_token }}{% endif %}{% endfor %}"
 )
+SMOLLM_INSTRUCT = (
+    "{% for message in messages %}"
+    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+QWEN_INSTRUCT = r"""{%- if tools %}
+    {{- '<|im_start|>system\n' }}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- messages[0]['content'] }}
+    {%- else %}
+        {{- 'You are Qwen, created by Alibaba Cloud. You are a helpful assistant.' }}
+    {%- endif %}
+    {{- "\n\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\nYou are provided with \
+function signatures within <tools></tools> XML tags:\n<tools>" }}
+    {%- for tool in tools %}
+        {{- "\n" }}
+        {{- tool | tojson }}
+    {%- endfor %}
+    {{- "\n</tools>\n\nFor each function call, return a json object with function name and arguments within \
+<tool_call></tool_call> XML tags:\n<tool_call>\n{\"name\": <function-name>, \"arguments\": <args-json-object>}\n\
+</tool_call><|im_end|>\n" }}
+{%- else %}
+    {%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}
+    {%- endif %}
+{%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or \
+(message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- elif message.role == "assistant" %}
+        {{- '<|im_start|>' + message.role }}
+        {%- if message.content %}
+            {{- '\n' + message.content }}
+        {%- endif %}
+        {%- for tool_call in message.tool_calls %}
+            {%- if tool_call.function is defined %}
+                {%- set tool_call = tool_call.function %}
+            {%- endif %}
+            {{- '\n<tool_call>\n{"name": "' }}
+            {{- tool_call.name }}
+            {{- '", "arguments": ' }}
+            {{- tool_call.arguments | tojson }}
+            {{- '}\n</tool_call>' }}
+        {%- endfor %}
+        {{- '<|im_end|>\n' }}
+    {%- elif message.role == "tool" %}
+        {%- if (loop.index0 == 0) or (messages[loop.index0 - 1].role != "tool") %}
+            {{- '<|im_start|>user' }}
+        {%- endif %}
+        {{- '\n<tool_response>\n' }}
+        {{- message.content }}
+        {{- '\n</tool_response>' }}
+        {%- if loop.last or (messages[loop.index0 + 1].role != "tool") %}
+            {{- '<|im_end|>\n' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+""".replace("\\\n", "")
+"""The templates of SmolLM-Instruct and Qwen2.5-Instruct, whose tokenizers are those of the base models."""
 HEADED = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
@@ -125,17 +193,17 @@ def test_learned_text_is_what_the_assistant_says_and_the_end_of_its_turns(conver
     check(tiny_encoder(), conversation, answers(conversation))
 
 
-@settings(max_examples=1000)
 @given(conversation=CONVERSATIONS)
 def test_learned_text_of_real_tokenizers_is_what_the_assistant_says(real_encoder, conversation):
-    """Qwen's tokenizer reads NFC."""
+    """Qwen's tokenizer reads NFC. HYPOTHESIS_PROFILE=thorough tries 1,000 conversations."""
     texts = [unicodedata.normalize("NFC", text) for text in answers(conversation)]
     check(real_encoder, conversation, texts)
 
 
 @pytest.fixture(scope="module")
 def real_encoder(real_tokenizer) -> ChatEncoder:
-    pair = with_template(real_tokenizer("smollm"), CHATML), with_template(real_tokenizer("qwen2.5"), WITH_SYSTEM)
+    student = with_template(real_tokenizer("smollm"), SMOLLM_INSTRUCT)
+    pair = student, with_template(real_tokenizer("qwen2.5"), QWEN_INSTRUCT)
     return ChatEncoder(*pair, 4000)
 
 
@@ -155,7 +223,7 @@ def test_text_that_a_tokenizer_cannot_spell_is_read_and_ends_at_the_same_place(t
         assert ends.tolist() == [len(text.encode()) + 2, len((text + "girl").encode()) + 4]
 
 
-REAL = [("qwen2.5", WITH_SYSTEM), ("smollm", CHATML), ("mistral-v0.1", INST), ("mistral-v0.1", HEADED)]
+REAL = [("qwen2.5", QWEN_INSTRUCT), ("smollm", SMOLLM_INSTRUCT), ("mistral-v0.1", INST), ("mistral-v0.1", HEADED)]
 REAL += [("gpt-neox", HEADED), ("llama2c-tok4096", INST), ("gpt2", PLAIN_TEMPLATE), ("smollm", INST)]
 
 
@@ -198,12 +266,31 @@ def test_what_stands_before_an_answer_is_what_a_model_is_asked_with(real_encoder
         assert len(ends) == asked.count("<|im_end|>") - 1
 
 
+def test_where_the_assistant_says_nothing_what_anybody_says_last_is_asked_for():
+    encoder = tiny_encoder(learn_from="all")
+    shown, ids = encoder.prompt(json.dumps(messages("Hello", system="Be kind.")), "student")
+    asked = "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\n"
+    assert shown == "Be kind." and encoder.sides[0].tokenizer.decode(ids) == asked
+
+
 def test_a_prompt_may_be_empty(real_encoder):
     shown, ids = real_encoder.prompt(json.dumps([{"role": "assistant", "content": "Hi"}]), "student")
     assert shown == "" and real_encoder.sides[0].tokenizer.decode(ids) == "<|im_start|>assistant\n"
 
 
 # ---------------------------------------------------------------- batches
+
+
+@pytest.fixture(scope="module")
+def pairs(request) -> Callable[[str], tuple[ChatEncoder, VocabularyMap]]:
+    """Encoder and vocabulary map of `tiny` or `real` tokenizers."""
+
+    @functools.cache
+    def made(name: str) -> tuple[ChatEncoder, VocabularyMap]:
+        encoder = tiny_encoder() if name == "tiny" else request.getfixturevalue("real_encoder")
+        return encoder, VocabularyMap.build(*(side.tokenizer for side in encoder.sides))
+
+    return made
 
 
 def batch_of(encoder: ChatEncoder, windows: list[dict]):
@@ -223,6 +310,54 @@ def test_markers_are_neither_learned_nor_targets_of_the_teacher(conversation):
     assert (batch.teacher_labels.flatten()[batch.row_teacher] != IGNORE).all()
     for side, spans in (("student", batch.student_spans), ("teacher", batch.teacher_spans)):
         assert (windows[0][f"{side}_roles"][1:][spans[0, :-1].numpy() >= 0] != MARKER).all()
+
+
+@functools.cache
+def text_and_markers(tokenizer: PreTrainedTokenizerFast) -> tuple[np.ndarray, list[int]]:
+    text = {*plain_bytes(tokenizer)}
+    return np.array(sorted(text)), sorted({*range(len(tokenizer))} - text)
+
+
+def says_markers(batch: PairedBatch, teacher: PreTrainedTokenizerFast, seed: int) -> TeacherSignal:
+    """A teacher that gives half of its probability to control tokens, everywhere: the end of its turn among them."""
+    draw = np.random.default_rng(seed)
+    text, markers = text_and_markers(teacher)
+    real = batch.teacher_ids.flatten()[batch.row_teacher + 1].tolist()
+    rows = [[*markers, *{i, *text[draw.integers(len(text), size=30)].tolist()} - {*markers}] for i in real]
+    ids = torch.full((len(rows), len(markers) + 31), -1)
+    for row, found in zip(ids, rows, strict=True):
+        row[: len(found)] = torch.tensor(found)
+    mass = torch.from_numpy(draw.random(ids.shape)).float().masked_fill(ids < 0, 0)
+    for half in (slice(len(markers)), slice(len(markers), None)):
+        mass[:, half] *= 0.48 / mass[:, half].sum(1, keepdim=True)
+    tail = torch.full((len(ids),), 0.04).log()
+    realised = torch.full((len(batch.asked),), 0.01).log()
+    return TeacherSignal(ids, mass.log(), tail, torch.zeros(len(ids)), realised)
+
+
+@pytest.mark.parametrize("tokenizers", ["tiny", "real"])
+@given(conversation=CONVERSATIONS, correction=st.sampled_from(["none", "span"]), seed=st.integers(0, 2**32 - 1))
+def test_nothing_that_a_teacher_gives_to_markers_reaches_the_target(pairs, tokenizers, correction, conversation, seed):
+    """By the bytes of the tokens: a token's mass is at most that of the teacher's tokens that begin with its bytes."""
+    encoder, vocabulary = pairs(tokenizers)
+    student, teacher = (side.tokenizer for side in encoder.sides)
+    batch = PairCollator(vocabulary, encoder.end_of_text, 16)(encode(encoder, conversation))
+    signal = says_markers(batch, teacher, seed)
+    target = Projection(vocabulary, correction, 0.0)(signal, batch)
+    ours, theirs = plain_bytes(student), plain_bytes(teacher)
+    assert (target.ids == student.eos_token_id).any()
+    for row, (ids, probs) in enumerate(zip(target.ids.tolist(), target.probs.tolist(), strict=True)):
+        said = dict(zip(signal.ids[row].tolist(), signal.log_probs[row].exp().tolist(), strict=True))
+        spelt = {theirs[t]: p for t, p in said.items() if t in theirs}
+        ended = said[teacher.eos_token_id] if batch.depth[row] == 0 else 0.0
+        got = {i: p for i, p in zip(ids, probs, strict=True) if i >= 0}
+        assert got.pop(student.eos_token_id, 0.0) == pytest.approx(ended)
+        assert got.keys() <= ours.keys()  # no marker of the student's
+        moved = 0.01 if batch.pieces[row] > 1 and correction == "span" else 0.0
+        assert sum(got.values()) <= sum(spelt.values()) + moved + 1e-5
+        if batch.depth[row] == 0:
+            for i, p in got.items():
+                assert p <= sum(q for b, q in spelt.items() if b.startswith(ours[i])) + moved + 1e-5
 
 
 def test_the_end_of_a_turn_is_distilled_from_the_teachers_own_end_of_turn():
@@ -337,7 +472,7 @@ def test_a_template_that_cannot_be_followed_is_told(template, told):
     encoder.sides[1].tokenizer.chat_template = template
     with pytest.raises(ConversationError, match="the teacher's chat template") as error:
         encode(encoder, messages("Hello", "Hi.", "Bye", "Then.") if "\n" in template else messages("Hello", "Hi."))
-    assert told in str(error.value) and "begins: 'Hello" in str(error.value)
+    assert told in str(error.value) and "begins: 'Hello" in str(error.value) and "Leave such" in str(error.value)
 
 
 def test_a_tokenizer_without_a_template_speaks_plainly_and_keeps_its_end_of_text():
