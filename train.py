@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from models.cached_teacher import CachedTeacher, RememberingCollator
 from models.causal_lm import vocabulary_size
-from models.chat import chat_tokenizer, ends_turns
+from models.chat import tokenizers_for_chat
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
@@ -168,7 +168,9 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     with value_errors_are_the_users(), data.places_told(config.data):
         corpus = data.load_documents(config.data)
         if corpus.conversations and starts is None:
-            tokenizers = {role: _for_chat(role, tokenizer) for role, tokenizer in tokenizers.items()}
+            tokenizers, lacking = tokenizers_for_chat(tokenizers)
+            for what in lacking:
+                log.warning("%s", what)
         pair = (tokenizers["student"], tokenizers["teacher"])
         reading = {"conversations": corpus.conversations, "learn_from": config.data.learn_from, "starts": starts}
         encoder = make_encoder(pair, length, **reading)
@@ -208,15 +210,6 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
 def learned_from(job: Job) -> list[str]:
     """One example of what is learned from, decoded."""
     return learned_lines(*read_and_learned(job.windows[0]), job.tokenizer.decode)
-
-
-def _for_chat(role: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    if not tokenizer.chat_template:
-        log.info('%s: no chat template, so conversations are written with "User:" and "Assistant:"', role)
-    tokenizer = chat_tokenizer(tokenizer)
-    if not ends_turns(tokenizer):
-        log.warning("%s: its chat template marks no end of the assistant's turn: no model learns where to stop", role)
-    return tokenizer
 
 
 def cached_teacher(job: Job, stop: StopSignal) -> CachedTeacher:
@@ -428,6 +421,8 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         log.info("%s", line)
     if accelerator.is_main_process:
         run_folder.write_config(output, to_plain(asked), notes)
+    if (reason := on_main_process(accelerator, stop.requested)) in EXIT_CODES:
+        raise Interrupted(reason)
     without_cache, job = job, with_cache(job, RememberingCollator)
     teacher = load_teacher(job) if job.cache is None else cached_teacher(job, stop)
     if config.cache.build_only:
@@ -437,7 +432,11 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     if job.cache is not None:
         log.info("teacher cache: %s", job.cache.written)
     results = export(job, asked, trained, output)  # before the comparison, so that a kill there loses nothing
-    in_time, main = trained.result.stopped_by != "max_hours", accelerator.is_main_process
+    in_time, main = on_main_process(accelerator, stop.requested) is None, accelerator.is_main_process
+    if not in_time and (config.evaluation.without_teacher or config.evaluation.tasks):
+        log.warning(
+            "the run was asked to end: the comparison without the teacher, and tasks, are left to the same command"
+        )
     if config.evaluation.without_teacher and in_time:
         results = compare_without_teacher(without_cache, trained, results, output, stop)
     if config.evaluation.tasks and in_time and main:  # last: no other process waits for this one
@@ -486,7 +485,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (asked := command_line.parse(words)).compare:
             return compare(asked.compare, Path(asked.values.get("output_dir", ".")))
         config, recipe = configure(words)
-        folder = run_folder.left_if_used(config.output_dir) if main_process else nullcontext()
+        folder = run_folder.own(config.output_dir) if main_process else nullcontext()
         with StopSignal(config.training.max_hours, started) as stop, folder:
             run(config, recipe, stop)
 

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -74,6 +74,20 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 def ends_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template puts the tokenizer's end of text behind what the assistant says."""
     return tokenizer.eos_token is not None and _behind_an_answer(tokenizer).startswith(tokenizer.eos_token)
+
+
+def tokenizers_for_chat(
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
+    """`chat_tokenizer` of each, by role; and what their own templates lack, in words."""
+    found, lacking = {}, []
+    for role, tokenizer in tokenizers.items():
+        if not tokenizer.chat_template:
+            lacking.append(f'{role}: no chat template, so conversations are written with "User:" and "Assistant:"')
+        found[role] = chat_tokenizer(tokenizer)
+        if not ends_turns(found[role]):
+            lacking.append(f"{role}: its chat template marks no end of the assistant's turn: no model learns to stop")
+    return found, lacking
 
 
 def _behind_an_answer(tokenizer: PreTrainedTokenizerBase) -> str:

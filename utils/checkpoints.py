@@ -13,6 +13,7 @@ they were. Damage that a file format would not notice (a flipped bit loads silen
 
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -172,7 +173,7 @@ class CheckpointStore:
                     "--resume auto, or delete the folder."
                 )
             return None
-        path = self.newest_whole() if resume == "auto" else self._at(Path(resume).expanduser(), own)
+        path = self.newest_whole() if resume == "auto" else self._at(Path(os.path.expanduser(resume)), own)
         if path is not None:
             self._refuse_other_run(path)
         return path
@@ -184,7 +185,7 @@ class CheckpointStore:
             UserError: a path that holds no checkpoint or a damaged one, or that is outside this run.
         """
         if resume not in ("auto", "never"):
-            self._at(Path(resume).expanduser(), self.steps())
+            self._at(Path(os.path.expanduser(resume)), self.steps())
 
     def load(self, path: str | Path) -> Checkpoint:
         """Read a checkpoint onto the CPU. Pickles are read with `weights_only=True`: no code of theirs runs.
@@ -197,9 +198,12 @@ class CheckpointStore:
             raise UserError(f"checkpoint {path} cannot be used: {reason}. Choose another one with --resume PATH.")
         try:
             content = _state(path)
-            tensors = {file.stem: _load_tensors(file) for file in sorted(path.glob("*.safetensors"))}
+            files = [path / name for name in sorted(_manifest(path)["files"])]
+            tensors = {file.stem: _load_tensors(file) for file in files if file.suffix == ".safetensors"}
             objects = {
-                file.stem: torch.load(file, map_location="cpu", weights_only=True) for file in sorted(path.glob("*.pt"))
+                file.stem: torch.load(file, map_location="cpu", weights_only=True)
+                for file in files
+                if file.suffix == ".pt"
             }
         except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
             raise UserError(
@@ -269,7 +273,7 @@ class CheckpointStore:
 
 def step_of(path: Path) -> int:
     """Optimizer steps done at a whole checkpoint, whatever its folder is called."""
-    return int(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["step"])
+    return int(_manifest(path)["step"])
 
 
 def verify(path: str | Path) -> str | None:
@@ -278,7 +282,7 @@ def verify(path: str | Path) -> str | None:
     if not path.is_dir():
         return "no such folder"
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = _manifest(path)
         version, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
@@ -306,6 +310,10 @@ def _file_damage(file: Path, size: int, digest: str) -> str | None:
         return "is missing"
     except OSError as error:
         return f"cannot be read ({error.strerror})"
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
 
 
 def _write_manifest(folder: Path, step: int) -> int:

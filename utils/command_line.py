@@ -6,6 +6,7 @@ reported at once.
 
 import argparse
 import difflib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -150,16 +151,16 @@ def configure(schema: type[Config], argv: Sequence[str]) -> tuple[Config, str]:
     """
     arguments = parse(argv)
     name, why = (arguments.config, "asked for") if arguments.config else _default_recipe(arguments)
-    if name is None:
-        values: dict[str, Any] = {}
-        arguments.apply(values)
-        return build(schema, values, source="the command line"), f"no recipe: {why}{_replaced(arguments)}"
-    path = find_config(name)
-    values = load_yaml(path)
-    values.setdefault("output_dir", f"runs/{path.stem}")
+    values: dict[str, Any] = {}
+    told, source = "no recipe", "the command line"
+    if name is not None:
+        path = find_config(name)
+        values = {"output_dir": f"runs/{path.stem}"} | load_yaml(path)
+        told, source = f"recipe {path.name}", f"{path.name} and the command line"
     arguments.apply(values)
-    config = build(schema, values, source=f"{path.name} and the command line")
-    return config, f"recipe {path.name}: {why}{_replaced(arguments)}"
+    if isinstance(folder := values.get("output_dir"), str):
+        values["output_dir"] = os.path.expanduser(folder)
+    return build(schema, values, source=source), f"{told}: {why}{_replaced(arguments)}"
 
 
 def _replaced(arguments: Arguments) -> str:

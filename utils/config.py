@@ -8,6 +8,8 @@ import dataclasses
 import difflib
 import json
 import logging
+import math
+import os
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -157,7 +159,7 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Compute the student's layers a second time in the backward pass instead of keeping what it needs of them: less
     memory, one more forward pass, the same gradients."""
-    seed: Annotated[int, Ge(0)] = 42
+    seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 42
     """Seed of initialisation, data order and dropout."""
     max_hours: Annotated[float, Gt(0)] | None = None
     """Wall-clock limit: stop at a step boundary, save, evaluate, export."""
@@ -263,6 +265,10 @@ _Loader.add_implicit_resolver(
 )
 
 
+NOT_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What a text can make the loader raise: dates and numbers that are none, brackets without end, bytes of no text."""
+
+
 def find_config(name_or_path: str) -> Path:
     """The YAML file a user means: a path, or the name of a shipped recipe.
 
@@ -270,7 +276,7 @@ def find_config(name_or_path: str) -> Path:
         UserError: there is no such file; the message lists the recipes that exist.
     """
     shipped = {path.stem: path for path in sorted(CONFIG_FOLDER.glob("*.yaml"))}
-    for path in (Path(name_or_path).expanduser(), CONFIG_FOLDER / name_or_path):
+    for path in (Path(os.path.expanduser(name_or_path)), CONFIG_FOLDER / name_or_path):
         if path.is_file():
             return path
     if name_or_path in shipped:
@@ -290,7 +296,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *NOT_YAML) as error:
         raise UserError(f"{path}: cannot be read as YAML.\n  {error}") from error
     if values is None:
         return {}
@@ -311,7 +317,7 @@ def set_dotted(values: dict[str, Any], assignment: str) -> None:
         raise UserError(f"--set {assignment}: expected dotted.key=value, such as --set curriculum.kd.weight=0")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except NOT_YAML as error:
         raise UserError(f"--set {assignment}: the value cannot be read as YAML.\n  {error}") from error
     for depth, part in enumerate(parts[:-1], start=1):
         values = values.setdefault(part, {})
@@ -338,6 +344,8 @@ def build(schema: type[T], values: dict[str, Any], *, source: str) -> T:
     while True:
         try:
             instance = TypeAdapter(schema).validate_python(cleaned)
+            found = _not_finite(to_plain(instance))
+            problems += [f"{key}: got {value}, expected a finite number" for key, value in found]
             break
         except ValidationError as error:
             problems += [line for line in describe(error, cleaned) if line not in problems]
@@ -347,6 +355,15 @@ def build(schema: type[T], values: dict[str, Any], *, source: str) -> T:
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
         raise UserError(f"{count} in the configuration ({source}):\n" + "\n".join(f"  - {p}" for p in problems))
     return instance
+
+
+def _not_finite(values: Any, at: str = "") -> Iterator[tuple[str, float]]:
+    """(dotted path, value) of numbers with which nothing can be learned."""
+    if isinstance(values, float) and not math.isfinite(values):
+        yield at, values
+    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    for key, value in pairs:
+        yield from _not_finite(value, f"{at}.{key}" if at else str(key))
 
 
 def _take_out(error: ValidationError, values: dict[str, Any]) -> bool:

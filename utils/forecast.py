@@ -29,9 +29,19 @@ class Shape:
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Shape":
-        """From a model's config; no weights are read or allocated."""
-        with torch.device("meta"):
-            model = auto_class(config).from_config(config)
+        """From a model's config; no weights are read or allocated.
+
+        Raises:
+            UserError: transformers cannot make such a model.
+        """
+        try:
+            with torch.device("meta"):
+                model = auto_class(config).from_config(config)
+        except Exception as error:  # whatever an architecture raises for a value that it does not know
+            raise UserError(
+                f"{config.name_or_path or 'the model'}: transformers cannot make a {config.model_type} model of its "
+                f"config.json ({type(error).__name__}: {error}). Put it right, or choose another model."
+            ) from error
         text = config.get_text_config()
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),

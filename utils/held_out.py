@@ -18,7 +18,7 @@ from torch import nn
 from . import data, evaluation
 from .atomic import write_json
 from .config import EvaluationConfig
-from .errors import UserError
+from .errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 
@@ -162,10 +162,10 @@ class HeldOut:
         """
         file, measured_on = folder / START, self.fingerprint()
         if file.is_file():
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = _read_start(file)
             if found.get("measured_on") == measured_on:
                 return found
-            log.info("%s was measured on other windows or samples: measuring again", START)
+            log.info("%s is damaged, or was measured on other windows or samples: measuring again", START)
         measured: dict[str, Any] = {"measured_on": measured_on, "samples": {"prompt": self.beginnings()}}
         parts = {} if teacher is None else {"teacher": teacher}
         for key, measure in (parts | {"initial_student": lambda: self.measure(student, "student")}).items():
@@ -189,9 +189,18 @@ class HeldOut:
             student: after training.
             start: from `measure_start`.
             compare: batch -> agreement of student and teacher (see `evaluation.compare`); not used without a teacher.
+
+        Raises:
+            RunError: the student's loss is not finite.
         """
         found = {key: start[key] for key in ("teacher", "initial_student") if key in start}
         found["student"] = self.describe(student, "student")
+        if not math.isfinite(found["student"]["loss"]):
+            raise RunError(
+                f"the student's loss on the held-out text is {found['student']['loss']} after training: there is "
+                "nothing to export. Its checkpoints are kept. Probably training diverged: start a new run, in another "
+                "--output-dir, with a lower --learning-rate."
+            )
         found["prompted"] = self.prompt is not None
         samples = {**start["samples"], "student": self.continuations(student, "student")}
         if "teacher" in found:
@@ -210,6 +219,15 @@ class HeldOut:
         rows = zip(results["samples"], self.continuations(model, "student"), strict=True)
         samples = [{**sample, "baseline": text} for sample, text in rows]
         return {**results, "baseline": self.describe(model, "student"), "samples": samples}
+
+
+def _read_start(file: Path) -> dict[str, Any]:
+    """What `measure_start` has kept; {} where it cannot be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _require_finite(described: Mapping[str, Any], side: str) -> None:

@@ -62,7 +62,7 @@ def locate(name: str, role: str) -> str:
     Raises:
         UserError: a path that does not exist, or a folder that holds no model, or several.
     """
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if folder.is_dir():
         found = _models_below(folder)
         if len(found) == 1:
@@ -100,13 +100,18 @@ def load_tokenizer(name: str, role: str) -> PreTrainedTokenizerBase:
     """The model's fast tokenizer.
 
     Raises:
-        UserError: not reachable, or only a slow tokenizer is there: without byte offsets nothing can be aligned.
+        UserError: not reachable, or an empty or a slow tokenizer: without byte offsets nothing can be aligned.
     """
     tokenizer = _load(AutoTokenizer.from_pretrained, name, role, "tokenizer")
     if not tokenizer.is_fast:
         raise UserError(
             f"{role} {name}: its tokenizer ({type(tokenizer).__name__}) is slow. Expected a fast one, with a "
             "tokenizer.json; convert it with the `tokenizers` library, or choose a model that has one."
+        )
+    if tokenizer.vocab_size < 2:  # transformers makes one up where there is none
+        raise UserError(
+            f"{role} {name}: its tokenizer has a vocabulary of {tokenizer.vocab_size}. Expected the files of a "
+            "tokenizer beside the model, such as tokenizer.json."
         )
     return tokenizer
 
@@ -325,7 +330,7 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, c
 
 def where_from(name: str) -> str:
     """A hub id, or the whole path of a local folder: where anybody on this machine finds the model."""
-    return str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else name
+    return str(Path(os.path.expanduser(name)).resolve()) if Path(os.path.expanduser(name)).is_dir() else name
 
 
 def _load(load: Any, name: str, role: str, what: Literal["config.json", "tokenizer", "weights"], **options: Any) -> Any:
@@ -344,7 +349,7 @@ def _unreachable(name: str, role: str, what: str, error: Exception, offline: boo
             f"{role} {name}: it needs Python code of its own, which is never run here. Expected an architecture that "
             "transformers contains; choose another model, or one converted to such an architecture."
         )
-    if Path(name).expanduser().is_dir():
+    if Path(os.path.expanduser(name)).is_dir():
         there = ", ".join(sorted(path.name for path in Path(locate(name, role)).iterdir())[:12])
         hint = (
             " A random start needs no weights: --student-init random." if (role, what) == ("student", "weights") else ""

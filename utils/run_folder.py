@@ -4,11 +4,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from . import hardware
 from .atomic import clean_leftovers, write_text
@@ -16,7 +17,10 @@ from .config import flatten, load_yaml, refuse_differences
 from .errors import UserError
 
 CONFIG = "config.yaml"
-BEFORE_TRAINING = {CONFIG, "train.log"}
+LOCK = ".lock"
+PATIENCE = 15
+"""Seconds that the data workers of a run that was killed may take to notice it; they keep its lock."""
+BEFORE_TRAINING = {CONFIG, LOCK, "train.log"}
 """What a run writes before there is anything to continue."""
 
 FREE_TO_CHANGE = {
@@ -77,7 +81,7 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
     """
     _above("output_dir", folder, "--output-dir")
     if cache := config.get("cache", {}).get("folder"):
-        cache = Path(cache).expanduser()
+        cache = Path(os.path.expanduser(cache))
         if not os.access(above := _above("teacher cache", cache, "--cache-teacher DIR"), os.W_OK) and above != cache:
             raise UserError(
                 f"teacher cache {cache} cannot be made: {above} cannot be written to. Choose another "
@@ -115,15 +119,37 @@ def _above(what: str, folder: Path, flag: str) -> Path:
 
 
 @contextmanager
-def left_if_used(name: str) -> Iterator[None]:
-    """A user's mistake that is found before training leaves no folder behind that was not there before."""
-    folder, was_there = Path(name), Path(name).exists()
+def own(name: str) -> Iterator[None]:
+    """While a run is in its folder, no other one writes there. A user's mistake that is found before training leaves no
+    folder behind that was not there before.
+
+    Raises:
+        UserError: another run is there.
+    """
+    folder = Path(name)
+    new = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise UserError(
+            f"output_dir {folder}: another run is writing there. Wait for its end, stop it, or choose another "
+            "--output-dir."
+        ) from None
+    except OSError:
+        pass  # what is wrong with the folder `check` tells
     try:
         yield
     except UserError:
-        if not was_there and folder.is_dir() and {path.name for path in folder.iterdir()} <= BEFORE_TRAINING:
+        if new and folder.is_dir() and {path.name for path in folder.iterdir()} <= BEFORE_TRAINING:
             shutil.rmtree(folder, ignore_errors=True)  # Windows keeps the log, which is still open
+            for parent in new[1:]:
+                with suppress(OSError):  # not empty
+                    parent.rmdir()
         raise
+    finally:
+        lock.release()
 
 
 def write_config(folder: Path, config: Mapping[str, Any], notes: Mapping[str, Any]) -> None:

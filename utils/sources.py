@@ -8,6 +8,7 @@ import csv
 import glob
 import json
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,9 @@ END_OF_TEXT = "<|endoftext|>"
 KAGGLE_INPUT = Path("/kaggle/input")
 METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "dataset-metadata.json"}
 SPLIT_NAMES = {"validation": "validation|valid|val|eval|dev"}
+
+BATCH = 1000
+"""Rows of a table that are read at once."""
 
 Located = tuple[str, Any]
 """(place, value): the place is file:line or the like, for messages; a value of None is an empty document."""
@@ -58,13 +62,13 @@ def read(names: Sequence[str], *, split: str, columns: Columns, separator: str |
 
 def _find(source: str, split: str) -> list[Path] | None:
     """Files that a source stands for; None for a hub id."""
-    path = Path(source).expanduser()
-    if not path.exists() and not glob.has_magic(source):
+    path = Path(os.path.expanduser(source))
+    if not os.path.exists(path) and not glob.has_magic(source):
         path = _attached(path) or path
-    if path.is_file():
-        return [path]
-    if path.is_dir():
+    if os.path.isdir(path):
         return _in_folder(path, split)
+    if os.path.exists(path):
+        return [path]
     if glob.has_magic(source):
         files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
         if files:
@@ -91,7 +95,10 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
     files = [
         file
         for file, parts in inside.items()
-        if file.suffix.lower() in SUFFIXES and file.name not in METADATA and not any(p.startswith(".") for p in parts)
+        if file.suffix.lower() in SUFFIXES
+        and file.is_file()
+        and file.name not in METADATA
+        and not any(p.startswith(".") for p in parts)
     ]
     if not files:
         raise UserError(f"No data file in folder {folder}: expected one of {', '.join(SUFFIXES)}. {_there(folder)}")
@@ -100,7 +107,7 @@ def _in_folder(folder: Path, split: str) -> list[Path]:
 
 
 def _there(folder: Path) -> str:
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f"The folder {folder} does not exist either."
     names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
@@ -125,8 +132,8 @@ def _read_hub(source: str, columns: Columns, split: str) -> Iterator[Located]:
 def _read_rows(rows: datasets.Dataset, place: str, columns: Columns) -> Iterator[Located]:
     names = columns.among(place, rows.column_names)
     rows = rows.select_columns(names)
-    for start in range(0, len(rows), 1000):
-        batch = rows[start : start + 1000]
+    for start in range(0, len(rows), BATCH):
+        batch = rows[start : start + BATCH]
         for offset, values in enumerate(zip(*(batch[name] for name in names), strict=True)):
             yield f"{place}, row {start + offset}", columns.document(names, values)
 
@@ -149,6 +156,8 @@ def _hub_id(source: str, split: str) -> tuple[str, str | None, str]:
 
 
 def _read_file(file: Path, columns: Columns, separator: str | None) -> Iterator[Located]:
+    if not file.is_file():
+        raise UserError(f"{file}: got a pipe, socket or device; expected a file, which is read more than once.")
     match file.suffix.lower():
         case ".txt":
             return _read_txt(file, separator)
@@ -234,6 +243,8 @@ def _read_jsonl(file: Path, columns: Columns) -> Iterator[Located]:
                 raise UserError(
                     f"{file}:{number}: not valid JSON: {error.msg} (column {error.colno}). Expected one object a line."
                 ) from None
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{file}:{number}: cannot be read as JSON: {error}.") from None
             yield _field(f"{file}:{number}", record, columns)
 
 
@@ -246,6 +257,8 @@ def _read_json(file: Path, columns: Columns) -> Iterator[Located]:
             yield from _read_jsonl(file, columns)
             return
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}).") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: cannot be read as JSON: {error}.") from None
     if isinstance(records, dict) and not all(isinstance(value, list) for value in records.values()):
         records = [records]
     if not isinstance(records, list):
@@ -281,16 +294,19 @@ def _read_csv(file: Path, columns: Columns) -> Iterator[Located]:
 
 
 def _read_parquet(file: Path, columns: Columns) -> Iterator[Located]:
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = columns.among(str(file), table.schema_arrow.names)
-            number = 0
-            for batch in table.iter_batches(1000, columns=names):
+            for batch in table.iter_batches(BATCH, columns=names):
                 for values in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
                     yield f"{file}, row {number}", columns.document(names, values)
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: cannot be read as Parquet: {error}") from error
+    except UnicodeDecodeError as error:  # of a batch: which row of it, nobody says
+        rows = f"rows {number} to {number + BATCH - 1}"
+        raise UserError(f"{file}, {rows}: not UTF-8 ({error}). Convert the file; bytes are not replaced.") from None
 
 
 def _read_arrow(file: Path, columns: Columns) -> Iterator[Located]:

@@ -150,9 +150,6 @@ def test_the_forecast_is_within_a_fifth_of_the_peak(name):
     config = toy_config(batch_size=size, gradient_accumulation_steps=2, max_steps=2)
     measured = peak_of(framework, windows[: 2 * size], collate, config, demand.precision)
     forecast = sum(demand.memory(size).values()) - RUNTIME
-    print(
-        "X", name, round(forecast / measured - 1, 3), {k: round(v / 2**20, 2) for k, v in demand.memory(size).items()}
-    )
     assert forecast == pytest.approx(measured, rel=WITHIN)
 
 

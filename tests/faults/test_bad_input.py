@@ -9,14 +9,17 @@ import re
 import shutil
 from types import SimpleNamespace
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import GPT2Config
 
 import models.teacher
 import train
 from tests.faults.conftest import documents, write_jsonl
-from utils import data, pretrained
+from utils import data, pretrained, run_folder
 from utils.pretrained import load_model
 
 
@@ -30,7 +33,7 @@ def refused(place, tmp_path, capsys):
         said = capsys.readouterr()
         assert "Traceback (" not in said.out + said.err
         assert len(re.findall(r"^\S+ (?:Error|Critical): ", said.out, re.MULTILINE)) == 1
-        assert not output.exists()
+        assert not output.parent.exists()
         return said.out
 
     return run
@@ -70,6 +73,8 @@ BAD_DATA = {
     "half-a-pair": (b'{"prompt": "a", "answer": "b"}\n', ["bad.jsonl:1:", "prompt, answer", "data.completion_column"]),
     "mixed": (GOOD + chat("hi"), ["cannot be mixed", "bad.jsonl:2 is a conversation", "bad.jsonl:1 is plain text"]),
     "no-text": (b'{"text": 7}\n', ["bad.jsonl:1:", "expected text, got int"]),
+    "deep": (GOOD + b"[" * 100_000, ["bad.jsonl:2:", "cannot be read as JSON"]),
+    "long-number": (GOOD + b'{"text": ' + b"7" * 5000 + b"}", ["bad.jsonl:2:", "cannot be read as JSON"]),
 }
 
 
@@ -86,6 +91,35 @@ def test_a_missing_file_is_told_with_what_is_there(refused, tmp_path):
     write_jsonl(tmp_path / "stories.jsonl", documents(2))
     said = refused("--train-data", tmp_path / "storys.jsonl")
     assert "No such file" in said and "stories.jsonl" in said
+
+
+def test_text_in_parquet_that_is_not_utf8_is_told_with_its_rows(refused, tmp_path):
+    column = pyarrow.array([b"good", b"caf\xe9"]).cast(pyarrow.binary()).view(pyarrow.string())
+    pyarrow.parquet.write_table(pyarrow.table({"text": column}), tmp_path / "bad.parquet")
+    assert "bad.parquet, rows 0 to 999: not UTF-8" in refused("--train-data", tmp_path / "bad.parquet")
+
+
+def test_a_pipe_is_refused_and_one_among_files_is_not_read(refused, tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    assert "got a pipe" in refused("--train-data", tmp_path / "pipe.txt")
+    assert "No data file in folder" in refused("--train-data", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x.txt", "x" * 300 + ".txt"])
+def test_a_path_that_cannot_be_is_a_file_that_is_not_there(refused, name):
+    assert "No such file" in refused("--train-data", name)
+
+
+@pytest.mark.parametrize("value", ["2020-99-99", "!!int abc", "[" * 5000])
+def test_what_is_no_yaml_is_told(refused, value):
+    assert "the value cannot be read as YAML" in refused("--set", f"training.seed={value}")
+
+
+def test_numbers_with_which_nothing_can_be_learned_are_refused(refused):
+    said = refused("--learning-rate", "inf", "--set", "training.weight_decay=.nan", "training.max_grad_norm=inf")
+    for key in ("training.learning_rate: got inf", "training.weight_decay: got nan", "training.max_grad_norm: got inf"):
+        assert f"{key}, expected" in said
+    assert "training.seed" in refused("--set", f"training.seed={2**32}")
 
 
 def test_evaluation_on_the_training_text_is_refused(refused, place):
@@ -105,6 +139,21 @@ def test_a_student_without_a_tokenizer_is_refused(refused, place, tmp_path):
     shutil.copy(place.student / "config.json", tmp_path / "bare")
     said = refused("--student", tmp_path / "bare")
     assert "tokenizer cannot be loaded" in said and "config.json" in said
+
+
+def test_a_tokenizer_that_is_made_up_for_a_model_without_one_is_refused(refused, tmp_path):
+    GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=300, architectures=["GPT2LMHeadModel"]).save_pretrained(
+        tmp_path / "bare"
+    )
+    assert "Expected the files of a tokenizer" in refused("--student", tmp_path / "bare")
+
+
+@pytest.mark.parametrize("change", [{"hidden_act": "nope"}, {"num_attention_heads": 0}])
+def test_a_config_that_makes_no_model_is_refused(refused, place, tmp_path, change):
+    shutil.copytree(place.student, tmp_path / "odd")
+    config = json.loads((place.student / "config.json").read_text())
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(config | change))
+    assert "odd" in refused("--student", tmp_path / "odd")
 
 
 @pytest.mark.parametrize("flag", ["--teacher", "--student"])
@@ -234,6 +283,38 @@ def test_a_folder_that_cannot_be_written_to_is_refused(place, tmp_path, capsys):
     assert train.main(place.arguments(f"{locked}/run")) == 2
     said = capsys.readouterr().out
     assert "cannot be written to" in said and "--output-dir" in said and "Traceback (" not in said
+
+
+def test_two_runs_do_not_share_a_folder(refused, place, tmp_path, monkeypatch):
+    """The second one would take what the first is writing for leftovers."""
+    monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
+    (tmp_path / "run").mkdir()
+    with run_folder.own(tmp_path / "run"):
+        before = sorted((tmp_path / "run").iterdir())
+        assert train.main(place.arguments(tmp_path / "run", "--max-steps", "1")) == 2
+        assert sorted((tmp_path / "run").iterdir()) == before
+    with run_folder.own(tmp_path / "run"):
+        pass
+
+
+def test_a_folder_in_the_home_is_meant_so(place, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert train.configure(place.arguments("~/run"))[0].output_dir == str(tmp_path / "run")
+
+
+def test_a_student_that_diverged_is_not_exported(place, tmp_path, capsys, monkeypatch):
+    fit = train.fit
+
+    def diverging(framework, *arguments, **options):
+        result = fit(framework, *arguments, **options)
+        torch.nn.init.constant_(next(framework.student.parameters()), torch.nan)
+        return result
+
+    monkeypatch.setattr(train, "fit", diverging)
+    assert train.main(place.arguments(tmp_path / "run", "--max-steps", "3")) == 1
+    said = capsys.readouterr().out
+    assert "there is nothing to export" in said and "--learning-rate" in said and "Traceback (" not in said
+    assert not (tmp_path / "run" / "student").exists() and (tmp_path / "run" / "checkpoints").is_dir()
 
 
 def test_a_folder_that_was_there_keeps_what_it_holds(place, tmp_path):

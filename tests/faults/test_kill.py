@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,11 +16,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import train
 from tests.faults.conftest import Place, documents, write_jsonl
 from utils.logs import read_metrics
+from utils.quickstart import train_tokenizer
+from utils.run_folder import LOCK
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_ANEW = {"tokens_per_second", "peak_memory_mb"}
@@ -89,7 +93,8 @@ def report_of(output: Path) -> dict:
 
 
 def hidden_in(output: Path) -> list[str]:
-    return [path.name for path in output.rglob(".*")]
+    """What a writer left half done; the lock stays."""
+    return [path.name for path in output.rglob(".*") if path.name != LOCK]
 
 
 def same_outcome(output: Path, uninterrupted: Path) -> bool:
@@ -171,6 +176,48 @@ def test_a_run_is_not_continued_on_another_text(out_of_time, place, tmp_path, ca
     said = capsys.readouterr().out
     assert "training_text" in said and "--output-dir" in said and "Traceback (" not in said
     assert sorted(path.name for path in out_of_time.rglob("*")) == before
+
+
+@pytest.mark.parametrize("changed", ["teacher", "tokenizers_and_length"])
+def test_a_run_is_not_continued_with_another_teacher_or_tokenizer(out_of_time, place, tmp_path, capsys, changed):
+    """Under the same name."""
+    role = "teacher" if changed == "teacher" else "student"
+    other = shutil.copytree(getattr(place, role), tmp_path / role)
+    if changed == "teacher":
+        weights = load_file(other / "model.safetensors")
+        weights["model.norm.weight"][0] += 1e-3
+        save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    else:
+        train_tokenizer(documents(90, seed=5), 290).save_pretrained(other)
+    assert train.main(place.arguments(out_of_time, f"--{role}", str(other))) == 2
+    said = capsys.readouterr().out
+    assert f"- {changed}" in said and "--output-dir" in said and "Traceback (" not in said
+
+
+def test_a_start_that_cannot_be_read_is_measured_again(out_of_time, place, tmp_path):
+    output = shutil.copytree(out_of_time, tmp_path / "run")
+    before = json.loads((output / "baseline_evaluation.json").read_text())
+    (output / "baseline_evaluation.json").write_text("{")
+    assert train.main(place.arguments(output, "--max-hours", "1e-6")) == 0
+    assert json.loads((output / "baseline_evaluation.json").read_text()) == before
+
+
+def test_a_file_that_no_manifest_lists_is_not_loaded(out_of_time, place, tmp_path):
+    output = shutil.copytree(out_of_time, tmp_path / "run")
+    (output / "checkpoints" / "step-00000000" / "more.pt").write_bytes(b"not a pickle")
+    assert train.main(place.arguments(output, "--max-hours", "1e-6")) == 0
+
+
+def test_a_signal_while_models_are_loaded_ends_the_run_before_training(place, tmp_path, monkeypatch):
+    prepare = train.prepare
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return prepare(*arguments)
+
+    monkeypatch.setattr(train, "prepare", interrupted)
+    monkeypatch.setattr(train, "load_teacher", lambda *_: pytest.fail("went on"))
+    assert train.main(place.arguments(tmp_path / "run")) == 143
 
 
 def test_real_models_learn_for_a_few_steps(real_models_dir, place, tmp_path):

@@ -67,7 +67,7 @@ def test_teacher_is_bit_for_bit_the_same_after_training(pair):
     framework, before = pair.framework(ALL), digest(pair.teacher)
     optimizer, student_before = torch.optim.AdamW(framework.parameters(), 1e-2), digest(pair.student)
     batch = pair.batch()
-    for step in range(5):
+    for step in range(20):
         optimizer.zero_grad()
         framework.train()(batch, step, measure=step % 2 == 0).loss.backward()
         optimizer.step()

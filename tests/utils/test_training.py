@@ -452,6 +452,11 @@ def test_search_for_a_scale_steps_neither_weights_nor_schedule(tmp_path):
     assert saved.objects["scaler"]["scale"] == 256
     assert saved.objects["scheduler"]["last_epoch"] == 4
     assert (saved.state["guard"]["in_a_row"], saved.state["guard"]["skipped"]) == (0, 8)
+    continued = torch.amp.GradScaler("cpu")
+    accelerator.scaler = module.scaler = continued
+    options["logger"], options["resume_from"] = StepLogger(None, 12, 1, main_process=False), store.newest_whole()
+    result = fit(module, toy_windows(), toy_collate, toy_config(max_steps=12, warmup_ratio=0.25), **options)
+    assert result.steps == result.resumed_from == 12 and continued.get_scale() == 256
 
 
 def test_plan_names_what_may_not_change():
