@@ -50,7 +50,7 @@ from utils import (
     students,
     teachers,
 )
-from utils.cache_building import CacheBuilding, settle, with_cache
+from utils.cache_building import CacheBuilding, settle, with_cache, written
 from utils.checkpoints import CheckpointStore, step_of
 from utils.comparison import compare
 from utils.config import (
@@ -426,11 +426,11 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     without_cache, job = job, with_cache(job, RememberingCollator)
     teacher = load_teacher(job) if job.cache is None else cached_teacher(job, stop)
     if config.cache.build_only:
-        log.info("teacher cache %s is complete: %s", config.cache.folder, job.cache.written)
+        log.info("teacher cache %s is complete: %s", config.cache.folder, written(job))
         return "finished"
     trained = train_student(job, teacher, config.curriculum, output, stop, config.resume)
     if job.cache is not None:
-        log.info("teacher cache: %s", job.cache.written)
+        log.info("teacher cache: %s", written(job))
     results = export(job, asked, trained, output)  # before the comparison, so that a kill there loses nothing
     in_time, main = on_main_process(accelerator, stop.requested) is None, accelerator.is_main_process
     if not in_time and (config.evaluation.without_teacher or config.evaluation.tasks):

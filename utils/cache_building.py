@@ -4,11 +4,13 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from itertools import islice
+from operator import or_
 from typing import Any
 
 import numpy as np
+from accelerate.utils import gather_object
 
 from . import data, pretrained, seeding
 from .errors import UserError
@@ -19,7 +21,7 @@ from .processes import main_process_first
 from .progress import Progress, duration
 from .signal_codec import Codec
 from .stopping import StopSignal
-from .teacher_cache import TeacherCache, open_cache
+from .teacher_cache import TeacherCache, Written, open_cache
 
 log = logging.getLogger(__name__)
 
@@ -89,6 +91,11 @@ def settle(job: Any) -> None:
     if job.cache is not None:
         job.cache.flush()
         job.accelerator.wait_for_everyone()
+
+
+def written(job: Any) -> Written:
+    """What all processes have added to the job's cache; they call this together."""
+    return reduce(or_, gather_object([job.cache.written]))
 
 
 @dataclass(frozen=True)

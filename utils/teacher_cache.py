@@ -48,7 +48,7 @@ MASS_BINS = 10_000
 
 @dataclass
 class Written:
-    """What this process has added in this session."""
+    """What this process has added in this session, or several that worked side by side."""
 
     windows: int = 0
     tokens: float = 0.0  # supervised student tokens; a batch's are shared out evenly
@@ -61,6 +61,10 @@ class Written:
         self.bytes, self.seconds = self.bytes + size, self.seconds + seconds
         kept = np.clip(-np.expm1(said.log_tail.astype(np.float64)), 0, 1)
         self.mass += np.histogram(kept, MASS_BINS, (0, 1))[0]
+
+    def __or__(self, other: "Written") -> "Written":
+        sums = {name: getattr(self, name) + getattr(other, name) for name in ("windows", "tokens", "bytes", "mass")}
+        return Written(**sums, seconds=max(self.seconds, other.seconds))
 
     def __str__(self) -> str:
         if not self.windows:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,12 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import train
 from models.teacher import FrozenTeacher
 from tests.faults.conftest import Place, documents, write_jsonl
 from tests.faults.test_kill import PATIENCE, ROOT, Session, same_outcome, steps_in
+from tests.gloo import launch
 from utils import cache_building
 from utils.logs import read_metrics
 from utils.quickstart import train_tokenizer
@@ -92,6 +95,7 @@ KILLED_WHILE_BUILDING = """
 import os, signal, sys
 import train
 from models.teacher import FrozenTeacher
+from tests.gloo import launch
 from utils import cache_building
 
 cache_building.FLUSH_EVERY = 0  # every batch, as if each took the teacher half a minute
@@ -118,6 +122,22 @@ def test_killed_while_it_is_only_built_a_cache_keeps_what_was_computed_before(pl
     monkeypatch.setattr(FrozenTeacher, "signal", lambda *args: asked.append(args) or answer(*args))
     assert train.main(arguments) == 0
     assert len(asked) == 3 + 16 - 12, "of 3 held-out batches and 16 batches to learn from, 12 were there"
+
+
+def test_two_processes_fill_a_cache_together_and_learn_from_it_what_they_learn_from_the_teacher(place, tmp_path):
+    def two(name: str, *more: str) -> str:
+        arguments = place.arguments(tmp_path / name, *SHORT, "--batch-size", "1", *more)
+        assert launch(2, train.main, arguments) == [0, 0]
+        return (tmp_path / name / "train.log").read_text()
+
+    exact = ("--cache-teacher", str(tmp_path / "cache"), "--set", "cache.storage=float32", "--cache-top-k", "256")
+    two("online")
+    told = re.search(r"is complete: (\d+) windows", two("building", *exact, "--build-cache-only"))[1]
+    held = [safe_open(file, "np").get_slice("keys").get_shape()[0] for file in (tmp_path / "cache/shards").iterdir()]
+    assert len(held) == 4, "of each process one of held-out windows and one to learn from"
+    assert sum(held) == int(told) > 32
+    assert "the teacher is not loaded" in two("reading", *exact)
+    assert losses(tmp_path / "online") == losses(tmp_path / "reading") and len(losses(tmp_path / "online")) == 4
 
 
 def test_a_flipped_bit_is_found_and_that_part_is_built_again(place, cache, tmp_path, capsys):
