@@ -1,7 +1,7 @@
 """What the teacher cache saves, takes and changes.
 
     REAL_MODELS_DIR=... python -m benchmarks.cache
-    REAL_MODELS_DIR=... python -m benchmarks.cache --train 300
+    REAL_MODELS_DIR=... python -m benchmarks.cache --train 300 --pair neo-260k
 
 Steps are forward and backward of the framework, without optimizer, on the same batches; "cached" has its signal
 attached, as a DataLoader's worker does, and what the worker takes is a column of its own. "real" is the pair neo-4096
@@ -14,7 +14,6 @@ teacher's top 256. `--train` trains the real pair for so many steps with the tea
 """
 
 import argparse
-import math
 import os
 import tempfile
 from collections.abc import Callable
@@ -46,6 +45,8 @@ ONLINE_TOP_K = 256
 PEAKED = 12.0
 """Scale of the random teacher's logits."""
 WEIGHTS = CurriculumConfig(kd=Term(0.7), lm=Term(0.3))
+WINDOWS = 8
+"""Of a step of `--train`."""
 LM_ALONE = CurriculumConfig(kd=Term(0.0), lm=Term(1.0))
 CACHES = {
     "64": Codec(0, 64),
@@ -161,48 +162,79 @@ def errors(setting: Setting, name: str, folder: Path, batches: int) -> dict[str,
     }
 
 
-def train(steps: int, size: int, scratch: Path) -> list[list[object]]:
-    """Bits per byte of the real pair on unseen stories, trained with the teacher and with each cache."""
-    pair = quality.Pair("neo-4096", 0.25, scratch)
-    rows, reference = [], math.nan
-    collate = pair.collator(LossConfig().max_depth)
-    for name in ("online", *CACHES):
-        student = pair.student(0)
-        if name == "online":
-            teacher, batched, top_k = pair.teacher, collate, ONLINE_TOP_K
-        else:
-            codec = replace(CACHES[name], vocabulary=len(pair.map.segments))
-            cache = open_cache(CacheConfig(str(scratch / name)), codec, {}, "benchmark", main=True)
-            teacher, batched, top_k = (
-                CachedTeacher(pair.teacher, cache),
-                RememberingCollator(collate, cache),
-                cache.top_k,
-            )
-        loss = LossConfig(top_k=top_k)
-        schedule = CurriculumScheduler(WEIGHTS, loss, steps)
-        framework = DistillationFramework(student, teacher, pair.map, loss, schedule)
-        optimizer = torch.optim.AdamW(framework.parameter_groups(pair.learning_rate, 0.1), betas=(0.9, 0.95))
-        rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, pair.learning_rate, steps)
-        random, order, difference, losses = np.random.default_rng(0), np.zeros(0, dtype=int), 0.0, []
-        student.train()
-        for step in range(steps):
-            if len(order) < size:
-                order = np.append(order, random.permutation(len(pair.windows)))
-            chosen, order = order[:size], order[size:]
-            value = framework(batched([pair.windows[i] for i in chosen]), step).loss
-            value.backward()
-            torch.nn.utils.clip_grad_norm_(framework.parameters(), 1.0)
-            optimizer.step()
-            rate.step()
-            optimizer.zero_grad()
-            losses.append(value.item())
+TRAINED = {
+    # name: what is kept (None: the teacher runs), top k, which run it is compared with
+    "online, 64": (None, 64, "online, 64"),
+    "64": (CACHES["64"], 64, "online, 64"),
+    "online, 256": (None, 256, "online, 256"),
+    "256, float32": (Codec(0, 256, "float32"), 256, "online, 256"),
+    "256": (CACHES["256"], 256, "online, 256"),
+    "adaptive": (CACHES["adaptive"], 256, "online, 256"),
+}
+
+
+def train(pair: quality.Pair, name: str, steps: int, size: int, folder: Path) -> tuple[nn.Module, list[float]]:
+    """(student, loss of every step) of a run of `TRAINED`, on the same batches of `size` windows as every other."""
+    codec, top_k, _ = TRAINED[name]
+    student, loss, teacher = pair.student(0), LossConfig(top_k=top_k), pair.teacher
+    collate = pair.collator(loss.max_depth)
+    if codec is not None:
+        codec = replace(codec, vocabulary=len(pair.map.segments))
+        cache = open_cache(CacheConfig(str(folder)), codec, {}, "benchmark", main=True)
+        teacher, collate = CachedTeacher(teacher, cache), RememberingCollator(collate, cache)
+    framework = DistillationFramework(student, teacher, pair.map, loss, CurriculumScheduler(WEIGHTS, loss, steps))
+    optimizer = torch.optim.AdamW(framework.parameter_groups(pair.learning_rate, 0.1), betas=(0.9, 0.95))
+    rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, pair.learning_rate, steps)
+    random, order, losses = np.random.default_rng(0), np.zeros(0, dtype=int), []
+    student.train()
+    for step in range(steps):
+        if len(order) < size:
+            order = np.append(order, random.permutation(len(pair.windows)))
+        chosen, order = order[:size], order[size:]
+        value = framework(collate([pair.windows[i] for i in chosen]), step).loss
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(framework.parameters(), 1.0)
+        optimizer.step()
+        rate.step()
+        optimizer.zero_grad()
+        losses.append(value.item())
+    return student, losses
+
+
+def trained(pair: quality.Pair, steps: int, size: int, scratch: Path) -> dict[str, dict[str, float]]:
+    """Bits per byte on unseen stories after every run of `TRAINED`, and what the cache has changed."""
+    found: dict[str, dict[str, float]] = {}
+    losses: dict[str, np.ndarray] = {}
+    for name, (_, _, reference) in TRAINED.items():
+        student, values = train(pair, name, steps, size, scratch / name)
+        losses[name] = np.array(values)
         bits = quality.bits_per_byte(student, pair, "student")
-        if name == "online":
-            reference, online = bits, losses
-        difference = float(np.abs(np.array(losses) / np.array(online) - 1).max())
-        rows.append([name, f"{bits:.4f}", f"{bits / reference - 1:+.2%}", f"{difference:.2%}"])
-        print(rows[-1], flush=True)
-    return rows
+        found[name] = {
+            "bits_per_byte": bits,
+            "against": bits / (found[reference]["bits_per_byte"] if reference in found else bits) - 1,
+            "loss": float(np.abs(losses[name] / losses[reference] - 1).max()),
+        }
+        print(name, found[name], flush=True)
+    return found
+
+
+def measured(repeats: int, scratch: Path) -> dict[str, dict[str, float]]:
+    """Prints the tables of steps and of errors; returns what is in them."""
+    content, timed, sizes = {}, [], []
+    for name, setting in (("real, 4 x 256", real(4)), ("tiny bodies, 1 x 512", tiny_bodies(512))):
+        found = content[name] = steps(setting, Path(scratch, name, "steps"), repeats)
+        columns = ("LM only", "cached", "online", "collate", "and read")
+        timed.append([name, *(f"{found[c]:.3f}" for c in columns), f"{found['ratio']:.2f}"])
+        for cache in CACHES:
+            size = content[f"{name}: {cache}"] = errors(setting, cache, Path(scratch, name, cache), 4)
+            shares = [f"{size[c]:.2%}" for c in ("mass", "worst")]
+            kd = [f"{size[c]:+.2%}" for c in ("kd 1", "kd 2", "kd 4")]
+            numbers = [f"{size['bytes']:.1f}", f"{size['error']:.4f}", f"{size['weighted']:.4f}"]
+            sizes.append([name, cache, *numbers, *shares, *kd])
+    print(table(["s a step", "LM only", "cached", "online", "collate", "collate and read", "cached / LM only"], timed))
+    header = ["", "top k", "bytes/student token", "mean error, nats", "by probability"]
+    print("\n" + table([*header, "mass kept", "worst 1 % of rows", "KD, T 1", "T 2", "T 4"], sizes))
+    return content
 
 
 def main() -> None:
@@ -210,6 +242,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--train", type=int, default=0, metavar="STEPS")
+    parser.add_argument("--pair", choices=sorted(quality.PAIRS), default="neo-260k", help="of --train")
+    parser.add_argument("--share", type=float, default=0.25, help="of the stories, for --train")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if not quality.DATA.name or not quality.DATA.is_dir():
@@ -218,30 +252,28 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    where, content = machine(CPU, args.threads), {}
+    where = machine(CPU, args.threads)
     print(describe(where) + "\n", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         if args.train:
-            rows = train(args.train, 8, Path(scratch))
-            header = ["teacher", "bits/byte, unseen", "against online", "largest difference of a step's loss"]
+            pair = quality.Pair(args.pair, args.share, Path(scratch))
+            content = {"pair": args.pair, "share": args.share, "steps": args.train, "windows": len(pair.windows)}
+            print(f"{args.pair}: {len(pair.windows):,} windows, {args.train} steps of {WINDOWS}", flush=True)
+            content["trained"] = trained(pair, args.train, WINDOWS, Path(scratch))
+            header = [
+                "teacher",
+                "compared with",
+                "bits/byte, unseen",
+                "against it",
+                "largest difference of a step's loss",
+            ]
+            rows = [
+                [name, TRAINED[name][2], f"{run['bits_per_byte']:.4f}", f"{run['against']:+.2%}", f"{run['loss']:.1e}"]
+                for name, run in content["trained"].items()
+            ]
             print("\n" + table(header, rows))
-            return
-        timed, measured = [], []
-        for name, setting in (("real, 4 x 256", real(4)), ("tiny bodies, 1 x 512", tiny_bodies(512))):
-            found = content[name] = steps(setting, Path(scratch, name, "steps"), args.repeats)
-            columns = ("LM only", "cached", "online", "collate", "and read")
-            timed.append([name, *(f"{found[c]:.3f}" for c in columns), f"{found['ratio']:.2f}"])
-            for cache in CACHES:
-                size = content[f"{name}: {cache}"] = errors(setting, cache, Path(scratch, name, cache), 4)
-                shares = [f"{size[c]:.2%}" for c in ("mass", "worst")]
-                kd = [f"{size[c]:+.2%}" for c in ("kd 1", "kd 2", "kd 4")]
-                numbers = [f"{size['bytes']:.1f}", f"{size['error']:.4f}", f"{size['weighted']:.4f}"]
-                measured.append([name, cache, *numbers, *shares, *kd])
-        print(
-            table(["s a step", "LM only", "cached", "online", "collate", "collate and read", "cached / LM only"], timed)
-        )
-        header = ["", "top k", "bytes/student token", "mean error, nats", "by probability"]
-        print("\n" + table([*header, "mass kept", "worst 1 % of rows", "KD, T 1", "T 2", "T 4"], measured))
+        else:
+            content = measured(args.repeats, Path(scratch))
     if args.out:
         write(args.out, {"machine": where, **content})
 

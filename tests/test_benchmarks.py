@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cache, measure, peers, step_time
+from benchmarks import cache, measure, peers, quality, step_time
 from models.config import LossConfig
 
 CPU = torch.device("cpu")
+EXACT = ("online, 256", "256, float32")
 
 
 @pytest.mark.parametrize("name", ["plain", "fused", "plain-full"])
@@ -61,3 +62,12 @@ def test_the_cache_benchmark_sees_what_a_cache_changes_and_what_it_does_not(tmp_
     assert exact["kd 1"] < 0 and abs(exact["kd 1"] - compact["kd 1"]) < 1e-3
     assert compact["bytes"] < 0.6 * exact["bytes"] and compact["worst"] <= compact["mass"] < 1
     assert cache.steps(setting, tmp_path / "steps", 1).keys() >= {"LM only", "cached", "online", "ratio"}
+
+
+def test_a_real_pair_learns_the_same_from_a_cache_as_from_the_running_teacher(real_models_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(quality, "stories", lambda share, all_of=quality.stories: (all_of(share)[0][:40], []))
+    pair = quality.Pair("neo-260k", 0.01, tmp_path)
+    losses = {name: cache.train(pair, name, 3, 2, tmp_path / name)[1] for name in ("online, 64", "64", *EXACT)}
+    assert losses["256, float32"] == losses["online, 256"]
+    off = {name: np.abs(np.subtract(losses["64"], losses[f"online, {name}"])).max() for name in (64, 256)}
+    assert 0 < off[64] < 1e-3 < off[256], "of the running teacher with as many outcomes, and of another loss"
