@@ -154,7 +154,8 @@ class PairedBatch(_Movable):
             labels, eot = self.teacher_labels, self.end_of_text[1]
         inputs = {"input_ids": ids, "attention_mask": mask}
         if source is not None:
-            inputs = {"input_ids": source.ids, "attention_mask": source.mask, "decoder_input_ids": ids}
+            mask = torch.ones_like(source.ids) if source.mask is None else source.mask
+            inputs = {"input_ids": source.ids, "attention_mask": mask, "decoder_input_ids": ids}
         return inputs, labels if eot is None else labels.masked_fill(labels == eot, IGNORE)
 
 
