@@ -180,7 +180,8 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         windows = data.make_windows(corpus.train, encoder.windows, encoder.fingerprint, workers)
         held_out = data.make_windows(corpus.eval, encoder.windows, encoder.fingerprint, workers)
     log.info("documents: %s", ", ".join(f"{name} {count:,}" for name, count in corpus.report.items()))
-    data.warn_of_left_out(windows)
+    data.warn_of_left_out(windows, "training")
+    data.warn_of_left_out(held_out, "held-out")
     if config.loss.correction == "channel":
         chosen = permutation(len(windows), 0, 0)[:CHANNEL_WINDOWS].tolist()
         vocabulary = vocabulary.with_channel(count_channel([windows[i] for i in chosen]))

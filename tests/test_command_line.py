@@ -200,6 +200,12 @@ def test_contradictions_are_refused(words, message):
     assert message in refused(*words)
 
 
+def test_a_wrong_section_hides_nothing_that_was_given():
+    """A student was given, by the recipe or by a flag, and so none is asked for."""
+    for words in (["--merge-lora"], ["--lora", "--student-init", "random", "--student", "some/one"]):
+        assert refused(*words).count("  - ") == 1 and "no student" not in refused(*words)
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid_and_survives_being_written_down(recipe):
     config, _ = train.configure(["--config", recipe.stem])

@@ -188,7 +188,7 @@ def parser() -> argparse.ArgumentParser:
     """The parser, for `parse` and for documentation."""
     made = _Parser(
         prog="train.py",
-        description="Teach a small causal language model from a large one, also across tokenizers.",
+        description="Teach a small language model from a large one, also across tokenizers.",
         epilog=EPILOG,
         allow_abbrev=False,
         add_help=False,

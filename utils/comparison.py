@@ -152,13 +152,15 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def result_table(runs: Sequence[Run]) -> Table:
-    """A row for each run: change against the first one, share of the gap to the teacher closed; 80 columns wide."""
+    """A row for each run: share of the gap to the teacher closed and, where the runs are measured on the same text,
+    change against the first one, with the best one in bold; 80 columns wide."""
     table = _table("Bits per byte on unseen text")
     table.add_column("run", overflow="fold", min_width=12)
     table.add_column("state", no_wrap=True)
     for column in ("step", "student", "change", "teacher", "closed", "time"):
         table.add_column(column, justify="right", no_wrap=True)
     first, least = runs[0].bits("student"), min((bits for run in runs if (bits := run.bits("student"))), default=None)
+    alike = len({*_sizes(runs).values()}) <= 1
     for run in runs:
         bits, seconds = run.bits("student"), run.report.get("run", {}).get("seconds")
         table.add_row(
@@ -166,11 +168,11 @@ def result_table(runs: Sequence[Run]) -> Table:
             run.state,
             f"{run.step:,}" + ("" if run.report else f" ({run.progress:.0%})"),
             figure(bits),
-            "" if run is runs[0] or None in (bits, first) else f"{bits / first - 1:+.1%}",
+            f"{bits / first - 1:+.1%}" if alike and run is not runs[0] and None not in (bits, first) else "",
             figure(run.bits("teacher")),
             percent((run.report.get("retention") or {}).get("gap_closed")),
             "-" if seconds is None else tqdm.format_interval(seconds),
-            style="bold" if bits is not None and bits == least else None,
+            style="bold" if alike and bits is not None and bits == least else None,
         )
     return table
 
@@ -205,7 +207,7 @@ def _table(title: str) -> Table:
 
 def notes(runs: Sequence[Run]) -> Iterable[str]:
     """What makes figures of these runs incomparable."""
-    sizes = {run.name: run.scored_bytes for run in runs if run.scored_bytes is not None}
+    sizes = _sizes(runs)
     if len({*sizes.values()}) > 1:
         told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         yield f"The runs are measured on different text (bytes: {told}): their bits per byte do not compare."
@@ -213,6 +215,11 @@ def notes(runs: Sequence[Run]) -> Iterable[str]:
         yield f"Without an evaluation so far: {', '.join(silent)}."
     if unknown := [run.name for run in runs if not run.settings]:
         yield f"Without a config.yaml, so with unknown settings: {', '.join(unknown)}."
+
+
+def _sizes(runs: Sequence[Run]) -> dict[str, int]:
+    """Bytes that each run is measured on; different ones mean different text."""
+    return {run.name: run.scored_bytes for run in runs if run.scored_bytes is not None}
 
 
 def draw(path: Path, runs: Sequence[Run]) -> None:
@@ -242,11 +249,15 @@ def _finish(panel: Axes, runs: Sequence[Run], name: str) -> None:
     panel.set_xlabel(name)
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-    levels = {round(bits, 2): bits for run in runs if (bits := run.bits("teacher")) is not None}
-    for level in levels.values():
+    levels: dict[float, list[Run]] = {}
+    for run in runs:
+        if (bits := run.bits("teacher")) is not None:
+            levels.setdefault(round(bits, 2), []).append(run)
+    for those in levels.values():
+        level, whose = those[0].bits("teacher"), f" of {', '.join(run.name for run in those)}" * (len(levels) > 1)
         panel.axhline(level, color="#888888", linestyle=(0, (5, 3)), linewidth=1.2)
         panel.annotate(
-            f"teacher  {level:.3f}",
+            f"teacher{whose}  {level:.3f}",
             (0.985, level),
             xycoords=panel.get_yaxis_transform(),
             xytext=(0, 3),

@@ -84,12 +84,6 @@ class StudentConfig:
     allow_pickle: bool = False
     """As for the teacher."""
 
-    def __post_init__(self) -> None:
-        if self.lora.enabled and self.init == "random":
-            raise ValueError("lora adapts trained weights, and init is random: leave out --lora or the random start")
-        if self.lora.merge and not self.lora.enabled:
-            raise ValueError("lora.merge is for a student with an adapter: give --lora too")
-
 
 @dataclass(frozen=True)
 class DataConfig:

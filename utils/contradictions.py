@@ -18,6 +18,10 @@ def contradictions(config: Any, heads: Sequence[str]) -> list[str]:
         wrong.append("no student: give --student ID or DIR")
     if config.student.lora.enabled and config.student.name in NAMES:
         wrong.append("--lora adapts trained weights, and the embedded student has none: give --student ID or DIR")
+    if config.student.lora.enabled and config.student.init == "random":
+        wrong.append("lora adapts trained weights, and init is random: leave out --lora or the random start")
+    if config.student.lora.merge and not config.student.lora.enabled:
+        wrong.append("lora.merge is for a student with an adapter: give --lora too")
     if not config.data.train:
         wrong.append("no training data: give --train-data")
     used = config.curriculum.used()

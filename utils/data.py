@@ -323,17 +323,20 @@ def window_key(window: dict[str, Any]) -> bytes:
     return content.digest()
 
 
-def warn_of_left_out(windows: datasets.Dataset) -> None:
-    """Say how much text is in no window: column `left_out` beside `bytes`. Above `MOST_LEFT_OUT` it is a warning."""
+def warn_of_left_out(windows: datasets.Dataset, kind: str) -> None:
+    """Say how much text of a kind (training, held-out) is in no window: column `left_out` beside `bytes`.
+
+    Above `MOST_LEFT_OUT` it is a warning.
+    """
     left_out, used = (int(np.sum(windows[name][:])) for name in ("left_out", "bytes"))
     if left_out:
         share = left_out / (left_out + used)
         log.log(
             logging.WARNING if share > MOST_LEFT_OUT else logging.INFO,
-            "%s bytes of the training text (%.2f %%) are left out, because they do not fit into a window: the end of a "
+            "%s bytes of the %s text (%.2f %%) are left out, because they do not fit into a window: the end of a "
             "longer conversation or what answers a longer prompt (raise --max-length), or text without a common "
             "boundary of the two tokenizers",
-            f"{left_out:,}", 100 * share,
+            f"{left_out:,}", kind, 100 * share,
         )  # fmt: skip
 
 

@@ -49,6 +49,8 @@ _COLOURS = {
     "teacher": "#009E73",
     "initial_student": "#888888",
 }
+_MEASURED_ONLY = {"linestyle": (0, (1, 1.6)), "linewidth": 1.4, "alpha": 0.6}
+"""Of a term that never weighs anything: it is measured, and nothing is learned from it."""
 _EVALUATION_LINE = {"marker": "o", "markersize": 3.5, "linewidth": 1.8}
 STYLE = {
     "font.size": 10,
@@ -170,14 +172,19 @@ def _draw_losses(panel: Axes, steps: Records) -> None:
     panel.set_title("Loss terms")
     if not steps:
         return _say_empty(panel)
-    x = [record["step"] for record in steps]
+    x, unlearned = [record["step"] for record in steps], False
     for name in _terms(steps):
         raw, weighted = (_series(steps, "terms", name, key) for key in ("raw", "weighted"))
-        panel.plot(x, raw, color=_COLOURS.get(name), label=_TERM_NAMES.get(name, name), **_marker(x))
+        learned = any(value > 0 for value in _series(steps, "terms", name, "weight"))
+        look = _marker(x) if learned else _MEASURED_ONLY
+        panel.plot(x, raw, color=_COLOURS.get(name), label=_TERM_NAMES.get(name, name), **look)
+        unlearned |= not learned
         if any(value > 0 for value in weighted if not math.isnan(value)):
             panel.plot(x, weighted, color=_COLOURS.get(name), linestyle=(0, (3, 2)), linewidth=1.2)
     panel.plot(x, _series(steps, "loss"), color="#222222", linewidth=2.2, label="total", **_marker(x))
     panel.plot([], [], color="#777777", linestyle=(0, (3, 2)), linewidth=1.2, label="weighted")
+    if unlearned:
+        panel.plot([], [], color="#777777", label="weight 0", **_MEASURED_ONLY)
     _logarithmic_if_wide(panel, rows=math.ceil(len(panel.get_legend_handles_labels()[0]) / 4))
     panel.legend(ncols=4, loc="upper right", fontsize=8.5)
 

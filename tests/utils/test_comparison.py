@@ -11,7 +11,7 @@ import train
 from tests.utils.test_logs import evaluation_at, record_at
 from tests.utils.test_report import RESULTS, scores
 from utils import logs
-from utils.comparison import PICTURE, compare, differing_settings, read_runs
+from utils.comparison import PICTURE, compare, differing_settings, read_runs, result_table
 from utils.errors import UserError
 
 
@@ -62,10 +62,15 @@ def test_the_table_has_figures_states_and_changes(place, tmp_path, capsys):
     assert picture.shape[1] > 1200 and picture[..., :3].std() > 0.02
 
 
-def test_the_picture_is_over_steps_and_over_tokens_and_marks_what_is_unfinished(place, tmp_path, monkeypatch):
-    drawn: list[Figure] = []
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    figures: list[Figure] = []
     saved = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (drawn.append(self), saved(self, *a, **k))[1])
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), saved(self, *a, **k))[1])
+    return figures
+
+
+def test_the_picture_is_over_steps_and_over_tokens_and_marks_what_is_unfinished(place, tmp_path, drawn):
     compare([place("a", 1.0), place("b", 1.0, step=500, finished=False)], tmp_path)
     steps, tokens = drawn[0].axes
     a, b = (line for line in steps.get_lines() if len(line.get_xdata()) == 2 and line.get_marker() == "o")
@@ -88,6 +93,26 @@ def test_what_makes_figures_incomparable_is_said(place, tmp_path, capsys):
     compare([place("a", 1.0), place("b", 1.0, size=5000)], tmp_path)
     said = " ".join(capsys.readouterr().out.split())
     assert "measured on different text (bytes: a 4,000, b 5,000)" in said and "unknown settings: a, b" in said
+
+
+def test_on_different_texts_no_run_is_better_than_another(place):
+    same, other = [place("a", 1.0), place("b", 0.9)], place("c", 0.5, size=5000)
+
+    def best_and_changes(folders) -> tuple[list[int], list[str]]:
+        table = result_table(read_runs(folders))
+        (changes,) = [[*column.cells] for column in table.columns if column.header == "change"]
+        return [number for number, row in enumerate(table.rows) if row.style == "bold"], changes
+
+    assert best_and_changes(same) == ([1], ["", "-10.0%"])
+    assert best_and_changes([*same, other]) == ([], ["", "", ""])
+
+
+def test_each_teachers_line_tells_whose_it_is(place, tmp_path, drawn):
+    folders = [place(name, 1.0) for name in "abc"]
+    report = tmp_path / "runs" / "b" / "evaluation_report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"teacher": scores(0.6, 9)}))
+    compare(folders, tmp_path)
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["teacher of a, c  0.800", "teacher of b  0.600"]
 
 
 def test_a_report_that_the_run_has_left_behind_is_not_taken(place):

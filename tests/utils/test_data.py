@@ -477,5 +477,6 @@ def test_a_document_start_that_is_no_regular_expression_is_refused(tmp_path):
 def test_text_in_no_window_is_told_and_much_of_it_is_a_warning(left_out, level, caplog):
     table = datasets.Dataset.from_dict({"bytes": [600, 399], "left_out": [0, left_out]}).with_format("numpy")
     with caplog.at_level("INFO"):
-        data.warn_of_left_out(table)
+        data.warn_of_left_out(table, "held-out")
     assert [record.levelname for record in caplog.records] == ([level] if level else [])
+    assert all("bytes of the held-out text" in record.getMessage() for record in caplog.records)

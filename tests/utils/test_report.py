@@ -91,8 +91,13 @@ def test_the_picture_has_terms_weights_schedule_and_levels(tmp_path, figures):
     draw_curves(tmp_path / "a.png", run(kd=0.7, lm=0.3, feat=0.0), RESULTS, run(lm=1.0))
     losses, evaluation, weights, rate = figures[0].axes[:4]
     texts = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in (losses, weights, rate)]
-    assert texts[0] == ["KD", "LM", "feature", "total", "weighted"] and texts[1] == ["KD", "LM"]
+    assert texts[0] == ["KD", "LM", "feature", "total", "weighted", "weight 0"] and texts[1] == ["KD", "LM"]
     assert texts[2] == ["learning rate", "gradient norm (right)"]
+    lines = {line.get_label(): line for line in losses.get_lines()}
+    faint = [name for name in ("KD", "LM", "feature", "total") if lines[name].get_linestyle() != "-"]
+    assert faint == ["feature"] and lines["feature"].get_alpha() < 1
+    draw_curves(tmp_path / "b.png", run(kd=0.7, lm=0.3))
+    assert "weight 0" not in [text.get_text() for text in figures[1].axes[0].get_legend().get_texts()]
     labels = [text.get_text() for text in [*evaluation.texts, *evaluation.get_legend().get_texts()]]
     for part in ("Teacher  0.800", "Student before training  2.800", "Distilled", "without the teacher"):
         assert any(part in label for label in labels)
