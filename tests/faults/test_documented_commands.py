@@ -4,10 +4,12 @@ In this process, for two steps, with tiny models, texts and folders in place of 
 on one machine without network and GPU is in `PARSED_ONLY`, with what it needs, and is configured only.
 """
 
+import importlib
 import json
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,8 +20,9 @@ from accelerate.commands.launch import launch_command_parser
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
+from benchmarks import memory_forecast
 from tests.faults.conftest import Place, documents, write_jsonl
-from tests.test_docs import PROSE
+from tests.test_docs import BENCHMARK, PROSE
 from utils import command_line, memory, report
 from utils.config import load_yaml
 from utils.logs import read_metrics
@@ -216,3 +219,26 @@ def test_the_checklist_is_documented_as_it_is_tested():
     """`tests/test_verify_fixes.py` runs it without a word, and with the flags of a run."""
     lines = [line for text in TEXT.values() for line in re.findall(r"python verify_fixes\.py([^`\n#]*)", text)]
     assert len(lines) >= 3 and not "".join(lines).strip()
+
+
+TINY = {
+    "alignment": "--teacher {place.teacher} --student {place.student} --text {place.text}",
+    "memory_forecast": "",
+    "step_time": "--shape tiny --teacher-vocabulary 3000 --student-vocabulary 1000 --length 32 --repeats 1",
+    "top_k": "--rows 4 --vocabulary 3000 --top-k 8 --repeats 1",
+}
+"""Benchmark -> flags that make it small. The others take minutes, real models or several processes at any size."""
+SLOW = {"step_time": [pytest.mark.slow]}  # its forecast is of full models, however small what it measures
+MEASURED = dict.fromkeys((name, words.strip()) for text in TEXT.values() for name, words in BENCHMARK.findall(text))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [pytest.param(*call, marks=SLOW.get(call[0], ())) for call in MEASURED if call[0] in TINY]
+)
+def test_a_small_benchmark_runs(name, words, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(memory_forecast, "ROWS", memory_forecast.ROWS[:1])
+    words = words.replace("--picture FILE", "--picture drawn.svg")
+    monkeypatch.setattr(sys, "argv", [name, *shlex.split(words), *shlex.split(TINY[name].format(place=place))])
+    importlib.import_module(f"benchmarks.{name}").main()
+    assert "|" in capsys.readouterr().out
