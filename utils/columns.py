@@ -62,6 +62,11 @@ class Conversation(NamedTuple):
         return json.dumps(kept, ensure_ascii=False) if learned else ""
 
 
+def said(conversation: str) -> str:
+    """What the messages of a conversation, as `Conversation.text` writes it, say."""
+    return "".join(message["content"] for message in json.loads(conversation))
+
+
 @dataclass(frozen=True)
 class Columns:
     """Which columns hold a document: one of messages, or a prompt and its completion, or one of text; whichever of

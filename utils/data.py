@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from . import seeding, sources
-from .columns import Columns, Conversation, as_text
+from .columns import Columns, Conversation, as_text, said
 from .config import DataConfig
 from .errors import UserError
 
@@ -47,7 +47,7 @@ class Corpus:
     """Whether every document is a conversation: a JSON list of `{"role", "content"}`; else every one is plain text."""
     report: dict[str, int]
     """Documents read, empty, duplicate, in_eval (dropped from training because evaluation has them), train, eval;
-    train_bytes and eval_bytes, UTF-8."""
+    train_bytes and eval_bytes, UTF-8, of conversations what their messages say."""
 
 
 # ---------------------------------------------------------------- documents
@@ -83,7 +83,8 @@ def load_documents(config: DataConfig) -> Corpus:
                 f"Every one of the {len(documents)} training documents is also in the evaluation data {config.eval}. "
                 "Give other evaluation data, or none: then a part of the training documents is held out."
             )
-    report |= {"train": len(train), "eval": len(held_out), "train_bytes": _bytes(train), "eval_bytes": _bytes(held_out)}
+    for name, side in (("train", train), ("eval", held_out)):
+        report |= {name: len(side), f"{name}_bytes": _bytes(map(said, side) if True in kinds else side)}
     return Corpus(train, held_out, True in kinds, report)
 
 
@@ -334,8 +335,8 @@ def warn_of_left_out(windows: datasets.Dataset, kind: str) -> None:
         log.log(
             logging.WARNING if share > MOST_LEFT_OUT else logging.INFO,
             "%s bytes of the %s text (%.2f %%) are left out, because they do not fit into a window: the end of a "
-            "longer conversation or what answers a longer prompt (raise --max-length), or text without a common "
-            "boundary of the two tokenizers",
+            "longer conversation or what answers a longer prompt (a higher --max-length helps as far as both models "
+            "read that much at once), or text without a common boundary of the two tokenizers",
             f"{left_out:,}", kind, 100 * share,
         )  # fmt: skip
 

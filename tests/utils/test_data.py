@@ -89,6 +89,16 @@ def error(path: Path, **settings) -> str:
     return str(caught.value)
 
 
+def test_of_conversations_only_what_is_said_counts_as_text(tmp_path):
+    path = tmp_path / "a.jsonl"
+    rows = [{"prompt": f"“{i}”?", "completion": 'é "quoted"'} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = load(path).report
+    assert report["train_bytes"] + report["eval_bytes"] == sum(
+        len(text.encode()) for row in rows for text in row.values()
+    )
+
+
 def test_conversations_in_which_nobody_answers_are_told_as_such(tmp_path):
     path = tmp_path / "a.jsonl"
     says = [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "hello"}]
