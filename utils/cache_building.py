@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, reduce
+from functools import cached_property, partial, reduce
 from itertools import islice
 from operator import or_
 from typing import Any
@@ -56,7 +56,9 @@ def with_cache(job: Any, remember: Callable[..., Any]) -> Any:
     codec = Codec(len(job.vocabulary.segments), config.cache.top_k, config.cache.storage)
     _warn_of_top_k(config, codec)
     text, main = job.fingerprint["training_text"], job.accelerator.is_main_process
-    cache = main_process_first(job.accelerator, lambda: open_cache(config.cache, codec, identity, text, main=main))
+    names = {"teacher": config.teacher.name, "student": config.student.name, "max_length": config.data.max_length}
+    opened = partial(open_cache, config.cache, codec, identity, text, main=main, asked=names)
+    cache = main_process_first(job.accelerator, opened)
     return replace(
         job,
         config=replace(config, loss=replace(config.loss, top_k=cache.top_k)),

@@ -240,7 +240,13 @@ class TeacherCache:
 
 
 def open_cache(
-    config: CacheConfig, codec: Codec, identity: Mapping[str, str], text: str, *, main: bool
+    config: CacheConfig,
+    codec: Codec,
+    identity: Mapping[str, str],
+    text: str,
+    *,
+    main: bool,
+    asked: Mapping[str, Any] | None = None,
 ) -> TeacherCache:
     """The cache in a folder, checked to be that of this teacher, these tokenizers and this text; made if there is none.
 
@@ -250,6 +256,7 @@ def open_cache(
         identity: what signals depend on: fingerprints of the teacher's weights, the tokenizers and so on.
         text: fingerprint of the training text.
         main: whether this is the process that checks and writes, before the others.
+        asked: settings that explain a difference of fingerprints, such as names; never a reason to refuse.
 
     Raises:
         UserError: the cache was built from something else, or is damaged and may not be written to.
@@ -260,26 +267,27 @@ def open_cache(
     if main:
         with _told(folder, 0):
             if not (folder / MANIFEST).exists():
-                _create(folder, here, text)
-        _check(folder, here, text, config.accept_mismatch)
+                _create(folder, here, text, asked or {})
+        _check(folder, here, text, asked or {}, config.accept_mismatch)
         _remove_damaged(folder)
     return TeacherCache(folder, codec, identity)
 
 
-def _create(folder: Path, here: Mapping[str, Any], text: str) -> None:
+def _create(folder: Path, here: Mapping[str, Any], text: str, asked: Mapping[str, Any]) -> None:
     if folder.is_dir() and any((folder / SHARDS).glob("*.safetensors")):
         raise UserError(
             f"teacher cache {folder}: there are shards and no {MANIFEST}, so that nothing tells what they were made "
             "from. Give another --cache-teacher DIR, or delete this one."
         )
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / MANIFEST, {"format": FORMAT, "built_from": dict(here), "texts": [text]})
+    write_json(folder / MANIFEST, {"format": FORMAT, "built_from": dict(here), "texts": [text], "asked": dict(asked)})
 
 
-def _check(folder: Path, here: Mapping[str, Any], text: str, accept: bool) -> None:
+def _check(folder: Path, here: Mapping[str, Any], text: str, asked: Mapping[str, Any], accept: bool) -> None:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         there, texts, version = dict(manifest["built_from"]), list(manifest["texts"]), manifest["format"]
+        then = dict(manifest.get("asked", {}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"teacher cache {folder}: {MANIFEST} cannot be read ({type(error).__name__}). "
@@ -290,7 +298,8 @@ def _check(folder: Path, here: Mapping[str, Any], text: str, accept: bool) -> No
     differing = {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}
     if not differing:
         return
-    lines = "".join(f"\n  - {key}: {was} -> {now}" for key, (was, now) in differing.items())
+    told = differing | {f"asked for {k}": (was, asked[k]) for k, was in then.items() if was != asked.get(k, was)}
+    lines = "".join(f"\n  - {key}: {was} -> {now}" for key, (was, now) in told.items())
     if not accept or not differing.keys() <= OVERRIDABLE:
         override = "--cache-accept-mismatch uses it all the same; missing windows are added."
         if not differing.keys() <= OVERRIDABLE:

@@ -169,6 +169,8 @@ def test_a_cache_of_another_tokenizer_is_refused(place, cache, tmp_path, capsys)
     train_tokenizer(documents(90, seed=5), 280).save_pretrained(other)
     assert run(place, tmp_path / "run", cache, "--student", str(other), "--cache-accept-mismatch") == 2
     refused(capsys, "- tokenizers_and_length: ", "- vocabulary_map: ", "overrules teacher, teacher_dtype, text only")
+    assert run(place, tmp_path / "run", cache, "--student", str(other), "--max-length", "32") == 2
+    refused(capsys, f"- asked for student: {place.student} -> {other}", "- asked for max_length: 64 -> 32")
 
 
 def test_a_cache_of_another_text_is_refused_and_can_be_added_to(place, cache, tmp_path, capsys):

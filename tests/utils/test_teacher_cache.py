@@ -165,6 +165,19 @@ def test_a_cache_of_something_else_is_refused_with_the_difference_and_the_flag(t
             opened(tmp_path, accept=True, **differing)
 
 
+def test_what_was_asked_for_explains_a_difference_and_is_none(tmp_path):
+    def asks(place, codec=CODEC, **asked):
+        return open_cache(CacheConfig(str(place)), codec, IDENTITY, "text", main=True, asked=asked)
+
+    asks(tmp_path, student="a", max_length=64)
+    asks(tmp_path, student="where it is now", max_length=64)
+    with pytest.raises(UserError, match=r"- top_k: 8 -> 4\n  - asked for student: a -> b\nExpected"):
+        asks(tmp_path, replace(CODEC, top_k=4), student="b", max_length=64)
+    file = tmp_path / "manifest.json"  # of before this was noted
+    file.write_text(json.dumps({k: v for k, v in json.loads(file.read_text()).items() if k != "asked"}))
+    asks(tmp_path, student="b")
+
+
 def test_a_text_that_was_accepted_once_is_known(tmp_path):
     opened(tmp_path)
     opened(tmp_path, text="second", accept=True)
