@@ -41,6 +41,7 @@ from utils import (
     forecast,
     hardware,
     hub,
+    loading,
     memory,
     pretrained,
     quickstart,
@@ -294,7 +295,7 @@ def train_student(
         framework = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)
         if resume_from is None and framework.router is not None:
             shape = (config.router.calibration_windows, config.training.batch_size, config.training.seed)
-            batches = data.some_batches(job.windows, job.collate, *shape)
+            batches = loading.some_batches(job.windows, job.collate, *shape)
             framework.calibrate([batch.to(accelerator.device) for batch in batches])
 
     def evaluate(step: int) -> dict[str, Any]:

@@ -27,7 +27,7 @@ FLOORS = {
         | {"checklist", "environment", "families", "forecast", "endings", "sharding", "signal_codec"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}
         | {"tracking", "engines", "student_use"},
-        {"memory", "contradictions", "zero"},
+        {"memory", "contradictions", "zero", "loading"},
         {"plan", "held_out", "preflight", "miniature", "pictures", "adapters"}
         | {"model_card", "hub", "benchmark_tasks"},
         {"requirements", "students", "run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"}

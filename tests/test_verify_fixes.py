@@ -21,7 +21,7 @@ from models.config import CurriculumConfig, Term
 from models.outputs import IGNORE
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from models.teacher import FrozenTeacher
-from utils import checklist, data, environment, evaluation, forecast, hardware, preflight, rehearsal
+from utils import checklist, data, environment, evaluation, forecast, hardware, loading, preflight, rehearsal
 from utils.environment import Package
 from utils.stopping import EarlyStopping
 
@@ -327,13 +327,13 @@ def plant_no_anchors(monkeypatch):
 
 
 def plant_repeating_loader(monkeypatch):
-    sound = data.step_batches
+    sound = loading.step_batches
 
     def repeating(*args, **options):
         batches = list(sound(*args, **options))
         return iter([batches[0], *batches[:-1]])
 
-    monkeypatch.setattr(data, "step_batches", repeating)
+    monkeypatch.setattr(loading, "step_batches", repeating)
 
 
 def plant_leaking_split(monkeypatch):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from . import data, pretrained, seeding
+from . import loading, pretrained, seeding
 from .errors import UserError
 from .forecast import free_disk
 from .held_out import HeldOut
@@ -217,9 +217,9 @@ class CacheBuilding:
         """This process's batches of the first epoch, as training would meet them: the signals are then the same."""
         plan, epoch = self.plan, min(self.plan.total_steps, self.plan.steps_per_epoch)
         sizes = {"global_batch": plan.global_batch, "micro_batch": plan.micro_batch, "processes": plan.processes}
-        count = sum(data.micro_batches_in_step(plan.windows, step, **sizes) for step in range(epoch))
+        count = sum(loading.micro_batches_in_step(plan.windows, step, **sizes) for step in range(epoch))
         rank = self.held_out.accelerator.process_index
-        return list(islice(data.step_batches(plan.windows, **sizes, rank=rank, seed=self.seed, epoch=0), count))
+        return list(islice(loading.step_batches(plan.windows, **sizes, rank=rank, seed=self.seed, epoch=0), count))
 
     def _fill(
         self,
@@ -235,7 +235,7 @@ class CacheBuilding:
         todo = [batch for batch in batches if batch and not cache.holds([keys[i] for i in batch])]
         flushed = time.monotonic()
         progress = Progress(len(todo), unit="batch") if accelerator.is_main_process and todo else None
-        for done, batch in enumerate(data.loader(windows, todo, collate, self.num_workers), start=1):
+        for done, batch in enumerate(loading.loader(windows, todo, collate, self.num_workers), start=1):
             compute(batch.to(accelerator.device))
             if stop.requested():
                 break

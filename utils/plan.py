@@ -20,7 +20,7 @@ from accelerate.utils import (
 from torch import nn
 from transformers import get_scheduler
 
-from . import data, tracking, zero
+from . import loading, tracking, zero
 from .config import TrainingConfig
 from .engines import Engine, FullySharded
 from .errors import UserError
@@ -47,7 +47,7 @@ class Plan:
     def of(cls, config: TrainingConfig, windows: int, processes: int = 1) -> "Plan":
         """The plan of a configuration for so many windows."""
         global_batch = config.batch_size * config.gradient_accumulation_steps * processes
-        steps = config.max_steps or config.epochs * data.steps_per_epoch(windows, global_batch)
+        steps = config.max_steps or config.epochs * loading.steps_per_epoch(windows, global_batch)
         return cls(windows, config.batch_size, global_batch, processes, steps)
 
     @property
@@ -61,7 +61,7 @@ class Plan:
 
     @property
     def steps_per_epoch(self) -> int:
-        return data.steps_per_epoch(self.windows, self.global_batch)
+        return loading.steps_per_epoch(self.windows, self.global_batch)
 
     def __str__(self) -> str:
         return (

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from . import data, environment, evaluation, forecast, hardware, pretrained, run_folder
+from . import data, environment, evaluation, forecast, hardware, loading, pretrained, run_folder
 from . import memory as plan_memory
 from .checklist import check
 from .config import to_plain
@@ -102,7 +102,7 @@ def duplicates(job: Any) -> tuple:
     windows = job.windows.select(range(min(len(job.windows), MOST_WINDOWS)))
     settings = job.config
     found = [
-        data.delivery(
+        loading.delivery(
             windows, micro_batch=settings.training.batch_size, num_workers=settings.data.num_workers, processes=count
         )
         for count in (1, 2)

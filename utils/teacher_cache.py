@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -96,10 +97,14 @@ class TeacherCache:
         self._waiting: dict[bytes, bytes] = {}
         self._waiting_bytes = self._looked_at = 0
         self._readers: dict[Path, Any] = {}
+        self._lock = Lock()  # a thread reads for the next step while what waits becomes a shard
         self.refresh()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_readers": {}}  # a worker maps the shards anew
+        return {**vars(self), "_readers": {}, "_lock": None}  # a worker maps the shards anew
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=Lock())
 
     @property
     def top_k(self) -> int:
@@ -131,9 +136,11 @@ class TeacherCache:
 
     def read(self, keys: Sequence[bytes]) -> Said | None:
         """The signal of a batch of windows; None unless all are there."""
-        if not self.holds(keys):
-            self.refresh()  # another process may have written them
-        return join([self.codec.decode(self._bytes(key)) for key in keys]) if self.holds(keys) else None
+        with self._lock:
+            if not self.holds(keys):
+                self.refresh()  # another process may have written them
+            found = [self._bytes(key) for key in keys] if self.holds(keys) else None
+        return None if found is None else join([self.codec.decode(data) for data in found])
 
     def keep(self, keys: Sequence[bytes], windows: Sequence[Sequence[np.ndarray]], tokens: int, seconds: float) -> Said:
         """Store what the teacher said about a batch of windows; returns it as it will be read: of windows that are
@@ -182,8 +189,9 @@ class TeacherCache:
         with _told(self.folder, len(content)):
             (self.folder / SHARDS).mkdir(exist_ok=True)
             write_bytes(self.folder / SHARDS / f"{hashlib.sha256(content).hexdigest()}.safetensors", content)
-        self._waiting, self._waiting_bytes = {}, 0
-        self.refresh()
+        with self._lock:
+            self._waiting, self._waiting_bytes = {}, 0
+            self.refresh()
 
     def refresh(self) -> None:
         """Take note of shards that have appeared."""

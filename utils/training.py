@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import data, hardware, out_of_memory
+from . import hardware, loading, out_of_memory
 from .checkpoints import CheckpointStore
 from .config import TrainingConfig
 from .errors import RunError, UserError
@@ -277,7 +277,7 @@ class TrainingLoop:
         plan, sizes = self.plan, {"global_batch": self.plan.global_batch, "micro_batch": self.plan.micro_batch}
         epoch, first = divmod(self.step, plan.steps_per_epoch)
         while True:
-            order = data.step_batches(
+            order = loading.step_batches(
                 plan.windows,
                 **sizes,
                 processes=plan.processes,
@@ -287,9 +287,9 @@ class TrainingLoop:
                 start_step=first,
             )
             pin = self.accelerator.device.type == "cuda"
-            batches = iter(data.loader(self.dataset, order, self.collate, self.num_workers, pin))
+            batches = loading.loader(self.dataset, order, self.collate, self.num_workers, pin, plan.accumulation)
             for step in range(first, plan.steps_per_epoch):
-                count = data.micro_batches_in_step(plan.windows, step, **sizes, processes=plan.processes)
+                count = loading.micro_batches_in_step(plan.windows, step, **sizes, processes=plan.processes)
                 yield epoch, list(islice(batches, count))
             del batches
             self.settle()

@@ -7,7 +7,6 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,14 +15,9 @@ from utils.columns import Columns
 from utils.config import DataConfig
 from utils.data import (
     corpus_fingerprint,
-    delivery,
     leakage,
     load_documents,
-    loader,
     make_windows,
-    micro_batches_in_step,
-    step_batches,
-    steps_per_epoch,
 )
 from utils.errors import UserError
 
@@ -373,93 +367,6 @@ def test_large_corpora_are_cached_and_do_not_depend_on_the_number_of_processes(m
 def test_texts_without_a_window_are_a_clear_error():
     with pytest.raises(UserError, match="None of 2 documents"):
         make_windows(["-a", "-b"], partial(encode, 4), "v1")
-
-
-# ---------------------------------------------------------------- order
-
-
-SHAPES = st.tuples(st.integers(0, 60), st.integers(1, 5), st.integers(1, 4), st.integers(1, 3))
-
-
-@settings(max_examples=200, deadline=None)
-@given(SHAPES, st.integers(0, 3), st.integers(0, 5))
-def test_every_index_comes_exactly_once_per_epoch(shape, epoch, start):
-    n, micro, accumulation, processes = shape
-    options = {"global_batch": micro * accumulation * processes, "micro_batch": micro, "processes": processes}
-    start = min(start, steps_per_epoch(n, options["global_batch"]))
-    per_rank = [
-        list(step_batches(n, **options, rank=rank, seed=1, epoch=epoch, start_step=start)) for rank in range(processes)
-    ]
-    position = 0
-    order = data.seeding.permutation(n, 1, epoch)
-    for step in range(start, steps_per_epoch(n, options["global_batch"])):
-        count = micro_batches_in_step(n, step, **options)
-        assert 1 <= count <= accumulation
-        parts = [part for batches in per_rank for part in batches[position : position + count]]
-        assert all(len(part) <= micro for part in parts) and len(parts) == count * processes
-        if processes == 1:
-            assert all(parts)
-        expected = order[step * options["global_batch"] : (step + 1) * options["global_batch"]]
-        assert sorted(index for part in parts for index in part) == sorted(expected.tolist())
-        position += count
-    assert all(len(batches) == position for batches in per_rank)
-
-
-def test_a_resumed_epoch_continues_with_the_same_batches():
-    options = {"global_batch": 8, "micro_batch": 2, "processes": 2, "rank": 1, "seed": 3, "epoch": 2}
-    whole = list(step_batches(45, **options))
-    for step in range(7):
-        skipped = sum(micro_batches_in_step(45, s, global_batch=8, micro_batch=2, processes=2) for s in range(step))
-        assert list(step_batches(45, **options, start_step=step)) == whole[skipped:]
-
-
-def test_epochs_and_seeds_differ():
-    orders = {
-        str(list(step_batches(40, global_batch=4, micro_batch=4, seed=s, epoch=e))) for s in (0, 1) for e in (0, 1)
-    }
-    assert len(orders) == 4
-
-
-# ---------------------------------------------------------------- loading
-
-
-@pytest.fixture(scope="module")
-def windows():
-    return make_windows(words(100), partial(encode, 32), "v1")
-
-
-def ids(batch: list[dict]) -> list[list[int]]:
-    return [window["ids"].tolist() for window in batch]
-
-
-def test_workers_deliver_the_same_batches_in_the_same_order(windows):
-    batches = list(step_batches(len(windows), global_batch=8, micro_batch=4, seed=0, epoch=0))
-    expected = [[windows[i]["ids"].tolist() for i in batch] for batch in batches]
-    for workers in (0, 2):
-        assert list(loader(windows, batches, ids, workers)) == expected
-
-
-def test_each_window_is_delivered_exactly_once_per_epoch(windows):
-    for workers, processes in ((0, 1), (2, 1), (0, 3)):
-        found = delivery(windows, micro_batch=4, num_workers=workers, processes=processes)
-        assert (found.expected, found.delivered, found.repeated, found.missing) == (len(windows), len(windows), 0, 0)
-        assert found.identical == 0
-
-
-def test_repeated_and_missing_windows_are_counted(windows, monkeypatch):
-    monkeypatch.setattr(data, "step_batches", lambda n, **_: iter([[0, 1], [1, 2]]))
-    found = delivery([windows[0], windows[1], windows[0], windows[3]], micro_batch=2, num_workers=0)
-    assert (found.delivered, found.repeated, found.missing, found.identical) == (4, 1, 1, 1)
-
-
-def test_an_empty_micro_batch_is_none(windows):
-    assert list(loader(windows, [[0], []], len)) == [1, None]
-
-
-def test_loading_leaves_the_global_generators_alone(windows):
-    state = torch.get_rng_state()
-    list(loader(windows, [[0], [1]], len))
-    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_lines_between_two_titles_are_one_document(tmp_path):

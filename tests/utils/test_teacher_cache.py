@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import pickle
+import threading
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -73,6 +74,27 @@ def test_what_is_kept_can_be_read_at_once_and_by_others_once_it_is_written(tmp_p
     writer.flush()
     assert shards_of(tmp_path) == before, "a window that is there is not written again"
     assert "2 windows and 40 student tokens" in str(writer.written)
+
+
+def test_what_waits_can_be_read_while_it_becomes_a_shard(tmp_path, monkeypatch):
+    cache, some = opened(tmp_path), windows(2)
+    keys = cache.keys(some)
+    cache.keep(keys, [said(4, 8), said(4, 8)], 40, 0.1)
+    holds, refresh = cache.holds, cache.refresh
+    writer = threading.Thread(target=cache.flush)
+
+    def holds_and_is_overtaken(keys):
+        found = holds(keys)
+        if not writer.ident:
+            writer.start()
+            writer.join(0.3)
+        return found
+
+    monkeypatch.setattr(cache, "holds", holds_and_is_overtaken)
+    monkeypatch.setattr(cache, "refresh", lambda: (time.sleep(0.6), refresh()))
+    found = cache.read(keys)
+    writer.join()
+    assert len(found.log_probs) == 8 and len(shards_of(tmp_path)) == 1
 
 
 def test_of_a_batch_that_is_partly_there_the_stored_part_is_used(tmp_path):

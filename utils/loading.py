@@ -1,0 +1,214 @@
+"""From windows to micro-batches: in which order, by whom they are made, and what really comes out.
+
+    windows --step_batches--> indices of every micro-batch --loader--> batches
+
+What comes when is a pure function of the seed, the epoch and the position: a resumed run sees what an uninterrupted
+one would have seen.
+"""
+
+import copyreg
+import io
+import pickle
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import ceil
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from . import seeding
+from .data import window_key
+
+
+def steps_per_epoch(n: int, global_batch: int) -> int:
+    """Optimizer steps in which n windows are seen once; the last one may be short."""
+    return ceil(n / global_batch)
+
+
+def micro_batches_in_step(n: int, step: int, *, global_batch: int, micro_batch: int, processes: int) -> int:
+    """Micro-batches that each process works through in a step of an epoch: the same number for all processes."""
+    items = min(global_batch, n - step * global_batch)
+    return ceil(items / (micro_batch * processes))
+
+
+def step_batches(
+    n: int,
+    *,
+    global_batch: int,
+    micro_batch: int,
+    processes: int = 1,
+    rank: int = 0,
+    seed: int,
+    epoch: int,
+    start_step: int = 0,
+) -> Iterator[list[int]]:
+    """Window indices of one process for one epoch, micro-batch by micro-batch, from a step of the epoch on.
+
+    Step s consumes order[s * global_batch : (s + 1) * global_batch] of the epoch's permutation, whatever
+    `micro_batch` and `processes` are. It is cut into `micro_batches_in_step` micro-batches a process, as even as
+    can be, none above `micro_batch`. With several processes, micro-batches of a short last step can be empty.
+    """
+    order = seeding.permutation(n, seed, epoch)
+    for step in range(start_step, steps_per_epoch(n, global_batch)):
+        items = order[step * global_batch : (step + 1) * global_batch]
+        per_process = micro_batches_in_step(
+            n, step, global_batch=global_batch, micro_batch=micro_batch, processes=processes
+        )
+        for part in np.array_split(items, per_process * processes)[rank::processes]:
+            yield part.tolist()
+
+
+class _Rows(Dataset):
+    """Windows one by one, so that a row does not depend on which others were asked for with it."""
+
+    def __init__(self, windows: Sequence[dict]) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.windows[index]
+
+
+def _as_array(tensor: torch.Tensor) -> tuple[Callable, tuple]:
+    return torch.from_numpy, (tensor.numpy(),)
+
+
+class _Parcel:
+    """A batch on its way from a worker, as bytes.
+
+    Left to itself, torch passes every tensor of it by a file of its own, which costs the receiver more time than
+    making the batch.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        packed = io.BytesIO()
+        pickler = pickle.Pickler(packed, pickle.HIGHEST_PROTOCOL)
+        pickler.dispatch_table = copyreg.dispatch_table | {torch.Tensor: _as_array}
+        pickler.dump(batch)
+        self.packed = packed.getvalue()
+
+    def opened(self) -> Any:
+        return pickle.loads(self.packed)
+
+    def pin_memory(self) -> Any:
+        """What the pinning thread of a `DataLoader` calls."""
+        batch = self.opened()
+        return batch if batch is None else batch.pin_memory()
+
+
+@dataclass(frozen=True)
+class _Collate:
+    collate: Callable[[list[dict]], Any]
+
+    def __call__(self, windows: list[dict]) -> Any:
+        batch = self.collate(windows) if windows else None
+        return batch if get_worker_info() is None else _Parcel(batch)
+
+
+_END = object()
+
+
+def some_batches(
+    windows: Sequence[dict], collate: Callable[[list[dict]], Any], count: int, size: int, seed: int
+) -> list[Any]:
+    """At most `count` windows in batches of `size`, the same ones in every process."""
+    chosen = seeding.permutation(len(windows), seed, 0)[:count].tolist()
+    return [collate([windows[i] for i in chosen[at : at + size]]) for at in range(0, len(chosen), size)]
+
+
+def loader(
+    windows: Sequence[dict],
+    batches: Iterable[list[int]],
+    collate: Callable[[list[dict]], Any],
+    num_workers: int = 0,
+    pin: bool = False,
+    at_once: int = 1,
+) -> Iterator[Any]:
+    """One collated batch per list of indices, in their order; None for an empty list.
+
+    Windows are fetched and collated by the workers, each batch by one of them, or by a thread where there are none.
+    `at_once` batches, as many as are taken in one go, are waiting while the device computes, and workers make as many
+    more. Does not draw from the global random generators, so that the number of loaders a run has used up does not
+    change what it computes.
+    """
+    batches = DataLoader(
+        _Rows(windows),
+        batch_sampler=list(batches),
+        collate_fn=_Collate(collate),
+        num_workers=num_workers,
+        prefetch_factor=2 * ceil(at_once / num_workers) if num_workers else None,
+        pin_memory=pin,
+        generator=torch.Generator().manual_seed(0),
+    )
+    arriving = iter(batches)
+    with ThreadPoolExecutor(1, "batches") as thread:
+        asked = deque(thread.submit(_next, arriving) for _ in range(at_once))
+        while (batch := asked.popleft().result()) is not _END:
+            asked.append(thread.submit(_next, arriving))
+            yield batch
+
+
+def _next(arriving: Iterator[Any]) -> Any:
+    batch = next(arriving, _END)
+    return batch.opened() if isinstance(batch, _Parcel) else batch
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a loader really yielded in one epoch."""
+
+    expected: int
+    """Windows in the data."""
+    delivered: int
+    """Windows yielded."""
+    repeated: int
+    """Of those, windows that had been yielded before."""
+    identical: int
+    """Of those, windows with the same content as another one: repeated text in the data."""
+
+    @property
+    def missing(self) -> int:
+        return self.expected - (self.delivered - self.repeated)
+
+
+class _Numbered(_Rows):
+    def __getitem__(self, index: int) -> tuple[int, bytes]:
+        return index, window_key(self.windows[index])
+
+
+def delivery(
+    windows: Sequence[dict],
+    *,
+    micro_batch: int,
+    num_workers: int,
+    processes: int = 1,
+    seed: int = 0,
+    epoch: int = 0,
+) -> Delivery:
+    """Run an epoch of the loader, for every process with so many workers, and count what comes out."""
+    seen: list[tuple[int, bytes]] = []
+    for rank in range(processes):
+        batches = step_batches(
+            len(windows),
+            global_batch=micro_batch * processes,
+            micro_batch=micro_batch,
+            processes=processes,
+            rank=rank,
+            seed=seed,
+            epoch=epoch,
+        )
+        for batch in loader(_Numbered(windows), batches, list, num_workers):
+            seen += batch or []
+    distinct = {index: content for index, content in seen}
+    return Delivery(
+        expected=len(windows),
+        delivered=len(seen),
+        repeated=len(seen) - len(distinct),
+        identical=len(distinct) - len(set(distinct.values())),
+    )
