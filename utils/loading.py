@@ -80,10 +80,11 @@ def _as_array(tensor: torch.Tensor) -> tuple[Callable, tuple]:
 
 
 class _Parcel:
-    """A batch on its way from a worker, as bytes.
+    """A batch on its way from a worker: one tensor, whatever it holds.
 
-    Left to itself, torch passes every tensor of it by a file of its own, which costs the receiver more time than
-    making the batch.
+    Left to itself, torch passes every tensor by a file of its own, and asks the worker for each, which costs the
+    receiver more time than making the batch. (Plain bytes do not fit into a pipe at once: a worker that is killed
+    while it writes leaves a reader that waits for ever.)
     """
 
     def __init__(self, batch: Any) -> None:
@@ -91,10 +92,10 @@ class _Parcel:
         pickler = pickle.Pickler(packed, pickle.HIGHEST_PROTOCOL)
         pickler.dispatch_table = copyreg.dispatch_table | {torch.Tensor: _as_array}
         pickler.dump(batch)
-        self.packed = packed.getvalue()
+        self.packed = torch.frombuffer(packed.getbuffer(), dtype=torch.uint8)
 
     def opened(self) -> Any:
-        return pickle.loads(self.packed)
+        return pickle.loads(self.packed.numpy())
 
     def pin_memory(self) -> Any:
         """What the pinning thread of a `DataLoader` calls."""
@@ -132,30 +133,33 @@ def loader(
 ) -> Iterator[Any]:
     """One collated batch per list of indices, in their order; None for an empty list.
 
-    Windows are fetched and collated by the workers, each batch by one of them, or by a thread where there are none.
-    `at_once` batches, as many as are taken in one go, are waiting while the device computes, and workers make as many
-    more. Does not draw from the global random generators, so that the number of loaders a run has used up does not
-    change what it computes.
+    Windows are fetched and collated by the workers, each batch by one of them, or by a thread where there are none,
+    while `at_once` batches are worked on, those that are taken in one go. Does not draw from the global random
+    generators, so that the number of loaders a run has used up does not change what it computes.
     """
     batches = DataLoader(
         _Rows(windows),
         batch_sampler=list(batches),
         collate_fn=_Collate(collate),
         num_workers=num_workers,
-        prefetch_factor=2 * ceil(at_once / num_workers) if num_workers else None,
+        prefetch_factor=max(2, ceil(at_once / num_workers)) if num_workers else None,
         pin_memory=pin,
         generator=torch.Generator().manual_seed(0),
     )
-    arriving = iter(batches)
-    with ThreadPoolExecutor(1, "batches") as thread:
-        asked = deque(thread.submit(_next, arriving) for _ in range(at_once))
+    if num_workers:  # their batches are taken in this thread, the one that torch tells of a worker that was killed
+        yield from map(_opened, batches)
+        return
+    arriving, thread = iter(batches), ThreadPoolExecutor(1, "batches")
+    try:
+        asked = deque(thread.submit(next, arriving, _END) for _ in range(at_once))
         while (batch := asked.popleft().result()) is not _END:
-            asked.append(thread.submit(_next, arriving))
+            asked.append(thread.submit(next, arriving, _END))
             yield batch
+    finally:
+        thread.shutdown(cancel_futures=True)
 
 
-def _next(arriving: Iterator[Any]) -> Any:
-    batch = next(arriving, _END)
+def _opened(batch: Any) -> Any:
     return batch.opened() if isinstance(batch, _Parcel) else batch
 
 

@@ -22,6 +22,9 @@ PATIENCE = 15
 """Seconds that the data workers of a run that was killed may take to notice it; they keep its lock."""
 BEFORE_TRAINING = {CONFIG, LOCK, "train.log"}
 """What a run writes before there is anything to continue."""
+FILES = (CONFIG, "train.log", "metrics.jsonl", "training_curves.png", "evaluation_report.md", "report.html")
+FOLDERS = ("checkpoints", "student")
+"""What a run writes under these names must not meet something of the other kind hours later."""
 
 FREE_TO_CHANGE = {
     "output_dir",
@@ -94,6 +97,13 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
         raise UserError(
             f"output_dir {folder} cannot be written to ({error.strerror or error}). Choose another --output-dir."
         ) from error
+    in_the_way = [f"{name} is a folder, not a file" for name in FILES if (folder / name).is_dir()]
+    in_the_way += [f"{name} is a file, not a folder" for name in FOLDERS if (folder / name).is_file()]
+    if in_the_way:
+        raise UserError(
+            f"output_dir {folder} holds something else under names that a run writes to: {', '.join(in_the_way)}. "
+            "Choose another --output-dir, or move it away."
+        )
     if not any((folder / "checkpoints").glob("step-*")):
         return
     if resume == "never":

@@ -285,6 +285,16 @@ def test_a_folder_that_cannot_be_written_to_is_refused(place, tmp_path, capsys):
     assert "cannot be written to" in said and "--output-dir" in said and "Traceback (" not in said
 
 
+@pytest.mark.usefixtures("nothing_loaded")
+def test_a_name_that_the_run_writes_to_is_not_taken_by_something_else(place, tmp_path, capsys):
+    (tmp_path / "train.log").mkdir()
+    (tmp_path / "student").write_text("mine")
+    assert train.main(place.arguments(tmp_path)) == 2
+    said = capsys.readouterr().out
+    assert "train.log is a folder, not a file, student is a file, not a folder" in " ".join(said.split())
+    assert (tmp_path / "student").read_text() == "mine" and "Traceback (" not in said
+
+
 def test_two_runs_do_not_share_a_folder(refused, place, tmp_path, monkeypatch):
     """The second one would take what the first is writing for leftovers."""
     monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
