@@ -70,7 +70,7 @@ from utils.endings import EXIT_CODES, Interrupted, exit_code
 from utils.errors import UserError, value_errors_are_the_users
 from utils.guards import RedFlags
 from utils.held_out import START, HeldOut, metrics_of
-from utils.logs import StepLogger, learned_lines, setup_logging
+from utils.logs import METRICS, StepLogger, learned_lines, setup_logging
 from utils.plan import Plan, build_accelerator
 from utils.processes import main_process_first, on_main_process, rank
 from utils.seeding import permutation
@@ -362,7 +362,7 @@ def compare_without_teacher(
         return results
     results = job.held_out.with_baseline(results, without.framework.student)
     if job.accelerator.is_main_process:
-        report.write_report(output, results, baseline_metrics=folder / "metrics.jsonl")
+        report.write_report(output, results, baseline_metrics=folder / METRICS)
     return results
 
 
@@ -379,7 +379,7 @@ def add_tasks(
         models["initial_student"] = lambda: students.make(config.student, config.training, job.accelerator)
     if tasks := benchmark_tasks.measure(job.held_out, models):
         results = {**results, "tasks": tasks}
-        baseline = output / WITHOUT_TEACHER / "metrics.jsonl" if "baseline" in results else None
+        baseline = output / WITHOUT_TEACHER / METRICS if "baseline" in results else None
         report.write_report(output, results, baseline_metrics=baseline)
     return results
 
@@ -447,7 +447,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         students.describe(output / "student", to_plain(asked), results)
         hub.push(config.hub, output / "student")
         report.print_summary(results)
-        log.info("student: %s; report: %s", output / "student", output / report.REPORT_HTML)
+        log.info("student: %s; report: %s", output / "student", output / run_folder.REPORT_HTML)
     return trained.result.stopped_by
 
 

@@ -10,7 +10,6 @@ was asked for.
 
 import logging
 import math
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +41,7 @@ from utils.checkpoints import CheckpointStore
 from utils.config import DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
 from utils.errors import UserError
 from utils.logs import StepLogger
+from utils.paths import user_path
 from utils.plan import build_accelerator
 from utils.requirements import check as check_requirements
 from utils.seeding import permutation, seed_everything
@@ -413,7 +413,7 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
     job = train.prepare(config, build_accelerator("no", cpu=True))
     student = pretrained.load_config(config.student.name, "student")
     teacher = pretrained.load_config(config.teacher.name, "teacher") if config.teacher.name else None
-    files = [Path(os.path.expanduser(name)) for name in config.data.train]
+    files = [user_path(name) for name in config.data.train]
     text_bytes = max(sum(map(int, job.windows["bytes"])), sum(f.stat().st_size for f in files if f.is_file()))
     return preflight.SetUp(asked, student, teacher, text_bytes, chunk_rows, quickstart.NAMES), job
 

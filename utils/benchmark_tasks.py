@@ -2,11 +2,9 @@
 
 import logging
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from io import StringIO
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -15,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .config import EvaluationConfig
 from .errors import UserError
 from .evaluation import evaluation_mode, float32_evaluation
+from .paths import user_path
 from .pretrained import require
 
 log = logging.getLogger(__name__)
@@ -38,7 +37,7 @@ def check(config: EvaluationConfig) -> None:
         return
     require("lm_eval", "--eval-tasks", extra="eval")
     folder = config.tasks_path
-    if folder is not None and not any(Path(os.path.expanduser(folder)).rglob("*.y*ml")):
+    if folder is not None and not any(user_path(folder).rglob("*.y*ml")):
         raise UserError(f"--eval-tasks-path {folder}: no task there. Expected a folder with lm_eval's YAML files.")
     with _quiet():
         manager = _manager(config)
@@ -123,7 +122,7 @@ def _read(found: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], 
 def _manager(config: EvaluationConfig) -> Any:
     from lm_eval.tasks import TaskManager
 
-    return TaskManager(include_path=None if config.tasks_path is None else os.path.expanduser(config.tasks_path))
+    return TaskManager(include_path=None if config.tasks_path is None else str(user_path(config.tasks_path)))
 
 
 @contextmanager

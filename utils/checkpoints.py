@@ -13,7 +13,6 @@ they were. Damage that a file format would not notice (a flipped bit loads silen
 
 import json
 import logging
-import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -31,6 +30,7 @@ from .atomic import atomic_folder, clean_leftovers, remove_folder, sha256_of
 from .config import refuse_differences
 from .errors import RunError, UserError
 from .forecast import free_disk
+from .paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -173,7 +173,7 @@ class CheckpointStore:
                     "--resume auto, or delete the folder."
                 )
             return None
-        path = self.newest_whole() if resume == "auto" else self._at(Path(os.path.expanduser(resume)), own)
+        path = self.newest_whole() if resume == "auto" else self._at(user_path(resume), own)
         if path is not None:
             self._refuse_other_run(path)
         return path
@@ -185,7 +185,7 @@ class CheckpointStore:
             UserError: a path that holds no checkpoint or a damaged one, or that is outside this run.
         """
         if resume not in ("auto", "never"):
-            self._at(Path(os.path.expanduser(resume)), self.steps())
+            self._at(user_path(resume), self.steps())
 
     def load(self, path: str | Path) -> Checkpoint:
         """Read a checkpoint onto the CPU. Pickles are read with `weights_only=True`: no code of theirs runs.

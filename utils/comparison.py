@@ -23,13 +23,12 @@ from tqdm import tqdm
 from .config import flatten
 from .errors import UserError
 from .held_out import START
-from .logs import console, read_metrics
+from .logs import METRICS, console, read_metrics
 from .pictures import STYLE, save
 from .results import REPORT_JSON, figure, percent
 from .run_folder import read_config
 
 PICTURE = "comparison.png"
-METRICS = "metrics.jsonl"
 OWN_TO_A_RUN = {"output_dir", "resume"}
 """Settings that differ in any two runs."""
 

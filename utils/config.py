@@ -9,7 +9,6 @@ import difflib
 import json
 import logging
 import math
-import os
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -23,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from .errors import UserError
 from .mistakes import describe, dotted, shown
+from .paths import user_path
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -270,7 +270,7 @@ def find_config(name_or_path: str) -> Path:
         UserError: there is no such file; the message lists the recipes that exist.
     """
     shipped = {path.stem: path for path in sorted(CONFIG_FOLDER.glob("*.yaml"))}
-    for path in (Path(os.path.expanduser(name_or_path)), CONFIG_FOLDER / name_or_path):
+    for path in (user_path(name_or_path), CONFIG_FOLDER / name_or_path):
         if path.is_file():
             return path
     if name_or_path in shipped:

@@ -29,6 +29,8 @@ from .progress import Progress, person_may_watch, status_of
 
 log = logging.getLogger(__name__)
 
+LOG, METRICS = "train.log", "metrics.jsonl"
+
 OWN_LOGGERS = ("curriculum_distillation", "models", "utils", "train", "verify_fixes", "__main__")
 """Loggers of this project, which speak from INFO on; everybody else only from WARNING on."""
 
@@ -71,7 +73,7 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
     for handler in [h for h in root.handlers if getattr(h, "_of_this_project", False)]:
         root.removeHandler(handler)
         handler.close()
-    file = Path(output_dir) / "train.log" if output_dir is not None and main_process else None
+    file = Path(output_dir) / LOG if output_dir is not None and main_process else None
     handlers: list[logging.Handler] = [_ConsoleHandler(file, "" if main_process else f"process {rank()}: ")]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -223,7 +225,7 @@ class StepLogger:
         progress: Progress | None = None,
     ) -> None:
         self.total_steps, self.every, self.main_process = total_steps, every, main_process
-        self.path = Path(output_dir) / "metrics.jsonl" if output_dir is not None else None
+        self.path = Path(output_dir) / METRICS if output_dir is not None else None
         self.display = progress or (Progress(total_steps, start_step, deadline=deadline) if main_process else None)
         self.tracker = tracker
         self._file: IO[str] | None = None
@@ -318,7 +320,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 def read_warnings(folder: Path) -> list[str]:
     """First lines of what the sessions of a run warned of in its train.log, each once."""
-    file = folder / "train.log"
+    file = folder / LOG
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
     found = re.findall(r"^[\d-]{10} [\d:]{8} (?:WARNING|ERROR|CRITICAL) +(.*)$", text, flags=re.MULTILINE)
     return list(dict.fromkeys(found))

@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +32,7 @@ from .errors import UserError
 from .families import auto_class, depth
 from .forecast import Shape, free_memory, largest, shallow, trained_parameters
 from .logs import ROUTER_TERMS
+from .paths import user_path
 from .processes import on_main_process
 
 log = logging.getLogger(__name__)
@@ -352,7 +352,7 @@ def demand_of(
 def spares_teacher(config: Any) -> bool:
     """Whether there is a cache that, where it is complete, is read in place of the teacher."""
     folder, routed = config.cache.folder, config.curriculum.used() & {*ROUTER_TERMS}
-    return folder is not None and Path(folder).expanduser().is_dir() and not routed
+    return folder is not None and user_path(folder).is_dir() and not routed
 
 
 def _share(config: ModelConfig, teacher: PretrainedConfig | None, processes: int) -> float:

@@ -9,6 +9,7 @@ import transformers
 import yaml
 from huggingface_hub import ModelCardData
 
+from .paths import user_path
 from .pretrained import ATTACHED
 from .quickstart import NAMES
 from .results import MODELS, figure, headline, model_name, task_table
@@ -86,7 +87,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _public(name: str) -> str:
-    path = Path(name).expanduser()
+    path = user_path(name)
     if not path.exists():
         return name
     return str(path.relative_to(ATTACHED)) if path.is_relative_to(ATTACHED) else path.resolve().name

@@ -32,6 +32,7 @@ from .atomic import atomic_folder, sha256_of, write_text
 from .errors import UserError
 from .families import auto_class
 from .hardware import Choice
+from .paths import user_path
 from .sharding import full
 
 log = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def locate(name: str, role: str) -> str:
     Raises:
         UserError: a path that does not exist, or a folder that holds no model, or several.
     """
-    folder = Path(os.path.expanduser(name))
+    folder = user_path(name)
     if folder.is_dir():
         found = _models_below(folder)
         if len(found) == 1:
@@ -330,7 +331,8 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, c
 
 def where_from(name: str) -> str:
     """A hub id, or the whole path of a local folder: where anybody on this machine finds the model."""
-    return str(Path(os.path.expanduser(name)).resolve()) if Path(os.path.expanduser(name)).is_dir() else name
+    folder = user_path(name)
+    return str(folder.resolve()) if folder.is_dir() else name
 
 
 def _load(load: Any, name: str, role: str, what: Literal["config.json", "tokenizer", "weights"], **options: Any) -> Any:
@@ -349,7 +351,7 @@ def _unreachable(name: str, role: str, what: str, error: Exception, offline: boo
             f"{role} {name}: it needs Python code of its own, which is never run here. Expected an architecture that "
             "transformers contains; choose another model, or one converted to such an architecture."
         )
-    if Path(os.path.expanduser(name)).is_dir():
+    if user_path(name).is_dir():
         there = ", ".join(sorted(path.name for path in Path(locate(name, role)).iterdir())[:12])
         hint = (
             " A random start needs no weights: --student-init random." if (role, what) == ("student", "weights") else ""

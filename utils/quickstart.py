@@ -25,6 +25,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from .atomic import atomic_folder, write_text
 from .errors import UserError
+from .paths import user_path
 
 STUDENT, TEACHER = "quickstart", "quickstart-teacher"
 """Names, in place of a hub id or path, of what is built here. `quickstart` is also the text, and as a teacher the
@@ -66,7 +67,7 @@ class Material:
 def cache_dir() -> Path:
     """$CURRICULUM_DISTILLATION_CACHE, or `curriculum_distillation` in the user's cache folder (XDG)."""
     if chosen := os.environ.get("CURRICULUM_DISTILLATION_CACHE"):
-        return Path(chosen).expanduser()
+        return user_path(chosen)
     user = os.environ.get("XDG_CACHE_HOME")
     return (Path(user) if user else Path.home() / ".cache") / "curriculum_distillation"
 

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from . import report_html, run_folder
 from .atomic import write_json, write_text
-from .logs import console, json_safe, read_metrics, read_warnings
+from .logs import METRICS, console, json_safe, read_metrics, read_warnings
 from .pictures import Records, curves_as_svg, draw_curves, draw_routing, routing_as_svg
 from .results import (
     MODELS,
@@ -21,9 +21,9 @@ from .results import (
     samples_title,
     task_table,
 )
+from .run_folder import CURVES, REPORT_HTML, REPORT_MD
 
-REPORT_MD, REPORT_HTML = "evaluation_report.md", "report.html"
-CURVES, ROUTING = "training_curves.png", "routing.png"
+ROUTING = "routing.png"
 
 
 def write_report(
@@ -43,7 +43,7 @@ def write_report(
     """
     folder = Path(output_dir)
     results = json_safe(results)
-    records = _records(metrics if metrics is not None else folder / "metrics.jsonl")
+    records = _records(metrics if metrics is not None else folder / METRICS)
     baseline = _records(baseline_metrics)
     draw_curves(folder / CURVES, records, results, baseline)
     pictures = curves_as_svg(records, results, baseline)

@@ -15,14 +15,17 @@ from . import hardware
 from .atomic import clean_leftovers, write_text
 from .config import flatten, load_yaml, refuse_differences
 from .errors import UserError
+from .logs import LOG, METRICS
+from .paths import user_path
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
 PATIENCE = 15
 """Seconds that the data workers of a run that was killed may take to notice it; they keep its lock."""
-BEFORE_TRAINING = {CONFIG, LOCK, "train.log"}
+BEFORE_TRAINING = {CONFIG, LOCK, LOG}
 """What a run writes before there is anything to continue."""
-FILES = (CONFIG, "train.log", "metrics.jsonl", "training_curves.png", "evaluation_report.md", "report.html")
+CURVES, REPORT_MD, REPORT_HTML = "training_curves.png", "evaluation_report.md", "report.html"
+FILES = (CONFIG, LOG, METRICS, CURVES, REPORT_MD, REPORT_HTML)
 FOLDERS = ("checkpoints", "student")
 """What a run writes under these names must not meet something of the other kind hours later."""
 
@@ -84,7 +87,7 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
     """
     _above("output_dir", folder, "--output-dir")
     if cache := config.get("cache", {}).get("folder"):
-        cache = Path(os.path.expanduser(cache))
+        cache = user_path(cache)
         if not os.access(above := _above("teacher cache", cache, "--cache-teacher DIR"), os.W_OK) and above != cache:
             raise UserError(
                 f"teacher cache {cache} cannot be made: {above} cannot be written to. Choose another "

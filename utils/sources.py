@@ -20,6 +20,7 @@ import pyarrow.parquet
 
 from .columns import Columns
 from .errors import UserError
+from .paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ def read(names: Sequence[str], *, split: str, columns: Columns, separator: str |
 
 def _find(source: str, split: str) -> list[Path] | None:
     """Files that a source stands for; None for a hub id."""
-    path = Path(os.path.expanduser(source))
+    path = user_path(source)
     if not os.path.exists(path) and not glob.has_magic(source):
         path = _attached(path) or path
     if os.path.isdir(path):

@@ -33,6 +33,7 @@ from .config import CacheConfig
 from .data import window_key
 from .errors import RunError, UserError
 from .forecast import free_disk
+from .paths import user_path
 from .signal_codec import FORMAT, Codec, Said, join
 
 log = logging.getLogger(__name__)
@@ -270,7 +271,7 @@ def open_cache(
         UserError: the cache was built from something else, or is damaged and may not be written to.
         RunError: it cannot be made.
     """
-    folder = Path(config.folder).expanduser()
+    folder = user_path(config.folder)
     here = {**identity, "top_k": codec.top_k, "storage": codec.storage, "vocabulary": codec.vocabulary}
     if main:
         with _told(folder, 0):

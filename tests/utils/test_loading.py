@@ -7,12 +7,12 @@ from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.utils.test_data import encode, words
 from utils import loading, seeding
 from utils.data import make_windows
 from utils.errors import UserError
@@ -65,19 +65,9 @@ def test_epochs_and_seeds_differ():
 # ---------------------------------------------------------------- loading
 
 
-def encode(size: int, texts: list[str], names: list[str]) -> list[dict]:
-    """Windows of `size` bytes over the joined texts of a group."""
-    joined = np.frombuffer("".join(texts).encode(), np.uint8)
-    return [
-        {"ids": joined[start : start + size].astype(np.int32), "documents": names[0]}
-        for start in range(0, len(joined), size)
-    ]
-
-
 @pytest.fixture(scope="module")
 def windows():
-    texts = [f"document {i}, about {i * i}" for i in range(100)]
-    return make_windows(texts, partial(encode, 32), "v1")
+    return make_windows(words(100), partial(encode, 32), "v1")
 
 
 def ids(batch: list[dict]) -> list[list[int]]:
