@@ -41,14 +41,16 @@ def step(model, terms: dict[str, float]) -> tuple[float, list[torch.Tensor], int
     framework.train()
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held, so that no other one gets its address
         return tensor
 
     torch.manual_seed(7)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = framework(batch).loss
     loss.backward()
-    return loss.item(), [p.grad for p in framework.parameters() if p.requires_grad], sum(kept.values())
+    gradients = [p.grad for p in framework.parameters() if p.requires_grad]
+    return loss.item(), gradients, sum(storage.nbytes() for storage in kept.values())
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "lora"])
