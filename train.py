@@ -21,6 +21,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from models import head_passes
 from models.cached_teacher import CachedTeacher, RememberingCollator
 from models.causal_lm import vocabulary_size
 from models.chat import tokenizers_for_chat
@@ -290,6 +291,8 @@ def train_student(
     start = job.held_out.measure_start(student, measure_teacher, output)
     each = 4 if accelerator.mixed_precision == "no" else 6
     log.info("student's head: %s", chunk_rows(vocabulary_size(student), accelerator.device, each)[1])
+    with value_errors_are_the_users():
+        log.info("its elementwise work: %s", head_passes.choose(config.loss.head_passes, accelerator.device)[1])
     with value_errors_are_the_users():
         scheduler = CurriculumScheduler(curriculum, config.loss, plan.total_steps)
         framework = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)

@@ -141,11 +141,12 @@ def plain_full(p: Problem) -> Callable[[], Tensor]:
     return lambda: _full(p.states @ p.weight.t(), p, teacher) / p.tokens
 
 
-def fused(p: Problem) -> Callable[[], Tensor]:
+def fused(p: Problem, compiled: bool = False) -> Callable[[], Tensor]:
     head = nn.Linear(*reversed(p.weight.shape), bias=False, device="meta")
     head.weight = p.weight
     weights = {"lm_weight": LM / p.tokens, "kd_weight": KD / p.tokens}
-    return lambda: head_losses(p.states, head, p.labels, target=p.target, **weights, **OPTIONS).loss
+    options = {**weights, **OPTIONS, "compiled": compiled}
+    return lambda: head_losses(p.states, head, p.labels, target=p.target, **options).loss
 
 
 def bare(p: Problem) -> Callable[[], None]:
@@ -219,6 +220,7 @@ VARIANTS = {
     "bare": Variant("bare products", "forward, dH, dW; no loss", bare),
     "plain": Variant("plain PyTorch", OURS, plain, "sparse"),
     "fused": Variant("**fused head**", OURS, fused, "sparse"),
+    "fused-compiled": Variant("fused head, compiled passes", OURS, partial(fused, compiled=True), "sparse"),
     "plain-full": Variant("plain PyTorch, full KL", f"LM + KL on all tokens; {GIVEN}", plain_full, "full"),
     "gkd": Variant("TRL GKD, beta 0", f"KL on all tokens, no LM; {GIVEN}", gkd, "kl"),
     "trl-chunked": Variant("TRL chunked divergence", f"KL on all tokens, no LM; {TOO}, twice", trl_chunked, "kl"),

@@ -104,6 +104,9 @@ class LossConfig:
     """Inside a teacher token: least teacher probability of what was read so far; below it, no KD there."""
     span_temperature: Schedule = 1.0
     """Temperature of the two-outcome distributions of the span term."""
+    head_passes: Literal["auto", "compiled", "eager"] = "auto"
+    """Elementwise work of the student's head: compiled into two passes by torch.compile, or eager, step by step; auto:
+    compiled on GPUs of compute capability 7.0 or newer where a compiler works."""
 
     def __post_init__(self) -> None:
         scalars = {name: values_of(getattr(self, name)) for name in ("temperature", "span_temperature")}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from . import head_passes
 from .causal_lm import (
     body_layers,
     body_states,
@@ -198,6 +199,7 @@ class DistillationFramework(nn.Module):
             self.student.get_output_embeddings(),
             labels,
             rows=batch.row_supervised,
+            compiled=head_passes.choose(self.loss_config.head_passes, states.device)[0],
             **logit_options(self.student),
         )
         lm_share, extra, terms = shares.get("lm", 0.0), 0.0, {}

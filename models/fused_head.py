@@ -10,6 +10,8 @@ differentiates only that. On [c, V] there remains: logits -> exponentials -> gra
 two products with which a linear layer goes backward. A gradient at the merged logit is shared among its tokens in
 proportion to their exponentials, hence a row of the gradient is one number times the row of exponentials, but for the
 label and the named tokens.
+
+A plain linear head can have this elementwise work compiled (`head_passes`): same values up to float32's rounding.
 """
 
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from . import head_passes
 from .causal_lm import is_plain_linear, linear_into
 from .losses import PADDING, kd_loss
 from .outputs import SparseTarget
@@ -89,6 +92,7 @@ def head_losses(
     scale: float = 1.0,
     softcap: float | None = None,
     chunk: int | None = None,
+    compiled: bool = False,
     **options,
 ) -> HeadLosses:
     """LM and KD of supervised positions from the states that enter the head: loss = lm_weight * LM + kd_weight * KD.
@@ -113,6 +117,8 @@ def head_losses(
         scale: factor on the logits (Cohere; 1 / logits_scaling of Granite).
         softcap: cap * tanh(logits / cap), after scaling (Gemma 2).
         chunk: most rows of logits to hold at once; None: `chunk_rows`.
+        compiled: do the elementwise work of a plain linear head in compiled passes (`head_passes.choose`); any other
+            head does without.
         options: of `kd_loss`, needed with a target: temperature, kind, tail, skew.
 
     Raises:
@@ -145,6 +151,7 @@ def head_losses(
         scale=scale,
         softcap=softcap,
         rows=chunk,
+        compiled=compiled and linear,
         cast=dtype,
         compute=compute,
         autocast=autocast,
@@ -191,6 +198,7 @@ class _Job:
     scale: float
     softcap: float | None
     rows: int
+    compiled: bool
     cast: torch.dtype
     compute: torch.dtype
     autocast: bool
@@ -235,6 +243,12 @@ class _Job:
             for first in range(0, len(states), self.rows):
                 part = slice(first, first + self.rows)
                 logits = head.logits(part)
+                if self.compiled:
+                    weights = _ChunkWeights(lm_weight[part, None], kd_weight)
+                    log_probs[part], kd = self._compiled_chunk(head, logits, part, weights, learns)
+                    if kd is not None:
+                        kd_sum += kd
+                    continue
                 capped = _adjust(logits, self.scale, self.softcap)
                 log_probs[part], kd, slope = self._chunk(logits, part, lm_weight[part, None], kd_weight, learns)
                 if kd is not None:
@@ -280,6 +294,107 @@ class _Job:
             logits.scatter_add_(1, label, -lm_weight / over)
         return (at_label - total.log())[:, 0], kd, slope
 
+    def _compiled_chunk(
+        self, head: "_Linear", logits: Tensor, part: slice, weights: "_ChunkWeights", learns: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `_chunk`, with the gradient's products: (log-probabilities of the labels [c], KD sum).
+
+        The exponentials are never stored. So what `_chunk` adds to them at the label and at the named tokens is
+        computed on its own here, in float32, and written over the gradient of all other tokens at the end.
+        """
+        rows = self._softmax_rows(logits, part)
+        kd, at_kd = None, None
+        if rows.named is not None:
+            outcomes = torch.cat([rows.named_logits, rows.log_rest], 1)
+            kd, at_kd = self._kd(outcomes, rows.named.target, rows.named.kept, learns and self.learns_kd)
+        if learns:
+            at_kd = None if at_kd is None else at_kd * weights.kd
+            head.multiply(part, self._write_gradient(head, logits, rows, weights.lm, at_kd))
+
+        label = head_passes.adjusted(rows.raw_label, self.scale, self.softcap)
+        return (label - rows.shift - rows.total.log())[:, 0], kd
+
+    def _softmax_rows(self, logits: Tensor, part: slice) -> "_SoftmaxRows":
+        """Sum up the softmax of each row of raw logits, in which the named tokens are marked with -inf afterwards."""
+        label = self.labels[part, None]
+        raw_label = logits.gather(1, label)
+        named = self._named(logits, part)
+
+        # Peak and sum over the tokens that the target does not name. The others are few.
+        if named is not None:
+            logits.scatter_(1, named.columns, -torch.inf)
+        peak, rest_total = head_passes.compiled().row_sums(logits, self.scale, self.softcap)
+
+        # Where the target names every token there is no rest.
+        no_rest = peak == -torch.inf
+        peak = peak.masked_fill(no_rest, 0.0)
+        rest_total = rest_total.masked_fill(no_rest, 1.0)
+        log_rest = (peak + rest_total.log()).masked_fill(no_rest, -torch.inf)
+
+        # From here on logits count from the largest of the row's K + 1 outcomes.
+        shift = peak if named is None else torch.maximum(log_rest, named.values.amax(1, keepdim=True))
+        log_rest = log_rest - shift
+        total = log_rest.exp()
+        named_logits = None
+        if named is not None:
+            named_logits = torch.where(named.kept, named.values - shift, PADDING)
+            total = total + named_logits.exp().sum(1, keepdim=True)
+        return _SoftmaxRows(label, raw_label, named, peak, rest_total, shift, log_rest, named_logits, total)
+
+    def _write_gradient(
+        self, head: "_Linear", logits: Tensor, rows: "_SoftmaxRows", lm_weight: Tensor, at_kd: Tensor | None
+    ) -> Tensor:
+        """Return the gradient [c, V] by the logits, in the dtype in which the head multiplies it.
+
+        Args:
+            at_kd: [c, K + 1] the part of KD, by the logits of the named tokens and of all others merged.
+        """
+        # That of the rest is divided by its own sum, which is 1 or more: a rest of any smallness has its gradient.
+        at_rest = lm_weight * rows.log_rest.exp() / rows.total
+        if at_kd is not None:
+            at_rest = at_rest + at_kd[:, -1:]
+        slope = at_rest / rows.rest_total
+        half = head.half_buffer(len(logits))
+        head_passes.compiled().softmax_gradient(logits, rows.peak, slope, half, self.scale, self.softcap)
+        gradient = logits if half is None else half
+
+        at_label = (head_passes.adjusted(rows.raw_label, self.scale, self.softcap) - rows.peak).exp() * slope
+        if (named := rows.named) is not None:
+            at_named = lm_weight * rows.named_logits.exp() / rows.total
+            if at_kd is not None:
+                at_named = at_named + at_kd[:, :-1]
+            is_label = named.kept & (named.columns == rows.label)
+            at_named_label = (at_named * is_label).sum(1, keepdim=True)
+            at_label = torch.where(is_label.any(1, keepdim=True), at_named_label, at_label)
+
+            if named.cap_slope is not None:
+                at_named = at_named * named.cap_slope
+            # padding repeats the last of the row's columns, so it has to write the same number there
+            at_named = torch.where(named.kept, at_named, at_named.gather(1, named.repeated))
+            gradient.scatter_(1, named.columns, at_named.to(gradient.dtype))
+
+        at_label = at_label - lm_weight
+        cap_slope = head_passes.softcap_slope(rows.raw_label, self.scale, self.softcap)
+        if cap_slope is not None:
+            at_label = at_label * cap_slope
+        return gradient.scatter_(1, rows.label, at_label.to(gradient.dtype))
+
+    def _named(self, logits: Tensor, part: slice) -> "_Named | None":
+        """Gather the tokens that the target of a chunk names; None without a target."""
+        target = self.target_of(part)
+        if target is None:
+            return None
+        columns, kept = _columns(target.ids)
+        raw = logits.gather(1, columns)
+        return _Named(
+            target=target,
+            columns=columns,
+            kept=kept,
+            repeated=torch.where(kept, columns, -1).argmax(1, keepdim=True).expand_as(columns),
+            values=head_passes.adjusted(raw, self.scale, self.softcap),
+            cap_slope=head_passes.softcap_slope(raw, self.scale, self.softcap),
+        )
+
     def _kd(self, outcomes: Tensor, target: SparseTarget, kept: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
         """(KD sum, its gradient or None) from the logits [c, K + 1] of the named tokens and of all others merged."""
         ids = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), -1)
@@ -287,6 +402,53 @@ class _Job:
         with torch.set_grad_enabled(learns):
             kd = kd_loss(outcomes.requires_grad_(learns), merged, **self.options)
             return kd.detach(), torch.autograd.grad(kd, outcomes)[0] if learns else None
+
+
+class _ChunkWeights(NamedTuple):
+    """Weights of the two losses on a chunk."""
+
+    lm: Tensor
+    """[c, 1]."""
+    kd: Tensor
+    """Scalar."""
+
+
+class _Named(NamedTuple):
+    """The tokens that the target of a chunk names."""
+
+    target: SparseTarget
+    columns: Tensor
+    """[c, K] their ids; padding repeats the largest id of its row."""
+    kept: Tensor
+    """[c, K] which are not padding."""
+    repeated: Tensor
+    """[c, K] place in `columns` of the id that padding repeats."""
+    values: Tensor
+    """[c, K] their logits, scaled and soft-capped."""
+    cap_slope: Tensor | None
+    """[c, K] derivative of the soft-cap there."""
+
+
+class _SoftmaxRows(NamedTuple):
+    """The softmax of the rows of a chunk, summed up; "the rest" are the tokens that the target does not name."""
+
+    label: Tensor
+    """[c, 1]."""
+    raw_label: Tensor
+    """[c, 1] logit of the label, before scale and soft-cap."""
+    named: _Named | None
+    peak: Tensor
+    """[c, 1] largest logit of the rest."""
+    rest_total: Tensor
+    """[c, 1] sum over the rest of exp(logit - peak)."""
+    shift: Tensor
+    """[c, 1] what is subtracted from all logits below, so that no exponential overflows."""
+    log_rest: Tensor
+    """[c, 1] log-sum-exp of the rest, shifted."""
+    named_logits: Tensor | None
+    """[c, K] logits of the named tokens, shifted."""
+    total: Tensor
+    """[c, 1] sum of all exponentials, shifted."""
 
 
 def _columns(ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -341,7 +503,30 @@ class _Linear:
             if d_weight is not None:
                 d_weight.addmm_(gradient.t(), x * slope)
             return
-        rounded = torch.mul(gradient, slope, out=self.half[: len(x)])
+        self._multiply_half(part, torch.mul(gradient, slope, out=self.half[: len(x)]))
+
+    def half_buffer(self, rows: int) -> Tensor | None:
+        """Return [rows, V] memory for a gradient in half precision; None where it is multiplied in full precision."""
+        return None if self.half is None else self.half[:rows]
+
+    def multiply(self, part: slice, gradient: Tensor) -> None:
+        """Add the products with a gradient [c, V] in the dtype in which the head computes."""
+        d_states, d_weight, d_bias = self.gradients
+        if d_bias is not None:
+            d_bias += gradient.sum(0, dtype=d_bias.dtype)
+        if self.half is not None:
+            self._multiply_half(part, gradient)
+            return
+
+        if d_states is not None:
+            torch.mm(gradient, self.weight, out=d_states[part])
+        if d_weight is not None:
+            d_weight.addmm_(gradient.t(), self.states[part].to(self.compute))
+
+    def _multiply_half(self, part: slice, rounded: Tensor) -> None:
+        """Add the products with a half-precision gradient [c, V], in blocks of the vocabulary."""
+        d_states, d_weight, _ = self.gradients
+        x = self.states[part].to(self.compute)
         for first in range(0, len(self.weight), BLOCK):
             block = slice(first, first + BLOCK)
             if d_states is not None:

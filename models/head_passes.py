@@ -1,0 +1,145 @@
+"""The elementwise work on a chunk of logits, in two passes over its memory.
+
+Shapes: c rows of one chunk, V vocabulary.
+
+Step by step, PyTorch reads and writes a chunk many times: maximum, difference, exponential, sum, product, rounding are
+about 36 bytes of traffic for each logit beside its products in bfloat16. On a GPU that computes the products in half
+precision the traffic takes longer than they do. `torch.compile` makes one kernel of maximum and sum, which only reads,
+and one of the gradient, which reads once and writes once, rounded already; about 18 bytes. The exponentials are
+computed twice and never stored.
+
+The kernels need Triton and a GPU of the Volta generation or newer. Anywhere else `fused_head` goes its own way, step
+by step, which stays the reference.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+VOLTA = (7, 0)
+"""Compute capability of the oldest GPUs that Triton compiles for."""
+
+
+class RowSums(NamedTuple):
+    """The softmax of each row in two numbers: log-sum-exp = peak + log(total)."""
+
+    peak: Tensor
+    """[c, 1] largest logit; -inf where every logit of the row is."""
+    total: Tensor
+    """[c, 1] sum of exp(logit - peak)."""
+
+
+def adjusted(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Scale and soft-cap logits; -inf stays, as the mark of a logit that does not count."""
+    if softcap:
+        return torch.where(logits == -torch.inf, logits, softcap * torch.tanh(logits * (scale / softcap)))
+    return logits if scale == 1 else logits * scale
+
+
+def softcap_slope(logits: Tensor, scale: float, softcap: float | None) -> Tensor | None:
+    """Derivative of the soft-cap by the scaled logits, 1 - tanh ** 2; None without a cap."""
+    if not softcap:
+        return None
+    return 1 - torch.tanh(logits * (scale / softcap)).square()
+
+
+def row_sums(logits: Tensor, scale: float, softcap: float | None) -> RowSums:
+    """Peak and sum of exponentials of raw logits [c, V], which are only read."""
+    values = adjusted(logits, scale, softcap)
+    peak = values.amax(1, keepdim=True)
+    total = (values - peak).exp().sum(1, keepdim=True)
+    return RowSums(peak, total)
+
+
+def softmax_gradient(
+    logits: Tensor, peak: Tensor, slope: Tensor, out: Tensor | None, scale: float, softcap: float | None
+) -> None:
+    """Write slope * exp(logit - peak), the chain rule through the soft-cap included, in the dtype of where it goes.
+
+    Args:
+        logits: [c, V] raw; -inf gives 0.
+        peak: [c, 1].
+        slope: [c, 1] gradient of the loss by each exponential.
+        out: [c, V] memory for it; None: that of the logits.
+    """
+    gradient = (adjusted(logits, scale, softcap) - peak).exp() * slope
+    if softcap:
+        gradient = gradient * softcap_slope(logits, scale, softcap)
+    (logits if out is None else out).copy_(gradient)
+
+
+class Passes(NamedTuple):
+    """The two passes, compiled."""
+
+    row_sums: Callable[..., RowSums]
+    softmax_gradient: Callable[..., None]
+
+
+@functools.cache
+def compiled() -> Passes:
+    """Return the passes behind `torch.compile`, which compiles at their first call and once for all numbers of rows."""
+    return Passes(_any_rows(row_sums), _any_rows(softmax_gradient))
+
+
+def _any_rows(function: Callable) -> Callable:
+    """Compile a function whose first argument has a number of rows that changes from call to call."""
+    kernel = torch.compile(function)
+
+    @functools.wraps(function)
+    def call(logits: Tensor, *rest: Tensor | float | None) -> RowSums | None:
+        torch._dynamo.maybe_mark_dynamic(logits, 0)
+        return kernel(logits, *rest)
+
+    return call
+
+
+def choose(wanted: Literal["auto", "compiled", "eager"], device: torch.device) -> tuple[bool, str]:
+    """Return whether a head's passes are compiled on a device, and why (not).
+
+    Raises:
+        ValueError: they are to be compiled, and cannot.
+    """
+    if wanted == "eager":
+        return False, "step by step, as asked for (loss.head_passes: eager)"
+    if wanted == "auto":
+        return can_compile(device)
+
+    if error := try_passes(device):
+        raise ValueError(
+            f"got loss.head_passes compiled, but torch.compile does not work on this {device.type} device ({error}); "
+            "expected auto or eager"
+        )
+    return True, "compiled, as asked for (loss.head_passes: compiled)"
+
+
+def can_compile(device: torch.device) -> tuple[bool, str]:
+    """Return whether compiling the passes is worth it and works on a device, and why (not).
+
+    They are tried on a few numbers, since a compiler, its headers or its cache folder can be missing.
+    """
+    if device.type != "cuda":
+        return False, f"step by step on {device.type}, where the products take most of the time"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < VOLTA:
+        return False, f"step by step: Triton needs compute capability 7.0, this GPU has {capability[0]}.{capability[1]}"
+    if error := try_passes(device):
+        return False, f"step by step: torch.compile does not work here ({error})"
+    return True, "compiled: a chunk's logits are read twice and written once"
+
+
+@functools.cache
+def try_passes(device: torch.device) -> str:
+    """Compile and compare the passes on a few numbers; return what went wrong, in one line, or nothing."""
+    logits = torch.linspace(-3, 3, 48, device=device).reshape(3, 16)
+    expected = logits.softmax(1)
+    try:
+        sums = compiled().row_sums(logits, 1.0, None)
+        compiled().softmax_gradient(logits, sums.peak, 1 / sums.total, None, 1.0, None)
+        right = torch.allclose(logits, expected, atol=1e-5)
+    except Exception as error:  # a compiler's own errors, of many kinds: whatever it is, the reference works
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+    return "" if right else "its values are wrong"
