@@ -12,7 +12,10 @@ from torch import Tensor, nn
 from transformers import masking_utils
 from transformers.modeling_outputs import ModelOutput
 
+from .attention import repeat_grouped_heads_where_needed
 from .outputs import Source
+
+repeat_grouped_heads_where_needed()
 
 CPU_BLOCK = 512
 """Tokens for each thread whose logits a CPU computes at once: their weights then stay in its cache. 224 rows, 288

@@ -14,7 +14,7 @@ TOWERS = ("models", "utils")
 
 FLOORS = {
     "models": [
-        {"config", "outputs", "head_passes"},
+        {"config", "outputs", "head_passes", "attention"},
         {"vocabulary", "alignment", "losses", "causal_lm", "curriculum", "projection", "fused_head"},
         {"pairing", "chat", "teacher", "student_aware_router"},
         {"distillation_framework", "cached_teacher", "encoder_decoder"},

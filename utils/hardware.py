@@ -131,7 +131,7 @@ def configure_backends(device: torch.device) -> list[str]:
         return []
     capability = torch.cuda.get_device_capability(device)
     if capability < BF16_CAPABILITY:
-        return ["attention: SDPA without flash kernels (they need compute capability 8.0)"]
+        return ["attention: SDPA, memory-efficient kernels (flash needs compute capability 8.0)"]
     torch.set_float32_matmul_precision("high")
     return [
         "TF32 for float32 matrix products (compute capability 8.0 or more)",

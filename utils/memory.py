@@ -6,8 +6,9 @@ with as few layers as tell how it grows with depth, and counts the bytes that ex
 the whole with the peak of real optimizer steps.
 
 Attention: the scores [heads, S, S] count where a model's own attention makes them (eager, or dropout on a CPU). On a
-GPU it is taken for granted that SDPA has a kernel that does not, as it has for float32 and float16 on every GPU that
-torch supports, and for bfloat16 from compute capability 8.0 on.
+GPU this forecast relies on SDPA having a kernel that does not write them: flash or cuDNN in half precision from compute
+capability 8.0 on, memory-efficient elsewhere (float32 and float16 on every GPU that torch supports). The latter reads
+no grouped heads, so it also relies on `models/attention.py`, which has keys and values repeated there.
 """
 
 import logging

@@ -1,0 +1,44 @@
+"""Which kernel attention runs on a GPU, for models whose queries share keys and values (grouped heads).
+
+transformers hands grouped heads to `scaled_dot_product_attention` as they are wherever there is no mask. Only the flash
+and cuDNN kernels can read them so: in half precision, from compute capability 8.0 on. Everywhere else torch then takes
+its plain kernel, which writes the scores [heads, S, S] to memory and keeps them for the backward pass. With keys and
+values repeated for every query head, which costs S x width instead, torch has its memory-efficient kernel.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations import sdpa_attention
+
+GROUPED_CAPABILITY = (8, 0)
+"""First NVIDIA compute capability whose kernels read grouped heads."""
+GROUPED_TEST = "use_gqa_in_sdpa"
+"""What transformers asks whether to hand grouped heads on as they are: (mask, key, ...) -> bool. Private."""
+
+
+def reads_grouped_heads(key: Tensor) -> bool:
+    """Return whether the device of `key` has a kernel that reads grouped heads without writing scores to memory."""
+    if key.device.type != "cuda":
+        return True
+
+    is_half = key.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
+    return is_half and torch.cuda.get_device_capability(key.device) >= GROUPED_CAPABILITY
+
+
+def repeat_grouped_heads_where_needed() -> None:
+    """Make transformers repeat keys and values where no fast kernel reads grouped heads; the results are the same.
+
+    For the whole process, not for a call of ours: layers that are computed a second time in the backward pass, and
+    evaluations by other code, must take the same kernel. Doing it twice changes nothing.
+    """
+    as_shipped = getattr(sdpa_attention, GROUPED_TEST)
+    if getattr(as_shipped, "repeats_where_needed", False):
+        return
+
+    def hands_grouped_heads_on(mask: Tensor | None, key: Tensor, *others: Any) -> bool:
+        return as_shipped(mask, key, *others) and reads_grouped_heads(key)
+
+    hands_grouped_heads_on.repeats_where_needed = True
+    setattr(sdpa_attention, GROUPED_TEST, hands_grouped_heads_on)
