@@ -98,8 +98,7 @@ def load(job: Any) -> nn.Module:
     model = pretrained.load_model(config.name, "teacher", dtype.value, where, **weights)
     told = str(job.teacher_device)
     if config.device == SPREAD:
-        parts = Counter(f"cuda:{d}" if isinstance(d, int) else str(d) for d in model.hf_device_map.values())
-        told = ", ".join(f"{place} ({count} modules)" for place, count in parts.items())
+        told = places(model)
     elif config.device == SHARDED:
         sharding.shard_layers(model, job.accelerator)
         told += f", its layers sharded over {job.accelerator.num_processes} processes"
@@ -107,6 +106,18 @@ def load(job: Any) -> nn.Module:
             log.warning("--eval-tasks: not measured on a sharded teacher, with which all processes must compute")
     log.info("teacher on %s in %s: %s", told, str(dtype.value).removeprefix("torch."), dtype.reason)
     return model
+
+
+def places(model: nn.Module) -> str:
+    """Return where the parts of a spread model are, for the log.
+
+    transformers leaves no map on a model that one device holds whole.
+    """
+    device_map = getattr(model, "hf_device_map", {"": model.device})
+    modules = Counter(f"cuda:{place}" if isinstance(place, int) else str(place) for place in device_map.values())
+    if len(modules) == 1:
+        return f"{next(iter(modules))}, whole"
+    return ", ".join(f"{place} ({count} modules)" for place, count in modules.items())
 
 
 def room(student: torch.device, needed: int) -> dict[int | str, int]:

@@ -65,6 +65,15 @@ def test_the_students_gpu_keeps_room_for_its_training(monkeypatch):
     assert teachers.room(CPU, 4_000)["cpu"] == 90_000
 
 
+def test_a_spread_teacher_that_one_device_holds_whole_is_told_of_like_any(tmp_path):
+    """transformers puts a map on a model only where its layers went to several devices."""
+    tiny_llama(400, 2).save_pretrained(tmp_path)
+    whole = pretrained.load_model(str(tmp_path), "teacher", torch.float32, {"cpu": 2**30})
+    assert teachers.places(whole) == "cpu, whole"
+    whole.hf_device_map = {"embed": 0, "layers.0": 0, "layers.1": 1, "layers.2": "cpu"}
+    assert teachers.places(whole) == "cuda:0 (2 modules), cuda:1 (1 modules), cpu (1 modules)"
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_teacher_in_several_places_says_the_same_bit_for_bit(tmp_path, tied):
     """Its embedding stays, and layers and, where it is not the embedding, the head come from the disk in every call."""
