@@ -341,12 +341,19 @@ def train_student(
 
 def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[str, Any]:
     """Export the student and write the report; returns its results. `asked`: with the names that the user gave."""
-    framework, result = trained.framework, trained.result
-    results = job.held_out.results(framework.student, trained.start, framework.compare)
-    results["run"] = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
+    student, result, held_out = trained.framework.student, trained.result, job.held_out
+    ended = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
+    scores = held_out.scores(student, trained.start)
+
+    # before everything that could still fail: what was trained for hours is on the disk then
     if job.accelerator.is_main_process:
         settings = (job.config.student, job.tokenizer, output / "student", to_plain(asked))
-        students.export(framework.student, *settings, results)
+        students.export(student, *settings, {**scores, "run": ended})
+
+    results = held_out.results(student, trained.start, scores, trained.framework.compare)
+    results["run"] = ended
+    if job.accelerator.is_main_process:
+        students.describe(output / "student", to_plain(asked), results)
         report.write_report(output, results)
     return results
 
@@ -436,6 +443,8 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     trained = train_student(job, teacher, config.curriculum, output, stop, config.resume)
     if job.cache is not None:
         log.info("teacher cache: %s", written(job))
+    # what had to be halved in training is no larger in the evaluation after it
+    job = replace(job, held_out=replace(job.held_out, batch_size=trained.result.micro_batch))
     results = export(job, asked, trained, output)  # before the comparison, so that a kill there loses nothing
     in_time, main = on_main_process(accelerator, stop.requested) is None, accelerator.is_main_process
     if not in_time and (config.evaluation.without_teacher or config.evaluation.tasks):

@@ -20,7 +20,7 @@ FLOORS = {
         {"distillation_framework", "cached_teacher", "encoder_decoder"},
     ],
     "utils": [
-        {"errors", "atomic", "paths", "seeding", "progress", "processes", "shell", "mistakes"},
+        {"errors", "atomic", "paths", "seeding", "progress", "processes", "shell", "mistakes"} | {"device_memory"},
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
         | {"checklist", "environment", "families", "forecast", "endings", "sharding", "signal_codec"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}

@@ -11,12 +11,14 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .device_memory import FittingParts
 from .errors import UserError
 
 log = logging.getLogger(__name__)
@@ -24,6 +26,8 @@ log = logging.getLogger(__name__)
 IGNORE = -100
 LOGIT_ELEMENTS = 2**24
 """Logits looked at in one go, at most: 64 MiB in float32."""
+GPU_LOGIT_ELEMENTS = 2**27
+"""The same on a GPU, which one window of 512 tokens does not keep busy: 512 MiB."""
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -77,6 +81,8 @@ def token_nll(
     batches: Iterable[tuple[dict[str, Tensor], Tensor]],
     device: torch.device,
     accelerator: Any = None,
+    *,
+    survives: bool = True,
 ) -> tuple[float, int]:
     """Negative log-likelihood of all supervised tokens, in nats, and their number.
 
@@ -86,13 +92,15 @@ def token_nll(
             not scored.
         device: of the model.
         accelerator: if given, both numbers are summed over its processes, which must all call this.
+        survives: what does not fit into memory is done again in halves; False raises (see `FittingParts`).
     """
     total, count = 0.0, 0
+    parts = FittingParts(survives=survives)
     with evaluation_mode(model):
         for inputs, labels in batches:
-            for rows in torch.arange(len(labels)).split(_rows_at_once(model, labels.shape[1])):
-                some = {name: tensor[rows].to(device) for name, tensor in inputs.items()}
-                nll, scored = _rows_nll(model, some, labels[rows].to(device))
+            score = partial(_part_nll, model, inputs, labels, device)
+            most = _rows_at_once(model, labels.shape[1], device)
+            for nll, scored in parts.of(range(len(labels)), score, most):
                 total, count = total + nll, count + scored
     total, count = sum_over_processes([total, count], accelerator)
     return total, round(count)
@@ -105,12 +113,14 @@ def evaluate(
     accelerator: Any = None,
     *,
     float32: bool = True,
+    survives: bool = True,
 ) -> dict[str, float | int]:
     """`metrics` of a model on batches as for `token_nll`, with the bytes of text that each scores.
 
     Args:
         float32: compute in float32 whatever the model's dtype (see `float32_evaluation`); False for a
             teacher whose float32 copy would not fit: then only the loss is float32.
+        survives: as for `token_nll`.
     """
     num_bytes = 0
 
@@ -121,7 +131,7 @@ def evaluate(
             yield inputs, labels
 
     with float32_evaluation(model) if float32 else nullcontext():
-        nll, tokens = token_nll(model, counted(), device, accelerator)
+        nll, tokens = token_nll(model, counted(), device, accelerator, survives=survives)
     return metrics(nll, tokens, round(sum_over_processes([num_bytes], accelerator)[0]))
 
 
@@ -272,22 +282,43 @@ def _continuation(tokenizer: Any, prompt: list[int], whole: list[int]) -> str:
     return tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)  # the prompt ended inside a character
 
 
-def _rows_at_once(model: nn.Module, positions: int) -> int:
+def _rows_at_once(model: nn.Module, positions: int, device: torch.device) -> int:
     vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
-    return max(1, LOGIT_ELEMENTS // (vocabulary * max(positions, 1)))
+    return max(1, _logit_elements(device) // (vocabulary * max(positions, 1)))
+
+
+def _logit_elements(device: torch.device) -> int:
+    return GPU_LOGIT_ELEMENTS if device.type == "cuda" else LOGIT_ELEMENTS
+
+
+def _part_nll(
+    model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, device: torch.device, rows: Sequence[int]
+) -> tuple[float, int]:
+    """Return what `_rows_nll` does of neighbouring rows of a batch, moved to the device."""
+    part = slice(rows[0], rows[-1] + 1)
+    inputs = {name: tensor[part].to(device) for name, tensor in inputs.items()}
+    return _rows_nll(model, inputs, labels[part])
 
 
 def _rows_nll(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[float, int]:
-    where = (labels.flatten() != IGNORE).nonzero().flatten()
+    """Return the negative log-likelihood of rows, and how many of their tokens are supervised.
+
+    Args:
+        labels: on the host, where they are looked at without waiting for a device.
+    """
+    labels = labels.flatten()
+    where = (labels != IGNORE).nonzero().flatten()
     if not len(where):
         return 0.0, 0
+
     logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
-    targets, total = labels.flatten(), 0.0
-    for chunk in where.split(max(1, LOGIT_ELEMENTS // logits.shape[1])):
-        # Float64 on the host: not every device has it.
-        nll = F.cross_entropy(logits[chunk].float(), targets[chunk], reduction="none")
-        total += nll.cpu().double().sum().item()
-    return total, len(where)
+    targets = labels.to(logits.device)
+    losses = []
+    for chunk in where.to(logits.device).split(max(1, _logit_elements(logits.device) // logits.shape[1])):
+        losses.append(F.cross_entropy(logits[chunk].float(), targets[chunk], reduction="none"))
+
+    # Float64 on the host: not every device has it. Once: each copy to the host waits for the device
+    return torch.cat(losses).cpu().double().sum().item(), len(where)
 
 
 def sum_over_processes(values: Sequence[float], accelerator: Any) -> list[float]:

@@ -18,12 +18,15 @@ from torch import nn
 from . import data, evaluation
 from .atomic import write_json
 from .config import EvaluationConfig
+from .device_memory import FittingParts
 from .errors import RunError, UserError
 
 log = logging.getLogger(__name__)
 
 METRICS = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
 START = "baseline_evaluation.json"
+GPU_WINDOWS = 16
+"""Windows of a batch to score on a GPU, at least; `evaluation` passes as many of them at once as its logits allow."""
 ROUTING_BATCHES = 4
 """So many batches are enough to see how hidden states are routed."""
 
@@ -47,16 +50,24 @@ class HeldOut:
     """Every process asks the teacher about all windows, not about its share: a sharded one must be asked equally often
     by all."""
 
-    def indices(self, together: bool = False) -> list[list[int]]:
-        """Windows of each batch: of this process's share, or of all."""
+    def indices(self, together: bool = False, size: int | None = None) -> list[list[int]]:
+        """Windows of each batch: of this process's share, or of all.
+
+        Args:
+            size: of a batch; None: `batch_size`.
+        """
         first, each = (0, 1) if together else (self.accelerator.process_index, self.accelerator.num_processes)
         mine = range(first, len(self.windows), each)
-        return [list(mine[start : start + self.batch_size]) for start in range(0, len(mine), self.batch_size)]
+        size = size or self.batch_size
+        return [list(mine[start : start + size]) for start in range(0, len(mine), size)]
 
     def batches(self, together: bool = False) -> Iterator[Any]:
         """This process's share of the windows, or all of them."""
         for batch in self.indices(together):
-            yield self.collate([self.windows[i] for i in batch])
+            yield self._batch(batch)
+
+    def _batch(self, indices: Sequence[int]) -> Any:
+        return self.collate([self.windows[i] for i in indices])
 
     def score(self, model: nn.Module, side: str) -> dict[str, Any]:
         """Metrics of a model, over all processes.
@@ -64,9 +75,14 @@ class HeldOut:
         The student computes in float32; of a large teacher a float32 copy may not fit, only its loss is float32.
         """
         together = self.together and side == "teacher"
-        batches = ((*batch.scored(side), int(batch.bytes.sum())) for batch in self.batches(together))
-        device, summed = next(model.parameters()).device, None if together else self.accelerator
-        return evaluation.evaluate(model, batches, device, summed, float32=side == "student")
+        device = next(model.parameters()).device
+        size = max(self.batch_size, GPU_WINDOWS) if device.type == "cuda" else self.batch_size
+
+        batches = (self._batch(windows) for windows in self.indices(together, size))
+        scored = ((*batch.scored(side), int(batch.bytes.sum())) for batch in batches)
+        summed_over = None if together else self.accelerator
+        options = {"float32": side == "student", "survives": not together}
+        return evaluation.evaluate(model, scored, device, summed_over, **options)
 
     def routing(self, model: nn.Module, measure: Callable[[Any], dict[str, Any] | None]) -> dict[str, Any]:
         """`{"routing": ...}` for an evaluation record: the mean over the first windows, the same in every process.
@@ -76,16 +92,19 @@ class HeldOut:
             measure: batch -> `{student_layers, teacher_layers, weights}`, the mean over its windows (`weights`: a row
                 per student layer that sums to 1), or None without a router, and so is the result then: {}.
         """
-        total, seen = torch.zeros((), dtype=torch.float64), 0
         first = range(min(len(self.windows), ROUTING_BATCHES * self.batch_size))
+        total = torch.zeros((), dtype=torch.float64)
+
+        def measured(part: Sequence[int]) -> tuple[int, dict[str, Any] | None]:
+            batch = self._batch(part).to(self.accelerator.device)
+            return len(part), measure(batch)
+
         with evaluation.float32_evaluation(model):
-            for start in first[:: self.batch_size]:
-                rows = [self.windows[i] for i in first[start : start + self.batch_size]]
-                found = measure(self.collate(rows).to(self.accelerator.device))
-                if found is None:
+            for windows, routed in FittingParts(self.batch_size).of(first, measured):
+                if routed is None:
                     return {}
-                total, seen = total + len(rows) * torch.tensor(found["weights"], dtype=torch.float64), seen + len(rows)
-        return {"routing": {**found, "weights": (total / seen).tolist()}}
+                total = total + windows * torch.tensor(routed["weights"], dtype=torch.float64)
+        return {"routing": {**routed, "weights": (total / len(first)).tolist()}}
 
     def describe(self, model: nn.Module, side: str) -> dict[str, Any]:
         """Metrics, number of parameters and dtype of a model."""
@@ -177,42 +196,60 @@ class HeldOut:
         self.accelerator.wait_for_everyone()
         return measured
 
-    def results(
-        self,
-        student: nn.Module,
-        start: Mapping[str, Any],
-        compare: Callable[[Any], dict[str, float]],
-    ) -> dict[str, Any]:
-        """The models' part of evaluation_report.json.
+    def scores(self, student: nn.Module, start: Mapping[str, Any]) -> dict[str, Any]:
+        """Return metrics of teacher, untrained and trained student: what must be known before an export.
 
         Args:
             student: after training.
             start: from `measure_start`.
-            compare: batch -> agreement of student and teacher (see `evaluation.compare`); not used without a teacher.
 
         Raises:
             RunError: the student's loss is not finite.
         """
-        found = {key: start[key] for key in ("teacher", "initial_student") if key in start}
-        found["student"] = self.describe(student, "student")
-        if not math.isfinite(found["student"]["loss"]):
+        models = {key: start[key] for key in ("teacher", "initial_student") if key in start}
+        models["student"] = self.describe(student, "student")
+        if not math.isfinite(models["student"]["loss"]):
             raise RunError(
-                f"the student's loss on the held-out text is {found['student']['loss']} after training: there is "
+                f"the student's loss on the held-out text is {models['student']['loss']} after training: there is "
                 "nothing to export. Its checkpoints are kept. Probably training diverged: start a new run, in another "
                 "--output-dir, with a lower --learning-rate."
             )
-        found["prompted"] = self.prompt is not None
+        return {**models, "prompted": self.prompt is not None}
+
+    def results(
+        self,
+        student: nn.Module,
+        start: Mapping[str, Any],
+        scores: Mapping[str, Any],
+        compare: Callable[[Any], dict[str, float]],
+    ) -> dict[str, Any]:
+        """Return the models' part of evaluation_report.json: the scores, and what compares the models.
+
+        Args:
+            student: after training.
+            start: from `measure_start`.
+            scores: from `scores`.
+            compare: batch -> agreement of student and teacher (see `evaluation.compare`); not used without a teacher.
+        """
+        results = dict(scores)
         samples = {**start["samples"], "student": self.continuations(student, "student")}
-        if "teacher" in found:
-            device = self.accelerator.device
-            with evaluation.float32_evaluation(student):
-                shares = (self.batches(self.together), None if self.together else self.accelerator)
-                agreement = evaluation.compare(lambda batch: compare(batch.to(device)), *shares)
-            found["retention"] = evaluation.retention(
-                found["student"], found["teacher"], found["initial_student"], agreement
-            )
-        found["samples"] = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
-        return found
+        if "teacher" in scores:
+            models = (scores["student"], scores["teacher"], scores["initial_student"])
+            results["retention"] = evaluation.retention(*models, self._agreement(student, compare))
+        results["samples"] = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
+        return results
+
+    def _agreement(self, student: nn.Module, compare: Callable[[Any], dict[str, float]]) -> dict[str, float | None]:
+        """Return how often student and teacher agree on all windows, in batches that fit into memory."""
+        parts = FittingParts(self.batch_size, survives=not self.together)
+
+        def compared(windows: Sequence[int]) -> dict[str, float]:
+            sums = [*parts.of(windows, lambda part: compare(self._batch(part).to(self.accelerator.device)))]
+            return {name: sum(part[name] for part in sums) for name in sums[0]}
+
+        with evaluation.float32_evaluation(student):
+            summed_over = None if self.together else self.accelerator
+            return evaluation.compare(compared, self.indices(self.together), summed_over)
 
     def with_baseline(self, results: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         """`results`, and beside them the same student trained without the teacher."""

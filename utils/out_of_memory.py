@@ -5,9 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
-
+from .device_memory import is_out_of_memory
 from .errors import RunError
 from .memory import REMEDY
 from .plan import Plan
@@ -17,11 +15,6 @@ log = logging.getLogger(__name__)
 
 class OutOfMemory(RunError):
     """Training does not fit into memory, and why nothing can be done about it here."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, of a GPU or of the host."""
-    return isinstance(error, torch.OutOfMemoryError) or should_reduce_batch_size(error)
 
 
 class Attempt:
@@ -47,11 +40,6 @@ class Attempt:
             log.debug("out of memory: %s", error)
         self.failed = True  # here, where the traceback no longer holds what was computed
         return None
-
-
-def release() -> None:
-    """Give back what a failed attempt held."""
-    clear_device_cache(garbage_collection=True)
 
 
 def halved(plan: Plan, step: int, contrastive: bool) -> Plan:

@@ -34,7 +34,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from . import hardware, loading, out_of_memory
+from . import device_memory, hardware, loading, out_of_memory
 from .checkpoints import CheckpointStore
 from .config import TrainingConfig
 from .errors import RunError, UserError
@@ -70,6 +70,8 @@ class FitResult:
     skipped_steps: int = 0
     """Steps not taken because loss or gradient were not finite."""
     loss_spikes: int = 0
+    micro_batch: int = 0
+    """Windows of a forward pass at the end: fewer than at the start where those did not fit into memory."""
 
 
 def fit(
@@ -256,6 +258,7 @@ class TrainingLoop:
             resumed_from=self.resumed_from,
             skipped_steps=self.guard.skipped,
             loss_spikes=self.guard.spikes.total,
+            micro_batch=self.plan.micro_batch,
         )
 
     def _one_ahead(self) -> Iterator[tuple[int, list[tuple[Any, Any]]]]:
@@ -368,7 +371,7 @@ class TrainingLoop:
         """
         self.engine.forget()
         self.guard.forget()
-        out_of_memory.release()
+        device_memory.release()
         if self.plan.micro_batch == 1:
             self._save()
             raise OutOfMemory(f"out of memory in optimizer step {self.step + 1}, in micro-batches of one window")

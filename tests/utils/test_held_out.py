@@ -87,3 +87,51 @@ def test_the_beginning_of_a_long_document_is_no_warning_that_a_model_cannot_read
     of = HeldOut(EvaluationConfig(prompt_tokens=4), None, [], ["word " * 100], Batch, {"student": tokenizer}, 1)
     assert len(of.prompts("student")[0][1]) in (4, 5)
     assert not tokenizer.deprecation_warnings  # where transformers notes what it has warned of
+
+
+class Full:
+    """Agreement of a pair that has no memory for more than `most` windows."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.seen = most, []
+
+    def __call__(self, batch: Batch) -> dict:
+        self.seen.append(len(batch.windows))
+        if len(batch.windows) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return {"agree": len(batch.windows) / 2, "kl_sum": sum(batch.windows), "count": len(batch.windows)}
+
+
+def agreement(monkeypatch, most: int, together: bool = False) -> tuple[dict, list[int]]:
+    alone = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
+    held = HeldOut(EvaluationConfig(), alone, range(10), [], Batch, {}, 4, lambda document, side: ("", []), together)
+    model = {"bits_per_byte": 1.0}
+    scores = {"teacher": model, "student": model, "initial_student": model}
+    pair = Full(most)
+    start = {"samples": {"prompt": []}}
+    monkeypatch.setattr(HeldOut, "continuations", lambda self, model, side: [])
+    return held.results(nn.Linear(1, 1), start, scores, pair)["retention"], pair.seen
+
+
+def test_a_comparison_that_does_not_fit_into_memory_is_done_in_halves_with_the_same_result(monkeypatch):
+    whole, cut = agreement(monkeypatch, 99), agreement(monkeypatch, 1)
+    assert cut[0] == whole[0] and whole[0]["kl_nats_per_token"] == 4.5
+    assert whole[1] == [4, 4, 2] and cut[1] == [4, 2] + [1] * 10
+
+
+def test_where_other_processes_wait_it_raises(monkeypatch):
+    with pytest.raises(torch.OutOfMemoryError):
+        agreement(monkeypatch, 1, together=True)
+
+
+def test_routing_that_does_not_fit_into_memory_is_measured_in_halves():
+    measure = Measure(nn.Linear(1, 1))
+
+    def full(batch: Batch) -> dict:
+        if len(batch.windows) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return measure(batch)
+
+    whole = held_out(windows=100, batch_size=3).routing(measure.model, measure)["routing"]["weights"]
+    cut = held_out(windows=100, batch_size=3).routing(measure.model, full)["routing"]["weights"]
+    assert cut[0] == pytest.approx(whole[0])
