@@ -74,7 +74,7 @@ from utils.held_out import START, HeldOut, metrics_of
 from utils.logs import METRICS, StepLogger, learned_lines, setup_logging
 from utils.plan import Plan, build_accelerator
 from utils.processes import main_process_first, on_main_process, rank
-from utils.seeding import permutation
+from utils.seeding import deterministic_kernels, permutation
 from utils.stopping import StopSignal
 from utils.teacher_cache import TeacherCache
 from utils.tracking import Tracking
@@ -289,8 +289,7 @@ def train_student(
         (output / START).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
     start = job.held_out.measure_start(student, measure_teacher, output)
-    each = 4 if accelerator.mixed_precision == "no" else 6
-    log.info("student's head: %s", chunk_rows(vocabulary_size(student), accelerator.device, each)[1])
+    log.info("student's head: %s", chunk_rows(vocabulary_size(student), accelerator.device)[1])
     with value_errors_are_the_users():
         log.info("its elementwise work: %s", head_passes.choose(config.loss.head_passes, accelerator.device)[1])
     with value_errors_are_the_users():
@@ -405,8 +404,10 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         Interrupted: by a signal.
     """
     output, asked = Path(config.output_dir), config
+    allocator = hardware.configure_allocator()
     device = hardware.choose_device()
-    if remedy := hardware.check_kernels():
+    # one process starts a Python on each GPU, not each process; where it fails, its launcher ends the others
+    if rank() == 0 and (remedy := hardware.check_kernels()):
         raise UserError(remedy)
     requirements.check(config, device.value)
     precision = hardware.choose_precision(config.training.mixed_precision, device.value)
@@ -418,7 +419,10 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     setup_logging(output, main_process=accelerator.is_main_process)
     log.info("%s", recipe)
     notes = {"recipe": recipe, "device": f"{device.value}: {device.reason}", "mixed precision": precision.reason}
-    notes |= {"backend": "; ".join(hardware.configure_backends(device.value)) or "defaults"}
+    backend = hardware.configure_backends(device.value)
+    if allocator is not None and device.value.type == "cuda":
+        backend.append(allocator)
+    notes |= {"backend": "; ".join(backend) or "defaults"}
     log.info("device %s: %s; mixed precision %s: %s", device.value, device.reason, precision.value, precision.reason)
     config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
@@ -500,7 +504,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return compare(asked.compare, Path(asked.values.get("output_dir", ".")))
         config, recipe = configure(words)
         folder = run_folder.own(config.output_dir) if main_process else nullcontext()
-        with StopSignal(config.training.max_hours, started) as stop, folder:
+        deterministic = deterministic_kernels(config.training.deterministic)
+        with StopSignal(config.training.max_hours, started) as stop, folder, deterministic:
             run(config, recipe, stop)
 
     return exit_code(command)

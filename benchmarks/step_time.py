@@ -8,7 +8,8 @@ Measured: random weights with the vocabulary sizes of Qwen2.5 (151,936) and Smol
 spells 8 % of the teacher's tokens in two or three. "Step" is forward and backward of the framework: teacher, top-k,
 projection, student, LM and KD; "its teacher" is the part of `FrozenTeacher.signal`, measured once more by itself.
 "Alone" is the teacher's forward and the student's forward and backward, logits and all, of the transformers models
-themselves, given the gradient of the student's logits: no loss is computed. Neither has an optimizer or a data loader.
+themselves, given the gradient of the student's logits: no loss is computed. Like the step they are given no attention
+mask, with which padded rows would take another kernel. Neither has an optimizer or a data loader.
 Runs alternate in one process. On a CPU with one thread seconds are CPU seconds, else those of the clock.
 
 Forecast: the operations of both bodies and heads are run on fake tensors, and each one's floating-point operations and
@@ -127,13 +128,13 @@ def run_measured(args: argparse.Namespace) -> tuple[dict, PairedBatch]:
 
     def teacher_alone() -> Tensor:
         with torch.no_grad():
-            return teacher(input_ids=batch.teacher_ids, attention_mask=batch.teacher_mask, use_cache=False).logits
+            return teacher(input_ids=batch.teacher_ids, use_cache=False).logits
 
     given: list[Tensor] = []
 
     def student_alone() -> None:
         with autocast():
-            out = student(input_ids=batch.student_ids, attention_mask=batch.student_mask, use_cache=False).logits
+            out = student(input_ids=batch.student_ids, use_cache=False).logits
         out.backward(given[0])
 
     def step() -> None:
@@ -145,7 +146,7 @@ def run_measured(args: argparse.Namespace) -> tuple[dict, PairedBatch]:
         return framework.teacher.signal(batch, loss.top_k)
 
     with autocast(), torch.no_grad():
-        like = student(input_ids=batch.student_ids, attention_mask=batch.student_mask, use_cache=False).logits
+        like = student(input_ids=batch.student_ids, use_cache=False).logits
     given.append(torch.full_like(like, 1e-4))
     del like
     works = {"teacher alone": teacher_alone, "student alone": student_alone, "step": step, "its teacher": signal}

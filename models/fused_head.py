@@ -22,18 +22,18 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from . import head_passes
-from .causal_lm import is_plain_linear, linear_into
+from .causal_lm import HALF_BLOCK, has_float32_products, is_plain_linear, linear_into
 from .losses import PADDING, kd_loss
 from .outputs import SparseTarget
 
 HALF_SCALE = 16.0
 """Factor on a gradient that is rounded to half precision: 1 / 151,936 is then a normal number of float16. A power of
 two, so that it rounds nothing itself."""
-BLOCK = 16_384
-"""Tokens whose weight gradient is computed at once from half-precision factors: bounds the float32 temporary."""
 CPU_ROWS, CPU_BYTES = 224, 160 * 2**20
 PASCAL_ROWS, GPU_ROWS = 512, 2_048
 LEAST_ROWS = 16
+SPARE = 8
+"""Columns behind a block of a half-precision gradient: one that nothing reads, and seven that keep rows aligned."""
 STEEPEST = 1e34
 """Most of a row's slope, and its inverse the least: what is divided by it, or a state times it, is then a normal number
 of float32. It is met where a student gives less than 1e-34 to all tokens beyond the named ones."""
@@ -63,7 +63,8 @@ def chunk_rows(vocabulary: int, device: torch.device, bytes_per_logit: int = 4) 
 
     Args:
         vocabulary: V.
-        bytes_per_logit: 4 for one float32 buffer; more for float64, a half-precision copy (+ 2) or soft-capping (+ 4).
+        bytes_per_logit: 4 for one float32 buffer; more for float64, soft-capping (+ 4) or a half-precision head that is
+            called as a module (+ 2).
     """
     if device.type == "cuda":
         pascal = torch.cuda.get_device_capability(device)[0] < 7
@@ -134,7 +135,9 @@ def head_losses(
     compute = torch.get_autocast_dtype(kind) if autocast else dtype
     exact = torch.promote_types(compute, torch.float32)
     vocabulary = getattr(head, "out_features", None) or weight.shape[0]
-    size = exact.itemsize * (2 if softcap else 1) + (compute.itemsize if compute != exact else 0)
+    size = exact.itemsize * (2 if softcap else 1)
+    if not linear and compute != exact:
+        size += compute.itemsize
     chunk = chunk or chunk_rows(vocabulary, states.device, size)[0]
 
     has_kd = target is not None and len(target.ids) > 0
@@ -309,7 +312,7 @@ class _Job:
             kd, at_kd = self._kd(outcomes, rows.named.target, rows.named.kept, learns and self.learns_kd)
         if learns:
             at_kd = None if at_kd is None else at_kd * weights.kd
-            head.multiply(part, self._write_gradient(head, logits, rows, weights.lm, at_kd))
+            head.backward_passes(part, logits, rows.peak, self._gradient_of(rows, weights.lm, at_kd))
 
         label = head_passes.adjusted(rows.raw_label, self.scale, self.softcap)
         return (label - rows.shift - rows.total.log())[:, 0], kd
@@ -341,10 +344,8 @@ class _Job:
             total = total + named_logits.exp().sum(1, keepdim=True)
         return _SoftmaxRows(label, raw_label, named, peak, rest_total, shift, log_rest, named_logits, total)
 
-    def _write_gradient(
-        self, head: "_Linear", logits: Tensor, rows: "_SoftmaxRows", lm_weight: Tensor, at_kd: Tensor | None
-    ) -> Tensor:
-        """Return the gradient [c, V] by the logits, in the dtype in which the head multiplies it.
+    def _gradient_of(self, rows: "_SoftmaxRows", lm_weight: Tensor, at_kd: Tensor | None) -> "_Gradient":
+        """Return the gradient by the raw logits of a chunk, as a factor on the exponentials and what differs from it.
 
         Args:
             at_kd: [c, K + 1] the part of KD, by the logits of the named tokens and of all others merged.
@@ -354,12 +355,10 @@ class _Job:
         if at_kd is not None:
             at_rest = at_rest + at_kd[:, -1:]
         slope = at_rest / rows.rest_total
-        half = head.half_buffer(len(logits))
-        head_passes.compiled().softmax_gradient(logits, rows.peak, slope, half, self.scale, self.softcap)
-        gradient = logits if half is None else half
-
         at_label = (head_passes.adjusted(rows.raw_label, self.scale, self.softcap) - rows.peak).exp() * slope
-        if (named := rows.named) is not None:
+
+        named = rows.named
+        if named is not None:
             at_named = lm_weight * rows.named_logits.exp() / rows.total
             if at_kd is not None:
                 at_named = at_named + at_kd[:, :-1]
@@ -367,17 +366,19 @@ class _Job:
             at_named_label = (at_named * is_label).sum(1, keepdim=True)
             at_label = torch.where(is_label.any(1, keepdim=True), at_named_label, at_label)
 
-            if named.cap_slope is not None:
-                at_named = at_named * named.cap_slope
-            # padding repeats the last of the row's columns, so it has to write the same number there
-            at_named = torch.where(named.kept, at_named, at_named.gather(1, named.repeated))
-            gradient.scatter_(1, named.columns, at_named.to(gradient.dtype))
-
         at_label = at_label - lm_weight
         cap_slope = head_passes.softcap_slope(rows.raw_label, self.scale, self.softcap)
         if cap_slope is not None:
             at_label = at_label * cap_slope
-        return gradient.scatter_(1, rows.label, at_label.to(gradient.dtype))
+        if named is None:
+            return _Gradient(slope, rows.label, at_label)
+
+        if named.cap_slope is not None:
+            at_named = at_named * named.cap_slope
+        # a column that stands twice, as the label or as padding, has the same number at both places
+        at_named = torch.where(is_label, at_label, at_named)
+        at_named = torch.where(named.kept, at_named, at_named.gather(1, named.repeated))
+        return _Gradient(slope, torch.cat([named.columns, rows.label], 1), torch.cat([at_named, at_label], 1))
 
     def _named(self, logits: Tensor, part: slice) -> "_Named | None":
         """Gather the tokens that the target of a chunk names; None without a target."""
@@ -451,6 +452,17 @@ class _SoftmaxRows(NamedTuple):
     """[c, 1] sum of all exponentials, shifted."""
 
 
+class _Gradient(NamedTuple):
+    """A gradient [c, V] by logits: slope * exponential, but for some columns of each row."""
+
+    slope: Tensor
+    """[c, 1]."""
+    columns: Tensor
+    """[c, m] what differs: the named tokens and the label; one that stands twice has equal values."""
+    values: Tensor
+    """[c, m]."""
+
+
 def _columns(ids: Tensor) -> tuple[Tensor, Tensor]:
     """(columns [c, K] of the named tokens, which of them are not padding); padding repeats a token of its row."""
     first = torch.arange(ids.shape[1], device=ids.device) == 0
@@ -475,12 +487,13 @@ class _Linear:
 
     def __init__(self, job: _Job, states: Tensor, params: tuple, needs: tuple) -> None:
         weight, bias = params
+        self.job = job
         self.states, self.compute = states.detach(), job.compute
         self.weight = weight.detach().to(job.compute)
         self.bias = None if bias is None else bias.detach().to(job.compute)
         shape = min(job.rows, len(states)), len(weight)
         self.buffer = states.new_empty(shape, dtype=job.exact)
-        self.half = None if job.compute == job.exact else states.new_empty(shape, dtype=job.compute)
+        self.is_half = job.compute != job.exact
         self.gradients = [
             torch.zeros_like(t, dtype=job.exact, memory_format=torch.contiguous_format) if need else None
             for t, need in zip((states, *params), needs, strict=True)
@@ -488,56 +501,80 @@ class _Linear:
 
     def logits(self, part: slice) -> Tensor:
         x = self.states[part].to(self.compute)
-        out = (self.buffer if self.half is None else self.half)[: len(x)]
-        linear_into(out, x, self.weight, self.bias)
-        return out if self.half is None else self.buffer[: len(x)].copy_(out)
+        return linear_into(self.buffer[: len(x)], x, self.weight, self.bias)
 
     def backward(self, part: slice, gradient: Tensor, slope: Tensor) -> None:
         d_states, d_weight, d_bias = self.gradients
         x = self.states[part].to(self.compute)
         if d_bias is not None:
             d_bias.addmv_(gradient.t(), slope[:, 0])
-        if self.half is None:  # the rows' slopes go into the narrow factors: a pass over [c, V] less
+
+        if not self.is_half:  # the rows' slopes go into the narrow factors: a pass over [c, V] less
             if d_states is not None:
                 torch.mm(gradient, self.weight, out=d_states[part]).mul_(slope)
             if d_weight is not None:
                 d_weight.addmm_(gradient.t(), x * slope)
             return
-        self._multiply_half(part, torch.mul(gradient, slope, out=self.half[: len(x)]))
 
-    def half_buffer(self, rows: int) -> Tensor | None:
-        """Return [rows, V] memory for a gradient in half precision; None where it is multiplied in full precision."""
-        return None if self.half is None else self.half[:rows]
+        # a block of tokens at a time: bounds the rounded gradient and the float32 products
+        for block in self._blocks():
+            self._multiply_half(part, block, self._rounded(gradient[:, block], slope))
 
-    def multiply(self, part: slice, gradient: Tensor) -> None:
-        """Add the products with a gradient [c, V] in the dtype in which the head computes."""
-        d_states, d_weight, d_bias = self.gradients
-        if d_bias is not None:
-            d_bias += gradient.sum(0, dtype=d_bias.dtype)
-        if self.half is not None:
-            self._multiply_half(part, gradient)
+    def backward_passes(self, part: slice, logits: Tensor, peak: Tensor, gradient: "_Gradient") -> None:
+        """Add the products with a gradient that is written by compiled passes over raw logits [c, V]."""
+        shape = (self.job.scale, self.job.softcap)
+        write = head_passes.compiled().softmax_gradient
+        if not self.is_half:
+            write(logits, peak, gradient.slope, None, *shape)
+            logits.scatter_(1, gradient.columns, gradient.values)
+            self._multiply(part, logits)
             return
 
+        values = gradient.values.to(self.compute)
+        for block in self._blocks():
+            width = len(self.weight[block])
+            rounded = torch.empty(len(logits), width + SPARE, dtype=self.compute, device=logits.device)
+            write(logits[:, block], peak, gradient.slope, rounded[:, :width], *shape)
+
+            # what belongs to another block goes to a spare column: choosing would wait for the GPU
+            column = gradient.columns - block.start
+            column = torch.where((column >= 0) & (column < width), column, width)
+            rounded = rounded.scatter_(1, column, values)[:, :width]
+            self._multiply_half(part, block, rounded)
+            if self.gradients[2] is not None:
+                self.gradients[2][block] += rounded.sum(0, dtype=self.job.exact)
+
+    def _blocks(self) -> list[slice]:
+        starts = range(0, len(self.weight), HALF_BLOCK)
+        return [slice(start, start + HALF_BLOCK) for start in starts]
+
+    def _multiply(self, part: slice, gradient: Tensor) -> None:
+        """Add the products with a gradient [c, V] in full precision."""
+        d_states, d_weight, d_bias = self.gradients
         if d_states is not None:
             torch.mm(gradient, self.weight, out=d_states[part])
         if d_weight is not None:
             d_weight.addmm_(gradient.t(), self.states[part].to(self.compute))
+        if d_bias is not None:
+            d_bias += gradient.sum(0)
 
-    def _multiply_half(self, part: slice, rounded: Tensor) -> None:
-        """Add the products with a half-precision gradient [c, V], in blocks of the vocabulary."""
+    def _multiply_half(self, part: slice, block: slice, rounded: Tensor) -> None:
+        """Add the products with a half-precision gradient [c, block of V]."""
         d_states, d_weight, _ = self.gradients
-        x = self.states[part].to(self.compute)
-        for first in range(0, len(self.weight), BLOCK):
-            block = slice(first, first + BLOCK)
-            if d_states is not None:
-                d_states[part] += _product(rounded[:, block], self.weight[block])
-            if d_weight is not None:
-                d_weight[block] += _product(rounded[:, block].t(), x)
+        if d_states is not None:
+            d_states[part] += _product(rounded, self.weight[block])
+        if d_weight is not None:
+            d_weight[block] += _product(rounded.t(), self.states[part].to(self.compute))
+
+    def _rounded(self, gradient: Tensor, slope: Tensor) -> Tensor:
+        """Return gradient * slope in half precision, rounded once."""
+        out = torch.empty(gradient.shape, dtype=self.compute, device=gradient.device)
+        return torch.mul(gradient, slope, out=out)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b in float32 from half-precision factors: a half-precision result could overflow, whatever the loss scale."""
-    if a.is_cuda and "dtype" in torch.ops.aten.mm.overloads():  # torch >= 2.8
+    if has_float32_products(a):
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a.float(), b.float())
 

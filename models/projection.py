@@ -11,6 +11,11 @@ from torch import Tensor
 from .outputs import PairedBatch, SparseTarget, TeacherSignal
 from .vocabulary import VocabularyMap
 
+FIXED_POINT = 2.0**32
+"""Whole numbers in 1 nat: their rounding is far below that of a float32 log-probability."""
+LEAST_LOG_PROB = -1e4
+"""Nats; e to that power is 0. A batch of 200,000 positions is then summed without overflow."""
+
 
 class Projection:
     """Moves every teacher token's mass to the student token that comes next in its spelling, and adds.
@@ -88,9 +93,8 @@ class Projection:
         """Append the mass of the real next student token, taken from its first piece (or from the tail)."""
         rows = batch.pieces > 1
         at = batch.asked[batch.row_asked]  # anchor as an index into signal.realised
-        # differences of a running sum, in float64 because it runs over the whole batch
-        sums = torch.cat([signal.realised.new_zeros(1), signal.realised]).double().cumsum(0)
-        log_mass = (sums[at + batch.pieces] - sums[at]).float() - signal.log_mass
+        sums = _running_sums(signal.realised)
+        log_mass = ((sums[at + batch.pieces] - sums[at]).double() / FIXED_POINT).float() - signal.log_mass
         mass = torch.where(rows, log_mass.clamp_max(0).exp(), 0)
         first = batch.teacher_ids.flatten()[batch.row_teacher + 1]
         source = self._next(first, batch.depth)
@@ -99,6 +103,15 @@ class Projection:
         ids = torch.cat([ids, torch.where(rows & listed, source, -1)[:, None], token[:, None]], 1)
         probs = torch.cat([probs, torch.where(listed, -mass, 0)[:, None], mass[:, None]], 1)
         return ids, probs, tail - torch.where(listed, 0, mass)
+
+
+def _running_sums(log_probs: Tensor) -> Tensor:
+    """Return [n + 1] int64: sums over the first 0 to n log-probabilities, times `FIXED_POINT`.
+
+    In whole numbers, whose sum is exact in any order: of floating-point numbers a GPU has no deterministic running sum.
+    """
+    numbers = (log_probs.double().clamp_min(LEAST_LOG_PROB) * FIXED_POINT).round().long()
+    return torch.cat([numbers.new_zeros(1), numbers.cumsum(0)])
 
 
 def _merge(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:

@@ -171,7 +171,9 @@ class StudentAwareRouter(nn.Module):
         sums = []
         index = first + torch.arange(anchors.runs, device=everyone.device)
         for query, key, all_keys in zip(queries, keys, everyone, strict=True):
-            same = (key @ all_keys.T > SAME_TEXT).scatter(1, index[:, None], False)
+            # float64: TF32 rounds a state's cosine with itself to less than SAME_TEXT
+            cosine = key.double() @ all_keys.double().T
+            same = (cosine > SAME_TEXT).scatter(1, index[:, None], False)
             logits = (query @ all_keys.T / self.config.contrastive_temperature).masked_fill(same, -torch.inf)
             size = (~same).sum(1).clamp_min(2).to(logits).log()
             sums.append((F.cross_entropy(logits, index, reduction="none") / size).sum())

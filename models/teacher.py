@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .causal_lm import body_layers, check_head, head_logits, input_device, vocabulary_size
+from .causal_lm import body_layers, check_head, head_logits, input_device, is_plain_linear, vocabulary_size
 from .fused_head import chunk_rows
 from .outputs import PairedBatch, Source, TeacherSignal
 from .vocabulary import VocabularyMap
@@ -71,10 +71,12 @@ class FrozenTeacher:
             following = batch.teacher_ids.flatten().roll(-1)[position, None]
             anchors, total = len(batch.deep_before) - 1, len(position)
             top_k = min(top_k, len(self.order))
-            most, _ = chunk_rows(len(self.order), device, 4 if states.dtype == torch.float32 else 6)
+            has_plain_head = is_plain_linear(self.model.get_output_embeddings())
+            each = 4 if has_plain_head or states.dtype == torch.float32 else 6  # with a copy in half precision
+            most, _ = chunk_rows(len(self.order), device, each)
             size = math.ceil(total / math.ceil(total / most))  # a small last chunk would read the whole head again
             few = math.ceil(size / 4)  # deep rows come with their tokens, which take more than a logit
-            buffer = torch.empty(size, len(self.order), device=device)
+            buffer = torch.empty(size, len(self.order), device=device) if has_plain_head else None
             at_anchors, within, realised = [], [], []
             for lo in range(0, total, size):
                 logits = head_logits(self.model, states[lo : lo + size], out=buffer)

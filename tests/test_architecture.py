@@ -44,6 +44,7 @@ WITHIN_A_FLOOR = {
     ("models", "fused_head", "losses"),
     ("models", "projection", "vocabulary"),
     ("utils", "memory", "zero"),
+    ("utils", "seeding", "errors"),
     ("utils", "sources", "columns"),
 }
 """(tower, importer, imported) on one floor; `test_no_cycles` keeps these in order."""

@@ -153,6 +153,9 @@ class TrainingConfig:
     gradient_checkpointing: bool = False
     """Compute the student's layers a second time in the backward pass instead of keeping what it needs of them: less
     memory, one more forward pass, the same gradients."""
+    deterministic: bool = False
+    """Only kernels that compute the same bits every time. On a GPU several of the fast ones do not: a run that is
+    repeated or continued then differs by rounding. On a CPU all do."""
     seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 42
     """Seed of initialisation, data order and dropout."""
     max_hours: Annotated[float, Gt(0)] | None = None

@@ -25,6 +25,8 @@ Precision = Literal["no", "fp16", "bf16"]
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy", "safetensors", "pydantic")
 PACKAGES += ("peft", "bitsandbytes")  # where they are installed
 
+ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables that torch reads its CUDA allocator's settings from."""
 BF16_CAPABILITY = (8, 0)
 """First NVIDIA compute capability with bf16 and TF32 arithmetic."""
 
@@ -174,6 +176,29 @@ def place() -> Literal["kaggle", "colab", "elsewhere"]:
 def cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_use(device: torch.device) -> dict[str, float]:
+    """Return `peak_memory_mb` and, on a GPU, `reserved_memory_mb`: what torch took of the card, gaps included, in MiB."""
+    use = {"peak_memory_mb": peak_memory_mb(device)}
+    if device.type == "cuda":
+        use["reserved_memory_mb"] = torch.cuda.max_memory_reserved(device) / 2**20
+    return use
+
+
+def configure_allocator() -> str | None:
+    """Let torch's CUDA allocator grow its blocks, and return what was done; call it before anything is on a GPU.
+
+    Batches have many shapes: blocks of fixed sizes that were cut for one do not serve the next, and memory that is free
+    in pieces cannot be had. A setting of the user's own stays as it is.
+    """
+    if sys.platform != "linux" or torch.version.hip is not None:
+        return None
+    if any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
+        return None
+    # the name that every torch from 2.6 on reads
+    os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+    return "allocator: expandable segments, as batches have many shapes"
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -47,6 +47,10 @@ REMEDY = (
 )
 RUNTIME = 700 * 2**20
 """Bytes of CUDA context and kernels, or of Python with its libraries."""
+LOGIT = 4
+"""Bytes of a logit in a chunk: float32, whatever the head computes in."""
+HALF_BLOCK = 16_384
+"""Tokens whose gradients a head rounds to half precision at a time."""
 PREFIX = 1
 """Bytes for each of the teacher's logits in a chunk, for its distributions at depth > 0 and what is small."""
 KEPT_OUTCOME, PASSING_OUTCOME, CHUNK_OUTCOME = 24, 72, 110
@@ -230,7 +234,7 @@ class Demand:
         half, tokens = self.precision != "no", windows * self.length
         body = measure_body(self.student, windows, self.length, torch.float32, half, True, self.on_gpu, self.recomputes)
         head = 0 if self.lora.enabled else student.vocabulary * student.hidden
-        rows = min(tokens, self.rows(student.vocabulary, 6 if half else 4))
+        rows = min(tokens, self.rows(student.vocabulary, LOGIT))
         learned = trained_parameters(student, self.lora)
         named = tokens * min(self.top_k, teacher.vocabulary) if teacher else 0
         chunk_named = min(rows, tokens) * min(self.top_k, teacher.vocabulary) if teacher else 0
@@ -240,7 +244,9 @@ class Demand:
             gradients = {"gradients": gradients["gradients"] // self.processes, "exchange": EXCHANGED}
         held = {"signal": named * KEPT_OUTCOME, "router": routed["kept"]}
         waiting = gradients | {"student activations": body.kept} | held
-        logits = rows * student.vocabulary * (6 if half else 4) + chunk_named * CHUNK_OUTCOME
+        logits = rows * student.vocabulary * LOGIT + chunk_named * CHUNK_OUTCOME
+        if half:
+            logits += rows * min(student.vocabulary, HALF_BLOCK) * 2
         in_head = head * (6 if half else 4) + tokens * student.hidden * (8 if half else 4)
         peaks = [
             waiting | {"student logits": logits, "head gradient": in_head},
@@ -280,8 +286,8 @@ class Demand:
     def _teacher_peaks(self, windows: int, gradients: dict, named: int) -> list[dict[str, int]]:
         teacher, tokens = self.shapes[1], windows * self.length
         body = measure_body(self.teacher, windows, self.length, self.teacher_dtype, False, False, self.on_gpu)
-        each = 4 if self.teacher_dtype == torch.float32 else 6
-        chunk = teacher.vocabulary * min(tokens, self.rows(teacher.vocabulary, each)) * (each + PREFIX)
+        rows = min(tokens, self.rows(teacher.vocabulary, LOGIT))
+        chunk = teacher.vocabulary * rows * (LOGIT + PREFIX)
         states = self._teacher_states(tokens)
         return [
             gradients | {"teacher activations": body.forward + states},

@@ -91,12 +91,15 @@ def build_accelerator(
     """
     tracking.require(track)
     check_launcher()
-    # terms of the curriculum whose weight is 0 leave parameters without a gradient
-    ddp = DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)
+    ddp = DistributedDataParallelKwargs(
+        find_unused_parameters=True,  # terms of the curriculum whose weight is 0 leave parameters without a gradient
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,  # rotary tables and the router's statistics: equal everywhere, never changed in a step
+    )
     group = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
     # of an accelerator that there is already
     has_plugin = AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=cpu,
         log_with=list(track) or None,
@@ -104,6 +107,15 @@ def build_accelerator(
         kwargs_handlers=[ddp, group],
         deepspeed_plugin=None if has_plugin else zero.plugin(mixed_precision, "cpu" if cpu else "gpu"),
     )
+    _number_device(accelerator)
+    return accelerator
+
+
+def _number_device(accelerator: Accelerator) -> None:
+    """Let the device of a lone process be `cuda:0`, not `cuda`, which is unequal to any device that a user names."""
+    device = accelerator.device
+    if device.type == "cuda" and device.index is None:
+        accelerator.state.device = torch.device("cuda", torch.cuda.current_device())
 
 
 def engine_kind(accelerator: Accelerator) -> type[Engine]:
@@ -133,7 +145,8 @@ def build_optimizer(module: nn.Module, config: TrainingConfig, *, fused: bool = 
     and weight decay only matrices (biases and norms are vectors).
 
     Args:
-        fused: one kernel for all parameters, which can also leave a step out without asking the host.
+        fused: one kernel for all parameters, which can also leave a step out without asking the host. Without it the
+            multi-tensor kernels are taken: told nothing but fused=False, torch would update one tensor at a time.
 
     Raises:
         UserError: nothing of the student is trained.
@@ -151,7 +164,8 @@ def build_optimizer(module: nn.Module, config: TrainingConfig, *, fused: bool = 
     assert grouped == {p for p in module.parameters() if p.requires_grad}, "parameter_groups() differ from parameters()"
     if not taught_parameters(groups):
         raise UserError("no parameter of the student is trained. Expected at least one that requires a gradient.")
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=tuple(config.betas), fused=fused)
+    betas = tuple(config.betas)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused, foreach=not fused)
 
 
 def taught_parameters(groups: Sequence[Mapping[str, Any]]) -> list[nn.Parameter]:

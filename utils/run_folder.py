@@ -73,6 +73,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     contrast = config.get("curriculum", {}).get("contr", {}).get("weight", 0)
     values = [value for _, value in contrast["points"]] if isinstance(contrast, Mapping) else [contrast]
     free = FREE_TO_CHANGE - MICRO_BATCH if any(values) else FREE_TO_CHANGE
+    if not config.get("training", {}).get("deterministic"):  # as runs were before there was such a setting
+        free = free | {"training.deterministic"}
     return {key: value for key, value in flatten(config).items() if not {key, key.partition(".")[0]} & free}
 
 

@@ -1,5 +1,6 @@
-"""Randomness that can be repeated: seeds, the states of all generators, and the order of the data."""
+"""What makes a run repeatable: seeds, states of all generators, order of the data, deterministic kernels."""
 
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +11,48 @@ import torch
 from accelerate.utils import set_seed
 from torch import nn
 
+from .errors import UserError
+
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")
+"""Values of `CUBLAS_WORKSPACE_CONFIG` with which cuBLAS is deterministic; it reads the variable when it starts."""
+REFUSED = "does not have a deterministic implementation"
+"""What torch says of an operation that it then refuses."""
+
 
 def seed_everything(seed: int) -> None:
     """Seed Python, NumPy and torch (every device) alike in each process; 0 <= seed < 2**32, as NumPy demands."""
     set_seed(seed)
+
+
+@contextmanager
+def deterministic_kernels(enabled: bool) -> Iterator[None]:
+    """Let torch run no kernel whose result depends on the order of its threads. Enter it before anything is on a GPU.
+
+    Raises:
+        UserError: something, in most cases the model's own code, needs an operation that has no other kernel.
+    """
+    if not enabled:
+        yield
+        return
+
+    if os.environ.get(WORKSPACE) not in DETERMINISTIC_WORKSPACES:
+        os.environ[WORKSPACE] = DETERMINISTIC_WORKSPACES[0]
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    except RuntimeError as error:
+        if REFUSED not in str(error):
+            raise
+        operation = str(error).partition(REFUSED)[0].strip()
+        raise UserError(
+            f"training.deterministic: {operation} has no deterministic kernel on this device, and these models or this "
+            "loss need it. Expected models without it: leave training.deterministic out, or train on the CPU "
+            "(CUDA_VISIBLE_DEVICES=)."
+        ) from error
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def rng_state() -> dict[str, Any]:

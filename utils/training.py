@@ -21,6 +21,7 @@ A step is numbered by how many were done before it: the module sees 0 .. N-1, re
 import gc
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -406,7 +407,11 @@ class TrainingLoop:
     def _update(self, norm: Tensor) -> None:
         """Take the step, unless the gradient is not finite; that is decided without waiting for the device."""
         is_bad = self.guard.decide(self.step + 1, norm.detach())
-        if self.engine.update(is_bad):
+        self.engine.update(is_bad)
+        with warnings.catch_warnings():
+            # torch takes a first step that the scaler of fp16 leaves out for a wrong order of calls
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            # also after a step that was left out, in every precision: the schedule is one over steps, as the curriculum
             self.scheduler.step()
 
     def _log_step(self, measured: Measured, counts: dict[str, int], lr: float, norm: Tensor) -> None:
@@ -419,7 +424,7 @@ class TrainingLoop:
             "lr": lr,
             "grad_norm": norm.item(),
             "tokens_per_second": self._clock.tokens_per_second(),
-            "peak_memory_mb": hardware.peak_memory_mb(self.accelerator.device),
+            **hardware.memory_use(self.accelerator.device),
             **told,
         }
         self.logger.training(record, measured.weights)

@@ -117,7 +117,8 @@ def test_values_and_gradients_are_those_of_the_plain_losses(kind, tail, temperat
         found = fused(states, head, labels, target, rows, chunk=chunk, **options)
         for one, other in zip(found[:3], expected, strict=True):
             assert one.dtype == torch.float32
-            assert one.item() == pytest.approx(other.item(), rel=5e-6)
+            # logarithms of order 1 are subtracted in float32, and what is left is multiplied by T squared
+            assert one.item() == pytest.approx(other.item(), rel=5e-6, abs=1e-6 * temperature**2)
         logits = all_logits(states, head, scale, softcap)
         assert torch.allclose(found.log_probs, logits.log_softmax(1).gather(1, labels[:, None])[:, 0], atol=2e-6)
         assert_same(gradients(found.loss, states, head), gradients(expected[0], states, head))

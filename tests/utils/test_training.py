@@ -434,7 +434,7 @@ class OverflowsFirst(ToyModule):
 
 
 @pytest.mark.usefixtures("fresh_accelerate")
-def test_search_for_a_scale_steps_neither_weights_nor_schedule(tmp_path):
+def test_search_for_a_scale_steps_the_schedule_and_not_the_weights(tmp_path):
     """accelerate refuses fp16 on a CPU, but torch's scaler works there: 65,536 -> 256 takes eight skipped steps."""
     accelerator = build_accelerator("no", cpu=True)
     accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
@@ -447,10 +447,12 @@ def test_search_for_a_scale_steps_neither_weights_nor_schedule(tmp_path):
     logger.close()
     assert result.skipped_steps == 8
     rates = [record["lr"] for record in read_metrics(tmp_path / "metrics.jsonl")]
-    assert rates == pytest.approx([0.0] * 9 + [0.05 / 3, 0.1 / 3, 0.05])
+    risen = [0.05 * step / 3 for step in range(3)]
+    fallen = [0.025 * (1 + math.cos(math.pi * step / 9)) for step in range(9)]
+    assert rates == pytest.approx(risen + fallen)
     saved = store.load(store.newest_whole())
     assert saved.objects["scaler"]["scale"] == 256
-    assert saved.objects["scheduler"]["last_epoch"] == 4
+    assert saved.objects["scheduler"]["last_epoch"] == 12
     assert (saved.state["guard"]["in_a_row"], saved.state["guard"]["skipped"]) == (0, 8)
     continued = torch.amp.GradScaler("cpu")
     accelerator.scaler = module.scaler = continued
