@@ -1,6 +1,8 @@
 """Fixtures and settings for the whole suite: no network, one thread per process, bounded property tests.
 
-Tests marked `slow` take minutes and run only when asked for: -m slow.
+Tests marked `slow` take minutes and run only when asked for: -m slow. Those marked `gpu` run on a pretended CUDA device
+where there is a compiler, and on the GPUs of this machine with GPU_TESTS=1 (`GPU_TESTS=1 pytest -m gpu`); from all
+other tests GPUs are hidden.
 """
 
 import logging
@@ -13,7 +15,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite says the same with and without a GPU
+if os.environ.get("GPU_TESTS") != "1":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the suite says the same with and without a GPU
 
 import pytest
 import torch
@@ -31,6 +34,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "quick"))
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: minutes long; run with -m slow")
+    config.addinivalue_line("markers", "gpu: on a pretended GPU; with GPU_TESTS=1 on a real one")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -179,7 +179,7 @@ def cores() -> int:
 
 
 def memory_use(device: torch.device) -> dict[str, float]:
-    """Return `peak_memory_mb` and, on a GPU, `reserved_memory_mb`: what torch took of the card, gaps included, in MiB."""
+    """Return `peak_memory_mb` and, on a GPU, `reserved_memory_mb`: what torch took of the card, with gaps, in MiB."""
     use = {"peak_memory_mb": peak_memory_mb(device)}
     if device.type == "cuda":
         use["reserved_memory_mb"] = torch.cuda.max_memory_reserved(device) / 2**20

@@ -69,7 +69,7 @@ def test_an_operation_without_such_a_kernel_is_named_and_the_remedy_with_it():
         deterministic_kernels(True),
     ):
         raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")
-    with pytest.raises(RuntimeError, match="^shapes do not fit$"), deterministic_kernels(True):
+    with pytest.raises(RuntimeError, match=r"^shapes do not fit$"), deterministic_kernels(True):
         raise RuntimeError("shapes do not fit")
 
 

@@ -44,7 +44,16 @@ def write_jsonl(file: Path, texts: list[str]) -> Path:
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory) -> Place:
-    folder = tmp_path_factory.mktemp("place")
+    return make_place(tmp_path_factory.mktemp("place"))
+
+
+def make_place(folder: Path, key_value_heads: int = 2, dropout: float = 0.1) -> Place:
+    """Write the files of a set-up.
+
+    Args:
+        key_value_heads: of both models, which have two query heads.
+        dropout: of the student's attention.
+    """
     text = write_jsonl(folder / "text.jsonl", documents(90))
     for name, vocabulary, width in (("teacher", 400, 32), ("student", 290, 16)):
         tokenizer = train_tokenizer(documents(90), vocabulary)
@@ -56,8 +65,9 @@ def place(tmp_path_factory) -> Place:
             intermediate_size=2 * width,
             num_hidden_layers=2,
             num_attention_heads=2,
+            num_key_value_heads=key_value_heads,
             max_position_embeddings=128,
-            attention_dropout=0.1 if name == "student" else 0.0,
+            attention_dropout=dropout if name == "student" else 0.0,
             bos_token_id=0,
             eos_token_id=0,
         )

@@ -1,0 +1,115 @@
+"""Whole runs of train.py on the cards that it is made for: no mixed devices, and no waiting in an unlogged step."""
+
+from dataclasses import dataclass
+
+import pytest
+
+from tests.gpu.attention_kernels import MATH
+
+pytestmark = pytest.mark.gpu
+
+ALL_TERMS = [f"curriculum.{term}.weight=0.5" for term in ("span", "feat", "rel", "attn", "layer", "contr")]
+FP16, BF16, FLOAT32 = (f"training.mixed_precision={name}" for name in ("fp16", "bf16", "no"))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A run on some GPUs."""
+
+    card: str
+    settings: tuple[str, ...]
+    flags: tuple[str, ...] = ()
+    count: int = 1
+
+    @property
+    def is_fp16(self) -> bool:
+        return FP16 in self.settings
+
+
+VARIANTS = {
+    "P100, fp16": Variant("P100", (FP16,)),
+    "T4, fp16, all terms": Variant("T4", (FP16, *ALL_TERMS)),
+    "T4, float32, channel": Variant("T4", (FLOAT32, "teacher.dtype=float32", "loss.correction=channel")),
+    "3090, bf16, LoRA, layers computed twice": Variant(
+        "3090", (BF16,), ("--lora", "--gradient-checkpointing", "--set", "student.init=pretrained")
+    ),
+    "H100, bf16, gradients of terms, comparison": Variant(
+        "H100", (BF16, "logging.term_gradients=true", "evaluation.without_teacher=true")
+    ),
+    "T4, cache filled": Variant("T4", (FP16,), ("--cache-teacher", "CACHE")),
+    "T4, cache read": Variant("T4", (FP16,), ("--cache-teacher", "CACHE")),
+    "T4, batch size auto": Variant("T4", (FP16,), ("--batch-size", "auto")),
+    "T4, teacher on the host": Variant("T4", (FP16, "teacher.dtype=float32"), ("--teacher-device", "cpu")),
+    "T4 x2, teacher on the second": Variant("T4", (FP16,), ("--teacher-device", "cuda:1"), 2),
+    "T4 x2, teacher on the first, by name": Variant("T4", (FP16,), ("--teacher-device", "cuda:0"), 2),
+    "T4 x2, teacher spread": Variant("T4", (FP16,), ("--teacher-device", "spread"), 2),
+}
+EXPECTED_WAITS = {
+    # one copy of a micro-batch from the teacher's place and one to it, besides the scaler's
+    "T4, teacher on the host": None,
+    # answers go to the disk
+    "T4, cache filled": None,
+}
+"""None: documented to wait."""
+
+
+@pytest.fixture(scope="module")
+def results(scenario, gpu_place, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    variants = []
+    for name, variant in VARIANTS.items():
+        output = folder / "".join(c for c in name if c.isalnum())
+        flags = [str(folder / "cache") if flag == "CACHE" else flag for flag in variant.flags]
+        short = ["--max-steps", "4", "--eval-every", "2", "--save-every", "2"]
+        settings = ["--set", "logging.every=3", "teacher.dtype=auto", *variant.settings]
+        arguments = gpu_place.arguments(output, *short, *flags, *settings)
+        variants.append(
+            {"name": name, "card": variant.card, "count": variant.count, "arguments": arguments, "output": str(output)}
+        )
+    return scenario("runs", variants=variants)
+
+
+@pytest.fixture(params=VARIANTS)
+def run(request, results):
+    result = {"name": request.param, **results[request.param]}
+    if "skipped" in result:
+        pytest.skip(result["skipped"])
+    return result
+
+
+def test_a_run_ends_well(run):
+    assert run["code"] == 0, run["errors"]
+    assert run["steps"] >= 4
+
+
+def test_a_step_that_is_not_logged_waits_for_nothing_but_the_scaler_of_fp16(run):
+    name = run["name"]
+    if name in EXPECTED_WAITS:
+        pytest.skip("documented to wait")
+    allowed = 1 if VARIANTS[name].is_fp16 else 0
+    assert max(run["waits"]) <= allowed, run["where"]
+
+
+def test_attention_writes_no_scores_to_memory_while_training(run):
+    """Grouped heads included, on every card."""
+    assert MATH not in run["kernels"]
+    assert run["kernels"] or run["name"] == "real"
+
+
+def test_the_teacher_is_where_it_was_asked_for(results):
+    on_second = results["T4 x2, teacher on the second"]
+    spread = results["T4 x2, teacher spread"]
+    if "skipped" in on_second:
+        pytest.skip(on_second["skipped"])
+    assert "teacher on cuda:1" in on_second["teacher"][0] and on_second["peak"][1] > 0
+    assert "teacher on cuda:1, whole" in spread["teacher"][0]
+    assert results["T4 x2, teacher on the first, by name"]["peak"][1] == 0
+
+
+def test_a_teacher_on_the_students_gpu_by_name_is_forecast_as_one_beside_it(results):
+    named, auto = results["T4 x2, teacher on the first, by name"], results["P100, fp16"]
+    if "skipped" in named:
+        pytest.skip(named["skipped"])
+    assert "teacher weights" in named["memory"][0], named["memory"]
+    assert "teacher weights" in auto["memory"][0]
+    assert any("1 of 2 GPUs stay unused" in line for line in named["warnings"])
