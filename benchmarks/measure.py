@@ -16,7 +16,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -40,6 +40,8 @@ class Run:
     wall: float
     peak: int
     """Bytes at the peak, above what was there before the run; -1: not known."""
+    host: float
+    """Seconds of the clock until the host had nothing left to do; a GPU may then still be computing."""
 
 
 def _resident(field: str) -> int:
@@ -75,6 +77,7 @@ def measure(work: Callable[[], object], device: torch.device) -> Run:
         before = _resident("VmRSS") if how == "VmHWM" else _maxrss()
     wall, cpu = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
     kept = work()
+    host = time.perf_counter() - wall
     if cuda:
         torch.cuda.synchronize(device)
     wall, now = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_SELF)
@@ -86,7 +89,32 @@ def measure(work: Callable[[], object], device: torch.device) -> Run:
         peak = _maxrss() - before or -1
     del kept
     user, kernel = now.ru_utime - cpu.ru_utime, now.ru_stime - cpu.ru_stime
-    return Run(wall if cuda else user + kernel, kernel, wall, peak)
+    return Run(wall if cuda else user + kernel, kernel, wall, peak, host)
+
+
+def alternate(
+    works: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    repeats: int,
+    before: Callable[[], object] = lambda: None,
+) -> dict[str, list[Run]]:
+    """Measure works in rounds in which each runs once, after one round that is not measured.
+
+    Noise of the machine then hits all alike, and the runs of a round can be compared with each other.
+
+    Args:
+        before: called before each run, unmeasured.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in works}
+
+    for number in range(repeats + 1):
+        for name, work in works.items():
+            before()
+            run = measure(work, device)
+            if number > 0:
+                runs[name].append(run)
+
+    return runs
 
 
 class Worker:

@@ -44,7 +44,7 @@ def forecast(card: str, recipe: str, student: str, flags: str) -> dict[str, int]
     config = train.configure(["--config", recipe, *flags.split()])[0]
     teacher, own = pair_of(student)
     if card == "CPU":
-        return _on(CPU, config, own, teacher)
+        return forecast_on(CPU, config, own, teacher)
     capability, size = CARDS[card]
     properties = SimpleNamespace(total_memory=int(size * 1e9))
     with (
@@ -52,7 +52,7 @@ def forecast(card: str, recipe: str, student: str, flags: str) -> dict[str, int]
         mock.patch.object(torch.cuda, "get_device_properties", return_value=properties),
         mock.patch.object(torch.cuda, "get_device_name", return_value=card),
     ):
-        return _on(GPU, config, own, teacher)
+        return forecast_on(GPU, config, own, teacher)
 
 
 def pair_of(student: str) -> tuple[PretrainedConfig, PretrainedConfig]:
@@ -63,7 +63,8 @@ def pair_of(student: str) -> tuple[PretrainedConfig, PretrainedConfig]:
     return teacher, quickstart.student_config(quickstart.STUDENT_VOCABULARY)
 
 
-def _on(device: torch.device, config: train.RunConfig, *models: PretrainedConfig) -> dict[str, int]:
+def forecast_on(device: torch.device, config: train.RunConfig, *models: PretrainedConfig) -> dict[str, int]:
+    """Bytes at the peak of a step on a device, by what holds them; models: configs of (student, teacher)."""
     precision = choose_precision(config.training.mixed_precision, device).value
     demand = memory.demand_of(config, *models, config.data.max_length, precision, device, chunk_rows)
     return demand.memory(config.training.batch_size)

@@ -23,6 +23,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +39,7 @@ from models.losses import kd_loss, next_token_loss
 from models.outputs import SparseTarget
 
 LM, KD = 0.3, 0.7
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONS = {"temperature": 1.0, "kind": "forward_kl", "tail": "bucket", "skew": 0.1}
 BLOCK = 128
 """Rows of the float64 reference at once."""
@@ -49,6 +51,7 @@ class Problem:
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
         self.tokens, self.windows = args.tokens, args.windows
+        self.precision = args.precision
         random = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -65,6 +68,12 @@ class Problem:
         probs, ids = (torch.cat(column) for column in zip(*parts, strict=True))
         everywhere = torch.ones(args.tokens, dtype=torch.bool, device=self.device)
         self.target = SparseTarget(ids, probs, 1 - probs.sum(1), everywhere)
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the autocast in which a training computes its forward."""
+        if self.precision == "no":
+            return nullcontext()
+        return torch.autocast(self.device.type, PRECISIONS[self.precision])
 
     def teacher_logits(self) -> Tensor:
         return self.teacher_states @ self.teacher_weight.t()
@@ -151,8 +160,9 @@ def fused(p: Problem, compiled: bool = False) -> Callable[[], Tensor]:
 
 def bare(p: Problem) -> Callable[[], None]:
     """The three products, into memory that is there already."""
-    states, weight = p.states.detach(), p.weight.detach()
-    logits = torch.zeros(len(states), len(weight), device=p.device)
+    dtype = PRECISIONS[p.precision]
+    states, weight = p.states.detach().to(dtype), p.weight.detach().to(dtype)
+    logits = torch.zeros(len(states), len(weight), device=p.device, dtype=dtype)
     out = torch.zeros_like(states), torch.zeros_like(weight)
 
     def products() -> None:
@@ -246,7 +256,9 @@ class _Work:
         self.problem.states.grad = self.problem.weight.grad = None
 
     def __call__(self) -> None:
-        if (loss := self.loss()) is not None:
+        with self.problem.autocast():
+            loss = self.loss()
+        if loss is not None:
             loss.backward()
 
     def answer(self, _: str) -> dict:
@@ -311,7 +323,7 @@ def report(found: dict[str, dict]) -> str:
     return "\n".join([table([*header, "error dH", "error dW"], rows), *([""] if notes else []), *notes])
 
 
-SHAPE = ("tokens", "width", "vocabulary", "top-k", "teacher-width", "windows", "device", "threads")
+SHAPE = ("tokens", "width", "vocabulary", "top-k", "teacher-width", "windows", "device", "threads", "precision")
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
@@ -323,6 +335,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     p.add_argument("--teacher-width", type=int, default=16)
     p.add_argument("--windows", type=int, default=8, help="GOLD only: so many texts; fewer take longer")
     p.add_argument("--device", default="cpu")
+    p.add_argument("--precision", choices=PRECISIONS, default="no", help="of autocast, and of the bare products")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
     p.add_argument("--repeats", type=int, default=5, help="measured rounds, after one that is not")
@@ -346,7 +359,8 @@ def main() -> None:
         return serve(prepare, torch.device(args.device))
     where = machine(torch.device(args.device), args.threads)
     found = compare(args)
-    shape = f"N = {args.tokens:,} tokens, width {args.width}, V = {args.vocabulary:,}, top {args.top_k}, float32"
+    shape = f"N = {args.tokens:,} tokens, width {args.width}, V = {args.vocabulary:,}, top {args.top_k}"
+    shape += f", precision {args.precision}"
     print(f"{describe(where)}\n{shape}\n\n{report(found)}")
     settings = {k: v for k, v in vars(args).items() if k not in ("json", "worker", "folder")}
     write(args.json, {"machine": where, "settings": settings, "variants": found})

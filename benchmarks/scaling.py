@@ -24,14 +24,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from transformers import AutoModelForCausalLM
 
 from benchmarks.measure import machine, table, write
-from benchmarks.step_time import random_batch, shapes, vocabulary_map
-from models.config import CurriculumConfig, LossConfig, Term
-from models.curriculum import CurriculumScheduler
-from models.distillation_framework import DistillationFramework
-from models.teacher import FrozenTeacher
+from benchmarks.step_time import random_batch, random_framework, vocabulary_map
 from utils.plan import build_accelerator
 from utils.shell import Shell
 
@@ -67,13 +62,15 @@ def work(args: argparse.Namespace) -> None:
     torch.set_num_threads(max(1, args.threads))
     accelerator = build_accelerator("no", cpu=args.device == "cpu")
     torch.manual_seed(0)
-    configs = shapes(args.shape, args.teacher_vocabulary, args.student_vocabulary)
     vocabulary = vocabulary_map(args.teacher_vocabulary, args.student_vocabulary)
-    with accelerator.device:
-        teacher, student = (AutoModelForCausalLM.from_config(config, dtype=torch.float32) for config in configs)
-    loss, terms = LossConfig(), CurriculumConfig(kd=Term(0.7), lm=Term(0.3))
-    frozen, scheduler = FrozenTeacher(teacher, vocabulary), CurriculumScheduler(terms, loss, 100)
-    framework = DistillationFramework(student.train(), frozen, vocabulary, loss, scheduler)
+    framework = random_framework(
+        args.shape,
+        vocabulary,
+        teacher_vocabulary=args.teacher_vocabulary,
+        student_vocabulary=args.student_vocabulary,
+        teacher_dtype=torch.float32,
+        device=accelerator.device,
+    )
     model, wire = accelerator.prepare(Shell(framework)), Wire()
     if accelerator.num_processes > 1:
         model.register_comm_hook(None, wire.hook)
@@ -102,7 +99,7 @@ def work(args: argparse.Namespace) -> None:
             "tokens_per_second": counts["lm"] / step,
             "not_hidden": max(0.0, 1 - float(np.median(without[:, 0])) / step),
             "on_the_wire": float(np.median(with_exchange[:, 1] / with_exchange[:, 0])),
-            "megabytes": sum(p.numel() * p.element_size() for p in student.parameters()) / 1e6,
+            "megabytes": sum(p.numel() * p.element_size() for p in framework.student.parameters()) / 1e6,
         }
         print(json.dumps(found), flush=True)
 

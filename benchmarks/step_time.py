@@ -8,8 +8,7 @@ Measured: random weights with the vocabulary sizes of Qwen2.5 (151,936) and Smol
 spells 8 % of the teacher's tokens in two or three. "Step" is forward and backward of the framework: teacher, top-k,
 projection, student, LM and KD; "its teacher" is the part of `FrozenTeacher.signal`, measured once more by itself.
 "Alone" is the teacher's forward and the student's forward and backward, logits and all, of the transformers models
-themselves, given the gradient of the student's logits: no loss is computed. Like the step they are given no attention
-mask, with which padded rows would take another kernel. Neither has an optimizer or a data loader.
+themselves, given the gradient of the student's logits: no loss is computed. Neither has an optimizer or a data loader.
 Runs alternate in one process. On a CPU with one thread seconds are CPU seconds, else those of the clock.
 
 Forecast: the operations of both bodies and heads are run on fake tensors, and each one's floating-point operations and
@@ -19,7 +18,7 @@ bytes are counted. It is charged what takes longer, computing or moving, at the 
 
 import argparse
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,13 +31,13 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
-from benchmarks.measure import MB, Run, describe, machine, measure, summary, table, write
+from benchmarks.measure import MB, Run, alternate, describe, machine, summary, table, write
 from models.causal_lm import body_states
 from models.config import CurriculumConfig, LossConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.fused_head import GPU_ROWS, PASCAL_ROWS, head_losses
-from models.outputs import PairedBatch, SparseTarget
+from models.outputs import PairedBatch, SparseTarget, TeacherSignal
 from models.pairing import PairCollator
 from models.teacher import FrozenTeacher, exact_top_k
 from models.vocabulary import MARKER, TEXT, VocabularyMap
@@ -107,56 +106,108 @@ def random_batch(vocabulary: VocabularyMap, batch: int, length: int) -> PairedBa
     return PairCollator(vocabulary, (None, None), LossConfig().max_depth)(random_windows(vocabulary, batch, length))
 
 
-def run_measured(args: argparse.Namespace) -> tuple[dict, PairedBatch]:
-    """(runs of each model alone, of the step and, once more by itself, of its teacher's part; the batch)."""
-    device, dtype = torch.device(args.device), DTYPES[args.precision]
-    torch.manual_seed(0)
-    configs = shapes(args.shape, args.teacher_vocabulary, args.student_vocabulary)
-    vocabulary = vocabulary_map(args.teacher_vocabulary, args.student_vocabulary)
-    with torch.device(device):
-        teacher = AutoModelForCausalLM.from_config(configs[0], dtype=dtype)
+def random_framework(
+    shape: str,
+    vocabulary: VocabularyMap,
+    *,
+    teacher_vocabulary: int,
+    student_vocabulary: int,
+    teacher_dtype: torch.dtype,
+    device: torch.device,
+) -> DistillationFramework:
+    """Return a framework of LM and KD between two models of known shapes with random weights."""
+    configs = shapes(shape, teacher_vocabulary, student_vocabulary)
+    with device:
+        teacher = AutoModelForCausalLM.from_config(configs[0], dtype=teacher_dtype)
         student = AutoModelForCausalLM.from_config(configs[1], dtype=torch.float32)
+
     loss, terms = LossConfig(), CurriculumConfig(kd=Term(0.7), lm=Term(0.3))
-    framework = DistillationFramework(
-        student.train(), FrozenTeacher(teacher, vocabulary), vocabulary, loss, CurriculumScheduler(terms, loss, 100)
+    frozen, scheduler = FrozenTeacher(teacher, vocabulary), CurriculumScheduler(terms, loss, 100)
+    return DistillationFramework(student.train(), frozen, vocabulary, loss, scheduler)
+
+
+@dataclass
+class StepWorks:
+    """The works that are compared: a micro-batch of the framework, and its two models by themselves.
+
+    The models alone are given no mask, as in the step: they never see the padding behind a text, and with a mask
+    attention would take another kernel.
+    """
+
+    framework: DistillationFramework
+    batch: PairedBatch
+    precision: str
+    """`no`, `fp16` or `bf16`: of the student's autocast."""
+
+    def __post_init__(self) -> None:
+        with self.autocast(), torch.no_grad():
+            logits = self._student_logits()
+        self.logit_gradient = torch.full_like(logits, 1e-4)
+
+    @property
+    def loss_scale(self) -> float:
+        """Factor that keeps the gradients of float16 from vanishing."""
+        return 65536.0 if self.precision == "fp16" else 1.0
+
+    def autocast(self) -> AbstractContextManager:
+        """Return the autocast in which the student computes."""
+        if self.precision == "no":
+            return nullcontext()
+        return torch.autocast(self.batch.student_ids.device.type, DTYPES[self.precision])
+
+    def teacher_alone(self) -> Tensor:
+        """Return the teacher's logits, computed by its own forward."""
+        with torch.no_grad():
+            return self.framework.teacher.model(input_ids=self.batch.teacher_ids, use_cache=False).logits
+
+    def student_alone(self) -> None:
+        """Run the student forward, and backward from a given gradient of its logits."""
+        with self.autocast():
+            logits = self._student_logits()
+        logits.backward(self.logit_gradient)
+
+    def step(self) -> None:
+        """Run the framework forward and backward."""
+        with self.autocast():
+            output = self.framework(self.batch, 0)
+        (output.loss * self.loss_scale).backward()
+
+    def signal(self) -> TeacherSignal:
+        """Return what the framework asks of the teacher in a step."""
+        return self.framework.teacher.signal(self.batch, LossConfig().top_k)
+
+    def clear(self) -> None:
+        """Drop the gradients of the run before."""
+        self.framework.zero_grad(set_to_none=True)
+
+    def _student_logits(self) -> Tensor:
+        return self.framework.student(input_ids=self.batch.student_ids, use_cache=False).logits
+
+
+def run_measured(args: argparse.Namespace) -> tuple[dict[str, list[Run]], PairedBatch]:
+    """(runs of each model alone, of the step and, once more by itself, of its teacher's part; the batch)."""
+    device = torch.device(args.device)
+    torch.manual_seed(0)
+
+    vocabulary = vocabulary_map(args.teacher_vocabulary, args.student_vocabulary)
+    framework = random_framework(
+        args.shape,
+        vocabulary,
+        teacher_vocabulary=args.teacher_vocabulary,
+        student_vocabulary=args.student_vocabulary,
+        teacher_dtype=DTYPES[args.precision],
+        device=device,
     )
     batch = random_batch(vocabulary, args.batch, args.length).to(device)
-    scale = 65536.0 if args.precision == "fp16" else 1.0
 
-    def autocast():
-        return nullcontext() if args.precision == "no" else torch.autocast(device.type, dtype)
-
-    def teacher_alone() -> Tensor:
-        with torch.no_grad():
-            return teacher(input_ids=batch.teacher_ids, use_cache=False).logits
-
-    given: list[Tensor] = []
-
-    def student_alone() -> None:
-        with autocast():
-            out = student(input_ids=batch.student_ids, use_cache=False).logits
-        out.backward(given[0])
-
-    def step() -> None:
-        with autocast():
-            output = framework(batch, 0)
-        (output.loss * scale).backward()
-
-    def signal() -> object:
-        return framework.teacher.signal(batch, loss.top_k)
-
-    with autocast(), torch.no_grad():
-        like = student(input_ids=batch.student_ids, use_cache=False).logits
-    given.append(torch.full_like(like, 1e-4))
-    del like
-    works = {"teacher alone": teacher_alone, "student alone": student_alone, "step": step, "its teacher": signal}
-    found: dict[str, list[Run]] = {name: [] for name in works}
-    for number in range(args.repeats + 1):
-        for name, work in works.items():
-            framework.zero_grad(set_to_none=True)
-            run = measure(work, device)
-            found[name] += [run] if number else []
-    return found, batch
+    works = StepWorks(framework, batch, args.precision)
+    named = {
+        "teacher alone": works.teacher_alone,
+        "student alone": works.student_alone,
+        "step": works.step,
+        "its teacher": works.signal,
+    }
+    return alternate(named, device, args.repeats, before=works.clear), batch
 
 
 def report_measured(found: dict[str, list[Run]], batch: PairedBatch, clock: bool) -> tuple[str, dict]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.measure import describe, machine, measure, table, write
+from benchmarks.measure import alternate, describe, machine, table, write
 from models.teacher import exact_top_k
 
 
@@ -41,11 +41,8 @@ def main() -> None:
     }
     assert torch.equal(works["torch.topk"]()[0], works["exact_top_k (in use)"]()[0])
     clock = args.threads > 1 or device.type == "cuda"
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(args.repeats + 1):
-        for name, work in works.items():
-            run = measure(work, device)
-            found[name] += [run.wall if clock else run.seconds] if number else []
+    runs = alternate(works, device, args.repeats)
+    found = {name: [run.wall if clock else run.seconds for run in of_work] for name, of_work in runs.items()}
     where = machine(device, args.threads)
     rows = [[name, f"{1e3 * np.median(t):.1f} ({1e3 * min(t):.1f} to {1e3 * max(t):.1f})"] for name, t in found.items()]
     header = [f"{args.rows} rows of {args.vocabulary:,}, top {args.top_k}", "ms, median (range)"]
