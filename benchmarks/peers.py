@@ -245,7 +245,7 @@ VARIANTS = {
 }
 
 
-class _Work:
+class Work:
     """Forward and backward of a variant; what it answers to a question."""
 
     def __init__(self, variant: Variant, problem: Problem, folder: Path) -> None:
@@ -352,8 +352,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.worker:
 
-        def prepare() -> tuple[_Work, Callable[[], None]]:
-            work = _Work(VARIANTS[args.worker], Problem(args), args.folder)
+        def prepare() -> tuple[Work, Callable[[], None]]:
+            work = Work(VARIANTS[args.worker], Problem(args), args.folder)
             return work, work.clear
 
         return serve(prepare, torch.device(args.device))

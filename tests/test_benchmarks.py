@@ -14,7 +14,7 @@ EXACT = ("online, 256", "256, float32")
 @pytest.mark.parametrize("name", ["plain", "fused", "plain-full"])
 def test_the_gradient_of_a_variant_is_that_of_its_loss_in_float64(name, tmp_path):
     args = peers.parser("").parse_args(["--tokens", "150", "--width", "8", "--vocabulary", "300", "--top-k", "16"])
-    work = peers._Work(peers.VARIANTS[name], peers.Problem(args), tmp_path)
+    work = peers.Work(peers.VARIANTS[name], peers.Problem(args), tmp_path)
     work()
     errors = work.answer("error")
     assert 0 < max(errors.values()) < 1e-5

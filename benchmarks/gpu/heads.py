@@ -1,0 +1,130 @@
+"""Parts about logits: the student's head beside its bare products and its peers, the teacher's top-k."""
+
+import argparse
+import functools
+import importlib.util
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from benchmarks import peers
+from models.teacher import exact_top_k
+
+from .settings import Bench
+from .timing import Measured, measure_fitting, ratio, seconds
+
+VARIANTS = {
+    "bare": "",
+    "plain": "",
+    "fused": "",
+    "liger-1024": "liger_kernel",
+    "trl-chunked": "trl",
+    "gkd": "trl",
+}
+"""Variant of `benchmarks.peers` -> the package that it needs."""
+TOP_K = 256
+
+
+def head(bench: Bench, precision: str) -> Iterator[dict]:
+    """Yield, per size, the time and memory of the fused head and of what does comparable work on the same tensors."""
+    bench.require_precision(precision)
+    os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+    for vocabulary, tokens in bench.scale.heads:
+        for row in _size(bench, _arguments(bench, precision, vocabulary, tokens)):
+            yield {"V": vocabulary, "N": tokens, **row}
+
+
+def _arguments(bench: Bench, precision: str, vocabulary: int, tokens: int) -> argparse.Namespace:
+    sizes = {
+        "tokens": tokens,
+        "vocabulary": vocabulary,
+        "width": bench.scale.head_width,
+        "top-k": min(TOP_K, vocabulary // 4),
+        "device": str(bench.device),
+        "precision": precision,
+    }
+    return peers.parser("").parse_args([f"--{name}={value}" for name, value in sizes.items()])
+
+
+def _size(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict]:
+    problem = peers.Problem(arguments)
+    works, absent = _works(problem)
+
+    def clear() -> None:
+        problem.states.grad = problem.weight.grad = None
+
+    measured = measure_fitting(works, bench.device, bench.scale.repeats, before=clear)
+    yield from _rows(measured, returned=_bytes_returned(problem))
+
+    for name in measured.too_large:
+        yield {"variant": peers.VARIANTS[name].title, "result": "out of memory"}
+    for name, reason in absent.items():
+        yield {"variant": peers.VARIANTS[name].title, "result": reason}
+
+
+def _works(problem: peers.Problem) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
+    """Return the variants that can be run, and why the others cannot."""
+    works, absent = {}, {}
+    folder = Path(tempfile.gettempdir())  # only for float64 references, which are not asked for
+
+    for name, package in VARIANTS.items():
+        work = functools.partial(peers.Work, peers.VARIANTS[name], problem, folder)
+        if not package:
+            works[name] = work()
+        elif importlib.util.find_spec(package) is None:
+            absent[name] = f"{package} is not installed"
+        else:
+            try:
+                works[name] = work()
+                works[name]()
+            except Exception as error:  # another version, or a device that it does not know
+                absent[name] = f"{type(error).__name__}: {error}"[:200]
+
+    return {name: work for name, work in works.items() if name not in absent}, absent
+
+
+def _bytes_returned(problem: peers.Problem) -> int:
+    """Bytes of the two gradients that every loss leaves behind."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in (problem.states, problem.weight))
+
+
+def _rows(measured: Measured, returned: int) -> Iterator[dict]:
+    above = {
+        name: max(0, max(run.peak for run in runs) - (returned if peers.VARIANTS[name].loss else 0))
+        for name, runs in measured.runs.items()
+    }
+
+    for name, runs in measured.runs.items():
+        variant = peers.VARIANTS[name]
+        row = {
+            "variant": variant.title.strip("*"),
+            "computes": variant.computes,
+            "ms": seconds(runs) * 1e3,
+            "host_ms": median(run.host for run in runs) * 1e3,
+            "MiB": above[name] / 2**20,
+        }
+        if "bare" in measured.runs:
+            row["times_bare"] = ratio(runs, measured.runs["bare"])
+        if above.get("plain") and variant.loss:
+            row["memory_of_plain"] = above[name] / above["plain"]
+        yield row
+
+
+def top_k(bench: Bench) -> Iterator[dict]:
+    """Yield the time of finding the teacher's largest logits, and of a softmax over them for comparison."""
+    vocabulary, tokens = bench.scale.teacher_vocabulary, min(1024, bench.scale.heads[0][1])
+    logits = torch.randn(tokens, vocabulary, device=bench.device)
+    works = {
+        "torch.topk": lambda: logits.topk(TOP_K),
+        "exact_top_k (in use)": lambda: exact_top_k(logits, TOP_K),
+        "log_softmax": lambda: logits.log_softmax(1),
+    }
+
+    measured = measure_fitting(works, bench.device, bench.scale.repeats)
+    for name, runs in measured.runs.items():
+        yield {"V": vocabulary, "N": tokens, "what": name, "ms": seconds(runs) * 1e3}

@@ -1,0 +1,109 @@
+"""Parts that need no code of this project: what the card reaches, and which kernels its attention takes."""
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from .settings import Bench
+from .timing import measure_fitting, repeated, seconds
+
+PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "peft", "bitsandbytes")
+PEERS = ("liger_kernel", "trl")
+HEADS, GROUPS, HEAD_WIDTH = 15, 5, 64
+"""Of SmolLM2-360M."""
+TIMES = 10
+"""Calls in one timing of attention."""
+KERNEL_WORDS = ("flash", "fmha", "cudnn", "softmax")
+"""What the names of the kernels of attention contain."""
+
+
+def where(bench: Bench) -> Iterator[dict]:
+    """Yield versions, the card as its driver describes it, and the speed of copies and of products."""
+    yield {"what": "versions", "result": ", ".join(_versions())}
+
+    if bench.device.type == "cuda" and shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total,memory.used", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True)
+        yield {"what": "nvidia-smi", "result": "; ".join(answer.stdout.splitlines())}
+
+    yield {"what": "copy", "TB_per_s": _copy_speed(bench)}
+
+    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("float32", torch.float32)):
+        yield {"what": f"products in {name}", "TFLOP_per_s": _product_speed(bench, dtype)}
+
+    if bench.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+        yield {"what": "products in float32, TF32 allowed", "TFLOP_per_s": _product_speed(bench, torch.float32)}
+
+
+def _versions() -> Iterator[str]:
+    for name in (*PACKAGES, *PEERS):
+        try:
+            yield f"{name} {metadata.version(name)}"
+        except metadata.PackageNotFoundError:
+            continue
+
+
+def _copy_speed(bench: Bench) -> float:
+    """Terabytes a second, read and written."""
+    source = torch.zeros(bench.scale.copied, dtype=torch.uint8, device=bench.device)
+    target = torch.zeros_like(source)
+
+    measured = measure_fitting({"copy": lambda: target.copy_(source)}, bench.device, bench.scale.repeats)
+    return 2 * bench.scale.copied / seconds(measured.runs["copy"]) / 1e12
+
+
+def _product_speed(bench: Bench, dtype: torch.dtype) -> float:
+    side = bench.scale.matrix
+    factor = torch.randn(side, side, device=bench.device, dtype=dtype)
+
+    measured = measure_fitting({"product": lambda: factor @ factor}, bench.device, bench.scale.repeats)
+    return 2 * side**3 / seconds(measured.runs["product"]) / 1e12
+
+
+def attention(bench: Bench) -> Iterator[dict]:
+    """Yield, per dtype, the kernels and the cost of attention with grouped heads and with repeated ones."""
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        queries, keys = (
+            torch.randn(4, heads, bench.scale.attended, HEAD_WIDTH, device=bench.device, dtype=dtype).requires_grad_()
+            for heads in (HEADS, GROUPS)
+        )
+
+        def grouped(queries: Tensor = queries, keys: Tensor = keys) -> None:
+            states = F.scaled_dot_product_attention(queries, keys, keys, is_causal=True, enable_gqa=True)
+            states.sum().backward()
+
+        def repeated_heads(queries: Tensor = queries, keys: Tensor = keys) -> None:
+            keys = keys.repeat_interleave(HEADS // GROUPS, 1)
+            F.scaled_dot_product_attention(queries, keys, keys, is_causal=True).sum().backward()
+
+        works = {"grouped": grouped, "repeated": repeated_heads}
+        loops = {name: repeated(work, TIMES) for name, work in works.items()}
+        measured = measure_fitting(loops, bench.device, bench.scale.repeats)
+        for name, runs in measured.runs.items():
+            yield {
+                "dtype": str(dtype).removeprefix("torch."),
+                "heads": name,
+                "ms": seconds(runs) / TIMES * 1e3,
+                "MiB": max(run.peak for run in runs) / 2**20,
+                "kernels": "; ".join(_kernels(works[name])),
+            }
+
+
+def _kernels(work) -> list[str]:
+    """Return the names of the kernels of attention that a work launches, as far as the profiler sees any."""
+    if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
+        return ["not seen: this torch build has no CUDA profiler"]
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+
+    names = [event.key for event in profiler.key_averages()]
+    return [name[:60] for name in names if any(word in name.lower() for word in KERNEL_WORDS)][:3]

@@ -1,0 +1,60 @@
+"""Rounds of measurement on a device whose memory may run out."""
+
+from collections.abc import Callable, Mapping
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.measure import Run, alternate
+
+Work = Callable[[], object]
+
+
+class Measured(NamedTuple):
+    """Runs of the works that fit, and the names of those that did not."""
+
+    runs: dict[str, list[Run]]
+    too_large: list[str]
+
+
+def measure_fitting(
+    works: Mapping[str, Work], device: torch.device, repeats: int, before: Work = lambda: None
+) -> Measured:
+    """Measure works in alternating rounds, without those for which memory does not suffice."""
+    fitting, too_large = {}, []
+
+    for name, work in works.items():
+        before()
+        try:
+            work()
+        except torch.OutOfMemoryError:
+            too_large.append(name)
+        else:
+            fitting[name] = work
+
+    before()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+    return Measured(alternate(fitting, device, repeats, before), too_large)
+
+
+def seconds(runs: list[Run]) -> float:
+    """Return the median seconds of the clock until the device is done."""
+    return median(run.wall for run in runs)
+
+
+def ratio(runs: list[Run], others: list[Run]) -> float:
+    """Return the median, over rounds, of the time of one work over that of another."""
+    return median(run.wall / other.wall for run, other in zip(runs, others, strict=True))
+
+
+def repeated(work: Work, times: int) -> Work:
+    """Return a work that does another several times: for those too short to be timed once."""
+
+    def loop() -> None:
+        for _ in range(times):
+            work()
+
+    return loop
