@@ -5,6 +5,7 @@ where there is a compiler, and on the GPUs of this machine with GPU_TESTS=1 (`GP
 other tests GPUs are hidden.
 """
 
+import importlib.util
 import logging
 import os
 import sys
@@ -23,6 +24,9 @@ import torch
 from hypothesis import HealthCheck, settings
 
 from utils.logs import OWN_LOGGERS
+
+BEHIND_THE_FACE = ("models", "utils.config", "utils.errors", "utils.training")
+"""Modules that the names of the package `curriculum_distillation` come from."""
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -73,6 +77,15 @@ def real_models_dir() -> Path:
 @pytest.fixture
 def as_installed(monkeypatch):
     """This source tree as the package `curriculum_distillation`, installed or not."""
-    for module in [name for name in sys.modules if name.partition(".")[0] in ("models", "utils")]:
-        monkeypatch.setitem(sys.modules, f"curriculum_distillation.{module}", sys.modules[module])
-    monkeypatch.setitem(sys.modules, "curriculum_distillation", type(sys)("curriculum_distillation"))
+    for name in BEHIND_THE_FACE:
+        importlib.import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("models", "utils")]:
+        monkeypatch.setitem(sys.modules, f"curriculum_distillation.{name}", sys.modules[name])
+
+    face = Path(__file__).resolve().parent.parent / "models" / "face"
+    spec = importlib.util.spec_from_file_location(
+        "curriculum_distillation", face / "__init__.py", submodule_search_locations=[str(face)]
+    )
+    package = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "curriculum_distillation", package)
+    spec.loader.exec_module(package)

@@ -3,7 +3,6 @@
 import ast
 import importlib.metadata
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -107,10 +106,12 @@ def test_no_cycles(tower):
 
 
 def test_only_the_junctions_import_both_towers():
-    junctions = {"train.py", "verify_fixes.py"}
-    for path in sorted(ROOT.glob("*.py")):
+    """Two scripts of a checkout, and the face of the installed package, which lies in no tower once it is there."""
+    junctions = {"train.py", "verify_fixes.py", "face/__init__.py"}
+    for path in [*ROOT.glob("*.py"), *sources("models/face"), ROOT / "models" / "face" / "__init__.py"]:
         met = {module.split(".")[0] for _, module in imports(path)} & set(TOWERS)
-        assert len(met) < 2 or path.name in junctions, f"{path.name} imports both towers"
+        name = path.name if path.parent == ROOT else f"face/{path.name}"
+        assert len(met) < 2 or name in junctions, f"{name} imports both towers"
 
 
 def test_every_source_file_tells_what_it_is_for():
@@ -150,28 +151,3 @@ def test_every_third_party_import_is_a_declared_dependency():
             late = not re.search(rf"^(import|from) {top}\b", path.read_text(encoding="utf-8"), re.MULTILINE)
             allowed = needed.union(*extras) if late else needed  # an extra is imported where it is used, or not at all
             assert names & allowed, f"{path.name} imports {top}, which setup.cfg does not ask for"
-
-
-def test_an_installation_has_one_name_and_leaks_no_models_or_utils(tmp_path):
-    pytest.importorskip("setuptools", reason="setuptools builds the package; pip fetches it elsewhere")
-    source, target = tmp_path / "source", tmp_path / "installed"
-    source.mkdir()
-    for name in ("models", "utils"):
-        (source / name).mkdir()
-        for path in (ROOT / name).glob("*.py"):
-            (source / name / path.name).write_bytes(path.read_bytes())
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE"):
-        (source / name).write_bytes((ROOT / name).read_bytes())
-    (source / "README.md").write_text("readme")
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*pip, "--target", str(target), str(source)], check=True, capture_output=True)
-    assert {path.name for path in target.iterdir() if not path.name.endswith(".dist-info")} == {
-        "curriculum_distillation"
-    }
-    code = (
-        "import importlib, pkgutil, curriculum_distillation.models as m, curriculum_distillation.utils as u;"
-        "[importlib.import_module(f'{p.__name__}.{i.name}') for p in (m, u) for i in pkgutil.iter_modules(p.__path__)]"
-    )
-    environment = {"PYTHONPATH": str(target), "PATH": "", "HF_HUB_OFFLINE": "1", "MPLCONFIGDIR": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

@@ -8,7 +8,7 @@ loads: one of the project's requirements, or of theirs.
 import importlib.metadata
 import platform
 from collections.abc import Iterable
-from configparser import ConfigParser
+from configparser import ConfigParser, SectionProxy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,8 @@ from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 SETUP_CFG = Path(__file__).resolve().parent.parent / "setup.cfg"
+"""In a checkout. An installation has metadata instead."""
+PROJECT = "curriculum-distillation"
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,34 @@ def installed_packages() -> list[Package]:
 
 
 def own_requirements(setup_cfg: Path = SETUP_CFG) -> list[str]:
-    """What setup.cfg says the project needs."""
-    parser = ConfigParser()
-    parser.read(setup_cfg, encoding="utf-8")
-    return [line for line in parser["options"]["install_requires"].splitlines() if line.strip()]
+    """Return what the project needs: as setup.cfg of the checkout says, or the metadata of the installation."""
+    if setup_cfg.is_file():
+        return [line for line in _options(setup_cfg)["install_requires"].splitlines() if line.strip()]
+
+    lines = importlib.metadata.requires(PROJECT) or []
+    return [line for line in lines if not _is_of_an_extra(Requirement(line))]
 
 
 def supported_python(setup_cfg: Path = SETUP_CFG) -> str:
-    """The Python versions that setup.cfg admits, such as `>=3.10`."""
+    """Return the Python versions that the project admits, such as `>=3.10`; from the same places."""
+    if setup_cfg.is_file():
+        return _options(setup_cfg)["python_requires"].strip()
+
+    return importlib.metadata.metadata(PROJECT)["Requires-Python"]
+
+
+def _options(setup_cfg: Path) -> SectionProxy:
     parser = ConfigParser()
     parser.read(setup_cfg, encoding="utf-8")
-    return parser["options"]["python_requires"].strip()
+    return parser["options"]
+
+
+def _is_of_an_extra(requirement: Requirement) -> bool:
+    """Tell whether a requirement of the metadata holds only where an extra is asked for (`deepspeed; extra == "..."`).
+
+    Those that hold on other machines only are the project's all the same.
+    """
+    return requirement.marker is not None and "extra ==" in str(requirement.marker)
 
 
 def python_is_supported() -> bool:

@@ -1,0 +1,65 @@
+"""Curriculum Distillation: teach a small language model from a large one, across tokenizers.
+
+These are the names for a program of your own; README and docs/library.md show them at work. A name is loaded when it
+is first asked for, so that `import curriculum_distillation` alone costs nothing.
+
+This file is the package `curriculum_distillation` itself once the project is installed (setup.cfg, `package_dir`).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for type checkers and editors, which do not call __getattr__
+    from .models import (
+        CachedTeacher,
+        CurriculumConfig,
+        CurriculumScheduler,
+        DistillationFramework,
+        FrozenTeacher,
+        LossConfig,
+        PairCollator,
+        PairEncoder,
+        Ramp,
+        RouterConfig,
+        StudentAwareRouter,
+        Term,
+        VocabularyMap,
+    )
+    from .utils.config import TrainingConfig
+    from .utils.errors import UserError
+    from .utils.training import fit
+
+__all__ = [
+    "CachedTeacher",
+    "CurriculumConfig",
+    "CurriculumScheduler",
+    "DistillationFramework",
+    "FrozenTeacher",
+    "LossConfig",
+    "PairCollator",
+    "PairEncoder",
+    "Ramp",
+    "RouterConfig",
+    "StudentAwareRouter",
+    "Term",
+    "TrainingConfig",
+    "UserError",
+    "VocabularyMap",
+    "fit",
+]
+
+_MODULES = {"TrainingConfig": ".utils.config", "UserError": ".utils.errors", "fit": ".utils.training"}
+"""Modules of the names that do not come from `.models`."""
+
+
+def __getattr__(name: str) -> Any:
+    """Load a name of `__all__` (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    module = import_module(_MODULES.get(name, ".models"), __name__)
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
