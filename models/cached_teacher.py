@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .outputs import PairedBatch, TeacherSignal
 from .pairing import PairCollator
 from .teacher import FrozenTeacher
+from .validation import expect
 
 NUMBERS = ("ids", "log_probs", "log_tail", "log_mass", "realised")
 
@@ -57,7 +58,14 @@ class CachedTeacher:
     """
 
     def __init__(self, teacher: FrozenTeacher | None, memory: Any) -> None:
-        self.teacher, self.memory = teacher, memory
+        if teacher is not None:
+            expect("teacher", teacher, FrozenTeacher, "FrozenTeacher(model, vocabulary), or None")
+        lacking = [name for name in ("top_k", "keys", "read", "keep") if not hasattr(memory, name)]
+        if lacking:
+            raise TypeError(f"memory: got a {type(memory).__name__}, expected one that has {', '.join(lacking)} too")
+
+        self.teacher = teacher
+        self.memory = memory
 
     def __deepcopy__(self, memo: dict) -> "CachedTeacher":
         return self  # as the teacher, and there is one memory

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from .attention import repeat_grouped_heads_where_needed
 from .outputs import Source
+from .validation import expect
 
 repeat_grouped_heads_where_needed()
 
@@ -210,9 +211,11 @@ def check_head(model: nn.Module, name: str) -> torch.device:
         the device on which logits come out; of a model that is spread over several not that on which ids enter.
 
     Raises:
+        TypeError: for something that is no module.
         ValueError: for an architecture that does something else between its body and its logits, or is not causal.
     """
-    if model.get_output_embeddings() is None:
+    expect(name, model, nn.Module, "a transformers language model")
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
         raise ValueError(
             f"the {name} ({type(model).__name__}) has no output embeddings: expected a causal language model"
         )

@@ -22,6 +22,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from .pairing import SIDES, PairEncoder, Piece
+from .validation import expect_texts
 from .vocabulary import END, MARKER, Reading, TokenTable
 
 PLAIN_TEMPLATE = (
@@ -271,6 +272,7 @@ class ChatEncoder(PairEncoder):
         Raises:
             ConversationError: a template refuses a conversation, or what it makes of it is not understood.
         """
+        expect_texts(texts, documents)
         pieces, left_out = [], 0
         for name, text in zip(documents or [""] * len(texts), texts, strict=True):
             with named(name):

@@ -1,7 +1,7 @@
 """What the loss is made of: plain, frozen dataclasses, one place for each default.
 
-The constraints (`Gt`, `Ge`, ...) are declarations; whoever builds a config from user input
-(`train.py`) has them checked, all at once, before anything is loaded.
+An instance is checked when it is made (`Validated`): the constraints (`Gt`, `Ge`, `Literal`, ...) hold for whoever
+makes one, in a program or from a file.
 """
 
 import math
@@ -11,9 +11,11 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from .validation import Validated
+
 
 @dataclass(frozen=True)
-class Ramp:
+class Ramp(Validated):
     """A scalar that follows training progress (step / total optimizer steps, in [0, 1]).
 
     `points` are (progress, value) pairs in increasing order of progress. Between two points the
@@ -25,6 +27,11 @@ class Ramp:
     shape: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self) -> None:
+        if isinstance(self.points, list | tuple):  # lists are welcome; tuples can be neither changed nor unhashable
+            points = tuple(tuple(point) if isinstance(point, list) else point for point in self.points)
+            object.__setattr__(self, "points", points)
+        super().__post_init__()
+
         progress = [p for p, _ in self.points]
         if not progress or any(a >= b for a, b in pairwise(progress)):
             raise ValueError(
@@ -42,7 +49,7 @@ def values_of(schedule: Schedule) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Term:
+class Term(Validated):
     """One term of the loss."""
 
     weight: Schedule = 0.0
@@ -50,7 +57,7 @@ class Term:
 
 
 @dataclass(frozen=True)
-class CurriculumConfig:
+class CurriculumConfig(Validated):
     """Weight of every loss term over the run."""
 
     kd: Term = field(default_factory=lambda: Term(0.7))
@@ -71,6 +78,8 @@ class CurriculumConfig:
     """Router: contrastive, which teacher state of a span of text belongs to the student's."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         weights = {name: values_of(term.weight) for name, term in vars(self).items()}
         wrong = {f"{name}.weight": v for name, v in weights.items() if not all(0 <= w < math.inf for w in v)}
         if wrong:
@@ -82,7 +91,7 @@ class CurriculumConfig:
 
 
 @dataclass(frozen=True)
-class LossConfig:
+class LossConfig(Validated):
     """How the teacher's distribution becomes a loss."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
@@ -109,6 +118,8 @@ class LossConfig:
     compiled on GPUs of compute capability 7.0 or newer where a compiler works."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         scalars = {name: values_of(getattr(self, name)) for name in ("temperature", "span_temperature")}
         wrong = {name: v for name, v in scalars.items() if not all(0 < t < math.inf for t in v)}
         if wrong:
@@ -116,7 +127,7 @@ class LossConfig:
 
 
 @dataclass(frozen=True)
-class RouterConfig:
+class RouterConfig(Validated):
     """How hidden states of student and teacher are compared (`StudentAwareRouter`); the terms' weights say whether."""
 
     layers: Annotated[int, Gt(0)] = 4

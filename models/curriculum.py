@@ -1,9 +1,11 @@
 """Weights of the loss terms, and any other scalar, as a function of training progress."""
 
 import math
+import warnings
 from dataclasses import fields
 
 from .config import CurriculumConfig, LossConfig, Ramp, Schedule
+from .validation import expect, expect_count
 
 
 def value_at(schedule: Schedule, progress: float) -> float:
@@ -31,19 +33,36 @@ class CurriculumScheduler:
     """
 
     def __init__(self, curriculum: CurriculumConfig, loss: LossConfig, total_steps: int) -> None:
-        if total_steps < 1:
-            raise ValueError(f"got {total_steps} optimizer steps in all, expected at least 1")
+        expect("curriculum", curriculum, CurriculumConfig, "a CurriculumConfig")
+        expect("loss", loss, LossConfig, "a LossConfig")
+        total_steps = expect_count("total_steps", total_steps, 1)
+
         self._weights: dict[str, Schedule] = {f.name: getattr(curriculum, f.name).weight for f in fields(curriculum)}
         self._scalars: dict[str, Schedule] = {
             "temperature": loss.temperature,
             "span_temperature": loss.span_temperature,
         }
+        self.loss = loss
         self.used = curriculum.used()
         self.total_steps = total_steps
 
     def progress(self, step: int | None) -> float:
-        """Share of the run that is done before `step`; None stands for the end."""
-        return 1.0 if step is None else min(1.0, step / self.total_steps)
+        """Return the share of the run that is done before `step`; None stands for the end, where weights stay.
+
+        Raises:
+            TypeError, ValueError: a step that is no whole number, or negative.
+        """
+        if step is None:
+            return 1.0
+
+        step = expect_count("step", step, 0)
+        if step > self.total_steps:
+            warnings.warn(
+                f"step {step} lies behind the {self.total_steps} of the curriculum, whose last weights are used: count "
+                "optimizer steps, not micro-batches, or give CurriculumScheduler the right total_steps",
+                stacklevel=2,
+            )
+        return min(1.0, step / self.total_steps)
 
     def weights(self, step: int | None) -> dict[str, float]:
         """Weight of every term at an optimizer step."""

@@ -4,8 +4,11 @@ Shapes: B windows, S student positions, n supervised student positions, N KD row
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +31,7 @@ from .outputs import DistillationOutput, LossTerm, PairedBatch, SparseTarget, Te
 from .projection import Projection
 from .student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from .teacher import FrozenTeacher
+from .validation import expect
 from .vocabulary import VocabularyMap
 
 HEAD_TERMS = ("lm", "kd", "span")
@@ -49,8 +53,10 @@ class DistillationFramework(nn.Module):
         router: how hidden states are compared. The router starts uncalibrated: see `calibrate`.
 
     Raises:
-        ValueError: for a student whose logits are not head(body(x)), for a teacher without a vocabulary map, and for
-            hidden-state terms without a teacher.
+        TypeError: an argument of another kind.
+        ValueError: for a student whose logits are not head(body(x)) or that is trained in half precision; for a
+            student, a teacher and a vocabulary map that do not belong together; for hidden-state terms without a
+            teacher; for temperatures of which the curriculum knows others.
     """
 
     def __init__(
@@ -63,9 +69,11 @@ class DistillationFramework(nn.Module):
         router: RouterConfig | None = None,
     ) -> None:
         super().__init__()
+        _check_kinds(teacher, vocabulary, loss, curriculum, router)
         check_head(student, "student")
-        if teacher is not None and vocabulary is None:
-            raise ValueError("got a teacher and no vocabulary map; build one with VocabularyMap.build")
+        _check_precision(student)
+        _check_pair(student, teacher, vocabulary)
+        _check_temperatures(loss, curriculum.loss)
         self.student = student
         # in a tuple, out of reach of parameters(), state_dict(), train(), to() and DDP
         self._frozen = (teacher,)
@@ -113,6 +121,10 @@ class DistillationFramework(nn.Module):
         weights, scalars = self.curriculum.weights(step), self.curriculum.scalars(step)
         counts = batch.counts if counts is None else counts
         wanted = self._wanted(batch, {t for t in weights if weights[t] or measure}, signal, weights)
+        if lacking := sorted(wanted - counts.keys()):
+            raise ValueError(
+                f"counts: got none for {', '.join(lacking)}; expected the sum of batch.counts over the step"
+            )
         routed = wanted & {*ROUTER_TERMS}
         if signal is None:
             signal = self._ask(batch, wanted)
@@ -159,7 +171,14 @@ class DistillationFramework(nn.Module):
             ValueError: a hidden-state term with a weight cannot, for lack of anchors, states or a router.
         """
         if self.teacher is None and signal is None:
+            if needed := [t for t in sorted(weights) if weights[t] and t != "lm"]:
+                warnings.warn(
+                    f"{', '.join(needed)} cannot be computed without a teacher, and LM alone is learned; give "
+                    "DistillationFramework a teacher, or these terms the weight 0",
+                    stacklevel=3,
+                )
             return wanted & {"lm"}
+
         lacks = ""
         if batch.anchors is None:
             lacks = "the batch has no anchors; give PairCollator the RouterConfig"
@@ -284,8 +303,18 @@ class DistillationFramework(nn.Module):
         """Fit the router's statistics and first projections on some batches of training text, before the first step.
 
         Raises:
-            ValueError: if no window has a place where both models have read the same bytes.
+            TypeError: a batch in place of a list of batches.
+            ValueError: if no window has a place where both models have read the same bytes, or no term of the
+                curriculum needs a router.
         """
+        if isinstance(batches, PairedBatch):
+            raise TypeError("batches: got one batch, expected a list of batches; put it in brackets: [batch]")
+        if self.router is None:
+            raise ValueError(
+                f"nothing to calibrate: the weights of {', '.join(ROUTER_TERMS)} are 0, so there is no router; leave "
+                "calibrate out, or give one of them a weight"
+            )
+
         found = []
         with evaluating(self.student):
             for batch in batches:
@@ -327,6 +356,71 @@ class DistillationFramework(nn.Module):
                 ("gates", [router.gate, router.offset], router.config.learning_rate, 0.0),
             ]
         return [dict(zip(("name", "params", "lr", "weight_decay"), group, strict=True)) for group in groups]
+
+
+def _check_kinds(teacher: Any, vocabulary: Any, loss: Any, curriculum: Any, router: Any) -> None:
+    """Check that the arguments are what they are called, before anything is computed with them."""
+    if isinstance(teacher, nn.Module) or not (teacher is None or hasattr(teacher, "signal")):
+        raise TypeError(f"teacher: got a {type(teacher).__name__}, expected FrozenTeacher(model, vocabulary), or None")
+
+    expect("loss", loss, LossConfig, "a LossConfig")
+    expect("curriculum", curriculum, CurriculumScheduler, "CurriculumScheduler(curriculum, loss, total_steps)")
+    if vocabulary is not None:
+        expect("vocabulary", vocabulary, VocabularyMap, "the pair's VocabularyMap, or None")
+    if router is not None:
+        expect("router", router, RouterConfig, "a RouterConfig, or None")
+
+
+def _check_precision(student: nn.Module) -> None:
+    """Refuse a student whose trained parameters are in half precision: small changes of them are lost in rounding."""
+    trained = {p.dtype for p in student.parameters() if p.requires_grad}
+    if half := trained & {torch.float16, torch.bfloat16}:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+        raise ValueError(
+            f"the student's trained parameters are {names}, expected float32: load it with "
+            "from_pretrained(..., dtype=torch.float32); half precision comes from autocast"
+        )
+
+
+def _check_pair(student: nn.Module, teacher: FrozenTeacher | None, vocabulary: VocabularyMap | None) -> None:
+    """Check that student, teacher and vocabulary map belong together."""
+    if vocabulary is None:
+        if teacher is not None:
+            raise ValueError("got a teacher and no vocabulary map; build one with VocabularyMap.build")
+        return
+
+    rows = vocabulary_size(student)
+    if rows != vocabulary.student_vocab_size:
+        raise ValueError(
+            f"the vocabulary map is for a student of {vocabulary.student_vocab_size:,} rows, the student's head has "
+            f"{rows:,}; build the map with student_vocab_size={rows}, or are student and teacher swapped?"
+        )
+
+    # One that answers from memory holds the running teacher, or none.
+    running = teacher if isinstance(teacher, FrozenTeacher) else getattr(teacher, "teacher", None)
+    if running is None:
+        return
+    if not np.array_equal(running.order.cpu().numpy(), vocabulary.order):
+        raise ValueError(
+            "the teacher was made with another vocabulary map; expected one map for FrozenTeacher, PairCollator and "
+            "DistillationFramework"
+        )
+    of_teacher = {id(parameter) for parameter in running.model.parameters()}
+    if any(id(parameter) in of_teacher for parameter in student.parameters()):
+        raise ValueError(
+            "student and teacher share weights, and the teacher's are frozen; load the model a second time for the "
+            "teacher"
+        )
+
+
+def _check_temperatures(loss: LossConfig, of_curriculum: LossConfig) -> None:
+    """Refuse two temperatures for one thing: those of the curriculum would be taken without a word."""
+    for name in ("temperature", "span_temperature"):
+        given, taken = getattr(loss, name), getattr(of_curriculum, name)
+        if given != taken:
+            raise ValueError(
+                f"loss.{name}: got {given} here and {taken} in CurriculumScheduler, expected one LossConfig for both"
+            )
 
 
 def _same_draw(function: Callable, device: torch.device) -> Callable:

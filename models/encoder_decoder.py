@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .chat import ChatEncoder, ConversationError, named
 from .pairing import SIDES, PairEncoder
+from .validation import expect_texts
 
 EXPECTED = "Encoder-decoder models learn from a prompt and its completion: columns 'prompt' and 'completion'"
 
@@ -60,6 +61,7 @@ class SourceEncoder(PairEncoder):
         Raises:
             ConversationError: a conversation of something else.
         """
+        expect_texts(texts, documents)
         windows, left_out = [], 0
         for name, example in zip(documents or [""] * len(texts), texts, strict=True):
             with named(name):

@@ -10,7 +10,7 @@ for the space that some tokenizers put there.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from .alignment import Alignment, align, paired_tokens
 from .config import RouterConfig
 from .outputs import IGNORE, LEAST_RELATED, Anchors, PairedBatch, Source
+from .validation import expect, expect_count, expect_texts
 from .vocabulary import END, FORMAT, MARKER, Reading, TokenTable, VocabularyMap
 
 SIDES = ("student", "teacher")
@@ -49,7 +50,7 @@ class PairEncoder:
     """Documents -> windows of at most `max_length` tokens in either tokenizer.
 
     Raises:
-        ValueError: if a tokenizer is not fast, or `max_length` is below 8.
+        TypeError, ValueError: if a tokenizer is not a fast one, or `max_length` is below 8.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class PairEncoder:
         teacher_tokenizer: PreTrainedTokenizerBase,
         max_length: int,
     ) -> None:
+        max_length = expect_count("max_length", max_length, 0)
         if max_length < 8:
             raise ValueError(f"got a window of {max_length} tokens, expected at least 8; raise --max-length")
         self.tables = (TokenTable(student_tokenizer), TokenTable(teacher_tokenizer))
@@ -91,7 +93,11 @@ class PairEncoder:
             one dictionary per window: `student_ids`, `student_starts`, `student_ends`, `student_roles`, the same for
             `teacher`, `bytes` (supervised bytes of text), `left_out` (bytes skipped, because the two tokenizations had
             no common boundary for longer than a window), `documents` (names, joined by commas).
+
+        Raises:
+            TypeError: a single text in place of a list, or something in the list that is no text.
         """
+        expect_texts(texts, documents)
         names = documents or [""] * len(texts)
         kept = [(name, text) for name, text in zip(names, map(self.canonical, texts), strict=True) if text]
         readings = zip(*(table.read([text for _, text in kept]) for table in self.tables), strict=True)
@@ -221,6 +227,9 @@ class PairCollator:
         end_of_text: end-of-text ids of student and teacher (`PairEncoder.end_of_text`).
         max_depth: how many student tokens into a teacher token a position may lie and still be anchored.
         router: what the router samples; None leaves its part of the batch out.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, or a negative depth.
     """
 
     def __init__(
@@ -230,9 +239,24 @@ class PairCollator:
         max_depth: int,
         router: RouterConfig | None = None,
     ) -> None:
-        self.vocabulary, self.end_of_text, self.max_depth, self.router = vocabulary, end_of_text, max_depth, router
+        expect("vocabulary", vocabulary, VocabularyMap, "the pair's VocabularyMap")
+        ids = end_of_text if isinstance(end_of_text, tuple | list) else ()
+        if len(ids) != 2 or not all(i is None or isinstance(i, int) for i in ids):
+            raise TypeError(f"end_of_text: got {end_of_text!r}, expected that of the encoder: PairEncoder.end_of_text")
+        if router is not None:
+            expect("router", router, RouterConfig, "a RouterConfig, or None")
+
+        self.vocabulary = vocabulary
+        self.end_of_text = end_of_text
+        self.max_depth = expect_count("max_depth", max_depth, 0)
+        self.router = router
 
     def __call__(self, windows: Sequence[dict[str, Any]]) -> PairedBatch:
+        if isinstance(windows, Mapping):
+            raise TypeError("windows: got one window, expected a list of windows; put it in brackets: [window]")
+        if not len(windows):
+            raise ValueError("windows: got none, expected at least 1")
+
         readings = [[_reading(w, side) for w in windows] for side in SIDES]
         aligned = [align(s, t, self.vocabulary, self.max_depth) for s, t in zip(*readings, strict=True)]
         padded = {}

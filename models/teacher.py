@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .causal_lm import body_layers, check_head, head_logits, input_device, is_plain_linear, vocabulary_size
 from .fused_head import chunk_rows
 from .outputs import PairedBatch, Source, TeacherSignal
+from .validation import expect, expect_count
 from .vocabulary import VocabularyMap
 
 BLOCKS = 8
@@ -26,11 +27,16 @@ class FrozenTeacher:
 
     Args:
         model: a transformers language model, in the dtype and on the device where it is to run; accelerate may
-            have spread its layers over several.
+            have spread its layers over several. It is put into evaluation mode and its parameters are frozen.
         vocabulary: the vocabulary map of the pair, for the restriction at depth > 0.
+
+    Raises:
+        TypeError: an argument of another kind.
+        ValueError: a model whose logits are not head(body(x)), or that has other rows than the map has tokens.
     """
 
     def __init__(self, model: nn.Module, vocabulary: VocabularyMap) -> None:
+        expect("vocabulary", vocabulary, VocabularyMap, "the pair's VocabularyMap")
         self.device = check_head(model, "teacher")  # of what it says
         self.model = model.eval().requires_grad_(False)
         self.order = torch.from_numpy(vocabulary.order).long()
@@ -61,6 +67,7 @@ class FrozenTeacher:
         Args:
             layers: teacher layers, counted from 1, whose states are returned as well.
         """
+        top_k = expect_count("top_k", top_k, 1)
         device = self.device
         self.order = self.order.to(device)
         batch = batch.to(device, non_blocking=True)
@@ -139,6 +146,7 @@ def exact_top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     first, then the k piles with the largest of these, by the same means. None of the k largest is elsewhere: an entry
     of another pile is no larger than k entries, one in each of those. Among equals the choice is free.
     """
+    k = expect_count("k", k, 1)
     width = values.shape[1] // BLOCKS
     if width < 2 * k:
         return values.topk(k)

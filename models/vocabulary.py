@@ -23,6 +23,8 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from .validation import expect, expect_count
+
 FORMAT = 1
 """Version of the tables on disk and of the windows: a part of every fingerprint."""
 LONGEST_SPELLING = 32
@@ -69,10 +71,12 @@ class TokenTable:
 
     Raises:
         ValueError: for a tokenizer without a fast (Rust) backend.
+        TypeError: for something else.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
+            expect("tokenizer", tokenizer, PreTrainedTokenizerBase, "what AutoTokenizer.from_pretrained returns")
             raise ValueError(
                 f"got the slow tokenizer {type(tokenizer).__name__}, expected a fast one (with a tokenizer.json); "
                 "load it with AutoTokenizer.from_pretrained(..., use_fast=True) or convert it"
@@ -302,11 +306,13 @@ class VocabularyMap:
         student, teacher = TokenTable(student_tokenizer), TokenTable(teacher_tokenizer)
         sizes = []
         for name, table, size in (("student", student, student_vocab_size), ("teacher", teacher, teacher_vocab_size)):
-            sizes.append(len(table.bytes) if size is None else size)
+            size = len(table.bytes) if size is None else expect_count(f"{name}_vocab_size", size, 1)
+            sizes.append(size)
             if sizes[-1] < len(table.bytes):
                 raise ValueError(
                     f"the {name}'s tokenizer has {len(table.bytes):,} tokens but its model only {size:,} rows: "
-                    "got a tokenizer of another model? expected at most as many tokens as rows"
+                    "got a tokenizer of another model, or the rows of student and teacher swapped? "
+                    "expected at most as many tokens as rows"
                 )
         key = hashlib.sha256(f"{FORMAT} {student.fingerprint} {teacher.fingerprint} {sizes}".encode()).hexdigest()
         file = Path(cache_dir) / f"vocabulary-{key[:32]}.npz" if cache_dir else None

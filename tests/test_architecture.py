@@ -13,13 +13,15 @@ TOWERS = ("models", "utils")
 
 FLOORS = {
     "models": [
-        {"config", "outputs", "head_passes", "attention"},
+        {"outputs", "validation", "head_passes", "attention"},
+        {"config"},
         {"vocabulary", "alignment", "losses", "causal_lm", "curriculum", "projection", "fused_head"},
         {"pairing", "chat", "teacher", "student_aware_router"},
         {"distillation_framework", "cached_teacher", "encoder_decoder"},
     ],
     "utils": [
         {"errors", "atomic", "paths", "seeding", "progress", "processes", "shell", "mistakes"} | {"device_memory"},
+        {"validation"},
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
         | {"checklist", "environment", "families", "forecast", "endings", "sharding", "signal_codec"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}

@@ -15,6 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from utils import miniature
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -204,10 +207,12 @@ def test_the_command_is_train_and_verify_from_any_folder(installation):
     assert module == told
 
 
-@pytest.mark.slow
 def test_the_command_trains_from_any_folder(installation):
+    tiny = miniature.build(installation.elsewhere)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(tiny.teacher)).save_pretrained(tiny.teacher)
     command = str(installation.packages / "bin" / "curriculum-distill")
-    flags = ["--config", "quickstart", "--max-steps", "2", "--set", "evaluation.max_windows=8"]
-    installation.run(sys.executable, command, *flags, "--output-dir", "run")
+    flags = ["--config", "quickstart", "--teacher", "teacher", "--student", "student", "--train-data", tiny.text.name]
+    fewer = ["--set", "evaluation.max_windows=4", "evaluation.samples=1", "evaluation.new_tokens=2"]
+    installation.run(sys.executable, command, *flags, "--max-steps", "2", *fewer, "--output-dir", "run")
     assert (installation.elsewhere / "run" / "student" / "config.json").is_file()
     assert (installation.elsewhere / "run" / "report.html").is_file()

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter, ValidationError
 from .errors import UserError
 from .mistakes import describe, dotted, shown
 from .paths import user_path
+from .validation import Validated
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
@@ -36,7 +37,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(Validated):
     """The teacher."""
 
     name: str | None = None
@@ -52,7 +53,7 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Validated):
     """A student whose weights are frozen, with a trained low-rank adapter beside them."""
 
     enabled: bool = False
@@ -72,7 +73,7 @@ class LoraConfig:
 
 
 @dataclass(frozen=True)
-class StudentConfig:
+class StudentConfig(Validated):
     """The student. What is trained of it is float32 whatever the precision of the computation."""
 
     name: str | None = None
@@ -86,7 +87,7 @@ class StudentConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Validated):
     """Text to learn from and text to measure on."""
 
     train: list[str] = field(default_factory=list)
@@ -125,7 +126,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class TrainingConfig:
+class TrainingConfig(Validated):
     """The loop."""
 
     batch_size: Annotated[int, Gt(0)] | Literal["auto"] = 2
@@ -169,7 +170,7 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
-class EvaluationConfig:
+class EvaluationConfig(Validated):
     """What is measured on the held-out text."""
 
     every: Annotated[int, Ge(0)] = 0
@@ -193,7 +194,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(Validated):
     """What the teacher says, kept on disk: computed once, read by later epochs and runs."""
 
     folder: str | None = None
@@ -209,12 +210,14 @@ class CacheConfig:
     """Use the cache although it was built from another text or by another teacher; no matter what that does."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         if self.build_only and self.folder is None:
             raise ValueError("cache.build_only builds a cache in a folder: give --cache-teacher DIR")
 
 
 @dataclass(frozen=True)
-class LoggingConfig:
+class LoggingConfig(Validated):
     """What is written while training."""
 
     every: Annotated[int, Gt(0)] = 100
@@ -229,7 +232,7 @@ class LoggingConfig:
 
 
 @dataclass(frozen=True)
-class HubConfig:
+class HubConfig(Validated):
     """The student on the Hugging Face Hub."""
 
     repository: str | None = None

@@ -22,7 +22,7 @@ import gc
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -119,11 +119,17 @@ def fit(
         settle: called in every process before a checkpoint and before an epoch: what waits is to be on the disk then.
 
     Raises:
-        UserError: no windows, nothing to train, or a checkpoint of another plan.
+        TypeError, ValueError: an argument of another kind, or a negative number.
+        UserError: no windows, nothing to train, a batch size that is not known yet, or a checkpoint of another plan.
         RunError: loss or gradient were not finite `guards.MOST_SKIPPED` times in a row (a checkpoint is saved), or a
             checkpoint could not be written.
         OutOfMemory: also in micro-batches of one window.
     """
+    _check_arguments(module, dataset, collate, config, accelerator)
+    for name, count in {"evaluate_every": evaluate_every, "num_workers": num_workers}.items():
+        if count < 0:
+            raise ValueError(f"{name}: got {count}, expected 0 or more")
+
     sharded = engine_kind(accelerator).sharded
     if term_gradients and sharded:
         raise UserError("logging.term_gradients needs whole weights, and they are sharded: leave one of the two out.")
@@ -154,6 +160,28 @@ def fit(
             return loop.run()
     finally:
         loop.close()
+
+
+def _check_arguments(module: Any, dataset: Any, collate: Any, config: Any, accelerator: Any) -> None:
+    """Check that the arguments of `fit` are what they are called, before anything is prepared with them."""
+    kinds = {
+        "module": (module, nn.Module, "a DistillationFramework, or another module with the step protocol"),
+        "dataset": (dataset, Sized, "windows by index, such as the list that PairEncoder.windows returns"),
+        "collate": (collate, Callable, "a function that makes a batch of windows, such as a PairCollator"),
+        "config": (config, TrainingConfig, "a TrainingConfig"),
+        "accelerator": (accelerator, Accelerator, "an Accelerator, from utils.plan.build_accelerator"),
+    }
+    for name, (value, kind, expected) in kinds.items():
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}: got a {type(value).__name__}, expected {expected}")
+
+    if isinstance(dataset, str | Mapping):
+        raise TypeError(f"dataset: got a {type(dataset).__name__}, expected {kinds['dataset'][2]}")
+    if config.batch_size == "auto":
+        raise UserError(
+            "batch_size: got auto, expected a number: what fits into memory is found before training, by "
+            "utils.memory.settle in train.py. Give a TrainingConfig with the number of windows of a forward pass."
+        )
 
 
 class TrainingLoop:

@@ -1,12 +1,27 @@
 """Configuration: one place for defaults, every mistake at once, and files that say what they mean."""
 
+import math
+import re
 from dataclasses import dataclass, field
 
 import pytest
 
 from models.config import CurriculumConfig, Ramp
 from utils import config
-from utils.config import DataConfig, LoggingConfig, TrainingConfig, build, set_dotted, to_plain
+from utils.config import (
+    CacheConfig,
+    DataConfig,
+    EvaluationConfig,
+    HubConfig,
+    LoggingConfig,
+    LoraConfig,
+    ModelConfig,
+    StudentConfig,
+    TrainingConfig,
+    build,
+    set_dotted,
+    to_plain,
+)
 from utils.errors import UserError
 
 
@@ -151,3 +166,49 @@ def test_every_field_is_documented():
                     after = node.body[at + 1] if at + 1 < len(node.body) else None
                     documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
                     assert documented, f"{node.name}.{item.target.id}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "wrong", "expected"),
+    [
+        (ModelConfig, "dtype", "fp16", "'float16'"),
+        (ModelConfig, "allow_pickle", "no", "boolean"),
+        (LoraConfig, "rank", 0, "greater than 0"),
+        (LoraConfig, "targets", "q_proj", "list"),
+        (LoraConfig, "targets", [], "at least 1 item"),
+        (StudentConfig, "init", "scratch", "'random'"),
+        (StudentConfig, "lora", True, "LoraConfig"),
+        (StudentConfig, "lora", {"rank": 8, "rnak": 8}, "an instance of LoraConfig"),
+        (DataConfig, "train", "stories.txt", "list"),
+        (DataConfig, "eval_fraction", 1.0, "less than 1"),
+        (DataConfig, "max_documents", 0, "greater than 0"),
+        (TrainingConfig, "batch_size", "big", "'auto'"),
+        (TrainingConfig, "batch_size", 0, "greater than 0"),
+        (TrainingConfig, "epochs", 1.5, "integer"),
+        (TrainingConfig, "learning_rate", math.nan, "finite"),
+        (TrainingConfig, "max_grad_norm", math.inf, "finite"),
+        (TrainingConfig, "betas", (0.9, 1.0), "less than 1"),
+        (TrainingConfig, "scheduler", "constant", "'linear'"),
+        (EvaluationConfig, "samples", -1, "greater than or equal to 0"),
+        (EvaluationConfig, "tasks", "arc_easy", "list"),
+        (CacheConfig, "storage", "zip", "'compact'"),
+        (CacheConfig, "build_only", True, "--cache-teacher DIR"),
+        (LoggingConfig, "track", ["print"], "'tensorboard'"),
+        (HubConfig, "private", 1, "boolean"),
+    ],
+)
+def test_a_section_made_in_a_program_is_checked(kind, field, wrong, expected):
+    with pytest.raises(ValueError, match=re.escape(expected)) as raised:
+        kind(**{field: wrong})
+    assert field in str(raised.value)
+
+
+def test_every_default_is_one_that_is_accepted():
+    for kind in (ModelConfig, StudentConfig, DataConfig, TrainingConfig, EvaluationConfig, CacheConfig, LoggingConfig):
+        assert build(kind, to_plain(kind()), source="defaults") == kind()
+
+
+def test_numbers_that_are_not_finite_have_their_path():
+    lines = mistakes({"training": {"max_grad_norm": math.inf}, "curriculum": {"kd": {"weight": math.nan}}})
+    assert any(line.startswith("training.max_grad_norm: got inf, expected a finite number") for line in lines)
+    assert any(line.startswith("curriculum.kd.weight: got nan, expected a finite number") for line in lines)

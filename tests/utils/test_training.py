@@ -209,6 +209,39 @@ def test_no_windows_is_a_mistake_of_the_user():
         train(ToyModule(), toy_config(), windows=[])
 
 
+def arguments(**changed) -> dict:
+    usual = {"module": ToyModule(), "dataset": toy_windows(4), "collate": toy_collate, "config": toy_config()}
+    return usual | {"accelerator": build_accelerator("no", cpu=True), "logger": None} | changed
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "expected"),
+    [
+        ("module", toy_collate, "a DistillationFramework"),
+        ("dataset", "stories.txt", "windows by index"),
+        ("dataset", {"ids": [1]}, "windows by index"),
+        ("dataset", iter([]), "windows by index"),
+        ("collate", [], "a function that makes a batch"),
+        ("config", {"batch_size": 2}, "a TrainingConfig"),
+        ("accelerator", None, "build_accelerator"),
+    ],
+)
+def test_an_argument_of_another_kind_is_refused_by_name(name, wrong, expected):
+    with pytest.raises(TypeError, match=rf"{name}: got a \w+, expected .*{expected}"):
+        fit(**arguments(**{name: wrong}))
+
+
+@pytest.mark.parametrize("name", ["evaluate_every", "num_workers"])
+def test_negative_numbers_are_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name}: got -1, expected 0 or more"):
+        fit(**arguments(**{name: -1}))
+
+
+def test_a_batch_size_that_is_not_known_yet_is_refused():
+    with pytest.raises(UserError, match="batch_size: got auto, expected a number"):
+        fit(**arguments(config=toy_config(batch_size="auto")))
+
+
 @pytest.mark.parametrize("windows", [1, 3])
 def test_a_batch_larger_than_the_data_is_one_step_an_epoch(windows):
     result = train(ToyModule(), toy_config(batch_size=8, epochs=3), windows=toy_windows(windows))
