@@ -450,11 +450,15 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     # what had to be halved in training is no larger in the evaluation after it
     job = replace(job, held_out=replace(job.held_out, batch_size=trained.result.micro_batch))
     results = export(job, asked, trained, output)  # before the comparison, so that a kill there loses nothing
-    in_time, main = on_main_process(accelerator, stop.requested) is None, accelerator.is_main_process
-    if not in_time and (config.evaluation.without_teacher or config.evaluation.tasks):
+
+    end_asked = on_main_process(accelerator, stop.requested)
+    in_time, main = end_asked is None, accelerator.is_main_process
+    is_cut_short = not in_time and bool(config.evaluation.without_teacher or config.evaluation.tasks)
+    if is_cut_short:
         log.warning(
             "the run was asked to end: the comparison without the teacher, and tasks, are left to the same command"
         )
+
     if config.evaluation.without_teacher and in_time:
         results = compare_without_teacher(without_cache, trained, results, output, stop)
     if config.evaluation.tasks and in_time and main:  # last: no other process waits for this one
@@ -464,6 +468,9 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         hub.push(config.hub, output / "student")
         report.print_summary(results)
         log.info("student: %s; report: %s", output / "student", output / run_folder.REPORT_HTML)
+
+    if is_cut_short and end_asked in EXIT_CODES:
+        raise Interrupted(end_asked)
     return trained.result.stopped_by
 
 

@@ -16,11 +16,12 @@ from . import loading, pretrained, seeding
 from .errors import UserError
 from .forecast import free_disk
 from .held_out import HeldOut
+from .meters import HostSum
 from .plan import Plan
 from .processes import main_process_first
 from .progress import Progress, duration
 from .signal_codec import Codec
-from .stopping import StopSignal
+from .stopping import STOP_REASONS, StopSignal
 from .teacher_cache import TeacherCache, Written, open_cache
 
 log = logging.getLogger(__name__)
@@ -170,7 +171,7 @@ class CacheBuilding:
             collate: of the training windows.
 
         Returns:
-            why it was asked to stop, if it was; what has been computed is kept.
+            why a process was asked to stop, the same in every process; None: none was. What has been computed is kept.
 
         Raises:
             UserError: there is too little disk for the rest.
@@ -181,7 +182,15 @@ class CacheBuilding:
         self.forecast()
         if whole:
             self._fill(self.windows, self._keys, self._first_epoch(), collate, teacher.signal, stop)
-        return stop.requested()
+        return self._reason_to_stop(stop)
+
+    def _reason_to_stop(self, stop: StopSignal) -> str | None:
+        """Why a process was asked to stop: a process that ends alone would leave the others waiting for it."""
+        host = HostSum(self.held_out.accelerator, [])
+        try:
+            return host.any_of(stop.requested(), STOP_REASONS)
+        finally:
+            host.close()
 
     def forecast(self) -> None:
         """Say what the missing training windows will take, judging by the held-out windows.

@@ -8,8 +8,8 @@ from .processes import leave, rank, tell_launcher
 
 log = logging.getLogger(__name__)
 
-EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130}
-"""Of runs that a signal ended; every other ending that is no error is 0."""
+EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
+"""Of runs that a signal ended, 128 and its number; every other ending that is no error is 0."""
 
 
 class Interrupted(Exception):

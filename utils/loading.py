@@ -6,8 +6,10 @@ What comes when is a pure function of the seed, the epoch and the position: a re
 one would have seen.
 """
 
+import atexit
 import copyreg
 import io
+import multiprocessing
 import pickle
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from . import seeding
 from .data import window_key
+from .stopping import ignore_stop_signals, stop_signals_delayed
 
 
 def steps_per_epoch(n: int, global_batch: int) -> int:
@@ -137,30 +140,62 @@ def loader(
     while `at_once` batches are worked on, those that are taken in one go. Does not draw from the global random
     generators, so that the number of loaders a run has used up does not change what it computes.
     """
-    batches = DataLoader(
+    data_loader = DataLoader(
         _Rows(windows),
         batch_sampler=list(batches),
         collate_fn=_Collate(collate),
         num_workers=num_workers,
+        worker_init_fn=_start_worker if num_workers else None,
         prefetch_factor=max(2, ceil(at_once / num_workers)) if num_workers else None,
         pin_memory=pin,
         generator=torch.Generator().manual_seed(0),
     )
-    if num_workers:  # their batches are taken in this thread, the one that torch tells of a worker that was killed
-        yield from map(_opened, batches)
-        return
-    arriving, thread = iter(batches), ThreadPoolExecutor(1, "batches")
+    if num_workers:
+        yield from _from_workers(data_loader)
+    else:
+        yield from _from_thread(data_loader, at_once)
+
+
+def _from_workers(data_loader: DataLoader) -> Iterator[Any]:
+    """Batches that worker processes make.
+
+    They are taken in this thread, the one that torch tells of a worker that was killed.
+    """
+    with stop_signals_delayed():
+        arriving = iter(data_loader)
+
+    for batch in arriving:
+        yield batch.opened() if isinstance(batch, _Parcel) else batch
+
+
+def _from_thread(data_loader: DataLoader, at_once: int) -> Iterator[Any]:
+    """Batches that a thread makes while the `at_once` batches before are worked on."""
+    arriving = iter(data_loader)
+    thread = ThreadPoolExecutor(1, "batches")
+
     try:
-        asked = deque(thread.submit(next, arriving, _END) for _ in range(at_once))
-        while (batch := asked.popleft().result()) is not _END:
-            asked.append(thread.submit(next, arriving, _END))
+        waiting = deque(thread.submit(next, arriving, _END) for _ in range(at_once))
+
+        while (batch := waiting.popleft().result()) is not _END:
+            waiting.append(thread.submit(next, arriving, _END))
             yield batch
     finally:
         thread.shutdown(cancel_futures=True)
 
 
-def _opened(batch: Any) -> Any:
-    return batch.opened() if isinstance(batch, _Parcel) else batch
+def _start_worker(worker: int) -> None:
+    ignore_stop_signals()
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Kill the worker processes that are left when the interpreter ends.
+
+    Left to itself, `multiprocessing` sends them SIGTERM at that point, which they ignore, and waits for them for ever.
+    """
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
 
 
 @dataclass(frozen=True)

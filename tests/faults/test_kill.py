@@ -33,14 +33,17 @@ PATIENCE = 120
 
 
 class Session:
-    """`python train.py ...` in a process of its own."""
+    """`python train.py ...`, or another script, in a process of its own, which leads a process group."""
 
-    def __init__(self, place: Place, output: Path, *more: str) -> None:
+    def __init__(self, place: Place, output: Path, *more: str, script: str | Path = "train.py") -> None:
         self.metrics, self.said = output / "metrics.jsonl", output.with_name(f"{output.name}-{time.monotonic_ns()}.txt")
         environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        command = [sys.executable, "train.py", *place.arguments(output, *more)]
+        command = [sys.executable, str(script), *place.arguments(output, *more)]
+
         with self.said.open("w") as stream:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=stream, stderr=stream)
+            self.process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=stream, stderr=stream, start_new_session=True
+            )
 
     def ended(self) -> int:
         """Its exit code, once it has one."""
@@ -51,14 +54,18 @@ class Session:
 
     def stopped_after(self, step: int, number: int, delay: float = 0.0) -> int:
         """Exit code after a signal sent when this step has been logged, and a moment later."""
+        self.wait_for(step)
+        time.sleep(delay)
+        self.process.send_signal(number)
+        return self.ended()
+
+    def wait_for(self, step: int) -> None:
+        """Wait until this step has been logged."""
         limit = time.monotonic() + PATIENCE
         while not (self.metrics.exists() and steps_in(self.metrics) >= step):
             assert self.process.poll() is None, self.output()
             assert time.monotonic() < limit, self.output()
             time.sleep(0.002)
-        time.sleep(delay)
-        self.process.send_signal(number)
-        return self.ended()
 
     def killed_during(self, folder: Path, staged: str, step: int, delay: float) -> int:
         """Exit code after SIGKILL while something is written: a staging folder of that name is there, after a step."""
