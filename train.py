@@ -70,12 +70,15 @@ from utils.contradictions import contradictions
 from utils.endings import EXIT_CODES, Interrupted, exit_code
 from utils.errors import UserError, value_errors_are_the_users
 from utils.guards import RedFlags
-from utils.held_out import START, HeldOut, metrics_of
-from utils.logs import METRICS, StepLogger, learned_lines, setup_logging
+from utils.held_out import HeldOut, metrics_of
+from utils.logs import StepLogger, learned_lines, setup_logging
+from utils.paths import user_path
 from utils.plan import Plan, build_accelerator
 from utils.processes import main_process_first, on_main_process, rank
+from utils.run_layout import CHECKPOINTS, METRICS, REPORT_HTML, START, STUDENT, WITHOUT_TEACHER
 from utils.seeding import deterministic_kernels, permutation
 from utils.stopping import StopSignal
+from utils.streams import make_streams_safe
 from utils.teacher_cache import TeacherCache
 from utils.tracking import Tracking
 from utils.training import FitResult, fit
@@ -83,9 +86,6 @@ from utils.training import FitResult, fit
 log = logging.getLogger("train")
 
 LM_ALONE = CurriculumConfig(kd=Term(0.0), lm=Term(1.0))
-WITHOUT_TEACHER = "without_teacher"
-"""Folder, in that of a run, of the same student trained without the teacher."""
-
 CHANNEL_WINDOWS = 2000
 """Windows on which the counted channel (loss.correction: channel) is counted."""
 
@@ -276,7 +276,7 @@ def train_student(
         made_from["teacher"] = {**job.cache.identity, **job.cache.settings}
         measure_teacher = partial(job.cache.evaluation, job.held_out.fingerprint())
     made_from = {**job.fingerprint, **made_from}
-    store = CheckpointStore(output / "checkpoints", config.training.keep_checkpoints, made_from, config.resume_changed)
+    store = CheckpointStore(output / CHECKPOINTS, config.training.keep_checkpoints, made_from, config.resume_changed)
     resume_from = on_main_process(accelerator, lambda: store.resume_point(resume))
     done = 0 if resume_from is None else step_of(resume_from)
     every, main = config.logging.every, accelerator.is_main_process
@@ -346,13 +346,13 @@ def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[s
 
     # before everything that could still fail: what was trained for hours is on the disk then
     if job.accelerator.is_main_process:
-        settings = (job.config.student, job.tokenizer, output / "student", to_plain(asked))
+        settings = (job.config.student, job.tokenizer, output / STUDENT, to_plain(asked))
         students.export(student, *settings, {**scores, "run": ended})
 
     results = held_out.results(student, trained.start, scores, trained.framework.compare)
     results["run"] = ended
     if job.accelerator.is_main_process:
-        students.describe(output / "student", to_plain(asked), results)
+        students.describe(output / STUDENT, to_plain(asked), results)
         report.write_report(output, results)
     return results
 
@@ -414,8 +414,8 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     cpu, track = device.value.type == "cpu", config.logging.track
     accelerator = build_accelerator(precision.value, cpu=cpu, track=track, folder=output)
     on_main_process(accelerator, lambda: run_folder.check(output, to_plain(asked), asked.resume))
-    on_main_process(accelerator, lambda: CheckpointStore(output / "checkpoints").check_path(asked.resume))
-    on_main_process(accelerator, lambda: hub.check(config.hub, output / "student"))
+    on_main_process(accelerator, lambda: CheckpointStore(output / CHECKPOINTS).check_path(asked.resume))
+    on_main_process(accelerator, lambda: hub.check(config.hub, output / STUDENT))
     setup_logging(output, main_process=accelerator.is_main_process)
     log.info("%s", recipe)
     notes = {"recipe": recipe, "device": f"{device.value}: {device.reason}", "mixed precision": precision.reason}
@@ -464,10 +464,10 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     if config.evaluation.tasks and in_time and main:  # last: no other process waits for this one
         results = add_tasks(job, trained, teacher, results, output)
     if main:
-        students.describe(output / "student", to_plain(asked), results)
-        hub.push(config.hub, output / "student")
+        students.describe(output / STUDENT, to_plain(asked), results)
+        hub.push(config.hub, output / STUDENT)
         report.print_summary(results)
-        log.info("student: %s; report: %s", output / "student", output / run_folder.REPORT_HTML)
+        log.info("student: %s; report: %s", output / STUDENT, output / REPORT_HTML)
 
     if is_cut_short and end_asked in EXIT_CODES:
         raise Interrupted(end_asked)
@@ -502,13 +502,14 @@ def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSign
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     started = time.monotonic()
+    make_streams_safe()
     main_process = rank() == 0
     setup_logging(None, main_process=main_process)
 
     def command() -> None:
         words = sys.argv[1:] if argv is None else argv
         if (asked := command_line.parse(words)).compare:
-            return compare(asked.compare, Path(asked.values.get("output_dir", ".")))
+            return compare(asked.compare, user_path(asked.values.get("output_dir", ".")))
         config, recipe = configure(words)
         folder = run_folder.own(config.output_dir) if main_process else nullcontext()
         deterministic = deterministic_kernels(config.training.deterministic)

@@ -45,6 +45,7 @@ from utils.paths import user_path
 from utils.plan import build_accelerator
 from utils.requirements import check as check_requirements
 from utils.seeding import permutation, seed_everything
+from utils.streams import make_streams_safe
 from utils.students import make as make_student
 from utils.teachers import alone
 from utils.training import FitResult, fit
@@ -465,6 +466,7 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
+    make_streams_safe()
     argv = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(argv):
         parser = command_line.parser()

@@ -23,8 +23,12 @@ _DELETED = ".deleted-"
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` (UTF-8, line ends as given) to `path`, replacing what was there in one step."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write `text` (UTF-8, line ends as given) to `path`, replacing what was there in one step.
+
+    A file name that is no UTF-8 reaches Python with characters that UTF-8 lacks. Those are written as `\\udcXX`, which
+    in JSON means that very character.
+    """
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:

@@ -6,7 +6,6 @@ reported at once.
 
 import argparse
 import difflib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
@@ -14,6 +13,7 @@ from typing import Any, NoReturn, TypeVar
 from . import hardware
 from .config import TrainingConfig, build, find_config, load_yaml, set_dotted
 from .errors import UserError
+from .paths import user_path
 
 Config = TypeVar("Config")
 
@@ -159,7 +159,7 @@ def configure(schema: type[Config], argv: Sequence[str]) -> tuple[Config, str]:
         told, source = f"recipe {path.name}", f"{path.name} and the command line"
     arguments.apply(values)
     if isinstance(folder := values.get("output_dir"), str):
-        values["output_dir"] = os.path.expanduser(folder)
+        values["output_dir"] = str(user_path(folder))
     return build(schema, values, source=source), f"{told}: {why}{_replaced(arguments)}"
 
 

@@ -22,11 +22,12 @@ from tqdm import tqdm
 
 from .config import flatten
 from .errors import UserError
-from .held_out import START
-from .logs import METRICS, console, read_metrics
+from .logs import console, read_metrics
+from .paths import user_path
 from .pictures import STYLE, save
-from .results import REPORT_JSON, figure, percent
+from .results import figure, percent
 from .run_folder import read_config
+from .run_layout import METRICS, REPORT_JSON, START
 
 PICTURE = "comparison.png"
 OWN_TO_A_RUN = {"output_dir", "resume"}
@@ -113,12 +114,12 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     Raises:
         UserError: every folder that is none of a run.
     """
-    problems = [f"  - {folder}: {problem}" for folder in folders if (problem := _problem(Path(folder)))]
+    problems = [f"  - {folder}: {problem}" for folder in folders if (problem := _problem(user_path(folder)))]
     if len(folders) < 2:
         problems.append(f"  - got {len(folders)} folder, and a comparison needs at least two")
     if problems:
         raise UserError("--compare expects the folders of runs, such as runs/quickstart:\n" + "\n".join(problems))
-    paths = [Path(folder).absolute() for folder in folders]
+    paths = [user_path(folder).absolute() for folder in folders]
     shared = Path(os.path.commonpath([path.parent for path in paths]))
     return [_read(path.relative_to(shared).as_posix(), path) for path in paths]
 

@@ -20,11 +20,11 @@ from .atomic import write_json
 from .config import EvaluationConfig
 from .device_memory import FittingParts
 from .errors import RunError, UserError
+from .run_layout import START
 
 log = logging.getLogger(__name__)
 
 METRICS = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
-START = "baseline_evaluation.json"
 GPU_WINDOWS = 16
 """Windows of a batch to score on a GPU, at least; `evaluation` passes as many of them at once as its logits allow."""
 ROUTING_BATCHES = 4

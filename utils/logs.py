@@ -26,10 +26,9 @@ from .atomic import write_text
 from .errors import RunError, UserError
 from .processes import rank
 from .progress import Progress, person_may_watch, status_of
+from .run_layout import LOG, METRICS
 
 log = logging.getLogger(__name__)
-
-LOG, METRICS = "train.log", "metrics.jsonl"
 
 OWN_LOGGERS = ("curriculum_distillation", "models", "utils", "train", "verify_fixes", "__main__")
 """Loggers of this project, which speak from INFO on; everybody else only from WARNING on."""
@@ -77,7 +76,8 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
     handlers: list[logging.Handler] = [_ConsoleHandler(file, "" if main_process else f"process {rank()}: ")]
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        to_file = _File(file, encoding="utf-8")
+        # A file name that is no UTF-8 has characters that UTF-8 lacks.
+        to_file = _File(file, encoding="utf-8", errors="backslashreplace")
         to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
         handlers.append(to_file)
     for handler in handlers:

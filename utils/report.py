@@ -8,11 +8,10 @@ from rich.table import Table
 
 from . import report_html, run_folder
 from .atomic import write_json, write_text
-from .logs import METRICS, console, json_safe, read_metrics, read_warnings
+from .logs import console, json_safe, read_metrics, read_warnings
 from .pictures import Records, curves_as_svg, draw_curves, draw_routing, routing_as_svg
 from .results import (
     MODELS,
-    REPORT_JSON,
     figure,
     headline,
     model_name,
@@ -21,9 +20,7 @@ from .results import (
     samples_title,
     task_table,
 )
-from .run_folder import CURVES, REPORT_HTML, REPORT_MD
-
-ROUTING = "routing.png"
+from .run_layout import CURVES, METRICS, REPORT_HTML, REPORT_JSON, REPORT_MD, ROUTING
 
 
 def write_report(

@@ -12,7 +12,6 @@ from typing import Any
 
 from .progress import duration
 
-REPORT_JSON = "evaluation_report.json"
 MODELS = {
     "teacher": "Teacher",
     "student": "Distilled student",

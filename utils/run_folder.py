@@ -15,19 +15,13 @@ from . import hardware
 from .atomic import clean_leftovers, write_text
 from .config import flatten, load_yaml, refuse_differences
 from .errors import UserError
-from .logs import LOG, METRICS
 from .paths import user_path
+from .run_layout import CHECKPOINTS, CONFIG, FILES, FOLDERS, LOCK, LOG
 
-CONFIG = "config.yaml"
-LOCK = ".lock"
 PATIENCE = 15
 """Seconds that the data workers of a run that was killed may take to notice it; they keep its lock."""
 BEFORE_TRAINING = {CONFIG, LOCK, LOG}
 """What a run writes before there is anything to continue."""
-CURVES, REPORT_MD, REPORT_HTML = "training_curves.png", "evaluation_report.md", "report.html"
-FILES = (CONFIG, LOG, METRICS, CURVES, REPORT_MD, REPORT_HTML)
-FOLDERS = ("checkpoints", "student")
-"""What a run writes under these names must not meet something of the other kind hours later."""
 
 FREE_TO_CHANGE = {
     "output_dir",
@@ -87,6 +81,7 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
         UserError: a file is in the way, the folder cannot be written to, it holds another run's checkpoints, or there
             is no teacher cache and none can be made.
     """
+    _check_name(folder)
     _above("output_dir", folder, "--output-dir")
     if cache := config.get("cache", {}).get("folder"):
         cache = user_path(cache)
@@ -102,14 +97,14 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
         raise UserError(
             f"output_dir {folder} cannot be written to ({error.strerror or error}). Choose another --output-dir."
         ) from error
-    in_the_way = [f"{name} is a folder, not a file" for name in FILES if (folder / name).is_dir()]
-    in_the_way += [f"{name} is a file, not a folder" for name in FOLDERS if (folder / name).is_file()]
-    if in_the_way:
+
+    if in_the_way := _in_the_way(folder):
         raise UserError(
             f"output_dir {folder} holds something else under names that a run writes to: {', '.join(in_the_way)}. "
             "Choose another --output-dir, or move it away."
         )
-    if not any((folder / "checkpoints").glob("step-*")):
+
+    if not any((folder / CHECKPOINTS).glob("step-*")):
         return
     if resume == "never":
         raise UserError(
@@ -119,6 +114,40 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
     if (folder / CONFIG).is_file():
         there = identity(load_yaml(folder / CONFIG))
         refuse_differences(f"output_dir {folder}", there, identity(config), config["resume_changed"])
+
+
+def _check_name(folder: Path) -> None:
+    """Make sure that every library can write here: those that write weights and tokenizers take UTF-8 alone.
+
+    Raises:
+        UserError: the name is no UTF-8.
+    """
+    try:
+        str(folder.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"output_dir {folder}: its name is no UTF-8, and weights cannot be written there. Choose another "
+            "--output-dir."
+        ) from None
+
+
+def _in_the_way(folder: Path) -> list[str]:
+    """What has a name that a run writes to, and is of another kind, such as a folder called train.log."""
+    problems = []
+
+    for name in FILES:
+        path = folder / name
+        if path.is_dir():
+            problems.append(f"{name} is a folder, not a file")
+        elif path.exists() and not path.is_file():
+            problems.append(f"{name} is a device or a pipe, not a file")
+
+    for name in FOLDERS:
+        path = folder / name
+        if path.exists() and not path.is_dir():
+            problems.append(f"{name} is a file, not a folder")
+
+    return problems
 
 
 def _above(what: str, folder: Path, flag: str) -> Path:

@@ -14,12 +14,13 @@ from accelerate.tracking import get_available_trackers
 from .atomic import write_text
 from .config import flatten
 from .errors import UserError
+from .run_layout import TRACKERS
 
 log = logging.getLogger(__name__)
 
 PROJECT = "curriculum-distillation"
-FOLDER, RUN_ID = "trackers", "run_id"
-"""In the folder of a run: where trackers write, and the file with the run's name at those with an account."""
+RUN_ID = "run_id"
+"""File, where trackers write, with the name of the run at those with an account."""
 
 
 def require(names: Sequence[str]) -> None:
@@ -54,7 +55,7 @@ class Tracking:
 
     def __init__(self, accelerator: Accelerator, folder: Path, settings: Mapping[str, Any], done: int = 0) -> None:
         self.accelerator = accelerator
-        place = folder / FOLDER
+        place = folder / TRACKERS
         place.mkdir(exist_ok=True)
         is_new = not (place / RUN_ID).is_file()
         if is_new:

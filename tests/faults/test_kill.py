@@ -23,7 +23,7 @@ import train
 from tests.faults.conftest import Place, documents, write_jsonl
 from utils.logs import read_metrics
 from utils.quickstart import train_tokenizer
-from utils.run_folder import LOCK
+from utils.run_layout import FILES, FOLDERS, LOCK
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED_ANEW = {"tokens_per_second", "peak_memory_mb"}
@@ -199,6 +199,10 @@ def test_a_run_is_not_continued_with_another_teacher_or_tokenizer(out_of_time, p
     assert train.main(place.arguments(out_of_time, f"--{role}", str(other))) == 2
     said = capsys.readouterr().out
     assert f"- {changed}" in said and "--output-dir" in said and "Traceback (" not in said
+
+
+def test_every_name_that_a_run_writes_is_one_that_must_not_be_taken(out_of_time):
+    assert {path.name for path in out_of_time.iterdir()} <= {*FILES, *FOLDERS}
 
 
 def test_a_start_that_cannot_be_read_is_measured_again(out_of_time, place, tmp_path):

@@ -4,7 +4,7 @@ import pytest
 
 import train
 from tests.utils.test_tracking import flat_metrics
-from utils import tracking
+from utils import run_layout, tracking
 
 SHORT = ["--max-steps", "3", "--set", "evaluation.every=2"]
 
@@ -15,7 +15,7 @@ def test_a_tracked_run_tells_tensorboard_all_its_records(place, tmp_path):
 
     output = tmp_path / "run"
     assert train.main(place.arguments(output, "--track", "tensorboard", *SHORT)) == 0
-    found = EventAccumulator(str(output / tracking.FOLDER / tracking.PROJECT)).Reload()
+    found = EventAccumulator(str(output / run_layout.TRACKERS / tracking.PROJECT)).Reload()
     told = {tag: {e.step: e.value for e in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
     assert told == flat_metrics(output) and [*told["train/loss"]] == [1, 2, 3] and [*told["eval/loss"]] == [0, 2, 3]
 

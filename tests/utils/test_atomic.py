@@ -112,3 +112,11 @@ def test_removed_folder_is_gone_at_once_even_if_deleting_fails(tmp_path, monkeyp
     clean_leftovers(tmp_path)
     assert names(tmp_path) == []
     remove_folder(tmp_path / "old")
+
+
+def test_a_file_name_that_is_no_utf8_can_be_written_into_json_and_text(tmp_path):
+    name = os.fsdecode(b"te\xe9xt.jsonl")
+    write_json(tmp_path / "a.json", {"data": name})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"data": name}
+    write_text(tmp_path / "a.md", f"{name} 子")
+    assert (tmp_path / "a.md").read_text(encoding="utf-8") == "te\\udce9xt.jsonl 子"

@@ -10,8 +10,9 @@ from matplotlib.image import imread
 
 from utils import report
 from utils.pictures import draw_curves, draw_routing
-from utils.report import CURVES, REPORT_HTML, REPORT_JSON, REPORT_MD, ROUTING, markdown, print_summary, write_report
+from utils.report import markdown, print_summary, write_report
 from utils.results import headline
+from utils.run_layout import CURVES, REPORT_HTML, REPORT_JSON, REPORT_MD, ROUTING
 
 
 def scores(bits: float, parameters: int) -> dict:

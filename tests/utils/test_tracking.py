@@ -14,7 +14,8 @@ from utils.errors import UserError
 from utils.logs import StepLogger, read_metrics
 from utils.plan import build_accelerator
 from utils.progress import Progress
-from utils.tracking import FOLDER, PROJECT, Tracking, flat_record, require
+from utils.run_layout import TRACKERS
+from utils.tracking import PROJECT, Tracking, flat_record, require
 
 SETTINGS = {"training": {"seed": 3, "max_hours": None, "betas": [0.9, 0.95]}, "lm": {"weight": {"points": [[0, 1]]}}}
 
@@ -33,7 +34,7 @@ def tensorboard(tmp_path):
         )
 
     def read() -> dict[str, dict[int, float]]:
-        found = EventAccumulator(str(tmp_path / FOLDER / PROJECT)).Reload()
+        found = EventAccumulator(str(tmp_path / TRACKERS / PROJECT)).Reload()
         return {tag: {e.step: e.value for e in found.Scalars(tag)} for tag in found.Tags()["scalars"]}
 
     return logger, read
@@ -83,7 +84,7 @@ def test_a_continued_run_drops_what_came_after_the_checkpoint_and_goes_on_beside
     logger.training(record_at(400, 1000, loss=2.0))
     logger.close()
     assert read() == flat_metrics(tmp_path) and list(read()["train/loss"]) == [100, 200, 400]
-    settings = list((tmp_path / FOLDER).rglob("hparams.yml"))
+    settings = list((tmp_path / TRACKERS).rglob("hparams.yml"))
     assert len(settings) == 1 and "training.seed: 3" in settings[0].read_text()
 
 
@@ -128,10 +129,10 @@ def test_weights_and_biases_keeps_the_run_in_its_folder_without_a_network(tmp_pa
         run = accelerator.trackers[0].tracker
         tracker.log(record_at(done + 100, 1000))
         tracker.log(evaluation_at(done + 100))
-        assert run.id == (tmp_path / FOLDER / "run_id").read_text() and run.project == PROJECT
+        assert run.id == (tmp_path / TRACKERS / "run_id").read_text() and run.project == PROJECT
         assert done or json.loads(run.config["training.betas"]) == [0.9, 0.95]
         tracker.close()
-    kept = sorted((tmp_path / FOLDER / "wandb").glob(f"offline-run-*-{run.id}/*.wandb"))
+    kept = sorted((tmp_path / TRACKERS / "wandb").glob(f"offline-run-*-{run.id}/*.wandb"))
     assert len(kept) == 2
     for file in kept:
         written = file.read_bytes()

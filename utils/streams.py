@@ -1,0 +1,65 @@
+"""The standard streams: whatever becomes of the console, it does not decide how a command ends."""
+
+import io
+import os
+import sys
+
+
+def make_streams_safe() -> None:
+    """Let every line reach standard output and error, as far as they can show it; called when a command starts.
+
+    - Characters that the encoding lacks (cp1252 on Windows, `PYTHONIOENCODING=ascii`) are shown as `?`.
+    - A reader that is gone (`| head`, a closed terminal) does not end the command.
+    - Without a console (`pythonw`, a service) the output is dropped.
+
+    Streams that a notebook or a test has put in place are left alone.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  open until the end
+        elif type(stream) is io.TextIOWrapper:
+            stream.reconfigure(errors=_replacing(stream.errors))
+            stream.flush()
+            setattr(sys, name, _SafeStream(stream))
+
+
+def _replacing(errors: str | None) -> str:
+    """The way to encode what an encoding lacks: standard error has one of its own, which loses nothing."""
+    return errors if errors == "backslashreplace" else "replace"
+
+
+class _SafeStream(io.TextIOWrapper):
+    """A standard stream without errors.
+
+    It shares the buffer of the one that it stands for, which libraries that asked for it earlier still write to.
+    """
+
+    def __init__(self, stream: io.TextIOWrapper) -> None:
+        super().__init__(
+            stream.buffer,
+            encoding=stream.encoding,
+            errors=stream.errors,
+            line_buffering=stream.line_buffering,
+            write_through=stream.write_through,
+        )
+
+    def write(self, text: str) -> int:
+        try:
+            return super().write(text)
+        except OSError:
+            self._go_silent()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self._go_silent()
+
+    def _go_silent(self) -> None:
+        """Send what is still in the buffer, and all that follows, nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
