@@ -1,21 +1,55 @@
-# The virtual environment in .venv is used where it exists; `make PYTHON=...` names another interpreter.
-PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python)
+# `make train` and `make test` need Python 3.10 or newer, git and make: they prepare the environment .venv first, once,
+# and again when what is to be installed has changed.
+#
+#   make train BASE_PYTHON=python3.12    makes .venv with another Python than python3
+#   make train TORCH_INDEX=URL           takes torch from there
+#   make train PYTHON=python             uses an environment of your own, and installs nothing
 
-.PHONY: install train test lint check
+ifeq ($(origin PYTHON),undefined)
+PYTHON := $(if $(filter Windows_NT,$(OS)),.venv/Scripts/python.exe,.venv/bin/python)
+VENV := $(PYTHON)
+READY_TO_RUN := .venv/ready-to-run
+READY_TO_TEST := .venv/ready-to-test
+endif
 
-# torch first: asked for by its exact version, pip takes the build that the machine offers.
-install:
-	$(PYTHON) -m pip install --quiet torch==2.13.0
-	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[test,deepspeed,eval,quant,track]'
+BASE_PYTHON ?= $(or $(shell command -v python3),python)
+EXTRAS := test,deepspeed,eval,quant,track
+WHAT_IS_INSTALLED := setup.cfg pyproject.toml constraints.txt .ci/install_torch.py
 
-train:
+.PHONY: train test lint check install
+
+train: $(READY_TO_RUN)
 	$(PYTHON) train.py --batch-size 2 --epochs 1
 
-test:
+# One thread per process leaves room for the processes that some tests start.
+test: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
+test: export TOKENIZERS_PARALLELISM := false
+test: $(READY_TO_TEST)
 	$(PYTHON) -m pytest
 
-lint:
+lint: $(READY_TO_TEST)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
 check: lint test
+
+# Everything that the tests need, into .venv or into the environment of PYTHON.
+install: $(VENV)
+	@echo "Installing the packages that the tests need; this takes some minutes."
+	$(PYTHON) .ci/install_torch.py $(TORCH_INDEX)
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e '.[$(EXTRAS)]'
+
+ifdef VENV
+$(VENV):
+	$(BASE_PYTHON) .ci/make_venv.py .venv
+
+$(READY_TO_RUN): $(WHAT_IS_INSTALLED) | $(VENV)
+	@echo "Installing the packages that training needs; this takes some minutes."
+	$(PYTHON) .ci/install_torch.py $(TORCH_INDEX)
+	$(PYTHON) -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(READY_TO_TEST): $(WHAT_IS_INSTALLED) | $(VENV)
+	@$(MAKE) --no-print-directory install
+	@touch $(READY_TO_RUN) $@
+endif
