@@ -184,6 +184,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     log.info("documents: %s", ", ".join(f"{name} {count:,}" for name, count in corpus.report.items()))
     data.warn_of_left_out(windows, "training")
     data.warn_of_left_out(held_out, "held-out")
+    data.warn_of_long_documents(corpus, windows, held_out)
     if config.loss.correction == "channel":
         chosen = permutation(len(windows), 0, 0)[:CHANNEL_WINDOWS].tolist()
         vocabulary = vocabulary.with_channel(count_channel([windows[i] for i in chosen]))

@@ -434,7 +434,7 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
     Raises:
         UserError: a mistake in what was asked for. Models or text that are missing are told after the machine.
     """
-    config = train.configure(argv)[0]
+    config, recipe = train.configure(argv)
     if config.training.batch_size == "auto":  # whatever fits, the least is what must
         config = replace(config, training=replace(config.training, batch_size=1))
     yield "This machine"
@@ -455,8 +455,9 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
         yield "The embedded default (flags of train.py check your own set-up)"
     else:
         yield "Your set-up" if argv else "The default of this machine (flags of train.py check your own set-up)"
+        yield f"  {recipe}"
         yield from (preflight.models(setup), own_label_shift(setup), preflight.window_length(setup))
-        yield from (preflight.duplicates(own), preflight.leakage(own))
+        yield from (preflight.documents(own), preflight.duplicates(own), preflight.leakage(own))
         yield from [preflight.coverage(own)] if setup.teacher else []
         yield "  " + "\n  ".join(train.learned_from(own))
         if own.collate.router is not None:

@@ -20,13 +20,19 @@ class Check:
     allowed: str
     passed: bool
     hint: str
-    """What to do when it fails."""
+    """What to do when it fails, or what to look at."""
+    doubtful: bool = False
+    """It passed, and somebody should look at it: it may be meant so."""
+
+
+DOUBTFUL = "doubtful"
+"""In place of `passed`: what may be meant so, and may be a mistake."""
 
 
 def check(name: str, hint: str) -> Callable:
     """Turn a function that returns (value, allowed, passed[, hint]) into one that returns a `Check`.
 
-    An exception in it is a failed check with its message.
+    `passed` can be `DOUBTFUL`. An exception in it is a failed check with its message.
     """
 
     def decorate(measure: Callable[..., tuple]) -> Callable[..., Check]:
@@ -37,7 +43,14 @@ def check(name: str, hint: str) -> Callable:
             except Exception as error:
                 prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
                 return Check(name, prefix + " ".join(str(error).split()), "no error", False, hint)
-            return Check(name, value, allowed, bool(passed), *(own_hint or [hint]))
+            return Check(
+                name,
+                value,
+                allowed,
+                passed=bool(passed),
+                hint=own_hint[0] if own_hint else hint,
+                doubtful=passed is DOUBTFUL,
+            )
 
         return run
 
@@ -68,17 +81,31 @@ def run(items: Iterable[str | Check]) -> int:
             Check("all further checks", message, "no error", False, "this is a fault of the program: report it")
         )
         _show(checks[-1])
+
     failed = [done.name for done in checks if not done.passed]
+    doubtful = [done.name for done in checks if done.doubtful]
     print(f"{len(checks) - len(failed)} of {len(checks)} checks passed in {time.monotonic() - began:.0f} s.")
-    print(f"Not ready: {'; '.join(failed)}." if failed else "Ready to train!")
+    if failed:
+        print(f"Not ready: {'; '.join(failed)}.")
+    elif doubtful:
+        print(f"Ready to train, if this is meant so: {'; '.join(doubtful)}.")
+    else:
+        print("Ready to train!")
     return 1 if failed else 0
 
 
 def _show(done: Check) -> None:
     """Print one line, and a second one where there is something to do."""
-    tick, cross, arrow = "✓✗→" if _can_print("✓✗→") else ("ok", "FAILED", "->")
-    print(f"  {tick if done.passed else cross} {done.name}: {done.value}  [{done.allowed}]", flush=True)
-    if not done.passed:
+    if _can_print("✓✗→"):
+        passed, failed, arrow = "✓", "✗", "→"
+    else:
+        passed, failed, arrow = "ok", "FAILED", "->"
+
+    mark = passed if done.passed else failed
+    if done.doubtful:
+        mark = "?"
+    print(f"  {mark} {done.name}: {done.value}  [{done.allowed}]", flush=True)
+    if done.doubtful or not done.passed:
         print(f"      {arrow} {done.hint}", flush=True)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from . import hardware
-from .config import TrainingConfig, build, find_config, load_yaml, set_dotted
+from .config import TrainingConfig, build, drop_descriptions, find_config, get_dotted, load_yaml, set_dotted
 from .errors import UserError
 from .paths import user_path
 
@@ -114,11 +114,24 @@ class Arguments:
     compare: list[str] = field(default_factory=list)
     """Folders of runs to compare, instead of training."""
 
+    def given(self) -> dict[str, Any]:
+        """Return what the command line sets, as nested values.
+
+        Raises:
+            UserError: an assignment that is none.
+        """
+        values: dict[str, Any] = {}
+        self._lay_over(values)
+        return values
+
     def apply(self, values: dict[str, Any]) -> None:
         """Lay flags, then --set, over the nested `values` of a recipe, in place."""
         if "training.epochs" in self.values and "training.max_steps" not in self.values:
             set_dotted(values, "training.max_steps=null")  # the flag was given for this run, the recipe was not
         self._keep_windows_per_step(values)
+        self._lay_over(values)
+
+    def _lay_over(self, values: dict[str, Any]) -> None:
         for key, value in self.values.items():
             *path, last = key.split(".")
             inner = values
@@ -127,6 +140,7 @@ class Arguments:
                 if not isinstance(inner, dict):
                     raise UserError(f"{part}: the recipe has {inner!r} where a mapping is expected")
             inner[last] = value
+
         for assignment in self.assignments:
             set_dotted(values, assignment)
 
@@ -150,33 +164,60 @@ def configure(schema: type[Config], argv: Sequence[str]) -> tuple[Config, str]:
         UserError: every mistake in recipe and flags.
     """
     arguments = parse(argv)
-    name, why = (arguments.config, "asked for") if arguments.config else _default_recipe(arguments)
+    given = arguments.given()
+    name, why = (arguments.config, "asked for") if arguments.config else _default_recipe(given)
+
     values: dict[str, Any] = {}
-    told, source = "no recipe", "the command line"
+    recipe, source, dropped = "no recipe", "the command line", []
     if name is not None:
         path = find_config(name)
         values = {"output_dir": f"runs/{path.stem}"} | load_yaml(path)
-        told, source = f"recipe {path.name}", f"{path.name} and the command line"
+        recipe, source = f"recipe {path.name}", f"{path.name} and the command line"
+        dropped = drop_descriptions(values, given)
+
     arguments.apply(values)
     if isinstance(folder := values.get("output_dir"), str):
         values["output_dir"] = str(user_path(folder))
-    return build(schema, values, source=source), f"{told}: {why}{_replaced(arguments)}"
+    return build(schema, values, source=source), f"{recipe}: {why}{_without_effect(arguments, dropped)}"
 
 
-def _replaced(arguments: Arguments) -> str:
-    """What is without effect on this command line."""
+def _without_effect(arguments: Arguments, dropped: Sequence[str]) -> str:
+    """Describe what a recipe or the command line says in vain."""
+    notes = ""
     epochs, steps = (arguments.values.get(f"training.{key}") for key in ("epochs", "max_steps"))
-    return f"; max_steps {steps} replaces epochs {epochs}" if epochs and steps else ""
+    if epochs and steps:
+        notes += f"; max_steps {steps} replaces epochs {epochs}"
+    if dropped:
+        notes += (
+            f"; not taken from it, because it describes the text or the model that is replaced: {', '.join(dropped)} "
+            "(--set KEY=VALUE sets it nevertheless)"
+        )
+    return notes
 
 
-def _default_recipe(arguments: Arguments) -> tuple[str | None, str]:
-    """The recipe where none was named, and why. None: the defaults of every setting."""
+def _default_recipe(given: dict[str, Any]) -> tuple[str | None, str]:
+    """Choose the recipe where none was named, and say why. None: the defaults of every setting.
+
+    What a command with models of its own trains on and with must not depend on the machine, so no recipe is laid under
+    it, with a GPU or without.
+
+    Args:
+        given: what the command line sets.
+    """
+    if get_dotted(given, "teacher.name") is not None or get_dotted(given, "student.name") is not None:
+        return None, "no --config was given, and the models are your own; every setting has its default or is given"
+
     device = hardware.choose_device()
     if device.value.type == "cuda":
         return "kaggle_p100", f"no --config was given and there is a GPU ({device.reason})"
-    if arguments.values.keys() & {"teacher.name", "student.name"}:
-        return None, "no --config was given, and the models are your own; quickstart's settings suit its tiny student"
-    return "quickstart", f"no --config was given and there is no GPU ({device.reason})"
+
+    why = f"no --config was given and there is no GPU ({device.reason})"
+    if get_dotted(given, "data.train") is not None:
+        why += (
+            "; its models are toys, the teacher has read the documentation of Python: for a student of use give "
+            "--teacher and --student"
+        )
+    return "quickstart", why
 
 
 class _Parser(argparse.ArgumentParser):
@@ -198,7 +239,9 @@ def parser() -> argparse.ArgumentParser:
     recipe.add_argument(
         "--config",
         metavar="NAME|PATH",
-        help="recipe of configs/ or YAML file; default: quickstart without a GPU, kaggle_p100 with one",
+        help="recipe of configs/ or YAML file; default: quickstart without a GPU, kaggle_p100 with one, none where "
+        "--teacher or --student is given. What a recipe says of a text or a model (evaluation text, columns, ...) "
+        "falls where a flag replaces that text or model",
     )
     recipe.add_argument(
         "--set", metavar="KEY=VALUE", action="extend", nargs="+", default=[], help="any setting, after all flags"

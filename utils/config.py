@@ -13,6 +13,7 @@ import re
 import types
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -30,6 +31,25 @@ CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 CHANGEABLE = ("curriculum.", "loss.", "training.max_grad_norm", "training.patience")
 """Settings, or beginnings of their keys, that a run can be continued with otherwise if that is asked for: they weigh
 what is learned from, and nothing in a checkpoint was cut or sized by them."""
+
+DESCRIBED_BY = {
+    "data.train": (
+        "data.eval",
+        "data.split",
+        "data.text_column",
+        "data.messages_column",
+        "data.prompt_column",
+        "data.completion_column",
+        "data.document_separator",
+        "data.document_start",
+        "data.max_documents",
+    ),
+    "teacher.name": ("teacher.allow_pickle",),
+    "student.name": ("student.allow_pickle", "student.init", "student.lora.targets"),
+}
+"""Setting that names a text or a model -> settings that say how that one is read. They go with it: where a command line
+replaces the name that a recipe has, they are no longer those of the recipe. How is learned stays: what is learned of a
+conversation, the share that is held out, lengths, precision, the rank of an adapter."""
 
 log = logging.getLogger(__name__)
 
@@ -326,6 +346,50 @@ def set_dotted(values: dict[str, Any], assignment: str) -> None:
     values[parts[-1]] = value
 
 
+def get_dotted(values: Any, key: str, default: Any = None) -> Any:
+    """Return the value of `a.b` in nested dicts, or `default` where there is none."""
+    for part in key.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return default
+        values = values[part]
+    return values
+
+
+def drop_descriptions(recipe: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Remove from a recipe what describes a text or a model that is replaced; see `DESCRIBED_BY`.
+
+    Args:
+        recipe: nested values, changed in place.
+        given: nested values that are laid over it.
+
+    Returns:
+        `key value` of each setting that was not the default, and that is not given anew.
+    """
+    defaults = to_plain({"data": DataConfig(), "teacher": ModelConfig(), "student": StudentConfig()})
+    dropped = []
+    for name, descriptions in DESCRIBED_BY.items():
+        if not _is_replaced(get_dotted(recipe, name), get_dotted(given, name)):
+            continue
+
+        for key in descriptions:
+            path, _, last = key.rpartition(".")
+            section = get_dotted(recipe, path)
+            if not isinstance(section, dict) or last not in section:
+                continue
+
+            value = section.pop(last)
+            is_given_anew = get_dotted(given, key, default=defaults) is not defaults
+            if value != get_dotted(defaults, key) and not is_given_anew:
+                dropped.append(f"{key} {shown(value)}")
+    return dropped
+
+
+def _is_replaced(before: Any, now: Any) -> bool:
+    """Return whether the name of a text or a model is another one now."""
+    as_lists = [value if isinstance(value, list) else [value] for value in (before, now)]
+    return now is not None and as_lists[0] != as_lists[1]
+
+
 # ------------------------------------------------------------------------------------------ building
 
 
@@ -343,7 +407,7 @@ def build(schema: type[T], values: dict[str, Any], *, source: str) -> T:
     cleaned = _without_unknown(schema, values, "", dict(_leaves(schema)), problems)
     while True:
         try:
-            instance = TypeAdapter(schema).validate_python(cleaned)
+            instance = _adapter(schema).validate_python(cleaned)
             found = _not_finite(to_plain(instance))
             problems += [f"{key}: got {value}, expected a finite number" for key, value in found]
             break
@@ -355,6 +419,12 @@ def build(schema: type[T], values: dict[str, Any], *, source: str) -> T:
         count = f"{len(problems)} mistakes" if len(problems) > 1 else "a mistake"
         raise UserError(f"{count} in the configuration ({source}):\n" + "\n".join(f"  - {p}" for p in problems))
     return instance
+
+
+@cache
+def _adapter(schema: type[T]) -> TypeAdapter[T]:
+    """Make the validator of a schema, which takes far longer than to use it."""
+    return TypeAdapter(schema)
 
 
 def _not_finite(values: Any, at: str = "") -> Iterator[tuple[str, float]]:

@@ -10,11 +10,12 @@ import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import datasets
 import numpy as np
@@ -32,6 +33,14 @@ IN_MEMORY_BYTES = 8_000_000
 """Up to this much text, windows are built in memory; beyond it they are kept in the cache folder of `datasets`."""
 MOST_LEFT_OUT = 0.01
 """Share of the training text that may be left out of the windows without a warning."""
+MOST_OF_TEXT = 0.5
+"""Share of a text above which one document is most of it."""
+LONG_DOCUMENT = 50
+"""Windows beyond which a document is a long one."""
+MOST_IN_LONG_DOCUMENTS = 0.01
+"""Share of a text that may be in long documents without a warning: articles of an encyclopedia are as long, a few."""
+SHORT_DOCUMENT = 4
+"""Up to so many windows a document may be most of a text (of three notes, say) without a word."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,7 @@ def _joined(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Lo
 def _kept(
     documents: Iterable[tuple[str, str]], report: dict[str, int], deduplicate: bool, limit: int | None
 ) -> list[str]:
+    documents = iter(documents)
     kept: list[str] = []
     seen: set[bytes] = set()
     for _, text in documents:
@@ -156,10 +166,23 @@ def _kept(
                 report["duplicate"] += 1
                 continue
             seen.add(digest)
+
         kept.append(text)
         if limit is not None and len(kept) >= limit:
+            _log_unread(documents, limit)
             break
     return kept
+
+
+def _log_unread(rest: Iterator[tuple[str, str]], limit: int) -> None:
+    """Log how many documents `max_documents` leaves out; counted up to the limit once more, so that it costs little."""
+    unread = 0
+    # what is wrong in documents that nobody asked for is nobody's mistake
+    with suppress(UserError):
+        unread = sum(1 for _, text in islice(rest, limit) if text.strip())
+    if unread:
+        at_least = "at least " if unread >= limit else ""
+        log.info("data.max_documents=%s: %s%s further documents are not read", f"{limit:,}", at_least, f"{unread:,}")
 
 
 def _require(documents: list[str], names: Sequence[str], report: dict[str, int], conversations: bool) -> None:
@@ -183,8 +206,10 @@ def _split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]
     low, high = min(place), max(place)
     if low == high:
         raise UserError(
-            "Got a single document, which cannot be split into training and evaluation. Give a text with document "
-            "separators (document_separator), more documents, or evaluation data of its own."
+            "Got a single document, which cannot be split into training and evaluation. Name what separates documents "
+            "in a .txt file (--document-separator), or how one starts where texts come line by line (--set "
+            "data.document_start=REGEX; without it every row is one); or give more documents, or evaluation data of "
+            "its own (--eval-data)."
         )
     # Tiny data: the lowest document is always held out, the highest never; still chosen by the texts alone.
     held_out = [p == low or p < min(fraction, high) for p in place]
@@ -336,6 +361,77 @@ def warn_of_left_out(windows: datasets.Dataset, kind: str) -> None:
             "read that much at once), or text without a common boundary of the two tokenizers",
             f"{left_out:,}", kind, 100 * share,
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DocumentSizes:
+    """How long the documents of a plain text are."""
+
+    documents: int
+    longest_share: float
+    """Of the bytes of the text."""
+    longest_windows: float
+    """Windows that the longest document fills."""
+    long: int
+    """Documents that fill more than `LONG_DOCUMENT` windows."""
+    long_share: float
+    """Their share of the bytes of the text."""
+
+    @classmethod
+    def of(cls, texts: Sequence[str], windows: datasets.Dataset) -> "DocumentSizes":
+        """Measure documents in the windows that they were packed into."""
+        sizes = np.array([len(text.encode()) for text in texts])
+        window = max(int(np.max(windows["bytes"][:])), 1)
+        is_long = sizes > LONG_DOCUMENT * window
+        return cls(
+            documents=len(texts),
+            longest_share=float(sizes.max() / sizes.sum()),
+            longest_windows=float(sizes.max() / window),
+            long=int(is_long.sum()),
+            long_share=float(sizes[is_long].sum() / sizes.sum()),
+        )
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the text looks as if it was not cut into documents (a book looks like that too)."""
+        is_one_document = self.longest_share > MOST_OF_TEXT and self.longest_windows > SHORT_DOCUMENT
+        return is_one_document or self.long_share > MOST_IN_LONG_DOCUMENTS
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents:,} documents; the longest holds {self.longest_share:.0%} of the text and fills about "
+            f"{self.longest_windows:,.0f} windows; {self.long_share:.0%} of the text is in documents of more than "
+            f"{LONG_DOCUMENT} windows"
+        )
+
+
+DOCUMENTS_EXPECTED = (
+    f"no document with more than {MOST_OF_TEXT:.0%} of the text, at most {MOST_IN_LONG_DOCUMENTS:.0%} of it in "
+    f"documents of more than {LONG_DOCUMENT} windows"
+)
+DOCUMENTS_REMEDY = (
+    "Right for books; else the text is not cut where its documents end. Name what stands between them in a .txt file "
+    "(--document-separator), give tables one document a row, and check data.document_start, which joins rows"
+)
+
+
+def document_sizes(
+    corpus: Corpus, windows: datasets.Dataset, held_out: datasets.Dataset
+) -> dict[Literal["training", "held-out"], DocumentSizes]:
+    """Measure the documents of both sides; none of conversations: `warn_of_left_out` tells where those are long."""
+    if corpus.conversations:
+        return {}
+    return {
+        "training": DocumentSizes.of(corpus.train, windows),
+        "held-out": DocumentSizes.of(corpus.eval, held_out),
+    }
+
+
+def warn_of_long_documents(corpus: Corpus, windows: datasets.Dataset, held_out: datasets.Dataset) -> None:
+    """Raise a red flag where a text looks as if it was not cut into documents: it would be split and packed badly."""
+    for kind, sizes in document_sizes(corpus, windows, held_out).items():
+        if sizes.is_doubtful:
+            log.warning("[RED FLAG] %s text: %s. Expected %s. %s.", kind, sizes, DOCUMENTS_EXPECTED, DOCUMENTS_REMEDY)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from . import data, environment, evaluation, forecast, hardware, loading, pretrained, run_folder
 from . import memory as plan_memory
-from .checklist import check
+from .checklist import DOUBTFUL, check
 from .config import to_plain
 
 SHOWN = ("torch", "transformers", "accelerate", "datasets")
@@ -112,6 +112,18 @@ def duplicates(job: Any) -> tuple:
     named = ", ".join(f"{count} {name}" for name, count in counts.items())
     right = not counts["repeated"] and not counts["missing"] and counts["identical"] <= found[0].expected / 100
     return f"{share:.0%} of {found[0].expected} windows: {named}", "0 %; identical text at most 1 %", right
+
+
+@check("documents", data.DOCUMENTS_REMEDY)
+def documents(job: Any) -> tuple:
+    corpus = data.load_documents(job.config.data)
+    if corpus.conversations:
+        return f"{len(corpus.train):,} conversations to learn from", "one a row", True
+
+    sides = data.document_sizes(corpus, job.windows, job.held_out.windows)
+    value = "; ".join(f"{kind}: {sizes}" for kind, sizes in sides.items())
+    is_doubtful = any(sizes.is_doubtful for sizes in sides.values())
+    return value, data.DOCUMENTS_EXPECTED, DOUBTFUL if is_doubtful else True
 
 
 @check("leakage", "text of the evaluation is trained on: its figures would be too good. Give other --eval-data")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from utils.checklist import check, run
+from utils.checklist import DOUBTFUL, check, run
 from utils.errors import UserError
 
 
@@ -21,6 +21,13 @@ def test_value_and_allowed_range_are_printed_and_the_hint_only_on_failure(capsys
     lines = capsys.readouterr().out.splitlines()
     assert lines[1:3] == ["  ✗ name: 3  [2 to 4]", "      → do this"]
     assert lines[-2].startswith("1 of 2 checks passed") and lines[-1] == "Not ready: name."
+
+
+def test_what_may_be_meant_so_is_shown_with_its_hint_and_fails_nothing(capsys):
+    assert run([measured(True), measured(DOUBTFUL)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1:3] == ["  ? name: 3  [2 to 4]", "      → do this"]
+    assert lines[-2].startswith("2 of 2 checks passed") and lines[-1] == "Ready to train, if this is meant so: name."
 
 
 def test_a_terminal_without_those_characters_gets_words(monkeypatch):

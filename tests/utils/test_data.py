@@ -397,3 +397,60 @@ def test_text_in_no_window_is_told_and_much_of_it_is_a_warning(left_out, level, 
         data.warn_of_left_out(table, "held-out")
     assert [record.levelname for record in caplog.records] == ([level] if level else [])
     assert all("bytes of the held-out text" in record.getMessage() for record in caplog.records)
+
+
+# ------------------------------------------------------------------ what was cut, and what was not
+
+
+@pytest.mark.parametrize(("limit", "rest"), [(4, "at least 4 further"), (8, "2 further"), (10, None), (None, None)])
+def test_documents_that_a_limit_leaves_out_are_counted(tmp_path, caplog, limit, rest):
+    caplog.set_level("INFO")
+    load(jsonl(tmp_path / "a.jsonl", [*words(10), ""]), max_documents=limit)
+    assert rest in caplog.text if rest else "data.max_documents" not in caplog.text
+
+
+def test_what_is_wrong_behind_a_limit_is_not_looked_at(tmp_path):
+    file = jsonl(tmp_path / "a.jsonl", words(6))
+    file.write_text(file.read_text() + "no JSON\n")
+    assert load(file, max_documents=5).report["read"] == 5
+
+
+def windows_of(sizes: list[int], window: int = 100) -> datasets.Dataset:
+    """Windows of so many bytes, as documents of these sizes would fill."""
+    parts = [min(window, size - start) for size in sizes for start in range(0, size, window)]
+    return datasets.Dataset.from_dict({"bytes": parts}).with_format("numpy")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "doubtful"),
+    [
+        ([100] * 20, False),
+        ([150, 90, 100], False),  # three notes: one is most of the text, and short
+        ([900], True),  # a text that is one document
+        ([2000, *[50] * 10], True),  # rows that were joined
+        ([4900] * 8, False),  # long articles
+        ([5100] * 8, True),  # books, or files that are not cut
+        ([5100, *[1000] * 600], False),  # one long article in an encyclopedia
+    ],
+)
+def test_a_text_that_looks_uncut_raises_a_red_flag_and_no_error(sizes, doubtful, caplog):
+    texts = ["x" * size for size in sizes]
+    corpus = data.Corpus(texts, ["held out"], conversations=False, report={})
+    data.warn_of_long_documents(corpus, windows_of(sizes), windows_of([8]))
+    assert ("[RED FLAG] training text" in caplog.text) is doubtful
+    assert "held-out text" not in caplog.text
+    if doubtful:
+        for part in (f"{len(sizes)} documents", "Expected no document", "--document-separator", "Right for books"):
+            assert part in caplog.text
+
+
+def test_held_out_text_that_looks_uncut_raises_a_red_flag_too(caplog):
+    corpus = data.Corpus(["x" * 100] * 9, ["y" * 2000], conversations=False, report={})
+    data.warn_of_long_documents(corpus, windows_of([100] * 9), windows_of([2000]))
+    assert "[RED FLAG] held-out text: 1 documents" in caplog.text and "training text" not in caplog.text
+
+
+def test_conversations_are_never_called_uncut(caplog):
+    corpus = data.Corpus(["x" * 9000], ["y"], conversations=True, report={})
+    data.warn_of_long_documents(corpus, windows_of([9000]), windows_of([8]))
+    assert not caplog.text
