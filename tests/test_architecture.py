@@ -49,6 +49,7 @@ WITHIN_A_FLOOR = {
     ("utils", "memory", "zero"),
     ("utils", "seeding", "errors"),
     ("utils", "sources", "columns"),
+    ("utils", "sources", "data_folders"),
 }
 """(tower, importer, imported) on one floor; `test_no_cycles` keeps these in order."""
 

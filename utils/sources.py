@@ -9,7 +9,6 @@ import glob
 import json
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,16 +18,14 @@ import pyarrow
 import pyarrow.parquet
 
 from .columns import Columns
+from .data_folders import SUFFIXES, choose_files, without_caches
 from .errors import UserError
 from .paths import user_path
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".arrow")
 END_OF_TEXT = "<|endoftext|>"
 KAGGLE_INPUT = Path("/kaggle/input")
-METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "dataset-metadata.json"}
-SPLIT_NAMES = {"validation": "validation|valid|val|eval|dev"}
 
 BATCH = 1000
 """Rows of a table that are read at once."""
@@ -41,8 +38,8 @@ def read(names: Sequence[str], *, split: str, columns: Columns, separator: str |
     """Documents of every source in turn.
 
     Args:
-        split: of hub data sets that do not name one themselves; in a folder, files and folders that are named
-            after it (train-00000-of-00001.parquet) are preferred to all others.
+        split: of hub data sets that do not name one themselves; in a folder, what is named after it is preferred
+            (see `data_folders`).
         columns: that hold the documents, wherever there are columns.
         separator: of documents in .txt files, at every occurrence (backslash-n and -t are understood; the empty
             string makes the file one document). None: lines that are exactly `<|endoftext|>` if the file has any,
@@ -67,13 +64,13 @@ def _find(source: str, split: str) -> list[Path] | None:
     if not os.path.exists(path) and not glob.has_magic(source):
         path = _attached(path) or path
     if os.path.isdir(path):
-        return _in_folder(path, split)
+        return choose_files(path, split)
     if os.path.exists(path):
         return [path]
     if glob.has_magic(source):
         files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
         if files:
-            return files
+            return without_caches(source, files)
         raise UserError(f"No file matches {source}. {_there(path.parent)}")
     if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or "\\" in source:
         raise UserError(f"No such file or folder: {source}. {_there(path.parent)}")
@@ -89,22 +86,6 @@ def _attached(path: Path) -> Path | None:
         if found:
             return found[0]
     return None
-
-
-def _in_folder(folder: Path, split: str) -> list[Path]:
-    inside = {file: file.relative_to(folder).parts for file in sorted(folder.rglob("*"))}
-    files = [
-        file
-        for file, parts in inside.items()
-        if file.suffix.lower() in SUFFIXES
-        and file.is_file()
-        and file.name not in METADATA
-        and not any(p.startswith(".") for p in parts)
-    ]
-    if not files:
-        raise UserError(f"No data file in folder {folder}: expected one of {', '.join(SUFFIXES)}. {_there(folder)}")
-    named = re.compile(rf"({SPLIT_NAMES.get(split, re.escape(split))})([-_.]|$)", re.IGNORECASE)
-    return [file for file in files if any(named.match(part) for part in inside[file])] or files
 
 
 def _there(folder: Path) -> str:
