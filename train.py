@@ -179,11 +179,15 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         rows, cache = (sizes["student"], sizes["teacher"]), quickstart.cache_dir() / "vocabularies"
         vocabulary = VocabularyMap.build(*pair, *rows, cache_dir=cache)
         workers = config.data.num_workers or None
-        windows = data.make_windows(corpus.train, encoder.windows, encoder.fingerprint, workers)
-        held_out = data.make_windows(corpus.eval, encoder.windows, encoder.fingerprint, workers)
+        room = data.Room(length, encoder.least_length)
+        packing = {"encode": encoder.windows, "fingerprint": encoder.fingerprint, "num_proc": workers, "room": room}
+        windows = data.make_windows(corpus.train, kind="training", **packing)
+        held_out = data.make_windows(corpus.eval, kind="held-out", **packing)
     log.info("documents: %s", ", ".join(f"{name} {count:,}" for name, count in corpus.report.items()))
     data.warn_of_left_out(windows, "training")
     data.warn_of_left_out(held_out, "held-out")
+    data.warn_of_missing(config.data, "training", corpus.train, windows, room)
+    data.warn_of_missing(config.data, "held-out", corpus.eval, held_out, room)
     data.warn_of_long_documents(corpus, windows, held_out)
     if config.loss.correction == "channel":
         chosen = permutation(len(windows), 0, 0)[:CHANNEL_WINDOWS].tolist()

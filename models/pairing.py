@@ -9,6 +9,7 @@ Within a window, byte offsets count text, one pseudo-byte for each end of text, 
 for the space that some tokenizers put there.
 """
 
+import copy
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -107,6 +108,29 @@ class PairEncoder:
             pieces += found
             at_ends += left_out
         return self.packed(pieces, at_ends)
+
+    def least_length(self, text: str) -> int | None:
+        """Return how many tokens a window must hold before anything of a document can be learned, by the model that
+        needs more of them; None if nothing of it can be learned however long a window is."""
+        boundless = copy.copy(self)
+        boundless.max_length = BEHIND
+        windows = boundless.windows([text])
+        if not windows:
+            return None
+
+        ends, lengths = [], [0]
+        for side in SIDES:
+            reading = _reading(windows[0], side)
+            ends.append(np.where(reading.roles != MARKER, reading.ends, -1))
+            lengths.append(len(windows[0].get(f"{side}_source", [])))
+        common = np.intersect1d(*ends)
+        common = common[common >= 0]
+        if not len(common):
+            return None
+
+        first = common[0]
+        lengths += [int(np.flatnonzero(side == first)[0]) + 1 for side in ends]
+        return max(lengths)
 
     prompt: Callable[[str, str], tuple[str, list[int]]] | None = None
     """(document, side) -> what is asked last in it and the ids up to the answer, where documents are conversations."""

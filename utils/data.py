@@ -39,6 +39,8 @@ LONG_DOCUMENT = 50
 """Windows beyond which a document is a long one."""
 MOST_IN_LONG_DOCUMENTS = 0.01
 """Share of a text that may be in long documents without a warning: articles of an encyclopedia are as long, a few."""
+MOST_MEASURED = 1000
+"""So many documents that are in no window are measured, to name the shortest."""
 SHORT_DOCUMENT = 4
 """Up to so many windows a document may be most of a text (of three notes, say) without a word."""
 
@@ -123,10 +125,16 @@ def places_told(config: DataConfig) -> Iterator[None]:
     except ValueError as error:
         if not (name := getattr(error, "document", None)):
             raise
-        sides = [(config.train, config.split)] + [([config.eval], "validation")] * (config.eval is not None)
-        found = (row for names, split in sides for row in _read(config, names, split, {}))
-        place = next(place for place, text in found if document_name(text) == name)
-        raise UserError(f"{place}: {error}") from error
+        raise UserError(f"{_place_of(config, name)}: {error}") from error
+
+
+def _place_of(config: DataConfig, name: str) -> str:
+    """Return where the document of this name is, by reading the sources once more."""
+    sides = [(config.train, config.split)]
+    if config.eval is not None:
+        sides.append(([config.eval], "validation"))
+    rows = (row for names, split in sides for row in _read(config, names, split, {}))
+    return next(place for place, text in rows if document_name(text) == name)
 
 
 def _joined(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Located]:
@@ -252,11 +260,49 @@ def leakage(train: Iterable[str], held_out: Sequence[str]) -> float:
 # ---------------------------------------------------------------- windows
 
 
+class TooLong(ValueError):
+    """No document leaves something to learn in a window. `document` names the shortest one, for `places_told`."""
+
+    def __init__(self, message: str, document: str) -> None:
+        super().__init__(message)
+        self.document = document
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a window has room for."""
+
+    window: int
+    """Tokens that it holds."""
+    least_length: Callable[[str], int | None]
+    """Document -> tokens that a window must hold before anything of it can be learned; None: nothing ever can be."""
+
+    def shortest(self, texts: Sequence[str]) -> tuple[int, str] | None:
+        """Return the least tokens that one of these documents needs, and that document; None if no window is of use.
+
+        Of many documents those of the fewest characters are measured.
+        """
+        measured = sorted(texts, key=len)[:MOST_MEASURED]
+        needs = [(length, text) for text in measured if (length := self.least_length(text)) is not None]
+        return min(needs, default=None)
+
+    def remedy(self, length: int) -> str:
+        """Say what to do about documents of which the shortest needs so many tokens."""
+        return (
+            f"{length:,} tokens are needed before anything of it can be learned, and a window holds {self.window:,}. "
+            f"Raise --max-length to {length:,} or more, as far as both models read that much at once, or shorten what "
+            "stands before the text to learn (system message, prompt)"
+        )
+
+
 def make_windows(
     texts: Sequence[str],
     encode: Callable[[list[str], list[str]], list[dict[str, Any]]],
     fingerprint: str,
     num_proc: int | None = None,
+    *,
+    kind: str = "",
+    room: Room | None = None,
 ) -> datasets.Dataset:
     """Pack documents into windows: `encode(texts, document names)` on groups of 1,000 documents.
 
@@ -265,10 +311,14 @@ def make_windows(
         fingerprint: of `encode`. With the hash of the texts it names the cached windows, so that the cache does
             not depend on how objects are pickled.
         num_proc: processes for large corpora. The windows do not depend on it.
+        kind: of text (training, held-out), for messages.
+        room: of the windows, for messages.
 
-    Raises `UserError` if no document yields a window.
+    Raises:
+        TooLong: every document is longer than a window before anything of it is learned.
+        UserError: no document yields a window for another reason.
     """
-    features = _features(texts, encode)
+    features = _features(texts, encode, kind, room)
     key = blake2b(f"{fingerprint} {corpus_fingerprint(texts)} {features}".encode(), digest_size=16).hexdigest()
     groups = [list(texts[start : start + DOCUMENTS_PER_PACK]) for start in range(0, len(texts), DOCUMENTS_PER_PACK)]
     table = datasets.Dataset.from_dict(
@@ -308,14 +358,24 @@ def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, option
         ) from error
 
 
-def _features(texts: Sequence[str], encode: Callable) -> datasets.Features:
+def _features(texts: Sequence[str], encode: Callable, kind: str, room: Room | None) -> datasets.Features:
     """Columns and types of windows, from the first document that gives one: a later group may have none."""
     for text in texts:
         windows = encode([text], [document_name(text)])
         if windows:
             return datasets.Dataset.from_list(windows[:1]).features
+
+    documents = f"{len(texts):,} {kind} documents".replace("  ", " ")
+    shortest = room.shortest(texts) if room is not None else None
+    if shortest is not None and shortest[0] > room.window:
+        length, text = shortest
+        raise TooLong(
+            f"longer than a window, and it is the shortest of {documents}: {room.remedy(length)}.",
+            document_name(text),
+        )
     raise UserError(
-        f"None of {len(texts)} documents is long enough for a window. Expected at least one of a few tokens."
+        f"Nothing can be learned of any of {documents}: they are too short, or the two tokenizers have no common "
+        "boundary in them. Expected at least one of a few tokens."
     )
 
 
@@ -357,10 +417,34 @@ def warn_of_left_out(windows: datasets.Dataset, kind: str) -> None:
         log.log(
             logging.WARNING if share > MOST_LEFT_OUT else logging.INFO,
             "%s bytes of the %s text (%.2f %%) are left out, because they do not fit into a window: the end of a "
-            "longer conversation or what answers a longer prompt (a higher --max-length helps as far as both models "
-            "read that much at once), or text without a common boundary of the two tokenizers",
+            "conversation that is longer than the window, or what answers a prompt that is (a higher --max-length "
+            "helps as far as both models read that much at once), or text without a common boundary of the two "
+            "tokenizers",
             f"{left_out:,}", kind, 100 * share,
         )  # fmt: skip
+
+
+def warn_of_missing(config: DataConfig, kind: str, texts: Sequence[str], windows: datasets.Dataset, room: Room) -> None:
+    """Say of how many documents nothing is learned, because they are longer than a window before it could be, and where
+    the shortest of them is."""
+    if not np.sum(windows["left_out"][:]):
+        return
+
+    present = {name for row in windows["documents"] for name in row.split(",")}
+    missing = [text for text in texts if document_name(text) not in present]
+    shortest = room.shortest(missing)
+    if shortest is None or shortest[0] <= room.window:
+        return
+
+    length, text = shortest
+    log.warning(
+        "nothing is learned of %s of %s %s documents, which are longer than a window; the shortest of them is %s: %s",
+        f"{len(missing):,}",
+        f"{len(texts):,}",
+        kind,
+        _place_of(config, document_name(text)),
+        room.remedy(length),
+    )
 
 
 @dataclass(frozen=True)

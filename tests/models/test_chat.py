@@ -423,6 +423,17 @@ def test_what_does_not_fit_is_cut_at_the_end_and_counted(conversations, max_leng
         assert sum(window["bytes"] + window["left_out"] for window in windows) == size
 
 
+@given(CONVERSATIONS)
+def test_the_least_window_that_teaches_something_of_a_conversation_is_known(conversation):
+    least = tiny_encoder().least_length(json.dumps(conversation))
+    if least is None:
+        assert not encode(tiny_encoder(10_000), conversation)
+        return
+    assert encode(tiny_encoder(max(least, 8)), conversation)
+    if least > 8:
+        assert not encode(tiny_encoder(least - 1), conversation)
+
+
 def test_conversations_share_windows():
     windows = encode(tiny_encoder(100), *[messages("Hello", "Hi.")] * 4)
     assert len(windows) < 4 and sum(window["bytes"] for window in windows) == 12

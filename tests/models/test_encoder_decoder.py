@@ -207,6 +207,20 @@ def test_every_byte_of_a_completion_is_learned_once_or_counted_as_left_out(examp
             assert sum(len(table.bytes[i] or b"") for i in learned) == window["bytes"]
 
 
+@given(st.text(max_size=40), st.text(min_size=1, max_size=60))
+def test_the_least_window_that_teaches_something_of_an_example_is_known(prompt, completion):
+    def windows(max_length: int) -> list[dict]:
+        return SourceEncoder(byte_bpe(300), bart_like(320), max_length, (0, 2)).windows([example(prompt, completion)])
+
+    least = SourceEncoder(byte_bpe(300), bart_like(320), 24, (0, 2)).least_length(example(prompt, completion))
+    if least is None:
+        assert not windows(10_000)
+        return
+    assert windows(max(least, 8))
+    if least > 8:
+        assert not windows(least - 1)
+
+
 def test_a_control_token_in_a_prompt_is_text():
     encoder, tokenizer = pair_of("bart").encoder, bart_like(320)
     _, ids = encoder.prompt(example("a</s>b", "c"), "teacher")

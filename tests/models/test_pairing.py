@@ -73,6 +73,13 @@ def test_what_is_not_supervised_is_counted_as_left_out(texts, max_length):
         assert sum(w["bytes"] + w["left_out"] for w in windows) == size
 
 
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=200))
+def test_the_least_window_that_teaches_something_of_a_text_is_known(text):
+    least = encoder(16).least_length(text)
+    assert (least is None) == (not encoder(10_000).windows([text]))
+    assert least is None or encoder(max(least, 8)).windows([text])
+
+
 @pytest.mark.parametrize("text", ["abab{}abba", "abab{}", "{}", "{}ab"])
 def test_a_long_stretch_without_a_common_boundary_is_left_out_and_counted(text):
     """One side drops characters that the other spells with more tokens than a window holds."""
