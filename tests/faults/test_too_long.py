@@ -37,7 +37,7 @@ def prepare(place: Place, output: Path, *words: object, window: int = WINDOW) ->
     return train.prepare(train.configure(asked)[0], build_accelerator("no", cpu=True))
 
 
-SIZES = [400, 350, 190, 300, 380, 420, 360, 330]
+SIZES = [400, 350, 150, 300, 380, 420, 360, 330]
 """Characters of prompts, all longer than a window; the shortest is in line 3."""
 TALKS = {
     "system": [chat(f"Say {n}.", f"No {n}.", system=long_text(size)) for n, size in enumerate(SIZES)],
@@ -63,7 +63,7 @@ def test_prompts_that_are_all_longer_than_a_window_are_told_with_the_shortest(pl
     with pytest.raises(UserError, match=f"{needed} tokens are needed"):
         prepare(place, tmp_path / "run", *words, window=needed - 1)
     job = prepare(place, tmp_path / "run", *words, window=needed)  # with what was advised something is learned
-    assert job.windows["bytes"].sum() > 0
+    assert sum(job.windows["bytes"][:]) > 0
 
 
 def test_held_out_prompts_that_are_longer_than_a_window_are_told_as_such(place, tmp_path):
