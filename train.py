@@ -52,6 +52,7 @@ from utils import (
     students,
     teachers,
 )
+from utils.advice import advice
 from utils.cache_building import CacheBuilding, settle, with_cache, written
 from utils.checkpoints import CheckpointStore, step_of
 from utils.comparison import compare
@@ -160,9 +161,10 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     with value_errors_are_the_users():
         if router is not None:
             router.check_widths(**{role: shape.get_text_config().hidden_size for role, shape in shapes.items()})
-        student = forecast.Shape.of(shapes["student"])
-    disk = forecast.disk(student, config.training, config.student.lora, runs=1 + config.evaluation.without_teacher)
-    forecast.require_disk(Path(config.output_dir), disk)
+    with advice("forecast of disk"):
+        student, runs = forecast.Shape.of(shapes["student"]), 1 + config.evaluation.without_teacher
+        disk = forecast.disk(student, config.training, config.student.lora, runs=runs)
+        forecast.require_disk(Path(config.output_dir), disk)
     length = pretrained.window_length(config.data.max_length, shapes.values())
     sizes = {role: shape.get_text_config().vocab_size for role, shape in shapes.items()}
     for role, name in names.items():
@@ -437,9 +439,11 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     if unused := hardware.unused_gpus(accelerator.num_processes, used_here):
         log.warning(unused)
     if config.teacher.name is not None:
-        job.held_out.log_coverage()
-    for line in learned_from(job):
-        log.info("%s", line)
+        with advice("figure of the coverage"):
+            job.held_out.log_coverage()
+    with advice("example of what is learned from"):
+        for line in learned_from(job):
+            log.info("%s", line)
     if accelerator.is_main_process:
         run_folder.write_config(output, to_plain(asked), notes)
     if (reason := on_main_process(accelerator, stop.requested)) in EXIT_CODES:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import masking_utils
+from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_outputs import ModelOutput
 
 from .attention import repeat_grouped_heads_where_needed
@@ -30,6 +30,25 @@ HALF_BLOCK = 16_384
 def _without_adapter(model: nn.Module) -> nn.Module:
     """The model in the wrapper that peft puts around one with adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _below_head(model: PreTrainedModel) -> PreTrainedModel:
+    """The body of a causal language model.
+
+    Raises:
+        ValueError: the model does not keep it apart from its head.
+    """
+    if model.base_model is not model:
+        return model.base_model
+
+    # Llama 4 calls its body otherwise than its class promises
+    candidates = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(candidates) == 1:
+        return candidates[0]
+    raise ValueError(
+        f"{type(model).__name__} does not keep its body apart from its head: expected a causal language model of "
+        "transformers whose logits are head(body(x))"
+    )
 
 
 @contextmanager
@@ -64,7 +83,7 @@ def _body(model: nn.Module, ids: Tensor, source: Source | None, **options: bool)
     """
     inner = _without_adapter(model)
     if source is None:
-        return inner.base_model(input_ids=ids, use_cache=False, **options)
+        return _below_head(inner)(input_ids=ids, use_cache=False, **options)
     read = inner.get_encoder()(input_ids=source.ids, attention_mask=source.mask).last_hidden_state
     encoder = {"encoder_hidden_states": read, "encoder_attention_mask": source.mask}
     return inner.get_decoder()(input_ids=ids, use_cache=False, **encoder, **options)

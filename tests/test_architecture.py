@@ -39,6 +39,7 @@ FLOORS = {
 
 WITHIN_A_FLOOR = {
     ("utils", "paths", "errors"),
+    ("utils", "advice", "errors"),
     ("utils", "forecast", "config"),
     ("utils", "forecast", "families"),
     ("models", "alignment", "vocabulary"),
@@ -48,6 +49,7 @@ WITHIN_A_FLOOR = {
     ("models", "projection", "vocabulary"),
     ("utils", "memory", "zero"),
     ("utils", "seeding", "errors"),
+    ("utils", "sharding", "families"),
     ("utils", "sources", "columns"),
     ("utils", "sources", "data_folders"),
 }

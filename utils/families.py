@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from .errors import UserError
 
@@ -13,10 +13,33 @@ def auto_class(config: PretrainedConfig) -> type:
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
+def body(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a causal language model below its head.
+
+    Raises:
+        ValueError: the model does not keep it apart.
+    """
+    if model.base_model is not model:
+        return model.base_model
+
+    # Llama 4 calls its body otherwise than its class promises
+    candidates = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(candidates) == 1:
+        return candidates[0]
+    raise ValueError(f"a {type(model).__name__} does not keep its body apart from its head")
+
+
 def depth(config: PretrainedConfig) -> int:
-    """Layers of the deeper one of encoder and decoder, or of the only body there is."""
+    """Layers of the deeper one of encoder and decoder, or of the only body there is.
+
+    Raises:
+        ValueError: the config names no number of layers.
+    """
     text = config.get_text_config()
-    return max(getattr(text, name, None) or 0 for name in layer_counts(text))
+    counts = [getattr(text, name) for name in layer_counts(text)]
+    if not counts:
+        raise ValueError(f"the config of a {text.model_type} names no number of layers")
+    return max(counts)
 
 
 def layer_counts(config: PretrainedConfig) -> list[str]:

@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,25 +43,43 @@ class Shape:
                 f"{config.name_or_path or 'the model'}: transformers cannot make a {config.model_type} model of its "
                 f"config.json ({type(error).__name__}: {error}). Put it right, or choose another model."
             ) from error
-        text = config.get_text_config()
+
+        head = model.get_output_embeddings()
+        if head is None:
+            raise UserError(
+                f"{config.name_or_path or 'the model'}: a {type(model).__name__} has no output embeddings. Expected a "
+                "language model, which predicts tokens."
+            )
+
+        # the config may name its sizes otherwise; what enters the head is in the head's own shape
+        vocabulary, hidden = head.weight.shape
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
-            hidden=text.hidden_size,
-            intermediate=getattr(text, "intermediate_size", None) or 4 * text.hidden_size,
+            hidden=hidden,
+            intermediate=_widest(getattr(config.get_text_config(), "intermediate_size", None)) or 4 * hidden,
             layers=depth(config),
-            vocabulary=model.get_output_embeddings().weight.shape[0],
+            vocabulary=vocabulary,
         )
+
+
+def _widest(sizes: int | Sequence[int] | None) -> int | None:
+    """The largest of a width for all layers, or of one for each (Gemma 3n)."""
+    return max(sizes) if isinstance(sizes, Sequence) else sizes
 
 
 def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     """The same architecture with at most so many layers, in encoder and decoder each."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
+    whole_depth = depth(config)
+
     for name in layer_counts(text):
         setattr(text, name, min(getattr(text, name), layers))
-    for per_layer in ("layer_types", "attention_layers"):
-        if isinstance(getattr(text, per_layer, None), list):
-            setattr(text, per_layer, getattr(text, per_layer)[: text.num_hidden_layers])
+
+    # whatever has an entry for each layer; what a class computes from the number of layers is no attribute of its own
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == whole_depth:
+            setattr(text, name, value[:layers])
     return config
 
 

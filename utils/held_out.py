@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from . import data, evaluation
+from .advice import advice
 from .atomic import write_json
 from .config import EvaluationConfig
 from .device_memory import FittingParts
@@ -131,11 +132,14 @@ class HeldOut:
         """The prompts of the samples as they are shown."""
         return [text for text, _ in self.prompts("student")]
 
-    def continuations(self, model: nn.Module, side: str) -> list[str]:
-        """How a model goes on from each of the prompts."""
+    def continuations(self, model: nn.Module, side: str) -> list[str | None]:
+        """How a model goes on from each of the prompts; None where it cannot generate, which is logged."""
         prompts, new_tokens = [ids for _, ids in self.prompts(side)], self.config.new_tokens
-        tokenizer = self.tokenizers[side]
-        return evaluation.generate_samples(model, tokenizer, prompts, new_tokens, float32=side == "student")
+        texts: list[str | None] = [None] * len(prompts)
+        with advice(f"samples of the {side}"):
+            tokenizer, is_student = self.tokenizers[side], side == "student"
+            texts = evaluation.generate_samples(model, tokenizer, prompts, new_tokens, float32=is_student)
+        return texts
 
     def coverage(self) -> dict[str, float]:
         """Supervised student positions (`lm`), those with an anchor (`kd`) and at depth 0, over all processes."""

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.text import Text
 from tqdm import tqdm
 
+from .advice import advice
 from .atomic import write_text
 from .errors import RunError, UserError
 from .processes import rank
@@ -244,20 +245,26 @@ class StepLogger:
         if not self.main_process:
             return
         self._append(record)
-        for line in training_lines(record, self.total_steps, weights):
-            log.info(line)
-        self._status = status_of(record)
+        with advice(f"lines about step {record['step']}"):
+            for line in training_lines(record, self.total_steps, weights):
+                log.info(line)
+            self._status = status_of(record)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Log one evaluation: `step, split, loss, perplexity, bits_per_byte, tokens, bytes`."""
         if self.main_process:
             self._append(record)
-            log.info(evaluation_line(record))
+            with advice(f"line about the evaluation at step {record['step']}"):
+                log.info(evaluation_line(record))
 
     def progress(self, step: int) -> None:
         """Tell the display that `step` steps are done. Cheap: call it at every step."""
-        if self.display is not None:
-            self.display.update(step, self._status)
+        if self.display is None:
+            return
+        display, self.display = self.display, None
+        with advice("further progress display"):  # nor its estimates of time
+            display.update(step, self._status)
+            self.display = display
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the file has an evaluation at this step. Ask in the main process, which writes it."""

@@ -13,7 +13,8 @@ no grouped heads, so it also relies on `models/attention.py`, which has keys and
 
 import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -28,9 +29,10 @@ from torch.utils._pytree import tree_iter
 from transformers import PretrainedConfig
 
 from . import pretrained, zero
+from .advice import advice
 from .config import LoraConfig, ModelConfig
 from .errors import UserError
-from .families import auto_class, depth
+from .families import auto_class, body, depth
 from .forecast import Shape, free_memory, largest, shallow, trained_parameters
 from .logs import ROUTER_TERMS
 from .paths import user_path
@@ -64,6 +66,10 @@ ZERO3_WHOLE = 10**9
 """Weights that ZeRO-3 holds whole before it lets go of any (DeepSpeed's stage3_max_live_parameters)."""
 MEASURED_LAYERS = (2, 3)
 """A body is run with so many layers; every further one takes what the third takes more than two."""
+PROBED_LENGTHS = (16, 32)
+"""Tokens of two short forwards, which take equally many operations unless a body goes from token to token."""
+FAKE_TENSORS = "torch._subclasses.fake_tensor"
+"""Logger that prints the traceback of whatever an architecture cannot do without content."""
 
 
 # ------------------------------------------------------------------------------------- what a model's body takes
@@ -74,10 +80,11 @@ class _Live(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
-        self.now = self.peak = 0
+        self.now = self.peak = self.operations = 0
         self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.operations += 1
         found = func(*args, **(kwargs or {}))
         for tensor in tree_iter(found):
             if isinstance(tensor, Tensor):
@@ -151,7 +158,7 @@ def _run(
     for dropout in ("attention_dropout", "attn_pdrop") if on_gpu else ():
         if hasattr(config.get_text_config(), dropout):
             setattr(config.get_text_config(), dropout, 0.0)
-    with FakeTensorMode():
+    with FakeTensorMode(), _silenced(FAKE_TENSORS):
         model = auto_class(config).from_config(config, dtype=dtype).train(trained)
         if recomputes:
             pretrained.recompute_layers(model)
@@ -171,10 +178,44 @@ def _run(
         return Body(kept, forward, live.peak)
 
 
+def _require_parallel(config: PretrainedConfig) -> None:
+    """Make sure that a body takes all tokens of a window at once.
+
+    Raises:
+        RuntimeError: it goes from one to the next, as Mamba's does without its kernels: without content too that
+            takes minutes.
+    """
+    few = shallow(config, MEASURED_LAYERS[0])
+    shorter, longer = (_operations(few, length) for length in PROBED_LENGTHS)
+    if longer > 1.5 * shorter:
+        raise RuntimeError(f"a body of {config.model_type} goes from token to token without its kernels")
+
+
+def _operations(config: PretrainedConfig, length: int) -> int:
+    """Operations of a forward through a body, without content."""
+    with FakeTensorMode(), _silenced(FAKE_TENSORS), torch.no_grad():
+        model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+        ids = torch.zeros(1, length, dtype=torch.long)
+        with _Live([]) as live:
+            _states(model, ids)
+    return live.operations
+
+
+@contextmanager
+def _silenced(name: str) -> Iterator[None]:
+    """A logger that says nothing for a while: what goes wrong is told by the exception."""
+    logger = logging.getLogger(name)
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
+
+
 def _states(model: nn.Module, ids: Tensor) -> Tensor:
     """What enters the head; an encoder, where there is one, reads as many tokens as its decoder."""
     if not model.config.is_encoder_decoder:
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return body(model)(input_ids=ids, use_cache=False).last_hidden_state
     mask = torch.ones_like(ids)
     read = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
     encoder = {"encoder_hidden_states": read, "encoder_attention_mask": mask}
@@ -331,7 +372,14 @@ def demand_of(
     processes: int = 1,
     sharded: str = "",
 ) -> Demand:
-    """What the junction's RunConfig asks for."""
+    """What the junction's RunConfig asks for.
+
+    Raises:
+        RuntimeError: a model's body would take minutes to be run without content.
+    """
+    for shape in (student, teacher):
+        if shape is not None:
+            _require_parallel(shape)
     router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
     lora = config.student.lora
     return Demand(
@@ -390,63 +438,139 @@ class Forecast:
     size: int = 0  # bytes
 
 
+@dataclass(frozen=True)
+class Machine:
+    """What a run computes on, as far as memory depends on it."""
+
+    device: torch.device
+    """Of the student."""
+    precision: str
+    """`no`, `fp16` or `bf16`."""
+    processes: int
+    sharded: str
+    """See `Demand.sharded`."""
+
+    @classmethod
+    def of(cls, accelerator: Accelerator) -> "Machine":
+        """What an accelerator was built for."""
+        sharded = ""
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            sharded = f"zero{accelerator.deepspeed_plugin.zero_stage}"
+        elif accelerator.distributed_type == DistributedType.FSDP:
+            sharded = "fsdp2"
+        return cls(accelerator.device, accelerator.mixed_precision, accelerator.num_processes, sharded)
+
+
 def settle(config: Any, accelerator: Accelerator, chunk_rows: ChunkRows) -> tuple[Any, Forecast]:
     """(the RunConfig with a number for `batch_size: auto`, the forecast), logged.
 
     With auto, `gradient_accumulation_steps` is the number of windows per optimizer step and process: they are taken in
-    the largest micro-batches that divide it and fit.
+    the largest micro-batches that divide it and fit. Where no forecast is possible, micro-batches start as large as
+    can be halved while training, or else with one window.
 
     Raises:
-        UserError: micro-batches of one window need more than is free, by more than the forecast can be wrong; or there
-            is no forecast, and auto needs one.
+        UserError: micro-batches of one window need more than is free, by more than the forecast can be wrong.
     """
-    precision, device = accelerator.mixed_precision, accelerator.device
-    among = (accelerator.num_processes, _sharded(accelerator))
-    return on_main_process(accelerator, lambda: _settle(config, precision, device, chunk_rows, *among))
+    machine = Machine.of(accelerator)
+    return on_main_process(accelerator, lambda: _settle(config, machine, chunk_rows))
 
 
-def _sharded(accelerator: Accelerator) -> str:
-    """See `Demand.sharded`."""
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        return f"zero{accelerator.deepspeed_plugin.zero_stage}"
-    return "fsdp2" if accelerator.distributed_type == DistributedType.FSDP else ""
+def _settle(config: Any, machine: Machine, chunk_rows: ChunkRows) -> tuple[Any, Forecast]:
+    fit = None
+    with advice("forecast of memory"):
+        fit = _what_fits(config, machine, chunk_rows)
 
+    is_auto = config.training.batch_size == "auto"
+    if fit is None:
+        return (_without_forecast(config, machine) if is_auto else config), Forecast()
 
-def _settle(
-    config: Any, precision: str, device: torch.device, chunk_rows: ChunkRows, processes: int, sharded: str
-) -> tuple[Any, Forecast]:
-    training, free = config.training, free_memory(device)
-    auto, most = training.batch_size == "auto", training.gradient_accumulation_steps
-    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
-    shapes = pretrained.load_each(pretrained.load_config, names)
-    length = int(min(config.data.max_length, *map(pretrained.context_length, shapes.values())))
-    teacher = shapes["teacher"] if config.teacher.name else None
-    demand = demand_of(config, shapes["student"], teacher, length, precision, device, chunk_rows, processes, sharded)
-    spared = spares_teacher(config)
-    try:
-        size, sizes = training.batch_size, [n for n in range(most, 0, -1) if most % n == 0]
-        if auto:
-            room = free * (1 if demand.on_gpu else ROOM_ON_CPU)
-            size = next((n for n in sizes if sum(demand.memory(n).values()) <= room), 1)
-        parts, least = demand.memory(size), sum(replace(demand, apart=demand.apart or spared).memory(1).values())
-    except (RuntimeError, ValueError) as error:  # an architecture that cannot be run without content
-        if auto:
-            raise UserError(
-                f"--batch-size auto: no forecast of memory is possible for these models ({error}). Give a number."
-            ) from error
-        log.warning("memory: no forecast is possible for these models (%s)", error)
-        return config, Forecast()
-    told = f"{largest(parts)} in micro-batches of {size}; {free / 2**30:.3g} GiB free on {device}"
-    told += " (teacher included, which a complete cache spares)" if spared else ""
-    if least > MARGIN * free and not config.cache.build_only:
+    told = f"{largest(fit.parts)} in micro-batches of {fit.windows}; {_gib(fit.free)} GiB free on {machine.device}"
+    if spares_teacher(config):
+        told += " (teacher included, which a complete cache spares)"
+
+    if fit.least > MARGIN * fit.free and not config.cache.build_only:
         raise UserError(
-            f"training would take about {least / 2**30:.3g} GiB even in micro-batches of one window, and "
-            f"{free / 2**30:.3g} GiB are free on {device} (forecast: {largest(parts)}). {REMEDY}."
+            f"training would take about {_gib(fit.least)} GiB even in micro-batches of one window, and "
+            f"{_gib(fit.free)} GiB are free on {machine.device} (forecast: {largest(fit.parts)}). {REMEDY}."
         )
-    if sum(parts.values()) > free:
+    if fit.size > fit.free:
         log.warning("memory: about %s. Where it does not fit, micro-batches are halved. %s", told, REMEDY)
     else:
-        log.info("memory: about %s%s", told, " (chosen by --batch-size auto)" if auto else "")
-    if auto:
-        training = replace(training, batch_size=size, gradient_accumulation_steps=most // size)
-    return replace(config, training=training), Forecast(told, sum(parts.values()))
+        log.info("memory: about %s%s", told, " (chosen by --batch-size auto)" if is_auto else "")
+
+    return (_in_micro_batches(config, fit.windows) if is_auto else config), Forecast(told, fit.size)
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """A forecast beside what is free."""
+
+    windows: int
+    """In a micro-batch."""
+    parts: dict[str, int]
+    """Bytes of a step in such micro-batches, by what holds them."""
+    least: int
+    """Bytes of a step in micro-batches of one window, without a teacher that a cache spares."""
+    free: int
+    """Bytes free on the student's device."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of a step in such micro-batches."""
+        return sum(self.parts.values())
+
+
+def _what_fits(config: Any, machine: Machine, chunk_rows: ChunkRows) -> _Fit:
+    """The forecast for the micro-batches that were asked for, or for the largest that fit."""
+    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
+    shapes = pretrained.load_each(pretrained.load_config, names)
+    teacher = shapes["teacher"] if config.teacher.name else None
+    length = int(min(config.data.max_length, *map(pretrained.context_length, shapes.values())))
+    demand = demand_of(
+        config,
+        shapes["student"],
+        teacher,
+        length,
+        machine.precision,
+        machine.device,
+        chunk_rows,
+        machine.processes,
+        machine.sharded,
+    )
+
+    free, windows = free_memory(machine.device), config.training.batch_size
+    if windows == "auto":
+        room = free * (1 if demand.on_gpu else ROOM_ON_CPU)
+        sizes = _divisors(config.training.gradient_accumulation_steps)
+        windows = next((size for size in sizes if sum(demand.memory(size).values()) <= room), 1)
+
+    without_spared = replace(demand, apart=demand.apart or spares_teacher(config))
+    return _Fit(windows, demand.memory(windows), sum(without_spared.memory(1).values()), free)
+
+
+def _without_forecast(config: Any, machine: Machine) -> Any:
+    """`batch_size: auto` where nothing is known of the memory that it takes."""
+    alone = machine.processes == 1
+    waits = machine.sharded or config.teacher.device == "sharded" or "contr" in config.curriculum.used()
+    can_halve = machine.device.type == "cuda" and (alone or not waits)
+
+    windows = config.training.gradient_accumulation_steps if can_halve else 1
+    why = "they are halved where they do not fit" if can_halve else "too large ones could not be halved here"
+    log.warning("--batch-size auto: without a forecast, micro-batches of %d; %s", windows, why)
+    return _in_micro_batches(config, windows)
+
+
+def _in_micro_batches(config: Any, windows: int) -> Any:
+    """The RunConfig whose optimizer steps, as large as before, are taken in micro-batches of so many windows."""
+    whole = config.training.gradient_accumulation_steps
+    training = replace(config.training, batch_size=windows, gradient_accumulation_steps=whole // windows)
+    return replace(config, training=training)
+
+
+def _divisors(number: int) -> list[int]:
+    """From the number itself down to 1."""
+    return [size for size in range(number, 0, -1) if number % size == 0]
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.3g}"

@@ -6,6 +6,7 @@ What trains tiny models is in rehearsal.py, what needs the losses in verify_fixe
 """
 
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from . import data, environment, evaluation, forecast, hardware, loading, pretrained, run_folder
 from . import memory as plan_memory
+from .advice import reason
 from .checklist import DOUBTFUL, check
 from .config import to_plain
+from .errors import UserError
 
 SHOWN = ("torch", "transformers", "accelerate", "datasets")
 """Packages whose versions are printed."""
@@ -208,6 +211,10 @@ def window_length(setup: SetUp) -> tuple:
 
 @check("memory", "lower --batch-size (and raise --gradient-accumulation-steps), lower --max-length, or smaller models")
 def memory(setup: SetUp) -> tuple:
+    return _forecast_or_reason(_memory, setup)
+
+
+def _memory(setup: SetUp) -> tuple:
     device, training = hardware.choose_device().value, setup.config.training
     mixed = hardware.choose_precision(training.mixed_precision, device).value
     shapes = (setup.student, setup.teacher)
@@ -221,6 +228,10 @@ def memory(setup: SetUp) -> tuple:
 
 @check("disk", "free some space, choose another --output-dir, or lower training.keep_checkpoints")
 def disk(setup: SetUp) -> tuple:
+    return _forecast_or_reason(_disk, setup)
+
+
+def _disk(setup: SetUp) -> tuple:
     parts = forecast.disk(
         forecast.Shape.of(setup.student),
         setup.config.training,
@@ -231,6 +242,16 @@ def disk(setup: SetUp) -> tuple:
     )
     free = forecast.free_disk(Path(setup.config.output_dir))
     return f"about {forecast.largest(parts)}", f"{free / 2**30:.3g} GiB free", sum(parts.values()) <= free
+
+
+def _forecast_or_reason(forecast_of: Callable[[SetUp], tuple], setup: SetUp) -> tuple:
+    """A forecast; or why there is none, which keeps no run from its start."""
+    try:
+        return forecast_of(setup)
+    except UserError:
+        raise
+    except Exception as error:
+        return f"no forecast, because of {reason(error)}", "what is free", True
 
 
 @check("output directory", "choose another --output-dir")

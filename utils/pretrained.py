@@ -307,7 +307,7 @@ def window_length(asked: int, shapes: Iterable[PretrainedConfig]) -> int:
     return length
 
 
-def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
+def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str | None) -> None:
     """Write model, tokenizer and model card; the folder is whole or absent.
 
     It loads without this project: with `from_pretrained` of the class that its card names; where the model is peft's,
@@ -326,7 +326,8 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, c
         model.save_pretrained(staging, **options)
         model.generation_config.save_pretrained(staging)  # peft leaves it to the base, which may stop elsewhere
         tokenizer.save_pretrained(staging)
-        write_text(staging / CARD, card)
+        if card is not None:
+            write_text(staging / CARD, card)
 
 
 def where_from(name: str) -> str:

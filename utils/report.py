@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from . import report_html, run_folder
+from .advice import advice
 from .atomic import write_json, write_text
 from .logs import console, json_safe, read_metrics, read_warnings
 from .pictures import Records, curves_as_svg, draw_curves, draw_routing, routing_as_svg
@@ -42,24 +43,42 @@ def write_report(
     results = json_safe(results)
     records = _records(metrics if metrics is not None else folder / METRICS)
     baseline = _records(baseline_metrics)
-    draw_curves(folder / CURVES, records, results, baseline)
-    pictures = curves_as_svg(records, results, baseline)
     if routed := [record for record in records if record.get("routing")]:
         results["routing"] = {"step": routed[-1]["step"], **routed[-1]["routing"]}
-        draw_routing(folder / ROUTING, results["routing"])
-        pictures.append(routing_as_svg(results["routing"]))
     write_json(folder / REPORT_JSON, results)
-    write_text(folder / REPORT_MD, markdown(results))
-    settings, told = run_folder.read_config(folder)
-    name, warnings = folder.absolute().name, read_warnings(folder)
-    write_text(folder / REPORT_HTML, report_html.page(name, results, pictures, settings, told, warnings))
+
+    # what was measured is on the disk: what only shows it cannot take it away any more
+    with advice(CURVES):
+        draw_curves(folder / CURVES, records, results, baseline)
+    if routed:
+        with advice(ROUTING):
+            draw_routing(folder / ROUTING, results["routing"])
+    with advice(REPORT_MD):
+        write_text(folder / REPORT_MD, markdown(results))
+    with advice(REPORT_HTML):
+        pictures = _pictures(records, results, baseline)
+        settings, told = run_folder.read_config(folder)
+        name, warnings = folder.absolute().name, read_warnings(folder)
+        write_text(folder / REPORT_HTML, report_html.page(name, results, pictures, settings, told, warnings))
     return results
+
+
+def _pictures(records: Records, results: Mapping[str, Any], baseline: Records) -> list[Any]:
+    """Those of report.html; without the ones that cannot be drawn."""
+    pictures: list[Any] = []
+    with advice(f"curves in {REPORT_HTML}"):
+        pictures += curves_as_svg(records, results, baseline)
+    if "routing" in results:
+        with advice(f"picture of the routing in {REPORT_HTML}"):
+            pictures.append(routing_as_svg(results["routing"]))
+    return pictures
 
 
 def print_summary(results: Mapping[str, Any]) -> None:
     """The result on the console: one small table and one sentence."""
-    console().print(summary_table(results))
-    console().print(headline(results))
+    with advice("summary on the console"):
+        console().print(summary_table(results))
+        console().print(headline(results))
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:

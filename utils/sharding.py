@@ -12,6 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from .errors import UserError
+from .families import body
 
 
 def check_launcher() -> None:
@@ -74,7 +75,8 @@ def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
-    lead, kind = model.base_model, type(model.base_model)
+    lead = body(model)
+    kind = type(lead)
     fully_shard(lead, mesh=mesh, ignored_params=outside)  # the layers share its streams: the next one comes meanwhile
     lead.__class__ = kind  # transformers finds by the class what hidden states are; FSDP needs its hooks alone here
     model.to(accelerator.device)

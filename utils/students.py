@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from . import adapters, evaluation, pretrained
+from .advice import advice
 from .atomic import write_text
 from .config import StudentConfig, TrainingConfig
 from .model_card import model_card
@@ -62,9 +63,13 @@ def export(
         student = adapters.merged(student, base)
     if evaluation.has_encoder(student):  # as it was trained
         student.generation_config.forced_bos_token_id = evaluation.leading_bos(tokenizer)
-    pretrained.export(student, tokenizer, folder, model_card(settings, results))
+    card = None
+    with advice("model card"):
+        card = model_card(settings, results)
+    pretrained.export(student, tokenizer, folder, card)
 
 
 def describe(folder: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """Write the card of an exported student once more, when there is more to tell."""
-    write_text(folder / pretrained.CARD, model_card(settings, results))
+    with advice("newer model card"):
+        write_text(folder / pretrained.CARD, model_card(settings, results))

@@ -36,6 +36,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from . import device_memory, hardware, loading, out_of_memory
+from .advice import advice
 from .checkpoints import CheckpointStore
 from .config import TrainingConfig
 from .errors import RunError, UserError
@@ -358,10 +359,9 @@ class TrainingLoop:
             measured.gradients = TermGradients(self._taught)
         if not self._differentiate(window, counts, measured):
             return False
-        if self.flags is not None:
-            for batch, _ in window:
-                if batch is not None:
-                    self.flags.batch(batch.labels, epoch + 1, batch.documents)
+        for batch, _ in window:
+            if batch is not None:
+                self._watch(lambda flags, batch=batch: flags.batch(batch.labels, epoch + 1, batch.documents))
         lr = self.engine.optimizer.param_groups[0]["lr"]
         norm = self.engine.clip(self.config.max_grad_norm)
         self._update(norm)
@@ -456,8 +456,16 @@ class TrainingLoop:
             **told,
         }
         self.logger.training(record, measured.weights)
-        if self.flags is not None:
-            self.flags.check(record)
+        self._watch(lambda flags: flags.check(record))
+
+    def _watch(self, look: Callable[[RedFlags], None]) -> None:
+        """Look for red flags; where that fails, no more of them are looked for."""
+        if self.flags is None:
+            return
+        flags, self.flags = self.flags, None
+        with advice("further red flags"):
+            look(flags)
+            self.flags = flags
 
     # --- evaluation -------------------------------------------------------------------------------------------------
 
@@ -469,8 +477,7 @@ class TrainingLoop:
             return False
         self.evaluation = record
         self.logger.evaluation(record)
-        if self.flags is not None:
-            self.flags.check(record)
+        self._watch(lambda flags: flags.check(record))
         improved = self.early.update(self.step, record["bits_per_byte"])
         if self.early.exhausted:
             log.info(
