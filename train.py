@@ -154,6 +154,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
     """Tokenizers, text, windows and the vocabulary map: all that can fail cheaply, before the models."""
     there = teachers.place(config, accelerator)
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
+    students.check(config.student)
     tokenizers = pretrained.load_each(pretrained.load_tokenizer, names)
     shapes = pretrained.load_each(pretrained.load_config, names)
     starts = families.decoder_starts(config, shapes)

@@ -24,7 +24,16 @@ FLOORS = {
         | {"device_memory", "streams", "run_layout"},
         {"validation"},
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
-        | {"checklist", "environment", "families", "forecast", "endings", "sharding", "signal_codec"},
+        | {
+            "checklist",
+            "environment",
+            "families",
+            "forecast",
+            "endings",
+            "sharding",
+            "signal_codec",
+            "adapter_folders",
+        },
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}
         | {"tracking", "engines", "student_use"},
         {"memory", "contradictions", "zero", "loading"},

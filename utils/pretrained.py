@@ -4,13 +4,15 @@ Remote code is never run, nothing is resized or padded, and a student's weights 
 loaded is one `UserError` that names the model and the ways to attach it.
 """
 
+import copy
 import hashlib
 import importlib.util
 import logging
 import math
 import os
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -24,10 +26,12 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
+from . import adapter_folders, model_folders
 from .atomic import atomic_folder, sha256_of, write_text
 from .errors import UserError
 from .families import auto_class
@@ -45,6 +49,8 @@ ATTACHED = Path("/kaggle/input")
 CARD = "README.md"
 """Of an exported model: where the hub looks for a model card."""
 
+GENERATION_CONFIG = "generation_config.json"
+
 QUANTISED = {"8bit": (7, 5), "4bit": (6, 0)}
 """Weights by bitsandbytes, and the compute capability that each needs (installation guide of bitsandbytes 0.50)."""
 
@@ -57,52 +63,113 @@ To attach a model: give its local folder (config.json, weights and tokenizer.jso
 def locate(name: str, role: str) -> str:
     """What `from_pretrained` is to be given for a name: a local folder, else the hub id itself.
 
-    A folder without config.json stands for the only model below it (Kaggle adds folders for framework and
-    version); a hub id stands for an attached folder of the same name, if there is one.
+    A folder without config.json stands for the only model below it (Kaggle adds folders for framework, variation and
+    version); a hub id stands for the attached folder of the same name, if there is one (see `model_folders.attached`).
 
     Raises:
-        UserError: a path that does not exist, or a folder that holds no model, or several.
+        UserError: a path that does not exist, a folder that holds no model, or several, or a name that stands for
+            several attached ones.
     """
-    folder = user_path(name)
-    if folder.is_dir():
-        found = _models_below(folder)
-        if len(found) == 1:
-            return str(found[0])
-        raise UserError(
-            f"{role} {name}: this folder holds {len(found) or 'no'} models (folders with a config.json). Expected one."
-            + "".join(f"\n  - {path}" for path in found[:10])
-            + (
-                ""
-                if found
-                else f"\n  It holds: {', '.join(sorted(p.name for p in folder.iterdir())[:10]) or 'nothing'}"
-            )
-        )
-    if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    path = user_path(name)
+    if path.is_dir():
+        return str(_only_model(path, f"{role} {name}"))
+    if path.is_file():
+        raise UserError(f"{role} {name}: this is a file. {model_folders.what_the_file_is(path)}")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(
             f"{role} {name}: no such folder. Expected one with config.json.{_attached_models()}\n  {ATTACH}"
         )
-    same_name = [path for path in _models_below(ATTACHED) if path.name.lower() == name.rpartition("/")[2].lower()]
-    if len(same_name) == 1:
-        log.info("%s %s: using the attached folder %s", role, name, same_name[0])
-        return str(same_name[0])
+
+    candidates = model_folders.attached(name, ATTACHED)
+    if len(candidates) > 1:
+        raise UserError(
+            f"{role} {name}: {len(candidates)} attached models have that name. Expected one: give its folder."
+            + "".join(f"\n  - {candidate}" for candidate in candidates[:10])
+        )
+    if candidates:
+        log.info("%s %s: using the attached folder %s", role, name, candidates[0])
+        return str(candidates[0])
     return name
 
 
+def _only_model(folder: Path, shown: str) -> Path:
+    """The model folder that a folder is, or the only one below it."""
+    models = model_folders.models_below(folder)
+    if len(models) > 1:
+        raise UserError(
+            f"{shown}: this folder holds {len(models)} models (folders with a config.json). Expected one."
+            + "".join(f"\n  - {model}" for model in models[:10])
+        )
+    if not models:
+        explanation = model_folders.what_it_is(folder)
+        raise UserError(
+            f"{shown}: this folder holds no models (folders with a config.json). "
+            + (explanation or "Expected one.")
+            + f"\n  It holds: {model_folders.listing(folder)}"
+        )
+    if why := model_folders.wrong_kind(models[0]):
+        raise UserError(f"{shown}: {why}")
+    return models[0]
+
+
+def adapted_base(name: str, role: str) -> str | None:
+    """The model that an adapter belongs to, as a name to load it by; None: `name` is a whole model.
+
+    Raises:
+        UserError: the adapter does not say what it belongs to, or peft is not installed.
+    """
+    source = locate(name, role)
+    folder = _adapter_folder(source, not Path(source).is_dir() and not hub_is_reachable())
+    if folder is None:
+        return None
+    base = adapter_folders.base_name(folder, f"{role} {name}")
+    if user_path(base).resolve() == folder.resolve():
+        raise UserError(
+            f"{role} {name}: this is an adapter, and its {model_folders.ADAPTER_CONFIG} names its own folder as the "
+            "model that it belongs to. Expected base_model_name_or_path with a hub id or another folder."
+        )
+    require("peft", f"{role} {name}, an adapter of {base},", extra="peft")
+    return base
+
+
+_adapter_folder = cache(adapter_folders.adapter_folder)
+
+
+@contextmanager
+def _loading_base(name: str, base: str, role: str) -> Iterator[None]:
+    """What fails inside concerns the base of an adapter, of which the user may never have heard."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{role} {name}: this is an adapter of {base}, and a model needs both. Have {base} there, or write where "
+            f"it is as base_model_name_or_path into the adapter's {model_folders.ADAPTER_CONFIG}.\n  {error}"
+        ) from error
+
+
 def load_config(name: str, role: str) -> PretrainedConfig:
-    """The model's config.json.
+    """The model's config.json; of an adapter that of its base.
 
     Raises:
         UserError: not reachable.
     """
-    return _load(AutoConfig.from_pretrained, name, role, "config.json")
+    base = adapted_base(name, role)
+    if base is None:
+        return _load(AutoConfig.from_pretrained, name, role, "config.json")
+    with _loading_base(name, base, role):
+        return load_config(base, role)
 
 
 def load_tokenizer(name: str, role: str) -> PreTrainedTokenizerBase:
-    """The model's fast tokenizer.
+    """The model's fast tokenizer; of an adapter its own, or else that of its base.
 
     Raises:
         UserError: not reachable, or an empty or a slow tokenizer: without byte offsets nothing can be aligned.
     """
+    base = adapted_base(name, role)
+    if base is not None and not (_adapter_folder_of(name, role) / "tokenizer_config.json").is_file():
+        with _loading_base(name, base, role):
+            return load_tokenizer(base, role)
     tokenizer = _load(AutoTokenizer.from_pretrained, name, role, "tokenizer")
     if not tokenizer.is_fast:
         raise UserError(
@@ -157,12 +224,18 @@ def load_model(
         UserError: not reachable, no weights, or weights that lack tensors of this model (which transformers
             would fill with random numbers).
     """
+    base = adapted_base(name, role)
+    if base is not None:
+        return _load_adapted(name, base, role, dtype, device, weights, allow_pickle)
+
+    config = load_config(name, role)
+    _refuse_quantised_student(config, name, role)
     options: dict[str, Any] = {"dtype": dtype}
     if weights in QUANTISED:
         options |= {"quantization_config": _quantisation(weights, dtype), "device_map": {"": device}}
     if spread := isinstance(device, Mapping):
         options |= {"device_map": "balanced_low_0", "max_memory": dict(device)}
-    load = auto_class(load_config(name, role)).from_pretrained
+    load = auto_class(config).from_pretrained
     folder = Path(locate(name, role))
     if not allow_pickle and has_weights(folder, allow_pickle=True) and not has_weights(folder):
         files = ", ".join(path.name for path in folder.glob("*.bin"))
@@ -181,6 +254,62 @@ def load_model(
     if spread and model.get_input_embeddings().weight.is_meta:
         raise UserError(f"{role} {name}: no GPU has room for its embedding, and nothing can be spread from there.")
     return model if spread or weights in QUANTISED else model.to(device)  # quantised weights may not be moved
+
+
+def _load_adapted(
+    name: str,
+    base: str,
+    role: str,
+    dtype: torch.dtype,
+    device: torch.device | str | Mapping[int | str, int],
+    weights: str,
+    allow_pickle: bool,
+) -> nn.Module:
+    """The base of an adapter with the adapter added to its weights; arguments as those of `load_model`."""
+    if weights in QUANTISED:
+        raise UserError(
+            f"{role} {name}: this is an adapter of {base}, which is added to whole weights, and {weights} ones were "
+            "asked for. Expected auto, float32, float16 or bfloat16; or give a model in which the two are merged."
+        )
+    with _loading_base(name, base, role):
+        model = load_model(base, role, dtype, device, weights, allow_pickle)
+
+    source = locate(name, role)
+    offline = not Path(source).is_dir() and not hub_is_reachable()
+    model = adapter_folders.merge_into(model, source, f"{role} {name}", allow_pickle, offline)
+    folder = _adapter_folder_of(name, role)
+    if (folder / GENERATION_CONFIG).is_file():  # it may end texts elsewhere than its base
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+    log.info("%s %s is an adapter of %s: it is added to the weights of that model", role, name, base)
+    return model
+
+
+def _adapter_folder_of(name: str, role: str) -> Path:
+    source = locate(name, role)
+    return _adapter_folder(source, not Path(source).is_dir() and not hub_is_reachable())
+
+
+def _refuse_quantised_student(config: PretrainedConfig, name: str, role: str) -> None:
+    """Weights of a few bits, as GPTQ, AWQ and others store them, have no gradients.
+
+    Raises:
+        UserError: a student has such weights.
+    """
+    method = quantisation_method(config)
+    if role == "student" and method is not None:
+        raise UserError(
+            f"student {name}: its weights are quantised ({method}) and cannot be trained. Give the model that it was "
+            "made from: its page on the hub names it."
+        )
+
+
+def quantisation_method(config: PretrainedConfig) -> str | None:
+    """How a model's weights are stored in a few bits; None: they are not."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return str(getattr(method, "value", method) or "unknown method")
 
 
 def _quantisation(weights: str, dtype: torch.dtype) -> BitsAndBytesConfig:
@@ -228,7 +357,10 @@ def has_weights(folder: Path, allow_pickle: bool = False) -> bool:
 
 
 def random_model(config: PretrainedConfig) -> nn.Module:
-    """A model with fresh float32 weights; seed torch before."""
+    """A model with fresh float32 weights, whatever those of its namesake are stored in; seed torch before."""
+    if quantisation_method(config) is not None:
+        config = copy.deepcopy(config)
+        del config.quantization_config
     return auto_class(config).from_config(config, dtype=torch.float32)
 
 
@@ -284,10 +416,22 @@ def weights_fingerprint(name: str, role: str) -> str:
 
     A folder's files are read whole, at the speed of the disk.
     """
+    base = adapted_base(name, role)
+    if base is not None:
+        folder = _adapter_folder_of(name, role)
+        with _loading_base(name, base, role):
+            return f"{_files_fingerprint(folder)} on {weights_fingerprint(base, role)}"
+
     source = Path(locate(name, role))
     if not source.is_dir():
         return f"{name}@{getattr(load_config(name, role), '_commit_hash', None)}"
-    files = [source / "config.json", *sorted([*source.glob("*.safetensors"), *source.glob("*.bin")])]
+    return _files_fingerprint(source)
+
+
+def _files_fingerprint(folder: Path) -> str:
+    configs = [folder / name for name in (model_folders.CONFIG, model_folders.ADAPTER_CONFIG)]
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    files = [file for file in configs if file.is_file()] + weights
     hashes = "".join(f"{file.name} {sha256_of(file)} " for file in files)
     return hashlib.sha256(hashes.encode()).hexdigest()
 
@@ -365,15 +509,8 @@ def _unreachable(name: str, role: str, what: str, error: Exception, offline: boo
 
 
 def _attached_models() -> str:
-    found = _models_below(ATTACHED)
-    return "\n  Attached models: " + ", ".join(map(str, found[:10])) if found else ""
-
-
-def _models_below(folder: Path) -> list[Path]:
-    """Folders with a config.json: the folder itself, or else those up to five levels below it."""
-    if (folder / "config.json").is_file():
-        return [folder]
-    return sorted(path.parent for depth in range(1, 6) for path in folder.glob("*/" * depth + "config.json"))
+    attached = model_folders.models_below(ATTACHED)
+    return "\n  Attached models: " + ", ".join(map(str, attached[:10])) if attached else ""
 
 
 @cache

@@ -14,6 +14,7 @@ from . import adapters, evaluation, pretrained
 from .advice import advice
 from .atomic import write_text
 from .config import StudentConfig, TrainingConfig
+from .errors import UserError
 from .model_card import model_card
 from .seeding import seed_everything
 
@@ -23,6 +24,21 @@ RANDOM_HINT = (
     "a student that starts from random weights learns more from the teacher's hidden states besides "
     "(docs/experiments.md): --set curriculum.feat.weight=1 curriculum.attn.weight=1"
 )
+
+
+def check(config: StudentConfig) -> None:
+    """Find out, with nothing loaded, whether what will be exported can be loaded.
+
+    Raises:
+        UserError: an adapter of an adapter, which other programs cannot load.
+    """
+    is_exported_alone = config.lora.enabled and not config.lora.merge and config.init == "pretrained"
+    base = pretrained.adapted_base(config.name, "student") if is_exported_alone else None
+    if base is not None:
+        raise UserError(
+            f"--lora: {config.name} is itself an adapter of {base}, and the new adapter would belong to both. Expected "
+            "a whole model below an adapter. Merge them at the end: --set student.lora.merge=true; or leave out --lora."
+        )
 
 
 def make(config: StudentConfig, training: TrainingConfig, accelerator: Accelerator) -> nn.Module:

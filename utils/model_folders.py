@@ -1,0 +1,227 @@
+"""Where models lie on the disk: attached ones by name, and what a folder is that holds none.
+
+A model is a folder with config.json, or an adapter: a folder with adapter_config.json.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+DEEPEST = 6
+"""Folders between /kaggle/input and a model's files, at most: models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION."""
+MOST_LISTED = 10
+
+LOADED_FRAMEWORKS = {"transformers", "pytorch", "other"}
+OTHER_FRAMEWORKS = {"keras", "jax", "flax", "tensorflow1", "tensorflow2", "tflite", "tfjs", "gemmacpp", "ggml", "gguf"}
+"""Parts of the path of a model on Kaggle; those of another framework transformers does not load."""
+SAYS_NOTHING = {"models", "default"}
+
+
+# ----------------------------------------------------------------------------------------- folders
+
+
+def models_below(folder: Path) -> list[Path]:
+    """Model folders: the folder itself, or else those at most `DEEPEST` levels below it; none inside another."""
+    if is_model(folder):
+        return [folder]
+    models = []
+    for path, folders, _ in os.walk(folder, followlinks=True):
+        here = Path(path)
+        if here != folder and is_model(here):
+            models.append(here)
+            folders.clear()
+        elif len(here.relative_to(folder).parts) >= DEEPEST:
+            folders.clear()
+    return sorted(models)
+
+
+def is_model(folder: Path) -> bool:
+    """Whether a folder is that of a model, or of an adapter."""
+    return (folder / CONFIG).is_file() or (folder / ADAPTER_CONFIG).is_file()
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds an adapter alone: some trainers put the config of the base beside it, but not weights."""
+    whole = [path for path in folder.glob("*") if _is_whole_weights(path.name)]
+    return (folder / ADAPTER_CONFIG).is_file() and not whole
+
+
+def _is_whole_weights(name: str) -> bool:
+    return bool(re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)", name))
+
+
+def listing(folder: Path) -> str:
+    """Names of what is in a folder, the first of them."""
+    names = sorted(path.name for path in folder.iterdir())
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return (", ".join(names[:MOST_LISTED]) or "nothing") + more
+
+
+# ---------------------------------------------------------------------------------- attached by name
+
+
+def attached(name: str, root: Path) -> list[Path]:
+    """Attached folders below `root` that a name stands for; several where the name does not tell them apart.
+
+    A hub id stands for a folder whose last parts spell the same words: `Qwen/Qwen2.5-1.5B` for
+    `qwen2.5/transformers/1.5b/1` and `qwen2.5-1.5b`, and never for `qwen2.5/transformers/1.5b-instruct/1`. A name
+    without owner stands besides for every variation of a model: `qwen2.5`.
+    """
+    owner, _, last = name.rpartition("/")
+    wanted = words(last)
+    if not wanted:
+        return []
+    candidates = {
+        path: parts for path in models_below(root) if (parts := _telling_parts(path.relative_to(root))) is not None
+    }
+
+    same = [path for path, parts in candidates.items() if wanted in _readings(parts)]
+    of_owner = [path for path in same if words(owner) in map(words, candidates[path])]
+    if owner and of_owner:
+        return of_owner
+    if same or owner:
+        return same
+    return [path for path, parts in candidates.items() if wanted in map(words, parts)]
+
+
+def words(name: str) -> tuple[str, ...]:
+    """Words and numbers of a name, whatever stands between them: qwen, 2.5, 1.5, b."""
+    return tuple(re.findall(r"\d+(?:\.\d+)*|[a-z]+", name.lower()))
+
+
+def _telling_parts(path: Path) -> list[str] | None:
+    """Parts of a relative path that tell what the model is; None: it is of a framework that is not loaded."""
+    parts = list(path.parts)
+    frameworks = {part.lower() for part in parts}
+    if frameworks & OTHER_FRAMEWORKS and not frameworks & LOADED_FRAMEWORKS:
+        return None
+    if len(parts) > 1 and parts[-1].isdigit():
+        parts.pop()  # the version
+    dropped = LOADED_FRAMEWORKS | SAYS_NOTHING
+    return [part for part in parts if part.lower() not in dropped] or parts
+
+
+def _readings(parts: list[str]) -> list[tuple[str, ...]]:
+    """Words of the last part, of the last two, and so on."""
+    return [words(" ".join(parts[first:])) for first in range(len(parts))]
+
+
+# ------------------------------------------------------------------------- folders that are no models
+
+
+class Layout(NamedTuple):
+    """A kind of folder that is given in place of a model."""
+
+    is_it: Callable[[Path], bool]
+    explanation: str
+    """What it is, and the way from there to a model; `{folder}` stands for its path."""
+
+
+def _has(*patterns: str) -> Callable[[Path], bool]:
+    """A test for a folder that holds, for each of the patterns, a file or folder of that name."""
+    return lambda folder: all(any(folder.glob(pattern)) for pattern in patterns)
+
+
+NO_MODELS = (
+    Layout(
+        _has("manifest.json", "state.json"),
+        "This is a checkpoint, to continue its run from: the same command as before, or --resume {folder}. The model "
+        "that a finished run leaves is in the folder `student` of the run.",
+    ),
+    Layout(
+        _has("metrics.jsonl", "config.yaml"),
+        "This is the folder of a run that has not exported its student yet: the same command as before ends it, and "
+        "the model is in {folder}/student then.",
+    ),
+    Layout(
+        _has("model_index.json"),
+        "This is a pipeline of diffusers, which makes pictures. Expected a language model.",
+    ),
+    Layout(
+        _has("*.gguf"),
+        "This is a model for llama.cpp (GGUF), whose weights are not trained. Give the model that it was converted "
+        "from: the page of a GGUF file names it.",
+    ),
+    Layout(
+        _has("global_step*"),
+        "This is a checkpoint of DeepSpeed, cut into parts. Its own zero_to_fp32.py in the folder makes weights of it.",
+    ),
+    Layout(
+        _has("*.distcp"),
+        "This is a checkpoint of FSDP, cut into parts. `accelerate merge-weights` makes weights of it.",
+    ),
+    Layout(
+        _has("params.json"),
+        "These are weights in the format of their makers (params.json). Give the same model as transformers writes it: "
+        "on the hub its name often ends in -hf.",
+    ),
+    Layout(
+        _has("*.onnx"),
+        "This is a model for ONNX Runtime, which is not trained. Give the model that it was exported from.",
+    ),
+    Layout(
+        _has("tokenizer.json"),
+        "This is a tokenizer without a model. Put the config.json of the model beside it; with --student-init random "
+        "a student needs no weights.",
+    ),
+    Layout(
+        _has("*.safetensors"),
+        "These are weights without a config.json. Put that of the model beside them.",
+    ),
+)
+"""Folders without a config.json. The first that fits is told."""
+
+
+def what_it_is(folder: Path) -> str | None:
+    """What a folder is that holds no model, and the way from there; None where nobody knows."""
+    for layout in NO_MODELS:
+        if layout.is_it(folder):
+            return layout.explanation.format(folder=folder)
+    return None
+
+
+def what_the_file_is(file: Path) -> str:
+    """What is to be given in place of a file."""
+    if file.suffix == ".gguf":
+        return "A GGUF file is for llama.cpp, and its weights are not trained. Give the model that it was made from."
+    if is_model(file.parent):
+        return f"Give the folder that it lies in: {file.parent}"
+    return "Expected the folder of a model, with config.json, weights and tokenizer.json."
+
+
+# ---------------------------------------------------------------------- models that cannot be taken
+
+
+def wrong_kind(folder: Path) -> str | None:
+    """Why a folder with a config.json is not that of a language model; None where nothing speaks against it."""
+    if (folder / "modules.json").is_file() or (folder / "config_sentence_transformers.json").is_file():
+        return (
+            "it is a model of sentence-transformers, which turns text into vectors. Expected a language model, which "
+            "predicts tokens: often the one that this was trained from."
+        )
+    pointers = [path.name for path in folder.glob("*.safetensors") if _is_lfs_pointer(path)]
+    if pointers:
+        return (
+            f"its weights are not there: {', '.join(pointers[:3])} only points to them (git without LFS). Run `git lfs "
+            "pull` in that folder, or download it with `hf download`."
+        )
+    return None
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    if file.stat().st_size > 1000:
+        return False
+    return file.read_bytes().startswith(b"version https://git-lfs")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object; {} where the file is damaged or holds something else."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
