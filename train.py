@@ -38,6 +38,8 @@ from utils import (
     benchmark_tasks,
     command_line,
     data,
+    dry_run,
+    exported,
     families,
     forecast,
     hardware,
@@ -296,7 +298,6 @@ def train_student(
         logger.truncate_after(-1)
         (output / START).unlink(missing_ok=True)
     accelerator.wait_for_everyone()
-    start = job.held_out.measure_start(student, measure_teacher, output)
     log.info("student's head: %s", chunk_rows(vocabulary_size(student), accelerator.device)[1])
     with value_errors_are_the_users():
         log.info("its elementwise work: %s", head_passes.choose(config.loss.head_passes, accelerator.device)[1])
@@ -307,6 +308,12 @@ def train_student(
             shape = (config.router.calibration_windows, config.training.batch_size, config.training.seed)
             batches = loading.some_batches(job.windows, job.collate, *shape)
             framework.calibrate([batch.to(accelerator.device) for batch in batches])
+    if resume_from is None:  # else all of this was done before, and cannot be seen in the weights
+        [batch] = loading.some_batches(job.windows, job.collate, 1, 1, config.training.seed)
+        dry_run.try_modes(framework, student, batch, accelerator, compares=teacher is not None)
+        on_main_process(accelerator, store.rehearse)
+    students.rehearse_export(student, job.tokenizer)
+    start = job.held_out.measure_start(student, measure_teacher, output)
 
     def evaluate(step: int) -> dict[str, Any]:
         scores = job.held_out.score(student, "student")
@@ -350,18 +357,24 @@ def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[s
     """Export the student and write the report; returns its results. `asked`: with the names that the user gave."""
     student, result, held_out = trained.framework.student, trained.result, job.held_out
     ended = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
+    folder, settings, config = output / STUDENT, to_plain(asked), job.config.student
     scores = held_out.scores(student, trained.start)
 
     # before everything that could still fail: what was trained for hours is on the disk then
-    if job.accelerator.is_main_process:
-        settings = (job.config.student, job.tokenizer, output / STUDENT, to_plain(asked))
-        students.export(student, *settings, {**scores, "run": ended})
+    def write_student() -> exported.LoadedAnew:
+        students.export(student, config, job.tokenizer, folder, settings, {**scores, "run": ended})
+        return exported.load_anew(student, held_out, folder, config)
 
+    loaded = on_main_process(job.accelerator, write_student)
     results = held_out.results(student, trained.start, scores, trained.framework.compare)
-    results["run"] = ended
-    if job.accelerator.is_main_process:
-        students.describe(output / STUDENT, to_plain(asked), results)
+    results["run"] = {**ended, "loss_difference_loaded_anew": loaded.difference}
+
+    def write_report() -> None:
+        students.describe(folder, settings, results)
         report.write_report(output, results)
+        loaded.require()  # once the report has its warning
+
+    on_main_process(job.accelerator, write_report)
     return results
 
 

@@ -38,10 +38,10 @@ FLOORS = {
         | {"tracking", "engines", "student_use"},
         {"memory", "contradictions", "zero", "loading"},
         {"plan", "held_out", "preflight", "miniature", "pictures", "adapters"}
-        | {"model_card", "hub", "benchmark_tasks"},
+        | {"model_card", "hub", "benchmark_tasks", "exported"},
         {"requirements", "students", "run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"}
         | {"rehearsal", "teachers"},
-        {"training", "report", "cache_building"},
+        {"training", "report", "cache_building", "dry_run"},
     ],
 }
 """From the ground up. A module imports only from lower floors, or from its own as `WITHIN_A_FLOOR` tells."""

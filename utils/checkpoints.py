@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})")
 _ALIASES = "aliases"
+REHEARSAL = "rehearsal"
+"""Folder of a checkpoint that is written for trial, and gone at once."""
 OVERHEAD = 1 << 20
 """Bytes that the files of a checkpoint take beside its tensors, at most: names, numbers, block sizes."""
 
@@ -118,6 +120,22 @@ class CheckpointStore:
         log.info("checkpoint %s saved (%.1f MB, %.1f s)", final.name, size / 1e6, time.monotonic() - began)
         self._prune(step, set(protect))
         return final
+
+    def rehearse(self) -> None:
+        """Write a tiny checkpoint and remove it again: what the disk or a library refuses shows before training.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        trial = self.folder / REHEARSAL
+        try:
+            with atomic_folder(trial) as staging:
+                _save_tensors(staging / "rehearsal.safetensors", {"weight": torch.zeros(1)})
+                _save_object(staging / "rehearsal.pt", {"number": 1})
+                _write_manifest(staging, 0)
+            remove_folder(trial)
+        except (OSError, SafetensorError) as error:
+            raise self._no_room(trial, OVERHEAD, getattr(error, "strerror", None) or str(error)) from error
 
     def steps(self) -> dict[int, Path]:
         """Every checkpoint folder, whole or not, newest first. Other folders are not looked at."""

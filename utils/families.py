@@ -1,11 +1,15 @@
 """Two families of models: causal language models, and encoder-decoder models (T5, BART)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from .errors import UserError
+
+REWRITING = {"rescale_every": 0}
+"""Settings by which a model changes its weights in evaluation mode, and the values by which it does not."""
 
 
 def auto_class(config: PretrainedConfig) -> type:
@@ -82,3 +86,26 @@ def decoder_starts(config: Any, shapes: Mapping[str, PretrainedConfig]) -> tuple
                 "T5 and its kin, 2 for BART."
             )
     return shapes["student"].decoder_start_token_id, shapes["teacher"].decoder_start_token_id
+
+
+@contextmanager
+def exportable_config(config: PretrainedConfig, original: PretrainedConfig) -> Iterator[None]:
+    """The config as the model came with it, for a while; see `keep_weights`."""
+    before = {name: getattr(config, name) for name in REWRITING if hasattr(original, name)}
+    try:
+        for name in before:
+            setattr(config, name, getattr(original, name))
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def keep_weights(config: PretrainedConfig) -> None:
+    """Keep a model from changing its own weights in evaluation mode: checkpoints, training and export would have them.
+
+    RWKV halves weights there, against an overflow that float32 does not have.
+    """
+    for name, off in REWRITING.items():
+        if hasattr(config, name):
+            setattr(config, name, off)

@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import socket
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +20,7 @@ from typing import Any, Literal, TypeVar
 from urllib.parse import urlsplit
 
 import torch
+import transformers
 from accelerate.utils import align_module_device
 from huggingface_hub import constants
 from torch import nn
@@ -31,12 +33,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from . import adapter_folders, model_folders
+from . import adapter_folders, generation, model_folders
+from .advice import reason
 from .atomic import atomic_folder, sha256_of, write_text
 from .errors import UserError
 from .families import auto_class
 from .hardware import Choice
 from .paths import user_path
+from .seeding import undisturbed
 from .sharding import full
 
 log = logging.getLogger(__name__)
@@ -458,20 +462,61 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, c
     what is written is the adapter alone. Generation stops where the tokenizer ends a text (of conversations a turn),
     besides where the model did before, and pads with a token that exists.
     """
-    ends, end = model.generation_config.eos_token_id, tokenizer.eos_token_id
-    ends = ends if isinstance(ends, list) else [ends]
-    if end is not None and end not in ends:
-        model.generation_config.eos_token_id = [end, *(other for other in ends if other is not None)]
-    if model.generation_config.pad_token_id is None:  # else generate() warns of each text that it pads the end
-        model.generation_config.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    # peft would ask the hub whether the base's vocabulary was resized, which never happens here
-    options = {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     with atomic_folder(folder) as staging:
-        model.save_pretrained(staging, **options)
-        model.generation_config.save_pretrained(staging)  # peft leaves it to the base, which may stop elsewhere
-        tokenizer.save_pretrained(staging)
+        _write(model, tokenizer, staging)
         if card is not None:
             write_text(staging / CARD, card)
+
+
+def _write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any) -> None:
+    generation.end_with_tokenizer(model.generation_config, tokenizer)
+    generation.put_right(model.generation_config)
+    # peft would ask the hub whether the base's vocabulary was resized, which never happens here
+    options |= {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+    model.save_pretrained(folder, **options)
+    model.generation_config.save_pretrained(folder)  # peft leaves it to the base, which may stop elsewhere
+    tokenizer.save_pretrained(folder)
+
+
+def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Do without the weights what `export` will do, into a folder that is gone afterwards, and load what it wrote.
+
+    Generation settings with which the model cannot write two tokens are replaced by none, with a warning.
+
+    Raises:
+        UserError: something that came with the base cannot be written, or not be read again.
+    """
+    plain = model.get_base_model() if hasattr(model, "peft_config") else model
+    try:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            _write(plain, tokenizer, folder, state_dict={})
+            AutoConfig.from_pretrained(folder)
+            AutoTokenizer.from_pretrained(folder)
+            GenerationConfig.from_pretrained(folder)
+    except Exception as error:  # whatever transformers minds in files of others
+        raise UserError(
+            f"the student (a {type(plain).__name__}, transformers {transformers.__version__}) could not be exported "
+            "after training: its configuration or tokenizer cannot be written, or not be loaded again. Expected files "
+            f"that save_pretrained takes back: put them right in the student's folder.\n  {reason(error)}"
+        ) from error
+    _try_generation(plain)
+
+
+def _try_generation(model: nn.Module) -> None:
+    """Let a model write two tokens as its own generation settings say; keep its random generators as they are."""
+    start = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    with undisturbed(model), torch.no_grad():
+        model.eval()
+        try:
+            model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=2)
+        except Exception as error:  # ids beyond the vocabulary, code of its own, values of another type
+            log.warning(
+                "generation settings of the student: only its tokens' ids are kept, since with the others it writes "
+                "nothing (%s)",
+                reason(error),
+            )
+            generation.reset(model.generation_config)
 
 
 def where_from(name: str) -> str:

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from . import adapters, evaluation, pretrained
+from . import adapters, evaluation, families, pretrained
 from .advice import advice
 from .atomic import write_text
 from .config import StudentConfig, TrainingConfig
@@ -55,6 +55,7 @@ def make(config: StudentConfig, training: TrainingConfig, accelerator: Accelerat
         loading["weights"] = config.lora.base
         base = pretrained.load_model(config.name, "student", dtype.value, device, **loading)
         student = adapters.add_lora(base, config.name, config.lora)
+    families.keep_weights(student.config)
     if training.gradient_checkpointing:
         pretrained.recompute_layers(student)
     return student
@@ -76,13 +77,32 @@ def export(
     """
     if config.lora.merge:
         base = pretrained.load_model(config.name, "student", torch.float32, allow_pickle=config.allow_pickle)
+        settings_of_generation = student.generation_config
         student = adapters.merged(student, base)
-    if evaluation.has_encoder(student):  # as it was trained
-        student.generation_config.forced_bos_token_id = evaluation.leading_bos(tokenizer)
+        student.generation_config = settings_of_generation
+    _start_as_trained(student, tokenizer)
     card = None
     with advice("model card"):
         card = model_card(settings, results)
-    pretrained.export(student, tokenizer, folder, card)
+    original = pretrained.load_config(config.name, "student")
+    with families.exportable_config(student.config, original):
+        pretrained.export(student, tokenizer, folder, card)
+
+
+def rehearse_export(student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Find out before training whether the student can be exported after it.
+
+    Raises:
+        UserError: see `pretrained.rehearse_export`.
+    """
+    _start_as_trained(student, tokenizer)
+    pretrained.rehearse_export(student, tokenizer)
+
+
+def _start_as_trained(student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a decoder begin what it generates as it did in training."""
+    if evaluation.has_encoder(student):
+        student.generation_config.forced_bos_token_id = evaluation.leading_bos(tokenizer)
 
 
 def describe(folder: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:

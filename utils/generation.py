@@ -1,0 +1,98 @@
+"""Generation settings that an exported student can be saved with: those of its base, put right where they contradict.
+
+Many bases ship sampling settings without `do_sample`, or beam settings without beams. transformers reads them with a
+warning and refuses to write them.
+"""
+
+import logging
+import re
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from .advice import reason
+
+log = logging.getLogger(__name__)
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+NEUTRAL = {
+    "temperature": (None, 1.0),
+    "top_p": (None, 1.0),
+    "top_k": (None, 0, 50),
+    "min_p": (None,),
+    "top_h": (None,),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+}
+"""Values of sampling settings that nobody chose."""
+KEPT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+
+
+def end_with_tokenizer(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let generation stop where the tokenizer ends a text (of conversations a turn) besides where it did before.
+
+    It pads with a token that exists: else generate() warns of each text that it pads the end.
+    """
+    before, end = settings.eos_token_id, tokenizer.eos_token_id
+    ends = before if isinstance(before, list) else [before]
+    if end is not None and end not in ends:
+        settings.eos_token_id = [end, *(other for other in ends if other is not None)]
+    if settings.pad_token_id is None:
+        settings.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def put_right(settings: GenerationConfig) -> None:
+    """Change, in place, what keeps the settings from being saved; each change is logged.
+
+    Sampling settings say that the author wants sampling: do_sample becomes true. What is left over (beam settings
+    without beams, say) has no effect, and is taken out.
+    """
+    problem = _problem(settings)
+    if problem is None:
+        return
+    chosen = [name for name in SAMPLING if getattr(settings, name, None) not in NEUTRAL[name]]
+    if chosen and not settings.do_sample:
+        settings.do_sample = True
+        log.info("generation settings of the student: do_sample is true now, which its %s asks for", ", ".join(chosen))
+        problem = _problem(settings)
+
+    removed: dict[str, Any] = {}
+    while problem is not None:
+        names = [name for name in _named_in(problem) if name not in removed and hasattr(settings, name)]
+        if not names:
+            _reset(settings, problem)
+            break
+        for name in names:
+            removed[name] = getattr(settings, name)
+            setattr(settings, name, getattr(GenerationConfig(), name, None))
+        problem = _problem(settings)
+    if removed:
+        told = ", ".join(f"{name} {value}" for name, value in removed.items())
+        log.info("generation settings of the student: without %s, which contradicts the others", told)
+
+
+def reset(settings: GenerationConfig) -> None:
+    """Leave, in place, nothing but the ids of tokens."""
+    kept = {name: getattr(settings, name, None) for name in KEPT_IDS}
+    vars(settings).clear()
+    vars(settings).update(vars(GenerationConfig(**kept)))
+
+
+def _reset(settings: GenerationConfig, problem: str) -> None:
+    reset(settings)
+    log.warning("generation settings of the student: only its tokens' ids are kept, because of: %s", problem)
+
+
+def _problem(settings: GenerationConfig) -> str | None:
+    """Why transformers would not save the settings."""
+    try:
+        settings.validate(strict=True)
+    except Exception as error:  # a value of another type fails in some comparison
+        return str(error) if isinstance(error, ValueError) else reason(error)
+    return None
+
+
+def _named_in(problem: str) -> list[str]:
+    """The settings that a message of transformers is about: a line for each."""
+    return re.findall(r"^- `(\w+)`:", problem, flags=re.MULTILINE)
