@@ -312,7 +312,7 @@ def train_student(
         [batch] = loading.some_batches(job.windows, job.collate, 1, 1, config.training.seed)
         dry_run.try_modes(framework, student, batch, accelerator, compares=teacher is not None)
         on_main_process(accelerator, store.rehearse)
-    students.rehearse_export(student, job.tokenizer)
+    students.rehearse_export(student, config.student, job.tokenizer)
     start = job.held_out.measure_start(student, measure_teacher, output)
 
     def evaluate(step: int) -> dict[str, Any]:

@@ -469,19 +469,32 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, c
 
 
 def _write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any) -> None:
-    generation.end_with_tokenizer(model.generation_config, tokenizer)
-    generation.put_right(model.generation_config)
+    """Write the weights and all that belongs to them; `options` of save_pretrained."""
+    _put_generation_right(model, tokenizer)
     # peft would ask the hub whether the base's vocabulary was resized, which never happens here
     options |= {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
     model.save_pretrained(folder, **options)
+    _write_settings(model, tokenizer, folder)
+
+
+def _write_settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    _put_generation_right(model, tokenizer)
     model.generation_config.save_pretrained(folder)  # peft leaves it to the base, which may stop elsewhere
     tokenizer.save_pretrained(folder)
 
 
-def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def _put_generation_right(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    generation.end_with_tokenizer(model.generation_config, tokenizer)
+    generation.put_right(model.generation_config)
+
+
+def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, merges: bool = False) -> None:
     """Do without the weights what `export` will do, into a folder that is gone afterwards, and load what it wrote.
 
     Generation settings with which the model cannot write two tokens are replaced by none, with a warning.
+
+    Args:
+        merges: the adapter of a peft model will be added to the weights of its base, and a plain model be exported.
 
     Raises:
         UserError: something that came with the base cannot be written, or not be read again.
@@ -489,11 +502,7 @@ def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     try:
         with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            _write(plain, tokenizer, folder, state_dict={})
-            AutoConfig.from_pretrained(folder)
-            AutoTokenizer.from_pretrained(folder)
-            GenerationConfig.from_pretrained(folder)
+            _write_for_trial(model, tokenizer, Path(name), merges)
     except Exception as error:  # whatever transformers minds in files of others
         raise UserError(
             f"the student (a {type(plain).__name__}, transformers {transformers.__version__}) could not be exported "
@@ -501,6 +510,20 @@ def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
             f"that save_pretrained takes back: put them right in the student's folder.\n  {reason(error)}"
         ) from error
     _try_generation(plain)
+
+
+def _write_for_trial(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merges: bool) -> None:
+    if not hasattr(model, "peft_config"):
+        _write(model, tokenizer, folder, state_dict={})
+    elif merges:
+        _write_settings(model, tokenizer, folder)
+        model.get_base_model().config.save_pretrained(folder)
+    else:
+        _write(model, tokenizer, folder)  # an adapter is small
+    if (folder / model_folders.CONFIG).is_file():
+        AutoConfig.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder)
+    GenerationConfig.from_pretrained(folder)
 
 
 def _try_generation(model: nn.Module) -> None:

@@ -89,14 +89,14 @@ def export(
         pretrained.export(student, tokenizer, folder, card)
 
 
-def rehearse_export(student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def rehearse_export(student: nn.Module, config: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Find out before training whether the student can be exported after it.
 
     Raises:
         UserError: see `pretrained.rehearse_export`.
     """
     _start_as_trained(student, tokenizer)
-    pretrained.rehearse_export(student, tokenizer)
+    pretrained.rehearse_export(student, tokenizer, merges=config.lora.merge)
 
 
 def _start_as_trained(student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,0 +1,95 @@
+"""Whatever generation settings a base ships, the student can be saved with them, and they keep their meaning."""
+
+import logging
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+from tests.models.tiny import byte_bpe, tiny_llama
+from utils import pretrained
+from utils.errors import UserError
+from utils.generation import put_right
+
+TOKENIZER = byte_bpe(290)
+
+
+def settings(**values) -> GenerationConfig:
+    config = GenerationConfig(eos_token_id=0)
+    for name, value in values.items():
+        setattr(config, name, value)
+    return config
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"temperature": 0.9, "top_p": 0.6},
+        {"top_k": 20},
+        {"min_p": 0.1},
+        {"typical_p": 0.5},
+        {"epsilon_cutoff": 1e-3},
+        {"eta_cutoff": 1e-3},
+    ],
+)
+def test_sampling_settings_are_kept_and_switch_sampling_on(values, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    config = settings(**values)
+    put_right(config)
+    config.save_pretrained(tmp_path)
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert saved.do_sample is True and {name: getattr(saved, name) for name in values} == values
+    assert caplog.text.count("do_sample is true now") == 1
+
+
+@pytest.mark.parametrize("values", [{"early_stopping": True}, {"length_penalty": 2.0, "early_stopping": True}])
+def test_beam_settings_without_beams_are_taken_out(values, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    config = settings(**values)
+    put_right(config)
+    config.save_pretrained(tmp_path)
+    assert not config.do_sample and all(name in caplog.text for name in values)
+
+
+def test_beams_keep_their_settings_and_what_is_right_stays_as_it_is():
+    config = settings(num_beams=4, early_stopping=True, length_penalty=2.0)
+    before = config.to_dict()
+    put_right(config)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("values", [{"max_new_tokens": -3}, {"num_return_sequences": 3}])
+def test_what_cannot_be_put_right_leaves_the_ids_of_tokens(values, tmp_path, caplog):
+    config = settings(**values)
+    put_right(config)
+    config.save_pretrained(tmp_path)
+    assert config.eos_token_id == 0 and "only its tokens' ids are kept" in caplog.text
+
+
+@pytest.mark.parametrize("values", [{"forced_eos_token_id": 99_999}, {"temperature": "hot"}])
+def test_settings_with_which_nothing_can_be_written_are_found_before_training(values, caplog):
+    model = tiny_llama(len(TOKENIZER))
+    model.generation_config = settings(**values)
+    state = torch.get_rng_state()
+    pretrained.rehearse_export(model, TOKENIZER)
+    assert torch.equal(torch.get_rng_state(), state) and model.training is False
+    assert "with the others it writes nothing" in caplog.text
+    assert model.generate(torch.ones(1, 1, dtype=torch.long), max_new_tokens=2).shape[1] >= 2
+
+
+def test_a_config_that_cannot_be_written_is_found_before_training(monkeypatch):
+    model = tiny_llama(len(TOKENIZER))
+    monkeypatch.setattr(type(model.config), "save_pretrained", lambda *args, **options: 1 / 0)
+    with pytest.raises(
+        UserError, match=r"(?s)LlamaForCausalLM, transformers .*could not be exported.*ZeroDivisionError"
+    ):
+        pretrained.rehearse_export(model, TOKENIZER)
+
+
+def test_a_tokenizer_that_cannot_be_loaded_again_is_found_before_training(monkeypatch):
+    def empty(self, folder, **options):
+        return ()
+
+    monkeypatch.setattr(type(TOKENIZER), "save_pretrained", empty)
+    with pytest.raises(UserError, match="could not be exported"):
+        pretrained.rehearse_export(tiny_llama(len(TOKENIZER)), TOKENIZER)

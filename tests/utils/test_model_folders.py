@@ -1,0 +1,152 @@
+"""An attached model is found by its name and never another one; what is no model is told what it is."""
+
+import pytest
+
+from utils import pretrained
+from utils.errors import UserError
+from utils.model_folders import attached, words
+
+KAGGLE = (
+    "qwen2.5/transformers/0.5b/1",
+    "qwen2.5/transformers/1.5b/1",
+    "qwen2.5/transformers/1.5b-instruct/1",
+    "models/meta-llama/llama-3.2/transformers/1b/2",
+    "models/google/gemma-3/transformers/gemma-3-1b-it/1",
+    "models/google/gemma-3/keras/gemma-3-1b-it/1",
+    "gpt2/pytorch/default/1",
+    "my-upload/SmolLM-135M",
+)
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """A notebook's attached models, empty but for their config.json."""
+    for path in KAGGLE:
+        (tmp_path / path).mkdir(parents=True)
+        (tmp_path / path / "config.json").write_text("{}")
+    monkeypatch.setattr(pretrained, "ATTACHED", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("Qwen/Qwen2.5-1.5B", "qwen2.5/transformers/1.5b/1"),
+        ("Qwen/Qwen2.5-1.5B-Instruct", "qwen2.5/transformers/1.5b-instruct/1"),
+        ("qwen2.5-0.5b", "qwen2.5/transformers/0.5b/1"),
+        ("meta-llama/Llama-3.2-1B", "models/meta-llama/llama-3.2/transformers/1b/2"),
+        ("llama-3.2", "models/meta-llama/llama-3.2/transformers/1b/2"),
+        ("google/gemma-3-1b-it", "models/google/gemma-3/transformers/gemma-3-1b-it/1"),
+        ("gpt2", "gpt2/pytorch/default/1"),
+        ("openai-community/gpt2", "gpt2/pytorch/default/1"),
+        ("HuggingFaceTB/SmolLM-135M", "my-upload/SmolLM-135M"),
+    ],
+)
+def test_a_name_of_the_hub_stands_for_the_attached_model(inputs, name, path):
+    assert pretrained.locate(name, "teacher") == str(inputs / path)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Qwen/Qwen2.5-7B",
+        "Qwen/Qwen2.5-1.5B-Math",
+        "google/gemma-3-1b-pt",
+        "Qwen/Qwen2-1.5B",
+        "qwen2.5-5b",
+        "gemma-3-1b",
+    ],
+)
+def test_another_size_or_variation_is_never_taken(inputs, name):
+    assert attached(name, inputs) == [] and pretrained.locate(name, "teacher") == name
+
+
+def test_a_name_that_fits_several_is_refused_with_all_of_them(inputs):
+    with pytest.raises(UserError, match=r"3 attached models have that name.*give its folder") as raised:
+        pretrained.locate("qwen2.5", "teacher")
+    assert all(str(inputs / path) in str(raised.value) for path in KAGGLE[:3])
+
+
+def test_one_variation_alone_is_what_the_models_name_means(inputs):
+    for path in KAGGLE[1:3]:
+        (inputs / path / "config.json").unlink()
+    assert pretrained.locate("qwen2.5", "teacher") == str(inputs / KAGGLE[0])
+
+
+def test_two_versions_are_told_apart_by_the_user(inputs):
+    newer = inputs / "qwen2.5/transformers/1.5b/2"
+    newer.mkdir()
+    (newer / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="2 attached models"):
+        pretrained.locate("Qwen/Qwen2.5-1.5B", "teacher")
+
+
+def test_of_two_owners_the_one_that_is_named_is_taken(tmp_path):
+    for owner in ("own", "other"):
+        (tmp_path / owner / "small").mkdir(parents=True)
+        (tmp_path / owner / "small" / "config.json").write_text("{}")
+    assert attached("own/small", tmp_path) == [tmp_path / "own" / "small"]
+    assert len(attached("third/small", tmp_path)) == 2
+
+
+def test_numbers_are_words_of_their_own():
+    assert words("Qwen2.5_1.5B-Instruct") == ("qwen", "2.5", "1.5", "b", "instruct")
+    assert words("model-1-5b") != words("model-1.5b")
+
+
+# ------------------------------------------------------------------------- folders that are no models
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["manifest.json", "state.json", "module.safetensors"], "This is a checkpoint.*--resume"),
+        (["metrics.jsonl", "config.yaml"], "folder of a run that has not exported its student"),
+        (["model_index.json"], "diffusers"),
+        (["model-Q4_K_M.gguf"], r"llama\.cpp \(GGUF\)"),
+        (["global_step12"], "DeepSpeed.*zero_to_fp32"),
+        (["params.json", "consolidated.00.pth"], "format of their makers"),
+        (["model.onnx"], "ONNX"),
+        (["tokenizer.json"], "a tokenizer without a model"),
+        (["model.safetensors"], "without a config.json"),
+        ([], "It holds: nothing"),
+    ],
+)
+def test_a_folder_without_a_model_says_what_it_is_and_the_way(tmp_path, files, says):
+    for name in files:
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=rf"(?s)student .*holds no models.*{says}"):
+        pretrained.locate(str(tmp_path), "student")
+
+
+def test_the_folder_of_a_run_stands_for_its_student(tmp_path):
+    for path in ("student", "checkpoints/step-00000002"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "student" / "adapter_config.json").write_text("{}")
+    (tmp_path / "config.yaml").write_text("")
+    assert pretrained.locate(str(tmp_path), "student") == str(tmp_path / "student")
+
+
+def test_a_file_is_answered_with_its_folder(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for name, says in (("model.safetensors", f"Give the folder that it lies in: {tmp_path}"), ("x.gguf", "GGUF")):
+        (tmp_path / name).write_text("")
+        with pytest.raises(UserError, match=says):
+            pretrained.locate(str(tmp_path / name), "teacher")
+
+
+def test_a_model_of_vectors_and_weights_that_are_not_there_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        pretrained.locate(str(tmp_path), "teacher")
+    (tmp_path / "modules.json").write_text("[]")
+    with pytest.raises(UserError, match="sentence-transformers"):
+        pretrained.locate(str(tmp_path), "teacher")
+
+
+def test_models_inside_a_model_are_no_further_models(tmp_path):
+    for path in (tmp_path / "model", tmp_path / "model" / "checkpoint-10"):
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+    assert pretrained.locate(str(tmp_path), "teacher") == str(tmp_path / "model")
