@@ -53,39 +53,33 @@ def _arguments(bench: Bench, precision: str, vocabulary: int, tokens: int) -> ar
 
 def _size(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict]:
     problem = peers.Problem(arguments)
-    works, absent = _works(problem)
+    absent = {
+        name: f"{package} is not installed"
+        for name, package in VARIANTS.items()
+        if package and importlib.util.find_spec(package) is None
+    }
+    works = {name: _work(name, problem) for name in VARIANTS if name not in absent}
+    foreign = [name for name in works if VARIANTS[name]]
 
     def clear() -> None:
         problem.states.grad = problem.weight.grad = None
 
-    measured = measure_fitting(works, bench.device, bench.scale.repeats, before=clear)
+    measured = measure_fitting(works, bench.device, bench.scale.repeats, clear, foreign)
     yield from _rows(measured, returned=_bytes_returned(problem))
 
-    for name in measured.too_large:
-        yield {"variant": peers.VARIANTS[name].title, "result": "out of memory"}
-    for name, reason in absent.items():
+    for name, reason in (measured.failures | absent).items():
         yield {"variant": peers.VARIANTS[name].title, "result": reason}
 
 
-def _works(problem: peers.Problem) -> tuple[dict[str, Callable[[], None]], dict[str, str]]:
-    """Return the variants that can be run, and why the others cannot."""
-    works, absent = {}, {}
+def _work(name: str, problem: peers.Problem) -> Callable[[], None]:
+    """Return a variant's forward and backward; it is prepared when it is first called, so that its failure is its."""
     folder = Path(tempfile.gettempdir())  # only for float64 references, which are not asked for
 
-    for name, package in VARIANTS.items():
-        work = functools.partial(peers.Work, peers.VARIANTS[name], problem, folder)
-        if not package:
-            works[name] = work()
-        elif importlib.util.find_spec(package) is None:
-            absent[name] = f"{package} is not installed"
-        else:
-            try:
-                works[name] = work()
-                works[name]()
-            except Exception as error:  # another version, or a device that it does not know
-                absent[name] = f"{type(error).__name__}: {error}"[:200]
+    @functools.cache
+    def prepared() -> peers.Work:
+        return peers.Work(peers.VARIANTS[name], problem, folder)
 
-    return {name: work for name, work in works.items() if name not in absent}, absent
+    return lambda: prepared()()
 
 
 def _bytes_returned(problem: peers.Problem) -> int:

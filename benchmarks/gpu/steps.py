@@ -105,7 +105,7 @@ def _rows(bench: Bench, works: PeerWorks) -> Iterator[dict]:
     named = {OURS: works.step, BARE: works.bare_models, PLAIN: works.plain, TEACHER: works.signal}
     if importlib.util.find_spec("liger_kernel"):
         named[LIGER] = works.liger
-    measured = measure_fitting(named, bench.device, bench.scale.repeats, before=works.clear)
+    measured = measure_fitting(named, bench.device, bench.scale.repeats, works.clear, foreign={LIGER})
 
     for name, runs in measured.runs.items():
         row = {
@@ -119,8 +119,8 @@ def _rows(bench: Bench, works: PeerWorks) -> Iterator[dict]:
             row["times_bare"] = ratio(runs, measured.runs[BARE])
         yield row
 
-    for name in measured.too_large:
-        yield {"what": name, "result": "out of memory"}
+    for name, reason in measured.failures.items():
+        yield {"what": name, "result": reason}
     if LIGER not in named:
         yield {"what": LIGER, "result": "liger_kernel is not installed"}
 

@@ -1,6 +1,6 @@
 """Rounds of measurement on a device whose memory may run out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from statistics import median
 from typing import NamedTuple
 
@@ -12,24 +12,36 @@ Work = Callable[[], object]
 
 
 class Measured(NamedTuple):
-    """Runs of the works that fit, and the names of those that did not."""
+    """Runs of the works that could be measured, and why the others could not."""
 
     runs: dict[str, list[Run]]
-    too_large: list[str]
+    failures: dict[str, str]
 
 
 def measure_fitting(
-    works: Mapping[str, Work], device: torch.device, repeats: int, before: Work = lambda: None
+    works: Mapping[str, Work],
+    device: torch.device,
+    repeats: int,
+    before: Work = lambda: None,
+    foreign: Collection[str] = (),
 ) -> Measured:
-    """Measure works in alternating rounds, without those for which memory does not suffice."""
-    fitting, too_large = {}, []
+    """Measure works in alternating rounds, without those for which memory does not suffice.
+
+    Args:
+        foreign: works of other libraries, which may fail in any way: another version, a device they do not know.
+    """
+    fitting, failures = {}, {}
 
     for name, work in works.items():
         before()
         try:
             work()
         except torch.OutOfMemoryError:
-            too_large.append(name)
+            failures[name] = "out of memory"
+        except Exception as error:
+            if name not in foreign:
+                raise
+            failures[name] = f"{type(error).__name__}: {error}"[:200]
         else:
             fitting[name] = work
 
@@ -37,7 +49,7 @@ def measure_fitting(
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
-    return Measured(alternate(fitting, device, repeats, before), too_large)
+    return Measured(alternate(fitting, device, repeats, before), failures)
 
 
 def seconds(runs: list[Run]) -> float:
