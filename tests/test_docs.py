@@ -47,7 +47,7 @@ FOREIGN = re.compile(
 BENCHMARK = re.compile(r"python -m benchmarks\.(\w+)((?:\\\n|[^\n`|])*)")
 OF_ACCELERATE = {"--fsdp_version"}
 OF_BENCHMARKS = {
-    flag for file in (ROOT / "benchmarks").glob("*.py") for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())
+    flag for file in (ROOT / "benchmarks").rglob("*.py") for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())
 }
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*[a-z]\b")
 
@@ -60,7 +60,8 @@ def flags_of(command_line_parser) -> set[str]:
 def test_every_flag_exists(page):
     known, text = flags_of(command_line.parser()) | OF_ACCELERATE, PROSE[page].replace("\\\n", " ")
     for name, arguments in BENCHMARK.findall(text):
-        assert (ROOT / "benchmarks" / f"{name}.py").is_file(), f"{page.name}: there is no benchmarks.{name}"
+        places = (ROOT / "benchmarks" / f"{name}.py", ROOT / "benchmarks" / name / "__main__.py")
+        assert any(place.is_file() for place in places), f"{page.name}: there is no benchmarks.{name}"
         assert set(FLAG.findall(arguments)) <= OF_BENCHMARKS, f"{page.name}: {arguments}"
     known |= OF_BENCHMARKS if "python -m benchmarks." in text else set()
     found = set(FLAG.findall(FOREIGN.sub(" ", BENCHMARK.sub(" ", text))))

@@ -24,9 +24,7 @@ def markdown(results: dict) -> str:
     sections = [f"# {machine.get('gpu', machine['cpu'])}", _head_line(results)]
 
     if toy:
-        sections.append(
-            "**Toy sizes: this shows that the measurements run. No figure says anything about the device.**"
-        )
+        sections.append("**Toy sizes: they show that the measurements run. No figure says anything of the device.**")
     else:
         sections.append(_judged(results))
 
