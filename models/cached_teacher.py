@@ -94,7 +94,7 @@ class CachedTeacher:
             found, hidden = _as_signal(kept), exact.hidden
         elif layers:
             hidden = self._states(batch, layers)
-        return replace(found.to(device), hidden=hidden)
+        return replace(_pinned(found, device).to(device, non_blocking=True), hidden=hidden)
 
     def _states(self, batch: PairedBatch, layers: Sequence[int]) -> tuple[Tensor, ...]:
         states = self._running.states(batch.teacher_ids, layers, batch.teacher_source)[1]
@@ -108,10 +108,28 @@ def _as_signal(arrays: Sequence[np.ndarray]) -> TeacherSignal:
 def _of_each_window(batch: PairedBatch, signal: TeacherSignal) -> list[tuple[np.ndarray, ...]]:
     """The arrays of a batch, window by window."""
     windows, width = batch.student_ids.shape
-    rows = torch.bincount(batch.row_student // width, minlength=windows).cumsum(0)[:-1].tolist()
-    positions = batch.teacher_mask.sum(1).cumsum(0)[:-1].tolist()
+    on_host = _to_host([batch.row_student, batch.teacher_mask, *(getattr(signal, name) for name in NUMBERS)])
+    row_student, teacher_mask, *arrays = (tensor.numpy() for tensor in on_host)
+    rows = np.bincount(row_student // width, minlength=windows).cumsum()[:-1]
+    positions = teacher_mask.sum(1).cumsum()[:-1]
+
     columns = []
-    for name in NUMBERS:
-        array = getattr(signal, name).cpu().numpy()
+    for name, array in zip(NUMBERS, arrays, strict=True):
         columns.append(np.split(array, positions if name == "realised" else rows))
     return list(zip(*columns, strict=True))
+
+
+def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return copies in the host's memory; for all of them together the host waits once for a GPU."""
+    copies = [tensor.to("cpu", non_blocking=True) for tensor in tensors]
+    for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
+        torch.cuda.synchronize(device)
+    return copies
+
+
+def _pinned(signal: TeacherSignal, device: torch.device) -> TeacherSignal:
+    """Return a signal whose copy to a GPU the host need not wait for."""
+    if device.type != "cuda":
+        return signal
+    arrays = {name: getattr(signal, name) for name in NUMBERS}
+    return replace(signal, **{name: array if array.is_cuda else array.pin_memory() for name, array in arrays.items()})

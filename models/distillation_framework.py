@@ -87,6 +87,19 @@ class DistillationFramework(nn.Module):
             config = router or RouterConfig()
             self.router = StudentAwareRouter(config, depth_and_width(student), depth_and_width(teacher.model))
             self.router.to(next(student.parameters()).device)
+        self._place_projection()
+
+    def _apply(self, *args, **options) -> "DistillationFramework":
+        """Move or convert parameters, as for any module, and the projection's tables after them."""
+        super()._apply(*args, **options)
+        self._place_projection()
+        return self
+
+    def _place_projection(self) -> None:
+        """Put the projection where the student is: before the first step, in which a copy would make the host wait."""
+        device = next(self.student.parameters()).device
+        if self.projection is not None and device.type != "meta":
+            self.projection.to(device)
 
     @property
     def teacher(self) -> FrozenTeacher | None:

@@ -37,14 +37,21 @@ class FrozenTeacher:
 
     def __init__(self, model: nn.Module, vocabulary: VocabularyMap) -> None:
         expect("vocabulary", vocabulary, VocabularyMap, "the pair's VocabularyMap")
-        self.device = check_head(model, "teacher")  # of what it says
+        self._first_device = check_head(model, "teacher")
         self.model = model.eval().requires_grad_(False)
-        self.order = torch.from_numpy(vocabulary.order).long()
+        self.order = torch.from_numpy(vocabulary.order).long().to(self.device)
         if len(self.order) != vocabulary_size(model):
             raise ValueError(
                 f"the vocabulary map holds {len(self.order):,} teacher tokens, the teacher's head has "
                 f"{vocabulary_size(model):,} rows; build the map with teacher_vocab_size={vocabulary_size(model)}"
             )
+
+    @property
+    def device(self) -> torch.device:
+        """The device of what the teacher says: that of its head, also after its model was moved."""
+        device = self.model.get_output_embeddings().weight.device
+        is_offloaded = device.type == "meta"  # accelerate fetches the weights for each call
+        return self._first_device if is_offloaded else device
 
     def __deepcopy__(self, memo: dict) -> "FrozenTeacher":
         return self  # read only: copies of what holds it share it
@@ -69,7 +76,8 @@ class FrozenTeacher:
         """
         top_k = expect_count("top_k", top_k, 1)
         device = self.device
-        self.order = self.order.to(device)
+        if self.order.device != device:  # the model was moved
+            self.order = self.order.to(device)
         batch = batch.to(device, non_blocking=True)
         with torch.autocast(device.type, enabled=False):
             states, hidden = self.states(batch.teacher_ids, layers, batch.teacher_source)

@@ -60,6 +60,8 @@ KEPT_OUTCOME, PASSING_OUTCOME, CHUNK_OUTCOME = 24, 72, 110
 of the head's chunk, in the KD term."""
 ROUTED_KEPT = 10
 """Teacher widths in float32 that the router keeps per student layer and token for the backward pass, all terms used."""
+EVALUATED_LOGIT = 12
+"""Bytes for each logit of a window that is scored: the logits, those of supervised positions and their softmax."""
 EXCHANGED = 2 * 4 * zero.BUCKET
 """Bytes of gradients on their way to the processes that keep them, where they are sharded."""
 ZERO3_WHOLE = 10**9
@@ -266,7 +268,8 @@ class Demand:
         """Bytes at the peak of a step with so many windows a micro-batch, by what holds them.
 
         A step has several peaks, and the highest is told: the teacher's forward, the student's head (its chunk of
-        logits beside everything that waits for the backward pass), the backward pass through its body, and AdamW.
+        logits beside everything that waits for the backward pass), the backward pass through its body, AdamW, and an
+        evaluation between two steps.
 
         Raises:
             RuntimeError: see `measure_body`.
@@ -295,6 +298,7 @@ class Demand:
             # without a fused kernel, which the scaler of fp16 rules out, one more copy
             gradients | {"update": learned * 4 * (self.precision == "fp16")},
         ]
+        peaks += [self._evaluation_peak()]
         if teacher is not None:
             peaks += [waiting | {"projection": named * PASSING_OUTCOME}]
         if teacher is not None and not self.apart:
@@ -312,6 +316,15 @@ class Demand:
             fixed["teacher weights"] = teacher.parameters * self.teacher_dtype.itemsize * self.weight_share
         parts = fixed | peak | {"runtime": RUNTIME}
         return {name: int(size) for name, size in parts.items() if size}
+
+    def _evaluation_peak(self) -> dict[str, int]:
+        """Bytes of an evaluation between two steps, of one window at a time: gradients are gone, weights are float32."""
+        student = self.shapes[0]
+        evaluation = {"evaluation logits": self.length * student.vocabulary * EVALUATED_LOGIT}
+        is_half = self.student_dtype.itemsize < 4 and self.lora.base not in pretrained.QUANTISED
+        if self.lora.enabled and is_half:
+            evaluation["student in float32 for evaluation"] = student.parameters * 4
+        return evaluation
 
     def _student_weights(self, size: int, learned: int) -> tuple[float, float]:
         """Bytes of its weights, of which there are `size`, that a process holds always, and in a step besides."""

@@ -17,6 +17,7 @@ from models.vocabulary import VocabularyMap
 from tests.models.tiny import STORIES, Pair, bart_like, byte_bpe, pair_of, tiny_bart, tiny_llama, tiny_t5
 from tests.toy import toy_config
 from utils import memory
+from utils.config import LoraConfig
 from utils.errors import UserError
 from utils.logs import StepLogger
 from utils.memory import RUNTIME, Demand
@@ -125,7 +126,7 @@ def peak_of(framework, windows, collate, config, precision: str) -> int:
     logger = StepLogger(None, 10**6, 1, main_process=False)
     with another_accelerator(precision, cpu=not on_gpu) as accelerator:
         if on_gpu:
-            for module in kept:
+            for module in kept:  # what holds the teacher follows its model
                 module.to("cuda")
             torch.cuda.reset_peak_memory_stats()
             fit(framework, windows, collate, config, accelerator=accelerator, logger=logger)
@@ -213,3 +214,14 @@ def test_a_run_that_fits_without_the_teacher_is_not_refused_once_its_cache_is_th
         other = replace(config, cache=replace(config.cache, folder=str(folder), build_only=build_only))
         with pytest.raises(UserError) if refused else nullcontext():
             settled(monkeypatch, other, free)
+
+
+def test_the_float32_copy_of_a_half_precision_base_is_forecast():
+    """An adapter's training takes little, and its evaluation copies the weights below it."""
+    config = tiny_llama(600, width=256, num_hidden_layers=12).config
+    size = sum(p.numel() for p in tiny_llama(600, width=256, num_hidden_layers=12).parameters())
+    options = {"student": config, "teacher": None, "length": 8, "precision": "bf16", "lora": LoraConfig(enabled=True)}
+    demands = [replace(demand_of(**options), student_dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
+    half, whole = (demand.memory(1) for demand in demands)
+    assert half["student in float32 for evaluation"] == 4 * size
+    assert "student in float32 for evaluation" not in whole

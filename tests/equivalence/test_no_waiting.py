@@ -153,6 +153,7 @@ def test_the_watcher_sees_every_way_to_wait(way, monkeypatch):
     assert all(found), found
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: torch's own sync debug mode watches there")
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu_a_step_that_is_not_logged_waits_for_nothing(kind, monkeypatch):

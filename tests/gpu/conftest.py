@@ -14,8 +14,8 @@ from tests.faults.conftest import Place, make_place
 from tests.gpu.pretended import CannotBuild, build
 
 ROOT = Path(__file__).resolve().parents[2]
-PATIENCE = 280
-"""Seconds for a scenario."""
+PATIENCE = 900
+"""Seconds for a scenario, on a machine that does much else besides."""
 
 
 @pytest.fixture(scope="session")

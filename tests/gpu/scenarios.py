@@ -125,6 +125,22 @@ def out_of_memory(device: Any, card: str, arguments: list[str], output: str, sha
     return {**result, "is_exported": (Path(output) / "student" / "config.json").exists(), "limit": known.get("limit")}
 
 
+def one_of_two_processes(device: Any, arguments: list[str], output: str) -> dict[str, Any]:
+    """One process of a run on two GPUs; RANK and the like say which."""
+    import torch
+
+    device.become("T4", 2)
+    collectives: dict[str, int] = {}
+    if not IS_REAL:
+        from tests.gpu.carried_group import CALLS, replace_nccl
+
+        replace_nccl()
+        collectives = CALLS
+    torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    result = run_training(device, arguments, Path(output) / "train.log")
+    return {**result, "collectives": dict(collectives)}
+
+
 def forecasts(device: Any, cases: list[tuple[str, str, int, int]]) -> list[dict[str, Any]]:
     """Peaks and forecasts of (card, precision, windows, tokens of each)."""
     from tests.gpu.true_shapes import Case, measure
@@ -146,7 +162,13 @@ def main() -> None:
     print("\n" + json.dumps(result))
 
 
-SCENARIOS = {"runs": runs, "resume": resume, "out_of_memory": out_of_memory, "forecasts": forecasts}
+SCENARIOS = {
+    "runs": runs,
+    "resume": resume,
+    "out_of_memory": out_of_memory,
+    "forecasts": forecasts,
+    "one_of_two_processes": one_of_two_processes,
+}
 
 if __name__ == "__main__":
     main()

@@ -4,7 +4,7 @@ import pytest
 
 from tests.gpu.attention_kernels import MATH
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 
 WITHIN = 0.05
 QUICK = [("T4", "fp16", 2, 512), ("P100", "fp16", 4, 512), ("H100", "bf16", 8, 1024)]

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 
 SHORT = ["--max-steps", "6", "--eval-every", "3", "--save-every", "4"]
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.gpu.attention_kernels import MATH
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(1200)]
 
 ALL_TERMS = [f"curriculum.{term}.weight=0.5" for term in ("span", "feat", "rel", "attn", "layer", "contr")]
 FP16, BF16, FLOAT32 = (f"training.mixed_precision={name}" for name in ("fp16", "bf16", "no"))
@@ -31,7 +31,7 @@ VARIANTS = {
     "T4, fp16, all terms": Variant("T4", (FP16, *ALL_TERMS)),
     "T4, float32, channel": Variant("T4", (FLOAT32, "teacher.dtype=float32", "loss.correction=channel")),
     "3090, bf16, LoRA, layers computed twice": Variant(
-        "3090", (BF16,), ("--lora", "--gradient-checkpointing", "--set", "student.init=pretrained")
+        "3090", (BF16, "student.init=pretrained"), ("--student", "TEACHER", "--lora", "--gradient-checkpointing")
     ),
     "H100, bf16, gradients of terms, comparison": Variant(
         "H100", (BF16, "logging.term_gradients=true", "evaluation.without_teacher=true")
@@ -59,7 +59,8 @@ def results(scenario, gpu_place, tmp_path_factory):
     variants = []
     for name, variant in VARIANTS.items():
         output = folder / "".join(c for c in name if c.isalnum())
-        flags = [str(folder / "cache") if flag == "CACHE" else flag for flag in variant.flags]
+        named = {"CACHE": str(folder / "cache"), "TEACHER": str(gpu_place.teacher)}
+        flags = [named.get(flag, flag) for flag in variant.flags]
         short = ["--max-steps", "4", "--eval-every", "2", "--save-every", "2"]
         settings = ["--set", "logging.every=3", "teacher.dtype=auto", *variant.settings]
         arguments = gpu_place.arguments(output, *short, *flags, *settings)

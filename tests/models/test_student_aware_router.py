@@ -1,6 +1,7 @@
 """The router's terms: their scale, their definitions in plain loops, what they may see and what they may touch."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -594,3 +595,28 @@ def test_a_real_pair_starts_within_the_range_and_nearer_with_ridge(real_pair):
         values[initial] = {name: term.sum.item() / term.count for name, term in terms.items()}
         assert all(0.05 <= value <= 2 for value in values[initial].values()), values
     assert all(values["ridge"][name] < 0.8 * values["random"][name] for name in PROJECTED), values
+
+
+def as_in_tf32(values: torch.Tensor) -> torch.Tensor:
+    """float32 numbers with the 10 bits of mantissa that TF32 multiplies."""
+    return (values.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
+
+
+def test_copies_of_a_text_are_no_negatives_where_float32_products_are_tf32(monkeypatch):
+    """There a state's cosine with itself may be 0.9996; channels of uneven size, as real states have."""
+    torch.manual_seed(0)
+    router = StudentAwareRouter(RouterConfig(heads=1), (2, 16), (2, 32))
+    scale = torch.logspace(-2, 1, 32)
+    text = torch.nn.functional.normalize(torch.randn(4, 32) * scale, dim=1)
+    partners = [torch.cat([text, text])]
+    projected = [torch.nn.functional.normalize(torch.randn(8, 32), dim=1)]
+    anchors = SimpleNamespace(run=torch.arange(8), runs=8)
+    exact = router._contrast(projected, partners, anchors)
+
+    multiply = torch.Tensor.__matmul__
+
+    def rounded(a, b):
+        return multiply(as_in_tf32(a), as_in_tf32(b)) if a.dtype == torch.float32 else multiply(a, b)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
+    torch.testing.assert_close(router._contrast(projected, partners, anchors), exact, rtol=1e-2, atol=1e-2)

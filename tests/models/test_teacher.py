@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from models.outputs import TeacherSignal
 from models.teacher import FrozenTeacher, exact_top_k
@@ -123,3 +124,21 @@ def test_a_batch_without_anchors_gives_a_signal_without_rows(pair):
     signal = pair.frozen().signal(batch, 8)
     assert signal.ids.shape == (0, 8) and signal.log_mass.shape == (0,)
     assert len(signal.realised) == int(batch.teacher_mask.sum())
+
+
+def test_a_teacher_follows_its_model_to_another_device():
+    """And the framework's tables its student."""
+    pair = pair_of(byte_bpe(300), byte_bpe(400))
+    teacher, framework = pair.frozen(), pair.framework({"lm": 0.3, "kd": 0.7})
+    assert teacher.device.type == framework.projection.segments.device.type == "cpu"
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        pair.teacher.get_output_embeddings().weight = torch.nn.Parameter(torch.empty(400, 16, device="cuda"))
+        assert teacher.device.type == "cuda"
+
+
+def test_the_frameworks_tables_are_moved_with_it_and_not_in_its_first_step():
+    pair = pair_of(byte_bpe(300), byte_bpe(400))
+    framework, moved = pair.framework({"lm": 0.3, "kd": 0.7}), []
+    framework.projection.to = moved.append
+    framework.to(torch.float64)
+    assert moved == [torch.device("cpu")]

@@ -12,7 +12,6 @@ from utils.errors import UserError
 from utils.plan import build_accelerator
 from utils.seeding import rng_state
 
-
 STUDENT, TEACHER = byte_bpe(290), byte_bpe(320, 1)
 
 

@@ -1,6 +1,7 @@
 """Choices follow from what the hardware has, and each says why."""
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -186,3 +187,37 @@ def test_peak_memory_on_a_cpu_is_that_of_the_process():
     before = peak_memory_mb(CPU)
     block = torch.ones(2**26)  # 256 MiB
     assert before > 50 and peak_memory_mb(CPU) >= max(before, block.nbytes / 2**20)
+
+
+@pytest.fixture
+def no_allocator_settings(monkeypatch):
+    """Also afterwards: what is set here would bind every test that follows."""
+    for name in hardware.ALLOCATOR_SETTINGS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_allocator_settings")
+def test_the_allocator_grows_its_blocks_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setattr(hardware.sys, "platform", "linux")
+    assert "expandable" in hardware.configure_allocator()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    for name in hardware.ALLOCATOR_SETTINGS:
+        monkeypatch.delenv(hardware.ALLOCATOR_SETTINGS[0], raising=False)
+        monkeypatch.setenv(name, "max_split_size_mb:128")
+        assert hardware.configure_allocator() is None
+        assert os.environ[name] == "max_split_size_mb:128"
+
+
+@pytest.mark.usefixtures("no_allocator_settings")
+def test_other_systems_have_no_such_blocks(monkeypatch):
+    monkeypatch.setattr(hardware.sys, "platform", "win32")
+    assert hardware.configure_allocator() is None
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+
+
+def test_on_a_gpu_what_torch_reserved_is_told_beside_what_it_gave_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**20)
+    assert hardware.memory_use(torch.device("cuda:0")) == {"peak_memory_mb": 3.0, "reserved_memory_mb": 5.0}
+    assert set(hardware.memory_use(CPU)) == {"peak_memory_mb"}

@@ -1,13 +1,16 @@
 """What the optimizer trains, at which rates, and that a checkpoint brings it back."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
 from tests.toy import ToyModule, digest, toy_config, toy_windows, train
+from utils import plan
 from utils.checkpoints import CheckpointStore
 from utils.errors import UserError
-from utils.plan import build_optimizer, build_scheduler, taught_parameters
+from utils.plan import another_accelerator, build_optimizer, build_scheduler, taught_parameters
 
 
 class Routed(ToyModule):
@@ -104,3 +107,36 @@ def test_the_router_is_trained_beside_the_student():
     module, before = Routed(), Routed()
     train(module, toy_config(), windows=toy_windows(4))
     assert not torch.equal(module.router.weight, before.router.weight)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_all_parameters_are_updated_together_with_the_scaler_of_fp16_too(fused):
+    """Told fused=False alone, torch would update one parameter after the other."""
+    optimizer = build_optimizer(ToyModule(), toy_config(), fused=fused)
+    assert (optimizer.defaults["fused"], optimizer.defaults["foreach"]) == (fused, not fused)
+
+
+def test_the_multi_tensor_update_is_that_of_the_fused_one():
+    weights = []
+    for fused in (True, False):
+        module = ToyModule()
+        optimizer = build_optimizer(module, toy_config(), fused=fused)
+        for _ in range(3):
+            for number, parameter in enumerate(module.parameters()):
+                parameter.grad = torch.full_like(parameter, 0.1 * (number + 1))
+            optimizer.step()
+        weights.append(torch.cat([p.detach().flatten() for p in module.parameters()]))
+    torch.testing.assert_close(*weights)
+
+
+def test_the_gpu_of_a_lone_process_has_a_number(monkeypatch):
+    """So that it equals the device that a user names."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    accelerator = SimpleNamespace(device=torch.device("cuda"), state=SimpleNamespace(device=torch.device("cuda")))
+    plan._number_device(accelerator)
+    assert accelerator.state.device == torch.device("cuda:0")
+
+
+def test_no_buffer_is_sent_around_before_a_forward():
+    with another_accelerator("no", cpu=True) as accelerator:
+        assert accelerator.ddp_handler.broadcast_buffers is False
