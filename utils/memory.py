@@ -318,7 +318,7 @@ class Demand:
         return {name: int(size) for name, size in parts.items() if size}
 
     def _evaluation_peak(self) -> dict[str, int]:
-        """Bytes of an evaluation between two steps, of one window at a time: gradients are gone, weights are float32."""
+        """Bytes of an evaluation between two steps, window by window: without gradients, with float32 weights."""
         student = self.shapes[0]
         evaluation = {"evaluation logits": self.length * student.vocabulary * EVALUATED_LOGIT}
         is_half = self.student_dtype.itemsize < 4 and self.lora.base not in pretrained.QUANTISED

@@ -43,7 +43,7 @@ def run_training(device: Any, arguments: list[str], log: Path) -> dict[str, Any]
     advance, steps = TrainingLoop._advance, []
 
     def watched(loop, *window):
-        is_logged = loop.logger.due(loop.step)
+        is_logged = loop.logger.due(loop.step + 1)
         with device.watched() as waits:
             advanced = advance(loop, *window)
         steps.append((is_logged, waits))
@@ -166,8 +166,8 @@ SCENARIOS = {
     "runs": runs,
     "resume": resume,
     "out_of_memory": out_of_memory,
-    "forecasts": forecasts,
     "one_of_two_processes": one_of_two_processes,
+    "forecasts": forecasts,
 }
 
 if __name__ == "__main__":
