@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, masking_utils
 from transformers.modeling_outputs import ModelOutput
@@ -163,15 +162,17 @@ def _half_linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
         return out if bias is None else out.add_(bias)
 
+    rounded = x.new_empty(len(x), min(HALF_BLOCK, len(weight)))
     for first in range(0, len(weight), HALF_BLOCK):
         block = slice(first, first + HALF_BLOCK)
-        out[:, block] = F.linear(x, weight[block], None if bias is None else bias[block])
+        width = len(weight[block])
+        out[:, block] = linear_into(rounded[:, :width], x, weight[block], None if bias is None else bias[block])
     return out
 
 
 def has_float32_products(x: Tensor) -> bool:
     """Return whether torch can multiply half-precision matrices on the device of `x` into float32 (from 2.8 on)."""
-    return x.is_cuda and "dtype_out" in torch.ops.aten.mm.overloads()
+    return x.is_cuda and x.dtype.itemsize == 2 and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def head_logits(model: nn.Module, states: Tensor, out: Tensor | None = None) -> Tensor:

@@ -494,6 +494,8 @@ class _Linear:
         shape = min(job.rows, len(states)), len(weight)
         self.buffer = states.new_empty(shape, dtype=job.exact)
         self.is_half = job.compute != job.exact
+        width = min(HALF_BLOCK, shape[1]) + SPARE if self.is_half else 0
+        self.rounded = states.new_empty((shape[0], width), dtype=job.compute)
         self.gradients = [
             torch.zeros_like(t, dtype=job.exact, memory_format=torch.contiguous_format) if need else None
             for t, need in zip((states, *params), needs, strict=True)
@@ -518,7 +520,8 @@ class _Linear:
 
         # a block of tokens at a time: bounds the rounded gradient and the float32 products
         for block in self._blocks():
-            self._multiply_half(part, block, self._rounded(gradient[:, block], slope))
+            rounded = self.rounded[: len(x), : len(self.weight[block])]
+            self._multiply_half(part, block, torch.mul(gradient[:, block], slope, out=rounded))
 
     def backward_passes(self, part: slice, logits: Tensor, peak: Tensor, gradient: "_Gradient") -> None:
         """Add the products with a gradient that is written by compiled passes over raw logits [c, V]."""
@@ -533,7 +536,7 @@ class _Linear:
         values = gradient.values.to(self.compute)
         for block in self._blocks():
             width = len(self.weight[block])
-            rounded = torch.empty(len(logits), width + SPARE, dtype=self.compute, device=logits.device)
+            rounded = self.rounded[: len(logits), : width + SPARE]
             write(logits[:, block], peak, gradient.slope, rounded[:, :width], *shape)
 
             # what belongs to another block goes to a spare column: choosing would wait for the GPU
@@ -565,11 +568,6 @@ class _Linear:
             d_states[part] += _product(rounded, self.weight[block])
         if d_weight is not None:
             d_weight[block] += _product(rounded.t(), self.states[part].to(self.compute))
-
-    def _rounded(self, gradient: Tensor, slope: Tensor) -> Tensor:
-        """Return gradient * slope in half precision, rounded once."""
-        out = torch.empty(gradient.shape, dtype=self.compute, device=gradient.device)
-        return torch.mul(gradient, slope, out=out)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:

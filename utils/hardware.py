@@ -196,8 +196,8 @@ def configure_allocator() -> str | None:
         return None
     if any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
         return None
-    # the name that every torch from 2.6 on reads
-    os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
+    for name in ALLOCATOR_SETTINGS:  # the first is read up to torch 2.9, and later ones warn where it stands alone
+        os.environ[name] = "expandable_segments:True"
     return "allocator: expandable segments, as batches have many shapes"
 
 

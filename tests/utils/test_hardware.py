@@ -201,9 +201,10 @@ def no_allocator_settings(monkeypatch):
 def test_the_allocator_grows_its_blocks_unless_the_user_says_otherwise(monkeypatch):
     monkeypatch.setattr(hardware.sys, "platform", "linux")
     assert "expandable" in hardware.configure_allocator()
-    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert {os.environ[name] for name in hardware.ALLOCATOR_SETTINGS} == {"expandable_segments:True"}
     for name in hardware.ALLOCATOR_SETTINGS:
-        monkeypatch.delenv(hardware.ALLOCATOR_SETTINGS[0], raising=False)
+        for other in hardware.ALLOCATOR_SETTINGS:
+            monkeypatch.delenv(other, raising=False)
         monkeypatch.setenv(name, "max_split_size_mb:128")
         assert hardware.configure_allocator() is None
         assert os.environ[name] == "max_split_size_mb:128"
