@@ -494,7 +494,9 @@ class _Linear:
         shape = min(job.rows, len(states)), len(weight)
         self.buffer = states.new_empty(shape, dtype=job.exact)
         self.is_half = job.compute != job.exact
-        width = min(HALF_BLOCK, shape[1]) + SPARE if self.is_half else 0
+        width = 0
+        if self.is_half:
+            width = min(HALF_BLOCK, shape[1]) + (SPARE if job.compiled else 0)
         self.rounded = states.new_empty((shape[0], width), dtype=job.compute)
         self.gradients = [
             torch.zeros_like(t, dtype=job.exact, memory_format=torch.contiguous_format) if need else None
