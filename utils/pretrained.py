@@ -122,8 +122,7 @@ def adapted_base(name: str, role: str) -> str | None:
     Raises:
         UserError: the adapter does not say what it belongs to, or peft is not installed.
     """
-    source = locate(name, role)
-    folder = _adapter_folder(source, not Path(source).is_dir() and not hub_is_reachable())
+    folder = _adapter_folder(name, role)
     if folder is None:
         return None
     base = adapter_folders.base_name(folder, f"{role} {name}")
@@ -136,7 +135,17 @@ def adapted_base(name: str, role: str) -> str | None:
     return base
 
 
-_adapter_folder = cache(adapter_folders.adapter_folder)
+def _adapter_folder(name: str, role: str) -> Path | None:
+    """Where the files of an adapter lie; None: the name is that of a whole model."""
+    source = locate(name, role)
+    if Path(source).is_dir():
+        return adapter_folders.adapter_folder(source, offline=True)
+    return _adapter_on_the_hub(source)
+
+
+@cache
+def _adapter_on_the_hub(source: str) -> Path | None:
+    return adapter_folders.adapter_folder(source, offline=not hub_is_reachable())
 
 
 @contextmanager
@@ -171,7 +180,7 @@ def load_tokenizer(name: str, role: str) -> PreTrainedTokenizerBase:
         UserError: not reachable, or an empty or a slow tokenizer: without byte offsets nothing can be aligned.
     """
     base = adapted_base(name, role)
-    if base is not None and not (_adapter_folder_of(name, role) / "tokenizer_config.json").is_file():
+    if base is not None and not (_adapter_folder(name, role) / "tokenizer_config.json").is_file():
         with _loading_base(name, base, role):
             return load_tokenizer(base, role)
     tokenizer = _load(AutoTokenizer.from_pretrained, name, role, "tokenizer")
@@ -281,16 +290,11 @@ def _load_adapted(
     source = locate(name, role)
     offline = not Path(source).is_dir() and not hub_is_reachable()
     model = adapter_folders.merge_into(model, source, f"{role} {name}", allow_pickle, offline)
-    folder = _adapter_folder_of(name, role)
+    folder = _adapter_folder(name, role)
     if (folder / GENERATION_CONFIG).is_file():  # it may end texts elsewhere than its base
         model.generation_config = GenerationConfig.from_pretrained(folder)
     log.info("%s %s is an adapter of %s: it is added to the weights of that model", role, name, base)
     return model
-
-
-def _adapter_folder_of(name: str, role: str) -> Path:
-    source = locate(name, role)
-    return _adapter_folder(source, not Path(source).is_dir() and not hub_is_reachable())
 
 
 def _refuse_quantised_student(config: PretrainedConfig, name: str, role: str) -> None:
@@ -422,7 +426,7 @@ def weights_fingerprint(name: str, role: str) -> str:
     """
     base = adapted_base(name, role)
     if base is not None:
-        folder = _adapter_folder_of(name, role)
+        folder = _adapter_folder(name, role)
         with _loading_base(name, base, role):
             return f"{_files_fingerprint(folder)} on {weights_fingerprint(base, role)}"
 

@@ -3,11 +3,19 @@
 from types import SimpleNamespace
 
 import pytest
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3nTextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MambaConfig,
+    Qwen2Config,
+    RecurrentGemmaConfig,
+)
 
 from utils.config import LoraConfig, TrainingConfig
 from utils.errors import UserError
-from utils.forecast import Shape, disk, free_disk, largest, require_disk
+from utils.forecast import Shape, disk, free_disk, largest, require_disk, shallow
 
 QWEN = Qwen2Config(
     vocab_size=151_936,
@@ -91,3 +99,37 @@ def test_free_disk_of_a_folder_that_is_not_there_yet(tmp_path):
 
 def test_the_largest_parts_are_named_and_empty_ones_are_not():
     assert largest({"a": 2**30, "b": 3 * 2**30, "c": 0}) == "4 GiB (b 3, a 1)"
+
+
+def test_a_width_for_each_layer_counts_as_the_widest():
+    config = Gemma3nTextConfig(
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=[64, 48],
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        vocab_size_per_layer_input=100,
+        hidden_size_per_layer_input=8,
+        num_kv_shared_layers=0,
+        laurel_rank=4,
+        altup_num_inputs=2,
+        layer_types=["sliding_attention", "full_attention"],
+        activation_sparsity_pattern=[0.0, 0.0],
+    )
+    assert Shape.of(config).intermediate == 64
+    assert disk(Shape.of(config), TrainingConfig(), LoraConfig())["student"] == 4 * Shape.of(config).parameters
+
+
+@pytest.mark.parametrize("kind", [MambaConfig, RecurrentGemmaConfig])
+def test_layers_that_a_config_computes_from_their_number_are_left_to_it(kind):
+    config = shallow(kind(num_hidden_layers=9), 3)
+    assert config.num_hidden_layers == 3
+
+
+def test_whatever_has_an_entry_for_each_layer_is_cut():
+    config = Qwen2Config(num_hidden_layers=4)
+    config.factor_of_layer = [1.0, 2.0, 3.0, 4.0]
+    cut = shallow(config, 2)
+    assert cut.factor_of_layer == [1.0, 2.0] and len(cut.layer_types) == 2 and len(config.factor_of_layer) == 4
