@@ -45,11 +45,11 @@ DESCRIBED_BY = {
         "data.max_documents",
     ),
     "teacher.name": ("teacher.allow_pickle",),
-    "student.name": ("student.allow_pickle", "student.init", "student.lora.targets"),
+    "student.name": ("student.allow_pickle", "student.lora.targets"),
 }
 """Setting that names a text or a model -> settings that say how that one is read. They go with it: where a command line
-replaces the name that a recipe has, they are no longer those of the recipe. How is learned stays: what is learned of a
-conversation, the share that is held out, lengths, precision, the rank of an adapter."""
+replaces the name that a recipe has, they are no longer those of the recipe. How is learned stays: from random weights
+or trained ones, what of a conversation, the share that is held out, lengths, precision, the rank of an adapter."""
 
 log = logging.getLogger(__name__)
 

@@ -215,9 +215,9 @@ def _split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]
     if low == high:
         raise UserError(
             "Got a single document, which cannot be split into training and evaluation. Name what separates documents "
-            "in a .txt file (--document-separator), or how one starts where texts come line by line (--set "
-            "data.document_start=REGEX; without it every row is one); or give more documents, or evaluation data of "
-            "its own (--eval-data)."
+            "in a .txt file (--document-separator, the setting document_separator), or how one starts where texts come "
+            "line by line (--set data.document_start=REGEX; without it every row is one); or give more documents, or "
+            "evaluation data of its own (--eval-data)."
         )
     # Tiny data: the lowest document is always held out, the highest never; still chosen by the texts alone.
     held_out = [p == low or p < min(fraction, high) for p in place]

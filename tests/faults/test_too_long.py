@@ -37,7 +37,7 @@ def prepare(place: Place, output: Path, *words: object, window: int = WINDOW) ->
     return train.prepare(train.configure(asked)[0], build_accelerator("no", cpu=True))
 
 
-SIZES = [400, 350, 150, 300, 380, 420, 360, 330]
+SIZES = [400, 350, 130, 300, 380, 420, 360, 330]
 """Characters of prompts, all longer than a window; the shortest is in line 3."""
 TALKS = {
     "system": [chat(f"Say {n}.", f"No {n}.", system=long_text(size)) for n, size in enumerate(SIZES)],
