@@ -136,6 +136,13 @@ def coverage(job: Any) -> tuple:
     return value, f"{LEAST_COVERAGE:.0%} or more", anchored >= LEAST_COVERAGE
 
 
+@check("text in tokens", "the tokens leave text out, so bits per byte do not compare; choose a byte-level tokenizer")
+def spelt_text(job: Any, sides: Sequence[str]) -> tuple:
+    shares = {side: share for side, share in job.held_out.unspelt_shares().items() if side in sides}
+    value = ", ".join(f"{side} leaves out {share:.1%} of the bytes" for side, share in shares.items())
+    return value, f"{MOST_UNSPELT:.0%} or less", max(shares.values()) <= MOST_UNSPELT
+
+
 # -------------------------------------------------------------------------------------------- set-up
 
 

@@ -50,18 +50,20 @@ def export(
     folder: Path,
     settings: Mapping[str, Any],
     results: Mapping[str, Any],
+    forced_bos: int | None = None,
 ) -> None:
     """Write the trained student, its tokenizer and a model card to a folder: the adapter alone, unless it is merged.
 
     Args:
         config: of the student, with paths that can be loaded.
         settings, results: for the card, see `utils.model_card`.
+        forced_bos: as in `evaluation.generate_samples`.
     """
     if config.lora.merge:
         base = pretrained.load_model(config.name, "student", torch.float32, allow_pickle=config.allow_pickle)
         student = adapters.merged(student, base)
     if evaluation.has_encoder(student):  # as it was trained
-        student.generation_config.forced_bos_token_id = evaluation.leading_bos(tokenizer)
+        student.generation_config.forced_bos_token_id = forced_bos
     pretrained.export(student, tokenizer, folder, model_card(settings, results))
 
 
