@@ -20,6 +20,7 @@ from rich import box
 from rich.table import Table
 from tqdm import tqdm
 
+from .comparability import MOST_UNSPELT, unspelt_share
 from .config import flatten
 from .errors import UserError
 from .held_out import START

@@ -6,6 +6,7 @@ What trains tiny models is in rehearsal.py, what needs the losses in verify_fixe
 """
 
 import platform
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from . import data, environment, evaluation, forecast, hardware, loading, pretrained, run_folder
 from . import memory as plan_memory
 from .checklist import check
+from .comparability import MOST_UNSPELT
 from .config import to_plain
 
 SHOWN = ("torch", "transformers", "accelerate", "datasets")
