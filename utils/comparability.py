@@ -26,10 +26,10 @@ def unspelt_text(models: Mapping[str, Mapping[str, Any]]) -> str | None:
         models: how each is called -> its metrics on one text.
     """
     shares = {name: unspelt_share(described) for name, described in models.items()}
-    lossy = [f"{share:.1%} of the bytes ({name})" for name, share in shares.items() if share > MOST_UNSPELT]
+    lossy = [f"{share:.1%} (by the {name}'s tokens)" for name, share in shares.items() if share > MOST_UNSPELT]
     if not lossy:
         return None
     return (
-        f"tokens leave out {' and '.join(lossy)} of the text, as unknown words or as dropped spaces and line breaks: "
+        f"{' and '.join(lossy)} of the text's bytes are left out, as unknown words or as dropped spaces and line breaks: "
         "bits per byte of student and teacher do not compare"
     )
