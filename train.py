@@ -30,7 +30,7 @@ from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
 from models.encoder_decoder import make_encoder
 from models.fused_head import chunk_rows
-from models.pairing import PairCollator, count_channel, read_and_learned
+from models.pairing import SIDES, ModelFacts, PairCollator, PairEncoder, count_channel, read_and_learned
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher import FrozenTeacher
 from models.vocabulary import VocabularyMap
@@ -73,7 +73,7 @@ from utils.contradictions import contradictions
 from utils.endings import EXIT_CODES, Interrupted, exit_code
 from utils.errors import UserError, value_errors_are_the_users
 from utils.guards import RedFlags
-from utils.held_out import HeldOut, metrics_of
+from utils.held_out import HeldOut, TextStart, metrics_of
 from utils.logs import StepLogger, learned_lines, setup_logging
 from utils.paths import user_path
 from utils.plan import Plan, build_accelerator
@@ -179,15 +179,25 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
             for what in lacking:
                 log.warning("%s", what)
         pair = (tokenizers["student"], tokenizers["teacher"])
-        reading = {"conversations": corpus.conversations, "learn_from": config.data.learn_from, "starts": starts}
-        encoder = make_encoder(pair, length, **reading)
         rows, cache = (sizes["student"], sizes["teacher"]), quickstart.cache_dir() / "vocabularies"
+        encoder = make_encoder(
+            pair,
+            length,
+            conversations=corpus.conversations,
+            learn_from=config.data.learn_from,
+            starts=starts,
+            facts=ModelFacts(rows, (config.student.text_start, config.teacher.text_start)),
+        )
         vocabulary = VocabularyMap.build(*pair, *rows, cache_dir=cache)
         workers = config.data.num_workers or None
         room = data.Room(length, encoder.least_length)
         packing = {"encode": encoder.windows, "fingerprint": encoder.fingerprint, "num_proc": workers, "room": room}
         windows = data.make_windows(corpus.train, kind="training", **packing)
         held_out = data.make_windows(corpus.eval, kind="held-out", **packing)
+    for side, table in zip(SIDES, encoder.tables, strict=True):
+        if table.beyond_rows:
+            left_out = ", ".join(table.beyond_rows)
+            log.info("%s: no row of its head for %s, which no text yields: left out", side, left_out)
     log.info("documents: %s", ", ".join(f"{name} {count:,}" for name, count in corpus.report.items()))
     data.warn_of_left_out(windows, "training")
     data.warn_of_left_out(held_out, "held-out")
@@ -207,7 +217,12 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         vocabulary=vocabulary,
         collate=collate,
         windows=windows,
-        held_out=HeldOut(*measured, encoder.prompt, config.teacher.device == teachers.SHARDED),
+        held_out=HeldOut(
+            *measured,
+            prompt=encoder.prompt,
+            starts=text_starts(config, encoder),
+            together=config.teacher.device == teachers.SHARDED,
+        ),
         fingerprint={
             **run_folder.identity(to_plain(config)),
             "training_text": data.corpus_fingerprint(corpus.train),
@@ -218,6 +233,17 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
         teacher_device=there,
         teacher_dtype=pretrained.frozen_dtype(config.teacher.dtype, there, accelerator.mixed_precision),
     )
+
+
+def text_starts(config: RunConfig, encoder: PairEncoder) -> dict[str, TextStart]:
+    """What each model reads before a text, and behind which tokens it is worth measuring a plain one."""
+    starts = {}
+    for side, table, ids in zip(SIDES, encoder.tables, encoder.starts, strict=True):
+        is_untrained = side == "student" and config.student.init == "random"
+        is_plain = encoder.prompt is None
+        candidates = table.start_candidates if is_plain and not is_untrained else ()
+        starts[side] = TextStart(ids, candidates)
+    return starts
 
 
 def learned_from(job: Job) -> list[str]:
@@ -312,7 +338,8 @@ def train_student(
         [batch] = loading.some_batches(job.windows, job.collate, 1, 1, config.training.seed)
         dry_run.try_modes(framework, student, batch, accelerator, compares=teacher is not None)
         on_main_process(accelerator, store.rehearse)
-    students.rehearse_export(student, config.student, job.tokenizer)
+    forced_bos = job.held_out.starts["student"].forced_bos
+    students.rehearse_export(student, config.student, job.tokenizer, forced_bos)
     start = job.held_out.measure_start(student, measure_teacher, output)
 
     def evaluate(step: int) -> dict[str, Any]:
@@ -358,11 +385,13 @@ def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[s
     student, result, held_out = trained.framework.student, trained.result, job.held_out
     ended = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
     folder, settings, config = output / STUDENT, to_plain(asked), job.config.student
+    forced_bos = held_out.starts["student"].forced_bos
     scores = held_out.scores(student, trained.start)
 
     # before everything that could still fail: what was trained for hours is on the disk then
     def write_student() -> exported.LoadedAnew:
-        students.export(student, config, job.tokenizer, folder, settings, {**scores, "run": ended})
+        results = {**scores, "run": ended}
+        students.export(student, config, job.tokenizer, folder, settings, results, forced_bos)
         return exported.load_anew(student, held_out, folder, config)
 
     loaded = on_main_process(job.accelerator, write_student)
@@ -455,6 +484,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     if config.teacher.name is not None:
         with advice("figure of the coverage"):
             job.held_out.log_coverage()
+    job.held_out.log_unspelt(SIDES if config.teacher.name is not None else ("student",))
     with advice("example of what is learned from"):
         for line in learned_from(job):
             log.info("%s", line)

@@ -459,6 +459,7 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
         yield from (preflight.models(setup), own_label_shift(setup), preflight.window_length(setup))
         yield from (preflight.documents(own), preflight.duplicates(own), preflight.leakage(own))
         yield from [preflight.coverage(own)] if setup.teacher else []
+        yield preflight.spelt_text(own, ("student", "teacher") if setup.teacher else ("student",))
         yield "  " + "\n  ".join(train.learned_from(own))
         if own.collate.router is not None:
             yield own_router(setup, own)

@@ -6,13 +6,16 @@ starts at a as well, the *anchor* of j is the teacher position about to predict 
 is the number of student tokens between a and x. Both models have read the same bytes at a.
 
 A *span* is the text between two consecutive common boundaries.
+
+Equal tokenizers give a text the same ids. These are aligned one by one whatever bytes they stand for, so that unknown
+and dropped text has anchors too.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .vocabulary import MARKER, MISMATCH, Reading, VocabularyMap
+from .vocabulary import END, MARKER, MISMATCH, Reading, VocabularyMap
 
 
 @dataclass(frozen=True)
@@ -37,21 +40,67 @@ def align(student: Reading, teacher: Reading, vocabulary: VocabularyMap, max_dep
     unknown token changed the bytes, deeper than `max_depth`, and where no teacher token (or not the real one)
     begins with what the student has read.
     """
-    s_next, t_next = np.flatnonzero(student.roles != MARKER), np.flatnonzero(teacher.roles != MARKER)
-    s_next, t_next = s_next[s_next > 0], t_next[t_next > 0]
-    s, t = student.part(0, 0), teacher.part(0, 0)
-    if len(s_next) and len(t_next):
-        s, t = (Reading(*(c[n] for c in r)) for r, n in ((student, s_next), (teacher, t_next)))
+    s_next, t_next = _predicted(student), _predicted(teacher)
+    if not (len(s_next) and len(t_next)):
+        s_next = t_next = np.zeros(0, dtype=np.int64)
+    s = Reading(*(column[s_next] for column in student))
+    t = Reading(*(column[t_next] for column in teacher))
+    if vocabulary.equal_tokenizers and _same_tokens(s, t):
+        match = _one_by_one(len(s.ids), len(vocabulary.order))
+    else:
+        match = _by_bytes(s, t, vocabulary, max_depth)
+
+    student_spans, teacher_spans = np.full(len(student.ids), -1), np.full(len(teacher.ids), -1)
+    student_spans[s_next - 1] = match.student_spans
+    teacher_spans[t_next - 1] = match.teacher_spans
+    return replace(
+        match,
+        student=s_next[match.student] - 1,
+        teacher=t_next[match.teacher] - 1,
+        student_spans=student_spans,
+        teacher_spans=teacher_spans,
+    )
+
+
+def _predicted(reading: Reading) -> np.ndarray:
+    """Indices of the tokens that are predicted."""
+    tokens = np.flatnonzero(reading.roles != MARKER)
+    return tokens[tokens > 0]
+
+
+def _same_tokens(s: Reading, t: Reading) -> bool:
+    """Whether both sides predict the same ids; each ends a text with its own token."""
+    if len(s.ids) != len(t.ids):
+        return False
+    s_ends, t_ends = s.roles == END, t.roles == END
+    return bool((s_ends == t_ends).all() and (s.ids == t.ids)[~s_ends].all())
+
+
+def _one_by_one(tokens: int, teacher_vocabulary: int) -> Alignment:
+    """Every predicted token with its like, a span of its own; token for token, not position for position."""
+    token, zero = np.arange(tokens), np.zeros(tokens, dtype=np.int64)
+    return Alignment(
+        student=token,
+        teacher=token,
+        depth=zero,
+        prefix_lo=zero,
+        prefix_hi=np.full(tokens, teacher_vocabulary),
+        pieces=np.ones(tokens, dtype=np.int64),
+        student_spans=token,
+        teacher_spans=token,
+        spans=tokens,
+    )
+
+
+def _by_bytes(s: Reading, t: Reading, vocabulary: VocabularyMap, max_depth: int) -> Alignment:
+    """Predicted tokens of both sides that start at the same bytes; token for token, not position for position."""
     row, at, depth = _anchor(s, t, max_depth)
     lo, hi, known = _prefix_ranges(s.ids, t.ids, row, at, depth, vocabulary)
     row, at, depth = row[known], at[known], depth[known]
-    spans_s, spans_t, spans = _spans(s, t)
-    student_spans, teacher_spans = np.full(len(student.ids), -1), np.full(len(teacher.ids), -1)
-    student_spans[s_next[: len(spans_s)] - 1] = spans_s
-    teacher_spans[t_next[: len(spans_t)] - 1] = spans_t
+    student_spans, teacher_spans, spans = _spans(s, t)
     return Alignment(
-        student=s_next[row] - 1,
-        teacher=t_next[at] - 1,
+        student=row,
+        teacher=at,
         depth=depth,
         prefix_lo=lo[known],
         prefix_hi=hi[known],

@@ -21,7 +21,7 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from .pairing import SIDES, PairEncoder, Piece
+from .pairing import ANY_MODEL, SIDES, ModelFacts, PairEncoder, Piece
 from .validation import expect_texts
 from .vocabulary import END, MARKER, Reading, TokenTable
 
@@ -188,9 +188,20 @@ class _Side:
             encoding = self._backend.encode(text, add_special_tokens=False)
             kept = [n for n, i in enumerate(encoding.ids) if i != self._break]
             ids, offsets = [encoding.ids[n] for n in kept], [encoding.offsets[n] for n in kept]
+            self._require_rows(ids)
             if not any(self._joined(text, ids, offsets, *span) for span in spans.values()):
                 break
         return ids, offsets, spans
+
+    def _require_rows(self, ids: list[int]) -> None:
+        """Refuse a template that writes special tokens which the model has no row for."""
+        beyond = [i for i in ids if i >= self.table.rows]
+        if beyond:
+            raise ConversationError(
+                f"the {self.name}'s chat template writes {self.tokenizer.convert_ids_to_tokens(beyond[0])!r}, token "
+                f"{beyond[0]:,}, but its model has only {self.table.rows:,} rows. Expected a template of tokens that "
+                "the model has; give the model rows with resize_token_embeddings, or another template."
+            )
 
     def _joined(self, text: str, ids: list[int], offsets: list, begin: int, end: int) -> bool:
         """Whether a token lies across the begin or the end of text[begin:end]."""
@@ -255,8 +266,9 @@ class ChatEncoder(PairEncoder):
         teacher_tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         learn_from: Literal["completions", "all"] = "completions",
+        facts: ModelFacts = ANY_MODEL,
     ) -> None:
-        super().__init__(student_tokenizer, teacher_tokenizer, max_length)
+        super().__init__(student_tokenizer, teacher_tokenizer, max_length, facts)
         self.learn_from = learn_from
         self._end_is_start = (False, False)  # a conversation starts as its template says
         pair = (student_tokenizer, teacher_tokenizer)
@@ -329,7 +341,18 @@ class ChatEncoder(PairEncoder):
             end, *keep = cuts[-1].tolist()
         text_bytes = int((end - slots[:-1] - 1).clip(0, sizes).sum())
         readings = [reading.part(0, count) for reading, count in zip(pair, keep, strict=True)]
-        return Piece(name, readings, 0, end, text_bytes, size - text_bytes, whole), 0
+        spelt = [self._spelt(side, reading, slots[:-1]) for side, reading in enumerate(readings)]
+        piece = Piece(
+            document=name,
+            readings=readings,
+            first_byte=0,
+            last_byte=end,
+            text_bytes=text_bytes,
+            unspelt=(text_bytes - spelt[0], text_bytes - spelt[1]),
+            left_out=size - text_bytes,
+            whole=whole,
+        )
+        return piece, 0
 
 
 def _common_ends(pair: list[Reading]) -> np.ndarray:

@@ -13,7 +13,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from .chat import ChatEncoder, ConversationError, named
-from .pairing import SIDES, PairEncoder
+from .pairing import ANY_MODEL, SIDES, ModelFacts, PairEncoder
+from .text_start import leading_bos
 from .validation import expect_texts
 
 EXPECTED = "Encoder-decoder models learn from a prompt and its completion: columns 'prompt' and 'completion'"
@@ -39,19 +40,30 @@ class SourceEncoder(PairEncoder):
         teacher_tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         starts: tuple[int, int],
+        facts: ModelFacts = ANY_MODEL,
     ) -> None:
-        super().__init__(student_tokenizer, teacher_tokenizer, max_length)
+        super().__init__(student_tokenizer, teacher_tokenizer, max_length, facts)
         for side, (tokenizer, start) in enumerate(zip((student_tokenizer, teacher_tokenizer), starts, strict=True)):
             if hasattr(tokenizer, "src_lang"):
                 raise ValueError(
                     f"the {SIDES[side]}'s tokenizer ({type(tokenizer).__name__}) marks the languages of prompt and "
                     "completion, which no column names: expected one such as T5's or BART's"
                 )
-            bos = tokenizer.bos_token_id
-            follows = bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
-            self.starts[side] = [start, bos] if follows else [start]
+            bos = leading_bos(tokenizer)
+            self.starts[side] = [start] if bos is None else [start, bos]
+            self._require_rows(side)
         own = json.dumps([self.fingerprint, "source", self.starts])
         self.fingerprint = hashlib.sha256(own.encode()).hexdigest()
+
+    def _require_rows(self, side: int) -> None:
+        """Refuse a tokenizer that frames texts with tokens which its model has no row for."""
+        table = self.tables[side]
+        beyond = [i for i in [*self.starts[side], *table.framed("a").tolist()] if i >= table.rows]
+        if beyond:
+            raise ValueError(
+                f"the {SIDES[side]} puts token {beyond[0]:,} around a text, but its model has only {table.rows:,} "
+                "rows: expected tokens that the model has; correct its tokenizer, or its decoder_start_token_id"
+            )
 
     def windows(self, texts: list[str], documents: list[str] | None = None) -> list[dict[str, Any]]:
         """One window for each example, a conversation of one prompt and one answer; see `PairEncoder.windows`.
@@ -104,6 +116,7 @@ def make_encoder(
     conversations: bool,
     learn_from: Literal["completions", "all"],
     starts: tuple[int, int] | None,
+    facts: ModelFacts = ANY_MODEL,
 ) -> PairEncoder:
     """The encoder for a family of models (`starts` as in `SourceEncoder`, None for causal ones) and a kind of text.
 
@@ -112,7 +125,9 @@ def make_encoder(
         ValueError: see the encoders.
     """
     if starts is None:
-        return ChatEncoder(*pair, max_length, learn_from) if conversations else PairEncoder(*pair, max_length)
+        if conversations:
+            return ChatEncoder(*pair, max_length, learn_from, facts)
+        return PairEncoder(*pair, max_length, facts)
     if not conversations:
         raise ConversationError(f"{EXPECTED}. Got plain text.")
-    return SourceEncoder(*pair, max_length, starts)
+    return SourceEncoder(*pair, max_length, starts, facts)

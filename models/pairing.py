@@ -39,6 +39,7 @@ class Piece:
     first_byte: int
     last_byte: int
     text_bytes: int
+    unspelt: tuple[int, int]  # per side, bytes of text that the tokens do not say
     left_out: int
     whole: bool  # ends with the document's end
 
@@ -47,11 +48,30 @@ class Piece:
         return np.array([len(r.ids) for r in self.readings])
 
 
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the windows of a pair depend on besides the two tokenizers: student and teacher in this order."""
+
+    rows: tuple[int | None, int | None] = (None, None)
+    """Of the heads; None: as many as tokens."""
+    text_starts: tuple[str | None, str | None] = (None, None)
+    """Tokens that plain text starts with; None: see `models.text_start`."""
+
+
+ANY_MODEL = ModelFacts()
+"""Models of which nothing is known but their tokenizers."""
+
+
 class PairEncoder:
     """Documents -> windows of at most `max_length` tokens in either tokenizer.
 
+    Attributes:
+        tables: of student and teacher.
+        starts: per side, the ids that are read before a text.
+
     Raises:
-        TypeError, ValueError: if a tokenizer is not a fast one, or `max_length` is below 8.
+        TypeError: if a tokenizer is none.
+        ValueError: if a tokenizer does not fit (see `TokenTable`), or `max_length` is below 8.
     """
 
     def __init__(
@@ -59,11 +79,16 @@ class PairEncoder:
         student_tokenizer: PreTrainedTokenizerBase,
         teacher_tokenizer: PreTrainedTokenizerBase,
         max_length: int,
+        facts: ModelFacts = ANY_MODEL,
     ) -> None:
         max_length = expect_count("max_length", max_length, 0)
         if max_length < 8:
             raise ValueError(f"got a window of {max_length} tokens, expected at least 8; raise --max-length")
-        self.tables = (TokenTable(student_tokenizer), TokenTable(teacher_tokenizer))
+        pair = (student_tokenizer, teacher_tokenizer)
+        self.tables = tuple(
+            TokenTable(tokenizer, rows, start, name=f"the {side}'s tokenizer")
+            for side, tokenizer, rows, start in zip(SIDES, pair, facts.rows, facts.text_starts, strict=True)
+        )
         self.max_length = max_length
         self.end_of_text = tuple(table.end_of_text for table in self.tables)
         # what is read before a text
@@ -92,8 +117,9 @@ class PairEncoder:
 
         Returns:
             one dictionary per window: `student_ids`, `student_starts`, `student_ends`, `student_roles`, the same for
-            `teacher`, `bytes` (supervised bytes of text), `left_out` (bytes skipped, because the two tokenizations had
-            no common boundary for longer than a window), `documents` (names, joined by commas).
+            `teacher`, `bytes` (supervised bytes of text), `student_unspelt` and `teacher_unspelt` (how many of these
+            the tokens do not say: dropped or unknown text), `left_out` (bytes skipped, because the two tokenizations
+            had no common boundary for longer than a window), `documents` (names, joined by commas).
 
         Raises:
             TypeError: a single text in place of a list, or something in the list that is no text.
@@ -160,10 +186,27 @@ class PairEncoder:
                 at += 1
                 continue
             readings = [self._lead(pair[i], i, cuts[[lead, at, to], 1 + i], cuts[lead, 0]) for i in range(2)]
-            ends = (int(cuts[lead, 0]), int(cuts[to, 0]))
-            pieces.append(Piece(name, readings, *ends, text_bytes, left_out, whole=to == len(cuts) - 1))
+            spelt = [self._spelt(i, pair[i].part(cuts[at, 1 + i], cuts[to, 1 + i]), [-1]) for i in range(2)]
+            pieces.append(
+                Piece(
+                    document=name,
+                    readings=readings,
+                    first_byte=int(cuts[lead, 0]),
+                    last_byte=int(cuts[to, 0]),
+                    text_bytes=text_bytes,
+                    unspelt=(text_bytes - spelt[0], text_bytes - spelt[1]),
+                    left_out=left_out,
+                    whole=to == len(cuts) - 1,
+                )
+            )
             at, left_out = to, 0
         return pieces, left_out
+
+    def _spelt(self, side: int, reading: Reading, slots: Sequence[int] | np.ndarray) -> int:
+        """Bytes of a text that a side's tokens say; a space in one of the slots before a text is no part of it."""
+        spelt = self.tables[side].spelt(reading)
+        in_front = np.isin(reading.starts, slots) & (spelt > 0)
+        return int(spelt.sum() - in_front.sum())
 
     def _lead(self, reading: Reading, side: int, cuts: np.ndarray, first_byte: int) -> Reading:
         """Start markers, context cuts[0]..cuts[1] (read, not predicted) and text up to cuts[2]."""
@@ -196,6 +239,8 @@ class PairEncoder:
             "left_out": sum(p.left_out for p in group),
             "documents": ",".join(p.document for p in group),
         }
+        for side, name in enumerate(SIDES):
+            window[f"{name}_unspelt"] = sum(p.unspelt[side] for p in group)
         base = np.cumsum([0, *(p.last_byte - p.first_byte for p in group)])
         for side, name in enumerate(SIDES):
             parts = []

@@ -11,7 +11,6 @@ import functools
 import hashlib
 import json
 import os
-import re
 import tempfile
 import warnings
 import zipfile
@@ -23,18 +22,27 @@ import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from .text_start import start_candidates
+from .token_bytes import (
+    SpellingRules,
+    byte_alphabet,
+    is_byte_token,
+    normalisers,
+    pre_tokenizers,
+    text_normalisers,
+    token_bytes,
+)
 from .validation import expect, expect_count
 
-FORMAT = 1
+__all__ = ["END", "FORMAT", "MARKER", "MISMATCH", "TEXT", "Reading", "TokenTable", "VocabularyMap", "byte_alphabet"]
+
+FORMAT = 2
 """Version of the tables on disk and of the windows: a part of every fingerprint."""
 LONGEST_SPELLING = 32
 """Student tokens kept of one teacher token; later ones have no target (runs of 100 spaces and the like)."""
 MARKER, TEXT, MISMATCH, END = 0, 1, 2, 3
 """Roles of a token in a window: not supervised (start marker, context); text; text whose bytes are not the
 token's (normaliser, unknown token); end of text."""
-
-# Normalisers that change the text itself, unlike those that only mark spaces.
-_TEXT_NORMALISERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "BertNormalizer", "Precompiled")
 
 
 class Reading(NamedTuple):
@@ -49,32 +57,33 @@ class Reading(NamedTuple):
         return Reading(*(column[lo:hi] for column in self))
 
 
-def byte_alphabet() -> dict[str, int]:
-    """Character -> byte of byte-level BPE (GPT-2): printable bytes stand for themselves, others from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in set(printable)]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
-
-
-def _components(part: dict | None, key: str) -> list[dict]:
-    """A tokenizer component as a flat list: a `Sequence` is opened, None is empty."""
-    if part is None:
-        return []
-    return [leaf for item in part[key] for leaf in _components(item, key)] if part["type"] == "Sequence" else [part]
-
-
 class TokenTable:
     """The bytes of every token of a fast tokenizer, and text -> `Reading`.
 
     Works on a private copy of the tokenizer: no truncation, no padding, no template, and special tokens
     written in a text are text.
 
+    Args:
+        tokenizer: of a model.
+        rows: of the model's head. Special tokens beyond them are left out: no text yields them, and the model cannot
+            read or write them. None: every token has a row.
+        text_start: the token that a plain text starts with; None: see `models.text_start`.
+        name: what errors call the tokenizer.
+
     Raises:
-        ValueError: for a tokenizer without a fast (Rust) backend.
+        ValueError: for a tokenizer without a fast (Rust) backend; for a token beyond the rows that a text can yield or
+            that ends one; for a `text_start` that does not exist.
         TypeError: for something else.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        rows: int | None = None,
+        text_start: str | None = None,
+        *,
+        name: str = "the tokenizer",
+    ) -> None:
         if getattr(tokenizer, "backend_tokenizer", None) is None:
             expect("tokenizer", tokenizer, PreTrainedTokenizerBase, "what AutoTokenizer.from_pretrained returns")
             raise ValueError(
@@ -83,16 +92,29 @@ class TokenTable:
             )
         spec = json.loads(tokenizer.backend_tokenizer.to_str())
         spec["truncation"] = spec["padding"] = None
+        if "dropout" in spec["model"]:
+            spec["model"]["dropout"] = None  # a text is read in the same way every time
+
         self.spec = spec
+        self.rules = SpellingRules.of(spec)
         self.end_of_text: int | None = tokenizer.eos_token_id
-        self.start_marker: int | None = self._find_start_marker(tokenizer)
-        self.bytes: list[bytes | None] = self._token_bytes(spec)
-        for i in (self.end_of_text, self.start_marker):
+        self.start_candidates = start_candidates(tokenizer, rows, chosen=text_start, name=name)
+        """Tokens that a plain text could start with, the one that it does start with first."""
+        self.start_marker: int | None = next(iter(self.start_candidates), None)
+
+        self.bytes: list[bytes | None] = token_bytes(spec, self.rules)
+        markers = [self.end_of_text] if text_start is not None else [self.end_of_text, self.start_marker]
+        for i in markers:
             if i is not None and i < len(self.bytes):
                 self.bytes[i] = None
         self.tokens: list[str | None] = [None] * len(self.bytes)
         for token, i in tokenizer.get_vocab().items():
             self.tokens[i] = token
+
+        self.rows = len(self.bytes) if rows is None else rows
+        self.beyond_rows: list[str] = self._leave_out_beyond_rows(name)
+        """Special tokens that the model has no row for."""
+
         roles = json.dumps([FORMAT, self.end_of_text, self.start_marker])
         self.fingerprint = hashlib.sha256((json.dumps(spec, sort_keys=True) + roles).encode()).hexdigest()
 
@@ -100,46 +122,36 @@ class TokenTable:
         cached = ("_backend", "_framing", "_lengths", "_normalisers", "by_bytes")
         return {k: v for k, v in self.__dict__.items() if k not in cached}
 
-    @staticmethod
-    def _find_start_marker(tokenizer: PreTrainedTokenizerBase) -> int | None:
-        """The token a text begins with: bos where the tokenizer adds it or has no other end of text, else the end of
-        the text before."""
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        added = tokenizer("")["input_ids"]
-        return bos if bos is not None and (added[:1] == [bos] or eos is None) else eos
+    def _leave_out_beyond_rows(self, name: str) -> list[str]:
+        """Cut the tables to the model's rows, and return the special tokens that are cut off."""
+        beyond = {i: token for i, token in enumerate(self.tokens) if token is not None and i >= self.rows}
+        special = {token["id"] for token in self.spec["added_tokens"] if token["special"]}
+        ordinary = [token for i, token in beyond.items() if i not in special]
+        if ordinary:
+            raise ValueError(
+                f"{name} has {len(self.bytes):,} tokens but its model only {self.rows:,} rows: got a tokenizer of "
+                "another model? expected at most as many tokens as rows, special ones aside; a text can yield "
+                f"{ordinary[0]!r}"
+            )
+        if self.end_of_text in beyond:
+            raise ValueError(
+                f"{name} ends a text with {beyond[self.end_of_text]!r}, token {self.end_of_text:,}, but its model "
+                f"has only {self.rows:,} rows and can neither read nor write it: set another eos_token in "
+                "tokenizer_config.json, or give the model a row for it with resize_token_embeddings"
+            )
+        del self.bytes[self.rows :], self.tokens[self.rows :]
+        return list(beyond.values())
 
-    @staticmethod
-    def _token_bytes(spec: dict) -> list[bytes | None]:
-        model = spec["model"]
-        vocab = model["vocab"]
-        if isinstance(vocab, list):  # Unigram: [[piece, score], ...]
-            vocab = {piece: i for i, (piece, _) in enumerate(vocab)}
-        added = {t["id"]: t for t in spec["added_tokens"]}
-        table: list[bytes | None] = [None] * (1 + max([*vocab.values(), *added], default=-1))
-        decoders = {d["type"]: d for d in _components(spec["decoder"], "decoders")}
-        pre = {p["type"]: p for p in _components(spec["pre_tokenizer"], "pretokenizers")}
-        alphabet = byte_alphabet()
-        marker = (decoders.get("Metaspace") or pre.get("Metaspace") or {}).get("replacement", "\u2581")
-        for token, i in vocab.items():
-            if "ByteLevel" in decoders or "ByteLevel" in pre:
-                # a character outside the alphabet can only come from an added token
-                known = all(c in alphabet for c in token)
-                table[i] = bytes(alphabet[c] for c in token) if known else token.encode("utf-8", "replace")
-            elif "ByteFallback" in decoders and (byte := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token)):
-                table[i] = bytes([int(byte[1], 16)])
-            elif model["type"] == "WordPiece":
-                prefix = model.get("continuing_subword_prefix", "##")
-                inside = token.startswith(prefix) and len(token) > len(prefix)
-                word = token[len(prefix) :] if inside else (" " + token if token[:1].isalnum() else token)
-                table[i] = word.encode("utf-8", "replace")
-            else:
-                table[i] = token.replace(marker, " ").encode("utf-8", "replace")
-        for unknown in (vocab.get(model.get("unk_token")), model.get("unk_id")):  # Unigram has the number
-            if unknown is not None:
-                table[unknown] = None
-        for i, token in added.items():
-            table[i] = None if token["special"] else token["content"].encode("utf-8", "replace")
-        return [b or None for b in table]
+    @functools.cached_property
+    def text_fingerprint(self) -> str:
+        """Hash of all that decides which ids a text has: equal ones mean equal ids for every text.
+
+        Special tokens do not count, because in a text they are text.
+        """
+        ordinary = [token for token in self.spec["added_tokens"] if not token["special"]]
+        decisive = {name: self.spec[name] for name in ("normalizer", "pre_tokenizer", "model")}
+        described = json.dumps(decisive | {"added_tokens": ordinary}, sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
 
     @functools.cached_property
     def _backend(self) -> tokenizers.Tokenizer:
@@ -161,14 +173,11 @@ class TokenTable:
         return table
 
     def _is_byte_token(self, i: int) -> bool:
-        return bool(re.fullmatch(r"<0x[0-9A-Fa-f]{2}>", self.tokens[i] or ""))
+        return is_byte_token(self.tokens[i] or "") is not None
 
     @functools.cached_property
     def _normalisers(self) -> list:
-        found = [n for n in _components(self.spec["normalizer"], "normalizers") if n["type"] in _TEXT_NORMALISERS]
-        # a tokenizer is the library's own loader for a serialised normaliser
-        empty = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
-        return [tokenizers.Tokenizer.from_str(json.dumps(empty | {"normalizer": n})).normalizer for n in found]
+        return text_normalisers(self.spec)
 
     def normalise(self, text: str) -> str:
         """The text after the tokenizer's normaliser (NFC and the like; marks for spaces are left out)."""
@@ -214,21 +223,67 @@ class TokenTable:
         if offsets is None:
             offsets = self._backend.encode(text, add_special_tokens=False).offsets
         at_byte = np.cumsum([0, *(len(c.encode()) for c in text)])
-        starts, ends, roles, here = [], [], [], 0
+
+        starts, ends, roles = [], [], []
+        here = 0
         for n, (i, (lo, hi)) in enumerate(zip(ids, offsets, strict=True)):
-            token, lo, hi = self.bytes[i], int(at_byte[lo]), int(at_byte[hi])
-            if token and data.startswith(token, here):
-                start, end, role = here, here + len(token), TEXT
-            elif token and n == 0 and token[:1] == b" " and data.startswith(token[1:]):
-                start, end, role = -1, len(token) - 1, TEXT
-            elif token and lo >= here and data.startswith(token, lo):
-                start, end, role = lo, lo + len(token), TEXT
-            else:
-                start, end, role = here, max(here, hi), MISMATCH
-            starts.append(start), ends.append(end), roles.append(role)
-            here = end
+            token = self.bytes[i]
+            place = self._place_of(token, data, here, int(at_byte[lo]))
+            if place is None and n == 0 and token and token[:1] == b" " and data.startswith(token[1:]):
+                place = (-1, len(token) - 1)
+
+            role = TEXT
+            if place is None:
+                place, role = (here, max(here, int(at_byte[hi]))), MISMATCH
+            starts.append(place[0])
+            ends.append(place[1])
+            roles.append(role)
+            here = place[1]
+
         columns = (np.array(c, dtype=np.int64) for c in (ids, starts, ends))
         return Reading(*columns, np.array(roles, dtype=np.int8))
+
+    def _place_of(self, token: bytes | None, data: bytes, here: int, begin: int) -> tuple[int, int] | None:
+        """First byte and end of a token in a text that was read up to `here`, or None where it has other bytes.
+
+        Args:
+            begin: the byte where the tokenizer says that the token begins.
+        """
+        if not token:
+            return None
+        if (end := self._end_of(token, data, here)) is not None:
+            return here, end
+        if begin < here:
+            return None
+        before = begin - 1
+        if self.rules.drops_spaces and before >= here and data[before : before + 1] == b" ":
+            begin = before  # the space before a word belongs to it, as in tokenizers that write spaces
+        if (end := self._end_of(token, data, begin)) is not None:
+            return begin, end
+        return None
+
+    def _end_of(self, token: bytes, data: bytes, begin: int) -> int | None:
+        """Where a token ends that begins at a byte of a text; None where the text goes on otherwise.
+
+        Where a tokenizer hides spaces, a token may have a space more or less in front than the text has.
+        """
+        if data.startswith(token, begin):
+            return begin + len(token)
+        if not self.rules.hides_spaces:
+            return None
+        if token[:1] == b" ":
+            bare = token[1:]
+            return begin + len(bare) if bare and data.startswith(bare, begin) else None
+        spaced = b" " + token
+        return begin + len(spaced) if data.startswith(spaced, begin) else None
+
+    def spelt(self, reading: Reading) -> np.ndarray:
+        """[N] bytes of the text that each token itself says: 0 for markers, ends, and tokens with other bytes.
+
+        A space that was dropped without a mark, for example, lies in the token behind it, which does not say it.
+        """
+        said = np.minimum(reading.ends - reading.starts, self._lengths[reading.ids])
+        return np.where(reading.roles == TEXT, said, 0)
 
     def spell(self, pieces: list[bytes]) -> list[list[int]]:
         """Token ids for byte strings in the middle of a text.
@@ -236,21 +291,42 @@ class TokenTable:
         By the tokenizer's own rules where these spell the bytes; by longest match over bytes elsewhere
         (not valid UTF-8, bytes it drops). Stops at a byte that no token covers.
         """
+        texts = [piece.decode("utf-8", "replace") for piece in pieces]
+        encodings = self._without_edges().encode_batch_fast(texts, add_special_tokens=False)
+        spellings = []
+        for piece, encoding in zip(pieces, encodings, strict=True):
+            ids = encoding.ids
+            if b"".join([self.bytes[i] or b"" for i in ids]) != piece and not self._covers(ids, piece):
+                ids = self._longest_match(piece)
+            spellings.append(ids)
+        return spellings
+
+    def _without_edges(self) -> tokenizers.Tokenizer:
+        """The tokenizer without what it does to the begin and the end of a text only."""
         spec = self.spec | {"post_processor": None, "added_tokens": []}
-        kept = [n for n in _components(spec["normalizer"], "normalizers") if n["type"] != "Prepend"]
-        spec["normalizer"] = {"type": "Sequence", "normalizers": kept}
-        pre = [dict(p) for p in _components(spec["pre_tokenizer"], "pretokenizers")]
+        inside = [part for part in normalisers(spec) if part["type"] not in ("Prepend", "Strip")]
+        spec["normalizer"] = {"type": "Sequence", "normalizers": inside}
+
+        pre = [dict(part) for part in pre_tokenizers(spec)]
         for part in pre:
-            part.update({"prepend_scheme": "never"} if part["type"] == "Metaspace" else {})
-            part.update({"add_prefix_space": False} if "add_prefix_space" in part else {})
+            if part["type"] == "Metaspace":
+                part["prepend_scheme"] = "never"
+            if "add_prefix_space" in part:
+                part["add_prefix_space"] = False
         spec["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": pre} if pre else None
-        inside = tokenizers.Tokenizer.from_str(json.dumps(spec))
-        encodings = inside.encode_batch_fast([p.decode("utf-8", "replace") for p in pieces], add_special_tokens=False)
-        spelt = [e.ids for e in encodings]
-        for n, (piece, ids) in enumerate(zip(pieces, spelt, strict=True)):
-            if b"".join([self.bytes[i] or b"" for i in ids]) != piece:
-                spelt[n] = self._longest_match(piece)
-        return spelt
+        return tokenizers.Tokenizer.from_str(json.dumps(spec))
+
+    def _covers(self, ids: list[int], piece: bytes) -> bool:
+        """Whether tokens cover a piece, spaces included that such a tokenizer hides in them."""
+        if not self.rules.hides_spaces:
+            return False
+        here = 0
+        for i in ids:
+            end = self._end_of(self.bytes[i], piece, here) if self.bytes[i] else None
+            if end is None:
+                return False
+            here = end
+        return here == len(piece)
 
     @functools.cached_property
     def _longest(self) -> int:
@@ -283,6 +359,7 @@ class VocabularyMap:
     node_lo: np.ndarray  # [E + 1] int32 first rank below the node
     node_hi: np.ndarray  # [E + 1] int32 last rank below the node, plus 1
     student_vocab_size: int
+    equal_tokenizers: bool = False  # every text has the same ids on both sides
     channel_ids: np.ndarray | None = None  # [V_T, 4] int32 next student token given the teacher's, or -1
     channel_probs: np.ndarray | None = None  # [V_T, 4] float32
 
@@ -301,24 +378,22 @@ class VocabularyMap:
         151,936 rows, 151,665 tokens); rows without a token have no spelling. Sizes default to the tokenizers'.
 
         Raises:
-            ValueError: if a tokenizer is not fast or has more tokens than its model has rows.
+            ValueError: if a tokenizer is not fast, or has tokens that its model has no rows for and a text can yield.
         """
-        student, teacher = TokenTable(student_tokenizer), TokenTable(teacher_tokenizer)
-        sizes = []
-        for name, table, size in (("student", student, student_vocab_size), ("teacher", teacher, teacher_vocab_size)):
-            size = len(table.bytes) if size is None else expect_count(f"{name}_vocab_size", size, 1)
-            sizes.append(size)
-            if sizes[-1] < len(table.bytes):
-                raise ValueError(
-                    f"the {name}'s tokenizer has {len(table.bytes):,} tokens but its model only {size:,} rows: "
-                    "got a tokenizer of another model, or the rows of student and teacher swapped? "
-                    "expected at most as many tokens as rows"
-                )
+        if student_vocab_size is not None:
+            student_vocab_size = expect_count("student_vocab_size", student_vocab_size, 1)
+        if teacher_vocab_size is not None:
+            teacher_vocab_size = expect_count("teacher_vocab_size", teacher_vocab_size, 1)
+        student = TokenTable(student_tokenizer, student_vocab_size, name="the student's tokenizer")
+        teacher = TokenTable(teacher_tokenizer, teacher_vocab_size, name="the teacher's tokenizer")
+        sizes = [student.rows, teacher.rows]
         key = hashlib.sha256(f"{FORMAT} {student.fingerprint} {teacher.fingerprint} {sizes}".encode()).hexdigest()
         file = Path(cache_dir) / f"vocabulary-{key[:32]}.npz" if cache_dir else None
         if file and (stored := cls._load(file)):
             return stored
-        built = cls.from_segments(_spell_vocabulary(student, teacher, sizes[1]), sizes[0])
+        are_equal = student.text_fingerprint == teacher.text_fingerprint
+        built = cls.from_segments(_spell_vocabulary(student, teacher), student.rows)
+        built = replace(built, equal_tokenizers=are_equal)
         if file:
             try:
                 built._save(file)
@@ -361,9 +436,9 @@ class VocabularyMap:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all spellings and of both sizes."""
+        """Hash of all spellings, of both sizes, and of how texts are aligned."""
         spelt = hashlib.sha256(np.ascontiguousarray(self.segments).tobytes())
-        spelt.update(f"{self.segments.shape} {self.student_vocab_size}".encode())
+        spelt.update(f"{self.segments.shape} {self.student_vocab_size} {self.equal_tokenizers}".encode())
         return spelt.hexdigest()
 
     def descend(self, node: np.ndarray, token: np.ndarray) -> np.ndarray:
@@ -411,22 +486,26 @@ class VocabularyMap:
         try:
             with np.load(file, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
-            return cls(**arrays | {"student_vocab_size": int(arrays["student_vocab_size"])})
+            scalars = {
+                "student_vocab_size": int(arrays["student_vocab_size"]),
+                "equal_tokenizers": bool(arrays["equal_tokenizers"]),
+            }
+            return cls(**arrays | scalars)
         except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile):
             return None
 
 
-def _spell_vocabulary(student: TokenTable, teacher: TokenTable, teacher_vocab_size: int) -> np.ndarray:
+def _spell_vocabulary(student: TokenTable, teacher: TokenTable) -> np.ndarray:
     """[V_T, L] student tokens of each teacher token.
 
     A student token with exactly the teacher token's bytes is its spelling (so that equal vocabularies, permuted or
     not, map one to one; among several with the same bytes the one of the same name). Others are spelt by the
     student's own rules. Special tokens have no spelling, but for end of text, unless the tokenizers are equal.
     """
-    spelling: list[list[int]] = [[] for _ in range(teacher_vocab_size)]
-    if student.fingerprint == teacher.fingerprint:  # special tokens included
-        ids = np.arange(teacher_vocab_size, dtype=np.int32)
-        return np.where(ids < len(teacher.bytes), ids, np.int32(-1))[:, None]
+    if student.text_fingerprint == teacher.text_fingerprint:
+        return _same_ids(student, teacher)
+
+    spelling: list[list[int]] = [[] for _ in range(teacher.rows)]
     same_name = {name: i for i, name in enumerate(student.tokens) if name is not None}
     to_spell = []
     for t, b in enumerate(teacher.bytes):
@@ -438,11 +517,24 @@ def _spell_vocabulary(student: TokenTable, teacher: TokenTable, teacher_vocab_si
             spelling[t] = [exact]
         else:
             to_spell.append(t)
+
     for t, ids in zip(to_spell, student.spell([teacher.bytes[t] for t in to_spell]), strict=True):
         spelling[t] = ids[:LONGEST_SPELLING]
     if teacher.end_of_text is not None and student.end_of_text is not None:
         spelling[teacher.end_of_text] = [student.end_of_text]
-    segments = np.full((teacher_vocab_size, max(1, max(map(len, spelling)))), -1, dtype=np.int32)
+
+    segments = np.full((teacher.rows, max(1, max(map(len, spelling)))), -1, dtype=np.int32)
     for t, ids in enumerate(spelling):
         segments[t, : len(ids)] = ids
+    return segments
+
+
+def _same_ids(student: TokenTable, teacher: TokenTable) -> np.ndarray:
+    """[V_T, 1] every token as itself, unknown and special ones included; an end of text as the student's."""
+    segments = np.full((teacher.rows, 1), -1, dtype=np.int32)
+    for i, (own, other) in enumerate(zip(student.tokens, teacher.tokens, strict=False)):
+        if own is not None and own == other:
+            segments[i] = i
+    if teacher.end_of_text is not None and student.end_of_text is not None:
+        segments[teacher.end_of_text] = student.end_of_text
     return segments

@@ -1,5 +1,6 @@
 """Tasks of lm_eval (the Language Model Evaluation Harness), measured on the models of a run after training."""
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -95,10 +96,21 @@ def _evaluate(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
+    tokenizer = _with_known_padding(tokenizer, model)
     with _quiet(), float32_evaluation(model) if float32 else evaluation_mode(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         options = {"limit": config.tasks_limit, "log_samples": False, "bootstrap_iters": RESAMPLES}
         return simple_evaluate(wrapped, tasks=names(config), task_manager=manager, **options)
+
+
+def _with_known_padding(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> PreTrainedTokenizerBase:
+    """The tokenizer, with a token to pad batches with that the model has a row for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id < rows:
+        return tokenizer
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def _read(found: Mapping[str, Any]) -> Iterator[tuple[str, str, dict[str, Any], dict[str, Any]]]:

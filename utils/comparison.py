@@ -20,6 +20,7 @@ from rich import box
 from rich.table import Table
 from tqdm import tqdm
 
+from .comparability import MOST_UNSPELT, unspelt_share
 from .config import flatten
 from .errors import UserError
 from .logs import console, read_metrics
@@ -211,6 +212,9 @@ def notes(runs: Sequence[Run]) -> Iterable[str]:
     if len({*sizes.values()}) > 1:
         told = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
         yield f"The runs are measured on different text (bytes: {told}): their bits per byte do not compare."
+    lossy = {run.name: unspelt_share(run.report["student"]) for run in runs if run.report.get("student")}
+    if told := [f"{name} {share:.1%}" for name, share in lossy.items() if share > MOST_UNSPELT]:
+        yield f"Students whose tokens leave out part of the text have too few bits per byte: {', '.join(told)}."
     if silent := [run.name for run in runs if not run.evaluations]:
         yield f"Without an evaluation so far: {', '.join(silent)}."
     if unknown := [run.name for run in runs if not run.settings]:

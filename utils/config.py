@@ -70,6 +70,10 @@ class ModelConfig(Validated):
     layers spread over all GPUs, or sharded over all processes."""
     allow_pickle: bool = False
     """Also take weights that are only there as pickle files (.bin); safetensors cannot carry code, they can."""
+    text_start: str | None = None
+    """Token that plain text starts with, such as `<|endoftext|>`; null: the start of text that the tokenizer itself
+    puts there, else the token that separates texts. The log tells which, and how likely the model finds a text behind
+    it."""
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,8 @@ class StudentConfig(Validated):
     lora: LoraConfig = field(default_factory=LoraConfig)
     """An adapter in place of the weights."""
     allow_pickle: bool = False
+    """As for the teacher."""
+    text_start: str | None = None
     """As for the teacher."""
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .comparability import unspelt_text
 from .device_memory import FittingParts
 from .errors import UserError
 
@@ -202,36 +203,55 @@ def gap_closed(student: float, initial: float, teacher: float) -> float | None:
 
 def retention(
     student: dict[str, Any], teacher: dict[str, Any], initial: dict[str, Any], agreement: dict[str, float | None]
-) -> dict[str, float | None]:
+) -> dict[str, float | str | None]:
     """The report's `retention`, from three `metrics` on one text and a `compare`.
 
-    `bits_per_byte_ratio` is student / teacher: 1 is the teacher's level, above it is worse.
+    `bits_per_byte_ratio` is student / teacher: 1 is the teacher's level, above it is worse. It and `gap_closed` are
+    None where the bits do not compare, for the reason `not_comparable`.
     """
+    if reason := unspelt_text({"student": student, "teacher": teacher}):
+        return {"bits_per_byte_ratio": None, **agreement, "gap_closed": None, "not_comparable": reason}
     bits = [model["bits_per_byte"] for model in (student, initial, teacher)]
     return {"bits_per_byte_ratio": bits[0] / bits[2], **agreement, "gap_closed": gap_closed(*bits)}
 
 
-def start_token(tokenizer: Any) -> int | None:
-    """The token a document starts with: `bos` where the tokenizer puts it or it is also `eos`, else `eos`."""
-    added = leading_bos(tokenizer)
-    return tokenizer.eos_token_id if added is None else added
+def bits_behind(
+    model: nn.Module, texts: Sequence[tuple[Sequence[int], int]], starts: Sequence[int], device: torch.device
+) -> dict[int, float]:
+    """Bits per byte of the same texts behind each of some start tokens.
 
-
-def leading_bos(tokenizer: Any) -> int | None:
-    """`bos` where the tokenizer puts it in front of every text, else None."""
-    adds_itself = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return tokenizer.bos_token_id if adds_itself else None
+    Args:
+        texts: ids of each without a start, and its bytes.
+    """
+    num_bytes = sum(size for _, size in texts)
+    bits = {}
+    for start in starts:
+        batches = []
+        for ids, _ in texts:
+            row = torch.tensor([[start, *ids]])
+            labels = torch.cat([row[:, 1:], torch.full((1, 1), IGNORE)], dim=1)
+            batches.append(({"input_ids": row, "attention_mask": torch.ones_like(row)}, labels))
+        nll, _ = token_nll(model, batches, device)
+        bits[start] = nll / (num_bytes * math.log(2))
+    return bits
 
 
 def generate_samples(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[Sequence[int]], new_tokens: int, *, float32: bool = True
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    forced_bos: int | None = None,
+    float32: bool = True,
 ) -> list[str]:
     """Greedy continuations, without the prompts; of an encoder-decoder model, what its decoder writes.
 
     Args:
-        prompts: token ids, the start marker included (see `start_token`); or what an encoder reads. Each runs alone, so
-            no padding.
+        prompts: token ids, what stands before a text included; or what an encoder reads. Each runs alone, so no
+            padding.
         new_tokens: at most; fewer where the model's context ends.
+        forced_bos: what a decoder reads between its start and a text, if anything.
         float32: as in `evaluate`.
     """
     from transformers import GenerationConfig
@@ -253,7 +273,7 @@ def generate_samples(
             settings = GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=end, pad_token_id=end or 0)
             if has_encoder(model):
                 settings.decoder_start_token_id = model.config.decoder_start_token_id
-                settings.forced_bos_token_id = leading_bos(tokenizer)
+                settings.forced_bos_token_id = forced_bos
             with _plain_generation(model):
                 out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
             texts.append(_continuation(tokenizer, [] if has_encoder(model) else list(prompt), out[0].tolist()))

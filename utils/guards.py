@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .comparability import unspelt_text
+
 log = logging.getLogger(__name__)
 
 EXPLAINED_STEPS = 500
@@ -24,6 +26,11 @@ EXPLAINED_STEPS = 500
 
 LEAST_VOCABULARY = 64
 """Below this size (toy languages) a loss near zero soon is possible, and no opinion is held."""
+
+LOSSY_CAUSE = (
+    "a tokenizer with a small vocabulary of whole words, or whose pre-tokenizer drops white space; byte-level BPE "
+    "leaves nothing out"
+)
 
 LEAST_COVERAGE = 0.5
 """Share of supervised positions with an anchor."""
@@ -64,7 +71,7 @@ class RedFlags:
 
     Attributes:
         warned: names of the flags raised so far, in order: `copying`, `duplicate_batch`, `zero_gradient`,
-            `scheduler`, `coverage`, `kd_high`, `weak_teacher`.
+            `scheduler`, `coverage`, `kd_high`, `weak_teacher`, `lossy_tokenizer`.
     """
 
     def __init__(
@@ -98,7 +105,7 @@ class RedFlags:
             warn=None if main else lambda _: None,
         )
         if "teacher" in start:
-            flags.teacher(start["teacher"]["bits_per_byte"], start["initial_student"]["bits_per_byte"])
+            flags.models(start["teacher"], start["initial_student"])
         return flags
 
     def batch(self, labels: Tensor, epoch: int, documents: Sequence[str] = ()) -> None:
@@ -141,6 +148,13 @@ class RedFlags:
         self._check_scheduler(record)
         if record["terms"].get("kd", {}).get("weight"):
             self._check_kd(record)
+
+    def models(self, teacher: Mapping[str, Any], student: Mapping[str, Any]) -> None:
+        """Compare the metrics of the teacher and of the untrained student, where they can be compared."""
+        if reason := unspelt_text({"student": student, "teacher": teacher}):
+            self._raise_flag("lossy_tokenizer", f"{reason}. Likely cause: {LOSSY_CAUSE}")
+        else:
+            self.teacher(teacher["bits_per_byte"], student["bits_per_byte"])
 
     def teacher(self, teacher_bits: float, student_bits: float) -> None:
         """Compare the bits per byte of the teacher and of the untrained student on the same text."""

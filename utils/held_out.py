@@ -8,7 +8,8 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch import nn
 from . import data, evaluation
 from .advice import advice
 from .atomic import write_json
+from .comparability import MOST_UNSPELT
 from .config import EvaluationConfig
 from .device_memory import FittingParts
 from .errors import RunError, UserError
@@ -30,6 +32,28 @@ GPU_WINDOWS = 16
 """Windows of a batch to score on a GPU, at least; `evaluation` passes as many of them at once as its logits allow."""
 ROUTING_BATCHES = 4
 """So many batches are enough to see how hidden states are routed."""
+
+
+STARTED_TEXTS, STARTED_TOKENS = 24, 64
+"""So many beginnings of texts, so long, tell behind which token a model finds a text likeliest."""
+
+CLEARLY_BETTER = 0.99
+"""Share of the bits per byte behind the start token in use; a token with fewer is named in a warning."""
+
+
+@dataclass(frozen=True)
+class TextStart:
+    """What one model reads before a text."""
+
+    ids: Sequence[int] = ()
+    """Start markers, in order."""
+    candidates: Sequence[int] = ()
+    """Tokens that a plain text could start with, the one in use first; empty where there is nothing to compare."""
+
+    @property
+    def forced_bos(self) -> int | None:
+        """What a decoder reads between its own start and a text."""
+        return self.ids[1] if len(self.ids) > 1 else None
 
 
 @dataclass(frozen=True)
@@ -47,6 +71,8 @@ class HeldOut:
     prompt: Callable[[str, str], tuple[str, list[int]]] | None = None
     """Where documents are conversations or examples: (document, side) -> what is asked last in it, and the token ids
     up to the answer."""
+    starts: Mapping[str, TextStart] = field(default_factory=dict)
+    """For `student` and `teacher`, what they read before a text; nothing where there is none."""
     together: bool = False
     """Every process asks the teacher about all windows, not about its share: a sharded one must be asked equally often
     by all."""
@@ -108,8 +134,18 @@ class HeldOut:
         return {"routing": {**routed, "weights": (total / len(first)).tolist()}}
 
     def describe(self, model: nn.Module, side: str) -> dict[str, Any]:
-        """Metrics, number of parameters and dtype of a model."""
-        return self.score(model, side) | evaluation.describe_model(model)
+        """Metrics, bytes that the model's tokens do not say, number of parameters and dtype of a model."""
+        unspelt = {"unspelt_bytes": self.unspelt_bytes(side)}
+        return self.score(model, side) | unspelt | evaluation.describe_model(model)
+
+    def unspelt_bytes(self, side: str) -> int:
+        """Bytes of the text that a side's tokens do not say: dropped, unknown, or changed by a normaliser."""
+        return sum(int(window[f"{side}_unspelt"]) for window in self.windows)
+
+    def unspelt_shares(self) -> dict[str, float]:
+        """`unspelt_bytes` of both sides as shares of the text."""
+        size = max(sum(int(window["bytes"]) for window in self.windows), 1)
+        return {side: self.unspelt_bytes(side) / size for side in ("student", "teacher")}
 
     def prompts(self, side: str) -> list[tuple[str, list[int]]]:
         """Prompts of the samples, from documents spread over the text: as shown, and as a side's model reads them.
@@ -121,8 +157,7 @@ class HeldOut:
         if self.prompt is not None:
             return [self.prompt(document, side) for document in chosen]
         student, reader = self.tokenizers["student"], self.tokenizers[side]
-        start = evaluation.start_token(reader)
-        lead = [] if start is None else [start]
+        lead = list(self._start(side).ids)
         # not verbose: only the first tokens are used, whatever the model's context length
         ids = [student(text[:2000], add_special_tokens=False, verbose=False)["input_ids"] for text in chosen]
         shown = [student.decode(row[: self.config.prompt_tokens]) for row in ids]
@@ -138,8 +173,44 @@ class HeldOut:
         texts: list[str | None] = [None] * len(prompts)
         with advice(f"samples of the {side}"):
             tokenizer, is_student = self.tokenizers[side], side == "student"
-            texts = evaluation.generate_samples(model, tokenizer, prompts, new_tokens, float32=is_student)
+            forced_bos = self._start(side).forced_bos
+            texts = evaluation.generate_samples(
+                model, tokenizer, prompts, new_tokens, forced_bos=forced_bos, float32=is_student
+            )
         return texts
+
+    def _start(self, side: str) -> TextStart:
+        return self.starts.get(side, TextStart())
+
+    def compare_starts(self, model: nn.Module, side: str) -> None:
+        """Tell how likely a model finds the text behind each token that a text could start with.
+
+        Windows are made before any model is loaded, behind the token that the tokenizer suggests: so they depend on
+        no computation, which might come out otherwise on another machine. Here the model says whether that was right.
+        """
+        candidates = self._start(side).candidates
+        if len(candidates) < 2 or not self.documents:
+            return
+        tokenizer = self.tokenizers[side]
+        texts = []
+        for document in self.documents[:STARTED_TEXTS]:
+            ids = tokenizer(document[:2000], add_special_tokens=False, verbose=False)["input_ids"][:STARTED_TOKENS]
+            texts.append((ids, len(tokenizer.decode(ids).encode())))
+
+        device = next(model.parameters()).device
+        with evaluation.float32_evaluation(model) if side == "student" else nullcontext():
+            bits = evaluation.bits_behind(model, texts, candidates, device)
+        names = dict(zip(candidates, tokenizer.convert_ids_to_tokens(list(candidates)), strict=True))
+        figures = ", ".join(f"{bits[start]:.4f} behind {names[start]}" for start in candidates)
+        in_use, best = candidates[0], min(bits, key=bits.__getitem__)
+        log.info("%s: plain text starts with %s; bits per byte of %d beginnings: %s",
+                 side, names[in_use], len(texts), figures)  # fmt: skip
+        if bits[best] < CLEARLY_BETTER * bits[in_use]:
+            log.warning(
+                "the %s finds texts likelier behind %s than behind %s, where they start in this run; to start them "
+                "there, in another --output-dir: --set %s.text_start='%s'",
+                side, names[best], names[in_use], side, names[best],
+            )  # fmt: skip
 
     def coverage(self) -> dict[str, float]:
         """Supervised student positions (`lm`), those with an anchor (`kd`) and at depth 0, over all processes."""
@@ -154,6 +225,19 @@ class HeldOut:
         shares = [100 * totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0")]
         log.info("coverage: %.1f %% of student positions have an anchor, %.1f %% at depth 0", *shares)
 
+    def log_unspelt(self, sides: Sequence[str]) -> None:
+        """Tell how much of the text the tokens of each side leave out."""
+        for side, share in self.unspelt_shares().items():
+            if side not in sides or not share:
+                continue
+            level = logging.WARNING if share > MOST_UNSPELT else logging.INFO
+            log.log(
+                level,
+                "the %s's tokens leave out %.1f %% of the bytes of the held-out text (unknown words, dropped spaces or "
+                "line breaks): it is not asked to predict them, so that its bits per byte are too low by about as much",
+                side, 100 * share,
+            )  # fmt: skip
+
     def fingerprint(self) -> dict[str, Any]:
         """What `measure_start` depends on besides the models."""
         settings = {name: getattr(self.config, name) for name in ("samples", "prompt_tokens", "new_tokens")}
@@ -167,6 +251,7 @@ class HeldOut:
         """
         described = self.describe(model, side)
         _require_finite(described, side)
+        self.compare_starts(model, side)
         return {"metrics": described, "samples": self.continuations(model, side)}
 
     def measure_start(

@@ -6,7 +6,7 @@ What trains tiny models is in rehearsal.py, what needs the losses in verify_fixe
 """
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from . import data, environment, evaluation, forecast, hardware, loading, pretra
 from . import memory as plan_memory
 from .advice import reason
 from .checklist import DOUBTFUL, check
+from .comparability import MOST_UNSPELT
 from .config import to_plain
 from .errors import UserError
 
@@ -149,6 +150,13 @@ def coverage(job: Any) -> tuple:
     anchored, shallow = (totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0"))
     value = f"{anchored:.1%} of {totals['lm']} positions have an anchor, {shallow:.1%} at depth 0"
     return value, f"{LEAST_COVERAGE:.0%} or more", anchored >= LEAST_COVERAGE
+
+
+@check("text in tokens", "the tokens leave text out, so bits per byte do not compare; choose a byte-level tokenizer")
+def spelt_text(job: Any, sides: Sequence[str]) -> tuple:
+    shares = {side: share for side, share in job.held_out.unspelt_shares().items() if side in sides}
+    value = ", ".join(f"{side} leaves out {share:.1%} of the bytes" for side, share in shares.items())
+    return value, f"{MOST_UNSPELT:.0%} or less", max(shares.values()) <= MOST_UNSPELT
 
 
 # -------------------------------------------------------------------------------------------- set-up

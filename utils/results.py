@@ -38,8 +38,11 @@ def headline(results: Mapping[str, Any]) -> str:
             f"The distilled student needs {abs(less):.1%} {word} bits per byte than the same student trained for the "
             "same steps without the teacher."
         )
-    closed = (results.get("retention") or {}).get("gap_closed")
-    if closed is not None:
+    retention = results.get("retention") or {}
+    closed = retention.get("gap_closed")
+    if reason := retention.get("not_comparable"):
+        sentences.append(f"How much of the gap to the teacher it closed is not told: {reason}.")
+    elif closed is not None:
         sentences.append(f"It closed {closed:.1%} of the gap between the untrained student and the teacher.")
     elif {"teacher", "initial_student"} <= bits.keys() and bits["teacher"] >= bits["initial_student"]:
         sentences.append("The teacher is no better on this text than the student was before training.")
@@ -51,7 +54,13 @@ def retention_lines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     kept = results.get("retention") or {}
     if not kept:
         return []
+    unspelt = []
+    for key, name in (("student", "student's"), ("teacher", "teacher's")):
+        model = results.get(key) or {}
+        if missing := model.get("unspelt_bytes"):
+            unspelt.append((f"Bytes of the text that the {name} tokens leave out", percent(missing / model["bytes"])))
     return [
+        *unspelt,
         ("Bits per byte, student over teacher", figure(kept.get("bits_per_byte_ratio"), 3)),
         ("Share of the gap to the teacher closed", percent(kept.get("gap_closed"))),
         ("Same most probable token as the teacher", percent(kept.get("top1_agreement"))),

@@ -68,19 +68,21 @@ def export(
     folder: Path,
     settings: Mapping[str, Any],
     results: Mapping[str, Any],
+    forced_bos: int | None = None,
 ) -> None:
     """Write the trained student, its tokenizer and a model card to a folder: the adapter alone, unless it is merged.
 
     Args:
         config: of the student, with paths that can be loaded.
         settings, results: for the card, see `utils.model_card`.
+        forced_bos: as in `evaluation.generate_samples`.
     """
     if config.lora.merge:
         base = pretrained.load_model(config.name, "student", torch.float32, allow_pickle=config.allow_pickle)
         settings_of_generation = student.generation_config
         student = adapters.merged(student, base)
         student.generation_config = settings_of_generation
-    _start_as_trained(student, tokenizer)
+    _start_as_trained(student, forced_bos)
     card = None
     with advice("model card"):
         card = model_card(settings, results)
@@ -89,20 +91,22 @@ def export(
         pretrained.export(student, tokenizer, folder, card)
 
 
-def rehearse_export(student: nn.Module, config: StudentConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def rehearse_export(
+    student: nn.Module, config: StudentConfig, tokenizer: PreTrainedTokenizerBase, forced_bos: int | None = None
+) -> None:
     """Find out before training whether the student can be exported after it.
 
     Raises:
         UserError: see `pretrained.rehearse_export`.
     """
-    _start_as_trained(student, tokenizer)
+    _start_as_trained(student, forced_bos)
     pretrained.rehearse_export(student, tokenizer, merges=config.lora.merge)
 
 
-def _start_as_trained(student: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+def _start_as_trained(student: nn.Module, forced_bos: int | None) -> None:
     """Let a decoder begin what it generates as it did in training."""
     if evaluation.has_encoder(student):
-        student.generation_config.forced_bos_token_id = evaluation.leading_bos(tokenizer)
+        student.generation_config.forced_bos_token_id = forced_bos
 
 
 def describe(folder: Path, settings: Mapping[str, Any], results: Mapping[str, Any]) -> None:

@@ -10,6 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from models.text_start import start_candidates
 from utils import evaluation
 from utils.errors import UserError
 from utils.evaluation import (
@@ -22,7 +23,6 @@ from utils.evaluation import (
     generate_samples,
     metrics,
     retention,
-    start_token,
     token_nll,
 )
 
@@ -289,17 +289,11 @@ def test_samples_are_greedy_silent_and_end_with_the_context(kind, dtype, tokeniz
     assert first[0] == tokenizer.decode(ids[0, len(prompts[0]) :], skip_special_tokens=True)
 
 
-def test_start_token_is_bos_only_where_documents_start_with_it(tokenizer):
-    assert start_token(tokenizer) == 0
-    other = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="!", eos_token="<end>")
-    assert other.bos_token_id != 0 and start_token(other) == 0
-
-
 @pytest.mark.parametrize("name", ["stories260k-llama", "tinystories-neo-chat-3m"])
 def test_real_models_continue_a_story(name, real_models_dir):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = real_models_dir / "models" / name
     model, real = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    prompt = [start_token(real), *real("Once upon a time", add_special_tokens=False)["input_ids"]]
+    prompt = [start_candidates(real)[0], *real("Once upon a time", add_special_tokens=False)["input_ids"]]
     assert generate_samples(model, real, [prompt], 12)[0].startswith(", there was a little girl named Lily")

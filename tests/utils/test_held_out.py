@@ -1,15 +1,17 @@
 """What is measured on held-out text besides its loss."""
 
 import copy
+import logging
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from tests.models.tiny import byte_bpe
+from tests.models.tiny import byte_bpe, tiny_llama
 from utils.config import EvaluationConfig
-from utils.held_out import ROUTING_BATCHES, HeldOut
+from utils.held_out import ROUTING_BATCHES, HeldOut, TextStart
 
 
 class Batch:
@@ -135,3 +137,43 @@ def test_routing_that_does_not_fit_into_memory_is_measured_in_halves():
     whole = held_out(windows=100, batch_size=3).routing(measure.model, measure)["routing"]["weights"]
     cut = held_out(windows=100, batch_size=3).routing(measure.model, full)["routing"]["weights"]
     assert cut[0] == pytest.approx(whole[0])
+
+
+def started(candidates: list[int], documents: list[str]) -> HeldOut:
+    tokenizers = {"student": byte_bpe(300)}
+    starts = {"student": TextStart(candidates[:1], candidates)}
+    return HeldOut(EvaluationConfig(), None, [], documents, Batch, tokenizers, 1, starts=starts)
+
+
+def test_a_model_that_finds_texts_likelier_behind_another_start_says_so_with_the_setting(caplog):
+    model, documents = tiny_llama(300, spread=1.0), ["A girl and a dog.", "There was a park."]
+    bits = {}
+    for start in (0, 5, 9):
+        nll = 0.0
+        for document in documents:
+            row = [start, *byte_bpe(300)(document, add_special_tokens=False)["input_ids"]]
+            logits = model(torch.tensor([row])).logits[0, :-1].double().log_softmax(-1)
+            nll -= logits.gather(1, torch.tensor(row[1:])[:, None]).sum().item()
+        bits[start] = nll / math.log(2) / sum(map(len, documents))
+    worst, best = max(bits, key=bits.get), min(bits, key=bits.get)
+    assert bits[best] < 0.99 * bits[worst]
+
+    with caplog.at_level(logging.INFO):
+        started([worst, *(start for start in bits if start != worst)], documents).compare_starts(model, "student")
+    names = byte_bpe(300).convert_ids_to_tokens([worst, best])
+    assert all(f"{value:.4f} behind" in caplog.text for value in bits.values())
+    assert f"likelier behind {names[1]} than behind {names[0]}" in caplog.text
+    assert f"--set student.text_start='{names[1]}'" in caplog.text
+
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        started([best, *(start for start in bits if start != best)], documents).compare_starts(model, "student")
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_nothing_is_measured_where_there_is_one_way_to_start_and_samples_start_like_windows(caplog):
+    of = started([7], ["A girl."])
+    with caplog.at_level(logging.INFO):
+        of.compare_starts(tiny_llama(300), "student")
+    assert caplog.records == []
+    assert of.prompts("student")[0][1][0] == 7
