@@ -8,11 +8,13 @@ read (what they begin with, as a marker; the completion; its end of text), and b
 
 import hashlib
 import json
+from datetime import date
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat import ChatEncoder, ConversationError, named
+from .chat import ChatEncoder
+from .chat_template import ConversationError, named
 from .pairing import SIDES, PairEncoder
 
 EXPECTED = "Encoder-decoder models learn from a prompt and its completion: columns 'prompt' and 'completion'"
@@ -92,6 +94,10 @@ class SourceEncoder(PairEncoder):
         roles = [message["role"] for message in messages]
         if roles != ["user", "assistant"]:
             raise ConversationError(f"{EXPECTED}. Got a conversation of {', '.join(roles)}.")
+        if any("reasoning_content" in message for message in messages):
+            raise ConversationError(
+                f"{EXPECTED}. Got thinking (reasoning_content) besides, which would not be learned."
+            )
         return messages[0]["content"], self.canonical(messages[1]["content"])
 
 
@@ -102,15 +108,20 @@ def make_encoder(
     conversations: bool,
     learn_from: Literal["completions", "all"],
     starts: tuple[int, int] | None,
+    today: date | None = None,
 ) -> PairEncoder:
     """The encoder for a family of models (`starts` as in `SourceEncoder`, None for causal ones) and a kind of text.
+
+    `today` is the day for chat templates that write it.
 
     Raises:
         ConversationError: plain text for an encoder-decoder pair.
         ValueError: see the encoders.
     """
     if starts is None:
-        return ChatEncoder(*pair, max_length, learn_from) if conversations else PairEncoder(*pair, max_length)
+        if conversations:
+            return ChatEncoder(*pair, max_length, learn_from, today)
+        return PairEncoder(*pair, max_length)
     if not conversations:
         raise ConversationError(f"{EXPECTED}. Got plain text.")
     return SourceEncoder(*pair, max_length, starts)

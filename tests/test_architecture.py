@@ -15,7 +15,7 @@ TOWERS = ("models", "utils")
 FLOORS = {
     "models": [
         {"config", "outputs"},
-        {"vocabulary", "alignment", "losses", "causal_lm", "curriculum", "projection", "fused_head"},
+        {"vocabulary", "alignment", "losses", "causal_lm", "curriculum", "projection", "fused_head", "chat_template"},
         {"pairing", "chat", "teacher", "student_aware_router"},
         {"distillation_framework", "cached_teacher", "encoder_decoder"},
     ],
@@ -30,6 +30,7 @@ FLOORS = {
         | {"model_card", "hub", "benchmark_tasks"},
         {"requirements", "students", "run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"}
         | {"rehearsal", "teachers"},
+        {"conversation_date"},
         {"training", "report", "cache_building"},
     ],
 }
