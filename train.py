@@ -154,7 +154,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, today: date | None = No
     """Tokenizers, text, windows and the vocabulary map: all that can fail cheaply, before the models.
 
     Args:
-        today: the day for chat templates that write it; None: that of the run's folder or cache, see
+        today: the day for chat templates that write it; None: that of its checkpoints or cache, see
             `utils.conversation_date`.
     """
     there = teachers.place(config, accelerator)
@@ -432,8 +432,8 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     today = on_main_process(accelerator, lambda: conversation_date.choose(config))
     job = replace(main_process_first(accelerator, lambda: prepare(config, accelerator, today.day)), needed=needed)
     if conversation_date.IDENTITY in job.fingerprint:
+        notes |= {"conversation date": f"{today.day}: {today.reason}"}
         log.info("a chat template writes the date: for this run it is always %s, %s", *today)
-        on_main_process(accelerator, lambda: conversation_date.keep(output, str(today.day)))
     used_here = teachers.gpus_used(config, accelerator.device, job.teacher_device)
     if unused := hardware.unused_gpus(accelerator.num_processes, used_here):
         log.warning(unused)

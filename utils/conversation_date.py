@@ -1,18 +1,16 @@
 """The day on which a run reads its conversations: some chat templates write the date.
 
 One day for a whole run, however often it is interrupted, and for all runs that share a teacher cache: the signals in it
-are found by what the teacher read.
+are found by what the teacher read. The day stands among what a checkpoint and a cache were made from.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .atomic import write_text
 from .paths import user_path
-from .run_folder import CONVERSATION_DATE
 from .teacher_cache import MANIFEST
 
 IDENTITY = "conversation_date"
@@ -27,52 +25,38 @@ class Day(NamedTuple):
 
 
 def choose(config: Any) -> Day:
-    """Return the day for a run: that of the checkpoints it goes on from, or of its teacher cache, or today.
+    """Return the day for a run: that of the checkpoint it goes on from, or of its teacher cache, or today.
 
     Args:
         config: `output_dir`, `resume` and `cache.folder`.
     """
-    output = Path(config.output_dir)
-    started = _first(folder for folder in (output, *_resumed(config.resume)) if _has_checkpoints(folder))
-    if started is not None:
-        return Day(started, "the day on which this run began")
+    for state in _checkpoint_states(Path(config.output_dir), config.resume):
+        started = _day_in(state, lambda content: content["fingerprint"])
+        if started is not None:
+            return Day(started, "the day on which this run began")
 
-    cache = None if config.cache.folder is None else user_path(config.cache.folder)
-    if cache is not None and (cached := _of_cache(cache)) is not None:
-        return Day(cached, f"the day of the teacher cache {cache}")
-    return Day(date.today(), "today")
-
-
-def keep(folder: Path, day: str) -> None:
-    """Write down the day of the run in a folder."""
-    write_text(folder / CONVERSATION_DATE, f"{day}\n")
+    if config.cache.folder is not None:
+        folder = user_path(config.cache.folder)
+        cached = _day_in(folder / MANIFEST, lambda content: content["built_from"])
+        if cached is not None:
+            return Day(cached, f"the day of the teacher cache {folder}")
+    return Day(date.today(), "the day on which this run begins")
 
 
-def _resumed(resume: str) -> list[Path]:
-    """Folders that may be that of the run which a checkpoint's path belongs to."""
+def _checkpoint_states(output: Path, resume: str) -> Iterator[Path]:
+    """Files that say what checkpoints were made from: of the run itself, and of where it goes on from."""
+    yield from output.glob("checkpoints/step-*/state.json")
     if resume in ("auto", "never"):
-        return []
-    path = user_path(resume).absolute()
-    return [path, *list(path.parents)[:2]]
+        return
+    path = user_path(resume)
+    yield path / "state.json"
+    for pattern in ("step-*/state.json", "checkpoints/step-*/state.json"):
+        yield from path.glob(pattern)
 
 
-def _has_checkpoints(folder: Path) -> bool:
-    return any((folder / "checkpoints").glob("step-*"))
-
-
-def _first(folders: Iterable[Path]) -> date | None:
-    for folder in folders:
-        try:
-            return date.fromisoformat((folder / CONVERSATION_DATE).read_text(encoding="utf-8").strip())
-        except (OSError, ValueError):  # no template wrote the date, or the file was lost
-            continue
-    return None
-
-
-def _of_cache(folder: Path) -> date | None:
-    """The day that a teacher cache was built for; what is wrong with a cache is told where it is opened."""
+def _day_in(file: Path, part: Callable[[Any], Any]) -> date | None:
+    """The day in a part of a JSON file; None where there is none. What is wrong with a file, whoever uses it tells."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return date.fromisoformat(manifest["built_from"][IDENTITY])
+        return date.fromisoformat(part(json.loads(file.read_text(encoding="utf-8")))[IDENTITY])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -22,12 +22,10 @@ CONFIG = "config.yaml"
 LOCK = ".lock"
 PATIENCE = 15
 """Seconds that the data workers of a run that was killed may take to notice it; they keep its lock."""
-CONVERSATION_DATE = "conversation_date.txt"
-"""The day on which the conversations of a run are read, where a chat template writes the date."""
-BEFORE_TRAINING = {CONFIG, LOCK, LOG, CONVERSATION_DATE}
+BEFORE_TRAINING = {CONFIG, LOCK, LOG}
 """What a run writes before there is anything to continue."""
 CURVES, REPORT_MD, REPORT_HTML = "training_curves.png", "evaluation_report.md", "report.html"
-FILES = (CONFIG, LOG, METRICS, CURVES, REPORT_MD, REPORT_HTML, CONVERSATION_DATE)
+FILES = (CONFIG, LOG, METRICS, CURVES, REPORT_MD, REPORT_HTML)
 FOLDERS = ("checkpoints", "student")
 """What a run writes under these names must not meet something of the other kind hours later."""
 
