@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from models import head_passes
 from models.cached_teacher import CachedTeacher, RememberingCollator
 from models.causal_lm import vocabulary_size
-from models.chat import tokenizers_for_chat
+from models.chat_template import tokenizers_for_chat
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
@@ -37,6 +38,7 @@ from models.vocabulary import VocabularyMap
 from utils import (
     benchmark_tasks,
     command_line,
+    conversation_date,
     data,
     dry_run,
     exported,
@@ -152,8 +154,13 @@ class Job:
     needed: memory.Forecast = field(default_factory=memory.Forecast)
 
 
-def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
-    """Tokenizers, text, windows and the vocabulary map: all that can fail cheaply, before the models."""
+def prepare(config: RunConfig, accelerator: Accelerator, today: date | None = None) -> Job:
+    """Tokenizers, text, windows and the vocabulary map: all that can fail cheaply, before the models.
+
+    Args:
+        today: the day for chat templates that write it; None: that of its checkpoints or cache, see
+            `utils.conversation_date`.
+    """
     there = teachers.place(config, accelerator)
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
     students.check(config.student)
@@ -179,16 +186,19 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
             for what in lacking:
                 log.warning("%s", what)
         pair = (tokenizers["student"], tokenizers["teacher"])
-        rows, cache = (sizes["student"], sizes["teacher"]), quickstart.cache_dir() / "vocabularies"
+        rows = (sizes["student"], sizes["teacher"])
         encoder = make_encoder(
             pair,
             length,
             conversations=corpus.conversations,
             learn_from=config.data.learn_from,
             starts=starts,
+            today=today or conversation_date.choose(config).day,
             facts=ModelFacts(rows, (config.student.text_start, config.teacher.text_start)),
         )
-        vocabulary = VocabularyMap.build(*pair, *rows, cache_dir=cache)
+        for note in encoder.notes(corpus.train):
+            log.warning("%s", note)
+        vocabulary = VocabularyMap.build(*pair, *rows, cache_dir=quickstart.cache_dir() / "vocabularies")
         workers = config.data.num_workers or None
         room = data.Room(length, encoder.least_length)
         packing = {"encode": encoder.windows, "fingerprint": encoder.fingerprint, "num_proc": workers, "room": room}
@@ -229,6 +239,7 @@ def prepare(config: RunConfig, accelerator: Accelerator) -> Job:
             "held_out_windows": data.windows_fingerprint(held_out),
             "tokenizers_and_length": encoder.fingerprint,
             "mixed_precision": accelerator.mixed_precision,
+            **({} if encoder.day is None else {conversation_date.IDENTITY: str(encoder.day)}),
         },
         teacher_device=there,
         teacher_dtype=pretrained.frozen_dtype(config.teacher.dtype, there, accelerator.mixed_precision),
@@ -477,7 +488,11 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
     config, needed = memory.settle(config, accelerator, chunk_rows)
-    job = replace(main_process_first(accelerator, lambda: prepare(config, accelerator)), needed=needed)
+    today = on_main_process(accelerator, lambda: conversation_date.choose(config))
+    job = replace(main_process_first(accelerator, lambda: prepare(config, accelerator, today.day)), needed=needed)
+    if conversation_date.IDENTITY in job.fingerprint:
+        notes |= {"conversation date": f"{today.day}: {today.reason}"}
+        log.info("a chat template writes the date: for this run it is always %s, %s", *today)
     used_here = teachers.gpus_used(config, accelerator.device, job.teacher_device)
     if unused := hardware.unused_gpus(accelerator.num_processes, used_here):
         log.warning(unused)

@@ -1,117 +1,91 @@
-"""Conversations -> windows: each model reads its own chat template and learns what the assistant says.
+"""Conversations -> windows: each model reads its own chat template and learns what it must write itself.
 
-A conversation is a JSON list of `{"role", "content"}`. A model reads all of it as its template puts it; only contents
-that are learned from are predicted and aligned, in order, as one stream of bytes. For every such content the stream
-has a slot (the space that some tokenizers put before a text), the content's bytes, and one pseudo-byte for the end of
-the turn, which both models mark in their own way. All other tokens have role MARKER: they are read and are no targets.
+A conversation is a JSON list of `{"role", "content"}`, perhaps with `reasoning_content` (thinking before an answer) and
+`weight` (0: read, not learned). A model reads all of it as its template puts it. What is learned of an answer is all
+that the model must write behind its own generation prompt, to the end of its turn (`chat_template`). What both models
+write there, contents, is aligned, in order, as one stream of bytes. For every such content the stream has a slot (the
+space that some tokenizers put before a text), the content's bytes, and one pseudo-byte for the end of the turn, which
+both models mark in their own way; one more slot before and behind a content where a template writes markup there. Such
+markup has role WRITTEN: it is learned from the text alone. All other tokens have role MARKER: they are read and are no
+targets.
+
+Where a template writes an answer otherwise once it has become history (without its thinking), the answer is learned in
+a piece of its own that ends with it.
 """
 
 import bisect
-import copy
 import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from dataclasses import dataclass
+from datetime import date
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 import numpy as np
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
+from .chat_template import (
+    BREAK,
+    MARK,
+    REMEDY,
+    ChatTemplate,
+    ConversationError,
+    Message,
+    Rendering,
+    Segment,
+    Shape,
+    control_tokens,
+    named,
+    on_date,
+    reads_clock,
+    segments,
+)
 from .pairing import ANY_MODEL, SIDES, ModelFacts, PairEncoder, Piece
 from .validation import expect_texts
-from .vocabulary import END, MARKER, Reading, TokenTable
+from .vocabulary import END, MARKER, WRITTEN, Reading, TokenTable
 
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n"
-    "{% endfor %}{% if add_generation_prompt %}Assistant:\n{% endif %}"
-)
-"""For a tokenizer without a chat template: role names in plain words, end of text after the assistant's."""
+FORMAT = 2
+"""Version of what windows of conversations hold: a part of their fingerprint."""
 
-MARK, BREAK = "\U0010fffd", "\U0010fffc"
-"""Private characters: around the alias of a control token, and between texts that no token may join. In contents they
-become U+FFFD."""
+Field = tuple[int, int]
+"""(message, number) of something that is said in a conversation."""
 
 
-class ConversationError(ValueError):
-    """A conversation that a chat template refuses, or changes so that its contents cannot be found."""
+class Markup(NamedTuple):
+    """What one model writes beside the contents of a stretch that both models write."""
 
-    document: str | None = None
-    """Its name, where it has one."""
-
-
-_REMEDY = (
-    "Leave such conversations out, or give the tokenizer a template that takes them and writes contents as they are."
-)
+    before: tuple[str, ...]
+    """Before each of the contents, from the content before it on."""
+    behind: str
+    """Behind the last one, up to the end of the turn."""
 
 
-@contextmanager
-def named(document: str) -> Iterator[None]:
-    """A `ConversationError` raised inside is about this document."""
-    try:
-        yield
-    except ConversationError as error:
-        error.document = document
-        raise
+@dataclass(frozen=True)
+class Place:
+    """Where a learned stretch lies in the stream of bytes, for both models."""
 
+    contents: tuple[Field, ...]
+    """What both models write, in order."""
+    sizes: tuple[int, ...]
+    """Their bytes."""
+    leads: tuple[int, ...]
+    """First byte of the slots before each."""
+    begins: tuple[int, ...]
+    """First byte of each."""
+    end: int
+    """The pseudo-byte of the turn's end."""
+    ends_alike: bool
+    """Whether the end of one model's turn tells about the other's: both write the same before it."""
 
-def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that can be talked with: it has a chat template, and its end of text is the end of the assistant's turn.
-
-    So generation stops there, and the ends of turn of two models are each other's counterparts as ends of text are.
-    Where the template puts no control token behind the assistant's text, the end of text stays what it is.
-    """
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.chat_template = tokenizer.chat_template or PLAIN_TEMPLATE
-    behind = _behind_an_answer(tokenizer)
-    tokenizer.eos_token = next(filter(behind.startswith, _control_tokens(tokenizer)), tokenizer.eos_token)
-    return tokenizer
-
-
-def ends_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the template puts the tokenizer's end of text behind what the assistant says."""
-    return tokenizer.eos_token is not None and _behind_an_answer(tokenizer).startswith(tokenizer.eos_token)
-
-
-def tokenizers_for_chat(
-    tokenizers: Mapping[str, PreTrainedTokenizerBase],
-) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
-    """`chat_tokenizer` of each, by role; and what their own templates lack, in words."""
-    found, lacking = {}, []
-    for role, tokenizer in tokenizers.items():
-        if not tokenizer.chat_template:
-            lacking.append(f'{role}: no chat template, so conversations are written with "User:" and "Assistant:"')
-        found[role] = chat_tokenizer(tokenizer)
-        if not ends_turns(found[role]):
-            lacking.append(f"{role}: its chat template marks no end of the assistant's turn: no model learns to stop")
-    return found, lacking
-
-
-def _behind_an_answer(tokenizer: PreTrainedTokenizerBase) -> str:
-    return _parts(tokenizer, ["user", "assistant"])[-1]
-
-
-def _control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Longest first: special tokens, and added ones that the template writes."""
-    template = str(tokenizer.chat_template)
-    added = tokenizer.added_tokens_decoder.values()
-    found = {token.content for token in added if token.special or token.content in template}
-    return sorted(found, key=lambda token: (-len(token), token))
-
-
-def _render(tokenizer: PreTrainedTokenizerBase, roles: list[str], contents: Sequence[str]) -> str:
-    messages = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=True)]
-    return tokenizer.apply_chat_template(messages, tokenize=False)
-
-
-def _parts(tokenizer: PreTrainedTokenizerBase, roles: list[str]) -> list[str]:
-    """What the template makes of messages, in parts: its own text at even places, numbers of contents at odd ones."""
-    rendered = _render(tokenizer, roles, [f"{MARK}{n}{MARK}" for n in range(len(roles))])
-    return re.split(f"{MARK}(\\d+){MARK}", rendered)
+    def slots(self) -> list[int]:
+        """Return the bytes before the contents, where a space that a token has in front of a content may lie."""
+        return [byte for lead, begin in zip(self.leads, self.begins, strict=True) for byte in range(lead, begin)]
 
 
 class _Side:
@@ -119,7 +93,8 @@ class _Side:
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> None:
         self.name, self.tokenizer, self.table = name, tokenizer, table
-        self.aliases = {token: f"{MARK}{n}{MARK}" for n, token in enumerate(_control_tokens(tokenizer))}
+        self.template = ChatTemplate(name, tokenizer)
+        self.aliases = {token: f"{MARK}{n}{MARK}" for n, token in enumerate(control_tokens(tokenizer))}
 
     def __getstate__(self) -> dict:
         return {k: v for k, v in self.__dict__.items() if k not in ("_backend", "_break", "_controls")}
@@ -150,48 +125,18 @@ class _Side:
     def _controls(self) -> re.Pattern:
         return re.compile("|".join(map(re.escape, self.aliases)) or "(?!)")
 
-    def parts(self, roles: list[str], contents: list[str]) -> list[str] | None:
-        """As `_parts`; None if the template does not leave the contents as they are.
+    def tokenise(self, pieces: Sequence[Segment], contents: Iterable[Field]) -> "Tokens":
+        """Tokenise a rendering as the tokenizer reads the whole text.
 
-        Raises:
-            ConversationError: the template refuses these messages.
+        Only where a token would lie across the begin or the end of what is learned, or of a content (but for one space
+        in front that the model writes itself), these are read apart, as they are when the model answers.
         """
-        try:
-            parts = _parts(self.tokenizer, roles)
-            rendered = _render(self.tokenizer, roles, contents)
-        except jinja2.TemplateError as error:
-            raise ConversationError(
-                f"the {self.name}'s chat template refuses a conversation of {', '.join(roles)}: {error}. It begins: "
-                f"{_beginning(contents)}. {_REMEDY}"
-            ) from error
-        filled = "".join(contents[int(part)] if n % 2 else part for n, part in enumerate(parts))
-        return parts if filled == rendered else None
-
-    def tokenise(self, parts: list[str], contents: list[str], learned: Sequence[int]) -> tuple[list[int], list, dict]:
-        """(ids, first character and end of each, characters of each learned content); the characters count from the
-        text's begin.
-
-        As the tokenizer reads the whole text. Only where a token would join a learned content and what is beside it
-        (but for one space in front) are the two read apart, as they are when the model answers.
-        """
-        for between in ("", BREAK):
-            text, spans = "", {}
-            for n, part in enumerate(parts):
-                if n % 2 == 0:
-                    text += self._controls.sub(lambda found: self.aliases[found[0]], part)
-                    continue
-                edge = between if int(part) in learned else ""
-                begin = len(text) + len(edge)
-                text += edge + contents[int(part)] + edge
-                if int(part) in learned:
-                    spans[int(part)] = (begin, len(text) - len(edge))
-            encoding = self._backend.encode(text, add_special_tokens=False)
-            kept = [n for n, i in enumerate(encoding.ids) if i != self._break]
-            ids, offsets = [encoding.ids[n] for n in kept], [encoding.offsets[n] for n in kept]
-            self._require_rows(ids)
-            if not any(self._joined(text, ids, offsets, *span) for span in spans.values()):
+        for apart in (False, True):
+            tokens = self._tokenise(pieces, set(contents), apart)
+            self._require_rows(tokens.ids)
+            if not tokens.joined(self.table):
                 break
-        return ids, offsets, spans
+        return tokens
 
     def _require_rows(self, ids: list[int]) -> None:
         """Refuse a template that writes special tokens which the model has no row for."""
@@ -203,40 +148,149 @@ class _Side:
                 "the model has; give the model rows with resize_token_embeddings, or another template."
             )
 
-    def _joined(self, text: str, ids: list[int], offsets: list, begin: int, end: int) -> bool:
-        """Whether a token lies across the begin or the end of text[begin:end]."""
-        across = [n for n, (lo, hi) in enumerate(offsets) if lo < begin < hi or lo < end < hi]
-        space = begin < end and text[begin - 1 : begin] == " "
-        return any(
-            not space or offsets[n][0] != begin - 1 or offsets[n][1] > end or self.table.bytes[ids[n]][:1] != b" "
-            for n in across
-        )
+    def _tokenise(self, pieces: Sequence[Segment], contents: set[Field], apart: bool) -> "Tokens":
+        text, spans, edges = "", [], []
+        for number, piece in enumerate(pieces):
+            before = pieces[number - 1] if number else piece
+            after = pieces[number + 1] if number + 1 < len(pieces) else piece
+            aligned = piece.field in contents
+            at_begin = aligned or (piece.stretch is not None and piece.stretch != before.stretch)
+            at_end = aligned and (after.stretch != piece.stretch or after.field not in contents)
 
-    def prompt(self, parts: list[str], contents: list[str], answer: int) -> list[int]:
-        """The ids of all that stands before a content."""
-        ids, offsets, spans = self.tokenise(parts, contents, [answer])
-        return ids[: _within(offsets, *spans[answer]).start]
+            text += BREAK * (apart and at_begin)
+            begin = len(text)
+            text += self._controls.sub(lambda m: self.aliases[m[0]], piece.text) if piece.field is None else piece.text
+            spans.append((begin, len(text)))
+            if at_begin:
+                edges.append(Edge(begin, _may_begin_with_space(piece, before, aligned)))
+            if at_end:
+                edges.append(Edge(len(text), False))
+                text += BREAK * apart
 
-    def read(self, parts: list[str], contents: list[str], learned: Sequence[int]) -> Reading:
-        """All tokens of a conversation, those of learned contents and their ends on the stream's bytes."""
-        ids, offsets, spans = self.tokenise(parts, contents, learned)
-        starts, roles = np.zeros(len(ids), dtype=np.int64), np.full(len(ids), MARKER, dtype=np.int8)
-        ends, done, slot = starts.copy(), 0, 0
-        for content in learned:
-            begin = spans[content][0]
-            held = _within(offsets, *spans[content])
-            starts[done : held.start] = ends[done : held.start] = slot
-            inside = [(max(lo - begin, 0), hi - begin) for lo, hi in offsets[held]]
-            reading = self.table.place(contents[content], ids[held], inside)
-            starts[held], ends[held], roles[held] = reading.starts + slot + 1, reading.ends + slot + 1, reading.roles
-            done = held.stop
-            slot += 1 + len(contents[content].encode())
-            if done < len(ids) and ids[done] == self.table.end_of_text:
-                starts[done], ends[done], roles[done] = slot, slot + 1, END
-                done += 1
-            slot += 1
-        starts[done:] = ends[done:] = slot
-        return Reading(np.array(ids, dtype=np.int64), starts, ends, roles)
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids, offsets = [], []
+        for i, span in zip(encoding.ids, encoding.offsets, strict=True):
+            if i != self._break:
+                ids.append(i)
+                offsets.append(span)
+        return Tokens(text, ids, offsets, spans, edges)
+
+    def read(self, pieces: Sequence[Segment], places: Sequence[Place]) -> Reading:
+        """All tokens of a rendering, what is learned of it on the stream's bytes."""
+        tokens = self.tokenise(pieces, [field for place in places for field in place.contents])
+        writer = _Writer(self.table, tokens)
+        for number, place in enumerate(places):
+            indices = [n for n, piece in enumerate(pieces) if piece.stretch == number]
+            writer.stretch(pieces, indices, place)
+        return writer.reading()
+
+    def prompt(self, pieces: Sequence[Segment], contents: Sequence[Field], stretch: int) -> list[int]:
+        """The ids of all that stands before a stretch."""
+        tokens = self.tokenise(pieces, contents)
+        first = next(n for n, piece in enumerate(pieces) if piece.stretch == stretch)
+        return tokens.ids[: _within(tokens.offsets, *tokens.spans[first]).start]
+
+
+class Edge(NamedTuple):
+    """A place in a text that no token may lie across."""
+
+    at: int
+    after_space: bool
+    """But one may begin with the space before it."""
+
+
+class Tokens(NamedTuple):
+    """A tokenised text; all but the ids counts characters from its begin."""
+
+    text: str
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    spans: list[tuple[int, int]]
+    """Of the segments that the text is made of."""
+    edges: list[Edge]
+
+    def joined(self, table: TokenTable) -> bool:
+        """Whether a token lies across one of the edges."""
+        for edge in self.edges:
+            first = bisect.bisect_right(self.offsets, edge.at, key=lambda token: token[1])
+            for i, (begin, end) in zip(self.ids[first:], self.offsets[first:], strict=True):
+                if begin >= edge.at:
+                    break
+                spaced = edge.after_space and begin == edge.at - 1 and self.text[begin] == " "
+                if end > edge.at and not (spaced and table.bytes[i][:1] == b" "):
+                    return True
+        return False
+
+
+def _may_begin_with_space(piece: Segment, before: Segment, aligned: bool) -> bool:
+    """Whether the first token of a segment may begin with the last character before it.
+
+    A space of the generation prompt is a token of its own when a model is asked; one that the model writes is not.
+    """
+    return aligned and bool(piece.text) and piece.stretch == before.stretch
+
+
+class _Writer:
+    """Roles and bytes of the tokens of a rendering, stretch by stretch."""
+
+    def __init__(self, table: TokenTable, tokens: Tokens) -> None:
+        self.table, self.tokens = table, tokens
+        count = len(tokens.ids)
+        self.starts = np.zeros(count, dtype=np.int64)
+        self.ends = np.zeros(count, dtype=np.int64)
+        self.roles = np.full(count, MARKER, dtype=np.int8)
+        self.done = 0
+        self.byte = 0
+
+    def stretch(self, pieces: Sequence[Segment], indices: Sequence[int], place: Place) -> None:
+        """Place the tokens of a learned stretch, and those between it and the one before."""
+        spans = self.tokens.spans
+        self._upto(_within(self.tokens.offsets, *spans[indices[0]]).start, MARKER, self.byte)
+        where = dict(zip(place.contents, zip(place.leads, place.begins, place.sizes, strict=True), strict=True))
+
+        for index in indices:
+            piece = pieces[index]
+            if piece.field not in where:
+                continue
+            lead, begin, size = where[piece.field]
+            held = _within(self.tokens.offsets, *spans[index])
+            self._upto(held.start, WRITTEN, lead)
+            self._content(piece.text, held, spans[index][0], begin)
+            self.byte = begin + size
+
+        last = indices[-1]
+        if pieces[last].field is None:
+            self._end(spans[last], place)
+        self.byte = place.end + 1
+
+    def _content(self, text: str, held: slice, first: int, begin: int) -> None:
+        """Place the tokens of a content that lies at `begin` in the stream."""
+        inside = [(max(lo - first, 0), hi - first) for lo, hi in self.tokens.offsets[held]]
+        reading = self.table.place(text, self.tokens.ids[held], inside)
+        self.starts[held], self.ends[held] = reading.starts + begin, reading.ends + begin
+        self.roles[held] = reading.roles
+        self.done = held.stop
+
+    def _end(self, span: tuple[int, int], place: Place) -> None:
+        """Place what stands behind the last content of a stretch: markup and, last of all, the end of the turn."""
+        held = _within(self.tokens.offsets, *span)
+        if held.stop > held.start and self.tokens.ids[held.stop - 1] == self.table.end_of_text and place.ends_alike:
+            self._upto(held.stop - 1, WRITTEN, self.byte)
+            self.starts[self.done], self.ends[self.done], self.roles[self.done] = place.end, place.end + 1, END
+            self.done += 1
+        else:
+            self._upto(max(held.stop, self.done), WRITTEN, self.byte)
+
+    def _upto(self, stop: int, role: int, byte: int) -> None:
+        """Give the tokens before `stop` that have no place yet this role, and no bytes."""
+        rest = slice(self.done, max(stop, self.done))
+        self.starts[rest] = self.ends[rest] = byte
+        self.roles[rest] = role
+        self.done = rest.stop
+
+    def reading(self) -> Reading:
+        self._upto(len(self.tokens.ids), MARKER, self.byte)
+        return Reading(np.array(self.tokens.ids, dtype=np.int64), self.starts, self.ends, self.roles)
 
 
 def _beginning(contents: Sequence[str]) -> str:
@@ -250,6 +304,21 @@ def _within(offsets: list[tuple[int, int]], begin: int, end: int) -> slice:
     return slice(first, max(first, bisect.bisect_left(offsets, end, key=lambda token: token[0])))
 
 
+# ---------------------------------------------------------------- encoder
+
+
+class Understood(NamedTuple):
+    """A conversation taken apart in a way that both templates write as it is."""
+
+    messages: list[Message]
+    renderings: list[list[Rendering]]
+    """Pairs, one rendering for each side: the whole conversation, then answers that are learned alone."""
+
+    @property
+    def fields(self) -> list[tuple[str, ...]]:
+        return [message.fields for message in self.messages]
+
+
 class ChatEncoder(PairEncoder):
     """Conversations -> windows, as `PairEncoder` for documents.
 
@@ -258,6 +327,7 @@ class ChatEncoder(PairEncoder):
 
     Args:
         learn_from: completions: what the assistant says; all: every message's content.
+        today: the day for templates that write the date; by default that on which the encoder is made.
     """
 
     def __init__(
@@ -266,15 +336,22 @@ class ChatEncoder(PairEncoder):
         teacher_tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         learn_from: Literal["completions", "all"] = "completions",
+        today: date | None = None,
         facts: ModelFacts = ANY_MODEL,
     ) -> None:
         super().__init__(student_tokenizer, teacher_tokenizer, max_length, facts)
         self.learn_from = learn_from
         self._end_is_start = (False, False)  # a conversation starts as its template says
-        pair = (student_tokenizer, teacher_tokenizer)
+
+        day = today or date.today()
+        if any(map(reads_clock, (student_tokenizer, teacher_tokenizer))):
+            self.day = day
+        pair = [on_date(tokenizer, day) for tokenizer in (student_tokenizer, teacher_tokenizer)]
         self.sides = [_Side(*of) for of in zip(SIDES, pair, self.tables, strict=True)]
-        own = json.dumps([self.fingerprint, learn_from, *(tokenizer.chat_template for tokenizer in pair)])
-        self.fingerprint = hashlib.sha256(own.encode()).hexdigest()
+        self._tags_are_tokens = any("</think>" in side.aliases for side in self.sides)
+
+        depends_on = [FORMAT, self.fingerprint, learn_from, *(tokenizer.chat_template for tokenizer in pair)]
+        self.fingerprint = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
 
     def windows(self, texts: list[str], documents: list[str] | None = None) -> list[dict[str, Any]]:
         """Pack conversations into windows; see `PairEncoder.windows`.
@@ -288,60 +365,212 @@ class ChatEncoder(PairEncoder):
         pieces, left_out = [], 0
         for name, text in zip(documents or [""] * len(texts), texts, strict=True):
             with named(name):
-                piece, lost = self._piece(name, text)
-            left_out += lost
-            if piece is not None:
-                pieces.append(piece)
+                conversation = self._understood(json.loads(text))
+                for renderings in conversation.renderings:
+                    piece, lost = self._piece(name, conversation, renderings)
+                    left_out += lost
+                    if piece is not None:
+                        pieces.append(piece)
         return self.packed(pieces, left_out)
 
     def prompt(self, conversation: str, side: str) -> tuple[str, list[int]]:
         """What the assistant (or else anybody) says last in a conversation: the content before it, and the token ids
         of all before it, as a model is asked to answer."""
-        roles, contents, parts = self._understood(json.loads(conversation))
-        answer = max((n for n, role in enumerate(roles) if role == "assistant"), default=len(roles) - 1)
-        index = SIDES.index(side)
-        return contents[answer - 1] if answer else "", self.sides[index].prompt(parts[index], contents, answer)
+        messages = json.loads(conversation)
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        learned = [n for n in answers if message_is_learned(messages[n])]
+        last = max(learned or answers, default=len(messages) - 1)
 
-    def _understood(self, messages: list[dict]) -> tuple[list[str], list[str], list[list[str]]]:
-        """(roles, contents, parts for each side); without the white space around contents where a template drops it."""
-        roles = [message["role"] for message in messages]
-        contents = [re.sub(f"[{MARK}{BREAK}]", "\ufffd", self.canonical(message["content"])) for message in messages]
-        for given in (contents, [content.strip() for content in contents]):
-            parts = [side.parts(roles, given) for side in self.sides]
-            if None not in parts:
-                return roles, given, parts
-        name = SIDES[parts.index(None)]
+        understood = self._understood(messages, [last])
+        index = SIDES.index(side)
+        renderings = next(pair for pair in understood.renderings if pair[0].stretches)
+        pieces = segments(renderings[index], understood.fields)
+        ids = self.sides[index].prompt(pieces, [(last, n) for n in range(len(understood.fields[last]))], 0)
+        asked = understood.messages[last - 1].as_dict()["content"] if last else ""
+        return asked, ids
+
+    def notes(self, texts: Iterable[str]) -> list[str]:
+        """What is worth knowing of conversations before they are learned from, in words, each once.
+
+        Conversations that a template does not take are left to `windows`, which tells where they are.
+        """
+        lost: Counter[str] = Counter()
+        count = 0
+        for text in texts:
+            count += 1
+            if "reasoning_content" not in text and "</think>" not in text:
+                continue
+            try:
+                conversation = self._understood(json.loads(text))
+            except ConversationError:
+                continue
+            lost.update(set(self._losses(conversation)))
+        return [f"{loss} (in {times:,} of {count:,} conversations)" for loss, times in sorted(lost.items())]
+
+    def _losses(self, conversation: Understood) -> Iterable[str]:
+        """What the templates leave out of the messages that are learned."""
+        for renderings in conversation.renderings:
+            for side, rendering in zip(self.sides, renderings, strict=True):
+                written = set(rendering.places())
+                for stretch in rendering.stretches:
+                    fields = conversation.fields[stretch.message]
+                    if any((stretch.message, n) not in written for n in range(len(fields))):
+                        yield _left_out(side.name)
+
+    def _understood(self, messages: list[dict], learned: Sequence[int] | None = None) -> Understood:
+        """The conversation; without the white space around contents where a template drops it, and with thinking as a
+        field of its own where a template moves it or has tokens for its tags.
+
+        Args:
+            learned: the messages to learn; by default as they and `learn_from` say.
+
+        Raises:
+            ConversationError: a template refuses these messages, or changes what is said.
+        """
+        clean = [self._clean(message) for message in messages]
+        if learned is None:
+            learned = [n for n, message in enumerate(messages) if self._is_learned(message)]
+
+        thinks = any("</think>" in message["content"] for message in clean if message["role"] == "assistant")
+        ways = [(False, False), (True, False)]
+        if thinks:
+            cut = [(False, True), (True, True)]
+            ways = [*cut, *ways] if self._tags_are_tokens else [*ways, *cut]
+
+        for strip, cut in ways:
+            taken = [Message.of(message, strip=strip, cut=cut) for message in clean]
+            renderings, changed = self._renderings(taken, learned)
+            if changed is None:
+                return Understood(taken, renderings)
+
+        roles = ", ".join(message["role"] for message in clean)
         raise ConversationError(
-            f"the {name}'s chat template changes what is said in a conversation of {', '.join(roles)}, so that it "
-            f"cannot be found in the result; the conversation begins: {_beginning(contents)}. {_REMEDY}"
+            f"the {changed.name}'s chat template changes what is said in a conversation of {roles}, so that it cannot "
+            f"be found in the result; the conversation begins: {self._told(clean)}. {REMEDY}"
         )
 
-    def _piece(self, name: str, conversation: str) -> tuple[Piece | None, int]:
-        """As much of a conversation as fits into a window, and the bytes to learn from that do not."""
-        roles, contents, parts = self._understood(json.loads(conversation))
-        learned = [n for n, role in enumerate(roles) if role == "assistant" or self.learn_from == "all"]
-        for side, found in zip(self.sides, parts, strict=True):
-            if [int(n) for n in found[1::2] if int(n) in learned] != learned:
-                raise ConversationError(
-                    f"the {side.name}'s chat template leaves out, repeats or moves messages of a conversation of "
-                    f"{', '.join(roles)}; expected each once and in order. It begins: {_beginning(contents)}. {_REMEDY}"
-                )
-        pair = [side.read(found, contents, learned) for side, found in zip(self.sides, parts, strict=True)]
-        sizes = np.array([len(contents[n].encode()) for n in learned], dtype=np.int64)
-        slots = np.cumsum([0, *(sizes + 2)])
-        size, keep = int(sizes.sum()), [len(reading.ids) for reading in pair]
-        if not learned or any(reading.roles[:1] != MARKER for reading in pair):
-            return None, size  # nothing to learn, or a template that puts nothing before it to predict it from
-        end, whole = int(slots[-1]), max(keep) <= self.max_length
+    def _is_learned(self, message: dict[str, Any]) -> bool:
+        return message_is_learned(message) and (message["role"] == "assistant" or self.learn_from == "all")
+
+    def _clean(self, message: dict[str, Any]) -> dict[str, str]:
+        """The message with texts that both models are given alike."""
+        texts = {key: message[key] for key in ("content", "reasoning_content") if key in message}
+        clean = {key: re.sub(f"[{MARK}{BREAK}]", "\ufffd", self.canonical(text)) for key, text in texts.items()}
+        return {"role": message["role"], **clean}
+
+    @staticmethod
+    def _told(messages: Sequence[dict[str, str]]) -> str:
+        return _beginning([message["content"] for message in messages])
+
+    def _renderings(
+        self, messages: Sequence[Message], learned: Sequence[int]
+    ) -> tuple[list[list[Rendering]], _Side | None]:
+        """Pairs of renderings in which all that is learned is learned once; and the side whose template changes what is
+        said, if one does."""
+        shapes = tuple(message.shape for message in messages)
+        fields = [message.fields for message in messages]
+        for side in self.sides:  # that both take the messages comes first
+            with self._refusing(side, messages):
+                side.template.marked(shapes)
+
+        pairs = self._layout(shapes, messages, learned)
+        for pair in pairs:
+            for side, rendering in zip(self.sides, pair, strict=True):
+                with self._refusing(side, messages):
+                    if not side.template.writes(rendering, fields):
+                        return [], side
+                self._check(side, rendering, messages)
+        return pairs, None
+
+    def _layout(
+        self, shapes: tuple[Shape, ...], messages: Sequence[Message], learned: Sequence[int]
+    ) -> list[list[Rendering]]:
+        """Pairs of renderings: the whole conversation, and up to each answer that is learned alone."""
+        answers = [n for n in learned if shapes[n].role == "assistant"]
+        others = [n for n in learned if shapes[n].role != "assistant"]
+        alone = {}
+        for side in self.sides:
+            with self._refusing(side, messages):
+                alone[side.name] = {n: side.template.answer(shapes[: n + 1]) for n in answers}
+
+        in_place = set(answers)
+        for side in self.sides:
+            in_place &= {n for n, answer in alone[side.name].items() if side.template.remains(answer, shapes)}
+        together = [
+            side.template.whole(shapes, [alone[side.name][n] for n in sorted(in_place)], others) for side in self.sides
+        ]
+        pairs = [[alone[side.name][n] for side in self.sides] for n in answers if n not in in_place]
+        return pairs if pairs and not together[0].stretches else [together, *pairs]
+
+    @contextmanager
+    def _refusing(self, side: _Side, messages: Sequence[Message]) -> Iterator[None]:
+        """Tell what a template refuses as an error about these messages."""
+        try:
+            yield
+        except jinja2.TemplateError as error:
+            raise self._refused(side, messages, error) from error
+
+    def _refused(self, side: _Side, messages: Sequence[Message], error: Exception) -> ConversationError:
+        roles = ", ".join(message.shape.role for message in messages)
+        begins = _beginning([message.fields[0] for message in messages])
+        return ConversationError(
+            f"the {side.name}'s chat template refuses a conversation of {roles}: {error}. It begins: {begins}. {REMEDY}"
+        )
+
+    def _check(self, side: _Side, rendering: Rendering, messages: Sequence[Message]) -> None:
+        """Make sure that a rendering has the messages once and in order, and of what is learned all that is said.
+
+        Raises:
+            ConversationError: it has not.
+        """
+        roles = ", ".join(message.shape.role for message in messages)
+        begins = _beginning([message.fields[0] for message in messages])
+        learned = [stretch.message for stretch in rendering.stretches]
+        places = rendering.places()
+        order = [n for n, _ in places if n in learned or rendering.shapes[n].role != "system"]
+        answers = [place for place in places if place[0] in learned]
+        missing = {(n, len(rendering.shapes[n].literals) - 2) for n in learned} - set(answers)
+        if missing or order != sorted(order) or len(answers) != len(set(answers)):
+            raise ConversationError(
+                f"the {side.name}'s chat template leaves out, repeats or moves messages of a conversation of {roles}; "
+                f"expected each once and in order. It begins: {begins}. {REMEDY}"
+            )
+
+        thought = {(n, 0) for n in learned if len(rendering.shapes[n].literals) > 2} - set(answers)
+        if thought and side is self.sides[0]:
+            raise ConversationError(
+                f"the {side.name}'s chat template leaves out the thinking (<think>...</think>) of an answer in a "
+                f"conversation of {roles}, which would not be learned. It begins: {begins}. Take the thinking out of "
+                "the answers, or give the tokenizer a template that writes it."
+            )
+
+    def _piece(self, name: str, conversation: Understood, renderings: Sequence[Rendering]) -> tuple[Piece | None, int]:
+        """As much of a rendering as fits into a window, and the bytes to learn from that do not."""
+        fields = conversation.fields
+        pieces = [segments(rendering, fields) for rendering in renderings]
+        places = _places(pieces, [stretch.message for stretch in renderings[0].stretches])
+        begins = np.array([begin for place in places for begin in place.begins], dtype=np.int64)
+        sizes = np.array([size for place in places for size in place.sizes], dtype=np.int64)
+        size = int(sizes.sum())
+        if not places:
+            return None, 0
+
+        pair = [side.read(of, places) for side, of in zip(self.sides, pieces, strict=True)]
+        keep = [len(reading.ids) for reading in pair]
+        if any(reading.roles[:1] != MARKER for reading in pair):
+            return None, size  # a template that puts nothing before what is learned to predict it from
+
+        end, whole = places[-1].end + 1, max(keep) <= self.max_length
         if not whole:
             cuts = _common_ends(pair)
             cuts = cuts[(cuts[:, 1:] <= self.max_length).all(1)]
             if not len(cuts):
                 return None, size
             end, *keep = cuts[-1].tolist()
-        text_bytes = int((end - slots[:-1] - 1).clip(0, sizes).sum())
+        text_bytes = int((end - begins).clip(0, sizes).sum())
         readings = [reading.part(0, count) for reading, count in zip(pair, keep, strict=True)]
-        spelt = [self._spelt(side, reading, slots[:-1]) for side, reading in enumerate(readings)]
+        slots = [byte for place in places for byte in place.slots()]
+        spelt = [self._spelt(side, reading, slots) for side, reading in enumerate(readings)]
         piece = Piece(
             document=name,
             readings=readings,
@@ -353,6 +582,54 @@ class ChatEncoder(PairEncoder):
             whole=whole,
         )
         return piece, 0
+
+
+def message_is_learned(message: dict[str, Any]) -> bool:
+    """Return whether a message, as conversations are handed in, may be learned from."""
+    return message.get("weight", 1) != 0
+
+
+def _left_out(name: str) -> str:
+    learned = "without the teacher" if name == "teacher" else "without it"
+    return f"the {name}'s chat template leaves out the thinking before answers: learned {learned}"
+
+
+def _places(sides: Sequence[Sequence[Segment]], messages: Sequence[int]) -> list[Place]:
+    """Lay the learned stretches of a pair of renderings out as one stream of bytes."""
+    places, byte = [], 0
+    for number in range(len(messages)):
+        stretches = [[piece for piece in pieces if piece.stretch == number] for pieces in sides]
+        common = set.intersection(*({piece.field for piece in stretch} for stretch in stretches)) - {None}
+        contents = [piece for piece in stretches[0] if piece.field in common]
+        markup = [_markup(stretch, common) for stretch in stretches]
+
+        leads, begins, sizes = [], [], []
+        for n, piece in enumerate(contents):
+            leads.append(byte)
+            byte += 1 + any(of.before[n] for of in markup)
+            begins.append(byte)
+            sizes.append(len(piece.text.encode()))
+            byte += sizes[-1]
+        byte += any(of.behind for of in markup)
+        fields = tuple(piece.field for piece in contents)
+        alike = markup[0].behind == markup[1].behind
+        places.append(Place(fields, tuple(sizes), tuple(leads), tuple(begins), byte, alike))
+        byte += 1
+    return places
+
+
+def _markup(stretch: Sequence[Segment], common: set[Field]) -> Markup:
+    """What a model writes beside the contents that both write; the last segment is the end of the turn, if there is
+    one."""
+    texts, text = [], ""
+    for piece in stretch:
+        if piece.field in common:
+            texts.append(text)
+            text = ""
+        else:
+            text += piece.text
+    ended = len(stretch) > 0 and stretch[-1].field is None
+    return Markup(tuple(texts), text.removesuffix(stretch[-1].text) if ended else text)
 
 
 def _common_ends(pair: list[Reading]) -> np.ndarray:

@@ -8,11 +8,13 @@ read (what they begin with, as a marker; the completion; its end of text), and b
 
 import hashlib
 import json
+from datetime import date
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from .chat import ChatEncoder, ConversationError, named
+from .chat import ChatEncoder
+from .chat_template import ConversationError, named
 from .pairing import ANY_MODEL, SIDES, ModelFacts, PairEncoder
 from .text_start import leading_bos
 from .validation import expect_texts
@@ -106,6 +108,10 @@ class SourceEncoder(PairEncoder):
         roles = [message["role"] for message in messages]
         if roles != ["user", "assistant"]:
             raise ConversationError(f"{EXPECTED}. Got a conversation of {', '.join(roles)}.")
+        if any("reasoning_content" in message for message in messages):
+            raise ConversationError(
+                f"{EXPECTED}. Got thinking (reasoning_content) besides, which would not be learned."
+            )
         return messages[0]["content"], self.canonical(messages[1]["content"])
 
 
@@ -117,8 +123,11 @@ def make_encoder(
     learn_from: Literal["completions", "all"],
     starts: tuple[int, int] | None,
     facts: ModelFacts = ANY_MODEL,
+    today: date | None = None,
 ) -> PairEncoder:
     """The encoder for a family of models (`starts` as in `SourceEncoder`, None for causal ones) and a kind of text.
+
+    `today` is the day for chat templates that write it.
 
     Raises:
         ConversationError: plain text for an encoder-decoder pair.
@@ -126,7 +135,7 @@ def make_encoder(
     """
     if starts is None:
         if conversations:
-            return ChatEncoder(*pair, max_length, learn_from, facts)
+            return ChatEncoder(*pair, max_length, learn_from, today, facts)
         return PairEncoder(*pair, max_length, facts)
     if not conversations:
         raise ConversationError(f"{EXPECTED}. Got plain text.")

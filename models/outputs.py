@@ -131,6 +131,8 @@ class PairedBatch(_Movable):
     """Per window, what a memory of the teacher knows it by (`CachedTeacher`)."""
     signal: TeacherSignal | None = None
     """What the teacher says about this batch, where a memory had it."""
+    student_markup: Tensor | None = None  # flat student positions that predict markup of its chat template: no text
+    teacher_markup: Tensor | None = None  # likewise for the teacher
 
     def as_filler(self) -> "PairedBatch":
         """The same without anchors: for a process that only keeps others company, and must not be compared with."""
@@ -144,19 +146,24 @@ class PairedBatch(_Movable):
     def scored(self, side: str) -> tuple[dict[str, Tensor], Tensor]:
         """(what the model of "student" or "teacher" is called with, labels) for evaluation.
 
-        Both sides score exactly the same bytes of text; end-of-text tokens are not scored.
+        Both sides score exactly the same bytes of text; end-of-text tokens and markup are not scored.
         """
         if side == "student":
             ids, mask, source = self.student_ids, self.student_mask, self.student_source
-            labels, eot = self.labels, self.end_of_text[0]
+            labels, eot, markup = self.labels, self.end_of_text[0], self.student_markup
         else:
             ids, mask, source = self.teacher_ids, self.teacher_mask, self.teacher_source
-            labels, eot = self.teacher_labels, self.end_of_text[1]
+            labels, eot, markup = self.teacher_labels, self.end_of_text[1], self.teacher_markup
         inputs = {"input_ids": ids, "attention_mask": mask}
         if source is not None:
             mask = torch.ones_like(source.ids) if source.mask is None else source.mask
             inputs = {"input_ids": source.ids, "attention_mask": mask, "decoder_input_ids": ids}
-        return inputs, labels if eot is None else labels.masked_fill(labels == eot, IGNORE)
+
+        if eot is not None:
+            labels = labels.masked_fill(labels == eot, IGNORE)
+        if markup is not None:
+            labels = labels.flatten().index_fill(0, markup, IGNORE).view_as(labels)
+        return inputs, labels
 
 
 @dataclass

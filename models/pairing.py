@@ -11,8 +11,9 @@ for the space that some tokenizers put there.
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ from .alignment import Alignment, align, paired_tokens
 from .config import RouterConfig
 from .outputs import IGNORE, LEAST_RELATED, Anchors, PairedBatch, Source
 from .validation import expect, expect_count, expect_texts
-from .vocabulary import END, FORMAT, MARKER, Reading, TokenTable, VocabularyMap
+from .vocabulary import END, FORMAT, MARKER, MISMATCH, WRITTEN, Reading, TokenTable, VocabularyMap
 
 SIDES = ("student", "teacher")
 BEHIND = 2**40
@@ -161,6 +162,13 @@ class PairEncoder:
     prompt: Callable[[str, str], tuple[str, list[int]]] | None = None
     """(document, side) -> what is asked last in it and the ids up to the answer, where documents are conversations."""
 
+    day: date | None = None
+    """That on which all documents are read, where what a model reads depends on it."""
+
+    def notes(self, texts: Iterable[str]) -> list[str]:
+        """What is worth knowing of documents before they are learned from, in words."""
+        return []
+
     def packed(self, pieces: list[Piece], left_out: int) -> list[dict[str, Any]]:
         """Windows of pieces; `left_out` counts bytes that are in none of them."""
         windows = [self._assemble(group) for group in self._group(pieces)]
@@ -275,6 +283,11 @@ def _reading(window: dict[str, Any], side: str) -> Reading:
     return Reading(*(np.asarray(window[f"{side}_{column}"], dtype=np.int64) for column in Reading._fields))
 
 
+def _comparable(reading: Reading) -> Reading:
+    """The reading as it is aligned: markup, which one model alone writes, stands for no bytes of the other's text."""
+    return reading._replace(roles=np.where(reading.roles == WRITTEN, MISMATCH, reading.roles))
+
+
 def read_and_learned(window: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """(tokens that the student reads of a window, those of its encoder first; whether it learns to predict each)."""
     source = np.asarray(window.get("student_source", []), dtype=np.int64)
@@ -284,7 +297,7 @@ def read_and_learned(window: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
 
 def count_channel(windows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
     """(teacher tokens, student tokens) that start at the same byte, over windows: for `VocabularyMap.with_channel`."""
-    pairs = [paired_tokens(_reading(w, "student"), _reading(w, "teacher")) for w in windows]
+    pairs = [paired_tokens(*(_comparable(_reading(window, side)) for side in SIDES)) for window in windows]
     return tuple(np.concatenate(side) for side in zip(*pairs, strict=True))
 
 
@@ -327,13 +340,17 @@ class PairCollator:
             raise ValueError("windows: got none, expected at least 1")
 
         readings = [[_reading(w, side) for w in windows] for side in SIDES]
-        aligned = [align(s, t, self.vocabulary, self.max_depth) for s, t in zip(*readings, strict=True)]
-        padded = {}
+        aligned = [
+            align(_comparable(student), _comparable(teacher), self.vocabulary, self.max_depth)
+            for student, teacher in zip(*readings, strict=True)
+        ]
+        padded, markup = {}, {}
         for side, rows in zip(SIDES, readings, strict=True):
             padded[f"{side}_ids"] = _pad([r.ids for r in rows], 0)
             padded[f"{side}_mask"] = _pad([np.ones_like(r.ids) for r in rows], 0)
             supervised = [np.where(r.roles[1:] != MARKER, r.ids[1:], IGNORE) for r in rows]
             padded[f"{side}_labels"] = _pad([np.append(labels, IGNORE) for labels in supervised], IGNORE)
+            markup[f"{side}_markup"] = _markup_positions(rows, padded[f"{side}_ids"].shape[1])
         padded["labels"] = padded.pop("student_labels")
         rows = _stack(aligned, padded["student_ids"].shape[1], padded["teacher_ids"].shape[1])
         rows["supervised"] = np.flatnonzero(padded["labels"] != IGNORE)
@@ -350,7 +367,7 @@ class PairCollator:
             anchors, compared = _anchors(readings, aligned, padded, self.router)
             counts |= compared
         return PairedBatch(
-            **{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in (padded | rows | asked).items()},
+            **{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in (padded | rows | asked | markup).items()},
             **host,
             **{f"{side}_source": _source([w.get(f"{side}_source") for w in windows]) for side in SIDES},
             counts=counts,
@@ -359,6 +376,13 @@ class PairCollator:
             end_of_text=self.end_of_text,
             documents=[str(w["documents"]) for w in windows],
         )
+
+
+def _markup_positions(readings: list[Reading], width: int) -> np.ndarray:
+    """Flat positions, in rows of `width`, that predict markup."""
+    empty = np.zeros(0, dtype=np.int64)
+    rows = [np.flatnonzero(reading.roles[1:] == WRITTEN) + row * width for row, reading in enumerate(readings)]
+    return np.concatenate([empty, *rows])
 
 
 def _pad(rows: list[np.ndarray], value: int) -> np.ndarray:

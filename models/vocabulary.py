@@ -34,15 +34,27 @@ from .token_bytes import (
 )
 from .validation import expect, expect_count
 
-__all__ = ["END", "FORMAT", "MARKER", "MISMATCH", "TEXT", "Reading", "TokenTable", "VocabularyMap", "byte_alphabet"]
+__all__ = [
+    "END",
+    "FORMAT",
+    "MARKER",
+    "MISMATCH",
+    "TEXT",
+    "WRITTEN",
+    "Reading",
+    "TokenTable",
+    "VocabularyMap",
+    "byte_alphabet",
+]
 
 FORMAT = 2
 """Version of the tables on disk and of the windows: a part of every fingerprint."""
 LONGEST_SPELLING = 32
 """Student tokens kept of one teacher token; later ones have no target (runs of 100 spaces and the like)."""
-MARKER, TEXT, MISMATCH, END = 0, 1, 2, 3
+MARKER, TEXT, MISMATCH, END, WRITTEN = 0, 1, 2, 3, 4
 """Roles of a token in a window: not supervised (start marker, context); text; text whose bytes are not the
-token's (normaliser, unknown token); end of text."""
+token's (normaliser, unknown token); end of text; markup of a chat template that the model has to write itself, which
+is learned but is no text that the other model reads."""
 
 
 class Reading(NamedTuple):

@@ -13,6 +13,7 @@ import numpy as np
 from accelerate.utils import gather_object
 
 from . import loading, pretrained, seeding
+from .conversation_date import IDENTITY
 from .errors import UserError
 from .forecast import free_disk
 from .held_out import HeldOut
@@ -54,6 +55,8 @@ def with_cache(job: Any, remember: Callable[..., Any]) -> Any:
         "vocabulary_map": job.vocabulary.fingerprint,
         "max_depth": config.loss.max_depth,
     }
+    if IDENTITY in job.fingerprint:
+        identity[IDENTITY] = job.fingerprint[IDENTITY]
     codec = Codec(len(job.vocabulary.segments), config.cache.top_k, config.cache.storage)
     _warn_of_top_k(config, codec)
     text, main = job.fingerprint["training_text"], job.accelerator.is_main_process

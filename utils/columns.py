@@ -1,8 +1,8 @@
 """What the rows of a table hold: plain text, a prompt and its completion, or a conversation."""
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .errors import UserError
@@ -29,42 +29,163 @@ def as_text(place: str, value: Any) -> str:
     return value
 
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which data sets keep the thinking before an answer."""
+UNSUPPORTED_BESIDE = ("tools", "functions", "chat_template_kwargs")
+"""Columns that change what a conversation means, and that nothing here honours."""
+SYSTEM = "system"
+
+
+@dataclass
+class Unread:
+    """What was met in data and is not read."""
+
+    columns: set[str] = field(default_factory=set)
+    keys: set[str] = field(default_factory=set)
+    """Of messages."""
+
+    def __str__(self) -> str:
+        parts = [f"columns not read: {', '.join(sorted(self.columns))}"] if self.columns else []
+        if self.keys:
+            parts.append(f"keys of messages not read: {', '.join(sorted(self.keys))}")
+        return "; ".join(parts)
+
+
 class Conversation(NamedTuple):
     """A value that should be a list of messages."""
 
     messages: Any
+    beside: Mapping[str, Any] = {}
+    """Other columns of the row that belong to it."""
 
-    def text(self, place: str, learn_from: str) -> str:
+    def text(self, place: str, learn_from: str, unread: Unread | None = None) -> str:
         """JSON of a list of `{"role", "content"}`; empty if there is nothing to learn from.
 
+        A message may have `reasoning_content` besides, the thinking before an answer, and `weight`: 0 where it is read
+        and not learned.
+
+        Args:
+            unread: takes note of keys that are not read.
+
         Raises:
-            UserError: something else than messages with a role and a text.
+            UserError: something else than messages with a role and a text, or what would be lost: tools, images.
         """
         messages = self.messages
         if not isinstance(messages, list) or not len(messages):
             got = f"{type(messages).__name__}{' of length 0' * isinstance(messages, list)}"
             raise UserError(f"{place}: expected a list of messages, each with 'role' and 'content', got {got}.")
-        kept = []
-        for number, message in enumerate(messages):
-            there = f"{place}, message {number}"
-            if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-                got = (
-                    f"the keys {', '.join(map(str, message))}" if isinstance(message, dict) else type(message).__name__
+
+        self._refuse_unsupported(place)
+        kept = [_message(f"{place}, message {number}", message, unread) for number, message in enumerate(messages)]
+        kept = self._system(place, kept) + kept
+
+        for message in kept:
+            answers = learn_from == "all" or message["role"] == "assistant"
+            if answers and message.get("weight", 1) and message["content"].strip():
+                return json.dumps(kept, ensure_ascii=False)
+        return ""
+
+    def _refuse_unsupported(self, place: str) -> None:
+        for column in UNSUPPORTED_BESIDE:
+            if self.beside.get(column) not in (None, [], {}, "", "[]", "{}"):
+                raise UserError(
+                    f"{place}: column {column!r} changes what the conversation means, and is not supported. Leave such "
+                    "rows out, or the column, if the conversations are to be learned without it."
                 )
-                raise UserError(f"{there}: expected an object with 'role' and 'content', got {got}.")
-            if message.get("tool_calls"):
-                raise UserError(f"{there}: it calls tools, which is not supported. Leave such conversations out.")
-            for key in ("role", "content"):
-                if not isinstance(message[key], str):
-                    raise UserError(f"{there}: expected text as its {key}, got {type(message[key]).__name__}.")
-            kept.append({key: as_text(there, message[key]) for key in ("role", "content")})
-        learned = any(m["content"].strip() for m in kept if learn_from == "all" or m["role"] == "assistant")
-        return json.dumps(kept, ensure_ascii=False) if learned else ""
+
+    def _system(self, place: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The message that the column `system` stands for, where there is one."""
+        system = as_text(f"{place}, column {SYSTEM!r}", self.beside.get(SYSTEM))
+        if not system.strip():
+            return []
+        if messages[0]["role"] != SYSTEM:
+            return [{"role": SYSTEM, "content": system}]
+        if messages[0]["content"].strip() == system.strip():
+            return []
+        raise UserError(
+            f"{place}: column {SYSTEM!r} and the first message are different system messages. Expected one of them."
+        )
+
+
+def _message(place: str, message: Any, unread: Unread | None) -> dict[str, Any]:
+    """What is read of a message.
+
+    Raises:
+        UserError: it has no role and text, or holds more that would change what it means.
+    """
+    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        got = f"the keys {', '.join(map(str, message))}" if isinstance(message, dict) else type(message).__name__
+        raise UserError(f"{place}: expected an object with 'role' and 'content', got {got}.{_from_value(message)}")
+    for key in ("tool_calls", "function_call"):
+        if message.get(key):
+            raise UserError(f"{place}: it calls tools ({key!r}), which is not supported. Leave such conversations out.")
+
+    content = _joined_parts(place, message["content"])
+    for key, value in (("role", message["role"]), ("content", content)):
+        if not isinstance(value, str):
+            raise UserError(f"{place}: expected text as its {key}, got {type(value).__name__}.")
+    read = {"role": as_text(place, message["role"]), "content": as_text(place, content)}
+
+    reasoning = [message[key] for key in REASONING if message.get(key)]
+    if reasoning:
+        read["reasoning_content"] = as_text(f"{place}, its thinking", reasoning[0])
+    if not _is_learned(place, message):
+        read["weight"] = 0
+    if unread is not None:
+        known = {"role", "content", "weight", "train", "tool_calls", "function_call", *REASONING}
+        unread.keys |= {str(key) for key, value in message.items() if key not in known and value is not None}
+    return read
+
+
+def _joined_parts(place: str, content: Any) -> Any:
+    """A content that comes as a list of parts, as one text.
+
+    Raises:
+        UserError: a part is no text.
+    """
+    if not isinstance(content, list):
+        return content
+    texts = []
+    for part in content:
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            kind = part.get("type", "something") if isinstance(part, dict) else type(part).__name__
+            raise UserError(
+                f"{place}: its content holds a part that is no text ({kind}). Leave such conversations out."
+            )
+        texts.append(text)
+    return "".join(texts)
+
+
+def _is_learned(place: str, message: Mapping[str, Any]) -> bool:
+    """Whether a message is to be learned, as its keys `weight` and `train` say.
+
+    Raises:
+        UserError: they say something else than yes or no.
+    """
+    learned = True
+    for key in ("weight", "train"):
+        value = message.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise UserError(f"{place}: expected 0 or 1 as its {key}, got {value!r}.")
+        learned = learned and bool(value)
+    return learned
+
+
+def _from_value(message: Any) -> str:
+    if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
+        return ""
+    return " Rename 'from' and 'value' to these, and what 'from' says (human, gpt) to user and assistant."
 
 
 def said(conversation: str) -> str:
     """What the messages of a conversation, as `Conversation.text` writes it, say."""
-    return "".join(message["content"] for message in json.loads(conversation))
+    texts = []
+    for message in json.loads(conversation):
+        texts += [message.get("reasoning_content", ""), message["content"]]
+    return "".join(texts)
 
 
 @dataclass(frozen=True)
@@ -76,9 +197,11 @@ class Columns:
     messages: str = "messages"
     prompt: str = "prompt"
     completion: str = "completion"
+    unread: Unread = field(default_factory=Unread, compare=False)
+    """Takes note of columns that are met and not read."""
 
     def among(self, place: str, found: Iterable[str]) -> list[str]:
-        """The columns to read.
+        """The columns that hold a document.
 
         Raises:
             UserError: there are none.
@@ -96,11 +219,32 @@ class Columns:
             "--set data.text_column=NAME (or data.messages_column, data.prompt_column and data.completion_column)."
         )
 
+    def to_read(self, place: str, found: Iterable[str]) -> list[str]:
+        """The columns to read: those of `among`, and what belongs to a conversation beside them.
+
+        Raises:
+            UserError: see `among`.
+        """
+        found = list(found)
+        names = self.among(place, found)
+        if self._of_conversation(names):
+            names = [*names, *(name for name in (SYSTEM, *UNSUPPORTED_BESIDE) if name in found and name not in names)]
+        self.unread.columns.update(str(name) for name in found if name not in names)
+        return names
+
     def document(self, names: Sequence[str], values: Sequence[Any]) -> Any:
-        """The value of the columns that `among` chose."""
-        if None in values:
+        """The value of the columns that `to_read` chose."""
+        row = dict(zip(names, values, strict=True))
+        chosen = self.among("", names)
+        if any(row[name] is None for name in chosen):
             return None
-        if len(values) == 2:
-            roles = zip(("user", "assistant"), values, strict=True)
-            return Conversation([{"role": role, "content": content} for role, content in roles])
-        return Conversation(values[0]) if names[0] == self.messages != self.text else values[0]
+        if not self._of_conversation(chosen):
+            return row[chosen[0]]
+        beside = {name: value for name, value in row.items() if name not in chosen}
+        if len(chosen) == 1:
+            return Conversation(row[self.messages], beside)
+        pairs = zip(("user", "assistant"), chosen, strict=True)
+        return Conversation([{"role": role, "content": row[name]} for role, name in pairs], beside)
+
+    def _of_conversation(self, names: Sequence[str]) -> bool:
+        return not self.text and (self.messages in names or self.completion in names)

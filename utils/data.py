@@ -52,7 +52,7 @@ class Corpus:
     train: list[str]
     eval: list[str]
     conversations: bool
-    """Whether every document is a conversation: a JSON list of `{"role", "content"}`; else every one is plain text."""
+    """Whether every document is a conversation, as `Conversation.text` writes it; else every one is plain text."""
     report: dict[str, int]
     """Documents read, empty, duplicate, in_eval (dropped from training because evaluation has them), train, eval;
     train_bytes and eval_bytes, UTF-8, of conversations what their messages say."""
@@ -99,6 +99,16 @@ def load_documents(config: DataConfig) -> Corpus:
 def _read(config: DataConfig, names: Sequence[str], split: str, kinds: dict[bool, str]) -> Iterator[tuple[str, str]]:
     """Documents as texts. `kinds`: where the first conversation (True) or plain text (False) was met."""
     columns = Columns(config.text_column, config.messages_column, config.prompt_column, config.completion_column)
+    try:
+        yield from _documents(config, names, split, kinds, columns)
+    finally:  # also where no more of them are wanted
+        if unread := str(columns.unread):
+            log.info("%s: %s", ", ".join(names), unread)
+
+
+def _documents(
+    config: DataConfig, names: Sequence[str], split: str, kinds: dict[bool, str], columns: Columns
+) -> Iterator[tuple[str, str]]:
     found = sources.read(names, split=split, columns=columns, separator=config.document_separator)
     for place, value in found if config.document_start is None else _joined(found, config.document_start):
         chat = isinstance(value, Conversation)
@@ -109,7 +119,7 @@ def _read(config: DataConfig, names: Sequence[str], split: str, kinds: dict[bool
                 f"{kinds[False]} is plain text. Give one kind, for training and for evaluation; to read a column as "
                 "plain text, name it: --set data.text_column=NAME."
             )
-        yield place, value.text(place, config.learn_from) if chat else as_text(place, value)
+        yield place, value.text(place, config.learn_from, columns.unread) if chat else as_text(place, value)
 
 
 @contextmanager

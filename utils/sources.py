@@ -112,7 +112,7 @@ def _read_hub(source: str, columns: Columns, split: str) -> Iterator[Located]:
 
 
 def _read_rows(rows: datasets.Dataset, place: str, columns: Columns) -> Iterator[Located]:
-    names = columns.among(place, rows.column_names)
+    names = columns.to_read(place, rows.column_names)
     rows = rows.select_columns(names)
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
@@ -253,7 +253,7 @@ def _read_json(file: Path, columns: Columns) -> Iterator[Located]:
 def _field(place: str, record: Any, columns: Columns) -> Located:
     if not isinstance(record, dict):
         raise UserError(f"{place}: expected an object whose keys are columns, got {type(record).__name__}.")
-    names = columns.among(place, record)
+    names = columns.to_read(place, record)
     return place, columns.document(names, [record[name] for name in names])
 
 
@@ -262,7 +262,7 @@ def _read_csv(file: Path, columns: Columns) -> Iterator[Located]:
     rows = csv.reader(_lines(file), strict=True)
     try:
         header = next(rows, [])
-        names = columns.among(f"{file}:1", header)
+        names = columns.to_read(f"{file}:1", header)
         for row in rows:
             if row and len(row) != len(header):
                 raise UserError(
@@ -279,7 +279,7 @@ def _read_parquet(file: Path, columns: Columns) -> Iterator[Located]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            names = columns.among(str(file), table.schema_arrow.names)
+            names = columns.to_read(str(file), table.schema_arrow.names)
             for batch in table.iter_batches(BATCH, columns=names):
                 for values in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
                     yield f"{file}, row {number}", columns.document(names, values)

@@ -1,12 +1,16 @@
 """A run on conversations, whose texts hold what looks like control tokens."""
 
+import datetime
 import json
 import shutil
 
 import pytest
 from transformers import AutoTokenizer
+from transformers.utils import chat_template_utils
 
 import train
+from utils import conversation_date
+from utils.atomic import remove_folder
 
 from .conftest import documents
 
@@ -62,3 +66,75 @@ def test_a_conversation_that_a_template_refuses_is_told_with_file_and_line(place
     assert f"{role}.jsonl:6: the teacher's chat template refuses a conversation of system, user, assistant" in said
     assert "roles must alternate" in said and "begins: 'Be kind Say 1" in said and "Traceback" not in said
     assert not (tmp_path / "run" / "student").exists()
+
+
+DATED = (
+    "{{ 'Today: ' + strftime_now('%d %b %Y') + '\n' }}{% for message in messages %}"
+    "{{ message['role'] + ': ' + message['content'] + (eos_token if message['role'] == 'assistant' else '') }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+
+
+@pytest.fixture
+def dated(place, tmp_path) -> list[str]:
+    """Arguments of a run whose student writes the date into conversations."""
+    shutil.copytree(place.student, tmp_path / "student")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "student")
+    tokenizer.chat_template = DATED
+    tokenizer.save_pretrained(tmp_path / "student")
+    rows = [{"prompt": f"Say {n}", "completion": text[:80]} for n, text in enumerate(documents(40))]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = ["--student", tmp_path / "student", "--train-data", tmp_path / "talks.jsonl", "--max-length", 128]
+    return [*map(str, arguments), "--max-steps", "4", "--eval-every", "0", "--set", "training.save_every=2"]
+
+
+@pytest.fixture
+def on_day(monkeypatch):
+    """Make it another day for whoever looks at the clock."""
+
+    def turn(day: int) -> None:
+        class Date(datetime.date):
+            @classmethod
+            def today(cls):
+                return datetime.date(2026, 1, day)
+
+        class Moment(datetime.datetime):
+            @classmethod
+            def now(cls, tz=None):
+                return datetime.datetime(2026, 1, day)
+
+        monkeypatch.setattr(conversation_date, "date", Date)
+        monkeypatch.setattr(chat_template_utils, "datetime", Moment)
+
+    return turn
+
+
+def test_the_same_command_goes_on_the_next_day_with_the_date_of_the_first(place, tmp_path, dated, on_day, capsys):
+    on_day(30)
+    assert train.main(place.arguments(tmp_path / "run", *dated)) == 0
+    assert "the date: for this run it is always 2026-01-30, the day on which this run begins" in capsys.readouterr().out
+    remove_folder(tmp_path / "run" / "checkpoints" / "step-00000004")
+
+    on_day(31)
+    assert train.main(place.arguments(tmp_path / "run", *dated)) == 0
+    said = capsys.readouterr().out
+    assert "always 2026-01-30, the day on which this run began" in said and "at step 2 of 4" in said
+    assert "[read]    Today: 30 Jan 2026\\n" in said
+    exported = AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
+    assert exported.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith("Today: 31 Jan")
+
+    moved = ["--resume", str(tmp_path / "run" / "checkpoints" / "step-00000002")]
+    assert train.main(place.arguments(tmp_path / "moved", *dated, *moved)) == 0
+    assert "always 2026-01-30" in capsys.readouterr().out
+
+
+def test_a_teacher_cache_of_yesterday_is_used_by_a_run_of_today(place, tmp_path, dated, on_day, capsys):
+    cache = ["--cache-teacher", str(tmp_path / "cache")]
+    on_day(30)
+    assert train.main(place.arguments(tmp_path / "first", *dated, *cache)) == 0
+    capsys.readouterr()
+
+    on_day(31)
+    assert train.main(place.arguments(tmp_path / "second", *dated, *cache)) == 0
+    said = capsys.readouterr().out
+    assert "always 2026-01-30, the day of the teacher cache" in said and "the teacher is not loaded" in said

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from models.chat import PLAIN_TEMPLATE, ChatEncoder, ConversationError, chat_tokenizer, ends_turns
+from models.chat import ChatEncoder
+from models.chat_template import PLAIN_TEMPLATE, ConversationError, chat_tokenizer, ends_turns
 from models.outputs import IGNORE, PairedBatch, TeacherSignal
 from models.pairing import PairCollator, PairEncoder
 from models.projection import Projection

@@ -104,10 +104,111 @@ def test_conversations_are_compared_as_a_whole(tmp_path):
     assert load(write(tmp_path, ".jsonl", rows)).report["duplicate"] == 1
 
 
-def test_tools_are_refused(tmp_path):
-    row = {"messages": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}]}
-    with pytest.raises(UserError, match=r"data\.jsonl:1, message 0: it calls tools"):
+CALL = {"name": "f", "arguments": "{}"}
+ANSWER = {"role": "assistant", "content": "Yes."}
+QUESTION = {"role": "user", "content": "Is it?"}
+TOOLS = [{"type": "function", "function": {"name": "f"}}]
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"messages": [{**ANSWER, "tool_calls": [CALL]}]}, r":1, message 0: it calls tools \('tool_calls'\)"),
+        (
+            {"messages": [QUESTION, {**ANSWER, "function_call": CALL}]},
+            r", message 1: it calls tools \('function_call'\)",
+        ),
+        ({"messages": [QUESTION, ANSWER], "tools": TOOLS}, ":1: column 'tools' changes what the conversation means"),
+        ({"messages": [QUESTION, ANSWER], "functions": [CALL]}, ":1: column 'functions' changes"),
+        (
+            {"messages": [QUESTION, ANSWER], "chat_template_kwargs": {"a": 1}},
+            ":1: column 'chat_template_kwargs' changes",
+        ),
+        ({**ROWS[0], "tools": TOOLS}, ":1: column 'tools' changes"),
+        ({"messages": [QUESTION, {**ANSWER, "weight": 0.5}]}, ", message 1: expected 0 or 1 as its weight, got 0.5"),
+        ({"messages": [{**QUESTION, "content": [{"type": "image", "url": "x"}]}, ANSWER]}, "is no text \\(image\\)"),
+        ({"messages": [QUESTION, {**ANSWER, "content": None}]}, "expected text as its content, got NoneType"),
+        ({"messages": [{"from": "human", "value": "Hi"}]}, "got the keys from, value. Rename 'from' and 'value'"),
+        ({"messages": [{"role": "system", "content": "A"}, ANSWER], "system": "B"}, "different system messages"),
+    ],
+)
+def test_what_would_be_lost_is_refused_with_its_place(tmp_path, row, told):
+    with pytest.raises(UserError, match=rf"data\.jsonl.*{told}"):
         load(write(tmp_path, ".jsonl", [row]))
+
+
+def read_back(tmp_path, *rows: dict, **settings) -> list[list[dict]]:
+    """The conversations of rows that differ, and of one that is held out."""
+    (tmp_path / "held_out.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
+    file = write(tmp_path, ".jsonl", list(rows))
+    return [json.loads(talk) for talk in load(file, eval=str(tmp_path / "held_out.jsonl"), **settings).train]
+
+
+def test_columns_and_keys_that_hold_nothing_change_nothing(tmp_path):
+    nothing = {"tools": [], "system": "", "chat_template_kwargs": None}
+    message = {**ANSWER, "tool_calls": None, "function_call": None, "weight": None, "reasoning_content": ""}
+    assert read_back(tmp_path, {"messages": [QUESTION, message], **nothing}) == [[QUESTION, ANSWER]]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+def test_a_system_column_is_the_first_message(tmp_path, suffix):
+    corpus = load(write(tmp_path, suffix, [row | {"system": f"Be {row['text']}."} for row in ROWS]))
+    assert all([m["role"] for m in talk] == ["system", "user", "assistant"] for talk in talks(corpus))
+    assert {talk[0]["content"] for talk in talks(corpus)} == {f"Be {row['text']}." for row in ROWS}
+
+
+def test_a_system_column_that_repeats_the_first_message_is_read_once(tmp_path):
+    system = {"role": "system", "content": "Be kind."}
+    row = {"messages": [system, QUESTION, ANSWER], "system": "Be kind."}
+    assert read_back(tmp_path, row) == [[system, QUESTION, ANSWER]]
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
+def test_thinking_is_kept_under_one_name(tmp_path, key):
+    (talk,) = read_back(tmp_path, {"messages": [QUESTION, {**ANSWER, key: "Hm."}]})
+    assert talk[1] == {**ANSWER, "reasoning_content": "Hm."}
+
+
+@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("weight", 0.0), ("weight", False), ("train", False)])
+def test_a_message_that_is_not_to_be_learned_says_so(tmp_path, key, value):
+    (talk,) = read_back(tmp_path, {"messages": [QUESTION, {**ANSWER, key: value}, QUESTION, ANSWER]})
+    assert [message.get("weight") for message in talk] == [None, 0, None, None]
+
+
+def test_a_conversation_of_which_nothing_is_to_be_learned_is_empty(tmp_path):
+    rows = [{"messages": [QUESTION, {**ANSWER, "weight": 0}]}, {"messages": [QUESTION, ANSWER]}]
+    assert read_back(tmp_path, *rows) == [[QUESTION, ANSWER]]
+
+
+def test_a_content_of_several_texts_is_one_text(tmp_path):
+    parts = [{"type": "text", "text": "Is "}, {"type": "text", "text": "it?"}]
+    assert read_back(tmp_path, {"messages": [{**QUESTION, "content": parts}, ANSWER]}) == [[QUESTION, ANSWER]]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+def test_columns_that_are_not_read_are_named_once(tmp_path, suffix, caplog):
+    caplog.set_level("INFO")
+    rows = [row | {"label": "good", "id": str(n)} for n, row in enumerate(ROWS)]
+    load(write(tmp_path, suffix, rows))
+    (line,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
+    assert line.endswith("columns not read: id, label, text")
+    caplog.clear()
+    load(write(tmp_path, suffix, rows), text_column="completion", max_documents=3)
+    assert caplog.text.count("columns not read: id, label, prompt, text") == 1
+
+
+def test_keys_of_messages_that_are_not_read_are_named(tmp_path, caplog):
+    caplog.set_level("INFO")
+    read_back(tmp_path, {"messages": [{**QUESTION, "name": "Ann", "id": None}, ANSWER]})
+    assert [r.getMessage() for r in caplog.records if "not read" in r.getMessage()] == [
+        f"{tmp_path / 'data.jsonl'}: keys of messages not read: name"
+    ]
+
+
+def test_nothing_is_said_where_all_is_read(tmp_path, caplog):
+    caplog.set_level("INFO")
+    read_back(tmp_path, {"messages": [QUESTION, ANSWER]})
+    assert "not read" not in caplog.text
 
 
 def test_the_order_of_what_is_looked_for():

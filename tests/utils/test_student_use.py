@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM, T5ForConditionalGeneration
 
-from models.chat import chat_tokenizer
+from models.chat_template import chat_tokenizer
 from tests.models.tiny import byte_bpe, t5_like, tiny_llama, tiny_t5
 from utils.config import LoraConfig
 from utils.pretrained import export
