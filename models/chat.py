@@ -591,7 +591,10 @@ def message_is_learned(message: dict[str, Any]) -> bool:
 
 def _left_out(name: str) -> str:
     learned = "without the teacher" if name == "teacher" else "without it"
-    return f"the {name}'s chat template leaves out the thinking before answers: learned {learned}"
+    return (
+        f"thinking before answers (reasoning_content, <think>) is not written in the {name}'s conversations: answers "
+        f"are learned {learned}"
+    )
 
 
 def _places(sides: Sequence[Sequence[Segment]], messages: Sequence[int]) -> list[Place]:

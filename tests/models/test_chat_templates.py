@@ -372,7 +372,7 @@ def test_a_teacher_that_writes_no_thinking_leaves_it_to_the_text():
     (run,) = learned_runs(window, "student", encoder.sides[0].tokenizer)
     assert run == f"<think>\n{THOUGHT}\n</think>\n\nHi<|im_end|>" and window["bytes"] == 2
     (note,) = encoder.notes([talk, json.dumps([USER, HI])])
-    assert note.startswith("the teacher's chat template leaves out the thinking") and "1 of 2" in note
+    assert "not written in the teacher's conversations" in note and "1 of 2" in note
 
 
 def test_a_student_whose_template_drops_thinking_in_a_content_is_refused():
@@ -384,7 +384,7 @@ def test_a_student_whose_template_drops_thinking_in_a_content_is_refused():
 
 def test_thinking_in_its_own_key_that_a_template_does_not_write_is_named():
     (note,) = encoder_of("phi-4", "qwen3").notes([json.dumps([USER, IN_ITS_OWN_KEY])])
-    assert "the student's chat template leaves out the thinking" in note
+    assert "(reasoning_content, <think>) is not written in the student's conversations" in note
 
 
 def test_an_answer_that_is_read_and_not_learned_is_a_marker():

@@ -134,13 +134,20 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
 )
 def test_what_would_be_lost_is_refused_with_its_place(tmp_path, row, told):
     with pytest.raises(UserError, match=rf"data\.jsonl.*{told}"):
-        load(write(tmp_path, ".jsonl", [row]))
+        load(write_jsonl(tmp_path, [row]))
+
+
+def write_jsonl(folder, rows):
+    """As `write`, of rows that fit into no table."""
+    file = folder / "data.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
 
 
 def read_back(tmp_path, *rows: dict, **settings) -> list[list[dict]]:
     """The conversations of rows that differ, and of one that is held out."""
     (tmp_path / "held_out.jsonl").write_text('{"prompt": "x", "completion": "y"}\n')
-    file = write(tmp_path, ".jsonl", list(rows))
+    file = write_jsonl(tmp_path, rows)
     return [json.loads(talk) for talk in load(file, eval=str(tmp_path / "held_out.jsonl"), **settings).train]
 
 
