@@ -82,9 +82,7 @@ class PairEncoder:
         max_length: int,
         facts: ModelFacts = ANY_MODEL,
     ) -> None:
-        max_length = expect_count("max_length", max_length, 0)
-        if max_length < 8:
-            raise ValueError(f"got a window of {max_length} tokens, expected at least 8; raise --max-length")
+        max_length = expect_count("max_length", max_length, 8, "raise --max-length")
         pair = (student_tokenizer, teacher_tokenizer)
         self.tables = tuple(
             TokenTable(tokenizer, rows, start, name=f"the {side}'s tokenizer")

@@ -76,8 +76,12 @@ def expect(what: str, value: Any, kind: type | tuple[type, ...], expected: str) 
         raise TypeError(f"{what}: got {_kind_of(value)}, expected {expected}")
 
 
-def expect_count(what: str, value: Any, least: int) -> int:
+def expect_count(what: str, value: Any, least: int, remedy: str = "") -> int:
     """Return a whole number of at least `least`; one of NumPy or torch as Python's.
+
+    Args:
+        what: the value's name, for the message.
+        remedy: for one that is too small, where that does not say what to do.
 
     Raises:
         TypeError: not a whole number.
@@ -91,7 +95,7 @@ def expect_count(what: str, value: Any, least: int) -> int:
         raise TypeError(f"{what}: got {value!r}, expected a whole number of at least {least}")
 
     if count < least:
-        raise ValueError(f"{what}: got {count}, expected at least {least}")
+        raise ValueError(f"{what}: got {count}, expected at least {least}{remedy and f'; {remedy}'}")
     return count
 
 
