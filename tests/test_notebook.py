@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import train
 from models.chat import chat_tokenizer
 from tests.models.tiny import byte_bpe, t5_like, tiny_llama, tiny_t5
-from utils import pretrained, quickstart, run_folder
+from utils import environment, pretrained, quickstart, run_folder
 from utils.config import to_plain
+from utils.errors import UserError
 from utils.stopping import StopSignal
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install -e .[test]")
@@ -98,20 +99,24 @@ def test_an_attached_project_is_copied_and_a_missing_one_asked_for(notebook, tmp
     assert scope["OUTPUT"] == tmp_path / "runs" / "notebook"
 
 
-def test_a_package_that_is_missing_is_installed_beside_the_torch_that_is_there(notebook, monkeypatch):
-    from utils import environment
+def test_a_repository_that_cannot_be_cloned_is_told(notebook, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scope = {"OUTPUT": "runs", "INPUTS": str(tmp_path / "inputs"), "REPOSITORY": str(tmp_path / "none")}
+    with pytest.raises(AssertionError, match="attach it as an input"):
+        exec(cell(notebook, "project").source, scope)
 
-    asked = []
-    source = cell(notebook, "packages").source
-    missing = [
-        environment.Conflict("", "datasets>=4.0", None, True),
-        environment.Conflict("x", "numpy<2", "2.4", False),
-    ]
-    monkeypatch.setattr(environment, "find_conflicts", lambda own, packages: missing)
-    scope = {name: __import__(name) for name in ("subprocess", "sys")}
-    monkeypatch.setattr(scope["subprocess"], "run", lambda command, check: asked.append(command))
-    exec(source, {**scope, "version": lambda name: "2.10.0+cu128"})
-    assert [command[-2:] for command in asked] == [["torch==2.10.0+cu128", "datasets>=4.0"]]
+
+def test_what_is_lacking_and_cannot_be_fetched_is_told_by_the_cell(notebook, tmp_path, monkeypatch):
+    """As on Kaggle without internet: pip fails, and the cell says what to do."""
+    old = [environment.Package("datasets", "3.6.0"), environment.Package("torch", "2.10.0")]
+    monkeypatch.setattr(environment, "own_requirements", lambda: ["torch>=2.6", "datasets>=4.0"])
+    monkeypatch.setattr(environment, "installed_packages", lambda: old)
+    monkeypatch.setattr(environment.importlib.metadata, "version", lambda name: "2.10.0+cu128")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(UserError, match=r"needed: datasets>=4.0, 3.6.0 is installed") as raised:
+        exec(cell(notebook, "packages").source, {"INPUTS": tmp_path / "inputs"})
+    assert "pip install --no-index --find-links" in str(raised.value)
 
 
 def test_it_runs_from_top_to_bottom_and_continues_the_attached_run(notebook, inputs, tmp_path):
@@ -122,9 +127,9 @@ def test_it_runs_from_top_to_bottom_and_continues_the_attached_run(notebook, inp
     values = f'FLAGS, OUTPUT, INPUTS, MAX_HOURS = "{FLAGS}", "runs/notebook", "{inputs}", 0.5'
     place = notebook.cells.index(cell(notebook, "parameters"))
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(values))
-    environment = {**os.environ, "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
+    variables = {**os.environ, "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
     client = nbclient.NotebookClient(notebook, timeout=250, resources={"metadata": {"path": str(work)}})
-    client.execute(env=environment)
+    client.execute(env=variables)
 
     assert "nothing was missing" in said(cell(notebook, "packages"))
     assert "[learned]" in said(cell(notebook, "preflight")) and "✓ memory" in said(cell(notebook, "preflight"))

@@ -16,6 +16,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
+from pydantic import BaseModel, ValidationError
 from rich import box
 from rich.table import Table
 from tqdm import tqdm
@@ -28,7 +29,7 @@ from .paths import user_path
 from .pictures import STYLE, save
 from .results import figure, percent
 from .run_folder import read_config
-from .run_layout import METRICS, REPORT_JSON, START
+from .run_layout import CONFIG, METRICS, REPORT_JSON, START
 
 PICTURE = "comparison.png"
 OWN_TO_A_RUN = {"output_dir", "resume"}
@@ -52,6 +53,8 @@ class Run:
     """Teacher and untrained student, measured before the first step; empty where there is none."""
     settings: Mapping[str, Any]
     """By dotted key; empty without a config.yaml."""
+    damaged: Sequence[str] = ()
+    """Files, or records, that are left out, each with what is wrong with it."""
 
     @cached_property
     def evaluations(self) -> list[Mapping[str, Any]]:
@@ -131,25 +134,113 @@ def _problem(folder: Path) -> str | None:
     if not (folder / METRICS).is_file():
         found = sorted(path.parent.relative_to(folder).as_posix() for path in folder.glob(f"*/{METRICS}"))
         return f"no {METRICS} in it" + (f"; runs in it: {', '.join(found)}" if found else "")
-    for name in (REPORT_JSON, START):
-        try:
-            _json(folder / name)
-        except ValueError as error:
-            return f"{name} is damaged: {error}"
     return None
 
 
 def _read(name: str, folder: Path) -> Run:
-    records = read_metrics(folder / METRICS)
-    report = _json(folder / REPORT_JSON)
-    newest = max((record.get("step", 0) for record in records), default=0)
-    if report.get("run", {}).get("steps", -1) < newest:  # none, or the run was continued after it
+    """Read what a run has left; what is damaged counts as absent."""
+    damaged: list[str] = []
+    records = _records(folder / METRICS, damaged)
+    report = _json(folder / REPORT_JSON, _Report, damaged)
+    start = _json(folder / START, _Start, damaged)
+    settings = _settings(folder, damaged)
+
+    newest = max((record["step"] for record in records), default=0)
+    if report and report["run"]["steps"] < newest:  # the run was continued after it
         report = {}
-    return Run(name, records, report, _json(folder / START), flatten(read_config(folder)[0]))
+
+    return Run(name, records, report, start, settings, damaged)
 
 
-def _json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+def _json(file: Path, form: type[BaseModel], damaged: list[str]) -> dict[str, Any]:
+    """Read a JSON file of this form; one that is damaged is empty, and told in `damaged`."""
+    if not file.is_file():
+        return {}
+
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        form.model_validate(content, strict=True)
+    except (OSError, ValueError) as error:  # of pydantic, json and UTF-8
+        damaged.append(f"{file.name} ({_reason(error)})")
+        return {}
+    return content
+
+
+def _records(file: Path, damaged: list[str]) -> list[dict[str, Any]]:
+    """Read the records that can be used; a last line that a kill cut short is no damage."""
+    records = read_metrics(file)
+    usable = [record for record in records if _is_record(record)]
+
+    if len(usable) < len(records):
+        damaged.append(f"{file.name} ({len(records) - len(usable)} of {len(records)} records)")
+    return usable
+
+
+def _is_record(record: Mapping[str, Any]) -> bool:
+    try:
+        _Record.model_validate(record, strict=True)
+    except ValidationError:
+        return False
+    return True
+
+
+def _settings(folder: Path, damaged: list[str]) -> dict[str, Any]:
+    try:
+        return flatten(read_config(folder)[0])
+    except UserError as error:
+        damaged.append(f"{CONFIG} ({_reason(error)})")
+        return {}
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line what is wrong with a file."""
+    if isinstance(error, ValidationError):
+        first = error.errors()[0]
+        return " ".join([".".join(map(str, first["loc"])), first["msg"]]).strip()
+    return " ".join(str(error).split())
+
+
+class _Scores(BaseModel):
+    bits_per_byte: float | None = None
+
+
+class _RunSummary(BaseModel):
+    steps: int
+    seconds: float | None = None
+    stopped_by: str
+
+
+class _Retention(BaseModel):
+    gap_closed: float | None = None
+
+
+class _Start(BaseModel):
+    """What is read of baseline_evaluation.json."""
+
+    teacher: _Scores | None = None
+    initial_student: _Scores | None = None
+
+
+class _Report(_Start):
+    """What is read of evaluation_report.json."""
+
+    student: _Scores | None = None
+    retention: _Retention | None = None
+    run: _RunSummary
+
+
+class _Term(BaseModel):
+    count: float = 0.0
+
+
+class _Record(BaseModel):
+    """What is read of a line of metrics.jsonl."""
+
+    step: int
+    progress: float = 0.0
+    terms: dict[str, _Term] = {}
+    bits_per_byte: float | None = None
+    bytes: int | None = None
 
 
 def result_table(runs: Sequence[Run]) -> Table:
@@ -217,6 +308,9 @@ def notes(runs: Sequence[Run]) -> Iterable[str]:
         yield f"Students whose tokens leave out part of the text have too few bits per byte: {', '.join(told)}."
     if silent := [run.name for run in runs if not run.evaluations]:
         yield f"Without an evaluation so far: {', '.join(silent)}."
+    for run in runs:
+        if run.damaged:
+            yield f"Damaged in {run.name}, and left out: {'; '.join(run.damaged)}."
     if unknown := [run.name for run in runs if not run.settings]:
         yield f"Without a config.yaml, so with unknown settings: {', '.join(unknown)}."
 

@@ -7,6 +7,8 @@ loads: one of the project's requirements, or of theirs.
 
 import importlib.metadata
 import platform
+import subprocess
+import sys
 from collections.abc import Iterable
 from configparser import ConfigParser, SectionProxy
 from dataclasses import dataclass
@@ -15,6 +17,8 @@ from pathlib import Path
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+
+from .errors import UserError
 
 SETUP_CFG = Path(__file__).resolve().parent.parent / "setup.cfg"
 """In a checkout. An installation has metadata instead."""
@@ -152,3 +156,63 @@ def _parsed(lines: Iterable[str]) -> list[Requirement]:
         except InvalidRequirement:  # old packages spell theirs in ways that mean nothing today
             continue
     return parsed
+
+
+# ------------------------------------------------------------------------------------------ installing
+
+
+def install_missing(inputs: Path) -> list[str]:
+    """Install what the project needs and this environment lacks; the torch that is there stays.
+
+    Folders of wheels below `inputs` are tried first, then the package index.
+
+    Args:
+        inputs: what is attached to a notebook.
+
+    Returns:
+        the demands that were not met before.
+
+    Raises:
+        UserError: neither has them; with what is lacking and how to bring it.
+    """
+    conflicts = find_conflicts(own_requirements(), installed_packages())
+    lacking = [conflict for conflict in conflicts if not conflict.package]
+    if not lacking:
+        return []
+
+    demands = [conflict.demand for conflict in lacking]
+    wheels = {file.parent for depth in range(1, 5) for file in inputs.glob("*/" * depth + "*.whl")}
+    if wheels and _pip_installs(demands, "--no-index", *(f"--find-links={folder}" for folder in sorted(wheels))):
+        return demands
+    if _pip_installs(demands):
+        return demands
+
+    raise UserError(_how_to_bring(lacking, inputs))
+
+
+def _pip_installs(demands: list[str], *options: str) -> bool:
+    """Run pip, and tell whether it succeeded."""
+    is_torch_wanted = any(Requirement(demand).name == "torch" for demand in demands)
+    torch = [] if is_torch_wanted else [f"torch=={importlib.metadata.version('torch')}"]
+    command = [sys.executable, "-m", "pip", "install", "--quiet", *options, *torch, *demands]
+    return subprocess.run(command).returncode == 0
+
+
+def _how_to_bring(lacking: list[Conflict], inputs: Path) -> str:
+    """Say what is missing or too old, and the two ways to get it into a notebook."""
+    demands = " ".join(f"'{conflict.demand}'" for conflict in lacking)
+    python = ".".join(platform.python_version_tuple()[:2])
+    lines = [
+        "packages are missing or too old, and pip could not install them (its own message is above):",
+        *(f"  - {conflict}" for conflict in lacking),
+        "With internet: turn it on in the settings of the notebook, and run this cell again.",
+        f"Without: on a computer with internet and pip (or in a notebook with internet), for Python {python}:",
+        "  1. Download the wheels, and leave out torch, which is here already:",
+        f"       pip download --dest wheels --only-binary=:all: --python-version {python} "
+        f"--platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 {demands}",
+        "       rm -f wheels/torch-* wheels/nvidia_* wheels/triton-*",
+        "  2. Upload the folder as a dataset (on Kaggle: Create, New Dataset) and attach it to this notebook.",
+        f"  3. Run this cell again. It installs from every folder of wheels below {inputs}, as this does:",
+        f"       pip install --no-index --find-links {inputs / 'wheels'} {demands}",
+    ]
+    return "\n".join(lines)

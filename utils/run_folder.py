@@ -216,7 +216,7 @@ def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     if not (folder / CONFIG).is_file():
         return {}, {}
-    lines = (folder / CONFIG).read_text(encoding="utf-8").splitlines()
+    lines = (folder / CONFIG).read_text(encoding="utf-8", errors="replace").splitlines()
     try:
         told = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("# ")))
     except yaml.YAMLError:  # somebody's own comments

@@ -133,14 +133,90 @@ def test_a_run_that_has_logged_nothing_is_compared_as_well(place, tmp_path, caps
 
 def test_every_folder_that_no_run_left_is_told(place, tmp_path):
     good = place("a", 1.0)
-    (tmp_path / "runs" / "a" / "evaluation_report.json").write_text("{")
     with pytest.raises(UserError) as raised:
         read_runs([good, str(tmp_path / "no"), str(tmp_path / "runs"), __file__])
     told = str(raised.value)
-    assert "evaluation_report.json is damaged" in told and "no: no such folder" in told and ": a file" in told
+    assert "no: no such folder" in told and ": a file" in told
     assert "runs: no metrics.jsonl in it; runs in it: a" in told
     with pytest.raises(UserError, match="at least two"):
         read_runs([good])
+
+
+REPORT, START = "evaluation_report.json", "baseline_evaluation.json"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"null", b'"text"', b'{"run": null}', b'{"a": "\xe9"}', b"\x00\xff"]
+)
+def test_a_damaged_report_is_named_and_the_others_are_compared(place, tmp_path, capsys, content):
+    names = [place("a", 1.0), place("b", 0.9)]
+    (tmp_path / "runs" / "b" / REPORT).write_bytes(content)
+    compare(names, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Damaged in b, and left out: {REPORT} (" in said
+    assert "a finished 1,000 1.0000" in said and "b no report 1,000 (100%) 0.9000" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value"),
+    [
+        (REPORT, ["run", "steps"], "1000"),
+        (REPORT, ["run", "steps"], None),
+        (REPORT, ["run", "seconds"], "long"),
+        (REPORT, ["run", "stopped_by"], None),
+        (REPORT, ["student", "bits_per_byte"], "0.9"),
+        (REPORT, ["student"], [1]),
+        (REPORT, ["teacher"], 3),
+        (REPORT, ["retention"], [0.5]),
+        (REPORT, ["retention", "gap_closed"], {}),
+        (START, ["teacher"], "good"),
+        (START, ["initial_student", "bits_per_byte"], []),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_place(place, tmp_path, capsys, file, path, value):
+    names = [place("a", 1.0), place("b", 0.9)]
+    changed = tmp_path / "runs" / "b" / file
+    content = json.loads(changed.read_text())
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    changed.write_text(json.dumps(content))
+
+    compare(names, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Damaged in b, and left out: {file} ({'.'.join(path)} " in said
+    assert "a finished" in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": "x", "bits_per_byte": 1.0}',
+        '{"bits_per_byte": 1.0}',
+        '{"step": 5, "bits_per_byte": "low"}',
+        '{"step": 5, "bits_per_byte": 1.0, "bytes": "many"}',
+        '{"step": 5, "terms": [1]}',
+        '{"step": 5, "terms": {"lm": 3}}',
+        '{"step": 5, "terms": {}, "progress": "half"}',
+    ],
+)
+def test_records_that_cannot_be_used_are_counted(place, tmp_path, capsys, line):
+    names = [place("a", 1.0), place("b", 0.9)]
+    metrics = tmp_path / "runs" / "b" / "metrics.jsonl"
+    metrics.write_bytes(line.encode() + b"\n" + metrics.read_bytes() + b"\xff\n" + b'{"step": 9, "bi')
+    compare(names, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Damaged in b, and left out: metrics.jsonl (1 of 13 records)" in said
+    assert "b finished 1,000 0.9000 -10.0%" in said
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"- 1", b"a: \xe9"])
+def test_damaged_settings_are_named(place, tmp_path, capsys, content):
+    names = [place("a", 1.0), place("b", 0.9)]
+    (tmp_path / "runs" / "b" / "config.yaml").write_bytes(content)
+    compare(names, tmp_path)
+    assert "Damaged in b, and left out: config.yaml (" in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_command_compares_and_loads_nothing(place, tmp_path, capsys, monkeypatch):

@@ -1,7 +1,12 @@
 """Demands of installed packages that are not met, and which of them matter."""
 
+import importlib.metadata
+import subprocess
+from pathlib import Path
+
 import pytest
 
+from utils import environment
 from utils.environment import (
     Package,
     find_conflicts,
@@ -10,6 +15,7 @@ from utils.environment import (
     python_is_supported,
     supported_python,
 )
+from utils.errors import UserError
 
 INSTALLED = [
     Package("Torch_Like", "2.10.0+cu128", ("numpy>=1.17", 'gpu-kernels==1; sys_platform == "nowhere"')),
@@ -69,3 +75,73 @@ def test_this_environment_meets_the_requirements_of_setup_cfg():
 def test_python_is_compared_with_what_setup_cfg_admits(text, supported, monkeypatch):
     monkeypatch.setattr("utils.environment.supported_python", lambda: text)
     assert python_is_supported() is supported
+
+
+# ------------------------------------------------------------------------------------------ installing
+
+
+class Pip:
+    """Stands in for pip: succeeds where a word is among its arguments, and remembers them."""
+
+    def __init__(self) -> None:
+        self.succeeds_with = ""
+        self.calls: list[list[str]] = []
+
+    def __call__(self, command: list[str]) -> subprocess.CompletedProcess:
+        self.calls.append(command[4:])
+        return subprocess.CompletedProcess(command, 0 if self.succeeds_with in command else 1)
+
+
+@pytest.fixture
+def pip(monkeypatch) -> Pip:
+    lacking = [
+        environment.Conflict("", "datasets>=4.0", "3.6.0", True),
+        environment.Conflict("", "pydantic>=2", None, True),
+        environment.Conflict("other", "numpy<2", "2.4", False),
+    ]
+    fake = Pip()
+    monkeypatch.setattr(environment, "find_conflicts", lambda requirements, packages: lacking)
+    monkeypatch.setattr(environment.subprocess, "run", fake)
+    return fake
+
+
+def wheels_in(inputs: Path) -> Path:
+    folder = inputs / "datasets" / "me" / "wheels"
+    folder.mkdir(parents=True)
+    (folder / "datasets-4.1-py3-none-any.whl").touch()
+    return folder
+
+
+DEMANDS = ["datasets>=4.0", "pydantic>=2"]
+ARGUMENTS = [f"torch=={importlib.metadata.version('torch')}", *DEMANDS]
+
+
+def test_what_is_missing_is_installed_beside_the_torch_that_is_there(pip, tmp_path):
+    pip.succeeds_with = "datasets>=4.0"
+    assert environment.install_missing(tmp_path) == DEMANDS
+    assert pip.calls == [["--quiet", *ARGUMENTS]]
+
+
+def test_attached_wheels_come_before_the_index(pip, tmp_path):
+    folder = wheels_in(tmp_path)
+    pip.succeeds_with = "--no-index"
+    assert environment.install_missing(tmp_path) == DEMANDS
+    assert pip.calls == [["--quiet", "--no-index", f"--find-links={folder}", *ARGUMENTS]]
+
+
+def test_what_nobody_has_is_named_with_both_versions_and_the_way_without_internet(pip, tmp_path):
+    wheels_in(tmp_path)
+    pip.succeeds_with = "nothing"
+    with pytest.raises(UserError) as raised:
+        environment.install_missing(tmp_path)
+    message = str(raised.value)
+    assert "datasets>=4.0, 3.6.0 is installed" in message
+    assert "pydantic>=2, it is not installed" in message
+    assert "pip download" in message and "numpy" not in message
+    assert len(pip.calls) == 2
+
+
+def test_where_all_is_there_pip_is_not_run(pip, monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "find_conflicts", lambda requirements, packages: [])
+    assert environment.install_missing(tmp_path) == []
+    assert not pip.calls
