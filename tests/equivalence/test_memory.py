@@ -95,6 +95,7 @@ def set_up(case: dict):
     return framework, windows, collate, demand
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("family", "recomputes"), [("t5", False), ("t5", True), ("bart", False)])
 def test_the_forecast_of_an_encoder_decoder_pair_is_within_a_fifth_of_the_peak(family, recomputes):
     """With as many tokens for the encoder as for the decoder, which is what is forecast."""
@@ -142,6 +143,7 @@ def peak_of(framework, windows, collate, config, precision: str) -> int:
     return weights + peak
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", CASES)
 def test_the_forecast_is_within_a_fifth_of_the_peak(name):
     case = CASES[name]
