@@ -157,7 +157,7 @@ def repeat(bench: Bench, deterministic: bool) -> Iterator[dict]:
 
     pair = small_pair(bench)
     precisions = [name for name in bench.precisions() if name != "no"] or ["no"]
-    for precision in precisions:
+    for precision in precisions[:1] if bench.scale.is_toy else precisions:
         settings = [*_precision_settings(precision), *_small_settings(8), "training.save_every=4", *extra]
         folders = [bench.work / f"repeat-{precision}-{number}-{deterministic}" for number in (1, 2)]
 
@@ -264,7 +264,8 @@ def real_pair_run(bench: Bench) -> Iterator[dict]:
     text = corpora[0] if corpora else small_pair(bench).text
     pair = PairFolders(teacher, student, text, "their own")
 
-    for precision in bench.precisions():
+    precisions = bench.precisions()
+    for precision in precisions[:1] if bench.scale.is_toy else precisions:
         settings = [
             *_precision_settings(precision),
             "training.batch_size=4",
