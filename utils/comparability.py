@@ -30,6 +30,6 @@ def unspelt_text(models: Mapping[str, Mapping[str, Any]]) -> str | None:
     if not lossy:
         return None
     return (
-        f"{' and '.join(lossy)} of the text's bytes are left out, as unknown words or as dropped spaces and line breaks: "
-        "bits per byte of student and teacher do not compare"
+        f"{' and '.join(lossy)} of the text's bytes are left out, as unknown words or as dropped spaces and line "
+        "breaks: bits per byte of student and teacher do not compare"
     )
