@@ -13,7 +13,7 @@ TOWERS = ("models", "utils")
 
 FLOORS = {
     "models": [
-        {"outputs", "validation", "head_passes", "attention"},
+        {"outputs", "validation", "head_passes", "attention", "token_bytes", "chat_template", "text_start"},
         {"config"},
         {"vocabulary", "alignment", "losses", "causal_lm", "curriculum", "projection", "fused_head"},
         {"pairing", "chat", "teacher", "student_aware_router"},
@@ -21,8 +21,8 @@ FLOORS = {
     ],
     "utils": [
         {"errors", "atomic", "paths", "seeding", "progress", "processes", "shell", "mistakes"}
-        | {"device_memory", "streams", "run_layout"},
-        {"validation"},
+        | {"device_memory", "streams", "run_layout", "comparability", "model_folders", "advice"},
+        {"validation", "generation", "data_folders"},
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
         | {
             "checklist",
@@ -41,7 +41,7 @@ FLOORS = {
         | {"model_card", "hub", "benchmark_tasks", "exported"},
         {"requirements", "students", "run_state", "report_html", "comparison", "out_of_memory", "teacher_cache"}
         | {"rehearsal", "teachers"},
-        {"training", "report", "cache_building", "dry_run"},
+        {"training", "report", "cache_building", "conversation_date", "dry_run"},
     ],
 }
 """From the ground up. A module imports only from lower floors, or from its own as `WITHIN_A_FLOOR` tells."""
