@@ -5,7 +5,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from models.vocabulary import MISMATCH, TokenTable, VocabularyMap, byte_alphabet
 from tests.models.tiny import (
@@ -236,8 +236,10 @@ def test_a_tokenizer_larger_than_its_models_head_is_refused(sizes, who):
 
 
 def test_a_slow_tokenizer_is_refused():
-    class Slow:
+    class Slow(PreTrainedTokenizerBase):
         backend_tokenizer = None
+
+        def __init__(self) -> None: ...
 
     with pytest.raises(ValueError, match="slow tokenizer Slow, expected a fast one"):
         TokenTable(Slow())
