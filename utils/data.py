@@ -384,8 +384,8 @@ def _features(texts: Sequence[str], encode: Callable, kind: str, room: Room | No
             document_name(text),
         )
     raise UserError(
-        f"Nothing can be learned of any of {documents}: they are too short, or the two tokenizers have no common "
-        "boundary in them. Expected at least one of a few tokens."
+        f"None of {documents} has anything to learn: they are too short, or the two tokenizers have no common boundary "
+        "in them. Expected at least one of a few tokens."
     )
 
 

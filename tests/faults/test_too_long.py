@@ -92,7 +92,7 @@ def test_answers_that_lose_their_end_are_not_called_missing(place, tmp_path, cap
 def test_texts_that_are_too_short_are_told_as_too_short(place, tmp_path, monkeypatch):
     text = write(tmp_path / "talks.jsonl", [pair(f"Say {n}.", f"No {n}.") for n in range(9)])
     monkeypatch.setattr(train, "make_encoder", lambda *_, **__: EmptyEncoder())
-    with pytest.raises(UserError, match=r"Nothing can be learned of any of \d training documents: they are too short"):
+    with pytest.raises(UserError, match=r"None of \d training documents has anything to learn: they are too short"):
         prepare(place, tmp_path / "run", "--train-data", text)
 
 
