@@ -66,7 +66,7 @@ class Installation:
             capture_output=True,
             text=True,
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def python(self, code: str) -> str:
@@ -211,7 +211,8 @@ def test_the_command_trains_from_any_folder(installation):
     tiny = miniature.build(installation.elsewhere)
     LlamaForCausalLM(LlamaConfig.from_pretrained(tiny.teacher)).save_pretrained(tiny.teacher)
     command = str(installation.packages / "bin" / "curriculum-distill")
-    flags = ["--config", "quickstart", "--teacher", "teacher", "--student", "student", "--train-data", tiny.text.name]
+    models = ["--teacher", "teacher", "--student", "student", "--student-init", "random"]
+    flags = ["--config", "quickstart", *models, "--train-data", tiny.text.name]
     fewer = ["--set", "evaluation.max_windows=4", "evaluation.samples=1", "evaluation.new_tokens=2"]
     installation.run(sys.executable, command, *flags, "--max-steps", "2", *fewer, "--output-dir", "run")
     assert (installation.elsewhere / "run" / "student" / "config.json").is_file()
