@@ -24,16 +24,8 @@ FLOORS = {
         | {"device_memory", "streams", "run_layout", "comparability", "model_folders", "advice"},
         {"validation", "generation", "data_folders"},
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
-        | {
-            "checklist",
-            "environment",
-            "families",
-            "forecast",
-            "endings",
-            "sharding",
-            "signal_codec",
-            "adapter_folders",
-        },
+        | {"checklist", "environment", "families", "forecast", "endings", "sharding", "signal_codec"}
+        | {"adapter_folders", "generation"},
         {"data", "checkpoints", "evaluation", "results", "quickstart", "pretrained", "command_line", "run_folder"}
         | {"tracking", "engines", "student_use"},
         {"memory", "contradictions", "zero", "loading"},

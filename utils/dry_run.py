@@ -46,7 +46,11 @@ def try_modes(module: Any, student: nn.Module, batch: Any, accelerator: Accelera
             lambda: _learn(module, batch, accelerator),
         )
         before = pretrained.fingerprint(student)
-        _try("evaluated (in evaluation mode and float32)", student, lambda: _evaluate(module, student, batch, compares))
+        _try(
+            "evaluated: its forward fails in evaluation mode and float32",
+            student,
+            lambda: _evaluate(module, student, batch, compares),
+        )
         if pretrained.fingerprint(student) != before:
             raise UserError(
                 f"the student (a {type(student).__name__}, transformers {transformers.__version__}) changes its own "
@@ -78,7 +82,7 @@ def _try(what: str, student: nn.Module, mode: Callable[[], None]) -> None:
         raise
     except Exception as error:  # each architecture fails in its own way
         if out_of_memory.is_out_of_memory(error):
-            log.info("not tried beforehand, for lack of memory: whether the student can be %s", what)
+            log.info("for lack of memory not tried beforehand whether the student can be %s", what.partition(":")[0])
             out_of_memory.release()
             return
         raise UserError(
