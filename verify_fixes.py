@@ -35,11 +35,23 @@ from models.pairing import PairCollator, PairEncoder
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from models.teacher import FrozenTeacher
 from models.vocabulary import MARKER, TEXT, VocabularyMap
-from utils import checklist, command_line, forecast, hardware, miniature, preflight, pretrained, quickstart, rehearsal
+from utils import (
+    checklist,
+    command_line,
+    dry_run,
+    forecast,
+    hardware,
+    miniature,
+    preflight,
+    pretrained,
+    quickstart,
+    rehearsal,
+)
 from utils.checklist import Check, check
 from utils.checkpoints import CheckpointStore
 from utils.config import DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
 from utils.errors import UserError
+from utils.families import keep_weights
 from utils.logs import StepLogger
 from utils.paths import user_path
 from utils.plan import build_accelerator
@@ -362,6 +374,28 @@ def own_label_shift(setup: preflight.SetUp) -> tuple:
     return value, allowed, 0.95 < ratio < most and abs(ours - theirs) < 1e-3 * max(1, theirs / 10)
 
 
+@check("one step and the export: your student", dry_run.REMEDY)
+def own_modes(setup: preflight.SetUp, job: train.Job) -> tuple:
+    allowed = "no error"
+    config = forecast.shallow(setup.student, preflight.REPRESENTATIVE)
+    if preflight.too_large(config):
+        return "not measured: the student is too large to be built for a check", allowed, True
+
+    seed_everything(setup.config.training.seed)
+    student = pretrained.random_model(config)
+    keep_weights(student.config)
+    generation = Path(pretrained.locate(setup.config.student.name, "student")) / pretrained.GENERATION_CONFIG
+    if generation.is_file():
+        student.generation_config = transformers.GenerationConfig.from_pretrained(generation.parent)
+
+    scheduler = CurriculumScheduler(train.LM_ALONE, LossConfig(), 1)
+    module = DistillationFramework(student, None, job.vocabulary, LossConfig(), scheduler)
+    batch = job.collate([job.windows[0]])
+    dry_run.try_modes(module, student, batch, job.accelerator, compares=False)
+    pretrained.rehearse_export(student, job.tokenizer)
+    return f"trained, evaluated and saved on trial: {type(student).__name__} of few layers", allowed, True
+
+
 @check("router at the start", "set the weights of the hidden-state terms to 0, or choose a closer pair")
 def own_router(setup: preflight.SetUp, job: train.Job) -> tuple:
     allowed = "2 or less"
@@ -456,7 +490,8 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
     else:
         yield "Your set-up" if argv else "The default of this machine (flags of train.py check your own set-up)"
         yield f"  {recipe}"
-        yield from (preflight.models(setup), own_label_shift(setup), preflight.window_length(setup))
+        yield from (preflight.models(setup), own_label_shift(setup), own_modes(setup, own))
+        yield preflight.window_length(setup)
         yield from (preflight.documents(own), preflight.duplicates(own), preflight.leakage(own))
         yield from [preflight.coverage(own)] if setup.teacher else []
         yield preflight.spelt_text(own, ("student", "teacher") if setup.teacher else ("student",))

@@ -41,7 +41,7 @@ def try_modes(module: Any, student: nn.Module, batch: Any, accelerator: Accelera
     batch = batch.to(accelerator.device)
     with _without_trace(module):
         _try(
-            "trained (a forward and backward in training mode fails)",
+            "trained: its forward or backward fails in training mode",
             student,
             lambda: _learn(module, batch, accelerator),
         )
