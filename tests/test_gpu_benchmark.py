@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -137,12 +138,29 @@ def test_a_part_that_does_not_fit_the_budget_is_left_out_and_named(tmp_path):
 
 
 @pytest.mark.timeout(600)
-def test_a_part_that_runs_out_of_time_is_stopped_and_keeps_its_rows(tmp_path):
+def test_a_part_that_runs_out_of_time_is_stopped(tmp_path):
     """Time for a start of Python, not for whole runs of training."""
     status, results, _ = run(tmp_path, "--device", "cpu", "--budget", "15.5", "--parts", "repeat")
     part = results["parts"]["repeat"]
     assert part["state"] == "stopped" and "time limit" in part["why"]
     assert status == 0 and 10 < part["seconds"] < 60
+
+
+@pytest.mark.timeout(600)
+def test_a_command_that_is_killed_has_written_the_rows_so_far(tmp_path):
+    arguments = ["--toy", "--device", "cpu", "--budget", str(PATIENCE), "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.gpu", *arguments, "--parts", "where", "repeat"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith("repeat:"):  # it has begun
+            process.terminate()
+            break
+    process.communicate()
+
+    parts = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))["parts"]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert parts["where"]["state"] == "done" and len(parts["where"]["rows"]) > 3
+    assert parts["repeat"]["state"] == "interrupted"
 
 
 def test_a_missing_package_is_named(monkeypatch):

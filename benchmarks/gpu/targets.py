@@ -40,7 +40,7 @@ _percent = "{:.1%}".format
 STEP_LIMITS = {"2 x 512": 1.10, "8 x 1024": 1.05}
 HEAD_LIMIT, HEAD_MEMORY_LIMIT = 1.3, 0.02
 WAITING_LIMIT = 0.02
-FORECAST_ERROR = 0.10
+FORECAST_LEAST, FORECAST_MOST = 0.90, 1.10
 
 
 def _step(rows: Rows) -> Iterator[Verdict]:
@@ -100,7 +100,8 @@ def _forecast(rows: Rows) -> Iterator[Verdict]:
         if "forecast_over_peak" in row:
             share = row["forecast_over_peak"]
             figure = f"forecast / counted peak, {row['precision']}, {row['size']}"
-            yield Verdict(figure, _times(share), "0.90 to 1.10", abs(share - 1) <= FORECAST_ERROR)
+            right = f"{_times(FORECAST_LEAST)} to {_times(FORECAST_MOST)}"
+            yield Verdict(figure, _times(share), right, FORECAST_LEAST <= share <= FORECAST_MOST)
 
 
 def _waits(rows: Rows) -> Iterator[Verdict]:
