@@ -35,4 +35,6 @@ def test_a_run_is_told_line_by_line_on_a_console_that_shows_little(place, tmp_pa
     messages = [re.sub(r"^\S+ \S+ (INFO|WARNING) +", "", line) for line in lines]
     assert any("子供" in message for message in messages)
     for message in messages:
-        assert message.encode("ascii", "replace").decode() in shown, message
+        # The log spells out what UTF-8 lacks, the console replaces it.
+        expected = message.replace(r"\udce9", "?").encode("ascii", "replace").decode()
+        assert expected in shown
