@@ -105,9 +105,13 @@ def test_a_pipe_is_refused_and_one_among_files_is_not_read(refused, tmp_path):
     assert "No data file in folder" in refused("--train-data", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["~nobody-of-this-name/x.txt", "x" * 300 + ".txt"])
-def test_a_path_that_cannot_be_is_a_file_that_is_not_there(refused, name):
-    assert "No such file" in refused("--train-data", name)
+def test_a_path_that_cannot_be_is_a_file_that_is_not_there(refused):
+    assert "No such file" in refused("--train-data", "x" * 300 + ".txt")
+
+
+def test_data_in_the_home_of_nobody_is_told(refused):
+    said = refused("--train-data", "~nobody-of-this-name/x.txt")
+    assert "~nobody-of-this-name stands for a home folder" in said
 
 
 @pytest.mark.parametrize("value", ["2020-99-99", "!!int abc", "[" * 5000])

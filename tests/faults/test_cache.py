@@ -22,6 +22,7 @@ from tests.gloo import launch
 from utils import cache_building
 from utils.logs import read_metrics
 from utils.quickstart import train_tokenizer
+from utils.stopping import StopSignal
 
 SHORT = ["--max-steps", "4", "--eval-every", "0", "--log-every", "1"]
 
@@ -138,6 +139,18 @@ def test_two_processes_fill_a_cache_together_and_learn_from_it_what_they_learn_f
     assert sum(held) == int(told) > 32
     assert "the teacher is not loaded" in two("reading", *exact)
     assert losses(tmp_path / "online") == losses(tmp_path / "reading") and len(losses(tmp_path / "online")) == 4
+
+
+def signal_in_one_process(arguments: list[str]) -> int:
+    if os.environ["RANK"] == "1":
+        StopSignal.requested = lambda self: "SIGTERM"
+    return train.main(arguments)
+
+
+def test_a_signal_to_one_process_that_builds_ends_them_all(place, tmp_path):
+    """The others would wait for it."""
+    arguments = place.arguments(tmp_path / "run", "--cache-teacher", str(tmp_path / "cache"), *SHORT)
+    assert launch(2, signal_in_one_process, arguments) == [143, 143]
 
 
 def test_a_flipped_bit_is_found_and_that_part_is_built_again(place, cache, tmp_path, capsys):
