@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,6 +87,12 @@ def attached(name: str, root: Path) -> list[Path]:
     if same or owner:
         return same
     return [path for path, parts in candidates.items() if wanted in map(words, parts)]
+
+
+@cache
+def _models_attached(root: Path) -> tuple[Path, ...]:
+    """Model folders below `root`, looked for once: attached data can have many folders, and do not change."""
+    return tuple(models_below(root))
 
 
 def words(name: str) -> tuple[str, ...]:

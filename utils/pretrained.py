@@ -562,22 +562,32 @@ def _load(load: Any, name: str, role: str, what: Literal["config.json", "tokeniz
 
 
 def _unreachable(name: str, role: str, what: str, error: Exception, offline: bool) -> UserError:
-    kind, reason = type(error).__name__, " ".join(str(error).split())
-    if "trust_remote_code" in reason or "custom code" in reason:
+    words = " ".join(str(error).split())
+    if "trust_remote_code" in words or "custom code" in words:
         return UserError(
             f"{role} {name}: it needs Python code of its own, which is never run here. Expected an architecture that "
             "transformers contains; choose another model, or one converted to such an architecture."
         )
-    if user_path(name).is_dir():
-        there = ", ".join(sorted(path.name for path in Path(locate(name, role)).iterdir())[:12])
-        hint = (
-            " A random start needs no weights: --student-init random." if (role, what) == ("student", "weights") else ""
-        )
+
+    source = Path(locate(name, role))
+    if source.is_dir():
         return UserError(
-            f"{role} {name}: its {what} cannot be loaded. The folder holds: {there}.{hint}\n  {kind}: {reason}"
+            f"{role} {name}: its {what} cannot be loaded. The folder holds: {model_folders.listing(source)}."
+            f"{_hint(source, role, what)}\n  {type(error).__name__}: {words}"
         )
-    why = "the hub cannot be reached, and no copy is in the cache" if offline else reason
+    why = "the hub cannot be reached, and no copy is in the cache" if offline else words
     return UserError(f"{role} {name}: its {what} cannot be loaded: {why}.{_attached_models()}\n  {ATTACH}")
+
+
+def _hint(folder: Path, role: str, what: str) -> str:
+    """What may be done about files that cannot be loaded; empty where nobody knows."""
+    if what != "weights":
+        return ""
+    stored = model_folders.read_json(folder / model_folders.CONFIG).get("quantization_config")
+    if isinstance(stored, dict):
+        method = stored.get("quant_method", "unknown method")
+        return f" Its weights are quantised ({method}): the model that it was made from needs no package of its own."
+    return " A random start needs no weights: --student-init random." if role == "student" else ""
 
 
 def _attached_models() -> str:
