@@ -175,7 +175,7 @@ def random_batches(
 
 def lm_losses(student: nn.Module, batch: PairedBatch) -> tuple[float, float]:
     """Nats per token of the framework's LM term, and of transformers' own loss, which shifts the labels itself."""
-    module = assemble(student, None, None, LossConfig(), lm=1.0)
+    module = assemble(student, None, None, LossConfig(), kd=0.0, lm=1.0)
     unshifted = torch.where(batch.labels.roll(1, 1) == IGNORE, IGNORE, batch.student_ids)
     unshifted[:, 0] = IGNORE
     with torch.no_grad():

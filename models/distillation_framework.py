@@ -81,6 +81,7 @@ class DistillationFramework(nn.Module):
         self.curriculum = curriculum
         self.projection = None if vocabulary is None else Projection(vocabulary, loss.correction, loss.min_prefix_mass)
         self.router: StudentAwareRouter | None = None
+        self._has_warned = False
         if routed := curriculum.used & {*ROUTER_TERMS}:
             if teacher is None:
                 raise ValueError(f"got weights for {', '.join(sorted(routed))} and no teacher, whose states they need")
@@ -139,6 +140,8 @@ class DistillationFramework(nn.Module):
                 f"counts: got none for {', '.join(lacking)}; expected the sum of batch.counts over the step"
             )
         routed = wanted & {*ROUTER_TERMS}
+        if routed:
+            self._warn_if_not_calibrated()
         if signal is None:
             signal = self._ask(batch, wanted)
         signal = None if signal is None else signal.to(batch.student_ids.device)
@@ -202,6 +205,18 @@ class DistillationFramework(nn.Module):
         if needed := [t for t in ROUTER_TERMS if weights[t]]:
             raise ValueError(f"cannot compute {', '.join(needed)}: {lacks or 'there is no router'}")
         return wanted - {*ROUTER_TERMS}
+
+    def _warn_if_not_calibrated(self) -> None:
+        """Warn once of a router that compares the teacher's states as they are."""
+        if self.router.is_calibrated or self._has_warned:
+            return
+
+        self._has_warned = True
+        warnings.warn(
+            "the router is not calibrated: a few huge channels of the teacher's states outweigh the others; call "
+            "DistillationFramework.calibrate(batches) before the first step",
+            stacklevel=3,
+        )
 
     def _no_loss(self) -> Tensor:
         """A zero that backward() accepts."""

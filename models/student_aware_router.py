@@ -13,7 +13,6 @@ R runs of anchors, H_S and H_T widths, G heads.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,7 +69,8 @@ class StudentAwareRouter(nn.Module):
         self.register_buffer("log_prior", (-((away / config.prior_width) ** 2) / 2).log_softmax(1))
         self.register_buffer("mean", torch.zeros(layers[1], width_t))
         self.register_buffer("scale", torch.ones(layers[1], width_t))
-        self._is_calibrated = False
+        self.is_calibrated = False
+        """Whether the teacher's statistics are there: `calibrate` took them, or they were loaded."""
         self.register_load_state_dict_post_hook(_trust_loaded_statistics)
 
     def forward(
@@ -84,14 +84,6 @@ class StudentAwareRouter(nn.Module):
             anchors: `PairedBatch.anchors`.
             terms: which of `ROUTER_TERMS`.
         """
-        if not self._is_calibrated:
-            warnings.warn(
-                "the router is not calibrated: the teacher's states are compared as they are, in which a few huge "
-                "channels outweigh the others; call DistillationFramework.calibrate(batches) before the first step",
-                stacklevel=2,
-            )
-            self._is_calibrated = True  # said once
-
         with torch.autocast(student[0].device.type, enabled=False):
             student = [_full(x) for x in student]
             teacher = [x.to(student[0].dtype) for x in teacher]  # one dtype, the student's
@@ -231,7 +223,7 @@ class StudentAwareRouter(nn.Module):
                 "the router found no place where student and teacher have read the same bytes, in "
                 f"{sum(len(s[0]) for s, _, _ in batches)} windows; set the weights of {', '.join(ROUTER_TERMS)} to 0"
             )
-        self._is_calibrated = True
+        self.is_calibrated = True
         for m in range(len(self.teacher_layers)):
             states = torch.cat([_full(t[m]).flatten(0, 1)[a.teacher] for _, t, a in batches])
             self.mean[m], spread = states.mean(0), states.std(0, correction=0)
@@ -252,7 +244,7 @@ class StudentAwareRouter(nn.Module):
 
 def _trust_loaded_statistics(router: StudentAwareRouter, incompatible: Any) -> None:
     """Take a router whose state was loaded for calibrated, as its state was when it was saved."""
-    router._is_calibrated = True
+    router.is_calibrated = True
 
 
 def _spread(depth: int, count: int) -> list[int]:
