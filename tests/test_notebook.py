@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
-from models.chat import chat_tokenizer
+from models.chat_template import chat_tokenizer
 from tests.models.tiny import byte_bpe, t5_like, tiny_llama, tiny_t5
 from utils import environment, pretrained, quickstart, run_folder
 from utils.config import to_plain

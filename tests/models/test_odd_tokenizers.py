@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
-from models.chat import ChatEncoder, ConversationError, chat_tokenizer
+from models.chat import ChatEncoder
+from models.chat_template import ConversationError, chat_tokenizer
 from models.pairing import ModelFacts, PairCollator, PairEncoder
 from models.text_start import start_candidates
 from models.vocabulary import MARKER, MISMATCH, TokenTable, VocabularyMap

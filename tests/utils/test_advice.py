@@ -8,7 +8,7 @@ from utils import report, report_html
 from utils.advice import advice, reason
 from utils.errors import RunError, UserError
 from utils.logs import StepLogger
-from utils.run_folder import CURVES, REPORT_HTML, REPORT_MD
+from utils.run_layout import CURVES, REPORT_HTML, REPORT_MD
 
 RESULTS = {"student": {"bits_per_byte": 1.0}, "run": {"steps": 2}}
 
