@@ -200,7 +200,7 @@ def shifted_once(bench: Bench) -> tuple:
 
 def learn_random(bench: Bench, change: Callable[[PairedBatch], PairedBatch], steps: int = 40) -> float:
     """LM loss in units of ln V after some steps on random tokens, each seen once."""
-    module = bench.framework(bench.student(), None, lm=1.0)
+    module = bench.framework(bench.student(), None, kd=0.0, lm=1.0)
     optimizer, losses = torch.optim.AdamW(module.parameters(), lr=1e-2), []
     for batch in islice(random_batches(bench.size, [LENGTH] * 8, seed=0), steps):
         loss = module(change(batch), 0).loss
