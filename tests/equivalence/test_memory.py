@@ -184,6 +184,17 @@ def test_of_a_sharded_teacher_a_process_holds_a_part_of_the_layers_and_two_whole
     assert part == pytest.approx(whole - layers + layers * (1 / 4 + 2 / 10), rel=0.01)
 
 
+def test_a_teacher_on_the_students_gpu_is_counted_also_where_it_is_named(config):
+    gpu, model = torch.device("cuda:0"), tiny_llama(600).config
+
+    def has_teacher(device: str) -> bool:
+        asked = replace(config, teacher=replace(config.teacher, device=device, dtype="float16"))
+        demand = memory.demand_of(asked, model, model, 64, "fp16", gpu, lambda *_: (128, ""))
+        return "teacher weights" in demand.memory(1)
+
+    assert has_teacher("cuda:0") and has_teacher("auto") and not has_teacher("cuda:1")
+
+
 def test_auto_keeps_the_windows_of_the_recipe_in_an_optimizer_step(monkeypatch, config):
     assert (config.training.batch_size, config.training.gradient_accumulation_steps) == ("auto", 16)  # 2 x 8
     found, told = settled(monkeypatch, config, 2**40)

@@ -31,13 +31,14 @@ class RealDevice:
         torch.cuda.set_per_process_memory_fraction(1.0 if size is None else min(1.0, size / total), 0)
 
     def held(self, index: int = 0) -> int:
-        return torch.cuda.memory_allocated(index)
+        return torch.cuda.memory_allocated(index) if index < torch.cuda.device_count() else 0
 
     def peak(self, index: int = 0) -> int:
         return torch.cuda.max_memory_allocated(index) if index < torch.cuda.device_count() else 0
 
     def reset_peak(self, index: int = 0) -> None:
-        torch.cuda.reset_peak_memory_stats(index)
+        if index < torch.cuda.device_count():
+            torch.cuda.reset_peak_memory_stats(index)
 
     @contextmanager
     def watched(self) -> Iterator[list[tuple[str, str]]]:

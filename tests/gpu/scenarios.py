@@ -50,6 +50,7 @@ def run_training(device: Any, arguments: list[str], log: Path) -> dict[str, Any]
         return advanced
 
     TrainingLoop._advance = watched
+    held_before = [device.held(index) for index in range(2)]
     for index in range(2):
         device.reset_peak(index)
     try:
@@ -64,11 +65,10 @@ def run_training(device: Any, arguments: list[str], log: Path) -> dict[str, Any]
         "steps": len(steps),
         "waits": [len(waits) for waits in unlogged],
         "where": Counter(f"{why} at {line}" for waits in unlogged for why, line in waits).most_common(MOST_TOLD),
-        "peak": [device.peak(index) for index in range(2)],
+        "peak": [device.peak(index) - before for index, before in enumerate(held_before)],
         "kernels": dict(device.kernels),
         "errors": [line[:300] for line in lines if " CRITICAL " in line or " ERROR " in line],
         "warnings": [line[:300] for line in lines if " WARNING " in line],
-        "memory": [line[:300] for line in lines if "memory: about" in line],
         "teacher": [line[:300] for line in lines if "teacher on " in line],
     }
 
