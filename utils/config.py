@@ -8,7 +8,6 @@ import dataclasses
 import difflib
 import json
 import logging
-import math
 import re
 import types
 from collections.abc import Iterator, Mapping
@@ -414,8 +413,6 @@ def build(schema: type[T], values: dict[str, Any], *, source: str) -> T:
     while True:
         try:
             instance = _adapter(schema).validate_python(cleaned)
-            found = _not_finite(to_plain(instance))
-            problems += [f"{key}: got {value}, expected a finite number" for key, value in found]
             break
         except ValidationError as error:
             problems += [line for line in describe(error, cleaned) if line not in problems]
@@ -431,15 +428,6 @@ def build(schema: type[T], values: dict[str, Any], *, source: str) -> T:
 def _adapter(schema: type[T]) -> TypeAdapter[T]:
     """Make the validator of a schema, which takes far longer than to use it."""
     return TypeAdapter(schema)
-
-
-def _not_finite(values: Any, at: str = "") -> Iterator[tuple[str, float]]:
-    """(dotted path, value) of numbers with which nothing can be learned."""
-    if isinstance(values, float) and not math.isfinite(values):
-        yield at, values
-    pairs = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
-    for key, value in pairs:
-        yield from _not_finite(value, f"{at}.{key}" if at else str(key))
 
 
 def _take_out(error: ValidationError, values: dict[str, Any]) -> bool:

@@ -23,7 +23,9 @@ def describe(error: ValidationError, values: Any) -> list[str]:
             lines.append(f"{where}missing")
         else:
             wanted = " or ".join(dict.fromkeys(_expected(item) for item in items))
-            lines.append(f"{where}got {shown(items[0]['input'])}, expected {wanted}")
+            # Words such as "inf" are read as numbers, and it is the number that is refused.
+            given = float(items[0]["input"]) if kind == "finite_number" else items[0]["input"]
+            lines.append(f"{where}got {shown(given)}, expected {wanted}")
     return lines
 
 
