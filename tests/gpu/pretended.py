@@ -173,6 +173,8 @@ class Device:
 def _caller() -> str:
     """Return the line of this project, or else of a library, that made the host wait."""
     frames = [frame for frame in traceback.extract_stack() if Path(frame.filename).parent != SOURCE.parent]
+    if not frames:
+        return "a thread of torch's own"
     ours = [frame for frame in frames if not any(part in frame.filename for part in ("-packages", "<", "/lib/python"))]
     frame = (ours or frames)[-1]
     return f"{Path(frame.filename).name}:{frame.lineno} {frame.name}"
