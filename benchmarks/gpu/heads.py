@@ -12,6 +12,7 @@ from statistics import median
 import torch
 
 from benchmarks import peers
+from models import head_passes
 from models.teacher import exact_top_k
 
 from .settings import Bench
@@ -21,6 +22,7 @@ VARIANTS = {
     "bare": "",
     "plain": "",
     "fused": "",
+    "fused-compiled": "",
     "liger-1024": "liger_kernel",
     "trl-chunked": "trl",
     "gkd": "trl",
@@ -58,6 +60,8 @@ def _size(bench: Bench, arguments: argparse.Namespace) -> Iterator[dict]:
         for name, package in VARIANTS.items()
         if package and importlib.util.find_spec(package) is None
     }
+    if error := head_passes.try_passes(problem.device):
+        absent["fused-compiled"] = f"torch.compile does not work here: {error}"
     works = {name: _work(name, problem) for name in VARIANTS if name not in absent}
     foreign = [name for name in works if VARIANTS[name]]
 
