@@ -21,11 +21,11 @@ WHAT_IS_INSTALLED := setup.cfg pyproject.toml constraints.txt .ci/install_torch.
 train: $(READY_TO_RUN)
 	$(PYTHON) train.py --batch-size 2 --epochs 1
 
-# One thread per process leaves room for the processes that some tests start.
+# A process of tests for each core, with one thread each; the tests of a file share what they set up.
 test: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 test: export TOKENIZERS_PARALLELISM := false
 test: $(READY_TO_TEST)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses auto --dist loadfile
 
 lint: $(READY_TO_TEST)
 	$(PYTHON) -m ruff check .

@@ -151,7 +151,10 @@ def make_ready(folder: Path) -> None:
         (folder / ".venv" / name).touch()
 
 
-@pytest.mark.parametrize(("target", "last"), [("train", "train.py --batch-size 2 --epochs 1"), ("test", "-m pytest")])
+LAST = {"train": "train.py --batch-size 2 --epochs 1", "test": "-m pytest --numprocesses auto --dist loadfile"}
+
+
+@pytest.mark.parametrize(("target", "last"), LAST.items())
 def test_a_fresh_machine_gets_everything_once(clone, target, last):
     first = "\n".join(commands(clone, target, "BASE_PYTHON=python3.12"))
     steps = ["python3.12 .ci/make_venv.py .venv", ".ci/install_torch.py", "-m pip install", last]
