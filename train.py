@@ -554,6 +554,11 @@ def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSign
         )
         folder = quickstart.teacher_folder(material, run_folder.identity(to_plain(own)))
         if not on_main_process(accelerator, folder.is_dir):
+            # a mistake in a text of the user's own is told before the minute that the teacher takes
+            text = quickstart.with_paths(config, material, Path).data
+            with value_errors_are_the_users(), data.places_told(text):
+                main_process_first(accelerator, lambda: data.load_documents(text))
+
             log.info("no trained teacher in the cache: training one now, about a minute")
             scratch = on_main_process(accelerator, lambda: quickstart.workshop(folder))
             reason = run(replace(own, output_dir=str(scratch)), recipe, stop)

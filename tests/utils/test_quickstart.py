@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import train
 from utils import quickstart
 from utils.config import DataConfig, ModelConfig, StudentConfig
 from utils.data import load_documents
@@ -162,3 +163,15 @@ def test_of_two_that_made_the_same_folder_the_faster_one_counts(tmp_path):
     assert (tmp_path / "folder" / "made_by").read_text() == "first"
     with pytest.raises(OSError):
         quickstart.put_into_place(tmp_path / "nothing", tmp_path / "other")
+
+
+def test_a_mistake_in_ones_own_text_is_told_before_the_teacher_is_trained(material, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(quickstart, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(quickstart, "material", lambda: material)
+    text, output = tmp_path / "texts.jsonl", tmp_path / "run"
+    text.write_text('{"text": "an open end\n', encoding="utf-8")
+
+    assert train.main(["--config", "quickstart", "--train-data", str(text), "--output-dir", str(output)]) == 2
+    said = capsys.readouterr().out
+    assert "not valid JSON" in said
+    assert "training one now" not in said
