@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from models import head_passes
 from models.cached_teacher import CachedTeacher, RememberingCollator
@@ -154,6 +154,34 @@ class Job:
     needed: memory.Forecast = field(default_factory=memory.Forecast)
 
 
+@dataclass(frozen=True)
+class Pair:
+    """What is known of student and teacher without their weights, by role."""
+
+    tokenizers: dict[str, PreTrainedTokenizerBase]
+    shapes: dict[str, PretrainedConfig]
+    starts: tuple[int, int] | None
+    """Tokens that the decoders of encoder-decoder models start with; None for causal models."""
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Return the rows of both heads."""
+        return tuple(self.shapes[side].get_text_config().vocab_size for side in SIDES)
+
+
+@dataclass(frozen=True)
+class Material:
+    """Text as both models read it."""
+
+    corpus: data.Corpus
+    tokenizers: dict[str, PreTrainedTokenizerBase]
+    """As the text needs them: for conversations with a chat template, and with the end of a turn as end of text."""
+    encoder: PairEncoder
+    vocabulary: VocabularyMap
+    windows: Dataset
+    held_out: Dataset
+
+
 def prepare(config: RunConfig, accelerator: Accelerator, today: date | None = None) -> Job:
     """Tokenizers, text, windows and the vocabulary map: all that can fail cheaply, before the models.
 
@@ -161,89 +189,124 @@ def prepare(config: RunConfig, accelerator: Accelerator, today: date | None = No
         today: the day for chat templates that write it; None: that of its checkpoints or cache, see
             `utils.conversation_date`.
     """
-    there = teachers.place(config, accelerator)
+    teacher_device = teachers.place(config, accelerator)
+    pair = load_pair(config)
+    router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
+    require_widths_and_disk(config, pair, router)
+
+    material = read_material(config, pair, today)
+    encoder, vocabulary = material.encoder, material.vocabulary
+    if config.loss.correction == "channel":
+        chosen = permutation(len(material.windows), 0, 0)[:CHANNEL_WINDOWS].tolist()
+        vocabulary = vocabulary.with_channel(count_channel([material.windows[i] for i in chosen]))
+
+    # the windows that are measured are drawn once, so that every evaluation of every run has the same
+    measured = sorted(permutation(len(material.held_out), 0, 0)[: config.evaluation.max_windows].tolist())
+    held_out = material.held_out.select(measured)
+    collate = PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth, router)
+    identity = {
+        **run_folder.identity(to_plain(config)),
+        "training_text": data.corpus_fingerprint(material.corpus.train),
+        "held_out_windows": data.windows_fingerprint(held_out),
+        "tokenizers_and_length": encoder.fingerprint,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    if encoder.day is not None:
+        identity[conversation_date.IDENTITY] = str(encoder.day)
+
+    return Job(
+        config=config,
+        accelerator=accelerator,
+        tokenizer=material.tokenizers["student"],
+        vocabulary=vocabulary,
+        collate=collate,
+        windows=material.windows,
+        held_out=HeldOut(
+            config.evaluation,
+            accelerator,
+            held_out,
+            material.corpus.eval,
+            collate,
+            material.tokenizers,
+            config.training.batch_size,
+            prompt=encoder.prompt,
+            starts=text_starts(config, encoder),
+            together=config.teacher.device == teachers.SHARDED,
+        ),
+        fingerprint=identity,
+        teacher_device=teacher_device,
+        teacher_dtype=pretrained.frozen_dtype(config.teacher.dtype, teacher_device, accelerator.mixed_precision),
+    )
+
+
+def load_pair(config: RunConfig) -> Pair:
+    """Load tokenizers and configurations; a run without a teacher has the student's for both."""
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
     students.check(config.student)
     tokenizers = pretrained.load_each(pretrained.load_tokenizer, names)
     shapes = pretrained.load_each(pretrained.load_config, names)
-    starts = families.decoder_starts(config, shapes)
-    router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
-    with value_errors_are_the_users():
-        if router is not None:
-            router.check_widths(**{role: shape.get_text_config().hidden_size for role, shape in shapes.items()})
+    pair = Pair(tokenizers, shapes, families.decoder_starts(config, shapes))
+
+    for role, rows in zip(SIDES, pair.rows, strict=True):
+        log.info("%s %s: vocabulary %s, tokenizer %s", role, names[role], f"{rows:,}", f"{len(tokenizers[role]):,}")
+    return pair
+
+
+def require_widths_and_disk(config: RunConfig, pair: Pair, router: RouterConfig | None) -> None:
+    """Refuse heads of the router that do not divide the models' widths, and a disk that is too full."""
+    widths = {role: shape.get_text_config().hidden_size for role, shape in pair.shapes.items()}
+    if router is not None:
+        with value_errors_are_the_users():
+            router.check_widths(**widths)
+
     with advice("forecast of disk"):
-        student, runs = forecast.Shape.of(shapes["student"]), 1 + config.evaluation.without_teacher
+        runs = 1 + config.evaluation.without_teacher
+        student = forecast.Shape.of(pair.shapes["student"])
         disk = forecast.disk(student, config.training, config.student.lora, runs=runs)
         forecast.require_disk(Path(config.output_dir), disk)
-    length = pretrained.window_length(config.data.max_length, shapes.values())
-    sizes = {role: shape.get_text_config().vocab_size for role, shape in shapes.items()}
-    for role, name in names.items():
-        log.info("%s %s: vocabulary %s, tokenizer %s", role, name, f"{sizes[role]:,}", f"{len(tokenizers[role]):,}")
+
+
+def read_material(config: RunConfig, pair: Pair, today: date | None) -> Material:
+    """Read the text and cut it into windows; what of it is left out, or looks wrong, is logged."""
+    length = pretrained.window_length(config.data.max_length, pair.shapes.values())
     with value_errors_are_the_users(), data.places_told(config.data):
         corpus = data.load_documents(config.data)
-        if corpus.conversations and starts is None:
+        tokenizers = pair.tokenizers
+        if corpus.conversations and pair.starts is None:
             tokenizers, lacking = tokenizers_for_chat(tokenizers)
             for what in lacking:
                 log.warning("%s", what)
-        pair = (tokenizers["student"], tokenizers["teacher"])
-        rows = (sizes["student"], sizes["teacher"])
+
+        both = tuple(tokenizers[side] for side in SIDES)
         encoder = make_encoder(
-            pair,
+            both,
             length,
             conversations=corpus.conversations,
             learn_from=config.data.learn_from,
-            starts=starts,
+            starts=pair.starts,
             today=today or conversation_date.choose(config).day,
-            facts=ModelFacts(rows, (config.student.text_start, config.teacher.text_start)),
+            facts=ModelFacts(pair.rows, (config.student.text_start, config.teacher.text_start)),
         )
         for note in encoder.notes(corpus.train):
             log.warning("%s", note)
-        vocabulary = VocabularyMap.build(*pair, *rows, cache_dir=quickstart.cache_dir() / "vocabularies")
-        workers = config.data.num_workers or None
+        vocabulary = VocabularyMap.build(*both, *pair.rows, cache_dir=quickstart.cache_dir() / "vocabularies")
+
         room = data.Room(length, encoder.least_length)
+        workers = config.data.num_workers or None
         packing = {"encode": encoder.windows, "fingerprint": encoder.fingerprint, "num_proc": workers, "room": room}
         windows = data.make_windows(corpus.train, kind="training", **packing)
         held_out = data.make_windows(corpus.eval, kind="held-out", **packing)
+
     for side, table in zip(SIDES, encoder.tables, strict=True):
         if table.beyond_rows:
             left_out = ", ".join(table.beyond_rows)
             log.info("%s: no row of its head for %s, which no text yields: left out", side, left_out)
     log.info("documents: %s", ", ".join(f"{name} {count:,}" for name, count in corpus.report.items()))
-    data.warn_of_left_out(windows, "training")
-    data.warn_of_left_out(held_out, "held-out")
-    data.warn_of_missing(config.data, "training", corpus.train, windows, room)
-    data.warn_of_missing(config.data, "held-out", corpus.eval, held_out, room)
+    for kind, texts, cut in (("training", corpus.train, windows), ("held-out", corpus.eval, held_out)):
+        data.warn_of_left_out(cut, kind)
+        data.warn_of_missing(config.data, kind, texts, cut, room)
     data.warn_of_long_documents(corpus, windows, held_out)
-    if config.loss.correction == "channel":
-        chosen = permutation(len(windows), 0, 0)[:CHANNEL_WINDOWS].tolist()
-        vocabulary = vocabulary.with_channel(count_channel([windows[i] for i in chosen]))
-    held_out = held_out.select(sorted(permutation(len(held_out), 0, 0)[: config.evaluation.max_windows].tolist()))
-    collate = PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth, router)
-    measured = (config.evaluation, accelerator, held_out, corpus.eval, collate, tokenizers, config.training.batch_size)
-    return Job(
-        config=config,
-        accelerator=accelerator,
-        tokenizer=tokenizers["student"],
-        vocabulary=vocabulary,
-        collate=collate,
-        windows=windows,
-        held_out=HeldOut(
-            *measured,
-            prompt=encoder.prompt,
-            starts=text_starts(config, encoder),
-            together=config.teacher.device == teachers.SHARDED,
-        ),
-        fingerprint={
-            **run_folder.identity(to_plain(config)),
-            "training_text": data.corpus_fingerprint(corpus.train),
-            "held_out_windows": data.windows_fingerprint(held_out),
-            "tokenizers_and_length": encoder.fingerprint,
-            "mixed_precision": accelerator.mixed_precision,
-            **({} if encoder.day is None else {conversation_date.IDENTITY: str(encoder.day)}),
-        },
-        teacher_device=there,
-        teacher_dtype=pretrained.frozen_dtype(config.teacher.dtype, there, accelerator.mixed_precision),
-    )
+    return Material(corpus, tokenizers, encoder, vocabulary, windows, held_out)
 
 
 def text_starts(config: RunConfig, encoder: PairEncoder) -> dict[str, TextStart]:

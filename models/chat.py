@@ -58,7 +58,7 @@ Field = tuple[int, int]
 
 
 class Markup(NamedTuple):
-    """What one model writes beside the contents of a stretch that both models write."""
+    """Markup of one model beside the contents of a stretch that both models write."""
 
     before: tuple[str, ...]
     """Before each of the contents, from the content before it on."""
@@ -68,7 +68,7 @@ class Markup(NamedTuple):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a learned stretch lies in the stream of bytes, for both models."""
+    """Place of a learned stretch in the stream of bytes, for both models."""
 
     contents: tuple[Field, ...]
     """What both models write, in order."""
@@ -210,7 +210,7 @@ class Tokens(NamedTuple):
     edges: list[Edge]
 
     def joined(self, table: TokenTable) -> bool:
-        """Whether a token lies across one of the edges."""
+        """Tell whether a token lies across one of the edges."""
         for edge in self.edges:
             first = bisect.bisect_right(self.offsets, edge.at, key=lambda token: token[1])
             for i, (begin, end) in zip(self.ids[first:], self.offsets[first:], strict=True):
@@ -223,7 +223,7 @@ class Tokens(NamedTuple):
 
 
 def _may_begin_with_space(piece: Segment, before: Segment, aligned: bool) -> bool:
-    """Whether the first token of a segment may begin with the last character before it.
+    """Tell whether the first token of a segment may begin with the last character before it.
 
     A space of the generation prompt is a token of its own when a model is asked; one that the model writes is not.
     """
@@ -374,7 +374,7 @@ class ChatEncoder(PairEncoder):
         return self.packed(pieces, left_out)
 
     def prompt(self, conversation: str, side: str) -> tuple[str, list[int]]:
-        """What the assistant (or else anybody) says last in a conversation: the content before it, and the token ids
+        """Find the last answer (or other message) of a conversation: return the content before it, and the token ids
         of all before it, as a model is asked to answer."""
         messages = json.loads(conversation)
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
@@ -390,7 +390,7 @@ class ChatEncoder(PairEncoder):
         return asked, ids
 
     def notes(self, texts: Iterable[str]) -> list[str]:
-        """What is worth knowing of conversations before they are learned from, in words, each once.
+        """List what is worth knowing of conversations before they are learned from, in words, each once.
 
         Conversations that a template does not take are left to `windows`, which tells where they are.
         """
@@ -408,7 +408,7 @@ class ChatEncoder(PairEncoder):
         return [f"{loss} (in {times:,} of {count:,} conversations)" for loss, times in sorted(lost.items())]
 
     def _losses(self, conversation: Understood) -> Iterable[str]:
-        """What the templates leave out of the messages that are learned."""
+        """Name the parts of learned messages that the templates leave out."""
         for renderings in conversation.renderings:
             for side, rendering in zip(self.sides, renderings, strict=True):
                 written = set(rendering.places())
@@ -545,7 +545,7 @@ class ChatEncoder(PairEncoder):
             )
 
     def _piece(self, name: str, conversation: Understood, renderings: Sequence[Rendering]) -> tuple[Piece | None, int]:
-        """As much of a rendering as fits into a window, and the bytes to learn from that do not."""
+        """Cut a rendering to a window; return the piece, and the number of bytes to learn from that do not fit."""
         fields = conversation.fields
         pieces = [segments(rendering, fields) for rendering in renderings]
         places = _places(pieces, [stretch.message for stretch in renderings[0].stretches])
@@ -622,8 +622,8 @@ def _places(sides: Sequence[Sequence[Segment]], messages: Sequence[int]) -> list
 
 
 def _markup(stretch: Sequence[Segment], common: set[Field]) -> Markup:
-    """What a model writes beside the contents that both write; the last segment is the end of the turn, if there is
-    one."""
+    """Return the markup beside the contents that both models write; the last segment is the end of the turn, if
+    there is one."""
     texts, text = [], ""
     for piece in stretch:
         if piece.field in common:

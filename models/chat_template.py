@@ -185,7 +185,7 @@ def _example(*roles: str) -> list[dict[str, str]]:
 
 
 def _field_end(rendered: str, message: int) -> int:
-    """Where the last field of a message ends in a rendering with marks, -1 if there is none."""
+    """Find the end of a message's last field in a rendering with marks, -1 if there is none."""
     ends = [match.end() for match in PLACEHOLDER.finditer(rendered) if int(match[1]) == message]
     return max(ends, default=-1)
 
@@ -204,7 +204,7 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 class EndOfTurn(NamedTuple):
-    """What stands behind what the assistant says."""
+    """Return the text behind what the assistant says."""
 
     text: str
     """Up to the end of `token`; white space or other markup may come before it."""
@@ -255,7 +255,7 @@ def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
 
 
 def _behind_answer(tokenizer: PreTrainedTokenizerBase, *, followed: bool = False) -> str:
-    """What stands behind an answer: up to the end, or up to what the user says next."""
+    """Return the text behind an answer: up to the end, or up to what the user says next."""
     roles = ["user", "assistant", "user"] if followed else ["user", "assistant"]
     rendered = _render(tokenizer, _example(*roles))
     end = _field_begin(rendered, 2) if followed else len(rendered)
@@ -267,7 +267,7 @@ def _behind_answer(tokenizer: PreTrainedTokenizerBase, *, followed: bool = False
 
 
 class Asking(NamedTuple):
-    """How a model is asked to answer."""
+    """Return the text with which a model is asked to answer."""
 
     template: str
     """The chat template to ask with."""
@@ -450,7 +450,7 @@ class ChatTemplate:
 
     @property
     def end(self) -> EndOfTurn | None:
-        """How turns end, as far as the tokenizer's end of text says so, too."""
+        """Return the end of turns, as far as the tokenizer's end of text says so, too."""
         if not self._end:
             try:
                 end = end_of_turn(self.tokenizer)
@@ -516,7 +516,7 @@ class ChatTemplate:
         return filled == _render(self.tokenizer, messages)
 
     def _stretch(self, text: str, message: int, begin: int) -> Stretch:
-        """What is learned of a message from `begin` on, with the end of the turn where it has one."""
+        """Return the learned part of a message from `begin` on, with the end of the turn where it has one."""
         said = _field_end(text, message)
         if self.end is not None and said >= 0 and text.startswith(self.end.text, said):
             return Stretch(message, begin, said + len(self.end.text), self.end.token)

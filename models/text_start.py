@@ -1,4 +1,4 @@
-"""What stands before a plain text: the one place that says how a text starts.
+"""Tokens before a plain text: the one place that says how a text starts.
 
 A tokenizer that puts a start of text (bos) in front of every text keeps its convention. Of the others most separate
 texts by their end of text, and a text starts behind the end of the one before. Tokenizers of chat models are the
@@ -59,7 +59,7 @@ def start_candidates(
 
 
 def _ends_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the end of text is written by the chat template, which then ends turns with it."""
+    """Tell whether the end of text is written by the chat template, which then ends turns with it."""
     template = str(tokenizer.chat_template or "")
     return tokenizer.eos_token in template or "eos_token" in template
 

@@ -63,7 +63,7 @@ def vocabulary_of(model: dict) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class SpellingRules:
-    """How the strings of a tokenizer's vocabulary are to be read as bytes."""
+    """Rules by which the strings of a tokenizer's vocabulary are read as bytes."""
 
     byte_level: bool
     """Characters stand for bytes, by `byte_alphabet`."""
@@ -80,7 +80,7 @@ class SpellingRules:
 
     @property
     def hides_spaces(self) -> bool:
-        """Whether a token is the same with a space in front and without it.
+        """Tell whether a token is the same with a space in front and without it.
 
         So it is where spaces are dropped and no mark at the begin of a word tells that there was one.
         """
@@ -181,7 +181,7 @@ def _space_mark(spec: dict) -> str:
 
 
 def _drops_spaces(spec: dict) -> bool:
-    """Whether nothing stands between two words once the tokenizer has cut a text into words; tried, not looked up."""
+    """Tell, by a trial, whether nothing stands between two words once the tokenizer has cut a text into words."""
     tool = _loaded({name: spec[name] for name in ("normalizer", "pre_tokenizer")})
     text = "a a"
     if tool.normalizer is not None:

@@ -15,7 +15,7 @@ ADAPTER_WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.b
 
 
 def adapter_folder(source: str, offline: bool) -> Path | None:
-    """Where the files of an adapter lie; None: the source is a whole model.
+    """Folder of an adapter's files; None: the source is a whole model.
 
     Args:
         source: a local folder, or a hub id.

@@ -1,4 +1,4 @@
-"""What helps the user and does not change what is learned: where it fails, the run goes on without it."""
+"""Advice: what helps the user and does not change what is learned; where it fails, the run goes on without it."""
 
 import logging
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What the rows of a table hold: plain text, a prompt and its completion, or a conversation."""
+"""Contents of a table's rows: plain text, a prompt and its completion, or a conversation."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +38,7 @@ SYSTEM = "system"
 
 @dataclass
 class Unread:
-    """What was met in data and is not read."""
+    """Keys that were met in data and are not read."""
 
     columns: set[str] = field(default_factory=set)
     keys: set[str] = field(default_factory=set)
@@ -108,7 +108,7 @@ class Conversation(NamedTuple):
 
 
 def _message(place: str, message: Any, unread: Unread | None) -> dict[str, Any]:
-    """What is read of a message.
+    """Keys that are read of a message.
 
     Raises:
         UserError: it has no role and text, or holds more that would change what it means.
@@ -158,7 +158,7 @@ def _joined_parts(place: str, content: Any) -> Any:
 
 
 def _is_learned(place: str, message: Mapping[str, Any]) -> bool:
-    """Whether a message is to be learned, as its keys `weight` and `train` say.
+    """Tell whether a message is to be learned, as its keys `weight` and `train` say.
 
     Raises:
         UserError: they say something else than yes or no.
@@ -181,7 +181,7 @@ def _from_value(message: Any) -> str:
 
 
 def said(conversation: str) -> str:
-    """What the messages of a conversation, as `Conversation.text` writes it, say."""
+    """Return what the messages of a conversation, as `Conversation.text` writes it, say."""
     texts = []
     for message in json.loads(conversation):
         texts += [message.get("reasoning_content", ""), message["content"]]
@@ -190,8 +190,8 @@ def said(conversation: str) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns hold a document: one of messages, or a prompt and its completion, or one of text; whichever of
-    these are there, in this order. Where `text` is named, that one."""
+    """Find the columns that hold a document: one of messages, or a prompt and its completion, or one of text; those that are
+    there, in this order. Where `text` is named, that one."""
 
     text: str | None = None
     messages: str = "messages"

@@ -1,4 +1,4 @@
-"""Whether bits per byte of two models may be compared: only if the tokens of both say the whole text."""
+"""Comparability of two models' bits per byte: only if the tokens of both say the whole text."""
 
 from collections.abc import Mapping
 from typing import Any

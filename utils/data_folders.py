@@ -1,4 +1,4 @@
-"""Which files of a folder are data.
+"""Files of a folder that are data.
 
 What a program leaves beside data is not data: caches of `map` and `filter`, metadata, markers of a finished job, hidden
 files, half downloads. `choose_files` names what it leaves out, so that nothing is left out in silence.
@@ -141,7 +141,7 @@ def _sort(folder: Path, contents: Contents, visited: set[Path]) -> None:
 
 
 def _is_known(path: Path) -> bool:
-    """Whether a name is that of a file which is never data."""
+    """Tell whether a name is that of a file which is never data."""
     return path.name in METADATA or bool(CACHE.fullmatch(path.name)) or bool(ABOUT.fullmatch(path.name))
 
 

@@ -1,4 +1,4 @@
-"""What a run does late or often, done once in small before anything is measured; nothing is left of it.
+"""Trial of what a run does late or often, done once in small before anything is measured; nothing is left of it.
 
 A mode that an architecture does not have in the installed transformers is found within seconds, instead of after the
 evaluation of a large teacher, in the first step or in the last minute.

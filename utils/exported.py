@@ -37,12 +37,12 @@ class LoadedAnew:
 
     @property
     def difference(self) -> float:
-        """Of the exported one; 0 as a rule."""
+        """Loss of the exported student over that in memory; 0 as a rule."""
         return self.exported - self.trained
 
     @property
     def is_same(self) -> bool:
-        """Whether rounding explains the difference."""
+        """Tell whether rounding explains the difference."""
         return math.isfinite(self.exported) and abs(self.difference) <= self.tolerance * max(1.0, self.trained)
 
     def require(self) -> None:

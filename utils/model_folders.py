@@ -1,4 +1,4 @@
-"""Where models lie on the disk: attached ones by name, and what a folder is that holds none.
+"""Folders of models: attached ones by name, and what a folder is that holds none.
 
 A model is a folder with config.json, or an adapter: a folder with adapter_config.json.
 """
@@ -41,12 +41,12 @@ def models_below(folder: Path) -> list[Path]:
 
 
 def is_model(folder: Path) -> bool:
-    """Whether a folder is that of a model, or of an adapter."""
+    """Tell whether a folder is that of a model, or of an adapter."""
     return (folder / CONFIG).is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter alone: some trainers put the config of the base beside it, but not weights."""
+    """Tell whether a folder holds an adapter alone: some trainers put the base's config beside it, but no weights."""
     whole = [path for path in folder.glob("*") if _is_whole_weights(path.name)]
     return (folder / ADAPTER_CONFIG).is_file() and not whole
 
@@ -184,7 +184,7 @@ NO_MODELS = (
 
 
 def what_it_is(folder: Path) -> str | None:
-    """What a folder is that holds no model, and the way from there; None where nobody knows."""
+    """Describe a folder that holds no model, and the way from there; None where nobody knows."""
     for layout in NO_MODELS:
         if layout.is_it(folder):
             return layout.explanation.format(folder=folder)
@@ -192,7 +192,7 @@ def what_it_is(folder: Path) -> str | None:
 
 
 def what_the_file_is(file: Path) -> str:
-    """What is to be given in place of a file."""
+    """Name what is to be given in place of a file."""
     if file.suffix == ".gguf":
         return "A GGUF file is for llama.cpp, and its weights are not trained. Give the model that it was made from."
     if is_model(file.parent):

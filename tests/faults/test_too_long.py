@@ -106,3 +106,6 @@ class EmptyEncoder:
 
     def least_length(self, text: str) -> None:
         return None
+
+    def notes(self, texts: list[str]) -> list[str]:
+        return []

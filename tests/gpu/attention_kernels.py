@@ -1,4 +1,4 @@
-"""Which kernel `scaled_dot_product_attention` takes on an NVIDIA card.
+"""Kernel that `scaled_dot_product_attention` takes on an NVIDIA card.
 
 Written after aten/src/ATen/native/transformers/cuda/sdp_utils.cpp of torch 2.13. Shapes: [B, heads, S, width].
 """
@@ -13,7 +13,7 @@ MATH, EFFICIENT, FLASH, CUDNN_OR_FLASH = "math", "efficient", "flash", "cudnn or
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What a call of `scaled_dot_product_attention` asks for."""
+    """Arguments of a call of `scaled_dot_product_attention` asks for."""
 
     query: Tensor
     key: Tensor

@@ -57,7 +57,7 @@ def start(gpu_environment) -> Callable[..., subprocess.Popen]:
 
 
 def result_of(process: subprocess.Popen) -> Any:
-    """What a scenario found, once it has ended."""
+    """Return what a scenario found, once it has ended."""
     try:
         out, err = process.communicate(timeout=PATIENCE)
     finally:

@@ -214,7 +214,7 @@ def _index(device: Device, place: Any) -> int:
 
 
 def _properties(device: Device) -> dict[str, Callable]:
-    """What torch.cuda says of the cards."""
+    """Answers of torch.cuda about the cards."""
 
     def describe(_: Any = None) -> SimpleNamespace:
         return SimpleNamespace(
@@ -240,7 +240,7 @@ def _properties(device: Device) -> dict[str, Callable]:
 
 
 def _memory(device: Device) -> dict[str, Callable]:
-    """What torch.cuda says of memory; its allocator keeps nothing in reserve here."""
+    """Answers of torch.cuda about memory; its allocator keeps nothing in reserve here."""
 
     def held(place: Any = None) -> int:
         return device.held(_index(device, place))

@@ -9,7 +9,7 @@ import torch
 
 
 class RealDevice:
-    """What `pretended.Device` does, of the cards that there are."""
+    """The interface of `pretended.Device` for the cards that there are."""
 
     def __init__(self) -> None:
         self.kernels: Counter[str] = Counter()

@@ -1,4 +1,4 @@
-"""What is done on a GPU, pretended or real, in a process of its own; what it found is printed as JSON.
+"""Scenarios on a GPU, pretended or real, in a process of its own; what it found is printed as JSON.
 
 python -m tests.gpu.scenarios NAME '{"argument": ...}'
 """

@@ -38,7 +38,7 @@ GPU = torch.device("cuda:0")
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained."""
+    """Models and sizes that are trained."""
 
     precision: str
     windows: int
