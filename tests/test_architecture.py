@@ -40,6 +40,7 @@ FLOORS = {
 
 WITHIN_A_FLOOR = {
     ("utils", "paths", "errors"),
+    ("utils", "cache_building", "conversation_date"),
     ("utils", "advice", "errors"),
     ("utils", "forecast", "config"),
     ("utils", "forecast", "families"),

@@ -190,7 +190,7 @@ def said(conversation: str) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """Find the columns that hold a document: one of messages, or a prompt and its completion, or one of text; those that are
+    """Columns that hold a document: one of messages, or a prompt and its completion, or one of text; those that are
     there, in this order. Where `text` is named, that one."""
 
     text: str | None = None
