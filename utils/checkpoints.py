@@ -16,6 +16,7 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -134,6 +135,8 @@ class CheckpointStore:
                 _save_object(staging / "rehearsal.pt", {"number": 1})
                 _write_manifest(staging, 0)
             remove_folder(trial)
+            with suppress(OSError):  # not empty: there are checkpoints
+                self.folder.rmdir()
         except (OSError, SafetensorError) as error:
             raise self._no_room(trial, OVERHEAD, getattr(error, "strerror", None) or str(error)) from error
 
