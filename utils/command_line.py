@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from . import hardware
-from .config import TrainingConfig, build, drop_descriptions, find_config, get_dotted, load_yaml, set_dotted
+from .config import (
+    TrainingConfig,
+    build,
+    drop_descriptions,
+    find_config,
+    get_dotted,
+    limit_to_training_text,
+    load_yaml,
+    set_dotted,
+)
 from .errors import UserError
 from .paths import user_path
 
@@ -168,21 +177,28 @@ def configure(schema: type[Config], argv: Sequence[str]) -> tuple[Config, str]:
     name, why = (arguments.config, "asked for") if arguments.config else _default_recipe(given)
 
     values: dict[str, Any] = {}
-    recipe, source, dropped = "no recipe", "the command line", []
+    recipe, source = "no recipe", "the command line"
+    dropped, limited = [], []
     if name is not None:
         path = find_config(name)
         values = {"output_dir": f"runs/{path.stem}"} | load_yaml(path)
         recipe, source = f"recipe {path.name}", f"{path.name} and the command line"
         dropped = drop_descriptions(values, given)
+        limited = limit_to_training_text(values, given)
 
     arguments.apply(values)
     if isinstance(folder := values.get("output_dir"), str):
         values["output_dir"] = str(user_path(folder))
-    return build(schema, values, source=source), f"{recipe}: {why}{_without_effect(arguments, dropped)}"
+    return build(schema, values, source=source), f"{recipe}: {why}{_without_effect(arguments, dropped, limited)}"
 
 
-def _without_effect(arguments: Arguments, dropped: Sequence[str]) -> str:
-    """Describe what a recipe or the command line says in vain."""
+def _without_effect(arguments: Arguments, dropped: Sequence[str], limited: Sequence[str]) -> str:
+    """Describe what a recipe or the command line says in vain.
+
+    Args:
+        dropped: settings of the recipe that fell with a text or a model.
+        limited: settings of the recipe that the evaluation text is read without.
+    """
     notes = ""
     epochs, steps = (arguments.values.get(f"training.{key}") for key in ("epochs", "max_steps"))
     if epochs and steps:
@@ -191,6 +207,11 @@ def _without_effect(arguments: Arguments, dropped: Sequence[str]) -> str:
         notes += (
             f"; not taken from it, because it describes the text or the model that is replaced: {', '.join(dropped)} "
             "(--set KEY=VALUE sets it nevertheless)"
+        )
+    if limited:
+        notes += (
+            "; the evaluation text is another one, and is read without what the recipe says of its training text: "
+            f"{', '.join(limited)} (--set KEY=VALUE sets it for both)"
         )
     return notes
 

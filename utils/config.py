@@ -42,6 +42,7 @@ DESCRIBED_BY = {
         "data.document_separator",
         "data.document_start",
         "data.max_documents",
+        "data.train_only",
     ),
     "teacher.name": ("teacher.allow_pickle",),
     "student.name": ("student.allow_pickle", "student.lora.targets"),
@@ -49,6 +50,16 @@ DESCRIBED_BY = {
 """Setting that names a text or a model -> settings that say how that one is read. They go with it: where a command line
 replaces the name that a recipe has, they are no longer those of the recipe. How is learned stays: from random weights
 or trained ones, what of a conversation, the share that is held out, lengths, precision, the rank of an adapter."""
+
+HowTextIsRead = Literal[
+    "text_column",
+    "messages_column",
+    "prompt_column",
+    "completion_column",
+    "document_separator",
+    "document_start",
+]
+"""Settings of `data` that say how the documents of a text are read, of the training text and the evaluation text."""
 
 log = logging.getLogger(__name__)
 
@@ -138,6 +149,9 @@ class DataConfig(Validated):
     document_start: str | None = None
     """Regular expression: a row or document that matches starts a document, those up to the next one belong to it.
     For texts that come line by line; Wikitext's articles start with `^ = [^=]`."""
+    train_only: list[HowTextIsRead] = field(default_factory=list)
+    """Settings that describe the training text alone: the text of `eval` is read with their defaults. Where a command
+    line replaces the evaluation text of a recipe and not its training text, these are what the recipe says."""
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Share of the documents held out when `eval` is null, chosen by a hash of their text."""
     max_length: Annotated[int, Ge(8)] = 512
@@ -387,6 +401,33 @@ def drop_descriptions(recipe: dict[str, Any], given: dict[str, Any]) -> list[str
             if value != get_dotted(defaults, key) and not is_given_anew:
                 dropped.append(f"{key} {shown(value)}")
     return dropped
+
+
+def limit_to_training_text(recipe: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Keep what a recipe says of its text away from an evaluation text that is replaced; see `DataConfig.train_only`.
+
+    Call it after `drop_descriptions`, which leaves nothing to limit where the training text is replaced too.
+
+    Args:
+        recipe: nested values, changed in place.
+        given: nested values that are laid over it.
+
+    Returns:
+        `key value` of each setting that the evaluation text is read without.
+    """
+    section = recipe.get("data")
+    if not isinstance(section, dict) or not _is_replaced(section.get("eval"), get_dotted(given, "data.eval")):
+        return []
+
+    defaults = to_plain(DataConfig())
+    limited = [
+        name
+        for name in get_args(HowTextIsRead)
+        if section.get(name, defaults[name]) != defaults[name]
+        and get_dotted(given, f"data.{name}", default=defaults) is defaults
+    ]
+    section["train_only"] = limited
+    return [f"data.{name} {shown(section[name])}" for name in limited]
 
 
 def _is_replaced(before: Any, now: Any) -> bool:

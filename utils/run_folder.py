@@ -44,6 +44,7 @@ FREE_TO_CHANGE = {
     "student.lora.merge",
     "student.allow_pickle",
     "data.train",
+    "data.train_only",
     "data.num_workers",
     "cache.folder",
     "cache.build_only",
