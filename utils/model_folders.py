@@ -11,10 +11,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .git_lfs import is_lfs_pointer
+
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 DEEPEST = 6
 """Folders between /kaggle/input and a model's files, at most: models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION."""
 MOST_LISTED = 10
+
+STORED_BY_LFS = ("*.safetensors", "*.bin", "tokenizer.json", "tokenizer.model", "spiece.model")
+"""Files of a model that are large: a copy made by git has pointers in their place where Git LFS has not fetched them.
+"""
 
 LOADED_FRAMEWORKS = {"transformers", "pytorch", "other"}
 OTHER_FRAMEWORKS = {"keras", "jax", "flax", "tensorflow1", "tensorflow2", "tflite", "tfjs", "gemmacpp", "ggml", "gguf"}
@@ -210,19 +216,14 @@ def wrong_kind(folder: Path) -> str | None:
             "it is a model of sentence-transformers, which turns text into vectors. Expected a language model, which "
             "predicts tokens: often the one that this was trained from."
         )
-    pointers = [path.name for path in folder.glob("*.safetensors") if _is_lfs_pointer(path)]
+    stored = sorted(path for pattern in STORED_BY_LFS for path in folder.glob(pattern) if path.is_file())
+    pointers = [path.name for path in stored if is_lfs_pointer(path)]
     if pointers:
         return (
-            f"its weights are not there: {', '.join(pointers[:3])} only points to them (git without LFS). Run `git lfs "
-            "pull` in that folder, or download it with `hf download`."
+            f"its files are not there: {', '.join(pointers[:3])} only points to what is meant (git without LFS). Run "
+            "`git lfs pull` in that folder, or download it with `hf download`."
         )
     return None
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    if file.stat().st_size > 1000:
-        return False
-    return file.read_bytes().startswith(b"version https://git-lfs")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -145,6 +145,14 @@ def test_a_model_of_vectors_and_weights_that_are_not_there_are_refused(tmp_path)
         pretrained.locate(str(tmp_path), "teacher")
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "tokenizer.json", "tokenizer.model"])
+def test_any_file_of_a_model_that_git_has_not_fetched_is_named(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with pytest.raises(UserError, match=rf"{name} only points .* `git lfs pull`"):
+        pretrained.locate(str(tmp_path), "teacher")
+
+
 def test_models_inside_a_model_are_no_further_models(tmp_path):
     for path in (tmp_path / "model", tmp_path / "model" / "checkpoint-10"):
         path.mkdir()
