@@ -98,6 +98,9 @@ FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
 }
 """Per group of --help: flag, configuration key, what it takes (nothing: it sets the key to true), what it is."""
 
+MAY_BE_EMPTY = ("data.document_separator",)
+"""Keys whose flags take the empty string: cut nowhere."""
+
 SEVERAL = ("data.train", "logging.track", "evaluation.tasks")
 """Keys of lists: their flags take several values."""
 
@@ -187,7 +190,8 @@ def configure(schema: type[Config], argv: Sequence[str]) -> tuple[Config, str]:
         limited = limit_to_training_text(values, given)
 
     arguments.apply(values)
-    if isinstance(folder := values.get("output_dir"), str):
+    folder = values.get("output_dir")
+    if isinstance(folder, str) and folder:  # the empty name would become this folder
         values["output_dir"] = str(user_path(folder))
     return build(schema, values, source=source), f"{recipe}: {why}{_without_effect(arguments, dropped, limited)}"
 
@@ -298,6 +302,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     config, assignments, no_resume = found.pop("config"), found.pop("set"), found.pop("no_resume")
     compare = found.pop("compare") or []
     values = {key: value for key, value in found.items() if value is not None}
+    _require_words(values | {"config": config, "compare": compare})
     if no_resume:
         if values.get("resume", "never") != "never":
             raise UserError(f"--no-resume contradicts --resume {values['resume']}: give one of them")
@@ -306,6 +311,26 @@ def parse(argv: Sequence[str]) -> Arguments:
     if compare and (config or assignments or values.keys() - {"output_dir"}):
         raise UserError("--compare trains nothing. Expected beside it only --output-dir DIR, where the picture goes.")
     return arguments
+
+
+def _require_words(values: dict[str, Any]) -> None:
+    """Refuse flags with nothing behind them: `--student "$STUDENT"` where the variable of the shell is not set.
+
+    Raises:
+        UserError: names every such flag.
+    """
+    flag_of = {key: flag for flags in FLAGS.values() for flag, key, *_ in flags}
+    empty = []
+    for key, value in values.items():
+        words = value if isinstance(value, list) else [value]
+        if key not in MAY_BE_EMPTY and any(isinstance(word, str) and not word.strip() for word in words):
+            empty.append(flag_of.get(key, f"--{key}"))
+
+    if empty:
+        raise UserError(
+            f"got nothing behind {', '.join(empty)}: an empty word. Expected a value, or leave the flag out; a "
+            "variable of the shell that is not set gives an empty word."
+        )
 
 
 def _with_dashes(word: str) -> str:

@@ -51,6 +51,9 @@ DESCRIBED_BY = {
 replaces the name that a recipe has, they are no longer those of the recipe. How is learned stays: from random weights
 or trained ones, what of a conversation, the share that is held out, lengths, precision, the rank of an adapter."""
 
+Name = Annotated[str, MinLen(1)]
+"""Of a model, a text, a file or a folder."""
+
 HowTextIsRead = Literal[
     "text_column",
     "messages_column",
@@ -70,7 +73,7 @@ T = TypeVar("T")
 class ModelConfig(Validated):
     """The teacher."""
 
-    name: str | None = None
+    name: Name | None = None
     """Hub id or local folder; null trains without a teacher (kd and span must then weigh 0)."""
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
@@ -110,7 +113,7 @@ class LoraConfig(Validated):
 class StudentConfig(Validated):
     """The student. What is trained of it is float32 whatever the precision of the computation."""
 
-    name: str | None = None
+    name: Name | None = None
     """Hub id or local folder."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: only config.json and the tokenizer are taken from `name`; weights are drawn from the seed."""
@@ -126,9 +129,9 @@ class StudentConfig(Validated):
 class DataConfig(Validated):
     """Text to learn from and text to measure on."""
 
-    train: list[str] = field(default_factory=list)
+    train: list[Name] = field(default_factory=list)
     """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv) or folders of those."""
-    eval: str | None = None
+    eval: Name | None = None
     """Text to measure on; null: a share of the training documents is held out."""
     text_column: str | None = None
     """Column that holds plain text in tabular sources; null: messages, prompt and completion, or `text`, whichever of
@@ -226,7 +229,7 @@ class EvaluationConfig(Validated):
     """Also train the same student, on the same batches for the same steps, without the teacher, and compare."""
     tasks: list[str] = field(default_factory=list)
     """Tasks or groups of lm_eval, measured after training on teacher, student and, if it had weights, its beginning."""
-    tasks_path: str | None = None
+    tasks_path: Name | None = None
     """Folder with tasks of your own, in lm_eval's YAML form."""
     tasks_limit: Annotated[int, Gt(0)] | None = None
     """First documents of each task that are scored; null: all."""
@@ -236,7 +239,7 @@ class EvaluationConfig(Validated):
 class CacheConfig(Validated):
     """What the teacher says, kept on disk: computed once, read by later epochs and runs."""
 
-    folder: str | None = None
+    folder: Name | None = None
     """Folder of the cache; null: the teacher runs in every step."""
     build_only: bool = False
     """Build the cache and stop, without a student."""
@@ -274,7 +277,7 @@ class LoggingConfig(Validated):
 class HubConfig(Validated):
     """The student on the Hugging Face Hub."""
 
-    repository: str | None = None
+    repository: Name | None = None
     """OWNER/NAME to which it is uploaded after the run; null: none."""
     private: bool = True
     """If the repository does not exist, it is made a private one."""

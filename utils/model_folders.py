@@ -16,6 +16,8 @@ from .git_lfs import is_lfs_pointer
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 DEEPEST = 6
 """Folders between /kaggle/input and a model's files, at most: models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION."""
+MOST_FOLDERS = 2000
+"""Folders that are searched below one that a user names as a model: a home or a whole disk has many more."""
 MOST_LISTED = 10
 
 STORED_BY_LFS = ("*.safetensors", "*.bin", "tokenizer.json", "tokenizer.model", "spiece.model")
@@ -31,12 +33,27 @@ SAYS_NOTHING = {"models", "default"}
 # ----------------------------------------------------------------------------------------- folders
 
 
-def models_below(folder: Path) -> list[Path]:
-    """Model folders: the folder itself, or else those at most `DEEPEST` levels below it; none inside another."""
+class TooManyFolders(ValueError):
+    """More folders than are searched for a model."""
+
+
+def models_below(folder: Path, most_folders: int | None = None) -> list[Path]:
+    """Return model folders: the folder itself, or else those at most `DEEPEST` levels below it; none inside another.
+
+    Args:
+        most_folders: that are searched; None: all.
+
+    Raises:
+        TooManyFolders: there are more.
+    """
     if is_model(folder):
         return [folder]
+
     models = []
-    for path, folders, _ in os.walk(folder, followlinks=True):
+    for count, (path, folders, _) in enumerate(os.walk(folder, followlinks=True), 1):
+        if most_folders is not None and count > most_folders:
+            raise TooManyFolders(f"more than {most_folders:,} folders")
+
         here = Path(path)
         if here != folder and is_model(here):
             models.append(here)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils import pretrained
+from utils import model_folders, pretrained
 from utils.errors import UserError
 from utils.model_folders import attached, words
 
@@ -158,3 +158,14 @@ def test_models_inside_a_model_are_no_further_models(tmp_path):
         path.mkdir()
         (path / "config.json").write_text("{}")
     assert pretrained.locate(str(tmp_path), "teacher") == str(tmp_path / "model")
+
+
+def test_a_model_is_not_looked_for_on_a_whole_disk(tmp_path, monkeypatch):
+    for number in range(6):
+        (tmp_path / f"{number}").mkdir()
+    (tmp_path / "5" / "config.json").write_text("{}")
+    assert pretrained.locate(str(tmp_path), "student") == str(tmp_path / "5")
+
+    monkeypatch.setattr(model_folders, "MOST_FOLDERS", 3)
+    with pytest.raises(UserError, match="more than 3 folders are below it"):
+        pretrained.locate(str(tmp_path), "student")
