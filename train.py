@@ -67,6 +67,7 @@ from utils.config import (
     HubConfig,
     LoggingConfig,
     ModelConfig,
+    Name,
     StudentConfig,
     TrainingConfig,
     to_plain,
@@ -113,7 +114,7 @@ class RunConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     hub: HubConfig = field(default_factory=HubConfig)
-    output_dir: str = "runs/train"
+    output_dir: Name = "runs/train"
     """Folder of the run; by default runs/ and the name of the recipe."""
     resume: str = "auto"
     """auto: continue from the newest whole checkpoint in output_dir, if any; never; or a checkpoint's path."""
@@ -647,6 +648,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if (asked := command_line.parse(words)).compare:
             return compare(asked.compare, user_path(asked.values.get("output_dir", ".")))
         config, recipe = configure(words)
+        run_folder.refuse_sources(Path(config.output_dir), to_plain(config))  # before the folder gets its lock
         folder = run_folder.own(config.output_dir) if main_process else nullcontext()
         deterministic = deterministic_kernels(config.training.deterministic)
         with StopSignal(config.training.max_hours, started) as stop, folder, deterministic:

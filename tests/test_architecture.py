@@ -20,7 +20,7 @@ FLOORS = {
         {"distillation_framework", "cached_teacher", "encoder_decoder"},
     ],
     "utils": [
-        {"errors", "atomic", "paths", "seeding", "progress", "processes", "shell", "mistakes"}
+        {"errors", "atomic", "paths", "seeding", "progress", "processes", "shell", "mistakes", "git_lfs"}
         | {"device_memory", "streams", "run_layout", "comparability", "model_folders", "advice"},
         {"validation", "generation", "data_folders"},
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
@@ -52,6 +52,7 @@ WITHIN_A_FLOOR = {
     ("utils", "memory", "zero"),
     ("utils", "seeding", "errors"),
     ("utils", "sharding", "families"),
+    ("utils", "model_folders", "git_lfs"),
     ("utils", "sources", "columns"),
     ("utils", "sources", "data_folders"),
 }

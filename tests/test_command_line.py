@@ -389,3 +389,37 @@ def test_a_recipe_is_found_for_every_name_the_help_mentions():
     told = " ".join(command_line.parser().format_help().split())
     for name in re.findall(r"default: (\w+) without a GPU, (\w+) with one", told)[0]:
         assert find_config(name).is_file()
+
+
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--train-data",
+        "--student",
+        "--teacher",
+        "--output-dir",
+        "--cache-teacher",
+        "--eval-data",
+        "--config",
+        "--compare",
+    ],
+)
+@pytest.mark.parametrize("word", ["", " "])
+def test_an_empty_word_behind_a_flag_is_refused_by_the_name_of_the_flag(flag, word):
+    with pytest.raises(UserError, match=f"got nothing behind {flag}: an empty word"):
+        train.configure([flag, word])
+
+
+def test_every_flag_with_an_empty_word_is_named_and_the_empty_separator_is_one():
+    with pytest.raises(UserError, match="behind --student, --train-data:"):
+        train.configure(["--train-data", "a", "", "--student", ""])
+    words = [*PAIR, "--document-separator", ""]
+    assert train.configure(words)[0].data.document_separator == ""
+
+
+@pytest.mark.parametrize(
+    "key", ["teacher.name", "student.name", "data.eval", "cache.folder", "evaluation.tasks_path", "output_dir"]
+)
+def test_an_empty_name_in_a_recipe_is_refused_by_its_key(key):
+    with pytest.raises(UserError, match=f"{key}: got '', expected a name that is not empty"):
+        train.configure([*PAIR, "--set", f"{key}=''"])

@@ -11,7 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
 from . import hardware
-from .config import TrainingConfig, build, drop_descriptions, find_config, get_dotted, load_yaml, set_dotted
+from .config import (
+    TrainingConfig,
+    build,
+    drop_descriptions,
+    find_config,
+    get_dotted,
+    limit_to_training_text,
+    load_yaml,
+    set_dotted,
+)
 from .errors import UserError
 from .paths import user_path
 
@@ -88,6 +97,9 @@ FLAGS: dict[str, tuple[tuple[str, str, str, str], ...]] = {
     ),
 }
 """Per group of --help: flag, configuration key, what it takes (nothing: it sets the key to true), what it is."""
+
+MAY_BE_EMPTY = ("data.document_separator",)
+"""Keys whose flags take the empty string: cut nowhere."""
 
 SEVERAL = ("data.train", "logging.track", "evaluation.tasks")
 """Keys of lists: their flags take several values."""
@@ -168,21 +180,29 @@ def configure(schema: type[Config], argv: Sequence[str]) -> tuple[Config, str]:
     name, why = (arguments.config, "asked for") if arguments.config else _default_recipe(given)
 
     values: dict[str, Any] = {}
-    recipe, source, dropped = "no recipe", "the command line", []
+    recipe, source = "no recipe", "the command line"
+    dropped, limited = [], []
     if name is not None:
         path = find_config(name)
         values = {"output_dir": f"runs/{path.stem}"} | load_yaml(path)
         recipe, source = f"recipe {path.name}", f"{path.name} and the command line"
         dropped = drop_descriptions(values, given)
+        limited = limit_to_training_text(values, given)
 
     arguments.apply(values)
-    if isinstance(folder := values.get("output_dir"), str):
+    folder = values.get("output_dir")
+    if isinstance(folder, str) and folder:  # the empty name would become this folder
         values["output_dir"] = str(user_path(folder))
-    return build(schema, values, source=source), f"{recipe}: {why}{_without_effect(arguments, dropped)}"
+    return build(schema, values, source=source), f"{recipe}: {why}{_without_effect(arguments, dropped, limited)}"
 
 
-def _without_effect(arguments: Arguments, dropped: Sequence[str]) -> str:
-    """Describe what a recipe or the command line says in vain."""
+def _without_effect(arguments: Arguments, dropped: Sequence[str], limited: Sequence[str]) -> str:
+    """Describe what a recipe or the command line says in vain.
+
+    Args:
+        dropped: settings of the recipe that fell with a text or a model.
+        limited: settings of the recipe that the evaluation text is read without.
+    """
     notes = ""
     epochs, steps = (arguments.values.get(f"training.{key}") for key in ("epochs", "max_steps"))
     if epochs and steps:
@@ -191,6 +211,11 @@ def _without_effect(arguments: Arguments, dropped: Sequence[str]) -> str:
         notes += (
             f"; not taken from it, because it describes the text or the model that is replaced: {', '.join(dropped)} "
             "(--set KEY=VALUE sets it nevertheless)"
+        )
+    if limited:
+        notes += (
+            "; the evaluation text is another one, and is read without what the recipe says of its training text: "
+            f"{', '.join(limited)} (--set KEY=VALUE sets it for both)"
         )
     return notes
 
@@ -277,6 +302,7 @@ def parse(argv: Sequence[str]) -> Arguments:
     config, assignments, no_resume = found.pop("config"), found.pop("set"), found.pop("no_resume")
     compare = found.pop("compare") or []
     values = {key: value for key, value in found.items() if value is not None}
+    _require_words(values | {"config": config, "compare": compare})
     if no_resume:
         if values.get("resume", "never") != "never":
             raise UserError(f"--no-resume contradicts --resume {values['resume']}: give one of them")
@@ -285,6 +311,26 @@ def parse(argv: Sequence[str]) -> Arguments:
     if compare and (config or assignments or values.keys() - {"output_dir"}):
         raise UserError("--compare trains nothing. Expected beside it only --output-dir DIR, where the picture goes.")
     return arguments
+
+
+def _require_words(values: dict[str, Any]) -> None:
+    """Refuse flags with nothing behind them: `--student "$STUDENT"` where the variable of the shell is not set.
+
+    Raises:
+        UserError: names every such flag.
+    """
+    flag_of = {key: flag for flags in FLAGS.values() for flag, key, *_ in flags}
+    empty = []
+    for key, value in values.items():
+        words = value if isinstance(value, list) else [value]
+        if key not in MAY_BE_EMPTY and any(isinstance(word, str) and not word.strip() for word in words):
+            empty.append(flag_of.get(key, f"--{key}"))
+
+    if empty:
+        raise UserError(
+            f"got nothing behind {', '.join(empty)}: an empty word. Expected a value, or leave the flag out; a "
+            "variable of the shell that is not set gives an empty word."
+        )
 
 
 def _with_dashes(word: str) -> str:

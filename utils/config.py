@@ -42,6 +42,7 @@ DESCRIBED_BY = {
         "data.document_separator",
         "data.document_start",
         "data.max_documents",
+        "data.train_only",
     ),
     "teacher.name": ("teacher.allow_pickle",),
     "student.name": ("student.allow_pickle", "student.lora.targets"),
@@ -49,6 +50,19 @@ DESCRIBED_BY = {
 """Setting that names a text or a model -> settings that say how that one is read. They go with it: where a command line
 replaces the name that a recipe has, they are no longer those of the recipe. How is learned stays: from random weights
 or trained ones, what of a conversation, the share that is held out, lengths, precision, the rank of an adapter."""
+
+Name = Annotated[str, MinLen(1)]
+"""Of a model, a text, a file or a folder."""
+
+HowTextIsRead = Literal[
+    "text_column",
+    "messages_column",
+    "prompt_column",
+    "completion_column",
+    "document_separator",
+    "document_start",
+]
+"""Settings of `data` that say how the documents of a text are read, of the training text and the evaluation text."""
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +73,7 @@ T = TypeVar("T")
 class ModelConfig(Validated):
     """The teacher."""
 
-    name: str | None = None
+    name: Name | None = None
     """Hub id or local folder; null trains without a teacher (kd and span must then weigh 0)."""
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
@@ -99,7 +113,7 @@ class LoraConfig(Validated):
 class StudentConfig(Validated):
     """The student. What is trained of it is float32 whatever the precision of the computation."""
 
-    name: str | None = None
+    name: Name | None = None
     """Hub id or local folder."""
     init: Literal["pretrained", "random"] = "pretrained"
     """random: only config.json and the tokenizer are taken from `name`; weights are drawn from the seed."""
@@ -115,9 +129,9 @@ class StudentConfig(Validated):
 class DataConfig(Validated):
     """Text to learn from and text to measure on."""
 
-    train: list[str] = field(default_factory=list)
+    train: list[Name] = field(default_factory=list)
     """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv) or folders of those."""
-    eval: str | None = None
+    eval: Name | None = None
     """Text to measure on; null: a share of the training documents is held out."""
     text_column: str | None = None
     """Column that holds plain text in tabular sources; null: messages, prompt and completion, or `text`, whichever of
@@ -138,6 +152,9 @@ class DataConfig(Validated):
     document_start: str | None = None
     """Regular expression: a row or document that matches starts a document, those up to the next one belong to it.
     For texts that come line by line; Wikitext's articles start with `^ = [^=]`."""
+    train_only: list[HowTextIsRead] = field(default_factory=list)
+    """Settings that describe the training text alone: the text of `eval` is read with their defaults. Where a command
+    line replaces the evaluation text of a recipe and not its training text, these are what the recipe says."""
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Share of the documents held out when `eval` is null, chosen by a hash of their text."""
     max_length: Annotated[int, Ge(8)] = 512
@@ -212,7 +229,7 @@ class EvaluationConfig(Validated):
     """Also train the same student, on the same batches for the same steps, without the teacher, and compare."""
     tasks: list[str] = field(default_factory=list)
     """Tasks or groups of lm_eval, measured after training on teacher, student and, if it had weights, its beginning."""
-    tasks_path: str | None = None
+    tasks_path: Name | None = None
     """Folder with tasks of your own, in lm_eval's YAML form."""
     tasks_limit: Annotated[int, Gt(0)] | None = None
     """First documents of each task that are scored; null: all."""
@@ -222,7 +239,7 @@ class EvaluationConfig(Validated):
 class CacheConfig(Validated):
     """What the teacher says, kept on disk: computed once, read by later epochs and runs."""
 
-    folder: str | None = None
+    folder: Name | None = None
     """Folder of the cache; null: the teacher runs in every step."""
     build_only: bool = False
     """Build the cache and stop, without a student."""
@@ -260,7 +277,7 @@ class LoggingConfig(Validated):
 class HubConfig(Validated):
     """The student on the Hugging Face Hub."""
 
-    repository: str | None = None
+    repository: Name | None = None
     """OWNER/NAME to which it is uploaded after the run; null: none."""
     private: bool = True
     """If the repository does not exist, it is made a private one."""
@@ -387,6 +404,33 @@ def drop_descriptions(recipe: dict[str, Any], given: dict[str, Any]) -> list[str
             if value != get_dotted(defaults, key) and not is_given_anew:
                 dropped.append(f"{key} {shown(value)}")
     return dropped
+
+
+def limit_to_training_text(recipe: dict[str, Any], given: dict[str, Any]) -> list[str]:
+    """Keep what a recipe says of its text away from an evaluation text that is replaced; see `DataConfig.train_only`.
+
+    Call it after `drop_descriptions`, which leaves nothing to limit where the training text is replaced too.
+
+    Args:
+        recipe: nested values, changed in place.
+        given: nested values that are laid over it.
+
+    Returns:
+        `key value` of each setting that the evaluation text is read without.
+    """
+    section = recipe.get("data")
+    if not isinstance(section, dict) or not _is_replaced(section.get("eval"), get_dotted(given, "data.eval")):
+        return []
+
+    defaults = to_plain(DataConfig())
+    limited = [
+        name
+        for name in get_args(HowTextIsRead)
+        if section.get(name, defaults[name]) != defaults[name]
+        and get_dotted(given, f"data.{name}", default=defaults) is defaults
+    ]
+    section["train_only"] = limited
+    return [f"data.{name} {shown(section[name])}" for name in limited]
 
 
 def _is_replaced(before: Any, now: Any) -> bool:

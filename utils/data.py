@@ -11,9 +11,9 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,7 +81,7 @@ def load_documents(config: DataConfig) -> Corpus:
         train, held_out = _split(documents, config.eval_fraction)
     else:
         counts = dict.fromkeys(report, 0)
-        held_out = _kept(_read(config, [config.eval], "validation", kinds), counts, config.deduplicate, None)
+        held_out = _kept(_read_eval(config, kinds), counts, config.deduplicate, None)
         _require(held_out, [config.eval], counts, True in kinds)
         keys = {_key(text) for text in held_out}
         train = [text for text in documents if _key(text) not in keys]
@@ -104,6 +104,13 @@ def _read(config: DataConfig, names: Sequence[str], split: str, kinds: dict[bool
     finally:  # also where no more of them are wanted
         if unread := str(columns.unread):
             log.info("%s: %s", ", ".join(names), unread)
+
+
+def _read_eval(config: DataConfig, kinds: dict[bool, str]) -> Iterator[tuple[str, str]]:
+    """Documents of the evaluation text, read without what describes the training text alone."""
+    defaults = DataConfig()
+    settings = {name: getattr(defaults, name) for name in config.train_only}
+    return _read(replace(config, **settings), [config.eval], "validation", kinds)
 
 
 def _documents(
@@ -140,10 +147,9 @@ def places_told(config: DataConfig) -> Iterator[None]:
 
 def _place_of(config: DataConfig, name: str) -> str:
     """Return where the document of this name is, by reading the sources once more."""
-    sides = [(config.train, config.split)]
+    rows = _read(config, config.train, config.split, {})
     if config.eval is not None:
-        sides.append(([config.eval], "validation"))
-    rows = (row for names, split in sides for row in _read(config, names, split, {}))
+        rows = chain(rows, _read_eval(config, {}))
     return next(place for place, text in rows if document_name(text) == name)
 
 

@@ -34,6 +34,8 @@ def _expected(item: dict) -> str:
     if item["type"] == "dataclass_type":
         ramp = item["ctx"]["class_name"] == "Ramp"
         return "a mapping {points: [[progress, value], ...]}" if ramp else "a mapping"
+    if item["type"] == "string_too_short":
+        return "a name that is not empty"
     return item["msg"].removeprefix("Input should be ").split(", unable")[0]
 
 

@@ -11,10 +11,18 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .git_lfs import is_lfs_pointer
+
 CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 DEEPEST = 6
 """Folders between /kaggle/input and a model's files, at most: models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION."""
+MOST_FOLDERS = 2000
+"""Folders that are searched below one that a user names as a model: a home or a whole disk has many more."""
 MOST_LISTED = 10
+
+STORED_BY_LFS = ("*.safetensors", "*.bin", "tokenizer.json", "tokenizer.model", "spiece.model")
+"""Files of a model that are large: a copy made by git has pointers in their place where Git LFS has not fetched them.
+"""
 
 LOADED_FRAMEWORKS = {"transformers", "pytorch", "other"}
 OTHER_FRAMEWORKS = {"keras", "jax", "flax", "tensorflow1", "tensorflow2", "tflite", "tfjs", "gemmacpp", "ggml", "gguf"}
@@ -25,12 +33,27 @@ SAYS_NOTHING = {"models", "default"}
 # ----------------------------------------------------------------------------------------- folders
 
 
-def models_below(folder: Path) -> list[Path]:
-    """Model folders: the folder itself, or else those at most `DEEPEST` levels below it; none inside another."""
+class TooManyFolders(ValueError):
+    """More folders than are searched for a model."""
+
+
+def models_below(folder: Path, most_folders: int | None = None) -> list[Path]:
+    """Return model folders: the folder itself, or else those at most `DEEPEST` levels below it; none inside another.
+
+    Args:
+        most_folders: that are searched; None: all.
+
+    Raises:
+        TooManyFolders: there are more.
+    """
     if is_model(folder):
         return [folder]
+
     models = []
-    for path, folders, _ in os.walk(folder, followlinks=True):
+    for count, (path, folders, _) in enumerate(os.walk(folder, followlinks=True), 1):
+        if most_folders is not None and count > most_folders:
+            raise TooManyFolders(f"more than {most_folders:,} folders")
+
         here = Path(path)
         if here != folder and is_model(here):
             models.append(here)
@@ -210,19 +233,14 @@ def wrong_kind(folder: Path) -> str | None:
             "it is a model of sentence-transformers, which turns text into vectors. Expected a language model, which "
             "predicts tokens: often the one that this was trained from."
         )
-    pointers = [path.name for path in folder.glob("*.safetensors") if _is_lfs_pointer(path)]
+    stored = sorted(path for pattern in STORED_BY_LFS for path in folder.glob(pattern) if path.is_file())
+    pointers = [path.name for path in stored if is_lfs_pointer(path)]
     if pointers:
         return (
-            f"its weights are not there: {', '.join(pointers[:3])} only points to them (git without LFS). Run `git lfs "
-            "pull` in that folder, or download it with `hf download`."
+            f"its files are not there: {', '.join(pointers[:3])} only points to what is meant (git without LFS). Run "
+            "`git lfs pull` in that folder, or download it with `hf download`."
         )
     return None
-
-
-def _is_lfs_pointer(file: Path) -> bool:
-    if file.stat().st_size > 1000:
-        return False
-    return file.read_bytes().startswith(b"version https://git-lfs")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -5,12 +5,17 @@ from pathlib import Path
 
 from .errors import UserError
 
+MOST_BYTES_OF_PART = 255
+MOST_CHARACTERS = 4000
+"""What common file systems and Linux take; the run adds names of its own to those of its folder."""
+
 
 def user_path(name: str | Path) -> Path:
     """Return the path that a user means: `~` is the home folder.
 
     Raises:
         UserError: a home that nobody knows, such as `~nobody/x`. Taken as it is, it would become a folder of that name.
+            Or a name that no file system takes: too long, or with a null character in it.
     """
     path = os.path.expanduser(name)
 
@@ -20,4 +25,22 @@ def user_path(name: str | Path) -> Path:
             f"{name}: {user} stands for a home folder, and this machine knows none for it. Expected ~ for your own "
             f"one, the whole path, or ./{path} for a folder that is called so."
         )
+    _require_possible(path)
     return Path(path)
+
+
+def _require_possible(path: str) -> None:
+    """Refuse what cannot be the name of a file, whether there is one or not.
+
+    Raises:
+        UserError: it is too long, or there is a null character in it.
+    """
+    if "\0" in path:
+        raise UserError(f"{path!r}: there is a null character in this name, and no file can be called so.")
+
+    longest_part = max((len(part.encode(errors="replace")) for part in Path(path).parts), default=0)
+    if longest_part > MOST_BYTES_OF_PART or len(path) > MOST_CHARACTERS:
+        raise UserError(
+            f"{path[:60]}...: this name has {len(path):,} characters, which is longer than a file system takes. "
+            f"Expected at most {MOST_BYTES_OF_PART} bytes between two slashes, and {MOST_CHARACTERS:,} characters in all."
+        )

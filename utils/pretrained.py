@@ -98,7 +98,14 @@ def locate(name: str, role: str) -> str:
 
 def _only_model(folder: Path, shown: str) -> Path:
     """The model folder that a folder is, or the only one below it."""
-    models = model_folders.models_below(folder)
+    try:
+        models = model_folders.models_below(folder, model_folders.MOST_FOLDERS)
+    except model_folders.TooManyFolders as error:
+        raise UserError(
+            f"{shown}: this folder holds no config.json, and {error} are below it, too many to look for a model in. "
+            "Expected the folder of the model itself."
+        ) from None
+
     if len(models) > 1:
         raise UserError(
             f"{shown}: this folder holds {len(models)} models (folders with a config.json). Expected one."

@@ -13,10 +13,10 @@ from filelock import FileLock, Timeout
 
 from . import hardware
 from .atomic import clean_leftovers, write_text
-from .config import flatten, load_yaml, refuse_differences
+from .config import flatten, get_dotted, load_yaml, refuse_differences
 from .errors import UserError
 from .paths import user_path
-from .run_layout import CHECKPOINTS, CONFIG, FILES, FOLDERS, LOCK, LOG
+from .run_layout import CHECKPOINTS, CONFIG, FILES, FOLDERS, LOCK, LOG, STUDENT
 
 PATIENCE = 15
 """Seconds that the data workers of a run that was killed may take to notice it; they keep its lock."""
@@ -44,6 +44,7 @@ FREE_TO_CHANGE = {
     "student.lora.merge",
     "student.allow_pickle",
     "data.train",
+    "data.train_only",
     "data.num_workers",
     "cache.folder",
     "cache.build_only",
@@ -82,6 +83,7 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
             is no teacher cache and none can be made.
     """
     _check_name(folder)
+    refuse_sources(folder, config)
     _above("output_dir", folder, "--output-dir")
     if cache := config.get("cache", {}).get("folder"):
         cache = user_path(cache)
@@ -129,6 +131,28 @@ def _check_name(folder: Path) -> None:
             f"output_dir {folder}: its name is no UTF-8, and weights cannot be written there. Choose another "
             "--output-dir."
         ) from None
+
+
+def refuse_sources(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to write a run where its models or texts are: the next look at them would find the run's files.
+
+    Raises:
+        UserError: names the setting, and the folder that the run needs.
+    """
+    output = folder.resolve()
+    for key in ("teacher.name", "student.name", "data.train", "data.eval"):
+        names = get_dotted(config, key) or []
+        for name in [names] if isinstance(names, str) else names:
+            if not os.path.isdir(os.path.expanduser(name)):
+                continue
+
+            source = user_path(name).resolve()
+            is_replaced_by_export = key.endswith("name") and source == output / STUDENT
+            if output == source or source in output.parents or is_replaced_by_export:
+                raise UserError(
+                    f"output_dir {folder}: the run would write into {name}, which it reads from ({key}). Choose "
+                    "another --output-dir, outside of models and texts."
+                )
 
 
 def _in_the_way(folder: Path) -> list[str]:

@@ -20,6 +20,7 @@ import pyarrow.parquet
 from .columns import Columns
 from .data_folders import SUFFIXES, choose_files, without_caches
 from .errors import UserError
+from .git_lfs import is_lfs_pointer
 from .paths import user_path
 
 log = logging.getLogger(__name__)
@@ -140,6 +141,8 @@ def _hub_id(source: str, split: str) -> tuple[str, str | None, str]:
 def _read_file(file: Path, columns: Columns, separator: str | None) -> Iterator[Located]:
     if not file.is_file():
         raise UserError(f"{file}: got a pipe, socket or device; expected a file, which is read more than once.")
+    _refuse_pointer(file)
+
     match file.suffix.lower():
         case ".txt":
             return _read_txt(file, separator)
@@ -156,6 +159,24 @@ def _read_file(file: Path, columns: Columns, separator: str | None) -> Iterator[
         case suffix:
             expected = ", ".join(SUFFIXES)
             raise UserError(f"{file}: cannot read files of type {suffix or '(none)'}. Expected one of {expected}.")
+
+
+def _refuse_pointer(file: Path) -> None:
+    """Refuse a file that only points to the data: its lines would be taken for the text.
+
+    Raises:
+        UserError: it does, or it cannot be read.
+    """
+    try:
+        is_pointer = is_lfs_pointer(file)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror or error}.") from error
+
+    if is_pointer:
+        raise UserError(
+            f"{file}: got a pointer of Git LFS, which stands for the data until they are fetched. Run `git lfs pull` "
+            f"in {file.parent}, or download the data with `hf download --repo-type dataset`."
+        )
 
 
 def _lines(file: Path) -> Iterator[str]:

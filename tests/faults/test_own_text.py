@@ -20,7 +20,8 @@ from tests.faults.test_documented_commands import ASKS_FOR, TRAINING
 from tests.pretended import MACHINES, pretend
 from utils import command_line, hardware, preflight, pretrained
 from utils.config import CONFIG_FOLDER, DESCRIBED_BY, DataConfig, get_dotted, to_plain
-from utils.data import document_name
+from utils.data import document_name, load_documents, places_told
+from utils.errors import UserError
 from utils.plan import build_accelerator
 
 RECIPES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
@@ -122,6 +123,49 @@ def test_what_is_given_beside_a_text_stays():
     config, note = train.configure(words)
     assert (config.data.eval, config.data.document_start, config.data.max_documents) == ("other.txt", "^Title", 7)
     assert "not taken" not in note
+
+
+def test_an_evaluation_text_alone_is_not_read_as_the_training_text_of_a_recipe(tmp_path):
+    titles_and_lines = [line for n in range(40) for line in (f" = Title {n} = \n", f"Line of text {n}.")]
+    wiki = tmp_path / "wiki.jsonl"
+    wiki.write_text("".join(json.dumps({"line": line}) + "\n" for line in titles_and_lines))
+    stories = write_jsonl(tmp_path / "stories.jsonl", [f"Story {n}." for n in range(40)])
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        f"teacher: {{name: t}}\nstudent: {{name: s}}\n"
+        f"data: {{train: ['{wiki}'], text_column: line, document_start: '^ = [^=]', max_documents: 5}}\n"
+    )
+
+    config, note = train.configure(["--config", str(recipe), "--eval-data", str(stories)])
+    corpus = load_documents(config.data)
+    assert len(corpus.eval) == 40 and len(corpus.train) == 5
+    assert all("Title" in text and "Line of text" in text for text in corpus.train)
+    assert config.data.train_only == ["text_column", "document_start"]
+    assert "data.text_column 'line', data.document_start '^ = [^=]'" in note
+
+    wrong = ValueError("wrong")
+    wrong.document = document_name("Story 7.")
+    with pytest.raises(UserError, match=r"stories\.jsonl:8"), places_told(config.data):
+        raise wrong
+
+
+def test_what_is_given_beside_an_evaluation_text_holds_for_it(machine):
+    words = ["--config", "kaggle_p100", "--eval-data", "my.txt"]
+    config, note = train.configure(words)
+    assert config.data.train_only == ["document_start"] and config.data.document_start == "^ = [^=]"
+    assert "data.document_start '^ = [^=]' (--set" in note
+
+    config, note = train.configure([*words, "--set", "data.document_start=^Title"])
+    assert config.data.train_only == [] and "evaluation text is another one" not in note
+
+    config, note = train.configure([*words, "--train-data", "other.txt"])
+    assert config.data.train_only == [] and "evaluation text is another one" not in note
+
+
+def test_the_evaluation_text_of_a_recipe_is_read_as_its_training_text(machine):
+    recipe_text = "Salesforce/wikitext:wikitext-103-raw-v1:validation"
+    for words in ([], ["--eval-data", train.configure(["--config", "kaggle_p100"])[0].data.eval or recipe_text]):
+        assert train.configure(["--config", "kaggle_p100", *words])[0].data.train_only == []
 
 
 @pytest.mark.parametrize("words", [[], ["--train-data", "Salesforce/wikitext:wikitext-103-raw-v1"]])

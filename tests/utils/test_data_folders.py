@@ -180,3 +180,22 @@ def test_every_file_is_data_or_named(tmp_path_factory, paths):
         jsonl(folder / path, "x")
     data = {path for path in paths if path not in LEFT_BESIDE and path not in MAY_BE_DATA}
     assert names(folder) == sorted({"always.jsonl", *data}, key=lambda name: Path(name).parts)
+
+
+# ------------------------------------------------------------------------- files that hold no text of their own
+
+
+@pytest.mark.parametrize("name", ["b.txt", "b.jsonl", "b.json", "b.csv", "b.parquet", "b.arrow"])
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_a_pointer_of_git_lfs_is_refused_by_name_and_never_read_as_text(tmp_path, name, as_folder):
+    jsonl(tmp_path / "a.jsonl", *(f"text {n}" for n in range(20)))
+    pointer = tmp_path / name
+    pointer.write_text(f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 12345\n")
+    with pytest.raises(UserError, match=rf"{name}: got a pointer of Git LFS.*`git lfs pull`"):
+        documents(tmp_path if as_folder else pointer)
+
+
+def test_a_text_about_git_lfs_is_a_text(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("\n\n".join(f"{n}: version https://git-lfs.github.com/spec/v1" for n in range(20)))
+    assert len(documents(text)) == 20

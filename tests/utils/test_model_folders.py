@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils import pretrained
+from utils import model_folders, pretrained
 from utils.errors import UserError
 from utils.model_folders import attached, words
 
@@ -145,8 +145,27 @@ def test_a_model_of_vectors_and_weights_that_are_not_there_are_refused(tmp_path)
         pretrained.locate(str(tmp_path), "teacher")
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "tokenizer.json", "tokenizer.model"])
+def test_any_file_of_a_model_that_git_has_not_fetched_is_named(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
+    with pytest.raises(UserError, match=rf"{name} only points .* `git lfs pull`"):
+        pretrained.locate(str(tmp_path), "teacher")
+
+
 def test_models_inside_a_model_are_no_further_models(tmp_path):
     for path in (tmp_path / "model", tmp_path / "model" / "checkpoint-10"):
         path.mkdir()
         (path / "config.json").write_text("{}")
     assert pretrained.locate(str(tmp_path), "teacher") == str(tmp_path / "model")
+
+
+def test_a_model_is_not_looked_for_on_a_whole_disk(tmp_path, monkeypatch):
+    for number in range(6):
+        (tmp_path / f"{number}").mkdir()
+    (tmp_path / "5" / "config.json").write_text("{}")
+    assert pretrained.locate(str(tmp_path), "student") == str(tmp_path / "5")
+
+    monkeypatch.setattr(model_folders, "MOST_FOLDERS", 3)
+    with pytest.raises(UserError, match="more than 3 folders are below it"):
+        pretrained.locate(str(tmp_path), "student")

@@ -50,3 +50,19 @@ def test_no_flag_makes_a_folder_that_is_called_as_the_home_of_nobody(command, tm
     said = " ".join(capsys.readouterr().out.split())
     assert "~nobody-of-that-name stands for a home folder" in said
     assert not list(tmp_path.glob("~*"))
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "a/" + "ü" * 130, "x/" * 3000])
+def test_a_name_that_no_file_system_takes_is_refused(name):
+    with pytest.raises(UserError, match="longer than a file system takes"):
+        user_path(name)
+
+
+def test_a_name_with_a_null_character_is_refused():
+    with pytest.raises(UserError, match="null character"):
+        user_path("a\0b")
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "there/is/no such file", "*.txt", "owner/name:config:split"])
+def test_a_name_of_nothing_yet_is_taken(name):
+    assert str(user_path(name)) == name

@@ -37,3 +37,24 @@ def test_a_name_that_is_no_utf8_is_refused_before_training(tmp_path):
     with pytest.raises(UserError, match="no UTF-8"):
         run_folder.check(folder, CONFIG, "auto")
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("inside", ["", "runs/first"])
+@pytest.mark.parametrize("key", ["teacher.name", "student.name", "data.train", "data.eval"])
+def test_a_run_is_not_written_where_its_models_and_texts_are(tmp_path, key, inside):
+    source = tmp_path / "source"
+    source.mkdir()
+    section, name = key.split(".")
+    config = CONFIG | {section: {name: [str(source)] if name == "train" else str(source)}}
+    with pytest.raises(UserError, match=f"which it reads from .{key}"):
+        run_folder.check(source / inside, config, "auto")
+    assert not list(source.iterdir())
+
+    run_folder.check(tmp_path / "run", config, "auto")
+
+
+def test_the_export_of_a_run_does_not_replace_the_model_that_it_starts_from(tmp_path):
+    student = tmp_path / "run" / "student"
+    student.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"which it reads from .student\.name"):
+        run_folder.check(tmp_path / "run", CONFIG | {"student": {"name": str(student)}}, "auto")
