@@ -233,7 +233,7 @@ def _split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]
             "Got a single document, which cannot be split into training and evaluation. Name what separates documents "
             "in a .txt file (--document-separator, the setting document_separator), or how one starts where texts come "
             "line by line (--set data.document_start=REGEX; without it every row is one); or give more documents, or "
-            "evaluation data of its own (--eval-data)."
+            f"evaluation data of its own (--eval-data).{uncut_marker(documents)}"
         )
     # Tiny data: the lowest document is always held out, the highest never; still chosen by the texts alone.
     held_out = [p == low or p < min(fraction, high) for p in place]
@@ -463,6 +463,19 @@ def warn_of_missing(config: DataConfig, kind: str, texts: Sequence[str], windows
     )
 
 
+def uncut_marker(texts: Iterable[str]) -> str:
+    """Say that what ends documents elsewhere stands inside of these, and how they are cut there; empty if it does not.
+
+    A .txt file is cut at lines that are the marker. Beside other words of a line it stays in the text.
+    """
+    if not any(sources.END_OF_TEXT in text for text in texts):
+        return ""
+    return (
+        f" Inside of documents stands {sources.END_OF_TEXT}, not alone on a line: if it ends them, give "
+        f"--document-separator '{sources.END_OF_TEXT}', which cuts a .txt file wherever it is."
+    )
+
+
 @dataclass(frozen=True)
 class DocumentSizes:
     """How long the documents of a plain text are."""
@@ -529,9 +542,17 @@ def document_sizes(
 
 def warn_of_long_documents(corpus: Corpus, windows: datasets.Dataset, held_out: datasets.Dataset) -> None:
     """Raise a red flag where a text looks as if it was not cut into documents: it would be split and packed badly."""
+    texts = {"training": corpus.train, "held-out": corpus.eval}
     for kind, sizes in document_sizes(corpus, windows, held_out).items():
         if sizes.is_doubtful:
-            log.warning("[RED FLAG] %s text: %s. Expected %s. %s.", kind, sizes, DOCUMENTS_EXPECTED, DOCUMENTS_REMEDY)
+            log.warning(
+                "[RED FLAG] %s text: %s. Expected %s. %s.%s",
+                kind,
+                sizes,
+                DOCUMENTS_EXPECTED,
+                DOCUMENTS_REMEDY,
+                uncut_marker(texts[kind]),
+            )
 
 
 @contextmanager

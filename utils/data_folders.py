@@ -33,6 +33,23 @@ METADATA = {
     "dataset-metadata.json",
     "croissant.json",
 }
+OF_A_MODEL = {
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "model.safetensors.index.json",
+    "pytorch_model.bin.index.json",
+}
+"""Files of a model and its tokenizer under names of types that are read as data."""
+
 CACHE = re.compile(r"cache-[^/]*\.arrow|tmp[^/]*\.arrow")
 """What `map`, `filter`, `shuffle` and `select` of `datasets` leave beside the data: other rows, or row numbers."""
 
@@ -81,7 +98,7 @@ def choose_files(folder: Path, split: str) -> list[Path]:
     if preferred:
         _log_left_out(folder, [file for file in files if file not in preferred], f"not of the split {split!r}")
 
-    _log_left_out(folder, contents.aside, "no data: caches, metadata, hidden files")
+    _log_left_out(folder, contents.aside, "no data: caches, metadata, hidden files, files of a model")
     if contents.unread:
         log.warning(
             "%s: not read, of another type or a link to nothing: %s. Read are %s; unpack or convert what is data",
@@ -142,7 +159,7 @@ def _sort(folder: Path, contents: Contents, visited: set[Path]) -> None:
 
 def _is_known(path: Path) -> bool:
     """Tell whether a name is that of a file which is never data."""
-    return path.name in METADATA or bool(CACHE.fullmatch(path.name)) or bool(ABOUT.fullmatch(path.name))
+    return path.name in METADATA | OF_A_MODEL or bool(CACHE.fullmatch(path.name)) or bool(ABOUT.fullmatch(path.name))
 
 
 def _saved_data(folder: Path) -> list[Path] | None:

@@ -42,5 +42,6 @@ def _require_possible(path: str) -> None:
     if longest_part > MOST_BYTES_OF_PART or len(path) > MOST_CHARACTERS:
         raise UserError(
             f"{path[:60]}...: this name has {len(path):,} characters, which is longer than a file system takes. "
-            f"Expected at most {MOST_BYTES_OF_PART} bytes between two slashes, and {MOST_CHARACTERS:,} characters in all."
+            f"Expected at most {MOST_BYTES_OF_PART} bytes between two slashes, and {MOST_CHARACTERS:,} characters in "
+            "all."
         )

@@ -127,7 +127,9 @@ def documents(job: Any) -> tuple:
     sides = data.document_sizes(corpus, job.windows, job.held_out.windows)
     value = "; ".join(f"{kind}: {sizes}" for kind, sizes in sides.items())
     is_doubtful = any(sizes.is_doubtful for sizes in sides.values())
-    return value, data.DOCUMENTS_EXPECTED, DOUBTFUL if is_doubtful else True
+    if is_doubtful:
+        return value + data.uncut_marker([*corpus.train, *corpus.eval]), data.DOCUMENTS_EXPECTED, DOUBTFUL
+    return value, data.DOCUMENTS_EXPECTED, True
 
 
 @check("leakage", "text of the evaluation is trained on: its figures would be too good. Give other --eval-data")

@@ -56,7 +56,34 @@ def read(names: Sequence[str], *, split: str, columns: Columns, separator: str |
             continue
         log.info("Reading %s: %d file(s), first %s", name, len(files), files[0])
         for file in files:
-            yield from _read_file(file, columns, separator)
+            yield from _read_one_of(name, files, file, columns, separator)
+
+
+def _read_one_of(
+    name: str, files: Sequence[Path], file: Path, columns: Columns, separator: str | None
+) -> Iterator[Located]:
+    """Read a file of a source. One without a byte has no documents, whatever its type, and is named.
+
+    Raises:
+        UserError: it cannot be read. If it is one of several and nothing of it could be, it may be no data at all, and
+            the message says so.
+    """
+    is_begun = False
+    try:
+        if file.is_file() and file.stat().st_size == 0:
+            log.warning("%s: empty, it holds no byte and so no document", file)
+            return
+
+        for located in _read_file(file, columns, separator):
+            is_begun = True
+            yield located
+    except UserError as error:
+        if is_begun or len(files) == 1:
+            raise
+        raise UserError(
+            f"{error}\n{file.name} is one of {len(files)} files in {name}. If it is no data, move it elsewhere, or "
+            "name the files that are, alone or as a pattern in quotes: --train-data 'FOLDER/*.jsonl'."
+        ) from error
 
 
 def _find(source: str, split: str) -> list[Path] | None:

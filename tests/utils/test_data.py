@@ -450,6 +450,13 @@ def test_held_out_text_that_looks_uncut_raises_a_red_flag_too(caplog):
     assert "[RED FLAG] held-out text: 1 documents" in caplog.text and "training text" not in caplog.text
 
 
+@pytest.mark.parametrize(("marker", "is_named"), [("<|endoftext|>", True), ("", False)])
+def test_the_red_flag_names_a_marker_inside_of_the_text(caplog, marker, is_named):
+    corpus = data.Corpus(["x" * 450 + marker + "y" * 450], ["held out"], conversations=False, report={})
+    data.warn_of_long_documents(corpus, windows_of([900]), windows_of([8]))
+    assert ("give --document-separator '<|endoftext|>'" in caplog.text) is is_named
+
+
 def test_conversations_are_never_called_uncut(caplog):
     corpus = data.Corpus(["x" * 9000], ["y"], conversations=True, report={})
     data.warn_of_long_documents(corpus, windows_of([9000]), windows_of([8]))

@@ -199,3 +199,51 @@ def test_a_text_about_git_lfs_is_a_text(tmp_path):
     text = tmp_path / "a.txt"
     text.write_text("\n\n".join(f"{n}: version https://git-lfs.github.com/spec/v1" for n in range(20)))
     assert len(documents(text)) == 20
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv", "parquet", "arrow"])
+def test_a_file_without_a_byte_has_no_documents_whatever_its_type(tmp_path, caplog, suffix):
+    jsonl(tmp_path / "a.jsonl", *(f"text {n}" for n in range(20)))
+    (tmp_path / f"none.{suffix}").touch()
+    assert len(documents(tmp_path)) == 20
+    assert f"none.{suffix}: empty" in caplog.text
+
+    with pytest.raises(UserError, match="No text in"):
+        documents(tmp_path / f"none.{suffix}")
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "merges.txt", "tokenizer.json", "config.json", "vocab.json"])
+def test_files_of_a_model_beside_a_text_are_no_data(tmp_path, caplog, name):
+    caplog.set_level("INFO")
+    jsonl(tmp_path / "a.jsonl", *(f"text {n}" for n in range(20)))
+    (tmp_path / name).write_text('{"a": 1}')
+    assert names(tmp_path) == ["a.jsonl"]
+    assert name in caplog.text
+
+
+@pytest.mark.parametrize("name", ["stats.json", "params.json", "other.csv"])
+def test_a_file_without_a_column_of_text_among_others_says_the_way(tmp_path, name):
+    jsonl(tmp_path / "a.jsonl", *(f"text {n}" for n in range(20)))
+    (tmp_path / name).write_text('{"rows": 60}')
+    with pytest.raises(UserError, match=rf"no column(.|\n)*{name} is one of 2 files in .* If it is no data"):
+        documents(tmp_path)
+    with pytest.raises(UserError) as alone:
+        documents(tmp_path / name)
+    assert "If it is no data" not in str(alone.value)
+    assert len(documents(tmp_path / "*.jsonl")) == 20
+
+
+# ------------------------------------------------------------------------- a marker of ends that does not cut
+
+
+def test_a_marker_inside_of_the_only_document_is_named_with_what_cuts_there(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("<|endoftext|>".join(f"document {n}" for n in range(20)))
+    with pytest.raises(UserError, match=r"single document.*--document-separator '<.endoftext.>'"):
+        documents(text)
+    assert len(documents(text, document_separator="<|endoftext|>")) == 20
+
+    text.write_text("one document alone")
+    with pytest.raises(UserError) as plain:
+        documents(text)
+    assert "endoftext" not in str(plain.value)
