@@ -89,9 +89,11 @@ class Conversation(NamedTuple):
         self._refuse_unsupported(place)
         self._refuse_masked(place)
         kept = [_message(f"{place}, message {number}", message, unread) for number, message in enumerate(messages)]
-        for message in kept[: self.prompted]:
-            if message["role"] == "assistant" and learn_from != "all":
-                message["weight"] = 0
+        if learn_from != "all":
+            for message in kept[: self.prompted]:
+                if message["role"] == "assistant":
+                    message["weight"] = 0
+
         kept = self._system(place, kept) + kept
 
         for message in kept:
@@ -101,6 +103,11 @@ class Conversation(NamedTuple):
         return ""
 
     def _refuse_unsupported(self, place: str) -> None:
+        """Refuse columns that change what is said or asked, and that nothing here reads.
+
+        Raises:
+            UserError: one of them holds something.
+        """
         for column in UNSUPPORTED_BESIDE:
             if self.beside.get(column) not in (None, [], {}, "", "[]", "{}"):
                 raise UserError(
@@ -116,13 +123,18 @@ class Conversation(NamedTuple):
             )
 
     def _refuse_masked(self, place: str) -> None:
+        """Refuse a row whose columns say that it is not to be learned.
+
+        Raises:
+            UserError: they do.
+        """
         for column in (*LEARNED_KEYS, LOSS):
             value = self.beside.get(column)
             if _means_no(value):
                 raise UserError(
                     f"{place}: column {column!r} is {value!r}, which says that the row is not to be learned. Leave "
-                    "such rows out, or the column, if they are to be learned; a single message is masked by its own key "
-                    "'weight': 0."
+                    "such rows out, or the column, if they are to be learned; a single message is masked by a key of "
+                    "its own, 'weight': 0."
                 )
 
     def _system(self, place: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
