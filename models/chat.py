@@ -298,6 +298,14 @@ def _beginning(contents: Sequence[str]) -> str:
     return repr(" ".join(contents)[:80])
 
 
+def _shortened(text: str, length: int = 120) -> str:
+    """Return a text in quotes; of a long one both ends, because a change may be at either."""
+    if len(text) <= length:
+        return repr(text)
+    half = length // 2
+    return f"{text[:half]!r} ... {text[-half:]!r}"
+
+
 def _within(offsets: list[tuple[int, int]], begin: int, end: int) -> slice:
     """The tokens of the text's characters from `begin` to `end`."""
     first = bisect.bisect_right(offsets, begin, key=lambda token: token[1])
@@ -317,6 +325,27 @@ class Understood(NamedTuple):
     @property
     def fields(self) -> list[tuple[str, ...]]:
         return [message.fields for message in self.messages]
+
+
+class Changed(NamedTuple):
+    """A rendering in which a template does not write what is said as it is."""
+
+    side: _Side
+    rendering: Rendering
+
+
+class Unwritten(NamedTuple):
+    """Messages of a role that a model's chat template leaves out."""
+
+    side: str
+    role: str
+
+    def note(self, times: int, count: int) -> str:
+        """Return a warning: in `times` of `count` conversations there are such messages."""
+        return (
+            f"the {self.side}'s chat template does not write {self.role} messages: {times:,} of {count:,} "
+            "conversations are read without them"
+        )
 
 
 class ChatEncoder(PairEncoder):
@@ -348,6 +377,7 @@ class ChatEncoder(PairEncoder):
             self.day = day
         pair = [on_date(tokenizer, day) for tokenizer in (student_tokenizer, teacher_tokenizer)]
         self.sides = [_Side(*of) for of in zip(SIDES, pair, self.tables, strict=True)]
+        self._messages_left_out: dict[tuple, list[tuple[int, Unwritten]]] = {}
         self._tags_are_tokens = any("</think>" in side.aliases for side in self.sides)
 
         depends_on = [FORMAT, self.fingerprint, learn_from, *(tokenizer.chat_template for tokenizer in pair)]
@@ -395,17 +425,54 @@ class ChatEncoder(PairEncoder):
         Conversations that a template does not take are left to `windows`, which tells where they are.
         """
         lost: Counter[str] = Counter()
+        unwritten: Counter[Unwritten] = Counter()
         count = 0
         for text in texts:
             count += 1
-            if "reasoning_content" not in text and "</think>" not in text:
-                continue
+            messages = json.loads(text)
             try:
-                conversation = self._understood(json.loads(text))
+                unwritten.update(self._unwritten(messages))
+                if "reasoning_content" in text or "</think>" in text:
+                    lost.update(set(self._losses(self._understood(messages))))
             except ConversationError:
                 continue
-            lost.update(set(self._losses(conversation)))
-        return [f"{loss} (in {times:,} of {count:,} conversations)" for loss, times in sorted(lost.items())]
+
+        left_out = [f"{loss} (in {times:,} of {count:,} conversations)" for loss, times in sorted(lost.items())]
+        return [kind.note(times, count) for kind, times in sorted(unwritten.items())] + left_out
+
+    def _unwritten(self, messages: list[dict[str, Any]]) -> set[Unwritten]:
+        """Return what a template leaves out of a conversation, of the messages that say something.
+
+        Where answers are learned in pieces of their own, a message is left out only if no piece has it.
+        """
+        taken = [Message.of(message, strip=False, cut=False) for message in messages]
+        learned = [n for n, message in enumerate(messages) if self._is_learned(message)]
+
+        # Whether a message is written does not depend on what it says: one rendering for all with these roles.
+        key = (tuple(message.shape for message in taken), tuple(learned))
+        if key not in self._messages_left_out:
+            self._messages_left_out[key] = self._left_out_of(taken, learned)
+        return {kind for number, kind in self._messages_left_out[key] if messages[number]["content"].strip()}
+
+    def _left_out_of(self, messages: Sequence[Message], learned: Sequence[int]) -> list[tuple[int, Unwritten]]:
+        """List the messages that no rendering of a side has.
+
+        Raises:
+            ConversationError: a template refuses these messages.
+        """
+        shapes = tuple(message.shape for message in messages)
+        for side in self.sides:
+            with self._refusing(side, messages):
+                side.template.marked(shapes)
+        pairs = self._layout(shapes, messages, learned)
+
+        left_out = []
+        for number, side in enumerate(self.sides):
+            written = {message for pair in pairs for message, _ in pair[number].places()}
+            for message, shape in enumerate(shapes):
+                if message not in written:
+                    left_out.append((message, Unwritten(side.name, shape.role)))
+        return left_out
 
     def _losses(self, conversation: Understood) -> Iterable[str]:
         """Name the parts of learned messages that the templates leave out."""
@@ -443,10 +510,23 @@ class ChatEncoder(PairEncoder):
             if changed is None:
                 return Understood(taken, renderings)
 
-        roles = ", ".join(message["role"] for message in clean)
-        raise ConversationError(
-            f"the {changed.name}'s chat template changes what is said in a conversation of {roles}, so that it cannot "
-            f"be found in the result; the conversation begins: {self._told(clean)}. {REMEDY}"
+        raise self._changed(changed, taken)
+
+    @staticmethod
+    def _changed(changed: Changed, messages: Sequence[Message]) -> ConversationError:
+        """Return an error that shows what a template makes of what is said."""
+        fields = [message.fields for message in messages]
+        difference = changed.side.template.difference(changed.rendering, fields)
+        roles = ", ".join(message.shape.role for message in messages)
+
+        name = changed.side.name
+        whose = "the text around the contents"
+        if difference.message is not None:
+            whose = f"message {difference.message} ({messages[difference.message].shape.role})"
+        return ConversationError(
+            f"the {name}'s chat template changes what is said in a conversation of {roles}: expected {whose} "
+            f"to be written {_shortened(difference.expected)}, got {_shortened(difference.written)}. "
+            f"The conversation begins: {_beginning([message.fields[0] for message in messages])}. {REMEDY}"
         )
 
     def _is_learned(self, message: dict[str, Any]) -> bool:
@@ -458,15 +538,11 @@ class ChatEncoder(PairEncoder):
         clean = {key: re.sub(f"[{MARK}{BREAK}]", "\ufffd", self.canonical(text)) for key, text in texts.items()}
         return {"role": message["role"], **clean}
 
-    @staticmethod
-    def _told(messages: Sequence[dict[str, str]]) -> str:
-        return _beginning([message["content"] for message in messages])
-
     def _renderings(
         self, messages: Sequence[Message], learned: Sequence[int]
-    ) -> tuple[list[list[Rendering]], _Side | None]:
-        """Pairs of renderings in which all that is learned is learned once; and the side whose template changes what is
-        said, if one does."""
+    ) -> tuple[list[list[Rendering]], Changed | None]:
+        """Pairs of renderings in which all that is learned is learned once; and the one in which a template changes
+        what is said, if one does."""
         shapes = tuple(message.shape for message in messages)
         fields = [message.fields for message in messages]
         for side in self.sides:  # that both take the messages comes first
@@ -478,7 +554,7 @@ class ChatEncoder(PairEncoder):
             for side, rendering in zip(self.sides, pair, strict=True):
                 with self._refusing(side, messages):
                     if not side.template.writes(rendering, fields):
-                        return [], side
+                        return [], Changed(side, rendering)
                 self._check(side, rendering, messages)
         return pairs, None
 

@@ -214,6 +214,14 @@ class EndOfTurn(NamedTuple):
     """The token belongs to the next message: behind the last answer the template does not write it."""
 
 
+def _common_length(one: str, other: str) -> int:
+    """Count the characters with which both texts begin."""
+    for index, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return index
+    return min(len(one), len(other))
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
     """Return how the assistant's turns end; None where the template puts no control token behind them."""
     last = _behind_answer(tokenizer)
@@ -223,9 +231,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
         followed = last
 
     # Some templates write more behind the very last message, and some end it in another way.
-    common = 0
-    while common < min(len(last), len(followed)) and last[common] == followed[common]:
-        common += 1
+    common = _common_length(last, followed)
 
     for text, begins_next in ((last[:common], False), (last, False), (followed, True)):
         tokens = list(_control_pattern(tokenizer).finditer(text))
@@ -432,6 +438,15 @@ class Segment(NamedTuple):
     """Index of the stretch that holds it."""
 
 
+class Difference(NamedTuple):
+    """A place in which a template writes something else than is said."""
+
+    message: int | None
+    """Its number; None where the contents are as they are, and the text around them depends on them."""
+    expected: str
+    written: str
+
+
 class ChatTemplate:
     """One model's chat template.
 
@@ -510,10 +525,45 @@ class ChatTemplate:
 
     def writes(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> bool:
         """Return whether the template writes these fields as they are, where the marks are."""
-        messages = [shape.message(of) for shape, of in zip(rendering.shapes, fields, strict=False)]
+        return self._filled(rendering, fields) == self._written(rendering, fields)
+
+    def difference(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> "Difference":
+        """Return what the template makes of the first content that it does not write as it is."""
+        filled = self._filled(rendering, fields)
+        written = self._written(rendering, fields)
+        same = _common_length(filled, written)
+        same_at_end = _common_length(filled[same:][::-1], written[same:][::-1])
+        end = len(written) - same_at_end
+        word = 1 + max(filled.rfind(space, 0, same) for space in " \n")  # begin of the one that differs
+
         marked = self.marked(rendering.shapes)
-        filled = PLACEHOLDER.sub(lambda mark: fields[int(mark[1])][int(mark[2])], marked)
-        return filled == _render(self.tokenizer, messages)
+        marks = list(PLACEHOLDER.finditer(marked))
+        ends = [mark.start() for mark in marks[1:]] + [len(marked)]
+        longer = 0  # characters that the contents so far have more than their marks
+        for mark, next_begin in zip(marks, ends, strict=True):
+            content = fields[int(mark[1])][int(mark[2])]
+            begin = mark.start() + longer
+            if begin > same:
+                begin = word
+            longer += len(content) - len(mark[0])
+            if content in written:
+                continue
+
+            # What stands in the content's place reaches to the template's own text behind it, where that is there.
+            behind = marked[mark.end() : next_begin]
+            place = written.find(behind, begin) if behind else -1
+            return Difference(int(mark[1]), content, written[begin : place if place >= 0 else end])
+        return Difference(None, filled[word : len(filled) - same_at_end], written[word:end])
+
+    def _filled(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> str:
+        """The rendering with marks, with what is said in their places."""
+        marked = self.marked(rendering.shapes)
+        return PLACEHOLDER.sub(lambda mark: fields[int(mark[1])][int(mark[2])], marked)
+
+    def _written(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> str:
+        """What the template makes of the messages."""
+        messages = [shape.message(of) for shape, of in zip(rendering.shapes, fields, strict=False)]
+        return _render(self.tokenizer, messages)
 
     def _stretch(self, text: str, message: int, begin: int) -> Stretch:
         """Return the learned part of a message from `begin` on, with the end of the turn where it has one."""

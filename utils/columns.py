@@ -34,6 +34,15 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 UNSUPPORTED_BESIDE = ("tools", "functions", "chat_template_kwargs")
 """Columns that change what a conversation means, and that nothing here honours."""
 SYSTEM = "system"
+INPUT = "input"
+"""Column of Alpaca's format: a part of what is asked, beside a prompt."""
+
+LEARNED_KEYS = ("weight", "train", "trainable", "training")
+"""Keys of a message that say whether it is learned: 1 or 0."""
+UNSUPPORTED_MASKS = ("mask", "masked", "loss_mask", "train_detail")
+"""Keys of a message by which other programs choose what is learned, each in its own sense."""
+LOSS = "loss"
+"""Key of a message by which others say whether it is learned."""
 
 
 @dataclass
@@ -57,6 +66,8 @@ class Conversation(NamedTuple):
     messages: Any
     beside: Mapping[str, Any] = {}
     """Other columns of the row that belong to it."""
+    prompted: int = 0
+    """The first messages, which are the prompt of a completion: answers among them are read, not learned."""
 
     def text(self, place: str, learn_from: str, unread: Unread | None = None) -> str:
         """JSON of a list of `{"role", "content"}`; empty if there is nothing to learn from.
@@ -76,7 +87,13 @@ class Conversation(NamedTuple):
             raise UserError(f"{place}: expected a list of messages, each with 'role' and 'content', got {got}.")
 
         self._refuse_unsupported(place)
+        self._refuse_masked(place)
         kept = [_message(f"{place}, message {number}", message, unread) for number, message in enumerate(messages)]
+        if learn_from != "all":
+            for message in kept[: self.prompted]:
+                if message["role"] == "assistant":
+                    message["weight"] = 0
+
         kept = self._system(place, kept) + kept
 
         for message in kept:
@@ -86,11 +103,38 @@ class Conversation(NamedTuple):
         return ""
 
     def _refuse_unsupported(self, place: str) -> None:
+        """Refuse columns that change what is said or asked, and that nothing here reads.
+
+        Raises:
+            UserError: one of them holds something.
+        """
         for column in UNSUPPORTED_BESIDE:
             if self.beside.get(column) not in (None, [], {}, "", "[]", "{}"):
                 raise UserError(
                     f"{place}: column {column!r} changes what the conversation means, and is not supported. Leave such "
                     "rows out, or the column, if the conversations are to be learned without it."
+                )
+
+        question = self.beside.get(INPUT)
+        if question is not None and str(question).strip():
+            raise UserError(
+                f"{place}: column {INPUT!r} holds a part of what is asked, and is not read beside a prompt. Write it "
+                "into the prompt, or leave the column out, if the answer does not depend on it."
+            )
+
+    def _refuse_masked(self, place: str) -> None:
+        """Refuse a row whose columns say that it is not to be learned.
+
+        Raises:
+            UserError: they do.
+        """
+        for column in (*LEARNED_KEYS, LOSS):
+            value = self.beside.get(column)
+            if _means_no(value):
+                raise UserError(
+                    f"{place}: column {column!r} is {value!r}, which says that the row is not to be learned. Leave "
+                    "such rows out, or the column, if they are to be learned; a single message is masked by a key of "
+                    "its own, 'weight': 0."
                 )
 
     def _system(self, place: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -129,10 +173,11 @@ def _message(place: str, message: Any, unread: Unread | None) -> dict[str, Any]:
     reasoning = [message[key] for key in REASONING if message.get(key)]
     if reasoning:
         read["reasoning_content"] = as_text(f"{place}, its thinking", reasoning[0])
+    _refuse_masks(place, message)
     if not _is_learned(place, message):
         read["weight"] = 0
     if unread is not None:
-        known = {"role", "content", "weight", "train", "tool_calls", "function_call", *REASONING}
+        known = {"role", "content", *LEARNED_KEYS, LOSS, "tool_calls", "function_call", *REASONING}
         unread.keys |= {str(key) for key, value in message.items() if key not in known and value is not None}
     return read
 
@@ -157,14 +202,37 @@ def _joined_parts(place: str, content: Any) -> Any:
     return "".join(texts)
 
 
+def _refuse_masks(place: str, message: Mapping[str, Any]) -> None:
+    """Refuse keys that may say that a message, or a part of it, is not learned.
+
+    Raises:
+        UserError: the message has one.
+    """
+    masks = [key for key in UNSUPPORTED_MASKS if message.get(key) not in (None, [], {}, "")]
+    if message.get(LOSS) not in (None, True):
+        masks.append(LOSS)
+    if masks:
+        raise UserError(
+            f"{place}: its key {masks[0]!r} is {message[masks[0]]!r}, which may say that it is not learned, and is not "
+            "supported. Say it with 'weight': 0 (read, not learned) or 1, and leave the key out."
+        )
+
+
+def _means_no(value: Any) -> bool:
+    """Tell whether a row's value is 0 or false; a table of text has it in words."""
+    if isinstance(value, str):
+        return value.strip().lower() in ("0", "0.0", "false")
+    return isinstance(value, (bool, int, float)) and value == 0
+
+
 def _is_learned(place: str, message: Mapping[str, Any]) -> bool:
-    """Tell whether a message is to be learned, as its keys `weight` and `train` say.
+    """Tell whether a message is to be learned, as its keys `weight`, `train`, ... say.
 
     Raises:
         UserError: they say something else than yes or no.
     """
     learned = True
-    for key in ("weight", "train"):
+    for key in LEARNED_KEYS:
         value = message.get(key)
         if value is None:
             continue
@@ -178,6 +246,13 @@ def _from_value(message: Any) -> str:
     if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
         return ""
     return " Rename 'from' and 'value' to these, and what 'from' says (human, gpt) to user and assistant."
+
+
+def _as_messages(role: str, value: Any) -> list[Any]:
+    """Return a prompt or a completion as messages: those that it is a list of, or one of this role."""
+    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
+        return value
+    return [{"role": role, "content": value}]
 
 
 def said(conversation: str) -> str:
@@ -227,10 +302,16 @@ class Columns:
         """
         found = list(found)
         names = self.among(place, found)
+        checked: list[str] = []
         if self._of_conversation(names):
-            names = [*names, *(name for name in (SYSTEM, *UNSUPPORTED_BESIDE) if name in found and name not in names)]
+            beside = [SYSTEM, *UNSUPPORTED_BESIDE]
+            if self.prompt in names:
+                beside.append(INPUT)
+            names = [*names, *(name for name in beside if name in found and name not in names)]
+            checked = [name for name in (*LEARNED_KEYS, LOSS) if name in found and name not in names]
+
         self.unread.columns.update(str(name) for name in found if name not in names)
-        return names
+        return [*names, *checked]
 
     def document(self, names: Sequence[str], values: Sequence[Any]) -> Any:
         """The value of the columns that `to_read` chose."""
@@ -243,8 +324,9 @@ class Columns:
         beside = {name: value for name, value in row.items() if name not in chosen}
         if len(chosen) == 1:
             return Conversation(row[self.messages], beside)
-        pairs = zip(("user", "assistant"), chosen, strict=True)
-        return Conversation([{"role": role, "content": row[name]} for role, name in pairs], beside)
+        prompt = _as_messages("user", row[self.prompt])
+        completion = _as_messages("assistant", row[self.completion])
+        return Conversation([*prompt, *completion], beside, prompted=len(prompt))
 
     def _of_conversation(self, names: Sequence[str]) -> bool:
         return not self.text and (self.messages in names or self.completion in names)

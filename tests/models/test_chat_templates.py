@@ -396,6 +396,94 @@ def test_an_answer_that_is_read_and_not_learned_is_a_marker():
     assert shown == USER["content"] and "Hi" not in encoder.sides[0].tokenizer.decode(ids)
 
 
+# ---------------------------------------------------------------- what a template leaves out or changes
+
+
+ONLY_USER_AND_ASSISTANT = CHATML.replace(
+    "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}",
+    "{%- if m.role in ('user', 'assistant') %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+    "{%- endif %}",
+)
+
+
+def encoder_for(student: str, teacher: str = CHATML) -> ChatEncoder:
+    """An encoder of templates that are in no gallery."""
+    return ChatEncoder(*(chat_tokenizer(tokenizer_of(template)) for template in (student, teacher)), 2000, today=TODAY)
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "tool", "context"])
+def test_messages_that_a_template_does_not_write_are_counted_for_each_model(role):
+    left_out = {"role": role, "content": "Answer in French."}
+    talks = [[left_out, USER, HI], [USER, left_out, HI], [USER, HI]]
+    texts = [json.dumps(talk) for talk in talks]
+
+    told = f"chat template does not write {role} messages: 2 of 3 conversations are read without them"
+    assert encoder_for(ONLY_USER_AND_ASSISTANT).notes(texts) == [f"the student's {told}"]
+    assert encoder_for(CHATML, ONLY_USER_AND_ASSISTANT).notes(texts) == [f"the teacher's {told}"]
+    both = encoder_for(ONLY_USER_AND_ASSISTANT, ONLY_USER_AND_ASSISTANT).notes(texts)
+    assert sorted(both) == [f"the student's {told}", f"the teacher's {told}"]
+
+
+def test_an_answer_to_read_that_a_template_does_not_write_is_counted():
+    template = CHATML.replace("in messages %}", "in messages %}{%- if not (loop.index0 == 1 and not loop.last) %}", 1)
+    template = template.replace("{%- endfor %}", "{%- endif %}{%- endfor %}", 1)
+    (note,) = encoder_for(template).notes([json.dumps([USER, BYE | {"weight": 0}, USER, HI])])
+    assert "the student's chat template does not write assistant messages: 1 of 1" in note
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA3, GEMMA3, LLAMA2, R1], ids=["own", "first", "gemma", "llama", "r1"])
+def test_a_system_message_that_is_written_somewhere_is_no_reason_to_warn(template):
+    system = {"role": "system", "content": "Be kind."}
+    assert encoder_for(template).notes([json.dumps([system, USER, HI])]) == []
+
+
+def test_a_message_that_says_nothing_is_not_missed():
+    talk = json.dumps([{"role": "system", "content": " "}, USER, HI])
+    assert encoder_for(ONLY_USER_AND_ASSISTANT).notes([talk]) == []
+
+
+def test_what_stands_before_an_answer_that_is_learned_in_a_piece_of_its_own_is_not_missed():
+    """Results of tools that go away once the user has spoken again."""
+    template = CHATML.replace(
+        "in messages %}", "in messages %}{%- if m.role != 'tool' or loop.index0 > messages | length - 3 %}", 1
+    ).replace("{%- endfor %}", "{%- endif %}{%- endfor %}", 1)
+    tool = {"role": "tool", "content": "42"}
+    assert encoder_for(template).notes([json.dumps([USER, tool, HI, USER, HI])]) == []
+
+
+NO_THINK = (
+    "{%- set mode = '/no_think' if '/no_think' in messages[0].content else '/think' %}"
+    "{{- '<|im_start|>system\nMode: ' + mode + '\n\n' + messages[0].content.replace('/no_think', '').rstrip() }}"
+    "{{- '<|im_end|>\n' }}" + CHATML.replace("in messages %}", "in messages[1:] %}", 1)
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (
+            NO_THINK,
+            r"expected message 0 (system) to be written 'Be brief. /no_think', got '/no_think\n\nBe brief.'. ",
+        ),
+        (NO_THINK.replace("' + mode", "'"), "(system) to be written 'Be brief. /no_think', got 'Be brief.'. "),
+        (
+            CHATML.replace("m.content +", "(m.content | upper if m.role == 'user' else m.content) +"),
+            f"message 1 (user) to be written {USER['content']!r}, got {USER['content'].upper()!r}. ",
+        ),
+        (
+            CHATML.replace("m.role + '\n'", "m.role + (' short' if m.content | length < 19 else ' long') + '\n'"),
+            "expected the text around the contents to be written 'short', got 'long'. ",
+        ),
+    ],
+    ids=["with its mode", "taken out", "upper case", "markup"],
+)
+def test_a_template_that_changes_a_message_is_told_with_what_it_makes_of_it(template, expected):
+    talk = [{"role": "system", "content": "Be brief. /no_think"}, USER, HI]
+    with pytest.raises(ValueError, match="the student's chat template changes what is said") as error:
+        encoder_for(template).windows([json.dumps(talk)])
+    assert expected in str(error.value)
+
+
 # ---------------------------------------------------------------- generation prompts, ends and dates
 
 

@@ -126,6 +126,20 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         ),
         ({**ROWS[0], "tools": TOOLS}, ":1: column 'tools' changes"),
         ({"messages": [QUESTION, {**ANSWER, "weight": 0.5}]}, ", message 1: expected 0 or 1 as its weight, got 0.5"),
+        ({"messages": [QUESTION, {**ANSWER, "loss": False}]}, ", message 1: its key 'loss' is False, .* 'weight': 0"),
+        ({"messages": [QUESTION, {**ANSWER, "loss": 0}]}, ", message 1: its key 'loss' is 0"),
+        ({"messages": [QUESTION, {**ANSWER, "mask": 1}]}, ", message 1: its key 'mask' is 1"),
+        ({"messages": [QUESTION, {**ANSWER, "mask": False}]}, ", message 1: its key 'mask' is False"),
+        ({"messages": [QUESTION, {**ANSWER, "loss_mask": [0, 1]}]}, ", message 1: its key 'loss_mask' is"),
+        ({"messages": [QUESTION, {**ANSWER, "trainable": "no"}]}, "expected 0 or 1 as its trainable, got 'no'"),
+        (
+            {"messages": [QUESTION, ANSWER], "weight": 0},
+            ":1: column 'weight' is 0, .* not to be learned. Leave such rows",
+        ),
+        ({"messages": [QUESTION, ANSWER], "train": False}, ":1: column 'train' is False"),
+        ({**ROWS[0], "trainable": False}, ":1: column 'trainable' is False"),
+        ({**ROWS[0], "loss": 0.0}, ":1: column 'loss' is 0.0"),
+        ({**ROWS[0], "input": "the letter"}, ":1: column 'input' holds a part of what is asked.* into the prompt"),
         ({"messages": [{**QUESTION, "content": [{"type": "image", "url": "x"}]}, ANSWER]}, "is no text \\(image\\)"),
         ({"messages": [QUESTION, {**ANSWER, "content": None}]}, "expected text as its content, got NoneType"),
         ({"messages": [{"from": "human", "value": "Hi"}]}, "got the keys from, value. Rename 'from' and 'value'"),
@@ -176,7 +190,10 @@ def test_thinking_is_kept_under_one_name(tmp_path, key):
     assert talk[1] == {**ANSWER, "reasoning_content": "Hm."}
 
 
-@pytest.mark.parametrize(("key", "value"), [("weight", 0), ("weight", 0.0), ("weight", False), ("train", False)])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("weight", 0), ("weight", 0.0), ("weight", False), ("train", False), ("trainable", False), ("training", 0)],
+)
 def test_a_message_that_is_not_to_be_learned_says_so(tmp_path, key, value):
     (talk,) = read_back(tmp_path, {"messages": [QUESTION, {**ANSWER, key: value}, QUESTION, ANSWER]})
     assert [message.get("weight") for message in talk] == [None, 0, None, None]
@@ -210,6 +227,55 @@ def test_keys_of_messages_that_are_not_read_are_named(tmp_path, caplog):
     assert [r.getMessage() for r in caplog.records if "not read" in r.getMessage()] == [
         f"{tmp_path / 'data.jsonl'}: keys of messages not read: name"
     ]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+@pytest.mark.parametrize("column", ["weight", "train", "trainable", "loss"])
+def test_a_row_that_is_not_to_be_learned_is_refused_in_every_kind_of_table(tmp_path, suffix, column):
+    rows = [row | {column: n != 3} for n, row in enumerate(ROWS)]
+    with pytest.raises(
+        UserError, match=f"column '{column}' is '?False'?, which says that the row is not to be learned"
+    ):
+        load(write(tmp_path, suffix, rows))
+
+
+@pytest.mark.parametrize("value", [1, True, 0.7, None])
+def test_weights_of_rows_that_mask_nothing_are_named_and_not_read(tmp_path, value, caplog):
+    caplog.set_level("INFO")
+    assert read_back(tmp_path, {"messages": [QUESTION, ANSWER], "weight": value}) == [[QUESTION, ANSWER]]
+    assert "columns not read: weight" in caplog.text
+
+
+def test_an_input_is_refused_only_beside_a_prompt_and_where_it_holds_something(tmp_path):
+    names = {"prompt_column": "instruction", "completion_column": "output"}
+    row = {"instruction": QUESTION["content"], "output": ANSWER["content"]}
+    held_out = tmp_path / "other.jsonl"
+    held_out.write_text(json.dumps({"instruction": "x", "output": "y"}) + "\n")
+
+    corpus = load(write_jsonl(tmp_path, [row | {"input": ""}]), eval=str(held_out), **names)
+    assert talks(corpus)[0] == [QUESTION, ANSWER]
+    with pytest.raises(UserError, match=r"data\.jsonl:1: column 'input' holds a part of what is asked"):
+        load(write_jsonl(tmp_path, [row | {"input": "a letter"}]), eval=str(held_out), **names)
+    assert read_back(tmp_path, {"messages": [QUESTION, ANSWER], "input": "a letter"}) == [[QUESTION, ANSWER]]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow"])
+def test_a_prompt_and_a_completion_that_are_lists_of_messages_are_one_conversation(tmp_path, suffix):
+    rows = [{"prompt": talk[:1], "completion": talk[1:]} for talk in TALKS]
+    assert talks(load(write(tmp_path, suffix, rows))) == BY_QUESTION
+
+
+@pytest.mark.parametrize(("learn_from", "weight"), [("completions", 0), ("all", None)])
+def test_answers_in_a_prompt_of_messages_are_read_and_not_learned(tmp_path, learn_from, weight):
+    row = {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER, QUESTION, ANSWER], "system": "Be kind."}
+    (talk,) = read_back(tmp_path, row, learn_from=learn_from)
+    assert [message["role"] for message in talk] == ["system", *["user", "assistant"] * 3]
+    assert [message.get("weight") for message in talk] == [None, None, weight, None, None, None, None]
+
+
+def test_a_prompt_of_messages_can_have_a_completion_of_text(tmp_path):
+    row = {"prompt": [QUESTION], "completion": ANSWER["content"]}
+    assert read_back(tmp_path, row) == [[QUESTION, ANSWER]]
 
 
 def test_nothing_is_said_where_all_is_read(tmp_path, caplog):
