@@ -55,8 +55,8 @@ class DistillationFramework(nn.Module):
     Raises:
         TypeError: an argument of another kind.
         ValueError: for a student whose logits are not head(body(x)), that has nothing to train or that is trained in
-            half precision; for a student, a teacher and a vocabulary map that do not belong together; for hidden-state terms without a
-            teacher; for temperatures of which the curriculum knows others.
+            half precision; for a student, a teacher and a vocabulary map that do not belong together; for
+            hidden-state terms without a teacher; for temperatures of which the curriculum knows others.
     """
 
     def __init__(

@@ -53,8 +53,6 @@ ATTACHED = Path("/kaggle/input")
 CARD = "README.md"
 """Of an exported model: where the hub looks for a model card."""
 
-GENERATION_CONFIG = "generation_config.json"
-
 QUANTISED = {"8bit": (7, 5), "4bit": (6, 0)}
 """Weights by bitsandbytes, and the compute capability that each needs (installation guide of bitsandbytes 0.50)."""
 
@@ -258,6 +256,10 @@ def load_model(
             f"--set {role}.allow_pickle=true."
         )
     options["use_safetensors"] = None if allow_pickle else True
+    offline = not folder.is_dir() and not hub_is_reachable()
+    settings = generation.replacement_for_broken(locate(name, role), f"{role} {name}", offline)
+    if settings is not None:
+        options["generation_config"] = settings
     model, loading = _load(load, name, role, "weights", output_loading_info=True, **options)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
@@ -291,8 +293,9 @@ def _load_adapted(
     offline = not Path(source).is_dir() and not hub_is_reachable()
     model = adapter_folders.merge_into(model, source, f"{role} {name}", allow_pickle, offline)
     folder = _adapter_folder(name, role)
-    if (folder / GENERATION_CONFIG).is_file():  # it may end texts elsewhere than its base
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    settings = generation.load(folder, f"{role} {name}")
+    if settings is not None:  # it may end texts elsewhere than its base
+        model.generation_config = settings
     log.info("%s %s is an adapter of %s: it is added to the weights of that model", role, name, base)
     return model
 
@@ -488,6 +491,8 @@ def _write_settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder
 
 
 def _put_generation_right(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    # from the config, as a process of several may hold none of the rows
+    generation.drop_unusable_ids(model.generation_config, model.config.get_text_config().vocab_size)
     generation.end_with_tokenizer(model.generation_config, tokenizer)
     generation.put_right(model.generation_config)
 
@@ -513,7 +518,7 @@ def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, merges
             "after training: its configuration or tokenizer cannot be written, or not be loaded again. Expected files "
             f"that save_pretrained takes back: put them right in the student's folder.\n  {reason(error)}"
         ) from error
-    _try_generation(plain)
+    _try_generation(plain, tokenizer)
 
 
 def _write_for_trial(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merges: bool) -> None:
@@ -530,20 +535,39 @@ def _write_for_trial(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folde
     GenerationConfig.from_pretrained(folder)
 
 
-def _try_generation(model: nn.Module) -> None:
-    """Let a model write two tokens as its own generation settings say; keep its random generators as they are."""
+def _try_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model write two tokens as its generation settings say, or else with nothing but its tokens' ids."""
+    problem = _generation_problem(model)
+    if problem is None:
+        return
+
+    log.warning(
+        "generation settings of the student: only its tokens' ids are kept, since with the others it writes nothing "
+        "(%s)",
+        problem,
+    )
+    generation.reset(model.generation_config)
+    _put_generation_right(model, tokenizer)
+
+    problem = _generation_problem(model)
+    if problem is not None:
+        log.warning(
+            "the student writes nothing with its tokens' ids alone either (%s): training needs no generation, but "
+            "expect generate() of the exported student to fail in the same way",
+            problem,
+        )
+
+
+def _generation_problem(model: nn.Module) -> str | None:
+    """Return why a model cannot write two tokens; keep its random generators and its mode as they are."""
     start = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     with undisturbed(model), torch.no_grad():
         model.eval()
         try:
             model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=2)
         except Exception as error:  # ids beyond the vocabulary, code of its own, values of another type
-            log.warning(
-                "generation settings of the student: only its tokens' ids are kept, since with the others it writes "
-                "nothing (%s)",
-                reason(error),
-            )
-            generation.reset(model.generation_config)
+            return reason(error)
+    return None
 
 
 def where_from(name: str) -> str:

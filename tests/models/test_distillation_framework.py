@@ -197,7 +197,7 @@ def test_a_student_alone_learns_from_text(pair):
 
 def test_a_student_with_nothing_to_train_is_refused(pair):
     pair.student.requires_grad_(False)
-    with pytest.raises(ValueError, match="the student .LlamaForCausalLM. has nothing to train"):
+    with pytest.raises(ValueError, match=r"the student \(LlamaForCausalLM\) has nothing to train"):
         DistillationFramework(pair.student, pair.frozen(), pair.vocabulary, LossConfig(), curriculum())
 
 
