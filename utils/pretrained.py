@@ -239,6 +239,9 @@ def load_model(
     if base is not None:
         return _load_adapted(name, base, role, dtype, device, weights, allow_pickle)
 
+    folder = Path(locate(name, role))
+    if why := model_folders.wrong_weights(folder):
+        raise UserError(f"{role} {name}: {why}")
     config = load_config(name, role)
     _refuse_quantised_student(config, name, role)
     options: dict[str, Any] = {"dtype": dtype}
@@ -247,9 +250,9 @@ def load_model(
     if spread := isinstance(device, Mapping):
         options |= {"device_map": "balanced_low_0", "max_memory": dict(device)}
     load = auto_class(config).from_pretrained
-    folder = Path(locate(name, role))
-    if not allow_pickle and has_weights(folder, allow_pickle=True) and not has_weights(folder):
-        files = ", ".join(path.name for path in folder.glob("*.bin"))
+    pickles = model_folders.pickled_weights(folder)
+    if pickles and not allow_pickle and not model_folders.has_weights(folder):
+        files = ", ".join(path.name for path in pickles)
         raise UserError(
             f"{role} {name}: its weights are pickle files only ({files}), which can carry code. Expected safetensors: "
             "choose a model that has them, or convert it with save_pretrained. If you trust its author: "
@@ -360,11 +363,6 @@ def require(package: str, wanted_by: str, extra: str) -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{wanted_by} needs {package}, which is not installed: pip install '.[{extra}]'")
-
-
-def has_weights(folder: Path, allow_pickle: bool = False) -> bool:
-    """Whether a folder holds weights that `load_model` would take."""
-    return any(folder.glob("*.safetensors")) or (allow_pickle and any(folder.glob("*.bin")))
 
 
 def random_model(config: PretrainedConfig) -> nn.Module:
@@ -611,7 +609,9 @@ def _hint(folder: Path, role: str, what: str) -> str:
     if isinstance(stored, dict):
         method = stored.get("quant_method", "unknown method")
         return f" Its weights are quantised ({method}): the model that it was made from needs no package of its own."
-    return " A random start needs no weights: --student-init random." if role == "student" else ""
+    if role == "student" and not model_folders.has_weights(folder, allow_pickle=True):
+        return " A random start needs no weights: --student-init random."
+    return ""
 
 
 def _attached_models() -> str:
