@@ -40,6 +40,7 @@ from utils import (
     command_line,
     dry_run,
     forecast,
+    generation,
     hardware,
     miniature,
     preflight,
@@ -384,9 +385,10 @@ def own_modes(setup: preflight.SetUp, job: train.Job) -> tuple:
     seed_everything(setup.config.training.seed)
     student = pretrained.random_model(config)
     keep_weights(student.config)
-    generation = Path(pretrained.locate(setup.config.student.name, "student")) / pretrained.GENERATION_CONFIG
-    if generation.is_file():
-        student.generation_config = transformers.GenerationConfig.from_pretrained(generation.parent)
+    folder = Path(pretrained.locate(setup.config.student.name, "student"))
+    if folder.is_dir():
+        settings = generation.load(folder, f"student {setup.config.student.name}")
+        student.generation_config = settings or student.generation_config
 
     scheduler = CurriculumScheduler(train.LM_ALONE, LossConfig(), 1)
     module = DistillationFramework(student, None, job.vocabulary, LossConfig(), scheduler)

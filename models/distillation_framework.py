@@ -54,9 +54,9 @@ class DistillationFramework(nn.Module):
 
     Raises:
         TypeError: an argument of another kind.
-        ValueError: for a student whose logits are not head(body(x)) or that is trained in half precision; for a
-            student, a teacher and a vocabulary map that do not belong together; for hidden-state terms without a
-            teacher; for temperatures of which the curriculum knows others.
+        ValueError: for a student whose logits are not head(body(x)), that has nothing to train or that is trained in
+            half precision; for a student, a teacher and a vocabulary map that do not belong together; for
+            hidden-state terms without a teacher; for temperatures of which the curriculum knows others.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class DistillationFramework(nn.Module):
         super().__init__()
         _check_kinds(teacher, vocabulary, loss, curriculum, router)
         check_head(student, "student")
+        _check_trainable(student)
         _check_precision(student)
         _check_pair(student, teacher, vocabulary)
         _check_temperatures(loss, curriculum.loss)
@@ -397,6 +398,14 @@ def _check_kinds(teacher: Any, vocabulary: Any, loss: Any, curriculum: Any, rout
         expect("vocabulary", vocabulary, VocabularyMap, "the pair's VocabularyMap, or None")
     if router is not None:
         expect("router", router, RouterConfig, "a RouterConfig, or None")
+
+
+def _check_trainable(student: nn.Module) -> None:
+    if not any(parameter.requires_grad for parameter in student.parameters()):
+        raise ValueError(
+            f"the student ({type(student).__name__}) has nothing to train: none of its parameters requires a gradient; "
+            "give a model of its own, not the teacher's, or call requires_grad_(True) on what is to be trained"
+        )
 
 
 def _check_precision(student: nn.Module) -> None:

@@ -38,13 +38,16 @@ class FrozenTeacher:
     def __init__(self, model: nn.Module, vocabulary: VocabularyMap) -> None:
         expect("vocabulary", vocabulary, VocabularyMap, "the pair's VocabularyMap")
         self._first_device = check_head(model, "teacher")
+        rows = vocabulary_size(model)
+        if len(vocabulary.order) != rows:
+            raise ValueError(
+                f"the vocabulary map holds {len(vocabulary.order):,} teacher tokens, the teacher's head has "
+                f"{rows:,} rows; build the map with teacher_vocab_size={rows}"
+            )
+
+        # only now, so that a model that is refused stays as it was
         self.model = model.eval().requires_grad_(False)
         self.order = torch.from_numpy(vocabulary.order).long().to(self.device)
-        if len(self.order) != vocabulary_size(model):
-            raise ValueError(
-                f"the vocabulary map holds {len(self.order):,} teacher tokens, the teacher's head has "
-                f"{vocabulary_size(model):,} rows; build the map with teacher_vocab_size={vocabulary_size(model)}"
-            )
 
     @property
     def device(self) -> torch.device:

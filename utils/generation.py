@@ -6,13 +6,18 @@ warning and refuses to write them.
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
 from .advice import reason
+from .model_folders import read_json
 
 log = logging.getLogger(__name__)
+
+GENERATION_CONFIG = "generation_config.json"
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 NEUTRAL = {
@@ -27,6 +32,77 @@ NEUTRAL = {
 }
 """Values of sampling settings that nobody chose."""
 KEPT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+
+
+def replacement_for_broken(source: str, described: str, offline: bool) -> GenerationConfig | None:
+    """Return what a model is to be loaded with in place of a generation_config.json that transformers cannot load.
+
+    None: the file can be loaded, or there is none. What the file says is kept as far as it can be put right.
+
+    Args:
+        source: a folder, or a hub id.
+        described: role and name of the model, for the log.
+        offline: read from the hub's cache alone.
+    """
+    try:
+        GenerationConfig.from_pretrained(source, local_files_only=offline)
+        return None
+    except OSError:  # no such file, or no JSON: transformers does without it then
+        return None
+    except Exception as error:  # settings that contradict each other, values of another type
+        problem = reason(error)
+
+    file = Path(cached_file(source, GENERATION_CONFIG, local_files_only=offline))
+    settings = GenerationConfig()
+    for name, value in read_json(file).items():
+        setattr(settings, name, value)
+    put_right(settings)
+    log.warning(
+        "%s: its %s cannot be loaded (%s); the model is taken with what is left of the settings when they are put "
+        "right: correct that file, or delete it, where they matter",
+        described,
+        GENERATION_CONFIG,
+        problem,
+    )
+    return settings
+
+
+def load(folder: Path, described: str) -> GenerationConfig | None:
+    """Return the generation settings in a folder, put right where they must be; None where it holds none."""
+    replacement = replacement_for_broken(str(folder), described, offline=True)
+    if replacement is not None:
+        return replacement
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:  # no such file, or no JSON
+        return None
+
+
+def drop_unusable_ids(settings: GenerationConfig, vocabulary_size: int) -> None:
+    """Take out, in place, ids of tokens that are none: strings, negative numbers, numbers beyond the vocabulary."""
+    dropped: dict[str, Any] = {}
+    for name in KEPT_IDS:
+        value = getattr(settings, name, None)
+        ids = value if isinstance(value, list) else [value]
+        usable = [token for token in ids if _is_token_id(token, vocabulary_size)]
+        if value is None or len(usable) == len(ids) > 0:
+            continue
+
+        dropped[name] = value
+        setattr(settings, name, usable or None)
+
+    if dropped:
+        listed = ", ".join(f"{name} {value!r}" for name, value in dropped.items())
+        log.warning(
+            "generation settings of the student: without what is no id of a token in %s; expected integers from 0 "
+            "to %d",
+            listed,
+            vocabulary_size - 1,
+        )
+
+
+def _is_token_id(value: Any, vocabulary_size: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary_size
 
 
 def end_with_tokenizer(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -185,6 +185,14 @@ NO_MODELS = (
         "This is a checkpoint of FSDP, cut into parts. `accelerate merge-weights` makes weights of it.",
     ),
     Layout(
+        _has("*.nemo"),
+        "This is a model of NeMo. Give the same model as transformers writes it.",
+    ),
+    Layout(
+        _has("openvino_*.xml"),
+        "This is a model for OpenVINO, which is not trained. Give the model that it was exported from.",
+    ),
+    Layout(
         _has("params.json"),
         "These are weights in the format of their makers (params.json). Give the same model as transformers writes it: "
         "on the hub its name often ends in -hf.",
@@ -233,6 +241,11 @@ def wrong_kind(folder: Path) -> str | None:
             "it is a model of sentence-transformers, which turns text into vectors. Expected a language model, which "
             "predicts tokens: often the one that this was trained from."
         )
+    if (folder / "model.bin").is_file() and "model_type" not in read_json(folder / CONFIG):
+        return (
+            "it is a model for CTranslate2 (model.bin, and a config.json without model_type), whose weights are not "
+            "trained. Give the model that it was converted from."
+        )
     stored = sorted(path for pattern in STORED_BY_LFS for path in folder.glob(pattern) if path.is_file())
     pointers = [path.name for path in stored if is_lfs_pointer(path)]
     if pointers:
@@ -241,6 +254,106 @@ def wrong_kind(folder: Path) -> str | None:
             "`git lfs pull` in that folder, or download it with `hf download`."
         )
     return None
+
+
+def wrong_weights(folder: Path) -> str | None:
+    """Return why the weights beside a config.json cannot be taken, and the way; None where nothing speaks against them.
+
+    A folder that holds none at all is no matter of this function: a random start needs none.
+    """
+    if _is_quantised_by_mlx(folder):
+        return (
+            "its weights are quantised by MLX, for Apple's chips, and no other library reads them. Give the model that "
+            "it was converted from: its README.md, or its page on the hub, names it."
+        )
+
+    incomplete = _incomplete_weights(folder)
+    if incomplete is not None:
+        return f"{incomplete} Download it again: `hf download` fetches what is missing."
+    if has_weights(folder, allow_pickle=True):
+        return None
+
+    for patterns, explanation in OTHER_WEIGHTS:
+        if any(any(folder.glob(pattern)) for pattern in patterns):
+            return explanation
+    return None
+
+
+OTHER_WEIGHTS = (
+    (
+        ("openvino_*.xml",),
+        "its weights are for OpenVINO, and are not trained. Give the model that it was exported from.",
+    ),
+    (
+        ("*.gguf",),
+        "its weights are for llama.cpp (GGUF), and are not trained. Give the model that it was converted from.",
+    ),
+    (
+        ("*.onnx", "onnx/*.onnx"),
+        "its weights are for ONNX Runtime, and are not trained. Give the model that it was exported from.",
+    ),
+    (
+        ("tf_model*.h5", "*.keras", "*.ckpt.index"),
+        "its weights are TensorFlow's only, and PyTorch's are needed. Give a model with safetensors, or convert it "
+        "with a transformers below version 5: from_pretrained(folder, from_tf=True), then save_pretrained.",
+    ),
+    (
+        ("flax_model*.msgpack",),
+        "its weights are Flax's only, and PyTorch's are needed. Give a model with safetensors, or convert it with a "
+        "transformers below version 5: from_pretrained(folder, from_flax=True), then save_pretrained.",
+    ),
+)
+"""Files of weights that are not loaded, and what is said where there are no others. The first that fits is told."""
+
+
+def has_weights(folder: Path, allow_pickle: bool = False) -> bool:
+    """Return whether a folder holds weights that transformers would load."""
+    return any(folder.glob("*.safetensors")) or (allow_pickle and any(pickled_weights(folder)))
+
+
+def pickled_weights(folder: Path) -> list[Path]:
+    """Return the pickle files with PyTorch weights: other .bin files are of other libraries, or of a trainer."""
+    return sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model*.bin")])
+
+
+def _is_quantised_by_mlx(folder: Path) -> bool:
+    settings = read_json(folder / CONFIG).get("quantization")
+    return isinstance(settings, dict) and {"group_size", "bits"} <= settings.keys()
+
+
+def _incomplete_weights(folder: Path) -> str | None:
+    """Describe what is missing of the files from which transformers would load weights; None: nothing."""
+    files = [folder / "model.safetensors"]
+    index = folder / "model.safetensors.index.json"
+    if not files[0].is_file() and index.is_file():
+        shards = read_json(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            return f"{index.name}, the list of its files of weights, is damaged."
+        files = [folder / name for name in sorted({str(name) for name in shards.values()})]
+
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            return f"{len(missing)} of the {len(files)} files of its weights are missing: {', '.join(missing[:3])}."
+
+    for file in files:
+        if file.is_file() and not _is_whole_safetensors(file):
+            return f"{file.name} is cut off or damaged: {file.stat().st_size:,} bytes are not what its header names."
+    return None
+
+
+def _is_whole_safetensors(file: Path) -> bool:
+    """Return whether a file is as long as its header says: 8 bytes of the header's length, the header, the tensors."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        size = file.stat().st_size
+        if not 0 < length <= size - 8:
+            return False
+        try:
+            tensors = json.loads(stream.read(length))
+            ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
+        except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+            return False
+    return size == 8 + length + max(ends, default=0)
 
 
 def read_json(file: Path) -> dict[str, Any]:

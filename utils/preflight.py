@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.modeling_outputs import CausalLMOutput
 
-from . import data, environment, evaluation, forecast, hardware, loading, pretrained, run_folder
+from . import data, environment, evaluation, forecast, hardware, loading, model_folders, pretrained, run_folder
 from . import memory as plan_memory
 from .advice import reason
 from .checklist import DOUBTFUL, check
@@ -199,7 +199,9 @@ def models(setup: SetUp) -> tuple:
         if folder.is_dir() and not too_large(shape):
             pretrained.load_model(name, role, torch.float32, allow_pickle=pickled)
             found.append(f"{role} loads")
-        elif folder.is_dir() and not pretrained.has_weights(folder, pickled):
+        elif folder.is_dir() and (why := model_folders.wrong_weights(folder)):
+            missing.append(f"{role} {name}: {why}")
+        elif folder.is_dir() and not model_folders.has_weights(folder, pickled):
             missing.append(f"{role} has no weights in {folder}")
         else:
             found.append(f"{role} of {forecast.Shape.of(shape).parameters / 1e6:,.0f} M parameters, weights not read")

@@ -53,8 +53,6 @@ ATTACHED = Path("/kaggle/input")
 CARD = "README.md"
 """Of an exported model: where the hub looks for a model card."""
 
-GENERATION_CONFIG = "generation_config.json"
-
 QUANTISED = {"8bit": (7, 5), "4bit": (6, 0)}
 """Weights by bitsandbytes, and the compute capability that each needs (installation guide of bitsandbytes 0.50)."""
 
@@ -248,6 +246,9 @@ def load_model(
     if base is not None:
         return _load_adapted(name, base, role, dtype, device, weights, allow_pickle)
 
+    folder = Path(locate(name, role))
+    if why := model_folders.wrong_weights(folder):
+        raise UserError(f"{role} {name}: {why}")
     config = load_config(name, role)
     _refuse_quantised_student(config, name, role)
     options: dict[str, Any] = {"dtype": dtype}
@@ -256,15 +257,19 @@ def load_model(
     if spread := isinstance(device, Mapping):
         options |= {"device_map": "balanced_low_0", "max_memory": dict(device)}
     load = auto_class(config).from_pretrained
-    folder = Path(locate(name, role))
-    if not allow_pickle and has_weights(folder, allow_pickle=True) and not has_weights(folder):
-        files = ", ".join(path.name for path in folder.glob("*.bin"))
+    pickles = model_folders.pickled_weights(folder)
+    if pickles and not allow_pickle and not model_folders.has_weights(folder):
+        files = ", ".join(path.name for path in pickles)
         raise UserError(
             f"{role} {name}: its weights are pickle files only ({files}), which can carry code. Expected safetensors: "
             "choose a model that has them, or convert it with save_pretrained. If you trust its author: "
             f"--set {role}.allow_pickle=true."
         )
     options["use_safetensors"] = None if allow_pickle else True
+    offline = not folder.is_dir() and not hub_is_reachable()
+    settings = generation.replacement_for_broken(locate(name, role), f"{role} {name}", offline)
+    if settings is not None:
+        options["generation_config"] = settings
     model, loading = _load(load, name, role, "weights", output_loading_info=True, **options)
     if missing := sorted(loading["missing_keys"]):
         raise UserError(
@@ -298,8 +303,9 @@ def _load_adapted(
     offline = not Path(source).is_dir() and not hub_is_reachable()
     model = adapter_folders.merge_into(model, source, f"{role} {name}", allow_pickle, offline)
     folder = _adapter_folder(name, role)
-    if (folder / GENERATION_CONFIG).is_file():  # it may end texts elsewhere than its base
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    settings = generation.load(folder, f"{role} {name}")
+    if settings is not None:  # it may end texts elsewhere than its base
+        model.generation_config = settings
     log.info("%s %s is an adapter of %s: it is added to the weights of that model", role, name, base)
     return model
 
@@ -364,11 +370,6 @@ def require(package: str, wanted_by: str, extra: str) -> None:
     """
     if importlib.util.find_spec(package) is None:
         raise UserError(f"{wanted_by} needs {package}, which is not installed: pip install '.[{extra}]'")
-
-
-def has_weights(folder: Path, allow_pickle: bool = False) -> bool:
-    """Whether a folder holds weights that `load_model` would take."""
-    return any(folder.glob("*.safetensors")) or (allow_pickle and any(folder.glob("*.bin")))
 
 
 def random_model(config: PretrainedConfig) -> nn.Module:
@@ -495,6 +496,8 @@ def _write_settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder
 
 
 def _put_generation_right(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    # from the config, as a process of several may hold none of the rows
+    generation.drop_unusable_ids(model.generation_config, model.config.get_text_config().vocab_size)
     generation.end_with_tokenizer(model.generation_config, tokenizer)
     generation.put_right(model.generation_config)
 
@@ -520,7 +523,7 @@ def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, merges
             "after training: its configuration or tokenizer cannot be written, or not be loaded again. Expected files "
             f"that save_pretrained takes back: put them right in the student's folder.\n  {reason(error)}"
         ) from error
-    _try_generation(plain)
+    _try_generation(plain, tokenizer)
 
 
 def _write_for_trial(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merges: bool) -> None:
@@ -537,20 +540,39 @@ def _write_for_trial(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folde
     GenerationConfig.from_pretrained(folder)
 
 
-def _try_generation(model: nn.Module) -> None:
-    """Let a model write two tokens as its own generation settings say; keep its random generators as they are."""
+def _try_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Let a model write two tokens as its generation settings say, or else with nothing but its tokens' ids."""
+    problem = _generation_problem(model)
+    if problem is None:
+        return
+
+    log.warning(
+        "generation settings of the student: only its tokens' ids are kept, since with the others it writes nothing "
+        "(%s)",
+        problem,
+    )
+    generation.reset(model.generation_config)
+    _put_generation_right(model, tokenizer)
+
+    problem = _generation_problem(model)
+    if problem is not None:
+        log.warning(
+            "the student writes nothing with its tokens' ids alone either (%s): training needs no generation, but "
+            "expect generate() of the exported student to fail in the same way",
+            problem,
+        )
+
+
+def _generation_problem(model: nn.Module) -> str | None:
+    """Return why a model cannot write two tokens; keep its random generators and its mode as they are."""
     start = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
     with undisturbed(model), torch.no_grad():
         model.eval()
         try:
             model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=2)
         except Exception as error:  # ids beyond the vocabulary, code of its own, values of another type
-            log.warning(
-                "generation settings of the student: only its tokens' ids are kept, since with the others it writes "
-                "nothing (%s)",
-                reason(error),
-            )
-            generation.reset(model.generation_config)
+            return reason(error)
+    return None
 
 
 def where_from(name: str) -> str:
@@ -594,7 +616,9 @@ def _hint(folder: Path, role: str, what: str) -> str:
     if isinstance(stored, dict):
         method = stored.get("quant_method", "unknown method")
         return f" Its weights are quantised ({method}): the model that it was made from needs no package of its own."
-    return " A random start needs no weights: --student-init random." if role == "student" else ""
+    if role == "student" and not model_folders.has_weights(folder, allow_pickle=True):
+        return " A random start needs no weights: --student-init random."
+    return ""
 
 
 def _attached_models() -> str:

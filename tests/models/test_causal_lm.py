@@ -79,6 +79,60 @@ def test_a_model_that_reads_ahead_is_refused():
         check_head(model, "student")
 
 
+NOT_CAUSAL = {
+    "XLNet": transformers.XLNetConfig(vocab_size=40, d_model=16, n_layer=2, n_head=2, d_inner=32),
+    "BERT": transformers.BertConfig(**SHAPE, intermediate_size=32, is_decoder=False),
+    "RoBERTa": transformers.RobertaConfig(**SHAPE, intermediate_size=32, is_decoder=False),
+}
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize("name", NOT_CAUSAL)
+def test_a_model_that_reads_ahead_is_refused_also_at_its_random_start(name, role):
+    """It has learned nothing yet: what follows changes its logits by a thousandth."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(NOT_CAUSAL[name])
+    with pytest.raises(ValueError, match=rf"the {role} \({type(model).__name__}\) reads the text that follows"):
+        check_head(model, role)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spread", [0.02, 0.4])
+@pytest.mark.parametrize("family", ["Llama", "Mixtral", "Qwen3Moe", "GPT2", "Mamba"])
+def test_a_causal_model_is_taken_in_every_precision(family, spread, dtype):
+    """Experts get other numbers of rows where later tokens change, which rounds otherwise."""
+    sizes = {"GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2}, "Mamba": {"hidden_size": 16, "num_hidden_layers": 2}}
+    experts = {
+        "Mixtral": {"num_local_experts": 4},
+        "Qwen3Moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+    }
+    options = sizes.get(family, LLAMA | experts.get(family, {})) | {"vocab_size": 40, "initializer_range": spread}
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**options))
+    check_head(model.to(dtype), "teacher")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_model_that_reads_ahead_is_refused_in_half_precision(dtype):
+    model = build("Llama").to(dtype)
+    model.config.is_causal = False
+    with pytest.raises(ValueError, match="reads the text that follows"):
+        check_head(model, "teacher")
+
+
+def test_a_decoder_that_reads_a_little_ahead_is_refused():
+    model = tiny_t5(40)
+    attention = model.decoder.block[0].layer[0].SelfAttention
+    causal_forward = attention.forward
+
+    def forward(states, *args, **options):
+        return causal_forward(states + 1e-3 * states.mean(1, keepdim=True), *args, **options)
+
+    attention.forward = forward
+    with pytest.raises(ValueError, match="reads the text that follows"):
+        check_head(model, "student")
+
+
 def test_a_model_without_a_head_is_refused():
     with pytest.raises(ValueError, match="no output embeddings"):
         check_head(tiny_llama(40).model, "student")

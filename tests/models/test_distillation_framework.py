@@ -195,6 +195,12 @@ def test_a_student_alone_learns_from_text(pair):
     assert gradients(framework)
 
 
+def test_a_student_with_nothing_to_train_is_refused(pair):
+    pair.student.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"the student \(LlamaForCausalLM\) has nothing to train"):
+        DistillationFramework(pair.student, pair.frozen(), pair.vocabulary, LossConfig(), curriculum())
+
+
 def test_a_teacher_without_a_map_is_refused(pair):
     with pytest.raises(ValueError, match="no vocabulary map"):
         DistillationFramework(pair.student, pair.frozen(), None, LossConfig(), curriculum())

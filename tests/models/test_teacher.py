@@ -100,6 +100,13 @@ def test_teacher_is_no_module_and_cannot_be_trained(pair):
     assert not any(getattr(teacher.signal(pair.batch(), 4), f).requires_grad for f in FIELDS)
 
 
+def test_a_model_that_is_refused_stays_as_it_was(pair):
+    model = tiny_llama(41).train()
+    with pytest.raises(ValueError, match="the teacher's head has 41 rows"):
+        FrozenTeacher(model, pair.vocabulary)
+    assert model.training and all(parameter.requires_grad for parameter in model.parameters())
+
+
 def test_a_map_for_another_head_is_refused(pair):
     with pytest.raises(ValueError, match="teacher_vocab_size=448"):
         FrozenTeacher(tiny_llama(448), pair.vocabulary)

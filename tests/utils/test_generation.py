@@ -1,10 +1,11 @@
 """Whatever generation settings a base ships, the student can be saved with them, and they keep their meaning."""
 
+import json
 import logging
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.models.tiny import byte_bpe, tiny_llama
 from utils import pretrained
@@ -74,6 +75,60 @@ def test_settings_with_which_nothing_can_be_written_are_found_before_training(va
     pretrained.rehearse_export(model, TOKENIZER)
     assert torch.equal(torch.get_rng_state(), state) and model.training is False
     assert "with the others it writes nothing" in caplog.text
+    assert model.generate(torch.ones(1, 1, dtype=torch.long), max_new_tokens=2).shape[1] >= 2
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        {"eos_token_id": "<|endoftext|>"},
+        {"eos_token_id": -1, "pad_token_id": -1},
+        {"eos_token_id": [99_999, "</s>", 5], "bos_token_id": 1.5},
+        {"eos_token_id": True, "pad_token_id": 290},
+        {"eos_token_id": []},
+        {"eos_token_id": "0", "temperature": "hot"},
+    ],
+)
+def test_what_is_no_id_of_a_token_does_not_reach_the_exported_student(ids, tmp_path):
+    model = tiny_llama(len(TOKENIZER))
+    model.generation_config = settings(**ids)
+    pretrained.rehearse_export(model, TOKENIZER)
+    pretrained.export(model, TOKENIZER, tmp_path / "student", card=None)
+
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    ends = exported.generation_config.eos_token_id
+    assert ends in (TOKENIZER.eos_token_id, [TOKENIZER.eos_token_id], [TOKENIZER.eos_token_id, 5])
+    assert 0 <= exported.generation_config.pad_token_id < len(TOKENIZER)
+    assert exported.generate(torch.ones(1, 1, dtype=torch.long), max_new_tokens=2).shape[1] >= 2
+
+
+def test_a_student_that_cannot_write_at_all_is_told_so(monkeypatch, caplog):
+    model = tiny_llama(len(TOKENIZER))
+    monkeypatch.setattr(type(model), "generate", lambda *args, **options: 1 / 0)
+    pretrained.rehearse_export(model, TOKENIZER)
+    assert "writes nothing with its tokens' ids alone either (ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"num_return_sequences": 3, "eos_token_id": 7},
+        {"max_new_tokens": -3, "eos_token_id": 7},
+        {"watermarking_config": 5, "eos_token_id": 7},
+        [1, 2],
+        "text",
+        5,
+        None,
+    ],
+)
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_broken_file_of_generation_settings_does_not_keep_a_model_from_being_loaded(content, role, tmp_path, caplog):
+    tiny_llama(len(TOKENIZER)).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    model = pretrained.load_model(str(tmp_path), role, torch.float32)
+    if isinstance(content, dict):
+        assert model.generation_config.eos_token_id == 7
+    assert "generation_config.json cannot be loaded" in caplog.text or content is None
     assert model.generate(torch.ones(1, 1, dtype=torch.long), max_new_tokens=2).shape[1] >= 2
 
 

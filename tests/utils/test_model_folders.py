@@ -1,7 +1,12 @@
 """An attached model is found by its name and never another one; what is no model is told what it is."""
 
-import pytest
+import json
+from pathlib import Path
 
+import pytest
+import torch
+
+from tests.models.tiny import tiny_llama
 from utils import model_folders, pretrained
 from utils.errors import UserError
 from utils.model_folders import attached, words
@@ -169,3 +174,75 @@ def test_a_model_is_not_looked_for_on_a_whole_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(model_folders, "MOST_FOLDERS", 3)
     with pytest.raises(UserError, match="more than 3 folders are below it"):
         pretrained.locate(str(tmp_path), "student")
+
+
+def tiny_model(folder: Path) -> Path:
+    tiny_llama(40).save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        (["openvino_model.xml", "openvino_model.bin"], "OpenVINO.*exported from"),
+        (["tf_model.h5", "training_args.bin"], "TensorFlow's only.*from_tf=True"),
+        (["flax_model.msgpack"], "Flax's only.*from_flax=True"),
+        (["model-Q4_K_M.gguf"], r"llama\.cpp.*converted from"),
+        (["onnx/model.onnx"], "ONNX Runtime.*exported from"),
+    ],
+)
+def test_weights_of_another_library_are_named_with_the_way(files, says, role, tmp_path):
+    tiny_model(tmp_path).unlink()
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"abc")
+    with pytest.raises(UserError, match=rf"(?s){role} .*{says}") as raised:
+        pretrained.load_model(str(tmp_path), role, torch.float32)
+    assert "--student-init random" not in str(raised.value) and "allow_pickle" not in str(raised.value)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_weights_that_are_cut_off_are_to_be_downloaded_again(share, tmp_path):
+    file = tiny_model(tmp_path)
+    content = file.read_bytes()
+    file.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match=r"model\.safetensors is cut off or damaged.*hf download") as raised:
+        pretrained.load_model(str(tmp_path), "student", torch.float32)
+    assert "--student-init random" not in str(raised.value)
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_missing_files_of_weights_are_named(kept, tmp_path):
+    tiny_llama(40).save_pretrained(tmp_path, max_shard_size="5KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1 and pretrained.load_model(str(tmp_path), "student", torch.float32)
+    for shard in shards[kept:]:
+        shard.unlink()
+    missing = len(shards) - kept
+    says = f"{missing} of the {len(shards)} files of its weights are missing: {shards[kept].name}.*hf download"
+    with pytest.raises(UserError, match=says) as raised:
+        pretrained.load_model(str(tmp_path), "student", torch.float32)
+    assert "--student-init random" not in str(raised.value)
+
+
+def test_weights_that_mlx_quantised_are_named(tmp_path):
+    tiny_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization": {"group_size": 64, "bits": 4}}))
+    with pytest.raises(UserError, match=r"quantised by MLX.*converted from"):
+        pretrained.load_model(str(tmp_path), "teacher", torch.float32)
+
+
+def test_a_model_for_ctranslate2_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"bos_token": "<s>"}')
+    (tmp_path / "model.bin").write_bytes(b"abc")
+    with pytest.raises(UserError, match=r"CTranslate2.*converted from"):
+        pretrained.locate(str(tmp_path), "student")
+
+
+def test_a_random_start_is_advised_where_there_are_no_weights_at_all(tmp_path):
+    tiny_model(tmp_path).unlink()
+    (tmp_path / "training_args.bin").write_bytes(b"abc")
+    with pytest.raises(UserError, match="--student-init random"):
+        pretrained.load_model(str(tmp_path), "student", torch.float32)
