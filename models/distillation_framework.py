@@ -56,7 +56,7 @@ class DistillationFramework(nn.Module):
         TypeError: an argument of another kind.
         ValueError: for a student whose logits are not head(body(x)) or that is trained in half precision; for a
             student, a teacher and a vocabulary map that do not belong together; for hidden-state terms without a
-            teacher; for a curriculum without any weight, or made for another LossConfig.
+            teacher; for a curriculum that was made for another LossConfig.
     """
 
     def __init__(
@@ -74,11 +74,6 @@ class DistillationFramework(nn.Module):
         _check_precision(student)
         _check_pair(student, teacher, vocabulary)
         _check_loss(loss, curriculum.loss)
-        if not curriculum.used:
-            raise ValueError(
-                f"curriculum: got 0 for every weight, expected one above 0, or nothing is learned; give one of "
-                f"{', '.join(curriculum.weights(0))} a weight"
-            )
         self.student = student
         # in a tuple, out of reach of parameters(), state_dict(), train(), to() and DDP
         self._frozen = (teacher,)
@@ -141,6 +136,11 @@ class DistillationFramework(nn.Module):
         """
         self._check_batch(batch)
         weights, scalars = self.curriculum.weights(step), self.curriculum.scalars(step)
+        if not self.curriculum.used and not measure:
+            raise ValueError(
+                f"curriculum: got 0 for every weight, and nothing is learned; give one of {', '.join(weights)} a weight, "
+                "or ask for the terms alone with measure=True"
+            )
         counts = batch.counts if counts is None else counts
         wanted = self._wanted(batch, {t for t in weights if weights[t] or measure}, signal, weights)
         counts = _checked_counts(counts, batch, wanted)

@@ -518,8 +518,10 @@ def test_a_rate_that_is_none_is_refused(pair, rate):
 def test_a_curriculum_that_learns_nothing_or_is_of_another_loss_is_refused(pair):
     loss = LossConfig(top_k=8)
     nothing = CurriculumScheduler(CurriculumConfig(kd=Term(0.0), lm=Term(0.0)), loss, 10)
+    framework, batch = DistillationFramework(**arguments(pair, curriculum=nothing)), pair.batch()
     with pytest.raises(ValueError, match="curriculum: got 0 for every weight"):
-        DistillationFramework(**arguments(pair, curriculum=nothing))
+        framework(batch, 0)
+    assert framework(batch, 0, measure=True).terms
     with pytest.raises(ValueError, match=r"loss\.top_k: got 3 here and 256 in CurriculumScheduler"):
         other = CurriculumScheduler(CurriculumConfig(), LossConfig(), 10)
         DistillationFramework(**arguments(pair, loss=LossConfig(top_k=3), curriculum=other))
