@@ -138,8 +138,8 @@ class DistillationFramework(nn.Module):
         weights, scalars = self.curriculum.weights(step), self.curriculum.scalars(step)
         if not self.curriculum.used and not measure:
             raise ValueError(
-                f"curriculum: got 0 for every weight, and nothing is learned; give one of {', '.join(weights)} a weight, "
-                "or ask for the terms alone with measure=True"
+                f"curriculum: got 0 for every weight, and nothing is learned; give one of {', '.join(weights)} a "
+                "weight, or ask for the terms alone with measure=True"
             )
         counts = batch.counts if counts is None else counts
         wanted = self._wanted(batch, {t for t in weights if weights[t] or measure}, signal, weights)
