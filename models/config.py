@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from .validation import Validated
+from .validation import Validated, as_plain
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,11 @@ class Ramp(Validated):
 
     def __post_init__(self) -> None:
         if isinstance(self.points, list | tuple):  # lists are welcome; tuples can be neither changed nor unhashable
-            points = tuple(tuple(point) if isinstance(point, list) else point for point in self.points)
-            object.__setattr__(self, "points", points)
+            points = [
+                tuple(as_plain(number) for number in point) if isinstance(point, list | tuple) else point
+                for point in self.points
+            ]
+            object.__setattr__(self, "points", tuple(points))
         super().__post_init__()
 
         progress = [p for p, _ in self.points]
@@ -109,7 +112,7 @@ class LossConfig(Validated):
     """How many student tokens into a teacher token KD still applies; 0: common boundaries only."""
     correction: Literal["span", "channel", "none"] = "span"
     """Remedy where a teacher token is a proper prefix of the student's real token."""
-    min_prefix_mass: Annotated[float, Ge(0)] = 1e-3
+    min_prefix_mass: Annotated[float, Ge(0), Lt(1)] = 1e-3
     """Inside a teacher token: least teacher probability of what was read so far; below it, no KD there."""
     span_temperature: Schedule = 1.0
     """Temperature of the two-outcome distributions of the span term."""

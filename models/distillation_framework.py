@@ -5,7 +5,7 @@ Shapes: B windows, S student positions, n supervised student positions, N KD row
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,11 +27,11 @@ from .config import LossConfig, RouterConfig
 from .curriculum import CurriculumScheduler
 from .fused_head import chunk_rows, head_losses
 from .losses import outcome_log_probs, span_loss, span_sums
-from .outputs import DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
+from .outputs import A_BATCH, DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
 from .projection import Projection
 from .student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from .teacher import FrozenTeacher
-from .validation import expect
+from .validation import expect, expect_count, expect_number
 from .vocabulary import VocabularyMap
 
 HEAD_TERMS = ("lm", "kd", "span")
@@ -56,7 +56,7 @@ class DistillationFramework(nn.Module):
         TypeError: an argument of another kind.
         ValueError: for a student whose logits are not head(body(x)), that has nothing to train or that is trained in
             half precision; for a student, a teacher and a vocabulary map that do not belong together; for
-            hidden-state terms without a teacher; for temperatures of which the curriculum knows others.
+            hidden-state terms without a teacher; for a curriculum that was made for another LossConfig.
     """
 
     def __init__(
@@ -74,13 +74,15 @@ class DistillationFramework(nn.Module):
         _check_trainable(student)
         _check_precision(student)
         _check_pair(student, teacher, vocabulary)
-        _check_temperatures(loss, curriculum.loss)
+        _check_loss(loss, curriculum.loss)
         self.student = student
         # in a tuple, out of reach of parameters(), state_dict(), train(), to() and DDP
         self._frozen = (teacher,)
         self.loss_config = loss  # not `config`, which transformers.Trainer takes for a model's own
         self.curriculum = curriculum
         self.projection = None if vocabulary is None else Projection(vocabulary, loss.correction, loss.min_prefix_mass)
+        self._student_rows = vocabulary_size(student)
+        self._teacher_rows = None if vocabulary is None else len(vocabulary.order)
         self.router: StudentAwareRouter | None = None
         self._has_warned = False
         if routed := curriculum.used & {*ROUTER_TERMS}:
@@ -133,13 +135,16 @@ class DistillationFramework(nn.Module):
         Returns:
             the weighted total and the raw terms (sum, count).
         """
+        self._check_batch(batch)
         weights, scalars = self.curriculum.weights(step), self.curriculum.scalars(step)
+        if not self.curriculum.used and not measure:
+            raise ValueError(
+                f"curriculum: got 0 for every weight, and nothing is learned; give one of {', '.join(weights)} a "
+                "weight, or ask for the terms alone with measure=True"
+            )
         counts = batch.counts if counts is None else counts
         wanted = self._wanted(batch, {t for t in weights if weights[t] or measure}, signal, weights)
-        if lacking := sorted(wanted - counts.keys()):
-            raise ValueError(
-                f"counts: got none for {', '.join(lacking)}; expected the sum of batch.counts over the step"
-            )
+        counts = _checked_counts(counts, batch, wanted)
         routed = wanted & {*ROUTER_TERMS}
         if routed:
             self._warn_if_not_calibrated()
@@ -148,7 +153,7 @@ class DistillationFramework(nn.Module):
         signal = None if signal is None else signal.to(batch.student_ids.device)
         layers = self.router.student_layers if routed else ()
         states, hidden = body_layers(self.student, batch.student_ids, layers, batch.student_source)
-        shares = {t: weights[t] / max(int(counts[t]), 1) for t in wanted}
+        shares = {t: weights[t] / max(counts[t], 1) for t in wanted}
         head, terms = self._head_terms(batch, states, wanted, shares, scalars, signal)
         if term_graphs:
             for t in {t for t in wanted & {*HEAD_TERMS} if weights[t]}:
@@ -170,8 +175,23 @@ class DistillationFramework(nn.Module):
         Asked before the student works on the batches before it, a teacher on another GPU computes at the same time.
         None where no term needs the teacher.
         """
+        self._check_batch(batch)
         weights = self.curriculum.weights(step)
         return self._ask(batch, self._wanted(batch, {t for t in weights if weights[t] or measure}, None, weights))
+
+    def _check_batch(self, batch: Any) -> None:
+        """Refuse a batch of another pair by its sizes, which are known without a look at a GPU."""
+        expect("batch", batch, PairedBatch, A_BATCH)
+        if batch.vocabulary_sizes is None:
+            return
+
+        held = (self._student_rows, self._teacher_rows)
+        for side, size, rows in zip(("student", "teacher"), batch.vocabulary_sizes, held, strict=True):
+            if rows is not None and size > rows:
+                raise ValueError(
+                    f"batch: got tokens of a {side} with {size:,}, and this {side} has {rows:,}; expected a "
+                    "PairCollator with the framework's vocabulary map, or are student and teacher swapped?"
+                )
 
     def _ask(self, batch: PairedBatch, wanted: set[str]) -> TeacherSignal | None:
         if not wanted - {"lm"}:
@@ -313,6 +333,7 @@ class DistillationFramework(nn.Module):
             sums over those positions: `agree` (same most probable token), `kl_sum` (KL in nats, at temperature 1, with
             the tail in one bucket), and their `count`.
         """
+        self._check_batch(batch)
         signal = (signal or self.teacher.signal(batch, self.loss_config.top_k)).to(batch.student_ids.device)
         target = self._target(batch, signal, corrected=False)
         states = body_states(self.student, batch.student_ids, batch.student_source)
@@ -347,6 +368,7 @@ class DistillationFramework(nn.Module):
         found = []
         with evaluating(self.student):
             for batch in batches:
+                self._check_batch(batch)
                 hidden = self._student_layers(batch)
                 signal = self.teacher.signal(batch, 1, self.router.teacher_layers).to(batch.student_ids.device)
                 found.append((hidden, signal.hidden, batch.anchors))
@@ -363,6 +385,7 @@ class DistillationFramework(nn.Module):
         Returns:
             `student_layers` and `teacher_layers` (counted from 1) and `weights`, one row per student layer.
         """
+        self._check_batch(batch)
         if self.router is None or "layer" not in self.curriculum.used:
             return None
         weights = self.router.routing(self._student_layers(batch), batch.anchors)
@@ -373,7 +396,12 @@ class DistillationFramework(nn.Module):
         """Parameters for the optimizer: the student's, then the router's with their own learning rate.
 
         Only matrices decay (biases and norms are vectors), and of these not the gates, whose zero is their prior.
+
+        Raises:
+            TypeError, ValueError: a learning rate or weight decay that is no number, negative, or not finite.
         """
+        learning_rate = expect_number("learning_rate", learning_rate)
+        weight_decay = expect_number("weight_decay", weight_decay)
         student = [p for p in self.student.parameters() if p.requires_grad]
         groups = [
             ("student", [p for p in student if p.ndim >= 2], learning_rate, weight_decay),
@@ -450,14 +478,30 @@ def _check_pair(student: nn.Module, teacher: FrozenTeacher | None, vocabulary: V
         )
 
 
-def _check_temperatures(loss: LossConfig, of_curriculum: LossConfig) -> None:
-    """Refuse two temperatures for one thing: those of the curriculum would be taken without a word."""
-    for name in ("temperature", "span_temperature"):
-        given, taken = getattr(loss, name), getattr(of_curriculum, name)
-        if given != taken:
-            raise ValueError(
-                f"loss.{name}: got {given} here and {taken} in CurriculumScheduler, expected one LossConfig for both"
-            )
+def _checked_counts(counts: Any, batch: PairedBatch, wanted: set[str]) -> dict[str, int]:
+    """Return the items of each wanted term in the step, which are no fewer than the batch alone has."""
+    remedy = "expected the sum of batch.counts over the step"
+    expect("counts", counts, Mapping, f"a dict, {remedy.removeprefix('expected ')}")
+    if lacking := sorted(wanted - counts.keys()):
+        raise ValueError(f"counts: got none for {', '.join(lacking)}; {remedy}")
+
+    items = {}
+    for term in wanted:
+        items[term] = expect_count(f"counts[{term!r}]", counts[term], 0, remedy)
+        least = 0 if batch.is_filler else int(batch.counts[term])
+        if items[term] < least:
+            raise ValueError(f"counts[{term!r}]: got {items[term]}, and this batch alone has {least}; {remedy}")
+    return items
+
+
+def _check_loss(loss: LossConfig, of_curriculum: LossConfig) -> None:
+    """Refuse two values for one thing: of temperatures those of the curriculum would be taken without a word."""
+    differing = []
+    for name, given in vars(loss).items():
+        if given != (taken := getattr(of_curriculum, name)):
+            differing.append(f"loss.{name}: got {given} here and {taken} in CurriculumScheduler")
+    if differing:
+        raise ValueError(f"{'; '.join(differing)}; expected one LossConfig for both")
 
 
 def _same_draw(function: Callable, device: torch.device) -> Callable:

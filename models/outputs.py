@@ -133,15 +133,19 @@ class PairedBatch(_Movable):
     """What the teacher says about this batch, where a memory had it."""
     student_markup: Tensor | None = None  # flat student positions that predict markup of its chat template: no text
     teacher_markup: Tensor | None = None  # likewise for the teacher
+    vocabulary_sizes: tuple[int, int] | None = None
+    """Rows of student and teacher in the collator's vocabulary map; every token id is below."""
+    is_filler: bool = False
+    """It only keeps others company: its items are in no count of the step."""
 
     def as_filler(self) -> "PairedBatch":
         """The same without anchors: for a process that only keeps others company, and must not be compared with."""
         if self.anchors is None:
-            return self
+            return replace(self, is_filler=True)
         a = self.anchors
         none = {name: getattr(a, name)[:0] for name in ("student", "teacher", "window", "run")}
         empty = replace(a, **none, sampled=torch.full_like(a.sampled, -1), attends=torch.zeros_like(a.attends), runs=0)
-        return replace(self, anchors=empty)
+        return replace(self, anchors=empty, is_filler=True)
 
     def scored(self, side: str) -> tuple[dict[str, Tensor], Tensor]:
         """(what the model of "student" or "teacher" is called with, labels) for evaluation.
@@ -164,6 +168,10 @@ class PairedBatch(_Movable):
         if markup is not None:
             labels = labels.flatten().index_fill(0, markup, IGNORE).view_as(labels)
         return inputs, labels
+
+
+A_BATCH = "a PairedBatch: PairCollator(...)(windows)"
+"""What is expected where something else was given, and how one comes by it."""
 
 
 @dataclass

@@ -326,6 +326,14 @@ class PairCollator:
         if router is not None:
             expect("router", router, RouterConfig, "a RouterConfig, or None")
 
+        self.vocabulary_sizes = (vocabulary.student_vocab_size, len(vocabulary.order))
+        for side, token, rows in zip(SIDES, ids, self.vocabulary_sizes, strict=True):
+            if token is not None and not 0 <= token < rows:
+                raise ValueError(
+                    f"end_of_text: got {token} for the {side}, expected a token of the vocabulary map, which has "
+                    f"{rows:,}; PairEncoder.end_of_text has the right ones"
+                )
+
         self.vocabulary = vocabulary
         self.end_of_text = end_of_text
         self.max_depth = expect_count("max_depth", max_depth, 0)
@@ -336,8 +344,15 @@ class PairCollator:
             raise TypeError("windows: got one window, expected a list of windows; put it in brackets: [window]")
         if not len(windows):
             raise ValueError("windows: got none, expected at least 1")
+        for number, window in enumerate(windows):
+            _check_window(number, window)
 
         readings = [[_reading(w, side) for w in windows] for side in SIDES]
+        sources = [[w.get(f"{side}_source") for w in windows] for side in SIDES]
+        for side, rows, of_side, read in zip(SIDES, self.vocabulary_sizes, readings, sources, strict=True):
+            decoded = [reading.ids for reading in of_side]
+            _check_ids(side, [*decoded, *(ids for ids in read if ids is not None)], rows)
+
         aligned = [
             align(_comparable(student), _comparable(teacher), self.vocabulary, self.max_depth)
             for student, teacher in zip(*readings, strict=True)
@@ -367,12 +382,36 @@ class PairCollator:
         return PairedBatch(
             **{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in (padded | rows | asked | markup).items()},
             **host,
-            **{f"{side}_source": _source([w.get(f"{side}_source") for w in windows]) for side in SIDES},
+            **{f"{side}_source": _source(read) for side, read in zip(SIDES, sources, strict=True)},
             counts=counts,
             anchors=anchors,
             bytes=torch.tensor([int(w["bytes"]) for w in windows], dtype=torch.int64),
             end_of_text=self.end_of_text,
             documents=[str(w["documents"]) for w in windows],
+            vocabulary_sizes=self.vocabulary_sizes,
+        )
+
+
+def _check_window(number: int, window: Any) -> None:
+    """Refuse what no encoder has made."""
+    expected = "one that an encoder made: PairEncoder(...).windows(texts)"
+    if not isinstance(window, Mapping):
+        raise TypeError(f"windows[{number}]: got a {type(window).__name__}, expected {expected}")
+
+    columns = [f"{side}_{column}" for side in SIDES for column in Reading._fields]
+    lacking = [name for name in [*columns, "bytes", "documents"] if name not in window]
+    if lacking:
+        raise ValueError(f"windows[{number}]: got a window without {', '.join(lacking)}, expected {expected}")
+
+
+def _check_ids(side: str, ids: Sequence[np.ndarray], rows: int) -> None:
+    """Refuse tokens that the vocabulary map lacks; on a GPU, in the embedding, they would end the process."""
+    low = min((int(np.min(some)) for some in ids if len(some)), default=0)
+    high = max((int(np.max(some)) for some in ids if len(some)), default=0)
+    if low < 0 or high >= rows:
+        raise ValueError(
+            f"windows: got token {low if low < 0 else high} for the {side}, of which the vocabulary map has {rows:,}; "
+            "expected windows and map of the same pair, or are student and teacher swapped?"
         )
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .config import RouterConfig
 from .outputs import LEAST_RELATED, Anchors
-from .validation import expect
+from .validation import expect, expect_count
 
 ROUTER_TERMS = ("feat", "rel", "attn", "layer", "contr")
 """Terms that come from hidden states."""
@@ -35,6 +35,15 @@ RIDGE = 1e-2
 """Penalty of the first projections, relative to the mean variance of the student's channels."""
 
 
+def _shape(what: str, shape: Any) -> tuple[int, int]:
+    """Return (layers, width) of a model, both at least 1."""
+    if not isinstance(shape, tuple | list) or len(shape) != 2:
+        value = f"a {type(shape).__name__}" if isinstance(shape, nn.Module) else repr(shape)
+        raise TypeError(f"{what}: got {value}, expected (layers, width) of a model")
+    layers, width = (expect_count(f"{what}[{place}]", number, 1) for place, number in enumerate(shape))
+    return layers, width
+
+
 class StudentAwareRouter(nn.Module):
     """Compares hidden states of student and teacher.
 
@@ -44,14 +53,15 @@ class StudentAwareRouter(nn.Module):
         teacher_shape: (layers, width) of the teacher.
 
     Raises:
-        TypeError: if the config is none.
-        ValueError: if a width is not a multiple of the heads.
+        TypeError: an argument of another kind.
+        ValueError: a shape that is none, or a width that is not a multiple of the heads.
     """
 
     def __init__(self, config: RouterConfig, student_shape: tuple[int, int], teacher_shape: tuple[int, int]) -> None:
         super().__init__()
         expect("config", config, RouterConfig, "a RouterConfig")
-        (depth_s, width_s), (depth_t, width_t) = student_shape, teacher_shape
+        depth_s, width_s = _shape("student_shape", student_shape)
+        depth_t, width_t = _shape("teacher_shape", teacher_shape)
         config.check_widths(width_s, width_t)
         self.config = config
         self.student_layers = _spread(depth_s, config.layers)

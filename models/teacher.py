@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .causal_lm import body_layers, check_head, head_logits, input_device, is_plain_linear, vocabulary_size
 from .fused_head import chunk_rows
-from .outputs import PairedBatch, Source, TeacherSignal
+from .outputs import A_BATCH, PairedBatch, Source, TeacherSignal
 from .validation import expect, expect_count
 from .vocabulary import VocabularyMap
 
@@ -77,6 +77,7 @@ class FrozenTeacher:
         Args:
             layers: teacher layers, counted from 1, whose states are returned as well.
         """
+        expect("batch", batch, PairedBatch, A_BATCH)
         top_k = expect_count("top_k", top_k, 1)
         device = self.device
         if self.order.device != device:  # the model was moved

@@ -1,9 +1,11 @@
 """Checks of what a caller hands in: got, expected and, where it is not plain from these, the remedy."""
 
 import functools
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
+from numbers import Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -13,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, InstanceOf, ValidationError, create_
 class Validated:
     """Base of the configuration dataclasses: an instance has only values that its annotations admit.
 
-    Types, literals and ranges are those of the annotations, and numbers are finite. Nothing is converted, so that an
-    instance holds what it was given.
+    Types, literals and ranges are those of the annotations, and numbers are finite. Numbers of NumPy and torch become
+    Python's; nothing else is converted, so that an instance holds what it was given.
 
     Raises:
         ValueError: with every wrong field.
@@ -25,10 +27,19 @@ class Validated:
 
     def __post_init__(self) -> None:
         kind = type(self)
+        for name, value in vars(self).items():
+            object.__setattr__(self, name, as_plain(value))
+
         try:
             _fields_of(kind).model_validate(vars(self))
         except ValidationError as error:
             raise ValueError(f"{kind.__name__}: {_wrong_fields(error)}") from None
+
+
+def as_plain(value: Any) -> Any:
+    """Return a number of NumPy or torch as Python's, and anything else as it is."""
+    is_number = hasattr(value, "item") and getattr(value, "ndim", None) == 0
+    return value.item() if is_number else value
 
 
 @functools.cache
@@ -99,6 +110,24 @@ def expect_count(what: str, value: Any, least: int, remedy: str = "") -> int:
     return count
 
 
+def expect_number(what: str, value: Any) -> float:
+    """Return a finite number of at least 0, as a float.
+
+    Args:
+        what: the value's name, for the message.
+
+    Raises:
+        TypeError: no number.
+        ValueError: negative or not finite.
+    """
+    number = as_plain(value)
+    if isinstance(number, bool) or not isinstance(number, Real):
+        raise TypeError(f"{what}: got {value!r}, expected a number of at least 0")
+    if not (math.isfinite(number) and number >= 0):
+        raise ValueError(f"{what}: got {number}, expected a finite number of at least 0")
+    return float(number)
+
+
 def expect_texts(texts: Any, documents: Any) -> None:
     """Check texts, and their names where they are given, before they are cut into windows.
 
@@ -117,9 +146,15 @@ def expect_texts(texts: Any, documents: Any) -> None:
 
     if documents is None:
         return
+    if not isinstance(documents, str):
+        expect("documents", documents, Sequence, "a list with one name for each text, or None")
     if isinstance(documents, str) or len(documents) != len(texts):
         names = repr(documents) if isinstance(documents, str) else f"{len(documents)} names"
         raise ValueError(f"documents: got {names} for {len(texts)} texts, expected a list with one name for each text")
+
+    for number, name in enumerate(documents):
+        if not isinstance(name, str):
+            raise TypeError(f"documents[{number}]: got {_kind_of(name)}, expected a str; str(name) makes one")
 
 
 def _kind_of(value: Any) -> str:

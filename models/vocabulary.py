@@ -142,8 +142,8 @@ class TokenTable:
         if ordinary:
             raise ValueError(
                 f"{name} has {len(self.bytes):,} tokens but its model only {self.rows:,} rows: got a tokenizer of "
-                "another model? expected at most as many tokens as rows, special ones aside; a text can yield "
-                f"{ordinary[0]!r}"
+                "another model, or are student and teacher swapped? expected at most as many tokens as rows, special "
+                f"ones aside; a text can yield {ordinary[0]!r}"
             )
         if self.end_of_text in beyond:
             raise ValueError(

@@ -110,7 +110,7 @@ Every other setting has a dotted key, for example:
   --set 'curriculum.lm.weight={points: [[0, 1], [0.5, 0.3]]}'     a weight that follows training progress
 
 Exit codes: 0 done (also stopped early or by --max-hours), 1 failure, 2 a mistake in what was asked for,
-129 SIGHUP (a closed terminal), 130 Ctrl-C, 143 SIGTERM (these three save a checkpoint first)."""
+129 SIGHUP (a closed terminal), 130 Ctrl-C, 138 SIGUSR1, 143 SIGTERM (these four save a checkpoint first)."""
 
 
 @dataclass(frozen=True)

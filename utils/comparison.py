@@ -10,13 +10,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import matplotlib
+from annotated_types import Ge, Gt, Le
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from rich import box
 from rich.table import Table
 from tqdm import tqdm
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from .comparability import MOST_UNSPELT, unspelt_share
 from .config import flatten
 from .errors import UserError
-from .logs import console, read_metrics
+from .logs import console, read_lines
 from .paths import user_path
 from .pictures import STYLE, save
 from .results import figure, percent
@@ -91,7 +92,8 @@ class Run:
     @property
     def tokens_per_step(self) -> float | None:
         """Student's tokens that a step learns from: median of the logged ones, of which the last is short."""
-        counts = [record["terms"]["lm"]["count"] for record in self.records if "lm" in record.get("terms", {})]
+        of_lm = [record["terms"]["lm"] for record in self.records if "lm" in record.get("terms", {})]
+        counts = [term["count"] for term in of_lm if "count" in term]
         return statistics.median(counts) if counts else None
 
 
@@ -99,17 +101,30 @@ def compare(folders: Sequence[str], output: Path) -> None:
     """Print how runs compare, and draw it into `output`.
 
     Raises:
-        UserError: folders that no run has left.
+        UserError: folders that no run has left, or an `output` where nothing can be written.
     """
     runs = read_runs(folders)
+    _make_folder(output)
+
     console().print(result_table(runs))
     if differing := differing_settings(runs):
         console().print(settings_table(runs, differing))
     for note in notes(runs):
         console().print(note)
-    output.mkdir(parents=True, exist_ok=True)
+
     draw(output / PICTURE, runs)
     console().print(f"picture: {output / PICTURE}", soft_wrap=True)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if folder.is_file() else error.strerror or error
+        raise UserError(
+            f"--output-dir {folder}: expected a folder for {PICTURE}, and there can be none ({reason}). Choose another "
+            "--output-dir."
+        ) from error
 
 
 def read_runs(folders: Sequence[str]) -> list[Run]:
@@ -160,7 +175,7 @@ def _json(file: Path, form: type[BaseModel], damaged: list[str]) -> dict[str, An
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         form.model_validate(content, strict=True)
-    except (OSError, ValueError) as error:  # of pydantic, json and UTF-8
+    except (OSError, ValueError, RecursionError) as error:  # of pydantic, json and UTF-8
         damaged.append(f"{file.name} ({_reason(error)})")
         return {}
     return content
@@ -168,8 +183,8 @@ def _json(file: Path, form: type[BaseModel], damaged: list[str]) -> dict[str, An
 
 def _records(file: Path, damaged: list[str]) -> list[dict[str, Any]]:
     """Read the records that can be used; a last line that a kill cut short is no damage."""
-    records = read_metrics(file)
-    usable = [record for record in records if _is_record(record)]
+    records = read_lines(file)
+    usable = [record for record in records if record is not None and _is_record(record)]
 
     if len(usable) < len(records):
         damaged.append(f"{file.name} ({len(records) - len(usable)} of {len(records)} records)")
@@ -200,21 +215,42 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-class _Scores(BaseModel):
-    bits_per_byte: float | None = None
+Count = Annotated[int, Ge(0), Le(10**15)]
+Bits = Annotated[float, Gt(0), Le(1e9)]
+"""Bits per byte; null where a run's was not finite."""
+Seconds = Annotated[float, Ge(0), Le(1e10)]
+"""Up to three hundred years."""
 
 
-class _RunSummary(BaseModel):
-    steps: int
-    seconds: float | None = None
+class _Read(BaseModel):
+    """Base of what is read; its numbers are finite."""
+
+    model_config = ConfigDict(allow_inf_nan=False)
+
+
+class _Scores(_Read):
+    bits_per_byte: Bits | None = None
+    bytes: Count | None = None
+    unspelt_bytes: Count = 0
+
+    @model_validator(mode="after")
+    def _has_a_share(self) -> "_Scores":
+        if self.unspelt_bytes > (self.bytes or 0):
+            raise ValueError(f"unspelt_bytes: got {self.unspelt_bytes}, expected at most bytes ({self.bytes})")
+        return self
+
+
+class _RunSummary(_Read):
+    steps: Count
+    seconds: Seconds | None = None
     stopped_by: str
 
 
-class _Retention(BaseModel):
-    gap_closed: float | None = None
+class _Retention(_Read):
+    gap_closed: Annotated[float, Ge(-1e9), Le(1e9)] | None = None
 
 
-class _Start(BaseModel):
+class _Start(_Read):
     """What is read of baseline_evaluation.json."""
 
     teacher: _Scores | None = None
@@ -229,18 +265,18 @@ class _Report(_Start):
     run: _RunSummary
 
 
-class _Term(BaseModel):
-    count: float = 0.0
+class _Term(_Read):
+    count: Annotated[float, Ge(0), Le(1e15)] = 0.0
 
 
-class _Record(BaseModel):
+class _Record(_Read):
     """What is read of a line of metrics.jsonl."""
 
-    step: int
-    progress: float = 0.0
+    step: Count
+    progress: Annotated[float, Ge(0), Le(1)] = 0.0
     terms: dict[str, _Term] = {}
-    bits_per_byte: float | None = None
-    bytes: int | None = None
+    bits_per_byte: Bits | None = None
+    bytes: Count | None = None
 
 
 def result_table(runs: Sequence[Run]) -> Table:
@@ -325,6 +361,7 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
     with matplotlib.rc_context(STYLE):
         chart = Figure(figsize=(13, 4.8), layout="constrained")
         steps, tokens = chart.subplots(1, 2)
+        lines, labels = [], []
         for place, run in enumerate(runs):
             style = {"color": _COLOURS[place % len(_COLOURS)], "marker": "o", "markersize": 3.5}
             dashes = "-" if run.report else (0, (4, 2))
@@ -333,12 +370,14 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
                 [record["bits_per_byte"] for record in run.evaluations],
             )
             label = f"{run.name}  {figure(run.bits('student'), 3)}" + ("" if run.report else f" ({run.state})")
-            steps.plot(x, y, label=label, linestyle=dashes, **style)
+            lines += steps.plot(x, y, label=label, linestyle=dashes, **style)
+            labels.append(label)
             if run.tokens_per_step is not None:
                 tokens.plot([step * run.tokens_per_step for step in x], y, linestyle=dashes, **style)
         _finish(steps, runs, "optimizer step")
         _finish(tokens, runs, "student's tokens learned from (median of the logged steps x step)")
-        chart.legend(*steps.get_legend_handles_labels(), loc="outside lower center", ncols=min(len(runs), 3))
+        # The lines by themselves: of its own accord a legend leaves out names that begin with an underscore.
+        chart.legend(handles=lines, labels=labels, loc="outside lower center", ncols=min(len(runs), 3))
         save(chart, path)
 
 

@@ -8,7 +8,7 @@ from .processes import leave, rank, tell_launcher
 
 log = logging.getLogger(__name__)
 
-EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129}
+EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 138}
 """Of runs that a signal ended, 128 and its number; every other ending that is no error is 0."""
 
 

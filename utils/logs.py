@@ -55,8 +55,11 @@ _TAG_STYLES = {
 
 @cache
 def console() -> Console:
-    """The one console of the process; it writes to whatever `sys.stdout` is at that moment."""
-    return Console(highlight=False)
+    """Return the one console of the process; it writes to whatever `sys.stdout` is at that moment.
+
+    Text is shown as it is: names of folders, settings and what models write may look like rich's markup or emoji.
+    """
+    return Console(highlight=False, markup=False, emoji=False)
 
 
 def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main_process: bool = True) -> None:
@@ -314,15 +317,29 @@ class StepLogger:
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """All whole records of a `metrics.jsonl`; a line cut short by a kill is left out."""
-    records = []
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(record, dict):
-            records.append(record)
+    return [record for record in read_lines(path) if record is not None]
+
+
+def read_lines(path: str | Path) -> list[dict[str, Any] | None]:
+    """Return the record of each line of a `metrics.jsonl`, None for a line that holds none.
+
+    Empty lines are left out, and so is a last line that was cut short by a kill.
+    """
+    text = Path(path).read_text(encoding="utf-8", errors="replace")
+    *ended, last = text.split("\n")
+    records = [_record_of(line) for line in ended if line.strip()]
+
+    if (unended := _record_of(last)) is not None:
+        records.append(unended)
     return records
+
+
+def _record_of(line: str) -> dict[str, Any] | None:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # ValueError: no JSON, or a number of thousands of digits
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def read_warnings(folder: Path) -> list[str]:

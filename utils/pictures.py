@@ -54,6 +54,7 @@ _MEASURED_ONLY = {"linestyle": (0, (1, 1.6)), "linewidth": 1.4, "alpha": 0.6}
 _EVALUATION_LINE = {"marker": "o", "markersize": 3.5, "linewidth": 1.8}
 STYLE = {
     "font.size": 10,
+    "text.parse_math": False,  # a dollar sign in a name is one
     "text.color": "#222222",
     "axes.facecolor": "none",
     "svg.fonttype": "none",  # text stays text: it can be read out, found and copied

@@ -12,12 +12,13 @@ from typing import Any
 
 STOP_SIGNALS = tuple(
     getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGHUP")
-    if hasattr(signal, name)  # Windows has no SIGHUP
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+    if hasattr(signal, name)  # Windows has neither SIGHUP nor SIGUSR1
 )
-"""Signals that ask a run to end: a scheduler or `kill`, Ctrl-C, a terminal or ssh connection that was closed."""
+"""Signals that ask a run to end: a scheduler or `kill`, Ctrl-C, a terminal or ssh connection that was closed; and
+SIGUSR1, which batch systems are asked to send some time before the end."""
 
-STOP_REASONS = ("finished", "early_stopping", "max_hours", "SIGTERM", "SIGINT", "SIGHUP")
+STOP_REASONS = ("finished", "early_stopping", "max_hours", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 """What `FitResult.stopped_by` can be."""
 
 
@@ -44,7 +45,7 @@ class EarlyStopping:
 
 
 class StopSignal:
-    """Remembers that the run has to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP or a wall-clock limit.
+    """Remembers that the run has to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 or a wall-clock limit.
 
     A context manager. Inside it, signals raise nothing, so whatever is being written is written to its end; a
     second signal changes nothing. The former handlers return at exit. Outside the main thread, where Python

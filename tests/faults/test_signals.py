@@ -61,6 +61,7 @@ def test_a_signal_to_all_processes_ends_at_a_saved_step_with_its_code_and_leaves
         (signal.SIGTERM, 143, WORKERS),
         (signal.SIGINT, 130, WORKERS),
         (signal.SIGHUP, 129, WORKERS),
+        (signal.SIGUSR1, 138, WORKERS),
         (signal.SIGHUP, 129, ()),
     ]
 

@@ -9,7 +9,7 @@ from models.cached_teacher import CachedTeacher, RememberingCollator
 from models.config import RouterConfig
 from models.distillation_framework import DistillationFramework
 from models.outputs import TeacherSignal
-from tests.models.tiny import STORIES, Pair, byte_bpe, curriculum, metaspace, pair_of
+from tests.models.tiny import STORIES, Pair, byte_bpe, metaspace, pair_of
 from utils.signal_codec import Codec, Said, join
 
 NUMBERS = [field.name for field in fields(TeacherSignal) if field.name != "hidden"]
@@ -85,8 +85,7 @@ def test_windows_may_come_back_in_other_batches(pair):
 def test_the_loss_is_that_of_the_running_teacher_and_the_same_read_or_computed(pair, storage):
     teacher, collate = cached(pair, storage=storage)
     online = pair.framework({"kd": 0.7, "span": 0.2, "lm": 0.3}, top_k=12)
-    weights = curriculum(kd=0.7, span=0.2, lm=0.3)
-    offline = DistillationFramework(pair.student, teacher, pair.vocabulary, online.loss_config, weights)
+    offline = DistillationFramework(pair.student, teacher, pair.vocabulary, online.loss_config, online.curriculum)
     windows = pair.encoder.windows(STORIES)
     losses = [framework(collate(windows), 3).loss for framework in (online, offline, offline)]
     assert losses[1] == losses[2] and teacher.memory.kept == len(windows)

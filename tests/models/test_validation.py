@@ -53,6 +53,7 @@ from tests.models.tiny import STORIES, Pair, byte_bpe, pair_of, tiny_llama
         (LossConfig, "skew", math.nan, "finite"),
         (LossConfig, "max_depth", -1, "greater than or equal to 0"),
         (LossConfig, "min_prefix_mass", math.inf, "finite"),
+        (LossConfig, "min_prefix_mass", 1.0, "less than 1"),
         (LossConfig, "span_temperature", -1.0, "greater than 0"),
         (RouterConfig, "layers", 0, "greater than 0"),
         (RouterConfig, "positions", 3, "greater than or equal to 4"),
@@ -408,3 +409,119 @@ def test_whatever_is_given_for_a_literal_is_one_of_its_values_or_refused(value):
     assume(value not in ("bucket", "renormalise"))
     with pytest.raises(ValueError, match="tail: got"):
         LossConfig(tail=value)
+
+
+# --- what is none of what it should be ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "number", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5), torch.tensor(0.5).half()]
+)
+def test_numbers_of_numpy_and_torch_become_pythons(number):
+    assert type(Term(number).weight) is float and Term(number) == Term(0.5)
+    ramp = Ramp([[0, number], (1, number)])
+    assert ramp == Ramp(((0, 0.5), (1, 0.5))) and hash(ramp)
+    assert type(LossConfig(top_k=np.int64(8)).top_k) is int
+
+
+def test_one_array_is_no_number():
+    with pytest.raises(ValueError, match="weight: got"):
+        Term(np.array([0.5]))
+
+
+def test_whatever_is_no_batch_is_refused(pair):
+    framework, windows = DistillationFramework(**arguments(pair)), pair.encoder.windows(STORIES)
+    uses = (framework, framework.ask, framework.compare, framework.routing, lambda b: framework.teacher.signal(b, 8))
+    for use in uses:
+        for wrong in (windows, windows[0], None):
+            with pytest.raises(TypeError, match=r"batch: got .*, expected a PairedBatch: PairCollator"):
+                use(wrong)
+
+
+@pytest.mark.parametrize(
+    ("count", "problem"),
+    [(0, "this batch alone has"), (1, "this batch alone has"), (-5, "expected at least 0"), (0.5, "a whole number")],
+)
+def test_a_count_that_is_none_is_refused(pair, count, problem):
+    framework, batch = DistillationFramework(**arguments(pair)), pair.batch()
+    with pytest.raises((TypeError, ValueError), match=rf"counts\['\w+'\]: got .*{problem}"):
+        framework(batch, 0, counts=dict.fromkeys(batch.counts, count))
+
+
+def test_counts_are_a_dict(pair):
+    framework = DistillationFramework(**arguments(pair))
+    with pytest.raises(TypeError, match=r"counts: got a list, expected a dict, the sum of batch\.counts"):
+        framework(pair.batch(), 0, counts=[1, 2])
+
+
+def test_items_of_a_filler_are_in_no_count(pair):
+    framework, batch = DistillationFramework(**arguments(pair)), pair.batch()
+    assert framework(batch.as_filler(), 0, counts=dict.fromkeys(batch.counts, 0)).loss.isfinite()
+
+
+def test_what_no_encoder_made_is_no_window(pair):
+    collate = pair.collator()
+    for wrong in ("a text", [1, 2], None):
+        with pytest.raises(TypeError, match=r"windows\[1\]: got a \w+, expected one that an encoder made"):
+            collate([*pair.encoder.windows(STORIES)[:1], wrong])
+    with pytest.raises(ValueError, match=r"windows\[0\]: got a window without student_ids, .*, bytes, documents"):
+        collate([{}])
+
+
+@pytest.mark.parametrize(("ends", "side"), [((9999, 0), "student"), ((0, 330), "teacher"), ((-1, 0), "student")])
+def test_an_end_of_text_that_is_no_token_is_refused(pair, ends, side):
+    with pytest.raises(ValueError, match=rf"end_of_text: got -?\d+ for the {side}.*PairEncoder\.end_of_text"):
+        PairCollator(pair.vocabulary, ends, 16)
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+@pytest.mark.parametrize("token", [-1, 330])
+def test_a_token_that_the_map_lacks_is_refused_on_the_host(pair, side, token):
+    window = pair.encoder.windows(STORIES)[0]
+    ids = window[f"{side}_ids"].copy()
+    ids[0] = token
+    with pytest.raises(ValueError, match=rf"got token {token} for the {side}.*student and teacher swapped"):
+        pair.collator()([window | {f"{side}_ids": ids}])
+
+
+def test_a_batch_of_the_swapped_pair_is_refused(pair):
+    swapped = pair_of(byte_bpe(330), byte_bpe(280))
+    for one, other, side in ((pair, swapped, "student"), (swapped, pair, "teacher")):
+        framework = DistillationFramework(**arguments(one))
+        with pytest.raises(ValueError, match=rf"batch: got tokens of a {side} with 330.*swapped"):
+            framework(other.batch(), 0)
+
+
+@pytest.mark.parametrize("names", [[1, 2], ["a", None]])
+def test_names_of_documents_are_text(pair, names):
+    for encoder in encoders(pair):
+        with pytest.raises(TypeError, match=r"documents\[\d\]: got .*, expected a str"):
+            encoder.windows(["abc", "def"], names)
+
+
+@pytest.mark.parametrize("shape", [tiny_llama(280), (2,), 16, (2, 0), (2, "16")])
+def test_a_router_is_given_shapes(shape):
+    for shapes in ((shape, (2, 16)), ((2, 16), shape)):
+        with pytest.raises((TypeError, ValueError), match=r"(student|teacher)_shape.*: got .*, expected|least"):
+            StudentAwareRouter(RouterConfig(), *shapes)
+
+
+@pytest.mark.parametrize("rate", ["1e-4", math.nan, math.inf, -1.0, None, True])
+def test_a_rate_that_is_none_is_refused(pair, rate):
+    framework = DistillationFramework(**arguments(pair))
+    with pytest.raises((TypeError, ValueError), match="learning_rate: got"):
+        framework.parameter_groups(rate, 0.0)
+    with pytest.raises((TypeError, ValueError), match="weight_decay: got"):
+        framework.parameter_groups(1e-4, rate)
+
+
+def test_a_curriculum_that_learns_nothing_or_is_of_another_loss_is_refused(pair):
+    loss = LossConfig(top_k=8)
+    nothing = CurriculumScheduler(CurriculumConfig(kd=Term(0.0), lm=Term(0.0)), loss, 10)
+    framework, batch = DistillationFramework(**arguments(pair, curriculum=nothing)), pair.batch()
+    with pytest.raises(ValueError, match="curriculum: got 0 for every weight"):
+        framework(batch, 0)
+    assert framework(batch, 0, measure=True).terms
+    with pytest.raises(ValueError, match=r"loss\.top_k: got 3 here and 256 in CurriculumScheduler"):
+        other = CurriculumScheduler(CurriculumConfig(), LossConfig(), 10)
+        DistillationFramework(**arguments(pair, loss=LossConfig(top_k=3), curriculum=other))

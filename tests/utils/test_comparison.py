@@ -1,6 +1,8 @@
 """Runs are compared from their files alone, finished or not, and what does not compare is said."""
 
 import json
+import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -207,8 +209,97 @@ def test_records_that_cannot_be_used_are_counted(place, tmp_path, capsys, line):
     metrics.write_bytes(line.encode() + b"\n" + metrics.read_bytes() + b"\xff\n" + b'{"step": 9, "bi')
     compare(names, tmp_path)
     said = " ".join(capsys.readouterr().out.split())
-    assert "Damaged in b, and left out: metrics.jsonl (1 of 13 records)" in said
+    assert "Damaged in b, and left out: metrics.jsonl (2 of 14 records)" in said
     assert "b finished 1,000 0.9000 -10.0%" in said
+
+
+@pytest.mark.parametrize("bits", ["NaN", "Infinity", "-Infinity", "-1.0", "0.0", "0", "1e300", "1" + "0" * 400])
+@pytest.mark.parametrize("place_of_run", [0, 1])
+def test_bits_per_byte_that_cannot_be_are_damage(place, tmp_path, capsys, bits, place_of_run):
+    names = [place("a", 1.0, finished=False), place("b", 0.9, finished=False)]
+    with open(f"{names[place_of_run]}/metrics.jsonl", "a") as file:
+        file.write(f'{{"step": 1001, "bits_per_byte": {bits}}}\n')
+
+    compare(names, tmp_path / "out")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Damaged in {'ab'[place_of_run]}, and left out: metrics.jsonl (1 of 13 records)" in said
+    assert "0.9000 -10.0%" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("run", {"seconds": math.inf}),
+        ("run", {"seconds": math.nan}),
+        ("run", {"seconds": -1e300}),
+        ("run", {"steps": 10**400}),
+        ("run", {"steps": -1}),
+        ("student", {"bits_per_byte": 0.0}),
+        ("student", {"bits_per_byte": math.nan}),
+        ("teacher", {"bits_per_byte": -1.0}),
+        ("student", {"unspelt_bytes": "x", "bytes": "y"}),
+        ("student", {"unspelt_bytes": 1, "bytes": 0}),
+        ("student", {"unspelt_bytes": 1, "bytes": None}),
+        ("retention", {"gap_closed": math.inf}),
+    ],
+)
+def test_numbers_in_a_report_that_cannot_be_are_damage(place, tmp_path, capsys, key, change):
+    names = [place("a", 1.0), place("b", 0.9)]
+    file = tmp_path / "runs" / "b" / REPORT
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps(report | {key: report[key] | change}))
+
+    compare(names, tmp_path / "out")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Damaged in b, and left out: {REPORT} ({key}" in said
+    assert "b no report 1,000 (100%) 0.9000" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "damage"),
+    [
+        ('{"step": 1}\n{"step": 2}\n'.encode("utf-16"), "2 of 2"),
+        (b"1\n2\nnull\n[]\n", "4 of 4"),
+        (b'{"step": 1' + b"0" * 400 + b', "bits_per_byte": 2.0}\n', "1 of 1"),
+        (b'{"step": 1' + b"0" * 5000 + b', "bits_per_byte": 2.0}\n', "1 of 1"),
+        (b"[" * 100_000 + b"\n", "1 of 1"),
+    ],
+)
+def test_metrics_that_are_none_are_named(place, tmp_path, capsys, content, damage):
+    names = [place("a", 1.0), place("b", 0.9, finished=False)]
+    (tmp_path / "runs" / "b" / "metrics.jsonl").write_bytes(content)
+    compare(names, tmp_path / "out")
+    assert f"Damaged in b, and left out: metrics.jsonl ({damage} records)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_term_without_a_count_is_no_crash(place, tmp_path):
+    folder = place("a", 1.0)
+    Path(folder, "metrics.jsonl").write_text('{"step": 5, "terms": {"lm": {}}}\n')
+    compare([folder, folder], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a[", "[red]o", "[bold]", ":smile:", "$x_$", "$\\frac$", "_hidden"])
+def test_names_and_values_are_shown_as_they_are(place, tmp_path, capsys, drawn, name):
+    value = f"{name}[/x]"
+    compare([place("b", 1.0, settings={"a": "c"}), place(name, 0.9, settings={"a": value})], tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert [name] in [line.split()[:1] for line in shown.splitlines()]
+    assert value in shown
+
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert [label.split()[0] for label in legend] == ["b", name]
+
+
+def test_a_run_in_a_folder_that_looks_like_markup(place, tmp_path, capsys):
+    compare([place("b", 1.0), place("a[/x]b", 0.9)], tmp_path / "out")
+    assert "a[/x]b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_a_file_in_place_of_the_output_folder_is_a_mistake(place, tmp_path, below):
+    (tmp_path / "text.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"text\.jsonl.*expected a folder.*Choose another --output-dir"):
+        compare([place("a", 1.0), place("b", 0.9)], tmp_path / "text.jsonl" / below)
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"- 1", b"a: \xe9"])

@@ -3,7 +3,15 @@
 import pytest
 import torch.distributed
 
-from utils.endings import Interrupted, exit_code
+from utils.endings import EXIT_CODES, Interrupted, exit_code
+from utils.stopping import STOP_REASONS, STOP_SIGNALS
+
+
+def test_every_signal_that_ends_a_run_is_a_reason_and_has_its_code():
+    assert "SIGUSR1" in {number.name for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        assert EXIT_CODES[number.name] == 128 + number
+        assert number.name in STOP_REASONS
 
 
 def interrupted():
