@@ -278,7 +278,7 @@ def plant_teacher_renormalised_alone(monkeypatch):
 def plant_mean_of_means(monkeypatch):
     sound = evaluation.token_nll
 
-    def means(model, batches, device, accelerator=None):
+    def means(model, batches, device, accelerator=None, **options):
         parts = [sound(model, [batch], device) for batch in batches]
         tokens = sum(count for _, count in parts)
         return sum(nll / count for nll, count in parts) / len(parts) * tokens, tokens

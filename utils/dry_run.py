@@ -14,7 +14,7 @@ import transformers
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from . import evaluation, out_of_memory, pretrained
+from . import device_memory, evaluation, pretrained
 from .advice import reason
 from .errors import RunError, UserError
 from .seeding import undisturbed
@@ -81,9 +81,9 @@ def _try(what: str, student: nn.Module, mode: Callable[[], None]) -> None:
     except (UserError, RunError):
         raise
     except Exception as error:  # each architecture fails in its own way
-        if out_of_memory.is_out_of_memory(error):
+        if device_memory.is_out_of_memory(error):
             log.info("for lack of memory not tried beforehand whether the student can be %s", what.partition(":")[0])
-            out_of_memory.release()
+            device_memory.release()
             return
         raise UserError(
             f"the student (a {type(student).__name__}, transformers {transformers.__version__}) cannot be {what}. "

@@ -106,7 +106,7 @@ class Full:
 
 def agreement(monkeypatch, most: int, together: bool = False) -> tuple[dict, list[int]]:
     alone = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
-    held = HeldOut(EvaluationConfig(), alone, range(10), [], Batch, {}, 4, lambda document, side: ("", []), together)
+    held = HeldOut(EvaluationConfig(), alone, range(10), [], Batch, {}, 4, together=together)
     model = {"bits_per_byte": 1.0}
     scores = {"teacher": model, "student": model, "initial_student": model}
     pair = Full(most)
