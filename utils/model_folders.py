@@ -269,7 +269,7 @@ def wrong_weights(folder: Path) -> str | None:
 
     incomplete = _incomplete_weights(folder)
     if incomplete is not None:
-        return f"{incomplete} Download it again: `hf download` fetches what is missing."
+        return f"its weights cannot be loaded: {incomplete} Download it again: `hf download` fetches what is missing."
     if has_weights(folder, allow_pickle=True):
         return None
 
