@@ -42,6 +42,6 @@ def _require_possible(path: str) -> None:
     if longest_part > MOST_BYTES_OF_PART or len(path) > MOST_CHARACTERS:
         raise UserError(
             f"No such file or folder can be: {path[:60]}... is longer than a file system takes, "
-            f"{len(path):,} characters. Expected at most {MOST_BYTES_OF_PART} bytes between two slashes, and {MOST_CHARACTERS:,} "
-            "characters in all."
+            f"{len(path):,} characters. Expected at most {MOST_BYTES_OF_PART} bytes between two slashes, "
+            f"and {MOST_CHARACTERS:,} characters in all."
         )
