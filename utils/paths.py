@@ -41,7 +41,7 @@ def _require_possible(path: str) -> None:
     longest_part = max((len(part.encode(errors="replace")) for part in Path(path).parts), default=0)
     if longest_part > MOST_BYTES_OF_PART or len(path) > MOST_CHARACTERS:
         raise UserError(
-            f"{path[:60]}...: this name has {len(path):,} characters, which is longer than a file system takes. "
-            f"Expected at most {MOST_BYTES_OF_PART} bytes between two slashes, and {MOST_CHARACTERS:,} characters in "
-            "all."
+            f"No such file or folder can be: {path[:60]}... is longer than a file system takes, "
+            f"{len(path):,} characters. Expected at most {MOST_BYTES_OF_PART} bytes between two slashes, "
+            f"and {MOST_CHARACTERS:,} characters in all."
         )

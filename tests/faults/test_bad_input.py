@@ -100,9 +100,11 @@ def test_text_in_parquet_that_is_not_utf8_is_told_with_its_rows(refused, tmp_pat
 
 
 def test_a_pipe_is_refused_and_one_among_files_is_not_read(refused, tmp_path):
-    os.mkfifo(tmp_path / "pipe.txt")
-    assert "got a pipe" in refused("--train-data", tmp_path / "pipe.txt")
-    assert "No data file in folder" in refused("--train-data", tmp_path)
+    folder = tmp_path / "data"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe.txt")
+    assert "got a pipe" in refused("--train-data", folder / "pipe.txt")
+    assert "No data file in folder" in refused("--train-data", folder)
 
 
 def test_a_path_that_cannot_be_is_a_file_that_is_not_there(refused):
