@@ -8,6 +8,7 @@ other tests GPUs are hidden.
 import importlib.util
 import logging
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,6 +29,8 @@ from utils.logs import OWN_LOGGERS
 BEHIND_THE_FACE = ("models", "utils.config", "utils.errors", "utils.training")
 """Modules that the names of the package `curriculum_distillation` come from."""
 
+if hasattr(signal, "SIGHUP"):  # ignored by whoever starts the suite with nohup, and then by every process of it
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 _SLOW_IS_FINE = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
