@@ -71,9 +71,9 @@ class DistillationFramework(nn.Module):
         super().__init__()
         _check_kinds(teacher, vocabulary, loss, curriculum, router)
         check_head(student, "student")
+        _check_pair(student, teacher, vocabulary)
         _check_trainable(student)
         _check_precision(student)
-        _check_pair(student, teacher, vocabulary)
         _check_loss(loss, curriculum.loss)
         self.student = student
         # in a tuple, out of reach of parameters(), state_dict(), train(), to() and DDP
