@@ -38,7 +38,9 @@ class CarriedGroup(dist.ProcessGroup):
         return self._back(tensors, carried)
 
     def broadcast(self, tensors: list[torch.Tensor], opts: Any = None) -> Any:
-        carried = self._on_host("broadcast", tensors)
+        # objects travel as whole numbers, weights and buffers as floats
+        is_object = not any(tensor.is_floating_point() for tensor in tensors)
+        carried = self._on_host("broadcast of an object" if is_object else "broadcast", tensors)
         self.gloo.broadcast(carried, opts or c10d.BroadcastOptions()).wait()
         return self._back(tensors, carried)
 

@@ -28,6 +28,6 @@ def test_two_processes_train_on_a_gpu_each(start, gpu_place, gpu_kind, tmp_path)
     assert first["steps"] == second["steps"] == 4
     if gpu_kind == "pretended":
         assert first["peak"][1] == 0 and second["peak"][0] == 0, "each process has its own GPU"
-        # gradients are reduced; buffers are not sent around before each forward
+        # gradients are reduced; buffers are not sent around before each forward, but once with the weights
         assert first["collectives"]["allreduce"] > 0
-        assert first["collectives"].get("broadcast", 0) < 2 * 4 * 4
+        assert first["collectives"].get("broadcast", 0) < first["steps"]
