@@ -465,7 +465,7 @@ def _check_pair(student: nn.Module, teacher: FrozenTeacher | None, vocabulary: V
     running = teacher if isinstance(teacher, FrozenTeacher) else getattr(teacher, "teacher", None)
     if running is None:
         return
-    if not np.array_equal(running.order.cpu().numpy(), vocabulary.order):
+    if not np.array_equal(running.vocabulary_order, vocabulary.order):
         raise ValueError(
             "the teacher was made with another vocabulary map; expected one map for FrozenTeacher, PairCollator and "
             "DistillationFramework"

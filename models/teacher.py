@@ -47,6 +47,7 @@ class FrozenTeacher:
 
         # only now, so that a model that is refused stays as it was
         self.model = model.eval().requires_grad_(False)
+        self.vocabulary_order = vocabulary.order
         self.order = torch.from_numpy(vocabulary.order).long().to(self.device)
 
     @property

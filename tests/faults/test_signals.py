@@ -18,6 +18,7 @@ PATIENCE = 30
 WHILE_TEXT_IS_TOKENISED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
+os.environ["HF_DATASETS_CACHE"] = {cache!r}  # no windows of an earlier run: they have to be made
 import train
 from utils import data
 
@@ -93,7 +94,7 @@ def test_workers_that_ignore_signals_end_with_a_killed_training_process(place, t
 
 def test_a_signal_to_all_processes_while_text_is_tokenised(place, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text(WHILE_TEXT_IS_TOKENISED.format(root=str(ROOT)))
+    script.write_text(WHILE_TEXT_IS_TOKENISED.format(root=str(ROOT), cache=str(tmp_path / "cache")))
     session = Session(place, tmp_path / "run", *WORKERS, script=script)
     assert session.ended() == 143, session.output()
     assert "stopped by SIGTERM" in session.output() and "Traceback (" not in session.output()

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 
 import pytest
 
@@ -43,14 +44,14 @@ def test_a_signal_counts_also_when_the_terminal_is_gone(monkeypatch):
 def test_a_signal_that_is_delayed_arrives_and_one_that_is_ignored_meanwhile_never_does():
     with StopSignal() as stop:
         with stop_signals_delayed():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # no other thread takes it
             assert stop.requested() is None
         assert stop.requested() == "SIGTERM"
 
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     try:
         with stop_signals_delayed():
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.pthread_kill(threading.get_ident(), signal.SIGTERM)  # no other thread takes it
             ignore_stop_signals()
     finally:
         for number, handler in handlers.items():
