@@ -136,6 +136,7 @@ def _steps(case: Case, mode: FakeTensorMode, live: LiveBytes) -> None:
 
     frozen = teacher_module.FrozenTeacher.__new__(teacher_module.FrozenTeacher)  # its constructor asks for values
     frozen.model = teacher.eval().requires_grad_(False)
+    frozen.vocabulary_order = vocabulary.order
     frozen.order = mode.from_tensor(torch.from_numpy(vocabulary.order).long())
     frozen._first_device = GPU
     frozen.signal = _in_phase(live, "teacher", frozen.signal)
