@@ -22,7 +22,7 @@ FLOORS = {
     "utils": [
         {"errors", "atomic", "paths", "seeding", "progress", "processes", "shell", "mistakes", "git_lfs"}
         | {"device_memory", "streams", "run_layout", "comparability", "model_folders", "advice"},
-        {"validation", "generation", "data_folders"},
+        {"validation", "data_folders"},
         {"config", "hardware", "logs", "guards", "columns", "sources", "stopping", "meters"}
         | {"checklist", "environment", "families", "forecast", "endings", "sharding", "signal_codec"}
         | {"adapter_folders", "generation"},
