@@ -137,8 +137,10 @@ def clone(tmp_path) -> Path:
 
 
 def commands(folder: Path, *arguments: str) -> list[str]:
-    """What make would do."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS")}
+    """What make would do, also where these tests were started by make, which hands itself down in variables."""
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MAKE", "MFLAGS"))
+    }
     done = subprocess.run(
         ["make", "-n", *arguments], cwd=folder, env=environment, capture_output=True, text=True, check=True
     )

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import TypeAdapter, ValidationError
+from pydantic import InstanceOf, TypeAdapter, ValidationError
 
 from .errors import UserError
 from .mistakes import describe, dotted, shown
@@ -51,7 +51,9 @@ DESCRIBED_BY = {
 replaces the name that a recipe has, they are no longer those of the recipe. How is learned stays: from random weights
 or trained ones, what of a conversation, the share that is held out, lengths, precision, the rank of an adapter."""
 
-Name = Annotated[str, MinLen(1)]
+# An instance, for a name of a file may hold bytes that are no UTF-8. Python writes them as lone surrogates, and
+# pydantic takes no string that has any.
+Name = Annotated[InstanceOf[str], MinLen(1)]
 """Of a model, a text, a file or a folder."""
 
 HowTextIsRead = Literal[
@@ -546,7 +548,7 @@ def _told(values: Mapping[str, Any], key: str) -> str:
 
 def _dataclass_in(annotation: Any) -> type | None:
     """The dataclass an annotation admits: itself, or a member of a union."""
-    if dataclasses.is_dataclass(annotation):
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
         return annotation
     if get_origin(annotation) in (Union, types.UnionType, Annotated):
         return next((found for arg in get_args(annotation) if (found := _dataclass_in(arg))), None)

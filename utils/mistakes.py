@@ -34,8 +34,10 @@ def _expected(item: dict) -> str:
     if item["type"] == "dataclass_type":
         ramp = item["ctx"]["class_name"] == "Ramp"
         return "a mapping {points: [[progress, value], ...]}" if ramp else "a mapping"
-    if item["type"] == "string_too_short":
+    if item["type"] in ("string_too_short", "too_short") and isinstance(item["input"], str):
         return "a name that is not empty"
+    if item["type"] == "is_instance_of" and item["ctx"]["class"] == "str":
+        return "a valid string"
     return item["msg"].removeprefix("Input should be ").split(", unable")[0]
 
 
