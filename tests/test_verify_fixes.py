@@ -11,17 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import models.losses
-import models.pairing
-import models.teacher
-import utils.training
 import verify_fixes
-from models import distillation_framework, fused_head, student_aware_router
+from models import distillation_framework, fused_head, losses, pairing, student_aware_router
+from models import teacher as teacher_module
 from models.config import CurriculumConfig, Term
 from models.outputs import IGNORE
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from models.teacher import FrozenTeacher
 from utils import checklist, data, environment, evaluation, forecast, hardware, loading, preflight, rehearsal
+from utils import training as training_loop
 from utils.environment import Package
 from utils.stopping import EarlyStopping
 
@@ -234,13 +232,13 @@ def test_help_is_that_of_the_training_flags_under_its_own_name(capsys):
 
 
 def plant_unshifted_labels(monkeypatch):
-    collate = models.pairing.PairCollator.__call__
+    collate = pairing.PairCollator.__call__
 
     def unshifted(self, windows):
         batch = collate(self, windows)
         return replace(batch, labels=torch.where(batch.labels == IGNORE, IGNORE, batch.student_ids))
 
-    monkeypatch.setattr(models.pairing.PairCollator, "__call__", unshifted)
+    monkeypatch.setattr(pairing.PairCollator, "__call__", unshifted)
 
 
 def plant_labels_shifted_twice(monkeypatch):
@@ -265,14 +263,14 @@ def plant_no_temperature_squared(monkeypatch):
 
 
 def plant_teacher_renormalised_alone(monkeypatch):
-    sound = models.losses.outcome_log_probs
+    sound = losses.outcome_log_probs
 
     def lopsided(logits, target, tail):
         log_p, log_q = sound(logits, target, tail)
         return log_p[:, : target.ids.shape[1]].log_softmax(1), log_q[:, : target.ids.shape[1]]
 
-    monkeypatch.setattr(models.losses, "outcome_log_probs", lopsided)
-    monkeypatch.setattr(models.losses, "temper", lambda log_probs, temperature: log_probs / temperature)
+    monkeypatch.setattr(losses, "outcome_log_probs", lopsided)
+    monkeypatch.setattr(losses, "temper", lambda log_probs, temperature: log_probs / temperature)
 
 
 def plant_mean_of_means(monkeypatch):
@@ -308,8 +306,8 @@ def plant_optimizer_not_restored(monkeypatch):
 
 
 def plant_schedule_of_twice_the_length(monkeypatch):
-    sound = utils.training.build_scheduler
-    monkeypatch.setattr(utils.training, "build_scheduler", lambda o, config, total: sound(o, config, 2 * total))
+    sound = training_loop.build_scheduler
+    monkeypatch.setattr(training_loop, "build_scheduler", lambda o, config, total: sound(o, config, 2 * total))
 
 
 def plant_endless_patience(monkeypatch):
@@ -317,13 +315,13 @@ def plant_endless_patience(monkeypatch):
 
 
 def plant_no_anchors(monkeypatch):
-    collate = models.pairing.PairCollator.__call__
+    collate = pairing.PairCollator.__call__
 
     def bare(self, windows):
         batch = collate(self, windows)
         return replace(batch, counts={**batch.counts, "kd": 0, "depth0": 0})
 
-    monkeypatch.setattr(models.pairing.PairCollator, "__call__", bare)
+    monkeypatch.setattr(pairing.PairCollator, "__call__", bare)
 
 
 def plant_repeating_loader(monkeypatch):
@@ -356,13 +354,13 @@ def plant_raw_states(monkeypatch):
 
 
 def plant_items_counted_as_windows(monkeypatch):
-    sound = models.pairing._anchors
+    sound = pairing._anchors
 
     def windows(*args):
         anchors, counts = sound(*args)
         return anchors, dict.fromkeys(counts, len(anchors.sampled))
 
-    monkeypatch.setattr(models.pairing, "_anchors", windows)
+    monkeypatch.setattr(pairing, "_anchors", windows)
 
 
 def plant_relations_summed_over_pairs(monkeypatch):
@@ -387,13 +385,13 @@ def plant_products_for_cosines(monkeypatch):
 
 
 def plant_padding_is_a_negative(monkeypatch):
-    sound = models.pairing._anchors
+    sound = pairing._anchors
 
     def one_more(*args):
         anchors, counts = sound(*args)
         return replace(anchors, runs=anchors.runs + int((anchors.sampled < 0).all(1).sum())), counts
 
-    monkeypatch.setattr(models.pairing, "_anchors", one_more)
+    monkeypatch.setattr(pairing, "_anchors", one_more)
 
 
 def plant_padding_is_averaged_with_weight_0(monkeypatch):
@@ -427,7 +425,7 @@ def plant_hidden_states_of_every_step(monkeypatch):
         return out.last_hidden_state, tuple(out.hidden_states[layer] for layer in layers)
 
     monkeypatch.setattr(distillation_framework, "body_layers", always)
-    monkeypatch.setattr(models.teacher, "body_layers", always)
+    monkeypatch.setattr(teacher_module, "body_layers", always)
 
 
 def plant_terms_of_weight_0_computed(monkeypatch):

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
-import models.teacher
 import train
+from models import teacher as teacher_module
 from tests.faults.conftest import documents, write_jsonl
 from utils import data, pretrained, run_folder
 from utils.pretrained import load_model
@@ -197,7 +197,7 @@ def test_a_download_cut_short_is_told_with_model_and_part(refused, place, tmp_pa
 
 @pytest.mark.parametrize(("dtype", "remedy"), [("float16", "--set teacher.dtype=float32"), ("float32", "damaged")])
 def test_a_teacher_that_overflows_on_the_text_is_named(refused, place, tmp_path, monkeypatch, dtype, remedy):
-    monkeypatch.setattr(models.teacher, "check_head", lambda *_: None)  # on a few tokens nothing may overflow
+    monkeypatch.setattr(teacher_module, "check_head", lambda *_: None)  # on a few tokens nothing may overflow
     shutil.copytree(place.teacher, tmp_path / "hot")
     weights = load_file(tmp_path / "hot" / "model.safetensors")
     weights["model.norm.weight"][:] = float("inf")
