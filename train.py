@@ -22,45 +22,22 @@ from datasets import Dataset
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from models import head_passes
-from models.cached_teacher import CachedTeacher, RememberingCollator
-from models.causal_lm import vocabulary_size
-from models.chat_template import tokenizers_for_chat
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
-from models.encoder_decoder import make_encoder
-from models.fused_head import chunk_rows
-from models.pairing import SIDES, ModelFacts, PairCollator, PairEncoder, count_channel, read_and_learned
+from models.language_model import vocabulary_size
+from models.losses import head_passes
+from models.losses.fused_head import chunk_rows
 from models.student_aware_router import ROUTER_TERMS
-from models.teacher import FrozenTeacher
-from models.vocabulary import VocabularyMap
-from utils import (
-    benchmark_tasks,
-    command_line,
-    conversation_date,
-    data,
-    dry_run,
-    exported,
-    families,
-    forecast,
-    hardware,
-    hub,
-    loading,
-    memory,
-    pretrained,
-    quickstart,
-    report,
-    requirements,
-    run_folder,
-    students,
-    teachers,
-)
+from models.teacher.cached import CachedTeacher, RememberingCollator
+from models.teacher.frozen import FrozenTeacher
+from models.text.chat_template import tokenizers_for_chat
+from models.text.collate import SIDES, ModelFacts, PairCollator, PairEncoder, count_channel, read_and_learned
+from models.text.encoder_decoder import make_encoder
+from models.text.vocabulary import VocabularyMap
 from utils.advice import advice
-from utils.cache_building import CacheBuilding, settle, with_cache, written
-from utils.checkpoints import CheckpointStore, step_of
-from utils.comparison import compare
-from utils.config import (
+from utils.config import command_line
+from utils.config.build import (
     CacheConfig,
     DataConfig,
     EvaluationConfig,
@@ -72,22 +49,38 @@ from utils.config import (
     TrainingConfig,
     to_plain,
 )
-from utils.contradictions import contradictions
-from utils.endings import EXIT_CODES, Interrupted, exit_code
+from utils.config.contradictions import contradictions
+from utils.data import documents, loader
 from utils.errors import UserError, value_errors_are_the_users
-from utils.guards import RedFlags
-from utils.held_out import HeldOut, TextStart, metrics_of
-from utils.logs import StepLogger, learned_lines, setup_logging
+from utils.evaluation import exported, lm_eval_tasks
+from utils.evaluation.held_out import HeldOut, TextStart, metrics_of
+from utils.forecast import disk as forecast
+from utils.forecast import step_memory
+from utils.logs.step_logger import StepLogger, learned_lines, setup_logging
+from utils.logs.streams import make_streams_safe
+from utils.logs.trackers import Tracking
+from utils.machine import hardware
+from utils.parallel.processes import main_process_first, on_main_process, rank
 from utils.paths import user_path
-from utils.plan import Plan, build_accelerator
-from utils.processes import main_process_first, on_main_process, rank
+from utils.pretrained import families
+from utils.pretrained import loading as pretrained
+from utils.pretrained import student as students
+from utils.pretrained import teacher as teachers
+from utils.report import report
+from utils.report.comparison import compare
+from utils.run import conversation_date, quickstart, requirements, upload
+from utils.run import folder as run_folder
+from utils.run.exit_codes import EXIT_CODES, Interrupted, exit_code
 from utils.run_layout import CHECKPOINTS, METRICS, REPORT_HTML, START, STUDENT, WITHOUT_TEACHER
 from utils.seeding import deterministic_kernels, permutation
-from utils.stopping import StopSignal
-from utils.streams import make_streams_safe
-from utils.teacher_cache import TeacherCache
-from utils.tracking import Tracking
-from utils.training import FitResult, fit
+from utils.teacher_cache.building import CacheBuilding, settle, with_cache, written
+from utils.teacher_cache.store import TeacherCache
+from utils.training import dry_run
+from utils.training.checkpoints import CheckpointStore, step_of
+from utils.training.loop import FitResult, fit
+from utils.training.plan import Plan, build_accelerator
+from utils.training.step_guard import RedFlags
+from utils.training.stopping import StopSignal
 
 log = logging.getLogger("train")
 
@@ -105,7 +98,7 @@ class RunConfig:
 
     teacher: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    data: DataConfig = field(default_factory=DataConfig)
+    documents: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -113,7 +106,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    hub: HubConfig = field(default_factory=HubConfig)
+    upload: HubConfig = field(default_factory=HubConfig)
     output_dir: Name = "runs/train"
     """Folder of the run; by default runs/ and the name of the recipe."""
     resume: str = "auto"
@@ -152,7 +145,7 @@ class Job:
     teacher_dtype: hardware.Choice[torch.dtype]
     cache: TeacherCache | None = None
     """Of what the teacher says."""
-    needed: memory.Forecast = field(default_factory=memory.Forecast)
+    needed: step_memory.Forecast = field(default_factory=step_memory.Forecast)
 
 
 @dataclass(frozen=True)
@@ -174,7 +167,7 @@ class Pair:
 class Material:
     """Text as both models read it."""
 
-    corpus: data.Corpus
+    corpus: documents.Corpus
     tokenizers: dict[str, PreTrainedTokenizerBase]
     """As the text needs them: for conversations with a chat template, and with the end of a turn as end of text."""
     encoder: PairEncoder
@@ -207,8 +200,8 @@ def prepare(config: RunConfig, accelerator: Accelerator, today: date | None = No
     collate = PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth, router)
     identity = {
         **run_folder.identity(to_plain(config)),
-        "training_text": data.corpus_fingerprint(material.corpus.train),
-        "held_out_windows": data.windows_fingerprint(held_out),
+        "training_text": documents.corpus_fingerprint(material.corpus.train),
+        "held_out_windows": documents.windows_fingerprint(held_out),
         "tokenizers_and_length": encoder.fingerprint,
         "mixed_precision": accelerator.mixed_precision,
     }
@@ -270,8 +263,8 @@ def require_widths_and_disk(config: RunConfig, pair: Pair, router: RouterConfig 
 def read_material(config: RunConfig, pair: Pair, today: date | None) -> Material:
     """Read the text and cut it into windows; what of it is left out, or looks wrong, is logged."""
     length = pretrained.window_length(config.data.max_length, pair.shapes.values())
-    with value_errors_are_the_users(), data.places_told(config.data):
-        corpus = data.load_documents(config.data)
+    with value_errors_are_the_users(), documents.places_told(config.data):
+        corpus = documents.load_documents(config.data)
         tokenizers = pair.tokenizers
         if corpus.conversations and pair.starts is None:
             tokenizers, lacking = tokenizers_for_chat(tokenizers)
@@ -292,11 +285,11 @@ def read_material(config: RunConfig, pair: Pair, today: date | None) -> Material
             log.warning("%s", note)
         vocabulary = VocabularyMap.build(*both, *pair.rows, cache_dir=quickstart.cache_dir() / "vocabularies")
 
-        room = data.Room(length, encoder.least_length)
+        room = documents.Room(length, encoder.least_length)
         workers = config.data.num_workers or None
         packing = {"encode": encoder.windows, "fingerprint": encoder.fingerprint, "num_proc": workers, "room": room}
-        windows = data.make_windows(corpus.train, kind="training", **packing)
-        held_out = data.make_windows(corpus.eval, kind="held-out", **packing)
+        windows = documents.make_windows(corpus.train, kind="training", **packing)
+        held_out = documents.make_windows(corpus.eval, kind="held-out", **packing)
 
     for side, table in zip(SIDES, encoder.tables, strict=True):
         if table.beyond_rows:
@@ -304,9 +297,9 @@ def read_material(config: RunConfig, pair: Pair, today: date | None) -> Material
             log.info("%s: no row of its head for %s, which no text yields: left out", side, left_out)
     log.info("documents: %s", ", ".join(f"{name} {count:,}" for name, count in corpus.report.items()))
     for kind, texts, cut in (("training", corpus.train, windows), ("held-out", corpus.eval, held_out)):
-        data.warn_of_left_out(cut, kind)
-        data.warn_of_missing(config.data, kind, texts, cut, room)
-    data.warn_of_long_documents(corpus, windows, held_out)
+        documents.warn_of_left_out(cut, kind)
+        documents.warn_of_missing(config.data, kind, texts, cut, room)
+    documents.warn_of_long_documents(corpus, windows, held_out)
     return Material(corpus, tokenizers, encoder, vocabulary, windows, held_out)
 
 
@@ -407,10 +400,10 @@ def train_student(
         framework = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)
         if resume_from is None and framework.router is not None:
             shape = (config.router.calibration_windows, config.training.batch_size, config.training.seed)
-            batches = loading.some_batches(job.windows, job.collate, *shape)
+            batches = loader.some_batches(job.windows, job.collate, *shape)
             framework.calibrate([batch.to(accelerator.device) for batch in batches])
     if resume_from is None:  # else all of this was done before, and cannot be seen in the weights
-        [batch] = loading.some_batches(job.windows, job.collate, 1, 1, config.training.seed)
+        [batch] = loader.some_batches(job.windows, job.collate, 1, 1, config.training.seed)
         dry_run.try_modes(framework, student, batch, accelerator, compares=teacher is not None)
         on_main_process(accelerator, store.rehearse)
     forced_bos = job.held_out.starts["student"].forced_bos
@@ -511,7 +504,7 @@ def add_tasks(
         models["teacher"] = lambda: (loaded or load_teacher(job)).model
     if config.student.init == "pretrained":
         models["initial_student"] = lambda: students.make(config.student, config.training, job.accelerator)
-    if tasks := benchmark_tasks.measure(job.held_out, models):
+    if tasks := lm_eval_tasks.measure(job.held_out, models):
         results = {**results, "tasks": tasks}
         baseline = output / WITHOUT_TEACHER / METRICS if "baseline" in results else None
         report.write_report(output, results, baseline_metrics=baseline)
@@ -540,7 +533,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     accelerator = build_accelerator(precision.value, cpu=cpu, track=track, folder=output)
     on_main_process(accelerator, lambda: run_folder.check(output, to_plain(asked), asked.resume))
     on_main_process(accelerator, lambda: CheckpointStore(output / CHECKPOINTS).check_path(asked.resume))
-    on_main_process(accelerator, lambda: hub.check(config.hub, output / STUDENT))
+    on_main_process(accelerator, lambda: upload.check(config.hub, output / STUDENT))
     setup_logging(output, main_process=accelerator.is_main_process)
     log.info("%s", recipe)
     notes = {"recipe": recipe, "device": f"{device.value}: {device.reason}", "mixed precision": precision.reason}
@@ -551,7 +544,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     log.info("device %s: %s; mixed precision %s: %s", device.value, device.reason, precision.value, precision.reason)
     config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
-    config, needed = memory.settle(config, accelerator, chunk_rows)
+    config, needed = step_memory.settle(config, accelerator, chunk_rows)
     today = on_main_process(accelerator, lambda: conversation_date.choose(config))
     job = replace(main_process_first(accelerator, lambda: prepare(config, accelerator, today.day)), needed=needed)
     if conversation_date.IDENTITY in job.fingerprint:
@@ -597,7 +590,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         results = add_tasks(job, trained, teacher, results, output)
     if main:
         students.describe(output / STUDENT, to_plain(asked), results)
-        hub.push(config.hub, output / STUDENT)
+        upload.push(config.hub, output / STUDENT)
         report.print_summary(results)
         log.info("student: %s; report: %s", output / STUDENT, output / REPORT_HTML)
 
@@ -620,8 +613,8 @@ def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSign
         if not on_main_process(accelerator, folder.is_dir):
             # a mistake in a text of the user's own is told before the minute that the teacher takes
             text = quickstart.with_paths(config, material, Path).data
-            with value_errors_are_the_users(), data.places_told(text):
-                main_process_first(accelerator, lambda: data.load_documents(text))
+            with value_errors_are_the_users(), documents.places_told(text):
+                main_process_first(accelerator, lambda: documents.load_documents(text))
 
             log.info("no trained teacher in the cache: training one now, about a minute")
             scratch = on_main_process(accelerator, lambda: quickstart.workshop(folder))

@@ -25,43 +25,38 @@ import transformers
 from torch import Tensor, nn
 
 import train
-from models.causal_lm import check_head, vocabulary_size
 from models.config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Schedule, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
-from models.fused_head import chunk_rows
-from models.outputs import IGNORE, PairedBatch
-from models.pairing import PairCollator, PairEncoder
+from models.language_model import check_head, vocabulary_size
+from models.losses.fused_head import chunk_rows
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
-from models.teacher import FrozenTeacher
-from models.vocabulary import MARKER, TEXT, VocabularyMap
-from utils import (
-    checklist,
-    command_line,
-    dry_run,
-    forecast,
-    generation,
-    hardware,
-    miniature,
-    preflight,
-    pretrained,
-    quickstart,
-    rehearsal,
-)
-from utils.checklist import Check, check
-from utils.checkpoints import CheckpointStore
-from utils.config import DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
+from models.teacher.frozen import FrozenTeacher
+from models.text.collate import PairCollator, PairEncoder
+from models.text.vocabulary import MARKER, TEXT, VocabularyMap
+from models.types import IGNORE, PairedBatch
+from utils.checks import checklist, loop, miniature
+from utils.checks import setup as preflight
+from utils.checks.checklist import Check, check
+from utils.config import command_line
+from utils.config.build import DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
 from utils.errors import UserError
-from utils.families import keep_weights
-from utils.logs import StepLogger
+from utils.forecast import disk
+from utils.logs.step_logger import StepLogger
+from utils.logs.streams import make_streams_safe
+from utils.machine import hardware
 from utils.paths import user_path
-from utils.plan import build_accelerator
-from utils.requirements import check as check_requirements
+from utils.pretrained import generation, loading
+from utils.pretrained.families import keep_weights
+from utils.pretrained.student import make as make_student
+from utils.pretrained.teacher import alone
+from utils.run import quickstart
+from utils.run.requirements import check as check_requirements
 from utils.seeding import permutation, seed_everything
-from utils.streams import make_streams_safe
-from utils.students import make as make_student
-from utils.teachers import alone
-from utils.training import FitResult, fit
+from utils.training import dry_run
+from utils.training.checkpoints import CheckpointStore
+from utils.training.loop import FitResult, fit
+from utils.training.plan import build_accelerator
 
 LENGTH = miniature.CONTEXT
 """Tokens per window of the tiny models."""
@@ -105,7 +100,7 @@ class Bench:
 
     def student(self, seed: int = 0) -> nn.Module:
         seed_everything(seed)
-        return pretrained.random_model(pretrained.load_config(str(self.tiny.student), "student"))
+        return loading.random_model(loading.load_config(str(self.tiny.student), "student"))
 
     def framework(
         self, student: nn.Module, teacher: FrozenTeacher | None, loss: LossConfig | None = None, **weights: Schedule
@@ -117,7 +112,7 @@ class Bench:
     def distillation(self, seed: int = 0, weights: dict[str, Schedule] | None = None, **teacher: Any):
         """A fresh student under a fixed teacher of the other tokenizer; `teacher`: its device and dtype."""
         seed_everything(1)
-        model = pretrained.random_model(pretrained.load_config(str(self.tiny.teacher), "teacher")).to(**teacher)
+        model = loading.random_model(loading.load_config(str(self.tiny.teacher), "teacher")).to(**teacher)
         module = self.framework(self.student(seed), FrozenTeacher(model, self.job.vocabulary), **(weights or {}))
         if module.router is not None:
             module.calibrate([self.job.collate(self.windows)])
@@ -358,12 +353,12 @@ def own_label_shift(setup: preflight.SetUp) -> tuple:
     most = 1.25 if start is None else math.inf  # T5 1.1 begins with large logits
     allowed = f"{'0.95 to 1.25 ln V' if start is None else '0.95 ln V or more'}, equal to 1e-3"
     shapes = {"student": setup.student, **({"teacher": setup.teacher} if setup.teacher else {})}
-    fresh = {role: forecast.shallow(shape, preflight.REPRESENTATIVE) for role, shape in shapes.items()}
+    fresh = {role: disk.shallow(shape, preflight.REPRESENTATIVE) for role, shape in shapes.items()}
     fresh = {role: config for role, config in fresh.items() if not preflight.too_large(config)}
     if "student" not in fresh:
         return "not measured: the student is too large to be built for a check", allowed, True
     seed_everything(setup.config.training.seed)
-    built = {role: pretrained.random_model(config) for role, config in fresh.items()}
+    built = {role: loading.random_model(config) for role, config in fresh.items()}
     for role, model in built.items():
         check_head(model, role)
     size = vocabulary_size(built["student"])
@@ -378,14 +373,14 @@ def own_label_shift(setup: preflight.SetUp) -> tuple:
 @check("one step and the export: your student", dry_run.REMEDY)
 def own_modes(setup: preflight.SetUp, job: train.Job) -> tuple:
     allowed = "no error"
-    config = forecast.shallow(setup.student, preflight.REPRESENTATIVE)
+    config = disk.shallow(setup.student, preflight.REPRESENTATIVE)
     if preflight.too_large(config):
         return "not measured: the student is too large to be built for a check", allowed, True
 
     seed_everything(setup.config.training.seed)
-    student = pretrained.random_model(config)
+    student = loading.random_model(config)
     keep_weights(student.config)
-    folder = Path(pretrained.locate(setup.config.student.name, "student"))
+    folder = Path(loading.locate(setup.config.student.name, "student"))
     if folder.is_dir():
         settings = generation.load(folder, f"student {setup.config.student.name}")
         student.generation_config = settings or student.generation_config
@@ -394,7 +389,7 @@ def own_modes(setup: preflight.SetUp, job: train.Job) -> tuple:
     module = DistillationFramework(student, None, job.vocabulary, LossConfig(), scheduler)
     batch = job.collate([job.windows[0]])
     dry_run.try_modes(module, student, batch, job.accelerator, compares=False)
-    pretrained.rehearse_export(student, job.tokenizer)
+    loading.rehearse_export(student, job.tokenizer)
     return f"trained, evaluated and saved on trial: {type(student).__name__} of few layers", allowed, True
 
 
@@ -405,7 +400,7 @@ def own_router(setup: preflight.SetUp, job: train.Job) -> tuple:
         return "not measured: the teacher is built by the first run", allowed, True
     if any(map(preflight.too_large, (setup.student, setup.teacher))):
         return "not measured: a model is too large to be loaded for a check", allowed, True
-    if {setup.config.teacher.dtype, setup.config.student.lora.base} & {*pretrained.QUANTISED}:
+    if {setup.config.teacher.dtype, setup.config.student.lora.base} & {*loading.QUANTISED}:
         return "not measured: this check computes on the CPU, quantised weights do not", allowed, True
     config, size = job.config, min(job.config.training.batch_size, ROUTED_WINDOWS)
     student, teacher = make_student(config.student, config.training, job.accelerator).eval(), train.load_teacher(job)
@@ -448,8 +443,8 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
     limit = min(asked.data.max_documents or MOST_DOCUMENTS, MOST_DOCUMENTS)
     config = replace(config, data=replace(config.data, max_documents=limit), teacher=alone(config.teacher))
     job = train.prepare(config, build_accelerator("no", cpu=True))
-    student = pretrained.load_config(config.student.name, "student")
-    teacher = pretrained.load_config(config.teacher.name, "teacher") if config.teacher.name else None
+    student = loading.load_config(config.student.name, "student")
+    teacher = loading.load_config(config.teacher.name, "teacher") if config.teacher.name else None
     files = [user_path(name) for name in config.data.train]
     text_bytes = max(sum(map(int, job.windows["bytes"])), sum(f.stat().st_size for f in files if f.is_file()))
     return preflight.SetUp(asked, student, teacher, text_bytes, chunk_rows, quickstart.NAMES), job
@@ -458,9 +453,9 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
 # ---------------------------------------------------------------------------------------- the report
 
 TINY: tuple[Callable[[Bench], Check], ...] = (
-    *(fresh_student, shifted_once, copying, equal_models, temperature_squared, hidden_states, rehearsal.half_teacher),
-    *(rehearsal.random_perplexity, rehearsal.dtype_round_trip, rehearsal.accumulation, rehearsal.resume),
-    *(rehearsal.optimizer_steps, rehearsal.early_stopping),
+    *(fresh_student, shifted_once, copying, equal_models, temperature_squared, hidden_states, loop.half_teacher),
+    *(loop.random_perplexity, loop.dtype_round_trip, loop.accumulation, loop.resume),
+    *(loop.optimizer_steps, loop.early_stopping),
 )
 
 
@@ -479,7 +474,7 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
         bench = Bench(folder)
     except UserError as error:
         raise RuntimeError(f"the tiny models cannot be prepared: {error}") from error
-    yield rehearsal.one_step(bench, config)
+    yield loop.one_step(bench, config)
     is_embedded = not argv and config.student.name in quickstart.NAMES
     setup, own = (default_setup(config), None) if is_embedded else own_setup(config)
     yield "This code, on tiny models"

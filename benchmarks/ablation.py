@@ -10,9 +10,8 @@ batches, same first student for one seed. See benchmarks/quality.py.
 
 from dataclasses import replace
 
+from benchmarks.quality import Variant, main
 from models.config import CurriculumConfig, Ramp, RouterConfig, Schedule, Term
-
-from .quality import Variant, main
 
 
 def early(weight: float) -> Ramp:

@@ -21,14 +21,14 @@ from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import table
-from models.outputs import PairedBatch
-from models.pairing import PairCollator, PairEncoder
-from models.projection import Projection
-from models.teacher import FrozenTeacher
-from models.vocabulary import TEXT, VocabularyMap
-from utils import quickstart
-from utils.config import DataConfig
-from utils.data import load_documents
+from models.teacher.frozen import FrozenTeacher
+from models.teacher.projection import Projection
+from models.text.collate import PairCollator, PairEncoder
+from models.text.vocabulary import TEXT, VocabularyMap
+from models.types import PairedBatch
+from utils.config.build import DataConfig
+from utils.data.documents import load_documents
+from utils.run import quickstart
 
 SENTENCE = "The method raises an exception if the argument is negative."
 COLOURS = {"same": "#B8D4EA", "inside": "#F6C892", "none": "#DDDDDD", "teacher": "#B5DFC8"}

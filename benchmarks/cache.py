@@ -29,16 +29,16 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import quality, step_time
 from benchmarks.measure import describe, machine, measure, table, write
-from models.cached_teacher import CachedTeacher, RememberingCollator
 from models.config import CurriculumConfig, LossConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
-from models.pairing import PairCollator
-from models.teacher import FrozenTeacher
-from models.vocabulary import VocabularyMap
-from utils.config import CacheConfig
-from utils.signal_codec import Codec
-from utils.teacher_cache import TeacherCache, open_cache
+from models.teacher.cached import CachedTeacher, RememberingCollator
+from models.teacher.frozen import FrozenTeacher
+from models.text.collate import PairCollator
+from models.text.vocabulary import VocabularyMap
+from utils.config.build import CacheConfig
+from utils.teacher_cache.codec import Codec
+from utils.teacher_cache.store import TeacherCache, open_cache
 
 CPU = torch.device("cpu")
 ONLINE_TOP_K = 256

@@ -16,9 +16,10 @@ from transformers import PretrainedConfig
 import train
 from benchmarks.measure import table
 from benchmarks.step_time import STUDENT_VOCABULARY, TEACHER_VOCABULARY, shapes
-from models.fused_head import chunk_rows
-from utils import memory, quickstart
-from utils.hardware import choose_precision
+from models.losses.fused_head import chunk_rows
+from utils.forecast import step_memory
+from utils.machine.hardware import choose_precision
+from utils.run import quickstart
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CARDS = {"P100": ((6, 0), 16), "T4": ((7, 5), 16), "T4 x2, each": ((7, 5), 16), "24 GB": ((8, 6), 24)}
@@ -66,7 +67,7 @@ def pair_of(student: str) -> tuple[PretrainedConfig, PretrainedConfig]:
 def forecast_on(device: torch.device, config: train.RunConfig, *models: PretrainedConfig) -> dict[str, int]:
     """Bytes at the peak of a step on a device, by what holds them; models: configs of (student, teacher)."""
     precision = choose_precision(config.training.mixed_precision, device).value
-    demand = memory.demand_of(config, *models, config.data.max_length, precision, device, chunk_rows)
+    demand = step_memory.demand_of(config, *models, config.data.max_length, precision, device, chunk_rows)
     return demand.memory(config.training.batch_size)
 
 

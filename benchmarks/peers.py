@@ -34,9 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import MB, Worker, describe, interleave, machine, serve, summary, table, write
-from models.fused_head import head_losses
-from models.losses import kd_loss, next_token_loss
-from models.outputs import SparseTarget
+from models.losses.fused_head import head_losses
+from models.losses.losses import kd_loss, next_token_loss
+from models.types import SparseTarget
 
 LM, KD = 0.3, 0.7
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

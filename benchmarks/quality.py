@@ -31,11 +31,11 @@ from transformers.utils import logging as transformers_logging
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
-from models.outputs import PairedBatch, TeacherSignal
-from models.pairing import PairCollator, PairEncoder, count_channel
 from models.student_aware_router import ROUTER_TERMS
-from models.teacher import FrozenTeacher
-from models.vocabulary import VocabularyMap
+from models.teacher.frozen import FrozenTeacher
+from models.text.collate import PairCollator, PairEncoder, count_channel
+from models.text.vocabulary import VocabularyMap
+from models.types import PairedBatch, TeacherSignal
 
 # without it every large temporary is mapped and unmapped again, a third of a step's time on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}

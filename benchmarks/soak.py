@@ -25,7 +25,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.measure import describe, machine, table, write
-from utils import miniature
+from utils.checks import miniature
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOWS = 6

@@ -32,15 +32,15 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen2Config
 
 from benchmarks.measure import MB, Run, alternate, describe, machine, summary, table, write
-from models.causal_lm import body_states
 from models.config import CurriculumConfig, LossConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
-from models.fused_head import GPU_ROWS, PASCAL_ROWS, head_losses
-from models.outputs import PairedBatch, SparseTarget, TeacherSignal
-from models.pairing import PairCollator
-from models.teacher import FrozenTeacher, exact_top_k
-from models.vocabulary import MARKER, TEXT, VocabularyMap
+from models.language_model import body_states
+from models.losses.fused_head import GPU_ROWS, PASCAL_ROWS, head_losses
+from models.teacher.frozen import FrozenTeacher, exact_top_k
+from models.text.collate import PairCollator
+from models.text.vocabulary import MARKER, TEXT, VocabularyMap
+from models.types import PairedBatch, SparseTarget, TeacherSignal
 
 TEACHER_VOCABULARY, STUDENT_VOCABULARY = 151_936, 49_152
 PIECES = (0.92, 0.06, 0.02)

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import head_passes
-from .causal_lm import (
+from .config import LossConfig, RouterConfig
+from .curriculum import CurriculumScheduler
+from .language_model import (
     body_layers,
     body_states,
     check_head,
@@ -23,16 +24,15 @@ from .causal_lm import (
     logit_options,
     vocabulary_size,
 )
-from .config import LossConfig, RouterConfig
-from .curriculum import CurriculumScheduler
-from .fused_head import chunk_rows, head_losses
-from .losses import outcome_log_probs, span_loss, span_sums
-from .outputs import A_BATCH, DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
-from .projection import Projection
+from .losses import head_passes
+from .losses.fused_head import chunk_rows, head_losses
+from .losses.losses import outcome_log_probs, span_loss, span_sums
 from .student_aware_router import ROUTER_TERMS, StudentAwareRouter
-from .teacher import FrozenTeacher
+from .teacher.frozen import FrozenTeacher
+from .teacher.projection import Projection
+from .text.vocabulary import VocabularyMap
+from .types import A_BATCH, DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
 from .validation import expect, expect_count, expect_number
-from .vocabulary import VocabularyMap
 
 HEAD_TERMS = ("lm", "kd", "span")
 """Terms that come from the student's head."""

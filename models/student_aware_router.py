@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import RouterConfig
-from .outputs import LEAST_RELATED, Anchors
+from .types import LEAST_RELATED, Anchors
 from .validation import expect, expect_count
 
 ROUTER_TERMS = ("feat", "rel", "attn", "layer", "contr")

@@ -24,9 +24,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from utils.logs import OWN_LOGGERS
+from utils.logs.step_logger import OWN_LOGGERS
 
-BEHIND_THE_FACE = ("models", "utils.config", "utils.errors", "utils.training")
+BEHIND_THE_FACE = ("models", "utils.config.build", "utils.errors", "utils.training.loop")
 """Modules that the names of the package `curriculum_distillation` come from."""
 
 if hasattr(signal, "SIGHUP"):  # ignored by whoever starts the suite with nohup, and then by every process of it

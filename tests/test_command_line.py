@@ -10,9 +10,10 @@ import torch
 
 import train
 from models.curriculum import CurriculumScheduler
-from utils import command_line, pretrained
-from utils.config import build, find_config, load_yaml, to_plain
+from utils.config import command_line
+from utils.config.build import build, find_config, load_yaml, to_plain
 from utils.errors import UserError
+from utils.pretrained import loading
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -332,21 +333,21 @@ def test_what_is_measured_on_may_not_change_on_resume(tmp_path, setting):
 @pytest.mark.parametrize("name", ["no/such/folder", "/no/such/folder", "./none"])
 def test_a_missing_model_folder_is_named_with_ways_to_attach_it(name):
     with pytest.raises(UserError, match=re.escape(name)) as raised:
-        pretrained.load_tokenizer(name, "teacher")
+        loading.load_tokenizer(name, "teacher")
     assert "/kaggle/input" in str(raised.value)
 
 
 def test_an_unreachable_model_is_one_message(monkeypatch):
-    monkeypatch.setattr(pretrained, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(loading, "hub_is_reachable", lambda: False)
     with pytest.raises(UserError, match=r"Qwen/Qwen2\.5-1\.5B") as raised:
-        pretrained.load_config("Qwen/Qwen2.5-1.5B", "teacher")
+        loading.load_config("Qwen/Qwen2.5-1.5B", "teacher")
     assert "HF_HUB_OFFLINE" in str(raised.value)
 
 
 def test_models_that_cannot_be_reached_are_one_message_that_names_both(monkeypatch):
-    monkeypatch.setattr(pretrained, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(loading, "hub_is_reachable", lambda: False)
     with pytest.raises(UserError) as raised:
-        pretrained.load_each(pretrained.load_tokenizer, {"student": "own/small", "teacher": "own/large"})
+        loading.load_each(loading.load_tokenizer, {"student": "own/small", "teacher": "own/large"})
     message = str(raised.value)
     assert "student own/small" in message and "teacher own/large" in message
     assert message.count("To attach a model") == 1
@@ -356,22 +357,22 @@ def test_an_attached_model_is_found_below_its_folder_and_by_the_name_of_a_hub_id
     model = tmp_path / "Qwen2.5-1.5B"
     (model / "transformers" / "1").mkdir(parents=True)
     (model / "transformers" / "1" / "config.json").write_text("{}")
-    assert pretrained.locate(str(model), "teacher") == str(model / "transformers" / "1")
+    assert loading.locate(str(model), "teacher") == str(model / "transformers" / "1")
     (model / "config.json").write_text("{}")
-    monkeypatch.setattr(pretrained, "ATTACHED", tmp_path)
-    assert pretrained.locate("Qwen/qwen2.5-1.5b", "teacher") == str(model)
+    monkeypatch.setattr(loading, "ATTACHED", tmp_path)
+    assert loading.locate("Qwen/qwen2.5-1.5b", "teacher") == str(model)
     shutil.rmtree(model / "transformers")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds 2 models"):
-        pretrained.locate(str(tmp_path), "teacher")
+        loading.locate(str(tmp_path), "teacher")
 
 
 def test_a_model_that_needs_its_own_code_is_refused_and_the_code_never_runs(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}')
     (tmp_path / "own.py").write_text("raise SystemExit('this code ran')")
     with pytest.raises(UserError, match="never run"):
-        pretrained.load_config(str(tmp_path), "teacher")
+        loading.load_config(str(tmp_path), "teacher")
 
 
 def test_a_folder_without_weights_says_how_to_start_at_random(tmp_path):
@@ -380,8 +381,8 @@ def test_a_folder_without_weights_says_how_to_start_at_random(tmp_path):
     shape = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
     LlamaConfig(**shape, num_attention_heads=2).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="--student-init random"):
-        pretrained.load_model(str(tmp_path), "student", torch.float32)
-    model = pretrained.random_model(pretrained.load_config(str(tmp_path), "student"))
+        loading.load_model(str(tmp_path), "student", torch.float32)
+    model = loading.random_model(loading.load_config(str(tmp_path), "student"))
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 

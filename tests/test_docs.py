@@ -18,15 +18,15 @@ from benchmarks import alignment, memory_forecast
 from models.config import CurriculumConfig, LossConfig
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
-from models.teacher import FrozenTeacher
+from models.teacher.frozen import FrozenTeacher
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
 from tests.toy import digest, toy_config
-from utils import command_line
-from utils.config import _leaves, build, load_yaml, to_plain
-from utils.logs import StepLogger, read_metrics
-from utils.plan import build_accelerator
+from utils.config import command_line
+from utils.config.build import _leaves, build, load_yaml, to_plain
+from utils.logs.step_logger import StepLogger, read_metrics
 from utils.seeding import permutation
-from utils.training import fit
+from utils.training.loop import fit
+from utils.training.plan import build_accelerator
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from utils import miniature
+from utils.checks import miniature
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,12 +11,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
-from models.chat_template import chat_tokenizer
+from models.text.chat_template import chat_tokenizer
 from tests.models.tiny import byte_bpe, t5_like, tiny_llama, tiny_t5
-from utils import environment, pretrained, quickstart, run_folder
-from utils.config import to_plain
+from utils.config.build import to_plain
 from utils.errors import UserError
-from utils.stopping import StopSignal
+from utils.machine import packages
+from utils.pretrained import loading
+from utils.run import folder as run_folder
+from utils.run import quickstart
+from utils.training.stopping import StopSignal
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install -e .[test]")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -e .[test]")
@@ -108,10 +111,10 @@ def test_a_repository_that_cannot_be_cloned_is_told(notebook, tmp_path, monkeypa
 
 def test_what_is_lacking_and_cannot_be_fetched_is_told_by_the_cell(notebook, tmp_path, monkeypatch):
     """As on Kaggle without internet: pip fails, and the cell says what to do."""
-    old = [environment.Package("datasets", "3.6.0"), environment.Package("torch", "2.10.0")]
-    monkeypatch.setattr(environment, "own_requirements", lambda: ["torch>=2.6", "datasets>=4.0"])
-    monkeypatch.setattr(environment, "installed_packages", lambda: old)
-    monkeypatch.setattr(environment.importlib.metadata, "version", lambda name: "2.10.0+cu128")
+    old = [packages.Package("datasets", "3.6.0"), packages.Package("torch", "2.10.0")]
+    monkeypatch.setattr(packages, "own_requirements", lambda: ["torch>=2.6", "datasets>=4.0"])
+    monkeypatch.setattr(packages, "installed_packages", lambda: old)
+    monkeypatch.setattr(packages.importlib.metadata, "version", lambda name: "2.10.0+cu128")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(UserError, match=r"needed: datasets>=4.0, 3.6.0 is installed") as raised:
@@ -157,7 +160,7 @@ def test_the_student_is_tried_with_what_it_read_in_training(
     encoder = family == "encoder_decoder"
     tokenizer = t5_like(120) if encoder else chat_tokenizer(byte_bpe(300))
     model = (tiny_t5 if encoder else tiny_llama)(len(tokenizer))
-    pretrained.export(model, tokenizer, tmp_path / "student", "")
+    loading.export(model, tokenizer, tmp_path / "student", "")
     results = {"student": {"encoder_decoder": encoder}, "prompted": prompted, "samples": [{"prompt": "Once upon"}]}
     (tmp_path / "evaluation_report.json").write_text(json.dumps(results))
     asked, sound = [], type(model).generate

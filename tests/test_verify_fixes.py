@@ -12,16 +12,24 @@ import pytest
 import torch
 
 import verify_fixes
-from models import distillation_framework, fused_head, losses, pairing, student_aware_router
-from models import teacher as teacher_module
+from models import distillation_framework, student_aware_router
 from models.config import CurriculumConfig, Term
-from models.outputs import IGNORE
+from models.losses import fused_head, losses
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
-from models.teacher import FrozenTeacher
-from utils import checklist, data, environment, evaluation, forecast, hardware, loading, preflight, rehearsal
-from utils import training as training_loop
-from utils.environment import Package
-from utils.stopping import EarlyStopping
+from models.teacher import frozen as teacher_module
+from models.teacher.frozen import FrozenTeacher
+from models.text import collate as pairing
+from models.types import IGNORE
+from utils.checks import checklist, loop
+from utils.checks import setup as preflight
+from utils.data import documents as data
+from utils.data import loader
+from utils.evaluation import scores
+from utils.forecast import disk
+from utils.machine import hardware, packages
+from utils.machine.packages import Package
+from utils.training import loop as training_loop
+from utils.training.stopping import EarlyStopping
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -147,8 +155,8 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     flags = own_flags(folder)
     torch.manual_seed(0)
-    shape = verify_fixes.pretrained.load_config(str(folder / "teacher"), "teacher")
-    verify_fixes.pretrained.random_model(shape).save_pretrained(folder / "teacher")
+    shape = verify_fixes.loading.load_config(str(folder / "teacher"), "teacher")
+    verify_fixes.loading.random_model(shape).save_pretrained(folder / "teacher")
     return flags
 
 
@@ -200,25 +208,25 @@ def test_without_flags_what_train_would_take_is_checked(tmp_path, monkeypatch, c
 
 
 def test_one_step_runs_in_the_precision_of_the_device_and_leaves_the_accelerator_as_it_was(bench, setup, monkeypatch):
-    found = verify_fixes.rehearsal.one_step(bench, setup.config)
+    found = verify_fixes.loop.one_step(bench, setup.config)
     assert found.passed and "4 of 4 taken on cpu, as there is no GPU" in found.value, found
     half = replace(
         setup.config,
         training=replace(setup.config.training, mixed_precision="bf16"),
         teacher=replace(setup.config.teacher, dtype="bfloat16"),
     )
-    found = verify_fixes.rehearsal.one_step(bench, half)
+    found = verify_fixes.loop.one_step(bench, half)
     assert found.passed and "mixed precision bf16, teacher in bfloat16" in found.value
     assert bench.accelerator.mixed_precision == "no" and bench.accelerator.device.type == "cpu"
     with monkeypatch.context() as patch:
         patch.setattr(fused_head, "kd_loss", lambda logits, *_, **__: logits.sum() * float("nan"))
-        assert not verify_fixes.rehearsal.one_step(bench, setup.config).passed
+        assert not verify_fixes.loop.one_step(bench, setup.config).passed
     routed = replace(setup.config, curriculum=CurriculumConfig(**dict.fromkeys(ROUTER_TERMS, Term(0.1))))
-    assert verify_fixes.rehearsal.one_step(bench, routed).passed
+    assert verify_fixes.loop.one_step(bench, routed).passed
     monkeypatch.setattr(student_aware_router, "_distance", lambda a, b: a.sum(-1) * float("nan"))
     assert (
-        verify_fixes.rehearsal.one_step(bench, setup.config).passed
-        and not verify_fixes.rehearsal.one_step(bench, routed).passed
+        verify_fixes.loop.one_step(bench, setup.config).passed
+        and not verify_fixes.loop.one_step(bench, routed).passed
     )
 
 
@@ -274,22 +282,22 @@ def plant_teacher_renormalised_alone(monkeypatch):
 
 
 def plant_mean_of_means(monkeypatch):
-    sound = evaluation.token_nll
+    sound = scores.token_nll
 
     def means(model, batches, device, accelerator=None, **options):
         parts = [sound(model, [batch], device) for batch in batches]
         tokens = sum(count for _, count in parts)
         return sum(nll / count for nll, count in parts) / len(parts) * tokens, tokens
 
-    monkeypatch.setattr(evaluation, "token_nll", means)
+    monkeypatch.setattr(scores, "token_nll", means)
 
 
 def plant_evaluation_sees_the_future(monkeypatch):
-    monkeypatch.setattr(evaluation, "_rows_nll", lambda model, inputs, labels: (0.1 * len(labels), len(labels)))
+    monkeypatch.setattr(scores, "_rows_nll", lambda model, inputs, labels: (0.1 * len(labels), len(labels)))
 
 
 def plant_student_cast_for_evaluation(monkeypatch):
-    monkeypatch.setattr(evaluation, "float32_evaluation", lambda model: contextlib.nullcontext(model.float()))
+    monkeypatch.setattr(scores, "float32_evaluation", lambda model: contextlib.nullcontext(model.float()))
 
 
 def plant_mean_per_micro_batch(monkeypatch):
@@ -325,13 +333,13 @@ def plant_no_anchors(monkeypatch):
 
 
 def plant_repeating_loader(monkeypatch):
-    sound = loading.step_batches
+    sound = loader.step_batches
 
     def repeating(*args, **options):
         batches = list(sound(*args, **options))
         return iter([batches[0], *batches[:-1]])
 
-    monkeypatch.setattr(loading, "step_batches", repeating)
+    monkeypatch.setattr(loader, "step_batches", repeating)
 
 
 def plant_leaking_split(monkeypatch):
@@ -443,13 +451,13 @@ ON_BENCH = [
     (plant_labels_shifted_twice, verify_fixes.shifted_once),
     (plant_no_temperature_squared, verify_fixes.temperature_squared),
     (plant_teacher_renormalised_alone, verify_fixes.equal_models),
-    (plant_evaluation_sees_the_future, rehearsal.random_perplexity),
-    (plant_student_cast_for_evaluation, rehearsal.dtype_round_trip),
-    (plant_mean_per_micro_batch, rehearsal.accumulation),
-    (plant_optimizer_not_restored, rehearsal.resume),
-    (plant_endless_patience, rehearsal.early_stopping),
-    (plant_student_cut_off, rehearsal.half_teacher),
-    (plant_coarse_teacher_states, rehearsal.half_teacher),
+    (plant_evaluation_sees_the_future, loop.random_perplexity),
+    (plant_student_cast_for_evaluation, loop.dtype_round_trip),
+    (plant_mean_per_micro_batch, loop.accumulation),
+    (plant_optimizer_not_restored, loop.resume),
+    (plant_endless_patience, loop.early_stopping),
+    (plant_student_cut_off, loop.half_teacher),
+    (plant_coarse_teacher_states, loop.half_teacher),
     (plant_hidden_states_of_every_step, verify_fixes.hidden_states),
     (plant_terms_of_weight_0_computed, verify_fixes.hidden_states),
 ]
@@ -504,7 +512,7 @@ def test_a_planted_fault_in_a_hidden_state_term_fails_its_check(plant, measure, 
 
 def test_a_schedule_that_does_not_end_with_the_run_is_found(tmp_path, monkeypatch):
     plant_schedule_of_twice_the_length(monkeypatch)
-    assert not rehearsal.optimizer_steps(verify_fixes.Bench(tmp_path)).passed
+    assert not loop.optimizer_steps(verify_fixes.Bench(tmp_path)).passed
 
 
 def test_a_mean_of_batch_means_is_found(monkeypatch):
@@ -522,20 +530,20 @@ def test_a_changed_curriculum_is_found_and_named(monkeypatch):
 
 
 def test_harmful_and_harmless_conflicts_are_told_apart(monkeypatch):
-    installed = environment.installed_packages()
+    installed = packages.installed_packages()
     notebook = [Package("google-colab", "1.0", ("numpy<2", "pandas==2.2.2")), Package("numpy", "2.4.6")]
-    monkeypatch.setattr(environment, "installed_packages", lambda: installed + notebook)
+    monkeypatch.setattr(packages, "installed_packages", lambda: installed + notebook)
     found = preflight.conflicts()
     assert found.passed and "google-colab wants numpy<2, 2.4.6 is installed" in found.value
     old = [replace(p, version="0.20.0") if p.name == "tokenizers" else p for p in installed]
-    monkeypatch.setattr(environment, "installed_packages", lambda: old)
+    monkeypatch.setattr(packages, "installed_packages", lambda: old)
     found = preflight.conflicts()
     assert not found.passed and "transformers wants tokenizers" in found.value
 
 
 def test_machine_that_cannot_hold_the_run_is_found(setup, tmp_path, monkeypatch):
-    monkeypatch.setattr(forecast, "free_memory", lambda device: 2**20)
-    monkeypatch.setattr(forecast, "free_disk", lambda folder: 2**20)
+    monkeypatch.setattr(disk, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(disk, "free_disk", lambda folder: 2**20)
     assert not preflight.memory(setup).passed and not preflight.disk(setup).passed
     monkeypatch.setattr(hardware, "check_kernels", lambda: "install another torch")
     found = preflight.kernels()
@@ -546,7 +554,7 @@ def test_machine_that_cannot_hold_the_run_is_found(setup, tmp_path, monkeypatch)
 
 
 def test_where_there_is_a_cache_memory_is_asked_for_without_the_teacher(setup, tmp_path, monkeypatch):
-    monkeypatch.setattr(forecast, "largest", ", ".join)  # the names of all parts
+    monkeypatch.setattr(disk, "largest", ", ".join)  # the names of all parts
     cached = replace(setup, config=replace(setup.config, cache=replace(setup.config.cache, folder=str(tmp_path))))
     assert "teacher weights" in preflight.memory(setup).value
     found = preflight.memory(cached).value

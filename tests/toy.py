@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.config import TrainingConfig, build
-from utils.logs import StepLogger
-from utils.plan import build_accelerator
-from utils.training import fit
+from utils.config.build import TrainingConfig, build
+from utils.logs.step_logger import StepLogger
+from utils.training.loop import fit
+from utils.training.plan import build_accelerator
 
 VOCABULARY, WIDTH, LENGTH = 12, 8, 6
 

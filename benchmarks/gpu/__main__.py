@@ -27,11 +27,10 @@ from typing import TextIO
 
 import torch
 
+from benchmarks.gpu.parts import BY_NAME, Part
+from benchmarks.gpu.report import MARKDOWN_NAME, write_results
+from benchmarks.gpu.settings import ROOT, Bench, Skipped, choose_scale
 from benchmarks.measure import machine
-
-from .parts import BY_NAME, Part
-from .report import MARKDOWN_NAME, write_results
-from .settings import ROOT, Bench, Skipped, choose_scale
 
 BUDGET = 560
 """Seconds in all, unless the user gives another number; the limits of the parts are made for it."""

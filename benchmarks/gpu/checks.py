@@ -10,16 +10,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.gpu.settings import ROOT, Bench
 from benchmarks.step_time import random_windows, vocabulary_map
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
-from models.pairing import PairCollator
 from models.student_aware_router import ROUTER_TERMS
-from models.teacher import FrozenTeacher
-from models.vocabulary import VocabularyMap
-
-from .settings import ROOT, Bench
+from models.teacher.frozen import FrozenTeacher
+from models.text.collate import PairCollator
+from models.text.vocabulary import VocabularyMap
 
 VOCABULARIES = {"teacher": 500, "student": 300}
 LENGTH, WINDOWS = 48, 16
@@ -50,10 +49,10 @@ def waits(bench: Bench) -> Iterator[dict]:
 
 def _train(bench: Bench, precision: str, weights: dict[str, float], watched: bool) -> int:
     """Train a tiny random pair for four optimizer steps with the real loop; returns how many were done."""
-    from utils.config import TrainingConfig
-    from utils.logs import StepLogger
-    from utils.plan import another_accelerator
-    from utils.training import TrainingLoop, fit
+    from utils.config.build import TrainingConfig
+    from utils.logs.step_logger import StepLogger
+    from utils.training.loop import TrainingLoop, fit
+    from utils.training.plan import another_accelerator
 
     advance = TrainingLoop._advance
 

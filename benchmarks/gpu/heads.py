@@ -12,11 +12,10 @@ from statistics import median
 import torch
 
 from benchmarks import peers
-from models import head_passes
-from models.teacher import exact_top_k
-
-from .settings import Bench
-from .timing import Measured, measure_fitting, ratio, seconds
+from benchmarks.gpu.settings import Bench
+from benchmarks.gpu.timing import Measured, measure_fitting, ratio, seconds
+from models.losses import head_passes
+from models.teacher.frozen import exact_top_k
 
 VARIANTS = {
     "bare": "",

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from .settings import Bench
-from .timing import measure_fitting, repeated, seconds
+from benchmarks.gpu.settings import Bench
+from benchmarks.gpu.timing import measure_fitting, repeated, seconds
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "peft", "bitsandbytes")
 PEERS = ("liger_kernel", "trl")

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
+from benchmarks.gpu.settings import Bench, Skipped
 from benchmarks.step_time import shapes
-from utils import miniature, quickstart
-
-from .settings import Bench, Skipped
+from utils.checks import miniature
+from utils.run import quickstart
 
 REAL_TOKENIZERS = {"teacher": "qwen2.5", "student": "smollm"}
 """Names below DIR/tokenizers."""

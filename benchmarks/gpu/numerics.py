@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.gpu.made import small_pair, true_pair
+from benchmarks.gpu.settings import Bench
+from benchmarks.gpu.timing import measure_fitting, seconds
 from benchmarks.step_time import random_batch, vocabulary_map
 from models.config import CurriculumConfig, LossConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
-from models.outputs import PairedBatch
-from models.pairing import PairCollator, PairEncoder
-from models.teacher import FrozenTeacher
-from models.vocabulary import VocabularyMap
-
-from .made import small_pair, true_pair
-from .settings import Bench
-from .timing import measure_fitting, seconds
+from models.teacher.frozen import FrozenTeacher
+from models.text.collate import PairCollator, PairEncoder
+from models.text.vocabulary import VocabularyMap
+from models.types import PairedBatch
 
 LENGTH, WINDOWS = 128, 4
 TOP = 8
@@ -101,7 +100,7 @@ def _gradient(
 
 def quantised(bench: Bench) -> Iterator[dict]:
     """Yield memory, time and agreement of the teacher's weights in 8 and 4 bits beside half precision."""
-    from utils import pretrained
+    from utils.pretrained import loading
 
     folder = str(true_pair(bench).teacher)
     vocabulary = vocabulary_map(bench.scale.teacher_vocabulary, bench.scale.student_vocabulary)
@@ -110,8 +109,8 @@ def quantised(bench: Bench) -> Iterator[dict]:
     exact = None
     for weights, dtype in (("float16", torch.float16), ("8bit", torch.float16), ("4bit", torch.float16)):
         before = torch.cuda.memory_allocated(bench.device)
-        pretrained.check_weights(weights, "teacher.dtype", bench.device)
-        model = pretrained.load_model(folder, "teacher", dtype, bench.device, weights=weights)
+        loading.check_weights(weights, "teacher.dtype", bench.device)
+        model = loading.load_model(folder, "teacher", dtype, bench.device, weights=weights)
         size = torch.cuda.memory_allocated(bench.device) - before
 
         teacher = FrozenTeacher(model, vocabulary)

@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
+from benchmarks.gpu.parts import BY_NAME
+from benchmarks.gpu.targets import verdicts
 from benchmarks.measure import table
-from utils.atomic import write_text
-
-from .parts import BY_NAME
-from .targets import verdicts
+from utils.files import write_text
 
 JSON_NAME, MARKDOWN_NAME = "gpu.json", "gpu.md"
 

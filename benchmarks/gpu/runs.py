@@ -16,8 +16,8 @@ from unittest import mock
 
 import torch
 
-from .made import PairFolders, real_pair, small_pair, true_pair
-from .settings import ROOT, Bench, Skipped
+from benchmarks.gpu.made import PairFolders, real_pair, small_pair, true_pair
+from benchmarks.gpu.settings import ROOT, Bench, Skipped
 
 TEACHER_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 WAITING = re.compile(r"([\d.]+) % of this session was spent waiting for batches")
@@ -182,7 +182,7 @@ def repeat(bench: Bench, deterministic: bool) -> Iterator[dict]:
 
 
 def _require_setting(name: str) -> None:
-    from utils.config import TrainingConfig
+    from utils.config.build import TrainingConfig
 
     if name not in {field.name for field in fields(TrainingConfig)}:
         raise Skipped(f"this version has no setting training.{name}")
@@ -217,7 +217,7 @@ def _compared(run: Run, digest: str) -> str:
 
 def tight(bench: Bench) -> Iterator[dict]:
     """Yield how a run ends whose fourth step has less memory than its third took."""
-    from utils.training import TrainingLoop
+    from utils.training.loop import TrainingLoop
 
     precision = next(name for name in bench.precisions())
     settings = [*_precision_settings(precision), *_small_settings(6)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.step_time import STUDENT_VOCABULARY, TEACHER_VOCABULARY
-from utils.hardware import choose_precision
+from utils.machine.hardware import choose_precision
 
 ROOT = Path(__file__).resolve().parents[2]
 """Of the checkout: train.py and verify_fixes.py are there."""

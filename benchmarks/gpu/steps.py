@@ -9,18 +9,17 @@ from unittest import mock
 
 import torch
 
+from benchmarks.gpu.settings import Bench
+from benchmarks.gpu.timing import measure_fitting, ratio, seconds
 from benchmarks.peers import KD, LM, OPTIONS
 from benchmarks.step_time import DTYPES, StepWorks, random_batch, random_framework, random_windows, vocabulary_map
-from models.causal_lm import body_states
 from models.config import LossConfig
 from models.distillation_framework import DistillationFramework
-from models.losses import kd_loss, next_token_loss
-from models.pairing import PairCollator
-from models.vocabulary import VocabularyMap
-from utils.hardware import configure_backends
-
-from .settings import Bench
-from .timing import measure_fitting, ratio, seconds
+from models.language_model import body_states
+from models.losses.losses import kd_loss, next_token_loss
+from models.text.collate import PairCollator
+from models.text.vocabulary import VocabularyMap
+from utils.machine.hardware import configure_backends
 
 GIB = 2**30
 T4_CAPABILITY = (7, 5)
@@ -168,10 +167,10 @@ def _train_two_steps(
     framework: DistillationFramework, vocabulary: VocabularyMap, precision: str, windows: int, length: int
 ) -> None:
     """Train with the project's own loop and optimizer: two steps of two micro-batches."""
-    from utils.config import TrainingConfig
-    from utils.logs import StepLogger
-    from utils.plan import another_accelerator
-    from utils.training import fit
+    from utils.config.build import TrainingConfig
+    from utils.logs.step_logger import StepLogger
+    from utils.training.loop import fit
+    from utils.training.plan import another_accelerator
 
     config = TrainingConfig(batch_size=windows, gradient_accumulation_steps=2, epochs=1, max_steps=2)
     collate = PairCollator(vocabulary, (None, None), LossConfig().max_depth)
@@ -191,7 +190,7 @@ def _predicted(bench: Bench, framework: DistillationFramework, precision: str, w
     """Return the bytes that train.py would log for such a run, without those of CUDA itself."""
     import train
     from benchmarks.memory_forecast import forecast_on
-    from utils.config import DataConfig, ModelConfig, StudentConfig, TrainingConfig
+    from utils.config.build import DataConfig, ModelConfig, StudentConfig, TrainingConfig
 
     teacher = framework.teacher.model
     config = train.RunConfig(

@@ -25,9 +25,9 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not call __getattr_
         Term,
         VocabularyMap,
     )
-    from .utils.config import TrainingConfig
+    from .utils.config.build import TrainingConfig
     from .utils.errors import UserError
-    from .utils.training import fit
+    from .utils.training.loop import fit
 
 __all__ = [
     "CachedTeacher",
@@ -48,7 +48,7 @@ __all__ = [
     "fit",
 ]
 
-_MODULES = {"TrainingConfig": ".utils.config", "UserError": ".utils.errors", "fit": ".utils.training"}
+_MODULES = {"TrainingConfig": ".utils.config.build", "UserError": ".utils.errors", "fit": ".utils.training.loop"}
 """Modules of the names that do not come from `.models`."""
 
 

@@ -7,10 +7,10 @@ import torch
 
 from tests.gloo import launch
 from tests.toy import ToyModule, toy_collate, toy_config, toy_windows, train
-from utils.logs import read_metrics
-from utils.plan import Plan
-from utils.processes import rank
-from utils.training import TrainingLoop
+from utils.logs.step_logger import read_metrics
+from utils.parallel.processes import rank
+from utils.training.loop import TrainingLoop
+from utils.training.plan import Plan
 
 CUTS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
 """(windows per forward, forwards per step)."""

@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models import pairing
-from models.outputs import IGNORE
-from models.pairing import PairCollator
+from models.text import collate as pairing
+from models.text.collate import PairCollator
+from models.types import IGNORE
 from tests.models.tiny import (
     KINDS,
     STORIES,

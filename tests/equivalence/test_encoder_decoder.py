@@ -12,8 +12,8 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 import train
 import verify_fixes
 from tests.models.tiny import STORIES, bart_like, byte_bpe, t5_like, tiny_bart, tiny_llama, tiny_t5
-from utils import preflight
-from utils.logs import read_metrics
+from utils.checks import setup as preflight
+from utils.logs.step_logger import read_metrics
 
 ROWS = [
     {"prompt": f"Tell {n}: {story[n : n + 30]}", "completion": story[n % 7 : n % 7 + 40 + n]}

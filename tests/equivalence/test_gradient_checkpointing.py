@@ -9,9 +9,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from models.config import RouterConfig
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
-from utils.config import LoraConfig
+from utils.config.build import LoraConfig
 from utils.errors import UserError
-from utils.pretrained import recompute_layers
+from utils.pretrained.loading import recompute_layers
 
 TERMS = {"kd": 0.7, "lm": 0.3, "span": 0.2, "feat": 0.3, "rel": 0.1, "attn": 0.2, "layer": 0.1, "contr": 0.1}
 TOKENIZERS = byte_bpe(290), byte_bpe(330)
@@ -25,7 +25,7 @@ def student(kind: str):
     model = tiny_llama(len(TOKENIZERS[0]), seed=1, num_hidden_layers=3, attention_dropout=0.2)
     if kind == "lora":
         pytest.importorskip("peft", reason="peft is not installed: pip install -e .[peft]")
-        from utils.adapters import add_lora
+        from utils.pretrained.lora import add_lora
 
         torch.manual_seed(2)
         return add_lora(model, "some/base", LoraConfig(enabled=True, dropout=0.3))

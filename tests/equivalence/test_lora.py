@@ -7,13 +7,13 @@ import torch
 import transformers
 from torch import nn
 
-from models.causal_lm import check_head
-from models.losses import span_loss, span_sums
-from tests.models.test_causal_lm import build
+from models.language_model import check_head
+from models.losses.losses import span_loss, span_sums
+from tests.models.test_language_model import build
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
 from tests.toy import digest
-from utils.adapters import add_lora, merged
-from utils.config import LoraConfig
+from utils.config.build import LoraConfig
+from utils.pretrained.lora import add_lora, merged
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e .[peft]")
 

@@ -11,19 +11,19 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
 from models.config import RouterConfig
-from models.encoder_decoder import SourceEncoder
-from models.fused_head import chunk_rows
-from models.vocabulary import VocabularyMap
+from models.losses.fused_head import chunk_rows
+from models.text.encoder_decoder import SourceEncoder
+from models.text.vocabulary import VocabularyMap
 from tests.models.tiny import STORIES, Pair, bart_like, byte_bpe, pair_of, tiny_bart, tiny_llama, tiny_t5
 from tests.toy import toy_config
-from utils import memory
-from utils.config import LoraConfig
+from utils.config.build import LoraConfig
 from utils.errors import UserError
-from utils.logs import StepLogger
-from utils.memory import RUNTIME, Demand
-from utils.plan import another_accelerator, build_accelerator
-from utils.pretrained import recompute_layers
-from utils.training import fit
+from utils.forecast import step_memory
+from utils.forecast.step_memory import RUNTIME, Demand
+from utils.logs.step_logger import StepLogger
+from utils.pretrained.loading import recompute_layers
+from utils.training.loop import fit
+from utils.training.plan import another_accelerator, build_accelerator
 
 WITHIN = 0.2
 EVERYTHING = ("feat", "rel", "attn", "layer", "contr")
@@ -167,16 +167,16 @@ def config():
 
 def settled(monkeypatch, config, free: float):
     shapes = {"student": tiny_llama(600).config, "teacher": tiny_llama(600).config}
-    monkeypatch.setattr(memory.pretrained, "load_each", lambda load, names: shapes)
-    monkeypatch.setattr(memory, "free_memory", lambda device: int(free))
-    found, forecast = memory.settle(config, build_accelerator("no", cpu=True), chunk_rows)
+    monkeypatch.setattr(step_memory.loading, "load_each", lambda load, names: shapes)
+    monkeypatch.setattr(step_memory, "free_memory", lambda device: int(free))
+    found, forecast = step_memory.settle(config, build_accelerator("no", cpu=True), chunk_rows)
     return found, forecast.told
 
 
 def test_of_a_sharded_teacher_a_process_holds_a_part_of_the_layers_and_two_whole_ones(config):
     model = tiny_llama(600, num_hidden_layers=10)
     sharded = replace(config, teacher=replace(config.teacher, device="sharded"))
-    demands = [memory.demand_of(c, model.config, model.config, 64, "no", torch.device("cpu"), chunk_rows, 4)
+    demands = [step_memory.demand_of(c, model.config, model.config, 64, "no", torch.device("cpu"), chunk_rows, 4)
                for c in (config, sharded)]  # fmt: skip
     whole, part = (demand.memory(1)["teacher weights"] for demand in demands)
     layers = sum(p.nbytes for p in model.model.layers.parameters())
@@ -189,7 +189,7 @@ def test_a_teacher_on_the_students_gpu_is_counted_also_where_it_is_named(config)
 
     def has_teacher(device: str) -> bool:
         asked = replace(config, teacher=replace(config.teacher, device=device, dtype="float16"))
-        demand = memory.demand_of(asked, model, model, 64, "fp16", gpu, lambda *_: (128, ""))
+        demand = step_memory.demand_of(asked, model, model, 64, "fp16", gpu, lambda *_: (128, ""))
         return "teacher weights" in demand.memory(1)
 
     assert has_teacher("cuda:0") and has_teacher("auto") and not has_teacher("cuda:1")
@@ -200,8 +200,9 @@ def test_auto_keeps_the_windows_of_the_recipe_in_an_optimizer_step(monkeypatch, 
     found, told = settled(monkeypatch, config, 2**40)
     assert (found.training.batch_size, found.training.gradient_accumulation_steps) == (16, 1)
     assert "micro-batches of 16" in told
-    least, more = (memory.demand_of(config, *2 * [tiny_llama(600).config], 64, "no", torch.device("cpu"), chunk_rows)
-                   .memory(n) for n in (1, 4))  # fmt: skip
+    configs = [tiny_llama(600).config] * 2
+    demand = step_memory.demand_of(config, *configs, 64, "no", torch.device("cpu"), chunk_rows)
+    least, more = (demand.memory(windows) for windows in (1, 4))
     assert settled(monkeypatch, config, 2 * sum(more.values()))[0].training.batch_size == 4
     tight = settled(monkeypatch, config, sum(least.values()) + 1)[0].training
     assert (tight.batch_size, tight.gradient_accumulation_steps) == (1, 16)
@@ -218,9 +219,9 @@ def test_a_run_that_cannot_fit_is_refused_and_one_that_may_not_is_warned_of(monk
 
 def test_a_run_that_fits_without_the_teacher_is_not_refused_once_its_cache_is_there(monkeypatch, config, tmp_path):
     shapes = 2 * [tiny_llama(600).config]
-    monkeypatch.setattr(memory, "RUNTIME", 0)
-    least = sum(memory.demand_of(config, *shapes, 64, "no", torch.device("cpu"), chunk_rows).memory(1).values())
-    free = 0.99 * least / memory.MARGIN
+    monkeypatch.setattr(step_memory, "RUNTIME", 0)
+    least = sum(step_memory.demand_of(config, *shapes, 64, "no", torch.device("cpu"), chunk_rows).memory(1).values())
+    free = 0.99 * least / step_memory.MARGIN
     cached = replace(config, cache=replace(config.cache, folder=str(tmp_path)))
     assert "which a complete cache spares" in settled(monkeypatch, cached, free)[1]
     for folder, build_only, refused in ((tmp_path / "new", False, True), (tmp_path / "new", True, False)):

@@ -10,13 +10,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.config import RouterConfig
 from models.distillation_framework import DistillationFramework
-from tests.models import test_encoder_decoder as encoders
+from tests.models.text import test_encoder_decoder as encoders
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
 from tests.toy import toy_config
-from utils.guards import StepGuard
-from utils.logs import StepLogger
-from utils.plan import build_accelerator
-from utils.training import TrainingLoop, fit
+from utils.logs.step_logger import StepLogger
+from utils.training.loop import TrainingLoop, fit
+from utils.training.plan import build_accelerator
+from utils.training.step_guard import StepGuard
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim"}
 """Operations whose result, or its shape, the host has to know before it can go on."""

@@ -10,20 +10,20 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from models import fused_head
 from models.config import RouterConfig
 from models.distillation_framework import DistillationFramework
-from models.pairing import PairCollator
+from models.losses import fused_head
 from models.student_aware_router import ROUTER_TERMS
+from models.text.collate import PairCollator
 from tests.gloo import launch, launched
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
 from tests.toy import StopAfter, ToyModule, toy_config, toy_windows, train
-from utils.checkpoints import CheckpointStore
 from utils.errors import UserError
-from utils.logs import StepLogger, read_metrics
-from utils.plan import build_accelerator
-from utils.processes import main_process_first, on_main_process
-from utils.training import TrainingLoop, fit
+from utils.logs.step_logger import StepLogger, read_metrics
+from utils.parallel.processes import main_process_first, on_main_process
+from utils.training.checkpoints import CheckpointStore
+from utils.training.loop import TrainingLoop, fit
+from utils.training.plan import build_accelerator
 
 WINDOWS, GLOBAL_BATCH = 7, 4
 """Steps of 4 and 3 windows: of four processes one has nothing to do in the second step of an epoch."""

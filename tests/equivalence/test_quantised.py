@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
-from utils import pretrained
-from utils.adapters import add_lora
-from utils.config import LoraConfig
-from utils.evaluation import describe_model
-from utils.run_state import learned
+from utils.config.build import LoraConfig
+from utils.evaluation.scores import describe_model
+from utils.pretrained import loading
+from utils.pretrained.lora import add_lora
+from utils.training.state import learned
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install -e .[quant]")
 
@@ -23,8 +23,8 @@ def saved(folder, size: int, seed: int) -> str:
 @pytest.mark.parametrize(("weights", "dtype"), [("8bit", torch.float16), ("4bit", torch.bfloat16)])
 def test_a_teacher_of_few_bits_says_about_the_same(tmp_path, weights, dtype):
     folder = saved(tmp_path, len(TOKENIZERS[1]), seed=2)
-    whole = pair_of(*TOKENIZERS, teacher=pretrained.load_model(folder, "teacher", torch.float32))
-    small = pretrained.load_model(folder, "teacher", dtype, "cpu", weights)
+    whole = pair_of(*TOKENIZERS, teacher=loading.load_model(folder, "teacher", torch.float32))
+    small = loading.load_model(folder, "teacher", dtype, "cpu", weights)
     assert sum(p.dtype in (torch.int8, torch.uint8) for p in small.parameters()) == 2 * 7
     assert describe_model(small)["parameters"] == describe_model(whole.teacher)["parameters"]
     batch = whole.batch()
@@ -35,7 +35,7 @@ def test_a_teacher_of_few_bits_says_about_the_same(tmp_path, weights, dtype):
 
 def test_a_student_over_4_bits_learns_and_only_its_adapter_is_kept(tmp_path):
     folder = saved(tmp_path, len(TOKENIZERS[0]), seed=1)
-    base = pretrained.load_model(folder, "student", torch.bfloat16, "cpu", "4bit")
+    base = loading.load_model(folder, "student", torch.bfloat16, "cpu", "4bit")
     pair = pair_of(*TOKENIZERS, student=add_lora(base, folder, LoraConfig(enabled=True)))
     framework = pair.framework({"kd": 0.7, "lm": 0.3})
     assert all("lora_" in name for name in learned(framework)) and len(learned(framework)) == 2 * 2 * 7

@@ -12,9 +12,9 @@ from tests.equivalence.test_processes import whole_framework
 from tests.gloo import launch, launched
 from tests.models.tiny import tiny_llama
 from tests.toy import toy_config
-from utils.logs import StepLogger
-from utils.memory import Demand
-from utils.training import TrainingLoop, fit
+from utils.forecast.step_memory import Demand
+from utils.logs.step_logger import StepLogger
+from utils.training.loop import TrainingLoop, fit
 
 DTYPES = (torch.float32, torch.float32)
 KINDS = ("fsdp2", *(("zero2", "zero3") if is_deepspeed_available() else ()))

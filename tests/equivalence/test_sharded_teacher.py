@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from models import teacher as teacher_module
+from models.teacher import frozen as teacher_module
 from tests.gloo import launch
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
-from utils import pretrained
-from utils.plan import build_accelerator
-from utils.sharding import shard_layers
+from utils.parallel.sharding import shard_layers
+from utils.pretrained import loading
+from utils.training.plan import build_accelerator
 
 LAYERS = (1, 4)
 
@@ -38,11 +38,11 @@ def compared(tied: bool) -> dict:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher_module, "chunk_rows", lambda *_: ((3, 64)[rank], ""))
         expected = said(pair.frozen(), batch)
-        prints = [pretrained.fingerprint(model)]
+        prints = [loading.fingerprint(model)]
         shard_layers(model, accelerator)
         pair.teacher = model
         found = said(pair.frozen(), batch)
-    prints.append(pretrained.fingerprint(model))
+    prints.append(loading.fingerprint(model))
     layers = [p for name, p in model.named_parameters() if "layers." in name]
     held = sum(p.to_local().nbytes for p in layers) / sum(p.nbytes for p in layers)
     ids, settings = torch.arange(1, 6)[None], {"do_sample": False, "max_new_tokens": 2 + 5 * rank}

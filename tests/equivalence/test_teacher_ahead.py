@@ -10,9 +10,9 @@ from models.config import RouterConfig
 from models.student_aware_router import ROUTER_TERMS
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
 from tests.toy import ToyModule, toy_config, toy_windows, train
-from utils.logs import StepLogger, read_metrics
-from utils.plan import build_accelerator
-from utils.training import fit
+from utils.logs.step_logger import StepLogger, read_metrics
+from utils.training.loop import fit
+from utils.training.plan import build_accelerator
 
 CHANGING = {"tokens_per_second", "peak_memory_mb"}
 
@@ -74,7 +74,7 @@ def test_the_next_step_is_asked_for_before_this_one_is_worked_on():
 @pytest.mark.parametrize("stop_at", [0, 1, 3])
 def test_a_resumed_run_asks_about_the_steps_that_are_left(tmp_path, stop_at):
     from tests.toy import StopAfter
-    from utils.checkpoints import CheckpointStore
+    from utils.training.checkpoints import CheckpointStore
 
     asked: list[int] = []
     config = toy_config(batch_size=1, gradient_accumulation_steps=2, epochs=2)

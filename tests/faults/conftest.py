@@ -10,7 +10,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from utils.quickstart import train_tokenizer
+from utils.run.quickstart import train_tokenizer
 
 WORDS = "the a girl boy dog cat tree house river stone runs sees finds takes loves small red old happy and then but"
 

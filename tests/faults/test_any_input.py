@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import train
-from models.vocabulary import VocabularyMap
-from tests.models.test_alignment import STRINGS, TOYS, check_pair
-from utils import command_line
-from utils.config import DataConfig, to_plain
-from utils.data import load_documents
+from models.text.vocabulary import VocabularyMap
+from tests.models.text.test_alignment import STRINGS, TOYS, check_pair
+from utils.config import command_line
+from utils.config.build import DataConfig, to_plain
+from utils.data.documents import load_documents
 from utils.errors import UserError
 
 

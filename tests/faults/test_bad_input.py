@@ -17,10 +17,12 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config
 
 import train
-from models import teacher as teacher_module
+from models.teacher import frozen as teacher_module
 from tests.faults.conftest import documents, write_jsonl
-from utils import data, pretrained, run_folder
-from utils.pretrained import load_model
+from utils.data import documents as data
+from utils.pretrained import loading
+from utils.pretrained.loading import load_model
+from utils.run import folder as run_folder
 
 
 @pytest.fixture
@@ -244,7 +246,7 @@ def test_code_that_comes_with_a_model_is_refused_and_never_run(refused, place, t
 
 @pytest.fixture
 def nothing_loaded(monkeypatch):
-    monkeypatch.setattr(pretrained, "load_model", lambda *_: pytest.fail("a model was loaded first"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("a model was loaded first"))
     monkeypatch.setattr(data, "load_documents", lambda *_: pytest.fail("text was read first"))
 
 

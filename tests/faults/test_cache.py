@@ -15,14 +15,14 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 import train
-from models.teacher import FrozenTeacher
+from models.teacher.frozen import FrozenTeacher
 from tests.faults.conftest import Place, documents, write_jsonl
 from tests.faults.test_kill import PATIENCE, ROOT, Session, same_outcome, steps_in
 from tests.gloo import launch
-from utils import cache_building
-from utils.logs import read_metrics
-from utils.quickstart import train_tokenizer
-from utils.stopping import StopSignal
+from utils.logs.step_logger import read_metrics
+from utils.run.quickstart import train_tokenizer
+from utils.teacher_cache import building
+from utils.training.stopping import StopSignal
 
 SHORT = ["--max-steps", "4", "--eval-every", "0", "--log-every", "1"]
 
@@ -197,7 +197,7 @@ def test_a_cache_of_another_text_is_refused_and_can_be_added_to(place, cache, tm
 
 
 def test_too_little_disk_is_told_before_training(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cache_building, "free_disk", lambda _: 1000)
+    monkeypatch.setattr(building, "free_disk", lambda _: 1000)
     assert run(place, tmp_path / "run", tmp_path / "cache") == 2
     refused(capsys, "MB more, 0.0 MB are free", "--cache-top-k")
     assert not (tmp_path / "run" / "checkpoints").exists()

@@ -9,10 +9,9 @@ from transformers import AutoTokenizer
 from transformers.utils import chat_template_utils
 
 import train
-from utils import conversation_date
-from utils.atomic import remove_folder
-
-from .conftest import documents
+from tests.faults.conftest import documents
+from utils.files import remove_folder
+from utils.run import conversation_date
 
 ALTERNATING = (
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"

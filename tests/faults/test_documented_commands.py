@@ -23,9 +23,11 @@ import train
 from benchmarks import memory_forecast
 from tests.faults.conftest import Place, documents, write_jsonl
 from tests.test_docs import BENCHMARK, PROSE
-from utils import command_line, memory, report
-from utils.config import load_yaml
-from utils.logs import read_metrics
+from utils.config import command_line
+from utils.config.build import load_yaml
+from utils.forecast import step_memory
+from utils.logs.step_logger import read_metrics
+from utils.report import report
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = {page.name: prose.replace("\\\n", " ").replace("\\|", "|") for page, prose in PROSE.items()}
@@ -153,16 +155,16 @@ def toys(place, tmp_path_factory) -> Toys:
 @pytest.fixture(scope="module")
 def measured_once():
     """What takes most of a run here and is the same in all: the forecast of memory; the pictures are left out."""
-    known: dict[str, memory.Body] = {}
+    known: dict[str, step_memory.Body] = {}
 
-    def measure_body(config, *settings) -> memory.Body:
+    def measure_body(config, *settings) -> step_memory.Body:
         key = f"{config.to_json_string()} {settings}"
         known[key] = known[key] if key in known else original(config, *settings)
         return known[key]
 
-    original = memory.measure_body
+    original = step_memory.measure_body
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "measure_body", measure_body)
+        patch.setattr(step_memory, "measure_body", measure_body)
         patch.setattr(report, "draw_curves", lambda *_: None)
         patch.setattr(report, "curves_as_svg", lambda *_: [])
         yield

@@ -21,8 +21,8 @@ from transformers import AutoModelForCausalLM
 
 import train
 from tests.faults.conftest import Place, documents, write_jsonl
-from utils.logs import read_metrics
-from utils.quickstart import train_tokenizer
+from utils.logs.step_logger import read_metrics
+from utils.run.quickstart import train_tokenizer
 from utils.run_layout import FILES, FOLDERS, LOCK
 
 ROOT = Path(__file__).resolve().parents[2]

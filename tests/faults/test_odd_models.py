@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, 
 
 import train
 import verify_fixes
-from utils import exported, memory, students
+from utils.evaluation import exported
+from utils.forecast import step_memory
+from utils.pretrained import student as students
 
 V = 290
 COMMON = {
@@ -117,7 +119,7 @@ def test_the_checklist_says_that_there_is_no_forecast_and_goes_on(place, tmp_pat
 
 
 def test_auto_without_a_forecast_starts_small_where_nothing_can_be_halved(run, place, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "measure_body", lambda *args: 1 / 0)
+    monkeypatch.setattr(step_memory, "measure_body", lambda *args: 1 / 0)
     code, said = run("--batch-size", "auto", "--student-init", "random")
     assert code == 0 and "no forecast of memory, because of ZeroDivisionError" in said
     assert "without a forecast, micro-batches of 1" in said and "micro-batch 1 x" in said

@@ -9,8 +9,8 @@ import torch
 import torch.multiprocessing
 
 from tests.toy import StopAfter, ToyModule, digest, toy_config, toy_windows, train
-from utils.checkpoints import CheckpointStore
-from utils.out_of_memory import OutOfMemory
+from utils.training.checkpoints import CheckpointStore
+from utils.training.out_of_memory import OutOfMemory
 
 TOLD = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 15.89 GiB."
 

@@ -18,11 +18,14 @@ import verify_fixes
 from tests.faults.conftest import documents, write_jsonl
 from tests.faults.test_documented_commands import ASKS_FOR, TRAINING
 from tests.pretended import MACHINES, pretend
-from utils import command_line, hardware, preflight, pretrained
-from utils.config import CONFIG_FOLDER, DESCRIBED_BY, DataConfig, get_dotted, to_plain
-from utils.data import document_name, load_documents, places_told
+from utils.checks import setup
+from utils.config import command_line
+from utils.config.build import CONFIG_FOLDER, DESCRIBED_BY, DataConfig, get_dotted, to_plain
+from utils.data.documents import document_name, load_documents, places_told
 from utils.errors import UserError
-from utils.plan import build_accelerator
+from utils.machine import hardware
+from utils.pretrained import loading
+from utils.training.plan import build_accelerator
 
 RECIPES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 TEXT_DEFAULTS = {key: get_dotted({"data": to_plain(DataConfig())}, key) for key in DESCRIBED_BY["data.train"]}
@@ -214,7 +217,7 @@ def test_precision_is_that_of_the_card_whatever_the_recipe(machine, recipe):
     words = ["--config", recipe] if recipe else []
     config, device = train.configure(words)[0], hardware.choose_device().value
     precision = hardware.choose_precision(config.training.mixed_precision, device).value
-    dtype = pretrained.frozen_dtype(config.teacher.dtype, device, precision).value
+    dtype = loading.frozen_dtype(config.teacher.dtype, device, precision).value
     assert (precision, dtype) == {
         "cpu": ("no", torch.float32),
         "A10": ("bf16", torch.bfloat16),
@@ -294,7 +297,7 @@ def test_a_recipe_under_a_text_of_ones_own_reads_that_text(machine, home):
 
 def test_the_checklist_checks_the_text_that_the_same_flags_train_on(machine, home):
     _, job = verify_fixes.own_setup(train.configure([*own_text_command(), "--eval-data", "held_out.jsonl"])[0])
-    check = preflight.documents(job)
+    check = setup.documents(job)
     assert check.passed and not check.doubtful
     assert "training: 90 documents" in check.value and "held-out: 20 documents" in check.value
 
@@ -303,5 +306,5 @@ def test_rows_joined_into_one_document_are_found_by_run_and_checklist(home, capl
     joined = ["--eval-data", "held_out.jsonl", "--max-length", "64", "--set", "data.document_start=^ = [^=]"]
     job = prepared([*own_text_command(), *joined])
     assert "[RED FLAG] training text: 1 documents; the longest holds 100% of the text" in caplog.text
-    check = preflight.documents(job)
+    check = setup.documents(job)
     assert check.passed and check.doubtful and "--document-separator" in check.hint

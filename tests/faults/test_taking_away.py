@@ -13,7 +13,8 @@ from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 import train
-from utils import benchmark_tasks, hub
+from utils.evaluation import lm_eval_tasks
+from utils.run import upload
 
 SHORT = ["--max-steps", "4", "--save-every", "4", "--eval-every", "0"]
 
@@ -81,7 +82,7 @@ def test_it_is_whole_and_holds_no_pickle(whole):
 
 
 def test_a_hub_that_cannot_be_reached_is_told_before_the_run(place, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
+    monkeypatch.setattr(upload, "hub_is_reachable", lambda: False)
     output = tmp_path / "run"
     assert train.main(place.arguments(output, *SHORT, "--push-to-hub", "me/mine")) == 2
     assert "the hub cannot be reached" in " ".join(capsys.readouterr().out.split()) and not output.exists()
@@ -89,7 +90,7 @@ def test_a_hub_that_cannot_be_reached_is_told_before_the_run(place, tmp_path, mo
 
 def test_an_upload_that_fails_after_the_run_costs_nothing(place, whole, monkeypatch, caplog):
     """No pretended upload here: this suite is offline, and so the hub's client fails by itself."""
-    monkeypatch.setattr(hub, "check", lambda config, student: None)
+    monkeypatch.setattr(upload, "check", lambda config, student: None)
     (whole / "report.html").unlink()
     with caplog.at_level(logging.ERROR):
         assert train.main(place.arguments(whole, *SHORT, "--push-to-hub", "me/mine")) == 0
@@ -99,8 +100,8 @@ def test_an_upload_that_fails_after_the_run_costs_nothing(place, whole, monkeypa
 
 def test_a_finished_run_is_uploaded_by_the_same_command(place, whole, monkeypatch):
     pushed = []
-    monkeypatch.setattr(hub, "check", lambda config, student: None)
-    monkeypatch.setattr(hub, "push", lambda config, student: pushed.append((config.repository, student)))
+    monkeypatch.setattr(upload, "check", lambda config, student: None)
+    monkeypatch.setattr(upload, "push", lambda config, student: pushed.append((config.repository, student)))
     assert train.main(place.arguments(whole, *SHORT, "--push-to-hub", "me/mine")) == 0
     assert pushed == [("me/mine", whole / "student")]
 
@@ -113,8 +114,8 @@ def test_what_is_measured_is_the_trained_student_and_the_whole_teacher(place, tm
         measured.append({key: sum(p.numel() for p in model().parameters()) for key, model in models.items()})
         return []
 
-    monkeypatch.setattr(benchmark_tasks, "check", lambda config: None)
-    monkeypatch.setattr(benchmark_tasks, "measure", measure)
+    monkeypatch.setattr(lm_eval_tasks, "check", lambda config: None)
+    monkeypatch.setattr(lm_eval_tasks, "measure", measure)
     cached = ["--cache-teacher", str(tmp_path / "cache")]
     for number, cache in enumerate(([], cached, cached)):
         asked = [*SHORT, "--eval-tasks", "any", *cache]

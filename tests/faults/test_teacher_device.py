@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import train
 from tests.gloo import launch
-from utils import teachers
-from utils.logs import read_metrics
+from utils.logs.step_logger import read_metrics
+from utils.pretrained import teacher
 
 CHANGING = {"tokens_per_second", "peak_memory_mb"}
 MORE = ("--set", "curriculum.feat.weight=1", "evaluation.samples=2", "--save-every", "2", "--max-steps", "4")
@@ -35,8 +35,8 @@ def test_a_run_with_a_spread_teacher_is_that_of_any(place, tmp_path, monkeypatch
         return model
 
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", spy)
-    monkeypatch.setattr(teachers, "_gpus", lambda: 2)
-    monkeypatch.setattr(teachers, "room", lambda student, needed: {"cpu": 130_000})
+    monkeypatch.setattr(teacher, "_gpus", lambda: 2)
+    monkeypatch.setattr(teacher, "room", lambda student, needed: {"cpu": 130_000})
     assert train.main(place.arguments(tmp_path / "plain", *MORE)) == 0
     assert train.main(place.arguments(tmp_path / "spread", *MORE, "--teacher-device", "spread")) == 0
     assert {"cpu", "disk"} <= {*spread[0].values()}

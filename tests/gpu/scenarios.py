@@ -35,8 +35,8 @@ def run_training(device: Any, arguments: list[str], log: Path) -> dict[str, Any]
     from accelerate.state import AcceleratorState
 
     import train
-    from utils import hardware
-    from utils.training import TrainingLoop
+    from utils.machine import hardware
+    from utils.training.loop import TrainingLoop
 
     hardware._launch = lambda *_: None  # starts another Python, which would not pretend
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -103,7 +103,7 @@ def resume(device: Any, card: str, arguments: list[str], output: str) -> dict[st
 
 def out_of_memory(device: Any, card: str, arguments: list[str], output: str, share: float) -> dict[str, Any]:
     """A run that from its fourth step on has but a share of what its third one took beside the models."""
-    from utils.training import TrainingLoop
+    from utils.training.loop import TrainingLoop
 
     device.become(card)
     advance, known = TrainingLoop._advance, {}

@@ -18,16 +18,16 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.step_time import STUDENT_VOCABULARY, TEACHER_VOCABULARY, random_windows, shapes, vocabulary_map
 from models import distillation_framework
-from models import teacher as teacher_module
 from models.config import CurriculumConfig, LossConfig, Term
 from models.curriculum import CurriculumScheduler
-from models.fused_head import chunk_rows
-from models.outputs import PairedBatch, _tensors
-from models.pairing import PairCollator
+from models.losses.fused_head import chunk_rows
+from models.teacher import frozen as teacher_module
+from models.text.collate import PairCollator
+from models.types import PairedBatch, _tensors
 from tests.gpu.attention_kernels import MATH, AttentionCall, choose_kernel
-from utils import memory
-from utils.config import TrainingConfig
-from utils.plan import build_optimizer
+from utils.config.build import TrainingConfig
+from utils.forecast import step_memory
+from utils.training.plan import build_optimizer
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BLOCK = 512
@@ -182,9 +182,9 @@ def _without_content(mode: FakeTensorMode, batch: PairedBatch) -> PairedBatch:
     return replace(batch, **tensors)
 
 
-def _demand(case: Case) -> memory.Demand:
+def _demand(case: Case) -> step_memory.Demand:
     teacher, student = shapes(case.student, TEACHER_VOCABULARY, STUDENT_VOCABULARY)
-    return memory.Demand(
+    return step_memory.Demand(
         student=student,
         teacher=teacher,
         length=case.length,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from models.vocabulary import VocabularyMap
+from models.text.vocabulary import VocabularyMap
 
 
 @pytest.fixture(scope="session")

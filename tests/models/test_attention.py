@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations import sdpa_attention
 
 from models.attention import repeat_grouped_heads_where_needed
-from models.causal_lm import body_states
+from models.language_model import body_states
 from tests.models.tiny import tiny_llama
 
 CARDS = {"P100": (6, 0), "T4": (7, 5), "A100": (8, 0), "3090": (8, 6), "H100": (9, 0)}

@@ -14,10 +14,10 @@ from transformers import LlamaModel
 from models.config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
-from models.outputs import IGNORE, PairedBatch
 from models.student_aware_router import ROUTER_TERMS
-from models.teacher import FrozenTeacher
-from models.vocabulary import MARKER
+from models.teacher.frozen import FrozenTeacher
+from models.text.vocabulary import MARKER
+from models.types import IGNORE, PairedBatch
 from tests.models.tiny import STORIES, byte_bpe, curriculum, gradients, pair_of, tiny_llama
 
 ALL = {"kd": 0.7, "span": 0.2, "lm": 0.3}

@@ -5,9 +5,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models import causal_lm, fused_head
-from models.causal_lm import HALF_BLOCK, head_logits, linear_into
-from models.fused_head import head_losses
+from models import language_model
+from models.language_model import HALF_BLOCK, head_logits, linear_into
+from models.losses import fused_head
+from models.losses.fused_head import head_losses
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
 
 HALF = (torch.float16, torch.bfloat16)
@@ -26,7 +27,7 @@ def as_on_cuda(monkeypatch):
         return result if out is None else out.copy_(result)
 
     monkeypatch.setattr(torch, "mm", product)
-    for module in (causal_lm, fused_head):
+    for module in (language_model, fused_head):
         monkeypatch.setattr(module, "has_float32_products", lambda x: True)
 
 
@@ -59,7 +60,7 @@ def test_the_logits_of_a_half_precision_head_are_those_of_float32_products(as_on
 def test_elsewhere_they_are_rounded_a_block_at_a_time(monkeypatch, dtype):
     """Without a copy of all logits in half precision."""
     torch.manual_seed(0)
-    monkeypatch.setattr(causal_lm, "HALF_BLOCK", 100)
+    monkeypatch.setattr(language_model, "HALF_BLOCK", 100)
     x, weight = torch.randn(5, 64).to(dtype), torch.randn(310, 64).to(dtype)
     out = torch.empty(5, 310)
     with Largest() as largest:

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.alignment import Alignment
 from models.config import RouterConfig
-from models.outputs import Anchors
-from models.pairing import BEHIND, _anchors
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
-from models.vocabulary import Reading
+from models.text.alignment import Alignment
+from models.text.collate import BEHIND, _anchors
+from models.text.vocabulary import Reading
+from models.types import Anchors
 from tests.models.tiny import Pair, pair_of
 
 ALL = {*ROUTER_TERMS}

@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from models.pairing import PairEncoder
-from models.projection import Projection
-from models.vocabulary import VocabularyMap
+from models.teacher.projection import Projection
+from models.text.collate import PairEncoder
+from models.text.vocabulary import VocabularyMap
 from tests.models.tiny import Pair, gradients, tiny_llama
 
 QWEN, SMOLLM = 151_936, 49_152

@@ -27,10 +27,10 @@ from models import (
     Term,
     VocabularyMap,
 )
-from models.chat import ChatEncoder
 from models.curriculum import value_at
-from models.encoder_decoder import SourceEncoder
-from models.teacher import exact_top_k
+from models.teacher.frozen import exact_top_k
+from models.text.chat import ChatEncoder
+from models.text.encoder_decoder import SourceEncoder
 from tests.models.tiny import STORIES, Pair, byte_bpe, pair_of, tiny_llama
 
 # --- configuration --------------------------------------------------------------------------------

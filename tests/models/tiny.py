@@ -22,10 +22,10 @@ from transformers import (
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Schedule, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
-from models.outputs import PairedBatch
-from models.pairing import PairCollator, PairEncoder
-from models.teacher import FrozenTeacher
-from models.vocabulary import VocabularyMap
+from models.teacher.frozen import FrozenTeacher
+from models.text.collate import PairCollator, PairEncoder
+from models.text.vocabulary import VocabularyMap
+from models.types import PairedBatch
 
 STORIES = [
     "Once upon a time there was a little girl named Lily. She loved to play outside in the park.",

@@ -1,0 +1,1 @@
+"""What is minimised: divergences, losses, the fused head."""

@@ -1,0 +1,1 @@
+"""The teacher's side: frozen or from a cache, and its projection on the student's vocabulary."""

@@ -1,0 +1,1 @@
+"""From text to batches: tokens, vocabularies, alignment, windows, conversations."""

@@ -1,0 +1,142 @@
+"""Prompts and completions -> windows of encoder-decoder pairs (T5, BART).
+
+The encoders read the prompt, each in its own tokens, and the decoders the completion: theirs are the positions that are
+aligned, taught and compared. A window is one example. It has the columns of `PairEncoder.windows` for what the decoders
+read (what they begin with, as a marker; the completion; its end of text), and beside them `student_source` and
+`teacher_source`, the ids for the encoders. The shift is that of every window: position j predicts token j + 1.
+"""
+
+import hashlib
+import json
+from datetime import date
+from typing import Any, Literal
+
+from transformers import PreTrainedTokenizerBase
+
+from ..validation import expect_texts
+from .chat import ChatEncoder
+from .chat_template import ConversationError, named
+from .collate import ANY_MODEL, SIDES, ModelFacts, PairEncoder
+from .text_start import leading_bos
+
+EXPECTED = "Encoder-decoder models learn from a prompt and its completion: columns 'prompt' and 'completion'"
+
+
+class SourceEncoder(PairEncoder):
+    """Prompts and completions -> windows.
+
+    An example whose prompt does not fit is left out: cut, it would be cut elsewhere by each model. A completion that
+    does not fit loses its end.
+
+    Args:
+        starts: the tokens that the decoders of student and teacher begin with. A start of text (bos) follows where the
+            tokenizer puts one before every text, as BART's does.
+
+    Raises:
+        ValueError: a tokenizer writes text in several languages, which nothing here names; else as `PairEncoder`.
+    """
+
+    def __init__(
+        self,
+        student_tokenizer: PreTrainedTokenizerBase,
+        teacher_tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        starts: tuple[int, int],
+        facts: ModelFacts = ANY_MODEL,
+    ) -> None:
+        super().__init__(student_tokenizer, teacher_tokenizer, max_length, facts)
+        for side, (tokenizer, start) in enumerate(zip((student_tokenizer, teacher_tokenizer), starts, strict=True)):
+            if hasattr(tokenizer, "src_lang"):
+                raise ValueError(
+                    f"the {SIDES[side]}'s tokenizer ({type(tokenizer).__name__}) marks the languages of prompt and "
+                    "completion, which no column names: expected one such as T5's or BART's"
+                )
+            bos = leading_bos(tokenizer)
+            self.starts[side] = [start] if bos is None else [start, bos]
+            self._require_rows(side)
+        own = json.dumps([self.fingerprint, "source", self.starts])
+        self.fingerprint = hashlib.sha256(own.encode()).hexdigest()
+
+    def _require_rows(self, side: int) -> None:
+        """Refuse a tokenizer that frames texts with tokens which its model has no row for."""
+        table = self.tables[side]
+        beyond = [i for i in [*self.starts[side], *table.framed("a").tolist()] if i >= table.rows]
+        if beyond:
+            raise ValueError(
+                f"the {SIDES[side]} puts token {beyond[0]:,} around a text, but its model has only {table.rows:,} "
+                "rows: expected tokens that the model has; correct its tokenizer, or its decoder_start_token_id"
+            )
+
+    def windows(self, texts: list[str], documents: list[str] | None = None) -> list[dict[str, Any]]:
+        """One window for each example, a conversation of one prompt and one answer; see `PairEncoder.windows`.
+
+        `left_out` counts bytes of completions whose prompt, or which themselves, do not fit.
+
+        Raises:
+            ConversationError: a conversation of something else.
+        """
+        expect_texts(texts, documents)
+        windows, left_out = [], 0
+        for name, example in zip(documents or [""] * len(texts), texts, strict=True):
+            with named(name):
+                prompt, completion = self._example(example)
+            sources = [table.framed(prompt) for table in self.tables]
+            size = len(completion.encode())
+            pieces, _ = self._pieces(name, size, [table.read([completion])[0] for table in self.tables])
+            whole = pieces and pieces[0].first_byte == -1 and all(0 < len(ids) <= self.max_length for ids in sources)
+            if not whole:
+                left_out += size
+                continue
+            left_out += size - pieces[0].text_bytes
+            windows.append(
+                self._assemble(pieces[:1])
+                | {f"{side}_source": ids for side, ids in zip(SIDES, sources, strict=True)}
+                | {"left_out": left_out}
+            )
+            left_out = 0
+        if windows:
+            windows[-1]["left_out"] += left_out
+        return windows
+
+    def prompt(self, example: str, side: str) -> tuple[str, list[int]]:
+        """The prompt of an example, and as a side's encoder reads it."""
+        prompt, _ = self._example(example)
+        return prompt, self.tables[SIDES.index(side)].framed(prompt).tolist()[: self.max_length]
+
+    def _example(self, conversation: str) -> tuple[str, str]:
+        messages = json.loads(conversation)
+        roles = [message["role"] for message in messages]
+        if roles != ["user", "assistant"]:
+            raise ConversationError(f"{EXPECTED}. Got a conversation of {', '.join(roles)}.")
+        if any("reasoning_content" in message for message in messages):
+            raise ConversationError(
+                f"{EXPECTED}. Got thinking (reasoning_content) besides, which would not be learned."
+            )
+        return messages[0]["content"], self.canonical(messages[1]["content"])
+
+
+def make_encoder(
+    pair: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+    max_length: int,
+    *,
+    conversations: bool,
+    learn_from: Literal["completions", "all"],
+    starts: tuple[int, int] | None,
+    facts: ModelFacts = ANY_MODEL,
+    today: date | None = None,
+) -> PairEncoder:
+    """The encoder for a family of models (`starts` as in `SourceEncoder`, None for causal ones) and a kind of text.
+
+    `today` is the day for chat templates that write it.
+
+    Raises:
+        ConversationError: plain text for an encoder-decoder pair.
+        ValueError: see the encoders.
+    """
+    if starts is None:
+        if conversations:
+            return ChatEncoder(*pair, max_length, learn_from, today, facts)
+        return PairEncoder(*pair, max_length, facts)
+    if not conversations:
+        raise ConversationError(f"{EXPECTED}. Got plain text.")
+    return SourceEncoder(*pair, max_length, starts, facts)

@@ -1,0 +1,297 @@
+"""What a run writes is bounded, one line per message, and survives a kill."""
+
+import io
+import json
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+from torch.utils.data import DataLoader, Dataset
+
+from tests.utils.logs.test_progress import Clock, Terminal
+from utils.errors import RunError, UserError
+from utils.logs import step_logger
+from utils.logs.progress import Progress
+from utils.logs.step_logger import (
+    StepLogger,
+    evaluation_line,
+    learned_lines,
+    read_metrics,
+    setup_logging,
+    training_lines,
+)
+
+TAGS = ("[CURRICULUM]", "[KD]", "[ROUTING]", "[LM]", "[TOTAL]", "[Eval]")
+TWELVE_HOURS = 12 * 3600.0
+
+
+class _Broken(Dataset):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> int:
+        raise ValueError("broken window")
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging(monkeypatch):
+    for name in ("KAGGLE_KERNEL_RUN_TYPE", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    yield
+    for handler in [h for h in logging.getLogger().handlers if getattr(h, "_of_this_project", False)]:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+    logging.captureWarnings(False)
+
+
+def record_at(step: int, total: int, **changes) -> dict:
+    def term(raw: float, weight: float) -> dict:
+        return {"raw": raw, "weight": weight, "weighted": raw * weight, "count": 4096}
+
+    return {
+        "step": step,
+        "epoch": 3 * step / total,
+        "progress": step / total,
+        "loss": 5.25,
+        "lr": 1e-4,
+        "grad_norm": 0.875,
+        "tokens_per_second": 12345.6,
+        "peak_memory_mb": 2048.0,
+        "terms": {"kd": term(32.0, 0.7), "span": term(0.2, 0.1), "lm": term(3.0, 0.3), "feat": term(1.0, 0.1)},
+        "kd_nats_per_token": 2.0,
+        "coverage": {"anchored": 0.981, "depth0": 0.932},
+        "top_k": 256,
+        "temperature": 4.0,
+        **changes,
+    }
+
+
+def evaluation_at(step: int, split: str = "eval") -> dict:
+    return {
+        "step": step,
+        "split": split,
+        "loss": 2.5,
+        "perplexity": 12.18,
+        "bits_per_byte": 0.9,
+        "tokens": 1000,
+        "bytes": 4000,
+    }
+
+
+def simulate(output_dir, stream, clock, *, total=25_000, seconds=TWELVE_HOURS, every=100) -> None:
+    """A whole run as the loop drives it: steps, logged steps, evaluations and saves, but no training."""
+    setup_logging(output_dir)
+    progress = Progress(total, stream=stream, clock=clock)
+    steps = StepLogger(output_dir, total, every, progress=progress)
+    loop = logging.getLogger("utils.training.loop")
+    for step in range(1, total + 1):
+        clock.now += seconds / total
+        if steps.due(step):
+            steps.training(record_at(step, total))
+        steps.progress(step)
+        if step % 200 == 0:
+            loop.info("saved checkpoints/step-%08d", step)
+        if step % 500 == 0:
+            steps.evaluation(evaluation_at(step))
+    steps.close()
+
+
+@pytest.mark.parametrize("seconds", [600.0, TWELVE_HOURS, 10 * TWELVE_HOURS])
+def test_25000_steps_stay_under_5000_lines_in_the_log_and_on_a_captured_console(tmp_path, monkeypatch, seconds):
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stdout", stream)
+    simulate(tmp_path, stream, Clock(), seconds=seconds)
+    log_lines = (tmp_path / "train.log").read_text().splitlines()
+    console_lines = stream.getvalue().splitlines()
+    assert 1000 < len(log_lines) < 5000
+    assert 1000 < len(console_lines) < 5000
+    for tag in TAGS:
+        assert sum(tag in line for line in log_lines) == sum(tag in line for line in console_lines) > 0
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 250 + 50
+
+
+def test_a_notebook_keeps_less_than_a_megabyte_and_a_half_of_12_hours(tmp_path, monkeypatch):
+    stream = Terminal()
+    monkeypatch.setattr("sys.stdout", stream)
+    simulate(tmp_path, stream, Clock())
+    written = stream.getvalue()
+    assert len(written.encode()) < 1_500_000
+    assert written.count("\r") < 25_000
+    assert "\x1b[1A" not in written  # a saved notebook does not understand cursor movements
+    assert "100%" in written.splitlines()[-1]
+
+
+def test_steps_are_due_by_number_alone_and_the_first_five_are_not():
+    steps = StepLogger(None, 1234, 100, progress=Progress(1234, stream=io.StringIO()))
+    due = [step for step in range(1235) if steps.due(step)]
+    assert due == [*range(100, 1201, 100), 1234]
+
+
+def test_every_term_has_raw_weight_and_weighted_and_kd_both_its_figures():
+    lines = training_lines(record_at(100, 25_000), 25_000)
+    assert [line.split()[0] for line in lines] == ["[CURRICULUM]", "[KD]", "[KD]", "[ROUTING]", "[LM]", "[TOTAL]"]
+    kd = lines[1]
+    for part in ("raw 32.0000", "weight 0.700", "weighted 22.4000", "nats/token 2.0000", "temperature 4.0", "98.1%"):
+        assert part in kd
+    assert "depth0 93.2%" in kd and "progress 0.4%" in lines[0]
+    assert "feat raw 1.0000 weight 0.100 weighted 0.1000" in lines[3]
+    assert not any("\n" in line for line in lines)
+    assert evaluation_line(evaluation_at(100)).startswith("[Eval] step 100 eval loss 2.5000 perplexity 12.18")
+
+
+def test_the_routing_line_has_all_router_terms_and_their_gradients_where_measured():
+    record, names = record_at(100, 1000), ("feat", "rel", "attn", "layer", "contr")
+    for place, name in enumerate(names, 1):
+        record["terms"][name] = {"raw": place / 2, "weight": place / 10, "weighted": place**2 / 20, "count": 7}
+    record["terms"]["rel"]["grad_norm"] = record["terms"]["lm"]["grad_norm"] = 0.25
+    lines = {line.split()[0]: line for line in training_lines(record, 1000)}
+    assert lines["[ROUTING]"] == (
+        "[ROUTING] step 100 feat raw 0.5000 weight 0.100 weighted 0.0500"
+        "; rel raw 1.0000 weight 0.200 weighted 0.2000 grad_norm 0.2500"
+        "; attn raw 1.5000 weight 0.300 weighted 0.4500"
+        "; layer raw 2.0000 weight 0.400 weighted 0.8000"
+        "; contr raw 2.5000 weight 0.500 weighted 1.2500"
+    )
+    assert "weighted 0.9000 grad_norm 0.2500 tokens" in lines["[LM]"]
+
+
+def test_without_router_terms_there_is_no_routing_line():
+    record = record_at(100, 1000)
+    del record["terms"]["feat"]
+    assert not any("[ROUTING]" in line for line in training_lines(record, 1000))
+
+
+def test_resume_drops_later_records_and_a_line_cut_by_a_kill(tmp_path):
+    steps = StepLogger(tmp_path, 1000, 100, progress=Progress(1000, stream=io.StringIO()))
+    for step in (100, 200, 300):
+        steps.training(record_at(step, 1000))
+        steps.evaluation(evaluation_at(step))
+    steps.close()
+    path = tmp_path / "metrics.jsonl"
+    whole = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(whole) + '{"step": 150, "lo')
+    resumed = StepLogger(tmp_path, 1000, 100, start_step=200, progress=Progress(1000, 200, stream=io.StringIO()))
+    resumed.truncate_after(200)
+    assert path.read_text() == "".join(whole[:4])
+    resumed.training(record_at(300, 1000))
+    resumed.close()
+    assert path.read_text() == "".join(whole[:5])
+
+
+def test_not_a_number_is_null_in_the_metrics(tmp_path):
+    steps = StepLogger(tmp_path, 10, 1, progress=Progress(10, stream=io.StringIO()))
+    steps.training(record_at(1, 10, loss=float("nan"), grad_norm=float("inf")))
+    steps.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_other_processes_write_nothing(tmp_path, capsys):
+    setup_logging(tmp_path, main_process=False)
+    steps = StepLogger(tmp_path, 10, 1, main_process=False)
+    steps.training(record_at(1, 10))
+    steps.evaluation(evaluation_at(1))
+    steps.progress(10)
+    steps.truncate_after(0)
+    steps.close()
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_an_error_is_one_message_on_the_console_and_its_traceback_is_in_the_file(tmp_path, capsys):
+    setup_logging(tmp_path)
+    for error in (UserError("got 3, expected 4: write 4"), RuntimeError("a fault")):
+        try:
+            raise error
+        except Exception as caught:
+            logging.getLogger("train").error("%s", caught, exc_info=True)
+    shown, kept = capsys.readouterr().out, (tmp_path / "train.log").read_text()
+    assert "Traceback (" not in shown and kept.count("Traceback (") == 2
+    assert "got 3, expected 4: write 4" in shown and "a fault" in shown
+    assert shown.count(str(tmp_path / "train.log")) == 1
+
+
+def test_without_a_file_an_unexpected_failure_has_its_traceback_on_the_console(capsys):
+    setup_logging(None)
+    for error in (UserError("a mistake"), RuntimeError("a fault")):
+        try:
+            raise error
+        except Exception as caught:
+            logging.getLogger("train").error("%s", caught, exc_info=True)
+    shown = capsys.readouterr().out
+    assert shown.count("Traceback (") == 1 and shown.index("a mistake") < shown.index("Traceback (")
+
+
+def test_the_traceback_that_a_data_worker_sends_along_is_not_shown(tmp_path, capsys):
+    setup_logging(tmp_path)
+    try:
+        next(iter(DataLoader(_Broken(), num_workers=1)))
+    except ValueError as caught:
+        logging.getLogger("train").critical("%s: %s", type(caught).__name__, caught, exc_info=True)
+    shown = capsys.readouterr().out
+    assert "Traceback (" not in shown and "broken window" in shown and "DataLoader worker process 0" in shown
+    assert "Original Traceback (" in (tmp_path / "train.log").read_text()
+
+
+def test_libraries_repeat_themselves_three_times_at_most(tmp_path, capsys):
+    setup_logging(tmp_path)
+    for step in range(100):
+        logging.getLogger("some.library").warning("deprecated, seen at step %d", step)
+        logging.getLogger("some.library").info("chatter")
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn(f"python warning {step}", stacklevel=1)
+    kept = (tmp_path / "train.log").read_text()
+    assert kept.count("deprecated") == kept.count("UserWarning") == step_logger.REPEATS
+    assert "chatter" not in kept and capsys.readouterr().out.count("deprecated") == step_logger.REPEATS
+
+
+def test_long_lines_and_square_brackets_reach_a_captured_console_unchanged(tmp_path, capsys):
+    setup_logging(None)
+    message = "[KD] " + "word " * 60 + "[red]not markup[/red]"
+    logging.getLogger("utils.logs.step_logger").info(message)
+    assert capsys.readouterr().out.count("\n") == 1
+    logging.getLogger("utils.logs.step_logger").info(message)
+    assert message in capsys.readouterr().out
+
+
+def test_setting_up_again_moves_the_log(tmp_path):
+    for name in ("a", "b"):
+        setup_logging(tmp_path / name)
+        logging.getLogger("utils.x").info("run %s", name)
+    assert "run b" not in (tmp_path / "a" / "train.log").read_text()
+    assert (tmp_path / "b" / "train.log").read_text().count("run b") == 1
+
+
+def test_an_evaluation_is_found_by_its_step_and_a_training_step_is_none(tmp_path):
+    steps = StepLogger(tmp_path, total_steps=2, every=1, progress=Progress(2, stream=io.StringIO()))
+    assert not steps.has_evaluation(1)
+    steps.training(record_at(1, 2))
+    assert not steps.has_evaluation(1)
+    steps.evaluation({"step": 1, "loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.0, "tokens": 5, "bytes": 5})
+    assert steps.has_evaluation(1) and not steps.has_evaluation(2)
+    steps.close()
+
+
+def test_what_is_learned_is_shown_run_by_run_and_in_a_few_lines():
+    letters = "what is read|learned\nhere|read"
+    ids = [ord(letter) for letter in letters if letter != "|"]
+    learned = [n for n, part in enumerate(letters.split("|")) for _ in part]
+    lines = learned_lines(ids, [part == 1 for part in learned], lambda run: "".join(map(chr, run)))
+    assert lines[0] == f"what is learned from: 12 of {len(ids)} tokens of the student's first window"
+    assert lines[1:] == ["[read]    what is read", "[learned] learned\\nhere", "[read]    read"]
+    many = learned_lines([65] * 500, [n // 5 % 2 for n in range(500)], lambda run: "long " * 100)
+    assert len(many) == 12 and many[-1] == "and 90 more such parts" and max(map(len, many)) < 180
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_on_a_full_disk_metrics_end_the_run_in_one_sentence_and_the_log_is_silent(tmp_path, capsys):
+    for name in ("metrics.jsonl", "train.log"):
+        (tmp_path / name).symlink_to("/dev/full")
+    setup_logging(tmp_path)
+    logging.getLogger("train").info("a line that the file cannot take")
+    said = capsys.readouterr()
+    assert "a line that" in said.out and said.err == ""
+    logger = StepLogger(tmp_path, 10, 1)
+    with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: No space left"):
+        logger.evaluation({"step": 0, "split": "eval", "loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.0})

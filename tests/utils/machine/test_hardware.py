@@ -1,0 +1,224 @@
+"""Choices follow from what the hardware has, and each says why."""
+
+import json
+import os
+import subprocess
+
+import pytest
+import torch
+
+from utils.errors import UserError
+from utils.machine import hardware
+from utils.machine.hardware import (
+    check_kernels,
+    choose_device,
+    choose_precision,
+    choose_teacher_device,
+    configure_backends,
+    covers,
+    describe,
+    peak_memory_mb,
+    remedy,
+    unused_gpus,
+)
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+CU128 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Pretends that torch sees one GPU; returns a function that sets its properties."""
+
+    def pretend(name: str, capability: tuple[int, int], arch_list: list[str] = CU126) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: arch_list)
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # what a T4 says
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "requested", "expected", "reason"),
+    [
+        ("Tesla P100", (6, 0), "auto", "fp16", "saves memory there, not time"),
+        ("Tesla T4", (7, 5), "auto", "fp16", "tensor cores"),
+        ("A100", (8, 0), "auto", "bf16", "has bf16"),
+        ("RTX 4090", (8, 9), "auto", "bf16", "8.9"),
+        ("Tesla T4", (7, 5), "bf16", "fp16", "bf16 was asked for, but Tesla T4 (compute capability 7.5) lacks it"),
+        ("RTX 4090", (8, 9), "fp16", "fp16", "asked for"),
+        ("RTX 4090", (8, 9), "no", "no", "asked for"),
+        ("GTX 980", (5, 2), "auto", "no", "neither"),
+    ],
+)
+def test_precision_follows_the_compute_capability(gpu, name, capability, requested, expected, reason):
+    gpu(name, capability)
+    choice = choose_precision(requested, GPU)
+    assert choice.value == expected and reason in choice.reason
+
+
+@pytest.mark.parametrize(("requested", "expected"), [("auto", "no"), ("no", "no"), ("fp16", "no"), ("bf16", "bf16")])
+def test_a_cpu_trains_in_float32_unless_bf16_is_asked_for(requested, expected):
+    choice = choose_precision(requested, CPU)
+    assert choice.value == expected and choice.reason
+    assert ("fp16 was asked for" in choice.reason) == (requested == "fp16")
+
+
+def test_the_device_agrees_with_accelerate_and_has_a_reason():
+    from accelerate import PartialState
+
+    choice = choose_device()
+    assert choice.value.type == PartialState().device.type and choice.reason
+
+
+@pytest.mark.parametrize(("count", "processes", "used", "said"), [(2, 1, 1, "1 of 2"), (2, 2, 1, ""), (2, 1, 2, "")])
+def test_a_plain_start_tells_what_it_leaves_unused_and_the_command_that_uses_it(
+    gpu, monkeypatch, count, processes, used, said
+):
+    gpu("Tesla T4", (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    told = unused_gpus(processes, used) or ""
+    assert said in told and bool(told) == bool(said) == ("--num_processes 2" in told)
+
+
+def test_the_teacher_computes_where_it_is_told_to_and_no_gpu_serves_two_processes(gpu, monkeypatch):
+    gpu("Tesla T4", (7, 5))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_teacher_device("auto", GPU, 2).value == GPU
+    assert choose_teacher_device("cuda:1", GPU, 1).value == torch.device("cuda", 1)
+    assert choose_teacher_device("cpu", GPU, 2).value == CPU
+    with pytest.raises(
+        UserError, match=r"cuda:2: there is no such device.* auto, spread, sharded, cpu, cuda:0, cuda:1"
+    ):
+        choose_teacher_device("cuda:2", GPU, 1)
+    with pytest.raises(UserError, match="each of the 2 processes"):
+        choose_teacher_device("cuda:1", GPU, 2)
+
+
+def test_tf32_is_set_by_an_interface_that_leaves_all_getters_readable(gpu):
+    before = torch.get_float32_matmul_precision()
+    try:
+        assert configure_backends(CPU) == []
+        gpu("Tesla T4", (7, 5))
+        configure_backends(GPU)
+        assert torch.get_float32_matmul_precision() == before
+        gpu("A100", (8, 0))
+        assert any("TF32" in line for line in configure_backends(GPU))
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(
+    ("arch_list", "capability", "expected"),
+    [
+        (CU126, (6, 0), True),
+        (CU126, (6, 1), True),
+        (CU126, (8, 9), True),
+        (CU128, (6, 0), False),
+        (CU128, (12, 0), True),
+        (CU126, (10, 0), False),
+        (["sm_90", "compute_90"], (12, 0), True),
+        (["sm_90a"], (9, 0), True),
+        (["sm_100a"], (10, 3), False),
+        ([], (9, 0), False),
+        (["gfx90a"], (9, 0), False),
+    ],
+)
+def test_kernels_cover_a_gpu_of_the_same_major_version_or_by_ptx(arch_list, capability, expected):
+    assert covers(arch_list, capability) is expected
+
+
+def test_a_p100_under_a_build_without_its_kernels_is_told_what_to_install(gpu, monkeypatch):
+    gpu("Tesla P100-PCIE-16GB", (6, 0), CU128)
+    monkeypatch.setattr(hardware, "_launch", lambda *_: pytest.fail("not needed"))
+    problem = check_kernels()
+    assert "sm_60" in problem and "sm_70 sm_75" in problem
+    assert "https://download.pytorch.org/whl/cu126" in problem and "<2.15" in problem
+    assert "cu128" in remedy("B200", (10, 0), CU126) and "CUDA_VISIBLE_DEVICES=" in remedy("K80", (3, 7), CU126)
+
+
+@pytest.mark.parametrize(
+    ("stderr", "expected"),
+    [
+        ("", None),
+        ("x\nRuntimeError: CUDA error: no kernel image is available for execution on the device\nCompile", "cu128"),
+        ("torch.OutOfMemoryError: CUDA out of memory\n", "failed at a first matrix product"),
+    ],
+)
+def test_a_kernel_is_launched_in_another_process_and_its_failure_reported(gpu, monkeypatch, stderr, expected):
+    gpu("RTX 4090", (8, 9))
+    commands = []
+
+    def fake_run(command, **_):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1 if stderr else 0, "", stderr)
+
+    monkeypatch.setattr(subprocess, "run", fake_run)
+    problem = check_kernels()
+    assert len(commands) == 1 and "cuda:0" in commands[0][-1]
+    assert problem is None if expected is None else expected in problem
+
+
+def test_a_launch_that_hangs_or_fails_is_reported(monkeypatch):
+    if not torch.cuda.is_available():
+        assert check_kernels() is None
+        assert "Error" in hardware._launch(0, 60.0)
+
+    def hang(command, timeout, **_):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", hang)
+    assert hardware._launch(0, 5.0) == "no answer within 5 s"
+
+
+def test_the_description_is_plain_and_names_versions_and_sizes():
+    description = json.loads(json.dumps(describe()))
+    assert description["packages"]["torch"] == torch.__version__ and description["cores"] >= 1
+    assert description["ram_gib"] > 0 and isinstance(description["gpus"], list)
+
+
+def test_peak_memory_on_a_cpu_is_that_of_the_process():
+    before = peak_memory_mb(CPU)
+    block = torch.ones(2**26)  # 256 MiB
+    assert before > 50 and peak_memory_mb(CPU) >= max(before, block.nbytes / 2**20)
+
+
+@pytest.fixture
+def no_allocator_settings(monkeypatch):
+    """Also afterwards: what is set here would bind every test that follows."""
+    for name in hardware.ALLOCATOR_SETTINGS:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@pytest.mark.usefixtures("no_allocator_settings")
+def test_the_allocator_grows_its_blocks_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setattr(hardware.sys, "platform", "linux")
+    assert "expandable" in hardware.configure_allocator()
+    assert {os.environ[name] for name in hardware.ALLOCATOR_SETTINGS} == {"expandable_segments:True"}
+    for name in hardware.ALLOCATOR_SETTINGS:
+        for other in hardware.ALLOCATOR_SETTINGS:
+            monkeypatch.delenv(other, raising=False)
+        monkeypatch.setenv(name, "max_split_size_mb:128")
+        assert hardware.configure_allocator() is None
+        assert os.environ[name] == "max_split_size_mb:128"
+
+
+@pytest.mark.usefixtures("no_allocator_settings")
+def test_other_systems_have_no_such_blocks(monkeypatch):
+    monkeypatch.setattr(hardware.sys, "platform", "win32")
+    assert hardware.configure_allocator() is None
+    assert "PYTORCH_CUDA_ALLOC_CONF" not in os.environ
+
+
+def test_on_a_gpu_what_torch_reserved_is_told_beside_what_it_gave_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**20)
+    assert hardware.memory_use(torch.device("cuda:0")) == {"peak_memory_mb": 3.0, "reserved_memory_mb": 5.0}
+    assert set(hardware.memory_use(CPU)) == {"peak_memory_mb"}

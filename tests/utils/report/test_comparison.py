@@ -1,0 +1,321 @@
+"""Runs are compared from their files alone, finished or not, and what does not compare is said."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from matplotlib.figure import Figure
+from matplotlib.image import imread
+
+import train
+from tests.utils.logs.test_step_logger import evaluation_at, record_at
+from tests.utils.report.test_report import RESULTS, scores
+from utils.errors import UserError
+from utils.logs import step_logger
+from utils.report.comparison import PICTURE, compare, differing_settings, read_runs, result_table
+
+
+@pytest.fixture(autouse=True)
+def _console(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    step_logger.console.cache_clear()
+    yield
+    step_logger.console.cache_clear()
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Makes folders of runs: `finished` has a report, the others have got as far as `step` of 1,000."""
+
+    def make(name: str, bits: float, step: int = 1000, finished: bool = True, settings=None, size: int = 4000) -> str:
+        folder = tmp_path / "runs" / name
+        folder.mkdir(parents=True)
+        records = [record_at(s, 1000) for s in range(100, step + 1, 100)]
+        records += [{**evaluation_at(s), "bits_per_byte": bits + 1 - s / 1000, "bytes": size} for s in (0, step)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        start = {"teacher": scores(0.8, 9), "initial_student": scores(2.8, 5)}
+        (folder / "baseline_evaluation.json").write_text(json.dumps(start))
+        if finished:
+            run = {"steps": step, "seconds": 4100.0, "stopped_by": "finished"}
+            report = RESULTS | {"student": scores(bits, 5), "run": run}
+            (folder / "evaluation_report.json").write_text(json.dumps(report))
+        if settings is not None:
+            (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+        return str(folder)
+
+    return make
+
+
+def test_the_table_has_figures_states_and_changes(place, tmp_path, capsys):
+    names = [place("a", 1.0), place("b", 0.9), place("c", 1.1, step=400, finished=False)]
+    compare(names, tmp_path / "out")
+    shown = capsys.readouterr().out
+    rows = {
+        line.split()[0]: line.split()[1:] for line in shown.splitlines() if line.split()[:1] in (["a"], ["b"], ["c"])
+    }
+    assert rows["a"] == ["finished", "1,000", "1.0000", "0.8000", "90.0%", "1:08:20"]
+    assert rows["b"] == ["finished", "1,000", "0.9000", "-10.0%", "0.8000", "90.0%", "1:08:20"]
+    assert rows["c"] == ["unfinished", "400", "(40%)", "1.7000", "+70.0%", "0.8000", "-", "-"]
+    assert max(map(len, shown.splitlines()[:8])) <= 80
+    assert f"picture: {tmp_path / 'out' / PICTURE}" in shown
+    picture = imread(tmp_path / "out" / PICTURE)
+    assert picture.shape[1] > 1200 and picture[..., :3].std() > 0.02
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    figures: list[Figure] = []
+    saved = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), saved(self, *a, **k))[1])
+    return figures
+
+
+def test_the_picture_is_over_steps_and_over_tokens_and_marks_what_is_unfinished(place, tmp_path, drawn):
+    compare([place("a", 1.0), place("b", 1.0, step=500, finished=False)], tmp_path)
+    steps, tokens = drawn[0].axes
+    a, b = (line for line in steps.get_lines() if len(line.get_xdata()) == 2 and line.get_marker() == "o")
+    assert list(a.get_xdata()) == [0, 1000] and list(b.get_xdata()) == [0, 500] and "(unfinished)" in b.get_label()
+    assert list(tokens.get_lines()[0].get_xdata()) == [0, 4096 * 1000]
+    assert [text.get_text() for text in steps.texts] == ["teacher  0.800"]
+
+
+def test_settings_that_differ_are_named_and_the_folders_own_are_not(place):
+    ramp = {"points": [[0, 0.1], [1, 0.7]]}
+    common = {"training": {"seed": 1}, "resume": "auto"}
+    one = place("a", 1.0, settings={**common, "curriculum": {"kd": {"weight": 0.7}}, "output_dir": "x"})
+    two = place("b", 1.0, settings={**common, "curriculum": {"kd": {"weight": ramp}}, "output_dir": "y", "new": 1})
+    three = place("c", 1.0)
+    found = differing_settings(read_runs([one, two, three]))
+    assert found == {"curriculum.kd.weight": ["0.7", json.dumps(ramp), "?"]}
+
+
+def test_what_makes_figures_incomparable_is_said(place, tmp_path, capsys):
+    compare([place("a", 1.0), place("b", 1.0, size=5000)], tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "measured on different text (bytes: a 4,000, b 5,000)" in said and "unknown settings: a, b" in said
+
+
+def test_on_different_texts_no_run_is_better_than_another(place):
+    same, other = [place("a", 1.0), place("b", 0.9)], place("c", 0.5, size=5000)
+
+    def best_and_changes(folders) -> tuple[list[int], list[str]]:
+        table = result_table(read_runs(folders))
+        (changes,) = [[*column.cells] for column in table.columns if column.header == "change"]
+        return [number for number, row in enumerate(table.rows) if row.style == "bold"], changes
+
+    assert best_and_changes(same) == ([1], ["", "-10.0%"])
+    assert best_and_changes([*same, other]) == ([], ["", "", ""])
+
+
+def test_each_teachers_line_tells_whose_it_is(place, tmp_path, drawn):
+    folders = [place(name, 1.0) for name in "abc"]
+    report = tmp_path / "runs" / "b" / "evaluation_report.json"
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"teacher": scores(0.6, 9)}))
+    compare(folders, tmp_path)
+    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["teacher of a, c  0.800", "teacher of b  0.600"]
+
+
+def test_a_report_that_the_run_has_left_behind_is_not_taken(place):
+    folder = place("a", 0.5)
+    with open(f"{folder}/metrics.jsonl", "a") as file:
+        file.write(json.dumps({**evaluation_at(1200), "bits_per_byte": 0.4}) + "\n" + json.dumps({"step": 1200})[:5])
+    run = read_runs([folder, folder])[0]
+    assert not run.report and run.bits("student") == 0.4 and run.bits("teacher") == 0.8
+
+
+def test_a_run_that_has_logged_nothing_is_compared_as_well(place, tmp_path, capsys):
+    empty = tmp_path / "runs" / "z"
+    empty.mkdir(parents=True)
+    (empty / "metrics.jsonl").write_text("")
+    compare([str(empty), place("a", 1.0)], tmp_path)
+    assert "Without an evaluation so far: z." in capsys.readouterr().out
+
+
+def test_every_folder_that_no_run_left_is_told(place, tmp_path):
+    good = place("a", 1.0)
+    with pytest.raises(UserError) as raised:
+        read_runs([good, str(tmp_path / "no"), str(tmp_path / "runs"), __file__])
+    told = str(raised.value)
+    assert "no: no such folder" in told and ": a file" in told
+    assert "runs: no metrics.jsonl in it; runs in it: a" in told
+    with pytest.raises(UserError, match="at least two"):
+        read_runs([good])
+
+
+REPORT, START = "evaluation_report.json", "baseline_evaluation.json"
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"null", b'"text"', b'{"run": null}', b'{"a": "\xe9"}', b"\x00\xff"]
+)
+def test_a_damaged_report_is_named_and_the_others_are_compared(place, tmp_path, capsys, content):
+    names = [place("a", 1.0), place("b", 0.9)]
+    (tmp_path / "runs" / "b" / REPORT).write_bytes(content)
+    compare(names, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Damaged in b, and left out: {REPORT} (" in said
+    assert "a finished 1,000 1.0000" in said and "b no report 1,000 (100%) 0.9000" in said
+
+
+@pytest.mark.parametrize(
+    ("file", "path", "value"),
+    [
+        (REPORT, ["run", "steps"], "1000"),
+        (REPORT, ["run", "steps"], None),
+        (REPORT, ["run", "seconds"], "long"),
+        (REPORT, ["run", "stopped_by"], None),
+        (REPORT, ["student", "bits_per_byte"], "0.9"),
+        (REPORT, ["student"], [1]),
+        (REPORT, ["teacher"], 3),
+        (REPORT, ["retention"], [0.5]),
+        (REPORT, ["retention", "gap_closed"], {}),
+        (START, ["teacher"], "good"),
+        (START, ["initial_student", "bits_per_byte"], []),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_place(place, tmp_path, capsys, file, path, value):
+    names = [place("a", 1.0), place("b", 0.9)]
+    changed = tmp_path / "runs" / "b" / file
+    content = json.loads(changed.read_text())
+    inner = content
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    changed.write_text(json.dumps(content))
+
+    compare(names, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Damaged in b, and left out: {file} ({'.'.join(path)} " in said
+    assert "a finished" in said
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"step": "x", "bits_per_byte": 1.0}',
+        '{"bits_per_byte": 1.0}',
+        '{"step": 5, "bits_per_byte": "low"}',
+        '{"step": 5, "bits_per_byte": 1.0, "bytes": "many"}',
+        '{"step": 5, "terms": [1]}',
+        '{"step": 5, "terms": {"lm": 3}}',
+        '{"step": 5, "terms": {}, "progress": "half"}',
+    ],
+)
+def test_records_that_cannot_be_used_are_counted(place, tmp_path, capsys, line):
+    names = [place("a", 1.0), place("b", 0.9)]
+    metrics = tmp_path / "runs" / "b" / "metrics.jsonl"
+    metrics.write_bytes(line.encode() + b"\n" + metrics.read_bytes() + b"\xff\n" + b'{"step": 9, "bi')
+    compare(names, tmp_path)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Damaged in b, and left out: metrics.jsonl (2 of 14 records)" in said
+    assert "b finished 1,000 0.9000 -10.0%" in said
+
+
+@pytest.mark.parametrize("bits", ["NaN", "Infinity", "-Infinity", "-1.0", "0.0", "0", "1e300", "1" + "0" * 400])
+@pytest.mark.parametrize("place_of_run", [0, 1])
+def test_bits_per_byte_that_cannot_be_are_damage(place, tmp_path, capsys, bits, place_of_run):
+    names = [place("a", 1.0, finished=False), place("b", 0.9, finished=False)]
+    with open(f"{names[place_of_run]}/metrics.jsonl", "a") as file:
+        file.write(f'{{"step": 1001, "bits_per_byte": {bits}}}\n')
+
+    compare(names, tmp_path / "out")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Damaged in {'ab'[place_of_run]}, and left out: metrics.jsonl (1 of 13 records)" in said
+    assert "0.9000 -10.0%" in said
+
+
+@pytest.mark.parametrize(
+    ("key", "change"),
+    [
+        ("run", {"seconds": math.inf}),
+        ("run", {"seconds": math.nan}),
+        ("run", {"seconds": -1e300}),
+        ("run", {"steps": 10**400}),
+        ("run", {"steps": -1}),
+        ("student", {"bits_per_byte": 0.0}),
+        ("student", {"bits_per_byte": math.nan}),
+        ("teacher", {"bits_per_byte": -1.0}),
+        ("student", {"unspelt_bytes": "x", "bytes": "y"}),
+        ("student", {"unspelt_bytes": 1, "bytes": 0}),
+        ("student", {"unspelt_bytes": 1, "bytes": None}),
+        ("retention", {"gap_closed": math.inf}),
+    ],
+)
+def test_numbers_in_a_report_that_cannot_be_are_damage(place, tmp_path, capsys, key, change):
+    names = [place("a", 1.0), place("b", 0.9)]
+    file = tmp_path / "runs" / "b" / REPORT
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps(report | {key: report[key] | change}))
+
+    compare(names, tmp_path / "out")
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"Damaged in b, and left out: {REPORT} ({key}" in said
+    assert "b no report 1,000 (100%) 0.9000" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "damage"),
+    [
+        ('{"step": 1}\n{"step": 2}\n'.encode("utf-16"), "2 of 2"),
+        (b"1\n2\nnull\n[]\n", "4 of 4"),
+        (b'{"step": 1' + b"0" * 400 + b', "bits_per_byte": 2.0}\n', "1 of 1"),
+        (b'{"step": 1' + b"0" * 5000 + b', "bits_per_byte": 2.0}\n', "1 of 1"),
+        (b"[" * 100_000 + b"\n", "1 of 1"),
+    ],
+)
+def test_metrics_that_are_none_are_named(place, tmp_path, capsys, content, damage):
+    names = [place("a", 1.0), place("b", 0.9, finished=False)]
+    (tmp_path / "runs" / "b" / "metrics.jsonl").write_bytes(content)
+    compare(names, tmp_path / "out")
+    assert f"Damaged in b, and left out: metrics.jsonl ({damage} records)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_term_without_a_count_is_no_crash(place, tmp_path):
+    folder = place("a", 1.0)
+    Path(folder, "metrics.jsonl").write_text('{"step": 5, "terms": {"lm": {}}}\n')
+    compare([folder, folder], tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["a[", "[red]o", "[bold]", ":smile:", "$x_$", "$\\frac$", "_hidden"])
+def test_names_and_values_are_shown_as_they_are(place, tmp_path, capsys, drawn, name):
+    value = f"{name}[/x]"
+    compare([place("b", 1.0, settings={"a": "c"}), place(name, 0.9, settings={"a": value})], tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert [name] in [line.split()[:1] for line in shown.splitlines()]
+    assert value in shown
+
+    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert [label.split()[0] for label in legend] == ["b", name]
+
+
+def test_a_run_in_a_folder_that_looks_like_markup(place, tmp_path, capsys):
+    compare([place("b", 1.0), place("a[/x]b", 0.9)], tmp_path / "out")
+    assert "a[/x]b" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("below", ["", "folder"])
+def test_a_file_in_place_of_the_output_folder_is_a_mistake(place, tmp_path, below):
+    (tmp_path / "text.jsonl").write_text("{}")
+    with pytest.raises(UserError, match=r"text\.jsonl.*expected a folder.*Choose another --output-dir"):
+        compare([place("a", 1.0), place("b", 0.9)], tmp_path / "text.jsonl" / below)
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"- 1", b"a: \xe9"])
+def test_damaged_settings_are_named(place, tmp_path, capsys, content):
+    names = [place("a", 1.0), place("b", 0.9)]
+    (tmp_path / "runs" / "b" / "config.yaml").write_bytes(content)
+    compare(names, tmp_path)
+    assert "Damaged in b, and left out: config.yaml (" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_command_compares_and_loads_nothing(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("it trained"))
+    names = [place("a", 1.0), place("b", 0.9)]
+    assert train.main(["--compare", *names, "--output-dir", str(tmp_path / "o")]) == 0
+    assert (tmp_path / "o" / PICTURE).is_file() and "-10.0%" in capsys.readouterr().out
+    assert train.main(["--compare", *names, "--epochs", "2"]) == 2
+    assert "trains nothing" in capsys.readouterr().out
+    assert train.main(["--compare", names[0], "nowhere"]) == 2
+    assert "nowhere: no such folder" in " ".join(capsys.readouterr().out.split())

@@ -1,0 +1,29 @@
+"""Exit codes. Those of whole runs: tests/faults."""
+
+import pytest
+import torch.distributed
+
+from utils.run.exit_codes import EXIT_CODES, Interrupted, exit_code
+from utils.training.stopping import STOP_REASONS, STOP_SIGNALS
+
+
+def test_every_signal_that_ends_a_run_is_a_reason_and_has_its_code():
+    assert "SIGUSR1" in {number.name for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        assert EXIT_CODES[number.name] == 128 + number
+        assert number.name in STOP_REASONS
+
+
+def interrupted():
+    raise Interrupted("SIGTERM")
+
+
+@pytest.mark.parametrize(("command", "code"), [(lambda: None, 0), (interrupted, 143)])
+def test_connections_that_do_not_close_change_nothing(monkeypatch, caplog, command, code):
+    def fail():
+        raise RuntimeError("NCCL error")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", fail)
+    assert exit_code(command) == code
+    assert "NCCL error" in caplog.text

@@ -1,0 +1,1 @@
+"""Text from files and hubs, as documents, windows and batches."""

@@ -1,0 +1,567 @@
+"""From sources to windows: documents, train/eval split, windows.
+
+    sources --load_documents--> Corpus of documents --make_windows--> windows
+
+Everything that decides what is trained on is a pure function of the texts, so that a resumed run sees what an
+uninterrupted one would have seen. In which order is told in `loading`.
+"""
+
+import logging
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from hashlib import blake2b
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, Literal
+
+import datasets
+import numpy as np
+
+from ..config.build import DataConfig
+from ..errors import UserError
+from . import sources
+from .columns import Columns, Conversation, as_text, said
+
+log = logging.getLogger(__name__)
+
+DOCUMENTS_PER_PACK = 1000
+"""Documents are packed into windows in groups of this many, so that windows do not depend on the number of workers."""
+IN_MEMORY_BYTES = 8_000_000
+"""Up to this much text, windows are built in memory; beyond it they are kept in the cache folder of `datasets`."""
+MOST_LEFT_OUT = 0.01
+"""Share of the training text that may be left out of the windows without a warning."""
+MOST_OF_TEXT = 0.5
+"""Share of a text above which one document is most of it."""
+LONG_DOCUMENT = 50
+"""Windows beyond which a document is a long one."""
+MOST_IN_LONG_DOCUMENTS = 0.01
+"""Share of a text that may be in long documents without a warning: articles of an encyclopedia are as long, a few."""
+MOST_MEASURED = 1000
+"""So many documents that are in no window are measured, to name the shortest."""
+SHORT_DOCUMENT = 4
+"""Up to so many windows a document may be most of a text (of three notes, say) without a word."""
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents to train on and documents to evaluate on; no text is in both."""
+
+    train: list[str]
+    eval: list[str]
+    conversations: bool
+    """Whether every document is a conversation, as `Conversation.text` writes it; else every one is plain text."""
+    report: dict[str, int]
+    """Documents read, empty, duplicate, in_eval (dropped from training because evaluation has them), train, eval;
+    train_bytes and eval_bytes, UTF-8, of conversations what their messages say."""
+
+
+# ---------------------------------------------------------------- documents
+
+
+def load_documents(config: DataConfig) -> Corpus:
+    """Read every source, drop what is empty or repeated, and split by document.
+
+    What a source can be is told in `sources`.
+
+    Without an evaluation source, a document goes to evaluation if a hash of its text says so: it stays on its
+    side whatever documents come or go beside it. Texts that differ only in whitespace share a side.
+
+    Raises `UserError` for what cannot be found, read or split.
+    """
+    report = dict.fromkeys(("read", "empty", "duplicate", "in_eval"), 0)
+    kinds: dict[bool, str] = {}
+    documents = _kept(
+        _read(config, config.train, config.split, kinds), report, config.deduplicate, config.max_documents
+    )
+    _require(documents, config.train, report, True in kinds)
+    if config.eval is None:
+        train, held_out = _split(documents, config.eval_fraction)
+    else:
+        counts = dict.fromkeys(report, 0)
+        held_out = _kept(_read_eval(config, kinds), counts, config.deduplicate, None)
+        _require(held_out, [config.eval], counts, True in kinds)
+        keys = {_key(text) for text in held_out}
+        train = [text for text in documents if _key(text) not in keys]
+        report["in_eval"] = len(documents) - len(train)
+        if not train:
+            raise UserError(
+                f"Every one of the {len(documents)} training documents is also in the evaluation data {config.eval}. "
+                "Give other evaluation data, or none: then a part of the training documents is held out."
+            )
+    for name, side in (("train", train), ("eval", held_out)):
+        report |= {name: len(side), f"{name}_bytes": _bytes(map(said, side) if True in kinds else side)}
+    return Corpus(train, held_out, True in kinds, report)
+
+
+def _read(config: DataConfig, names: Sequence[str], split: str, kinds: dict[bool, str]) -> Iterator[tuple[str, str]]:
+    """Documents as texts. `kinds`: where the first conversation (True) or plain text (False) was met."""
+    columns = Columns(config.text_column, config.messages_column, config.prompt_column, config.completion_column)
+    try:
+        yield from _documents(config, names, split, kinds, columns)
+    finally:  # also where no more of them are wanted
+        if unread := str(columns.unread):
+            log.info("%s: %s", ", ".join(names), unread)
+
+
+def _read_eval(config: DataConfig, kinds: dict[bool, str]) -> Iterator[tuple[str, str]]:
+    """Documents of the evaluation text, read without what describes the training text alone."""
+    defaults = DataConfig()
+    settings = {name: getattr(defaults, name) for name in config.train_only}
+    return _read(replace(config, **settings), [config.eval], "validation", kinds)
+
+
+def _documents(
+    config: DataConfig, names: Sequence[str], split: str, kinds: dict[bool, str], columns: Columns
+) -> Iterator[tuple[str, str]]:
+    found = sources.read(names, split=split, columns=columns, separator=config.document_separator)
+    for place, value in found if config.document_start is None else _joined(found, config.document_start):
+        chat = isinstance(value, Conversation)
+        if value is not None and kinds.setdefault(chat, place) and len(kinds) > 1:
+            raise UserError(
+                f"Conversations and plain text cannot be mixed: {kinds[True]} is a conversation (columns "
+                f"{config.messages_column!r}, or {config.prompt_column!r} and {config.completion_column!r}), "
+                f"{kinds[False]} is plain text. Give one kind, for training and for evaluation; to read a column as "
+                "plain text, name it: --set data.text_column=NAME."
+            )
+        yield place, value.text(place, config.learn_from, columns.unread) if chat else as_text(place, value)
+
+
+@contextmanager
+def places_told(config: DataConfig) -> Iterator[None]:
+    """An error about one document (a ValueError that has its name as `document`) is told with the document's place.
+
+    The place is found by reading the sources once more, so that no run has to keep those of all its documents.
+
+    Raises `UserError` in that error's place.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if not (name := getattr(error, "document", None)):
+            raise
+        raise UserError(f"{_place_of(config, name)}: {error}") from error
+
+
+def _place_of(config: DataConfig, name: str) -> str:
+    """Return where the document of this name is, by reading the sources once more."""
+    rows = _read(config, config.train, config.split, {})
+    if config.eval is not None:
+        rows = chain(rows, _read_eval(config, {}))
+    return next(place for place, text in rows if document_name(text) == name)
+
+
+def _joined(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Located]:
+    """Parts up to the next one that matches `start`, as one document. Lines keep the line breaks they come with."""
+    try:
+        begins = re.compile(start)
+    except re.error as error:
+        raise UserError(f"data.document_start: got {start!r}, expected a regular expression ({error})") from error
+    place, held = "", []
+    for where, value in parts:
+        if isinstance(value, Conversation):
+            raise UserError(f"{where}: a conversation, but data.document_start is for texts that come line by line.")
+        text = as_text(where, value)
+        if begins.search(text) and held:
+            yield place, "".join(held)
+            held = []
+        place = place if held else where
+        held.append(text if text.endswith("\n") else text + "\n")
+    if held:
+        yield place, "".join(held)
+
+
+def _kept(
+    documents: Iterable[tuple[str, str]], report: dict[str, int], deduplicate: bool, limit: int | None
+) -> list[str]:
+    documents = iter(documents)
+    kept: list[str] = []
+    seen: set[bytes] = set()
+    for _, text in documents:
+        report["read"] += 1
+        if not text.strip():
+            report["empty"] += 1
+            continue
+        if deduplicate:
+            digest = _digest(text)
+            if digest in seen:
+                report["duplicate"] += 1
+                continue
+            seen.add(digest)
+
+        kept.append(text)
+        if limit is not None and len(kept) >= limit:
+            _log_unread(documents, limit)
+            break
+    return kept
+
+
+def _log_unread(rest: Iterator[tuple[str, str]], limit: int) -> None:
+    """Log how many documents `max_documents` leaves out; counted up to the limit once more, so that it costs little."""
+    unread = 0
+    # what is wrong in documents that nobody asked for is nobody's mistake
+    with suppress(UserError):
+        unread = sum(1 for _, text in islice(rest, limit) if text.strip())
+    if unread:
+        at_least = "at least " if unread >= limit else ""
+        log.info("data.max_documents=%s: %s%s further documents are not read", f"{limit:,}", at_least, f"{unread:,}")
+
+
+def _require(documents: list[str], names: Sequence[str], report: dict[str, int], conversations: bool) -> None:
+    if not names:
+        raise UserError("No training data: expected at least one file, folder or hub id. Give it with --train-data.")
+    if not documents and conversations:
+        raise UserError(
+            f"Nothing to learn from in {', '.join(names)}: in none of {report['read']} conversations is there text of "
+            "the role 'assistant'. Rename the role that answers (gpt, bot, model), or learn from all messages: "
+            "--set data.learn_from=all."
+        )
+    if not documents:
+        raise UserError(
+            f"No text in {', '.join(names)}: {report['read']} documents read, {report['empty']} of them empty. "
+            "Expected at least one document with text; check the paths, the text column and the separator."
+        )
+
+
+def _split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+    place = [int.from_bytes(_key(text)[:8], "big") / 2**64 for text in documents]
+    low, high = min(place), max(place)
+    if low == high:
+        raise UserError(
+            "Got a single document, which cannot be split into training and evaluation. Name what separates documents "
+            "in a .txt file (--document-separator, the setting document_separator), or how one starts where texts come "
+            "line by line (--set data.document_start=REGEX; without it every row is one); or give more documents, or "
+            f"evaluation data of its own (--eval-data).{uncut_marker(documents)}"
+        )
+    # Tiny data: the lowest document is always held out, the highest never; still chosen by the texts alone.
+    held_out = [p == low or p < min(fraction, high) for p in place]
+    train = [text for text, out in zip(documents, held_out, strict=True) if not out]
+    return train, [text for text, out in zip(documents, held_out, strict=True) if out]
+
+
+def _digest(text: str) -> bytes:
+    return blake2b(text.encode(), digest_size=16).digest()
+
+
+def _key(text: str) -> bytes:
+    """Hash of a text up to whitespace."""
+    return _digest(" ".join(text.split()))
+
+
+def _bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def document_name(text: str) -> str:
+    """Short name of a document: a pure function of its text."""
+    return _digest(text).hex()[:10]
+
+
+def corpus_fingerprint(texts: Iterable[str]) -> str:
+    """Hash of documents and their order, 32 hexadecimal digits."""
+    total = blake2b(digest_size=16)
+    for text in texts:
+        total.update(_digest(text))
+    return total.hexdigest()
+
+
+def leakage(train: Iterable[str], held_out: Sequence[str]) -> float:
+    """Share of evaluation documents whose text, up to whitespace, is also a training document: 0 is right."""
+    keys = {_key(text) for text in train}
+    return sum(_key(text) in keys for text in held_out) / max(len(held_out), 1)
+
+
+# ---------------------------------------------------------------- windows
+
+
+class TooLong(ValueError):
+    """No document leaves something to learn in a window. `document` names the shortest one, for `places_told`."""
+
+    def __init__(self, message: str, document: str) -> None:
+        super().__init__(message)
+        self.document = document
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a window has room for."""
+
+    window: int
+    """Tokens that it holds."""
+    least_length: Callable[[str], int | None]
+    """Document -> tokens that a window must hold before anything of it can be learned; None: nothing ever can be."""
+
+    def shortest(self, texts: Sequence[str]) -> tuple[int, str] | None:
+        """Return the least tokens that one of these documents needs, and that document; None if no window is of use.
+
+        Of many documents those of the fewest characters are measured.
+        """
+        measured = sorted(texts, key=len)[:MOST_MEASURED]
+        needs = [(length, text) for text in measured if (length := self.least_length(text)) is not None]
+        return min(needs, default=None)
+
+    def remedy(self, length: int) -> str:
+        """Say what to do about documents of which the shortest needs so many tokens."""
+        return (
+            f"{length:,} tokens are needed before anything of it can be learned, and a window holds {self.window:,}. "
+            f"Raise --max-length to {length:,} or more, as far as both models read that much at once, or shorten what "
+            "stands before the text to learn (system message, prompt)"
+        )
+
+
+def make_windows(
+    texts: Sequence[str],
+    encode: Callable[[list[str], list[str]], list[dict[str, Any]]],
+    fingerprint: str,
+    num_proc: int | None = None,
+    *,
+    kind: str = "",
+    room: Room | None = None,
+) -> datasets.Dataset:
+    """Pack documents into windows: `encode(texts, document names)` on groups of 1,000 documents.
+
+    Args:
+        encode: picklable; returns windows, dicts of NumPy arrays, numbers and strings with the same keys.
+        fingerprint: of `encode`. With the hash of the texts it names the cached windows, so that the cache does
+            not depend on how objects are pickled.
+        num_proc: processes for large corpora. The windows do not depend on it.
+        kind: of text (training, held-out), for messages.
+        room: of the windows, for messages.
+
+    Raises:
+        TooLong: every document is longer than a window before anything of it is learned.
+        UserError: no document yields a window for another reason.
+    """
+    features = _features(texts, encode, kind, room)
+    key = blake2b(f"{fingerprint} {corpus_fingerprint(texts)} {features}".encode(), digest_size=16).hexdigest()
+    groups = [list(texts[start : start + DOCUMENTS_PER_PACK]) for start in range(0, len(texts), DOCUMENTS_PER_PACK)]
+    table = datasets.Dataset.from_dict(
+        {"group": groups}, features=datasets.Features(group=datasets.List(datasets.Value("large_string")))
+    )
+    options = {
+        "function": _Pack(encode, list(features)),
+        "batched": True,
+        "batch_size": 1,
+        "remove_columns": ["group"],
+        "features": features,
+        "new_fingerprint": key,
+    }
+    with _no_bars():
+        if _bytes(texts) <= IN_MEMORY_BYTES:
+            windows = table.map(keep_in_memory=True, load_from_cache_file=False, writer_batch_size=1, **options)
+        else:
+            windows = _map_on_disk(table, key, num_proc, options)
+    return windows.with_format("numpy")
+
+
+def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, options: dict[str, Any]) -> datasets.Dataset:
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "curriculum_distillation"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        processes = min(num_proc or 1, len(table))
+        options |= {"cache_file_name": str(cache / f"{key}.arrow"), "load_from_cache_file": True}
+        if processes == 1:
+            return table.map(**options)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # workers map the file instead of unpickling the text
+            table.save_to_disk(folder)
+            return datasets.load_from_disk(folder).map(num_proc=processes, **options)
+    except OSError as error:
+        raise UserError(
+            f"Cannot keep the tokenised windows in {cache}: {error}. Free some space there, or set HF_DATASETS_CACHE "
+            "to a folder that can be written to."
+        ) from error
+
+
+def _features(texts: Sequence[str], encode: Callable, kind: str, room: Room | None) -> datasets.Features:
+    """Columns and types of windows, from the first document that gives one: a later group may have none."""
+    for text in texts:
+        windows = encode([text], [document_name(text)])
+        if windows:
+            return datasets.Dataset.from_list(windows[:1]).features
+
+    documents = f"{len(texts):,} {kind} documents".replace("  ", " ")
+    shortest = room.shortest(texts) if room is not None else None
+    if shortest is not None and shortest[0] > room.window:
+        length, text = shortest
+        raise TooLong(
+            f"longer than a window, and it is the shortest of {documents}: {room.remedy(length)}.",
+            document_name(text),
+        )
+    raise UserError(
+        f"None of {documents} has anything to learn: they are too short, or the two tokenizers have no common boundary "
+        "in them. Expected at least one of a few tokens."
+    )
+
+
+@dataclass(frozen=True)
+class _Pack:
+    encode: Callable[[list[str], list[str]], list[dict[str, Any]]]
+    columns: list[str]
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        (texts,) = batch["group"]
+        windows = self.encode(texts, [document_name(text) for text in texts])
+        return {column: [window[column] for window in windows] for column in self.columns}
+
+
+def windows_fingerprint(windows: Iterable[dict[str, Any]]) -> str:
+    """Hash of windows and their order, 32 hexadecimal digits."""
+    total = blake2b(digest_size=16)
+    for window in windows:
+        total.update(window_key(window))
+    return total.hexdigest()
+
+
+def window_key(window: dict[str, Any]) -> bytes:
+    """Hash of a window's content, 16 bytes."""
+    content = blake2b(digest_size=16)
+    for key, value in sorted(window.items()):
+        content.update(key.encode() + (value.encode() if isinstance(value, str) else np.asarray(value).tobytes()))
+    return content.digest()
+
+
+def warn_of_left_out(windows: datasets.Dataset, kind: str) -> None:
+    """Say how much text of a kind (training, held-out) is in no window: column `left_out` beside `bytes`.
+
+    Above `MOST_LEFT_OUT` it is a warning.
+    """
+    left_out, used = (int(np.sum(windows[name][:])) for name in ("left_out", "bytes"))
+    if left_out:
+        share = left_out / (left_out + used)
+        log.log(
+            logging.WARNING if share > MOST_LEFT_OUT else logging.INFO,
+            "%s bytes of the %s text (%.2f %%) are left out, because they do not fit into a window: the end of a "
+            "conversation that is longer than the window, or what answers a prompt that is (a higher --max-length "
+            "helps as far as both models read that much at once), or text without a common boundary of the two "
+            "tokenizers",
+            f"{left_out:,}", kind, 100 * share,
+        )  # fmt: skip
+
+
+def warn_of_missing(config: DataConfig, kind: str, texts: Sequence[str], windows: datasets.Dataset, room: Room) -> None:
+    """Say of how many documents nothing is learned, because they are longer than a window before it could be, and where
+    the shortest of them is."""
+    if not np.sum(windows["left_out"][:]):
+        return
+
+    present = {name for row in windows["documents"] for name in row.split(",")}
+    missing = [text for text in texts if document_name(text) not in present]
+    shortest = room.shortest(missing)
+    if shortest is None or shortest[0] <= room.window:
+        return
+
+    length, text = shortest
+    log.warning(
+        "nothing is learned of %s of %s %s documents, which are longer than a window; the shortest of them is %s: %s",
+        f"{len(missing):,}",
+        f"{len(texts):,}",
+        kind,
+        _place_of(config, document_name(text)),
+        room.remedy(length),
+    )
+
+
+def uncut_marker(texts: Iterable[str]) -> str:
+    """Say that what ends documents elsewhere stands inside of these, and how they are cut there; empty if it does not.
+
+    A .txt file is cut at lines that are the marker. Beside other words of a line it stays in the text.
+    """
+    if not any(sources.END_OF_TEXT in text for text in texts):
+        return ""
+    return (
+        f" Inside of documents stands {sources.END_OF_TEXT}, not alone on a line: if it ends them, give "
+        f"--document-separator '{sources.END_OF_TEXT}', which cuts a .txt file wherever it is."
+    )
+
+
+@dataclass(frozen=True)
+class DocumentSizes:
+    """How long the documents of a plain text are."""
+
+    documents: int
+    longest_share: float
+    """Of the bytes of the text."""
+    longest_windows: float
+    """Windows that the longest document fills."""
+    long: int
+    """Documents that fill more than `LONG_DOCUMENT` windows."""
+    long_share: float
+    """Their share of the bytes of the text."""
+
+    @classmethod
+    def of(cls, texts: Sequence[str], windows: datasets.Dataset) -> "DocumentSizes":
+        """Measure documents in the windows that they were packed into."""
+        sizes = np.array([len(text.encode()) for text in texts])
+        window = max(int(np.max(windows["bytes"][:])), 1)
+        is_long = sizes > LONG_DOCUMENT * window
+        return cls(
+            documents=len(texts),
+            longest_share=float(sizes.max() / sizes.sum()),
+            longest_windows=float(sizes.max() / window),
+            long=int(is_long.sum()),
+            long_share=float(sizes[is_long].sum() / sizes.sum()),
+        )
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether the text looks as if it was not cut into documents (a book looks like that too)."""
+        is_one_document = self.longest_share > MOST_OF_TEXT and self.longest_windows > SHORT_DOCUMENT
+        return is_one_document or self.long_share > MOST_IN_LONG_DOCUMENTS
+
+    def __str__(self) -> str:
+        return (
+            f"{self.documents:,} documents; the longest holds {self.longest_share:.0%} of the text and fills about "
+            f"{self.longest_windows:,.0f} windows; {self.long_share:.0%} of the text is in documents of more than "
+            f"{LONG_DOCUMENT} windows"
+        )
+
+
+DOCUMENTS_EXPECTED = (
+    f"no document with more than {MOST_OF_TEXT:.0%} of the text, at most {MOST_IN_LONG_DOCUMENTS:.0%} of it in "
+    f"documents of more than {LONG_DOCUMENT} windows"
+)
+DOCUMENTS_REMEDY = (
+    "Right for books; else the text is not cut where its documents end. Name what stands between them in a .txt file "
+    "(--document-separator), give tables one document a row, and check data.document_start, which joins rows"
+)
+
+
+def document_sizes(
+    corpus: Corpus, windows: datasets.Dataset, held_out: datasets.Dataset
+) -> dict[Literal["training", "held-out"], DocumentSizes]:
+    """Measure the documents of both sides; none of conversations: `warn_of_left_out` tells where those are long."""
+    if corpus.conversations:
+        return {}
+    return {
+        "training": DocumentSizes.of(corpus.train, windows),
+        "held-out": DocumentSizes.of(corpus.eval, held_out),
+    }
+
+
+def warn_of_long_documents(corpus: Corpus, windows: datasets.Dataset, held_out: datasets.Dataset) -> None:
+    """Raise a red flag where a text looks as if it was not cut into documents: it would be split and packed badly."""
+    texts = {"training": corpus.train, "held-out": corpus.eval}
+    for kind, sizes in document_sizes(corpus, windows, held_out).items():
+        if sizes.is_doubtful:
+            log.warning(
+                "[RED FLAG] %s text: %s. Expected %s. %s.%s",
+                kind,
+                sizes,
+                DOCUMENTS_EXPECTED,
+                DOCUMENTS_REMEDY,
+                uncut_marker(texts[kind]),
+            )
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Switches the bars of `datasets` off: every carriage return of theirs is saved in a notebook."""
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()

@@ -1,0 +1,1 @@
+"""What teacher and student score on held-out text."""

@@ -1,0 +1,349 @@
+"""How good a model is on text it has not seen, in units that compare across tokenizers.
+
+Perplexity is exp(sum of nll / number of tokens), both summed over everything, never a mean of means; and
+perplexities of different tokenizers do not compare. Bits per byte do: the same text has the same bytes
+for every model, and `nll / (bytes * ln 2)` is what the model needs to write down one of them.
+
+Shapes: B windows, S positions, V vocabulary. Labels are already shifted: `labels[b, j]` is predicted at j.
+"""
+
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from ..machine.device_memory import FittingParts
+from .comparability import unspelt_text
+
+log = logging.getLogger(__name__)
+
+IGNORE = -100
+LOGIT_ELEMENTS = 2**24
+"""Logits looked at in one go, at most: 64 MiB in float32."""
+GPU_LOGIT_ELEMENTS = 2**27
+"""The same on a GPU, which one window of 512 tokens does not keep busy: 512 MiB."""
+
+HALF = (torch.float16, torch.bfloat16)
+
+
+@contextmanager
+def float32_evaluation(model: nn.Module) -> Iterator[nn.Module]:
+    """The model in float32 and evaluation mode, without autocast and gradients; afterwards exactly as it was.
+
+    Half-precision parameters and buffers are replaced by float32 copies in the modules' tables, and the
+    originals are put back. They are not touched, so bits, gradients, hooks and an optimizer's references are
+    what they were, also after an exception; a tensor shared by several modules has one copy shared likewise.
+    Costs 4 bytes per half-precision parameter while it lasts; a float32 model is not copied.
+    """
+    copies: dict[int, Tensor] = {}
+    replaced: list[tuple[dict[str, Any], str, Tensor]] = []
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    try:
+        for module in model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is None or tensor.dtype not in HALF:
+                        continue
+                    if id(tensor) not in copies:
+                        copy = tensor.detach().float()
+                        is_parameter = isinstance(tensor, nn.Parameter)
+                        copies[id(tensor)] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
+                    replaced.append((table, name, tensor))
+                    table[name] = copies[id(tensor)]
+        with evaluation_mode(model), torch.autocast(device.type, enabled=False):
+            yield model
+    finally:
+        for table, name, tensor in replaced:
+            table[name] = tensor
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
+    """`model.eval()` without gradients; afterwards every module's own training flag is what it was."""
+    training = {module: module.training for module in model.modules()}
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield model
+    finally:
+        for module, was_training in training.items():
+            module.training = was_training
+
+
+def token_nll(
+    model: nn.Module,
+    batches: Iterable[tuple[dict[str, Tensor], Tensor]],
+    device: torch.device,
+    accelerator: Any = None,
+    *,
+    survives: bool = True,
+) -> tuple[float, int]:
+    """Negative log-likelihood of all supervised tokens, in nats, and their number.
+
+    Args:
+        model: a language model of transformers, in whatever dtype; the losses are float32, their sum float64.
+        batches: what the model is called with, each [B, ...], and labels [B, S]; positions whose label is IGNORE are
+            not scored.
+        device: of the model.
+        accelerator: if given, both numbers are summed over its processes, which must all call this.
+        survives: what does not fit into memory is done again in halves; False raises (see `FittingParts`).
+    """
+    total, count = 0.0, 0
+    parts = FittingParts(survives=survives)
+    with evaluation_mode(model):
+        for inputs, labels in batches:
+            score = partial(_part_nll, model, inputs, labels, device)
+            most = _rows_at_once(model, labels.shape[1], device)
+            for nll, scored in parts.of(range(len(labels)), score, most):
+                total, count = total + nll, count + scored
+    total, count = sum_over_processes([total, count], accelerator)
+    return total, round(count)
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[dict[str, Tensor], Tensor, int]],
+    device: torch.device,
+    accelerator: Any = None,
+    *,
+    float32: bool = True,
+    survives: bool = True,
+) -> dict[str, float | int]:
+    """`metrics` of a model on batches as for `token_nll`, with the bytes of text that each scores.
+
+    Args:
+        float32: compute in float32 whatever the model's dtype (see `float32_evaluation`); False for a
+            teacher whose float32 copy would not fit: then only the loss is float32.
+        survives: as for `token_nll`.
+    """
+    num_bytes = 0
+
+    def counted() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+        nonlocal num_bytes
+        for inputs, labels, size in batches:
+            num_bytes += int(size)
+            yield inputs, labels
+
+    with float32_evaluation(model) if float32 else nullcontext():
+        nll, tokens = token_nll(model, counted(), device, accelerator, survives=survives)
+    return metrics(nll, tokens, round(sum_over_processes([num_bytes], accelerator)[0]))
+
+
+def metrics(nll: float, tokens: int, num_bytes: int) -> dict[str, float | int]:
+    """Loss (nats per token), perplexity and bits per byte from sums over a whole text.
+
+    Raises:
+        UserError: the text is empty.
+    """
+    if tokens <= 0 or num_bytes <= 0:
+        raise UserError(
+            f"the evaluation text holds {tokens} tokens and {num_bytes} bytes to score; expected at least one of each. "
+            "Give a longer text with --eval-data, or raise data.eval_fraction."
+        )
+    loss = nll / tokens
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "bits_per_byte": nll / (num_bytes * math.log(2)),
+        "tokens": tokens,
+        "bytes": num_bytes,
+    }
+
+
+def describe_model(model: nn.Module) -> dict[str, Any]:
+    """Parameters (shared ones counted once) and dtype, for the report. Quantised weights are integers: `uint8` holds
+    two of 4 bits, and only transformers can count them."""
+    parameters = list(model.parameters())
+    count = model.num_parameters() if hasattr(model, "num_parameters") else sum(p.numel() for p in parameters)
+    dtype = "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
+    return {"parameters": count, "dtype": dtype} | ({"encoder_decoder": True} if has_encoder(model) else {})
+
+
+def has_encoder(model: nn.Module) -> bool:
+    """Whether it is an encoder-decoder model."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def compare(
+    compare_batch: Callable[[Any], dict[str, float]], batches: Iterable[Any], accelerator: Any = None
+) -> dict[str, float | None]:
+    """How often student and teacher agree, over all batches.
+
+    Args:
+        compare_batch: batch -> `{agree, kl_sum, count}`: positions where the most probable token is the same,
+            sum of KL in nats, positions compared. Sums, not means.
+
+    Returns:
+        `{top1_agreement, kl_nats_per_token}`; None where nothing could be compared.
+    """
+    agree, kl, count = 0.0, 0.0, 0.0
+    for batch in batches:
+        result = compare_batch(batch)
+        agree, kl, count = agree + result["agree"], kl + result["kl_sum"], count + result["count"]
+    agree, kl, count = sum_over_processes([agree, kl, count], accelerator)
+    if count == 0:
+        return {"top1_agreement": None, "kl_nats_per_token": None}
+    return {"top1_agreement": agree / count, "kl_nats_per_token": kl / count}
+
+
+def gap_closed(student: float, initial: float, teacher: float) -> float | None:
+    """(initial - student) / (initial - teacher) in bits per byte: 0 nothing learnt, 1 as good as the teacher.
+
+    None if the teacher is no better than the initial student: there is no gap.
+    """
+    return (initial - student) / (initial - teacher) if initial > teacher else None
+
+
+def retention(
+    student: dict[str, Any], teacher: dict[str, Any], initial: dict[str, Any], agreement: dict[str, float | None]
+) -> dict[str, float | str | None]:
+    """The report's `retention`, from three `metrics` on one text and a `compare`.
+
+    `bits_per_byte_ratio` is student / teacher: 1 is the teacher's level, above it is worse. It and `gap_closed` are
+    None where the bits do not compare, for the reason `not_comparable`.
+    """
+    if reason := unspelt_text({"student": student, "teacher": teacher}):
+        return {"bits_per_byte_ratio": None, **agreement, "gap_closed": None, "not_comparable": reason}
+    bits = [model["bits_per_byte"] for model in (student, initial, teacher)]
+    return {"bits_per_byte_ratio": bits[0] / bits[2], **agreement, "gap_closed": gap_closed(*bits)}
+
+
+def bits_behind(
+    model: nn.Module, texts: Sequence[tuple[Sequence[int], int]], starts: Sequence[int], device: torch.device
+) -> dict[int, float]:
+    """Bits per byte of the same texts behind each of some start tokens.
+
+    Args:
+        texts: ids of each without a start, and its bytes.
+    """
+    num_bytes = sum(size for _, size in texts)
+    bits = {}
+    for start in starts:
+        batches = []
+        for ids, _ in texts:
+            row = torch.tensor([[start, *ids]])
+            labels = torch.cat([row[:, 1:], torch.full((1, 1), IGNORE)], dim=1)
+            batches.append(({"input_ids": row, "attention_mask": torch.ones_like(row)}, labels))
+        nll, _ = token_nll(model, batches, device)
+        bits[start] = nll / (num_bytes * math.log(2))
+    return bits
+
+
+def generate_samples(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
+    *,
+    forced_bos: int | None = None,
+    float32: bool = True,
+) -> list[str]:
+    """Greedy continuations, without the prompts; of an encoder-decoder model, what its decoder writes.
+
+    Args:
+        prompts: token ids, what stands before a text included; or what an encoder reads. Each runs alone, so no
+            padding.
+        new_tokens: at most; fewer where the model's context ends.
+        forced_bos: what a decoder reads between its start and a text, if anything.
+        float32: as in `evaluate`.
+    """
+    from transformers import GenerationConfig
+
+    if hasattr(model, "get_base_model"):  # peft's wrapper has generation settings of its own
+        model = model.get_base_model()
+    device = next(model.parameters()).device
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    end = tokenizer.eos_token_id
+    texts = []
+    with float32_evaluation(model) if float32 else evaluation_mode(model):
+        for prompt in prompts:
+            read = 2 if has_encoder(model) else len(prompt)  # a decoder's start, and perhaps that of a text
+            room = int(min(new_tokens, context - read))
+            if room < 1:
+                texts.append("")
+                continue
+            ids = torch.tensor([list(prompt)], device=device)
+            settings = GenerationConfig(max_new_tokens=room, do_sample=False, eos_token_id=end, pad_token_id=end or 0)
+            if has_encoder(model):
+                settings.decoder_start_token_id = model.config.decoder_start_token_id
+                settings.forced_bos_token_id = forced_bos
+            with _plain_generation(model):
+                out = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+            texts.append(_continuation(tokenizer, [] if has_encoder(model) else list(prompt), out[0].tolist()))
+    return texts
+
+
+@contextmanager
+def _plain_generation(model: nn.Module) -> Iterator[None]:
+    """Set the model's own generation settings aside: they would be merged in, and warned about when greedy."""
+    from transformers import GenerationConfig
+
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _continuation(tokenizer: Any, prompt: list[int], whole: list[int]) -> str:
+    """Text of what follows the prompt; decoded together, because SentencePiece drops a leading space."""
+    before, text = (
+        tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) for ids in (prompt, whole)
+    )
+    if text.startswith(before):
+        return text[len(before) :]
+    return tokenizer.decode(whole[len(prompt) :], skip_special_tokens=True)  # the prompt ended inside a character
+
+
+def _rows_at_once(model: nn.Module, positions: int, device: torch.device) -> int:
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    return max(1, _logit_elements(device) // (vocabulary * max(positions, 1)))
+
+
+def _logit_elements(device: torch.device) -> int:
+    return GPU_LOGIT_ELEMENTS if device.type == "cuda" else LOGIT_ELEMENTS
+
+
+def _part_nll(
+    model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, device: torch.device, rows: Sequence[int]
+) -> tuple[float, int]:
+    """Return what `_rows_nll` does of neighbouring rows of a batch, moved to the device."""
+    part = slice(rows[0], rows[-1] + 1)
+    inputs = {name: tensor[part].to(device) for name, tensor in inputs.items()}
+    return _rows_nll(model, inputs, labels[part])
+
+
+def _rows_nll(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tuple[float, int]:
+    """Return the negative log-likelihood of rows, and how many of their tokens are supervised.
+
+    Args:
+        labels: on the host, where they are looked at without waiting for a device.
+    """
+    labels = labels.flatten()
+    where = (labels != IGNORE).nonzero().flatten()
+    if not len(where):
+        return 0.0, 0
+
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+    targets = labels.to(logits.device)
+    losses = []
+    for chunk in where.to(logits.device).split(max(1, _logit_elements(logits.device) // logits.shape[1])):
+        losses.append(F.cross_entropy(logits[chunk].float(), targets[chunk], reduction="none"))
+
+    # Float64 on the host: not every device has it. Once: each copy to the host waits for the device
+    return torch.cat(losses).cpu().double().sum().item(), len(where)
+
+
+def sum_over_processes(values: Sequence[float], accelerator: Any) -> list[float]:
+    """Each of the values, summed over the processes of an accelerator, which must all call this."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return list(values)
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+    return accelerator.reduce(torch.tensor(values, dtype=dtype, device=accelerator.device), "sum").tolist()

@@ -1,0 +1,1 @@
+"""Models and tokenizers as others made them: found, loaded, adapted."""

@@ -1,0 +1,111 @@
+"""Two families of models: causal language models, and encoder-decoder models (T5, BART)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
+
+from ..errors import UserError
+
+REWRITING = {"rescale_every": 0}
+"""Settings by which a model changes its weights in evaluation mode, and the values by which it does not."""
+
+
+def auto_class(config: PretrainedConfig) -> type:
+    """The class of transformers that makes or loads a model with its head."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+
+
+def body(model: PreTrainedModel) -> PreTrainedModel:
+    """The part of a causal language model below its head.
+
+    Raises:
+        ValueError: the model does not keep it apart.
+    """
+    if model.base_model is not model:
+        return model.base_model
+
+    # Llama 4 calls its body otherwise than its class promises
+    candidates = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(candidates) == 1:
+        return candidates[0]
+    raise ValueError(f"a {type(model).__name__} does not keep its body apart from its head")
+
+
+def depth(config: PretrainedConfig) -> int:
+    """Layers of the deeper one of encoder and decoder, or of the only body there is.
+
+    Raises:
+        ValueError: the config names no number of layers.
+    """
+    text = config.get_text_config()
+    counts = [getattr(text, name) for name in layer_counts(text)]
+    if not counts:
+        raise ValueError(f"the config of a {text.model_type} names no number of layers")
+    return max(counts)
+
+
+def layer_counts(config: PretrainedConfig) -> list[str]:
+    """The settings that tell how many layers a model has."""
+    names = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
+    return [name for name in names if getattr(config, name, None)]
+
+
+def decoder_starts(config: Any, shapes: Mapping[str, PretrainedConfig]) -> tuple[int, int] | None:
+    """The tokens that the decoders of `student` and `teacher` begin with; None for causal language models.
+
+    Args:
+        config: the junction's RunConfig.
+
+    Raises:
+        UserError: one model has an encoder and the other has none, or something that only causal models can do.
+    """
+    encoders = {role for role, shape in shapes.items() if shape.is_encoder_decoder}
+    if not encoders:
+        return None
+    told = " and ".join(f"{role} {shape.model_type}" for role, shape in shapes.items())
+    if encoders != set(shapes):
+        raise UserError(
+            f"got an encoder-decoder model beside a causal one ({told}). Expected two of one kind: what these two "
+            "predict depends on different text."
+        )
+    if config.student.lora.enabled:
+        raise UserError(f"--lora: not for encoder-decoder models ({told}). Train all weights: leave it out.")
+    if config.evaluation.tasks:
+        raise UserError(f"--eval-tasks: not for encoder-decoder models ({told}). Leave it out.")
+    if config.data.learn_from != "completions":
+        raise UserError(
+            f"data.learn_from: got {config.data.learn_from}, expected completions: of encoder-decoder models ({told}) "
+            "only the decoder predicts text, and it reads the completion."
+        )
+    for role, shape in shapes.items():
+        if not isinstance(getattr(shape, "decoder_start_token_id", None), int):
+            raise UserError(
+                f"{role}: its config.json has no decoder_start_token_id, which its decoder begins with. Add it: 0 for "
+                "T5 and its kin, 2 for BART."
+            )
+    return shapes["student"].decoder_start_token_id, shapes["teacher"].decoder_start_token_id
+
+
+@contextmanager
+def exportable_config(config: PretrainedConfig, original: PretrainedConfig) -> Iterator[None]:
+    """The config as the model came with it, for a while; see `keep_weights`."""
+    before = {name: getattr(config, name) for name in REWRITING if hasattr(original, name)}
+    try:
+        for name in before:
+            setattr(config, name, getattr(original, name))
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def keep_weights(config: PretrainedConfig) -> None:
+    """Keep a model from changing its own weights in evaluation mode: checkpoints, training and export would have them.
+
+    RWKV halves weights there, against an overflow that float32 does not have.
+    """
+    for name, off in REWRITING.items():
+        if hasattr(config, name):
+            setattr(config, name, off)

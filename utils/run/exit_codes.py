@@ -1,0 +1,39 @@
+"""How a command ends: its exit code, and what is told of a mistake, a failure or an interruption."""
+
+import logging
+from collections.abc import Callable
+
+from ..errors import RunError, UserError
+from ..parallel.processes import leave, rank, tell_launcher
+
+log = logging.getLogger(__name__)
+
+EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 138}
+"""Of runs that a signal ended, 128 and its number; every other ending that is no error is 0."""
+
+
+class Interrupted(Exception):
+    """A signal, or the clock, ended the run before there was something to evaluate; the checkpoint is saved."""
+
+
+def exit_code(command: Callable[[], None]) -> int:
+    """What the process returns for `command`, whose exceptions are told here."""
+    try:
+        command()
+        leave()
+        return 0
+    except Interrupted as interrupted:
+        log.warning("stopped by %s; the same command continues where it stopped", interrupted)
+        leave()
+        return EXIT_CODES.get(str(interrupted), 0)
+    except (UserError, RunError) as error:
+        tell_launcher(error)
+        if rank() == 0:  # what another process finds wrong, the main one does too, or the launcher tells
+            log.error("%s", error, exc_info=error)
+        return 2 if isinstance(error, UserError) else 1
+    except KeyboardInterrupt:
+        return EXIT_CODES["SIGINT"]
+    except Exception as error:
+        tell_launcher(error)
+        log.critical("%s: %s", type(error).__name__, error, exc_info=error)
+        return 1

@@ -1,0 +1,252 @@
+"""The folder of a run: refused early when it cannot serve, and the record of what was run in it."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from ..config.build import flatten, get_dotted, load_yaml, refuse_differences
+from ..errors import UserError
+from ..files import clean_leftovers, write_text
+from ..machine import hardware
+from ..paths import user_path
+from ..run_layout import CHECKPOINTS, CONFIG, FILES, FOLDERS, LOCK, LOG, STUDENT
+
+PATIENCE = 15
+"""Seconds that the data workers of a run that was killed may take to notice it; they keep its lock."""
+BEFORE_TRAINING = {CONFIG, LOCK, LOG}
+"""What a run writes before there is anything to continue."""
+
+FREE_TO_CHANGE = {
+    "output_dir",
+    "resume",
+    "resume_changed",
+    "logging",
+    "evaluation.every",
+    "evaluation.samples",
+    "evaluation.prompt_tokens",
+    "evaluation.new_tokens",
+    "evaluation.without_teacher",
+    "evaluation.tasks",
+    "evaluation.tasks_path",
+    "evaluation.tasks_limit",
+    "hub",
+    "teacher.name",
+    "teacher.device",
+    "teacher.allow_pickle",
+    "student.name",
+    "student.lora.merge",
+    "student.allow_pickle",
+    "data.train",
+    "data.train_only",
+    "data.num_workers",
+    "cache.folder",
+    "cache.build_only",
+    "cache.accept_mismatch",
+    "training.batch_size",
+    "training.gradient_accumulation_steps",
+    "training.gradient_checkpointing",
+    "training.max_hours",
+    "training.save_every",
+    "training.keep_checkpoints",
+}
+"""Settings a resumed run may have otherwise: they do not change what is computed, or their content is compared."""
+
+
+MICRO_BATCH = {"training.batch_size", "training.gradient_accumulation_steps"}
+"""Free only as long as no term of the loss depends on how a step is cut: `contr` compares within a micro-batch."""
+
+
+def identity(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings, by dotted key, that must stay the same when a run is continued."""
+    contrast = config.get("curriculum", {}).get("contr", {}).get("weight", 0)
+    values = [value for _, value in contrast["points"]] if isinstance(contrast, Mapping) else [contrast]
+    free = FREE_TO_CHANGE - MICRO_BATCH if any(values) else FREE_TO_CHANGE
+    if not config.get("training", {}).get("deterministic"):  # as runs were before there was such a setting
+        free = free | {"training.deterministic"}
+    return {key: value for key, value in flatten(config).items() if not {key, key.partition(".")[0]} & free}
+
+
+def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
+    """Make sure, before anything is loaded, that a run may write here and that its teacher cache has a place.
+
+    The folder of the run is created.
+
+    Raises:
+        UserError: a file is in the way, the folder cannot be written to, it holds another run's checkpoints, or there
+            is no teacher cache and none can be made.
+    """
+    _check_name(folder)
+    refuse_sources(folder, config)
+    _above("output_dir", folder, "--output-dir")
+    if cache := config.get("cache", {}).get("folder"):
+        cache = user_path(cache)
+        if not os.access(above := _above("teacher cache", cache, "--cache-teacher DIR"), os.W_OK) and above != cache:
+            raise UserError(
+                f"teacher cache {cache} cannot be made: {above} cannot be written to. Choose another "
+                "--cache-teacher DIR."
+            )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(
+            f"output_dir {folder} cannot be written to ({error.strerror or error}). Choose another --output-dir."
+        ) from error
+
+    if in_the_way := _in_the_way(folder):
+        raise UserError(
+            f"output_dir {folder} holds something else under names that a run writes to: {', '.join(in_the_way)}. "
+            "Choose another --output-dir, or move it away."
+        )
+
+    if not any((folder / CHECKPOINTS).glob("step-*")):
+        return
+    if resume == "never":
+        raise UserError(
+            f"output_dir {folder} holds checkpoints of an earlier run, and a fresh start was asked for. Choose another "
+            "--output-dir, continue that run with --resume auto, or delete the folder."
+        )
+    if (folder / CONFIG).is_file():
+        there = identity(load_yaml(folder / CONFIG))
+        refuse_differences(f"output_dir {folder}", there, identity(config), config["resume_changed"])
+
+
+def _check_name(folder: Path) -> None:
+    """Make sure that every library can write here: those that write weights and tokenizers take UTF-8 alone.
+
+    Raises:
+        UserError: the name is no UTF-8.
+    """
+    try:
+        str(folder.absolute()).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"output_dir {folder}: its name is no UTF-8, and weights cannot be written there. Choose another "
+            "--output-dir."
+        ) from None
+
+
+def refuse_sources(folder: Path, config: Mapping[str, Any]) -> None:
+    """Refuse to write a run where its models or texts are: the next look at them would find the run's files.
+
+    Raises:
+        UserError: names the setting, and the folder that the run needs.
+    """
+    output = folder.resolve()
+    for key in ("teacher.name", "student.name", "data.train", "data.eval"):
+        names = get_dotted(config, key) or []
+        for name in [names] if isinstance(names, str) else names:
+            if not os.path.isdir(os.path.expanduser(name)):
+                continue
+
+            source = user_path(name).resolve()
+            is_replaced_by_export = key.endswith("name") and source == output / STUDENT
+            if output == source or source in output.parents or is_replaced_by_export:
+                raise UserError(
+                    f"output_dir {folder}: the run would write into {name}, which it reads from ({key}). Choose "
+                    "another --output-dir, outside of models and texts."
+                )
+
+
+def _in_the_way(folder: Path) -> list[str]:
+    """What has a name that a run writes to, and is of another kind, such as a folder called train.log."""
+    problems = []
+
+    for name in FILES:
+        path = folder / name
+        if path.is_dir():
+            problems.append(f"{name} is a folder, not a file")
+        elif path.exists() and not path.is_file():
+            problems.append(f"{name} is a device or a pipe, not a file")
+
+    for name in FOLDERS:
+        path = folder / name
+        if path.exists() and not path.is_dir():
+            problems.append(f"{name} is a file, not a folder")
+
+    return problems
+
+
+def _above(what: str, folder: Path, flag: str) -> Path:
+    """The folder itself, or where there is none yet, the nearest one above it.
+
+    Raises:
+        UserError: that is a file.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"{what} {folder}: {existing} is a file. Expected a folder; choose another {flag}.")
+    return existing
+
+
+@contextmanager
+def own(name: str) -> Iterator[None]:
+    """While a run is in its folder, no other one writes there. A user's mistake that is found before training leaves no
+    folder behind that was not there before.
+
+    Raises:
+        UserError: another run is there.
+    """
+    folder = Path(name)
+    new = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
+    lock = FileLock(folder / LOCK)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=PATIENCE)
+    except Timeout:
+        raise UserError(
+            f"output_dir {folder}: another run is writing there. Wait for its end, stop it, or choose another "
+            "--output-dir."
+        ) from None
+    except OSError:
+        pass  # what is wrong with the folder `check` tells
+    try:
+        yield
+    except UserError:
+        if new and folder.is_dir() and {path.name for path in folder.iterdir()} <= BEFORE_TRAINING:
+            shutil.rmtree(folder, ignore_errors=True)  # Windows keeps the log, which is still open
+            for parent in new[1:]:
+                with suppress(OSError):  # not empty
+                    parent.rmdir()
+        raise
+    finally:
+        lock.release()
+
+
+def write_config(folder: Path, config: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
+    """Write config.yaml: every setting after defaults and flags, so that the file is itself a recipe.
+
+    The environment, and `notes` (what was decided and why), follow as comments. Half-written files of a run that
+    was killed here are removed first; call it in one process.
+    """
+    clean_leftovers(folder)
+    told = _as_yaml({"notes": dict(notes), "environment": hardware.describe()})
+    comments = "".join(f"# {line}\n" for line in told.splitlines())
+    write_text(folder / CONFIG, f"{_as_yaml(dict(config))}\n{comments}")
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings in a folder's config.yaml, and what follows as comments (`notes`, `environment`); {} where none.
+
+    Raises:
+        UserError: the file is not YAML.
+    """
+    if not (folder / CONFIG).is_file():
+        return {}, {}
+    lines = (folder / CONFIG).read_text(encoding="utf-8", errors="replace").splitlines()
+    try:
+        told = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("# ")))
+    except yaml.YAMLError:  # somebody's own comments
+        told = None
+    return load_yaml(folder / CONFIG), told if isinstance(told, dict) else {}
+
+
+def _as_yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)

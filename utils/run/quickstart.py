@@ -1,0 +1,293 @@
+"""Material for a first run without download or account, made of what ships with every CPython.
+
+Text: the language reference (`pydoc_data.topics`) and the docstrings of the standard library, about 2 MB.
+From it: two byte-level BPE tokenizers of different size, and the configs of a small teacher and a smaller
+student. Built once and cached; the teacher is trained by whoever has the training loop.
+"""
+
+import ast
+import json
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from hashlib import blake2b, sha256
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from ..errors import UserError
+from ..files import atomic_folder, write_text
+from ..paths import user_path
+
+STUDENT, TEACHER = "quickstart", "quickstart-teacher"
+"""Names, in place of a hub id or path, of what is built here. `quickstart` is also the text, and as a teacher the
+trained one; `quickstart-teacher` is the teacher, as a student yet to be trained."""
+NAMES = frozenset({STUDENT, TEACHER})
+
+FORMAT = 1
+"""Raised when the same Python would give other material."""
+END_OF_TEXT = "<|endoftext|>"
+TEACHER_VOCABULARY = 4096
+STUDENT_VOCABULARY = 1024
+CONTEXT = 512
+MIN_DOCUMENT = 200
+"""Characters; docstrings below are mostly one-liners that say little beyond a name."""
+LEFT_OUT = {
+    *("test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip"),
+    *("site-packages", "dist-packages", "__pycache__"),
+}
+
+
+@dataclass(frozen=True)
+class Material:
+    """Everything the embedded default starts from. Each of the two folders holds config.json and a tokenizer."""
+
+    texts: list[str]
+    file: Path
+    """The texts as .jsonl with the column "text": training data for `load_documents`."""
+    teacher: Path
+    """Config and tokenizer; no weights."""
+    student: Path
+    """Config and tokenizer; no weights."""
+    trained_teacher: Path
+    """Where the trained teacher belongs: inside a folder that exists, named by what it was made from. Absent until
+    someone puts it there, which has to be done atomically."""
+    fingerprint: str
+    """Of the texts, vocabularies, models and this module's format."""
+
+
+def cache_dir() -> Path:
+    """$CURRICULUM_DISTILLATION_CACHE, or `curriculum_distillation` in the user's cache folder (XDG)."""
+    if chosen := os.environ.get("CURRICULUM_DISTILLATION_CACHE"):
+        return user_path(chosen)
+    user = os.environ.get("XDG_CACHE_HOME")
+    return (Path(user) if user else Path.home() / ".cache") / "curriculum_distillation"
+
+
+def material(cache: Path | None = None) -> Material:
+    """The material for this Python, from the cache or built now (a few seconds) and put there whole.
+
+    Raises `UserError` if the cache folder cannot be written to or Python came without its sources.
+    """
+    folder = (cache or cache_dir()) / f"quickstart-{_python_key()}"
+    if not folder.is_dir():
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            _build(folder)
+        except OSError as error:
+            if not folder.is_dir():  # else: another process was faster
+                raise UserError(
+                    f"Cannot write the quickstart material to {folder}: {error}. Set CURRICULUM_DISTILLATION_CACHE to "
+                    "a folder that can be written to."
+                ) from error
+    file = folder / "documents.jsonl"
+    texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+    key = fingerprint(texts)
+    return Material(texts, file, folder / "teacher", folder / "student", folder / f"trained-teacher-{key[:12]}", key)
+
+
+def fingerprint(texts: list[str]) -> str:
+    """Hash of what everything else follows from."""
+    return blake2b(json.dumps([FORMAT, _models(), texts]).encode(), digest_size=16).hexdigest()
+
+
+def _models() -> list[dict[str, Any]]:
+    """What the two models are, their vocabularies included."""
+    configs = (teacher_config(TEACHER_VOCABULARY), student_config(STUDENT_VOCABULARY))
+    return [{k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"} for config in configs]
+
+
+def _python_key() -> str:
+    """Names the Python whose text it is, and the models, without reading that text: a second run starts at once."""
+    build = f"{FORMAT} {json.dumps(_models())} {sys.version} {sysconfig.get_paths()['stdlib']}"
+    return f"py{sys.version_info[0]}.{sys.version_info[1]}-{blake2b(build.encode(), digest_size=6).hexdigest()}"
+
+
+def with_paths(config: Any, found: Material, teacher: Callable[[], Path]) -> Any:
+    """A run's configuration with paths in place of `NAMES`; `teacher` gives that of the teacher to learn from."""
+    folders = {STUDENT: found.student, TEACHER: found.teacher}
+    if config.student.name in NAMES:
+        config = replace(config, student=replace(config.student, name=str(folders[config.student.name]), init="random"))
+    if config.teacher.name in NAMES:
+        config = replace(config, teacher=replace(config.teacher, name=str(teacher())))
+    train, held_out = [_path_of(name, found) for name in config.data.train], _path_of(config.data.eval, found)
+    return replace(config, data=replace(config.data, train=train, eval=held_out))
+
+
+def _path_of(name: str | None, found: Material) -> str | None:
+    """Of a text."""
+    return str(found.file) if name == STUDENT else name
+
+
+def is_named(config: Any) -> bool:
+    """Whether a run's configuration names any of this."""
+    return bool(NAMES & {config.teacher.name, config.student.name}) or STUDENT in (*config.data.train, config.data.eval)
+
+
+def teacher_folder(found: Material, settings: Mapping[str, Any]) -> Path:
+    """Where the teacher belongs that a run with such settings trains."""
+    key = sha256(json.dumps(settings).encode()).hexdigest()[:8]
+    return found.trained_teacher.with_name(f"{found.trained_teacher.name}-{key}")
+
+
+def workshop(folder: Path) -> Path:
+    """Where this process makes `folder`: a path of its own, with what a process that is no more had done there."""
+    stem = f"{folder.name}.run-{platform.node()}-"
+    mine = folder.with_name(f"{stem}{os.getpid()}")
+    for left in sorted(folder.parent.glob(f"{stem}*")):
+        number = left.name.removeprefix(stem)
+        if number.isdecimal() and not mine.exists() and not psutil.pid_exists(int(number)):
+            with suppress(OSError):  # another process was faster
+                os.replace(left, mine)
+    return mine
+
+
+def put_into_place(made: Path, folder: Path) -> None:
+    """Rename the student of the run in `made` to `folder`, unless another process was faster, and drop the run."""
+    try:
+        os.replace(made / "student", folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    shutil.rmtree(made, ignore_errors=True)
+
+
+def _build(folder: Path) -> None:
+    texts = collect_text()
+    with atomic_folder(folder) as staging:
+        write_text(staging / "documents.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        for name, size, config in (
+            ("teacher", TEACHER_VOCABULARY, teacher_config),
+            ("student", STUDENT_VOCABULARY, student_config),
+        ):
+            tokenizer = train_tokenizer(texts, size)
+            tokenizer.save_pretrained(staging / name)
+            config(len(tokenizer)).save_pretrained(staging / name)
+
+
+# ---------------------------------------------------------------- text
+
+
+def collect_text() -> list[str]:
+    """Language reference and standard-library docstrings: distinct documents, in an order that is always the same.
+
+    Sources are parsed, never imported.
+    """
+    documents = dict.fromkeys(
+        text for text in (*_topics(), *_docstrings(Path(sysconfig.get_paths()["stdlib"]))) if len(text) >= MIN_DOCUMENT
+    )
+    if sum(map(len, documents)) < 500_000:
+        raise UserError(
+            f"Found only {len(documents)} documents in this Python ({sysconfig.get_paths()['stdlib']}): expected its "
+            "standard library with sources. Install a full Python, or give --train-data and a --config."
+        )
+    return list(documents)
+
+
+def _topics() -> Iterator[str]:
+    try:
+        from pydoc_data.topics import topics
+    except ImportError:  # some distributions split it off
+        return
+    for name in sorted(topics):
+        yield _tidy(topics[name])
+
+
+def _docstrings(library: Path) -> Iterator[str]:
+    """One document per module, function and class; a class comes with its methods."""
+    for file in sorted(library.rglob("*.py")):
+        parts = file.relative_to(library).with_suffix("").parts
+        if LEFT_OUT.intersection(parts):
+            continue
+        try:
+            tree = ast.parse(file.read_bytes())
+        except (SyntaxError, ValueError, OSError):
+            continue
+        module = ".".join(part for part in parts if part != "__init__")
+        if text := ast.get_docstring(tree):
+            yield _tidy(f"module {module}\n\n{text}")
+        for node in tree.body:
+            if text := "\n\n".join(_described(node)):
+                yield _tidy(text)
+
+
+def _described(node: ast.stmt) -> Iterator[str]:
+    """Signature and docstring of a function or class and of what it contains; nothing where there is no docstring."""
+    if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+        return
+    if text := ast.get_docstring(node):
+        indented = "\n".join(f"    {line}" if line.strip() else "" for line in text.splitlines())
+        yield f"{_signature(node)}:\n{indented}"
+    if isinstance(node, ast.ClassDef):
+        for inner in node.body:
+            yield from _described(inner)
+
+
+def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        return f"class {node.name}({bases})" if bases else f"class {node.name}"
+    return f"def {node.name}({ast.unparse(node.args)})"
+
+
+def _tidy(text: str) -> str:
+    """Without trailing blanks, and without what is no text (lone surrogates in examples)."""
+    lines = (line.rstrip() for line in text.encode("utf-8", "replace").decode().strip().splitlines())
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- tokenizers and models
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE: every byte string has a tokenisation. `<|endoftext|>` opens and closes documents."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def teacher_config(vocabulary: int) -> LlamaConfig:
+    """Llama of 4 layers, width 128: 1.2 million parameters with the teacher's vocabulary."""
+    return _llama(vocabulary, width=128, layers=4, heads=4)
+
+
+def student_config(vocabulary: int) -> LlamaConfig:
+    """Llama of 2 layers, width 96: 0.3 million parameters with the student's vocabulary."""
+    return _llama(vocabulary, width=96, layers=2, heads=4)
+
+
+def _llama(vocabulary: int, *, width: int, layers: int, heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=width * 11 // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )

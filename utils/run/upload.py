@@ -1,0 +1,67 @@
+"""The exported student on the Hugging Face Hub."""
+
+import logging
+import shlex
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+from ..config.build import HubConfig
+from ..errors import UserError
+from ..pretrained.loading import hub_is_reachable
+
+log = logging.getLogger(__name__)
+
+
+def check(config: HubConfig, student: Path) -> None:
+    """Find out, before anything is loaded, whether the student can be uploaded: creates its repository.
+
+    Args:
+        student: the folder that will be uploaded.
+
+    Raises:
+        UserError: no network, no token, or one that may not write there.
+    """
+    if config.repository is None:
+        return
+    later = f"Leave it out, and upload the student after the run: {_command(config, student)}"
+    if not hub_is_reachable():
+        raise UserError(f"--push-to-hub {config.repository}: the hub cannot be reached from here. {later}")
+    if get_token() is None:
+        raise UserError(
+            f"--push-to-hub {config.repository}: no token of yours is on this machine. Expected one with the right to "
+            f"write: `hf auth login`, or the environment variable HF_TOKEN. {later}"
+        )
+    try:
+        _repository(config)
+    except HFValidationError as error:
+        raise UserError(f"--push-to-hub {config.repository}: expected OWNER/NAME. {error}") from error
+    except (HfHubHTTPError, OSError) as error:
+        raise UserError(
+            f"--push-to-hub {config.repository}: the hub refuses. Expected your own name or an organisation of yours, "
+            f"and a token with the right to write there. {later}\n  {' '.join(str(error).split())}"
+        ) from error
+
+
+def push(config: HubConfig, student: Path) -> None:
+    """Upload the exported student. A failure is told, with the command that repeats it, and the run goes on."""
+    if config.repository is None:
+        return
+    try:
+        repository = _repository(config)
+        found = HfApi().upload_folder(repo_id=repository, folder_path=student, commit_message="Upload the student")
+        log.info("the student is on the hub: %s", found)
+    except Exception as error:  # the network, the hub, the disk: the student is exported all the same
+        told, again = f"{type(error).__name__}: {' '.join(str(error).split())}", _command(config, student)
+        log.error("not uploaded: %s\nThe student is whole in %s; once more: %s", told, student, again)
+
+
+def _repository(config: HubConfig) -> str:
+    """The full name of the repository, which exists then."""
+    return HfApi().create_repo(config.repository, private=config.private, exist_ok=True).repo_id
+
+
+def _command(config: HubConfig, student: Path) -> str:
+    private = " --private" if config.private else ""
+    return f"hf upload {shlex.quote(config.repository)} {shlex.quote(str(student))} .{private}"

@@ -1,0 +1,413 @@
+"""Checkpoints that are whole or absent, that prove it by hashes, and that know which run they belong to.
+
+A checkpoint is a folder `step-XXXXXXXX`:
+
+    GROUP.safetensors   tensors of one group, for instance everything that is trained
+    NAME.pt             plain containers (optimizer, scheduler, scaler, random generators), weights_only
+    state.json          where the run stood, and the fingerprint of config, data and tokenizers
+    manifest.json       size and sha256 of each file above, written last
+
+It is written to a hidden folder, flushed and renamed, so a kill at any moment leaves the earlier ones as
+they were. Damage that a file format would not notice (a flipped bit loads silently) fails the hash.
+"""
+
+import json
+import logging
+import re
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..config.build import refuse_differences
+from ..errors import RunError, UserError
+from ..files import atomic_folder, clean_leftovers, remove_folder, sha256_of
+from ..forecast.disk import free_disk
+from ..paths import user_path
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+_NAME = re.compile(r"step-(\d{8,})")
+_ALIASES = "aliases"
+REHEARSAL = "rehearsal"
+"""Folder of a checkpoint that is written for trial, and gone at once."""
+OVERHEAD = 1 << 20
+"""Bytes that the files of a checkpoint take beside its tensors, at most: names, numbers, block sizes."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What `CheckpointStore.load` returns; all tensors are on the CPU."""
+
+    path: Path
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    """By group. Names that shared memory when saved share it here."""
+    objects: dict[str, Any]
+    """Plain containers by name."""
+    state: dict[str, Any]
+
+
+class CheckpointStore:
+    """The checkpoints of one run.
+
+    Args:
+        folder: `OUTPUT/checkpoints`; created at the first save.
+        keep: how many of the newest stay.
+        fingerprint: what must be equal for a run to be continued (settings, hashes of data and tokenizers):
+            nested dicts of JSON values. It is stored with each checkpoint and compared on resume.
+        changed: other settings were asked for, as far as `config.CHANGEABLE` goes.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        keep: int = 2,
+        fingerprint: Mapping[str, Any] | None = None,
+        changed: bool = False,
+    ) -> None:
+        self.changed = changed
+        self.folder, self.keep = Path(folder), max(1, keep)
+        self.fingerprint = json.loads(json.dumps(dict(fingerprint or {})))
+        self._verified: set[Path] = set()
+
+    def save(
+        self,
+        step: int,
+        *,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        objects: Mapping[str, Any],
+        state: Mapping[str, Any],
+        protect: Iterable[int] = (),
+    ) -> Path:
+        """Write the checkpoint of `step`; when it is whole on the disk, remove those no longer needed.
+
+        Args:
+            tensors: by group; each group becomes one safetensors file. Shared tensors are stored once.
+            objects: plain containers of numbers, strings and tensors, as `torch.load(weights_only=True)` takes.
+            state: JSON values.
+            protect: steps that stay whatever their age, such as the best one.
+
+        Raises:
+            RunError: there is too little disk, or it could not be written. As with any other exception, nothing new
+                is visible then and every older checkpoint is intact.
+        """
+        began = time.monotonic()
+        final = self.folder / f"step-{step:08d}"
+        needed = _bytes(tensors) + _bytes(objects) + OVERHEAD
+        if free_disk(self.folder) < needed:
+            raise self._no_room(final, needed, "there is too little disk")
+        try:
+            with atomic_folder(final) as staging:
+                for group, members in tensors.items():
+                    _save_tensors(staging / f"{group}.safetensors", members)
+                for name, value in objects.items():
+                    _save_object(staging / f"{name}.pt", value)
+                content = {"step": step, "state": dict(state), "fingerprint": self.fingerprint}
+                (staging / "state.json").write_text(json.dumps(content), encoding="utf-8")
+                size = _write_manifest(staging, step)
+        except (OSError, SafetensorError) as error:
+            raise self._no_room(final, needed, getattr(error, "strerror", None) or str(error)) from error
+        self._verified.add(final)
+        log.info("checkpoint %s saved (%.1f MB, %.1f s)", final.name, size / 1e6, time.monotonic() - began)
+        self._prune(step, set(protect))
+        return final
+
+    def rehearse(self) -> None:
+        """Write a tiny checkpoint and remove it again: what the disk or a library refuses shows before training.
+
+        Raises:
+            RunError: it could not be written.
+        """
+        trial = self.folder / REHEARSAL
+        try:
+            with atomic_folder(trial) as staging:
+                _save_tensors(staging / "rehearsal.safetensors", {"weight": torch.zeros(1)})
+                _save_object(staging / "rehearsal.pt", {"number": 1})
+                _write_manifest(staging, 0)
+            remove_folder(trial)
+            with suppress(OSError):  # not empty: there are checkpoints
+                self.folder.rmdir()
+        except (OSError, SafetensorError) as error:
+            raise self._no_room(trial, OVERHEAD, getattr(error, "strerror", None) or str(error)) from error
+
+    def steps(self) -> dict[int, Path]:
+        """Every checkpoint folder, whole or not, newest first. Other folders are not looked at."""
+        entries = self.folder.iterdir() if self.folder.is_dir() else []
+        found = {int(match[1]): path for path in entries if (match := _NAME.fullmatch(path.name)) and path.is_dir()}
+        return dict(sorted(found.items(), reverse=True))
+
+    def newest_whole(self) -> Path | None:
+        """The newest checkpoint that passes its hashes; None if there is none at all.
+
+        A rejected one is named in a warning, with the reason.
+
+        Raises:
+            UserError: there are checkpoints, and every one is damaged.
+        """
+        rejected = []
+        for path in self.steps().values():
+            reason = self._check(path)
+            if reason is None:
+                return path
+            rejected.append(f"{path.name}: {reason}")
+            log.warning("checkpoint %s rejected: %s", path.name, reason)
+        if rejected:
+            raise UserError(
+                f"no checkpoint in {self.folder} is whole:\n"
+                + "".join(f"  - {line}\n" for line in rejected)
+                + "Expected at least one to continue from. Choose another --output-dir to train from the start, "
+                "--resume PATH for a checkpoint kept elsewhere, or delete the folder."
+            )
+        return None
+
+    def resume_point(self, resume: str = "auto") -> Path | None:
+        """The checkpoint to continue from, verified and of this very run, or None for a fresh start.
+
+        Leftovers of an interrupted save are removed first, so call it in one process, before training.
+
+        Args:
+            resume: `auto` (the newest whole one, if there is any), `never`, or a path: a checkpoint, or a folder
+                of checkpoints, or a run that has such a folder.
+
+        Raises:
+            UserError: `never` although there are checkpoints, a path that holds none or a damaged one, a path
+                outside this run although it has checkpoints of its own, or a run with other settings.
+        """
+        if names := clean_leftovers(self.folder):
+            log.info("leftovers of an interrupted save handled in %s: %s", self.folder, ", ".join(names))
+        own = self.steps()
+        if resume == "never":
+            if own:
+                raise UserError(
+                    f"{self.folder} holds checkpoints of an earlier run (up to step {max(own)}), and a fresh start was "
+                    "asked for: the two would be mixed up. Choose another --output-dir, continue that run with "
+                    "--resume auto, or delete the folder."
+                )
+            return None
+        path = self.newest_whole() if resume == "auto" else self._at(user_path(resume), own)
+        if path is not None:
+            self._refuse_other_run(path)
+        return path
+
+    def check_path(self, resume: str) -> None:
+        """Find a mistake in --resume PATH, with nothing loaded; `resume_point` compares the settings later.
+
+        Raises:
+            UserError: a path that holds no checkpoint or a damaged one, or that is outside this run.
+        """
+        if resume not in ("auto", "never"):
+            self._at(user_path(resume), self.steps())
+
+    def load(self, path: str | Path) -> Checkpoint:
+        """Read a checkpoint onto the CPU. Pickles are read with `weights_only=True`: no code of theirs runs.
+
+        Raises:
+            UserError: it is damaged, or holds something other than plain containers and tensors.
+        """
+        path = Path(path)
+        if (reason := self._check(path)) is not None:
+            raise UserError(f"checkpoint {path} cannot be used: {reason}. Choose another one with --resume PATH.")
+        try:
+            content = _state(path)
+            files = [path / name for name in sorted(_manifest(path)["files"])]
+            tensors = {file.stem: _load_tensors(file) for file in files if file.suffix == ".safetensors"}
+            objects = {
+                file.stem: torch.load(file, map_location="cpu", weights_only=True)
+                for file in files
+                if file.suffix == ".pt"
+            }
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, SafetensorError, UnpicklingError) as error:
+            raise UserError(
+                f"checkpoint {path} cannot be used: {type(error).__name__}: {str(error).splitlines()[0]}. "
+                "Expected files written by this program; choose another one with --resume PATH."
+            ) from error
+        return Checkpoint(path, content["step"], tensors, objects, content["state"])
+
+    def _no_room(self, final: Path, needed: int, why: str) -> RunError:
+        kept = next(iter(self.steps().values()), None)
+        return RunError(
+            f"checkpoint {final.name} cannot be saved in {self.folder}: {why}. It needs {needed / 1e6:,.1f} MB, "
+            f"{free_disk(self.folder) / 1e6:,.1f} MB are free. "
+            + (f"{kept.name} is kept. " if kept else "There is no earlier one. ")
+            + "Free some space there, then the same command continues from "
+            + ("it." if kept else "the start.")
+        )
+
+    def _at(self, path: Path, own: Mapping[int, Path]) -> Path:
+        """The whole checkpoint that a user's path means."""
+        if not (path / "manifest.json").exists() and not _NAME.fullmatch(path.name):
+            folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+            newest = CheckpointStore(folder).newest_whole()
+            if newest is None:
+                raise UserError(
+                    f"--resume {path}: no checkpoint there. Expected a folder step-XXXXXXXX with a manifest.json, or a "
+                    "run that has such folders; --resume auto looks in the output folder itself."
+                )
+            path = newest
+        if (reason := self._check(path)) is not None:
+            raise UserError(f"--resume {path}: {reason}. Choose another checkpoint, or --resume auto.")
+        if own and path.resolve().parent != self.folder.resolve():
+            raise UserError(
+                f"--resume {path}: that is outside {self.folder}, which holds checkpoints of its own (up to step "
+                f"{max(own)}). Use --resume auto to continue those, or another --output-dir to continue that one."
+            )
+        return path
+
+    def _refuse_other_run(self, path: Path) -> None:
+        saved, here = _flat(_state(path).get("fingerprint", {})), _flat(self.fingerprint)
+        refuse_differences(str(path), saved, here, self.changed)
+
+    def _check(self, path: Path) -> str | None:
+        if path in self._verified:
+            return None
+        reason = verify(path)
+        if reason is None:
+            self._verified.add(path)
+        return reason
+
+    def _prune(self, step: int, protect: set[int]) -> None:
+        """Remove what the checkpoint just committed makes unnecessary.
+
+        Older ones beyond `keep`; and any later one: it was damaged, or the run was taken up again before it.
+        A removal that fails is reported and tried again after the next save.
+        """
+        older = [other for other in self.steps() if other < step]
+        later = [other for other in self.steps() if other > step]
+        for other in later + [o for o in older[self.keep - 1 :] if o not in protect]:
+            path = self.folder / f"step-{other:08d}"
+            try:
+                remove_folder(path)
+                self._verified.discard(path)
+            except OSError as error:
+                log.warning("old checkpoint %s could not be removed: %s", path, error)
+
+
+def step_of(path: Path) -> int:
+    """Optimizer steps done at a whole checkpoint, whatever its folder is called."""
+    return int(_manifest(path)["step"])
+
+
+def verify(path: str | Path) -> str | None:
+    """Why a checkpoint folder cannot be trusted, in a few words; None if it is whole."""
+    path = Path(path)
+    if not path.is_dir():
+        return "no such folder"
+    try:
+        manifest = _manifest(path)
+        version, step, files = manifest["format"], int(manifest["step"]), dict(manifest["files"])
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError:
+        return "manifest.json is missing"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json cannot be read ({type(error).__name__})"
+    if version != FORMAT:
+        return f"written in format {version}, this program reads format {FORMAT}"
+    if (match := _NAME.fullmatch(path.name)) and int(match[1]) != step:
+        return f"the manifest is that of step {step}"
+    if "state.json" not in expected:
+        return "the manifest does not list state.json"
+    for name, (size, digest) in expected.items():
+        if (reason := _file_damage(path / name, size, digest)) is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def _file_damage(file: Path, size: int, digest: str) -> str | None:
+    try:
+        if file.stat().st_size != size:
+            return f"has {file.stat().st_size:,} bytes instead of {size:,}"
+        return None if sha256_of(file) == digest else "does not match its sha256"
+    except FileNotFoundError:
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+
+
+def _write_manifest(folder: Path, step: int) -> int:
+    """List every file of `folder`; returns their total size in bytes."""
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in sorted(folder.iterdir())}
+    manifest = {"format": FORMAT, "step": step, "files": files}
+    (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    return sum(entry["bytes"] for entry in files.values())
+
+
+def _save_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a state dict; names of one and the same tensor (tied weights) are stored once, as aliases.
+
+    safetensors refuses tensors that share memory, so views that merely overlap are copied.
+    """
+    first: dict[tuple, str] = {}
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    memory: set[tuple] = set()
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: got {type(tensor).__name__}, expected a tensor")
+        tensor = tensor.detach()
+        block = (str(tensor.device), tensor.untyped_storage().data_ptr())
+        view = (*block, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        if tensor.numel() and view in first:
+            aliases[name] = first[view]
+            continue
+        first[view] = name
+        stored[name] = tensor.to("cpu").contiguous()
+        if tensor.numel() and block in memory:
+            stored[name] = stored[name].clone()
+        memory.add(block)
+    save_file(stored, file, metadata={_ALIASES: json.dumps(aliases)})
+
+
+def _save_object(file: Path, value: Any) -> None:
+    """`torch.save`, with the reason where the disk refuses: torch hides it behind an error of its own."""
+    with open(file, "wb") as stream:
+        try:
+            torch.save(value, stream)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+
+
+def _bytes(value: Any) -> int:
+    """Size of the tensors in nested containers; at least what they take in files."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, Mapping):
+        return sum(map(_bytes, value.values()))
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0
+
+
+def _load_tensors(file: Path) -> dict[str, Tensor]:
+    with safe_open(file, framework="pt", device="cpu") as reader:
+        aliases = json.loads((reader.metadata() or {}).get(_ALIASES, "{}"))
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118 (no mapping)
+    return tensors | {name: tensors[original] for name, original in aliases.items()}
+
+
+def _state(path: Path) -> dict[str, Any]:
+    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as {dotted path: value}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
