@@ -68,19 +68,20 @@ from utils.pretrained import student as students
 from utils.pretrained import teacher as teachers
 from utils.report import report
 from utils.report.comparison import compare
-from utils.run import conversation_date, quickstart, requirements, upload
 from utils.run import folder as run_folder
+from utils.run import quickstart, requirements, upload
 from utils.run.exit_codes import EXIT_CODES, Interrupted, exit_code
 from utils.run_layout import CHECKPOINTS, METRICS, REPORT_HTML, START, STUDENT, WITHOUT_TEACHER
 from utils.seeding import deterministic_kernels, permutation
+from utils.teacher_cache import conversation_date
 from utils.teacher_cache.building import CacheBuilding, settle, with_cache, written
 from utils.teacher_cache.store import TeacherCache
 from utils.training import dry_run
 from utils.training.checkpoints import CheckpointStore, step_of
+from utils.training.early_stopping import StopSignal
 from utils.training.loop import FitResult, fit
 from utils.training.plan import Plan, build_accelerator
 from utils.training.step_guard import RedFlags
-from utils.training.stopping import StopSignal
 
 log = logging.getLogger("train")
 

@@ -19,7 +19,7 @@ from utils.machine import packages
 from utils.pretrained import loading
 from utils.run import folder as run_folder
 from utils.run import quickstart
-from utils.training.stopping import StopSignal
+from utils.training.early_stopping import StopSignal
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install -e .[test]")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -e .[test]")

@@ -29,7 +29,7 @@ from utils.forecast import disk
 from utils.machine import hardware, packages
 from utils.machine.packages import Package
 from utils.training import loop as training_loop
-from utils.training.stopping import EarlyStopping
+from utils.training.early_stopping import EarlyStopping
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -225,8 +225,7 @@ def test_one_step_runs_in_the_precision_of_the_device_and_leaves_the_accelerator
     assert verify_fixes.loop.one_step(bench, routed).passed
     monkeypatch.setattr(student_aware_router, "_distance", lambda a, b: a.sum(-1) * float("nan"))
     assert (
-        verify_fixes.loop.one_step(bench, setup.config).passed
-        and not verify_fixes.loop.one_step(bench, routed).passed
+        verify_fixes.loop.one_step(bench, setup.config).passed and not verify_fixes.loop.one_step(bench, routed).passed
     )
 
 

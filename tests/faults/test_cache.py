@@ -22,7 +22,7 @@ from tests.gloo import launch
 from utils.logs.step_logger import read_metrics
 from utils.run.quickstart import train_tokenizer
 from utils.teacher_cache import building
-from utils.training.stopping import StopSignal
+from utils.training.early_stopping import StopSignal
 
 SHORT = ["--max-steps", "4", "--eval-every", "0", "--log-every", "1"]
 

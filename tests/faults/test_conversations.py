@@ -11,7 +11,7 @@ from transformers.utils import chat_template_utils
 import train
 from tests.faults.conftest import documents
 from utils.files import remove_folder
-from utils.run import conversation_date
+from utils.teacher_cache import conversation_date
 
 ALTERNATING = (
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"

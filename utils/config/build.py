@@ -22,8 +22,8 @@ from pydantic import InstanceOf, TypeAdapter, ValidationError
 
 from ..errors import UserError
 from ..paths import user_path
-from ..validation import Validated
 from .error_messages import describe, dotted, shown
+from .validation import Validated
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[2] / "configs"
 

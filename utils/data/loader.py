@@ -23,7 +23,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from .. import seeding
-from ..training.stopping import ignore_stop_signals, stop_signals_delayed
+from ..training.early_stopping import ignore_stop_signals, stop_signals_delayed
 from .documents import window_key
 
 

@@ -20,11 +20,11 @@ from ..forecast.disk import free_disk
 from ..logs.progress import Progress, duration
 from ..parallel.processes import main_process_first
 from ..pretrained import loading as pretrained
-from ..run.conversation_date import IDENTITY
+from ..training.early_stopping import STOP_REASONS, StopSignal
 from ..training.measurements import HostSum
 from ..training.plan import Plan
-from ..training.stopping import STOP_REASONS, StopSignal
 from .codec import Codec
+from .conversation_date import IDENTITY
 from .store import TeacherCache, Written, open_cache
 
 log = logging.getLogger(__name__)

@@ -45,12 +45,12 @@ from ..parallel.processes import on_main_process
 from ..seeding import seed_forward, undisturbed
 from . import out_of_memory
 from .checkpoints import CheckpointStore
+from .early_stopping import STOP_REASONS, EarlyStopping, StopSignal
 from .measurements import Clock, HostSum, Measured, TermGradients
 from .out_of_memory import Attempt, OutOfMemory
 from .plan import Plan, build_optimizer, build_scheduler, engine_kind, taught_parameters
 from .state import RunState
 from .step_guard import RedFlags, StepGuard
-from .stopping import STOP_REASONS, EarlyStopping, StopSignal
 
 log = logging.getLogger(__name__)
 

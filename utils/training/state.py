@@ -13,10 +13,10 @@ from ..errors import UserError
 from ..parallel.engine import Engine
 from ..seeding import rng_state, set_rng_state
 from .checkpoints import Checkpoint
+from .early_stopping import EarlyStopping
 from .measurements import Clock
 from .plan import Plan
 from .step_guard import RedFlags, StepGuard
-from .stopping import EarlyStopping
 
 
 @dataclass

@@ -23,8 +23,8 @@ from utils.teacher_cache import store
 from utils.teacher_cache.building import CacheBuilding
 from utils.teacher_cache.codec import Codec
 from utils.teacher_cache.store import TeacherCache, open_cache
+from utils.training.early_stopping import StopSignal
 from utils.training.plan import Plan
-from utils.training.stopping import StopSignal
 
 CODEC = Codec(3000, 8, "float32")
 IDENTITY = {"teacher": "t", "teacher_dtype": "float32", "tokenizers_and_length": "k", "max_depth": 16}

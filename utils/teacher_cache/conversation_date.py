@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..paths import user_path
-from ..teacher_cache.store import MANIFEST
+from .store import MANIFEST
 
 IDENTITY = "conversation_date"
 """Its name in what checkpoints and teacher caches depend on."""

@@ -7,7 +7,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pydantic import BaseModel, ConfigDict, InstanceOf, ValidationError, create_model
 
-from .config.error_messages import describe
+from .error_messages import describe
 
 
 class Validated:
