@@ -27,17 +27,20 @@ from models.curriculum import CurriculumScheduler
 from models.distillation_framework import HEAD_TERMS, DistillationFramework
 from models.language_model import vocabulary_size
 from models.losses import head_passes
-from models.losses.fused_head import chunk_rows
+from models.losses.chunk_size import chunk_rows
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher.cached import CachedTeacher, RememberingCollator
 from models.teacher.frozen import FrozenTeacher
 from models.text.chat_template import tokenizers_for_chat
-from models.text.collate import SIDES, ModelFacts, PairCollator, PairEncoder, count_channel, read_and_learned
+from models.text.collate import PairCollator, count_channel, read_and_learned
 from models.text.encoder_decoder import make_encoder
 from models.text.vocabulary import VocabularyMap
+from models.text.windows import SIDES, ModelFacts, PairEncoder
 from utils.advice import advice
-from utils.config import command_line
-from utils.config.build import (
+from utils.config import command_line, resume_rules
+from utils.config.contradictions import contradictions
+from utils.config.plain import to_plain
+from utils.config.settings import (
     CacheConfig,
     DataConfig,
     EvaluationConfig,
@@ -47,41 +50,47 @@ from utils.config.build import (
     Name,
     StudentConfig,
     TrainingConfig,
-    to_plain,
 )
-from utils.config.contradictions import contradictions
 from utils.data import documents, loader
+from utils.data import windows as windows_module
+from utils.data.batch_order import permutation
 from utils.errors import UserError, value_errors_are_the_users
 from utils.evaluation import exported, lm_eval_tasks
 from utils.evaluation.held_out import HeldOut, TextStart, metrics_of
+from utils.forecast import batch_size, model_size
 from utils.forecast import disk as forecast
-from utils.forecast import step_memory
-from utils.logs.step_logger import StepLogger, learned_lines, setup_logging
+from utils.logs.console import setup_logging
+from utils.logs.lines import learned_lines
+from utils.logs.step_logger import StepLogger
 from utils.logs.streams import make_streams_safe
 from utils.logs.trackers import Tracking
-from utils.machine import hardware
+from utils.machine import hardware, kernels
+from utils.machine.stop_signals import StopSignal
+from utils.parallel.accelerator import build_accelerator
 from utils.parallel.processes import main_process_first, on_main_process, rank
 from utils.paths import user_path
 from utils.pretrained import families
 from utils.pretrained import loading as pretrained
+from utils.pretrained import precision as precision_module
 from utils.pretrained import student as students
 from utils.pretrained import teacher as teachers
 from utils.report import report
 from utils.report.comparison import compare
+from utils.run import export as export_module
 from utils.run import folder as run_folder
 from utils.run import quickstart, requirements, upload
 from utils.run.exit_codes import EXIT_CODES, Interrupted, exit_code
 from utils.run_layout import CHECKPOINTS, METRICS, REPORT_HTML, START, STUDENT, WITHOUT_TEACHER
-from utils.seeding import deterministic_kernels, permutation
+from utils.seeding import deterministic_kernels
 from utils.teacher_cache import conversation_date
 from utils.teacher_cache.building import CacheBuilding, settle, with_cache, written
 from utils.teacher_cache.store import TeacherCache
 from utils.training import dry_run
-from utils.training.checkpoints import CheckpointStore, step_of
-from utils.training.early_stopping import StopSignal
+from utils.training.checkpoint_files import step_of
+from utils.training.checkpoints import CheckpointStore
 from utils.training.loop import FitResult, fit
-from utils.training.plan import Plan, build_accelerator
-from utils.training.step_guard import RedFlags
+from utils.training.plan import Plan
+from utils.training.red_flags import RedFlags
 
 log = logging.getLogger("train")
 
@@ -99,7 +108,7 @@ class RunConfig:
 
     teacher: ModelConfig = field(default_factory=ModelConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
-    documents: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
@@ -107,7 +116,7 @@ class RunConfig:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
-    upload: HubConfig = field(default_factory=HubConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
     output_dir: Name = "runs/train"
     """Folder of the run; by default runs/ and the name of the recipe."""
     resume: str = "auto"
@@ -146,7 +155,7 @@ class Job:
     teacher_dtype: hardware.Choice[torch.dtype]
     cache: TeacherCache | None = None
     """Of what the teacher says."""
-    needed: step_memory.Forecast = field(default_factory=step_memory.Forecast)
+    needed: batch_size.Forecast = field(default_factory=batch_size.Forecast)
 
 
 @dataclass(frozen=True)
@@ -182,7 +191,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, today: date | None = No
 
     Args:
         today: the day for chat templates that write it; None: that of its checkpoints or cache, see
-            `utils.conversation_date`.
+            `utils.teacher_cache.conversation_date`.
     """
     teacher_device = teachers.place(config, accelerator)
     pair = load_pair(config)
@@ -200,9 +209,9 @@ def prepare(config: RunConfig, accelerator: Accelerator, today: date | None = No
     held_out = material.held_out.select(measured)
     collate = PairCollator(vocabulary, encoder.end_of_text, config.loss.max_depth, router)
     identity = {
-        **run_folder.identity(to_plain(config)),
+        **resume_rules.identity(to_plain(config)),
         "training_text": documents.corpus_fingerprint(material.corpus.train),
-        "held_out_windows": documents.windows_fingerprint(held_out),
+        "held_out_windows": windows_module.windows_fingerprint(held_out),
         "tokenizers_and_length": encoder.fingerprint,
         "mixed_precision": accelerator.mixed_precision,
     }
@@ -230,7 +239,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, today: date | None = No
         ),
         fingerprint=identity,
         teacher_device=teacher_device,
-        teacher_dtype=pretrained.frozen_dtype(config.teacher.dtype, teacher_device, accelerator.mixed_precision),
+        teacher_dtype=precision_module.frozen_dtype(config.teacher.dtype, teacher_device, accelerator.mixed_precision),
     )
 
 
@@ -256,7 +265,7 @@ def require_widths_and_disk(config: RunConfig, pair: Pair, router: RouterConfig 
 
     with advice("forecast of disk"):
         runs = 1 + config.evaluation.without_teacher
-        student = forecast.Shape.of(pair.shapes["student"])
+        student = model_size.Shape.of(pair.shapes["student"])
         disk = forecast.disk(student, config.training, config.student.lora, runs=runs)
         forecast.require_disk(Path(config.output_dir), disk)
 
@@ -286,11 +295,11 @@ def read_material(config: RunConfig, pair: Pair, today: date | None) -> Material
             log.warning("%s", note)
         vocabulary = VocabularyMap.build(*both, *pair.rows, cache_dir=quickstart.cache_dir() / "vocabularies")
 
-        room = documents.Room(length, encoder.least_length)
+        room = windows_module.Room(length, encoder.least_length)
         workers = config.data.num_workers or None
         packing = {"encode": encoder.windows, "fingerprint": encoder.fingerprint, "num_proc": workers, "room": room}
-        windows = documents.make_windows(corpus.train, kind="training", **packing)
-        held_out = documents.make_windows(corpus.eval, kind="held-out", **packing)
+        windows = windows_module.make_windows(corpus.train, kind="training", **packing)
+        held_out = windows_module.make_windows(corpus.eval, kind="held-out", **packing)
 
     for side, table in zip(SIDES, encoder.tables, strict=True):
         if table.beyond_rows:
@@ -298,8 +307,8 @@ def read_material(config: RunConfig, pair: Pair, today: date | None) -> Material
             log.info("%s: no row of its head for %s, which no text yields: left out", side, left_out)
     log.info("documents: %s", ", ".join(f"{name} {count:,}" for name, count in corpus.report.items()))
     for kind, texts, cut in (("training", corpus.train, windows), ("held-out", corpus.eval, held_out)):
-        documents.warn_of_left_out(cut, kind)
-        documents.warn_of_missing(config.data, kind, texts, cut, room)
+        windows_module.warn_of_left_out(cut, kind)
+        windows_module.warn_of_missing(config.data, kind, texts, cut, room)
     documents.warn_of_long_documents(corpus, windows, held_out)
     return Material(corpus, tokenizers, encoder, vocabulary, windows, held_out)
 
@@ -408,7 +417,7 @@ def train_student(
         dry_run.try_modes(framework, student, batch, accelerator, compares=teacher is not None)
         on_main_process(accelerator, store.rehearse)
     forced_bos = job.held_out.starts["student"].forced_bos
-    students.rehearse_export(student, config.student, job.tokenizer, forced_bos)
+    export_module.rehearse_export(student, config.student, job.tokenizer, forced_bos)
     start = job.held_out.measure_start(student, measure_teacher, output)
 
     def evaluate(step: int) -> dict[str, Any]:
@@ -460,7 +469,7 @@ def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[s
     # before everything that could still fail: what was trained for hours is on the disk then
     def write_student() -> exported.LoadedAnew:
         results = {**scores, "run": ended}
-        students.export(student, config, job.tokenizer, folder, settings, results, forced_bos)
+        export_module.export(student, config, job.tokenizer, folder, settings, results, forced_bos)
         return exported.load_anew(student, held_out, folder, config)
 
     loaded = on_main_process(job.accelerator, write_student)
@@ -468,7 +477,7 @@ def export(job: Job, asked: RunConfig, trained: Trained, output: Path) -> dict[s
     results["run"] = {**ended, "loss_difference_loaded_anew": loaded.difference}
 
     def write_report() -> None:
-        students.describe(folder, settings, results)
+        export_module.describe(folder, settings, results)
         report.write_report(output, results)
         loaded.require()  # once the report has its warning
 
@@ -516,7 +525,7 @@ def add_tasks(
 
 
 def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
-    """One run from its configuration to its report; returns what ended it (see `utils.stopping.STOP_REASONS`).
+    """One run from its configuration to its report; returns what ended it (`stop_signals.STOP_REASONS`).
 
     Raises:
         UserError: a mistake in what was asked for, found as early as it can be.
@@ -526,7 +535,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     allocator = hardware.configure_allocator()
     device = hardware.choose_device()
     # one process starts a Python on each GPU, not each process; where it fails, its launcher ends the others
-    if rank() == 0 and (remedy := hardware.check_kernels()):
+    if rank() == 0 and (remedy := kernels.check_kernels()):
         raise UserError(remedy)
     requirements.check(config, device.value)
     precision = hardware.choose_precision(config.training.mixed_precision, device.value)
@@ -545,7 +554,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     log.info("device %s: %s; mixed precision %s: %s", device.value, device.reason, precision.value, precision.reason)
     config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
-    config, needed = step_memory.settle(config, accelerator, chunk_rows)
+    config, needed = batch_size.settle(config, accelerator, chunk_rows)
     today = on_main_process(accelerator, lambda: conversation_date.choose(config))
     job = replace(main_process_first(accelerator, lambda: prepare(config, accelerator, today.day)), needed=needed)
     if conversation_date.IDENTITY in job.fingerprint:
@@ -590,7 +599,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     if config.evaluation.tasks and in_time and main:  # last: no other process waits for this one
         results = add_tasks(job, trained, teacher, results, output)
     if main:
-        students.describe(output / STUDENT, to_plain(asked), results)
+        export_module.describe(output / STUDENT, to_plain(asked), results)
         upload.push(config.hub, output / STUDENT)
         report.print_summary(results)
         log.info("student: %s; report: %s", output / STUDENT, output / REPORT_HTML)
@@ -610,7 +619,7 @@ def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSign
         own, recipe = configure(
             ["--config", "quickstart_teacher", "--mixed-precision", config.training.mixed_precision, "--resume", "auto"]
         )
-        folder = quickstart.teacher_folder(material, run_folder.identity(to_plain(own)))
+        folder = quickstart.teacher_folder(material, resume_rules.identity(to_plain(own)))
         if not on_main_process(accelerator, folder.is_dir):
             # a mistake in a text of the user's own is told before the minute that the teacher takes
             text = quickstart.with_paths(config, material, Path).data

@@ -29,34 +29,37 @@ from models.config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Sche
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.language_model import check_head, vocabulary_size
-from models.losses.fused_head import chunk_rows
+from models.losses.chunk_size import chunk_rows
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from models.teacher.frozen import FrozenTeacher
-from models.text.collate import PairCollator, PairEncoder
-from models.text.vocabulary import MARKER, TEXT, VocabularyMap
+from models.text.collate import PairCollator
+from models.text.tokens import MARKER, TEXT
+from models.text.vocabulary import VocabularyMap
+from models.text.windows import PairEncoder
 from models.types import IGNORE, PairedBatch
-from utils.checks import checklist, loop, miniature
+from utils.checks import checklist, evaluation, loop, machine, miniature
 from utils.checks import setup as preflight
 from utils.checks.checklist import Check, check
-from utils.config import command_line
-from utils.config.build import DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
+from utils.config import command_line, quickstart_names
+from utils.config.settings import DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
+from utils.data.batch_order import permutation
 from utils.errors import UserError
-from utils.forecast import disk
+from utils.forecast import model_size
 from utils.logs.step_logger import StepLogger
 from utils.logs.streams import make_streams_safe
 from utils.machine import hardware
+from utils.parallel.accelerator import build_accelerator
 from utils.paths import user_path
-from utils.pretrained import generation, loading
+from utils.pretrained import export, generation, loading, locate, precision
 from utils.pretrained.families import keep_weights
 from utils.pretrained.student import make as make_student
 from utils.pretrained.teacher import alone
 from utils.run import quickstart
 from utils.run.requirements import check as check_requirements
-from utils.seeding import permutation, seed_everything
+from utils.seeding import seed_everything
 from utils.training import dry_run
 from utils.training.checkpoints import CheckpointStore
 from utils.training.loop import FitResult, fit
-from utils.training.plan import build_accelerator
 
 LENGTH = miniature.CONTEXT
 """Tokens per window of the tiny models."""
@@ -353,7 +356,7 @@ def own_label_shift(setup: preflight.SetUp) -> tuple:
     most = 1.25 if start is None else math.inf  # T5 1.1 begins with large logits
     allowed = f"{'0.95 to 1.25 ln V' if start is None else '0.95 ln V or more'}, equal to 1e-3"
     shapes = {"student": setup.student, **({"teacher": setup.teacher} if setup.teacher else {})}
-    fresh = {role: disk.shallow(shape, preflight.REPRESENTATIVE) for role, shape in shapes.items()}
+    fresh = {role: model_size.shallow(shape, preflight.REPRESENTATIVE) for role, shape in shapes.items()}
     fresh = {role: config for role, config in fresh.items() if not preflight.too_large(config)}
     if "student" not in fresh:
         return "not measured: the student is too large to be built for a check", allowed, True
@@ -373,14 +376,14 @@ def own_label_shift(setup: preflight.SetUp) -> tuple:
 @check("one step and the export: your student", dry_run.REMEDY)
 def own_modes(setup: preflight.SetUp, job: train.Job) -> tuple:
     allowed = "no error"
-    config = disk.shallow(setup.student, preflight.REPRESENTATIVE)
+    config = model_size.shallow(setup.student, preflight.REPRESENTATIVE)
     if preflight.too_large(config):
         return "not measured: the student is too large to be built for a check", allowed, True
 
     seed_everything(setup.config.training.seed)
     student = loading.random_model(config)
     keep_weights(student.config)
-    folder = Path(loading.locate(setup.config.student.name, "student"))
+    folder = Path(locate.locate(setup.config.student.name, "student"))
     if folder.is_dir():
         settings = generation.load(folder, f"student {setup.config.student.name}")
         student.generation_config = settings or student.generation_config
@@ -389,7 +392,7 @@ def own_modes(setup: preflight.SetUp, job: train.Job) -> tuple:
     module = DistillationFramework(student, None, job.vocabulary, LossConfig(), scheduler)
     batch = job.collate([job.windows[0]])
     dry_run.try_modes(module, student, batch, job.accelerator, compares=False)
-    loading.rehearse_export(student, job.tokenizer)
+    export.rehearse_export(student, job.tokenizer)
     return f"trained, evaluated and saved on trial: {type(student).__name__} of few layers", allowed, True
 
 
@@ -400,7 +403,7 @@ def own_router(setup: preflight.SetUp, job: train.Job) -> tuple:
         return "not measured: the teacher is built by the first run", allowed, True
     if any(map(preflight.too_large, (setup.student, setup.teacher))):
         return "not measured: a model is too large to be loaded for a check", allowed, True
-    if {setup.config.teacher.dtype, setup.config.student.lora.base} & {*loading.QUANTISED}:
+    if {setup.config.teacher.dtype, setup.config.student.lora.base} & {*precision.QUANTISED}:
         return "not measured: this check computes on the CPU, quantised weights do not", allowed, True
     config, size = job.config, min(job.config.training.batch_size, ROUTED_WINDOWS)
     student, teacher = make_student(config.student, config.training, job.accelerator).eval(), train.load_teacher(job)
@@ -426,7 +429,7 @@ def default_setup(config: train.RunConfig) -> preflight.SetUp:
     """What the embedded default starts from, by sizes alone."""
     student = quickstart.student_config(quickstart.STUDENT_VOCABULARY)
     teacher = quickstart.teacher_config(quickstart.TEACHER_VOCABULARY)
-    return preflight.SetUp(config, student, teacher, 2_000_000, chunk_rows, quickstart.NAMES)
+    return preflight.SetUp(config, student, teacher, 2_000_000, chunk_rows, quickstart_names.NAMES)
 
 
 def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
@@ -447,14 +450,14 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
     teacher = loading.load_config(config.teacher.name, "teacher") if config.teacher.name else None
     files = [user_path(name) for name in config.data.train]
     text_bytes = max(sum(map(int, job.windows["bytes"])), sum(f.stat().st_size for f in files if f.is_file()))
-    return preflight.SetUp(asked, student, teacher, text_bytes, chunk_rows, quickstart.NAMES), job
+    return preflight.SetUp(asked, student, teacher, text_bytes, chunk_rows, quickstart_names.NAMES), job
 
 
 # ---------------------------------------------------------------------------------------- the report
 
 TINY: tuple[Callable[[Bench], Check], ...] = (
     *(fresh_student, shifted_once, copying, equal_models, temperature_squared, hidden_states, loop.half_teacher),
-    *(loop.random_perplexity, loop.dtype_round_trip, loop.accumulation, loop.resume),
+    *(evaluation.random_perplexity, evaluation.dtype_round_trip, loop.accumulation, loop.resume),
     *(loop.optimizer_steps, loop.early_stopping),
 )
 
@@ -469,16 +472,16 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
     if config.training.batch_size == "auto":  # whatever fits, the least is what must
         config = replace(config, training=replace(config.training, batch_size=1))
     yield "This machine"
-    yield from (preflight.versions(), preflight.conflicts(), preflight.kernels(), preflight.precision(config))
+    yield from (machine.versions(), machine.conflicts(), machine.kernels(), machine.precision(config))
     try:
         bench = Bench(folder)
     except UserError as error:
         raise RuntimeError(f"the tiny models cannot be prepared: {error}") from error
     yield loop.one_step(bench, config)
-    is_embedded = not argv and config.student.name in quickstart.NAMES
+    is_embedded = not argv and config.student.name in quickstart_names.NAMES
     setup, own = (default_setup(config), None) if is_embedded else own_setup(config)
     yield "This code, on tiny models"
-    yield from (curriculum_table(), preflight.weighted_perplexity(), padding_row())
+    yield from (curriculum_table(), evaluation.weighted_perplexity(), padding_row())
     yield from (measure() for measure in NORMALISED)
     yield from (measure(bench) for measure in TINY)
     yield from (preflight.duplicates(bench.job), preflight.leakage(bench.job), preflight.coverage(bench.job))

@@ -23,10 +23,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.measure import table
 from models.teacher.frozen import FrozenTeacher
 from models.teacher.projection import Projection
-from models.text.collate import PairCollator, PairEncoder
-from models.text.vocabulary import TEXT, VocabularyMap
+from models.text.collate import PairCollator
+from models.text.tokens import TEXT
+from models.text.vocabulary import VocabularyMap
+from models.text.windows import PairEncoder
 from models.types import PairedBatch
-from utils.config.build import DataConfig
+from utils.config.settings import DataConfig
 from utils.data.documents import load_documents
 from utils.run import quickstart
 

@@ -36,9 +36,10 @@ from models.teacher.cached import CachedTeacher, RememberingCollator
 from models.teacher.frozen import FrozenTeacher
 from models.text.collate import PairCollator
 from models.text.vocabulary import VocabularyMap
-from utils.config.build import CacheConfig
+from utils.config.settings import CacheConfig
 from utils.teacher_cache.codec import Codec
-from utils.teacher_cache.store import TeacherCache, open_cache
+from utils.teacher_cache.manifest import open_cache
+from utils.teacher_cache.store import TeacherCache
 
 CPU = torch.device("cpu")
 ONLINE_TOP_K = 256

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.measure import MB, describe, machine, table, write
 from benchmarks.peers import compare, parser
-from models.losses.fused_head import chunk_rows
+from models.losses.chunk_size import chunk_rows
 
 PLAIN_COPIES = 8
 """Float32 copies of all logits that the plain version holds, rounded up: to know what will fit."""

@@ -2,9 +2,9 @@
 
     python -m benchmarks.memory_forecast
 
-It is the forecast that `train.py` logs before it loads anything (`utils.memory`), for hardware that need not be there.
-Models: the shapes of Qwen2.5-1.5B and of SmolLM2, or of the quickstart's pair, without content; nothing is downloaded.
-Nothing here is measured.
+It is the forecast that `train.py` logs before it loads anything (`utils.forecast`), for hardware that need not be
+there. Models: the shapes of Qwen2.5-1.5B and of SmolLM2, or of the quickstart's pair, without content; nothing is
+downloaded, and nothing is measured.
 """
 
 from types import SimpleNamespace
@@ -16,7 +16,8 @@ from transformers import PretrainedConfig
 import train
 from benchmarks.measure import table
 from benchmarks.step_time import STUDENT_VOCABULARY, TEACHER_VOCABULARY, shapes
-from models.losses.fused_head import chunk_rows
+from models.losses.chunk_size import chunk_rows
+from utils.config import quickstart_names
 from utils.forecast import step_memory
 from utils.machine.hardware import choose_precision
 from utils.run import quickstart
@@ -35,7 +36,7 @@ ROWS = (
     + [("T4", "kaggle_p100", "smollm2-360m", flags) for flags in ("", WIDER[0])]
     + [("T4 x2, each", "kaggle_t4x2", "smollm2-360m", flags) for flags in ("", TWICE)]
     + [("24 GB", "single_24gb", "smollm2-360m", flags) for flags in ("", *WIDER)]
-    + [("CPU", "quickstart", student, "") for student in (quickstart.STUDENT, "smollm2-135m")]
+    + [("CPU", "quickstart", student, "") for student in (quickstart_names.STUDENT, "smollm2-135m")]
 )
 """Card, recipe, student, flags."""
 
@@ -58,7 +59,7 @@ def forecast(card: str, recipe: str, student: str, flags: str) -> dict[str, int]
 
 def pair_of(student: str) -> tuple[PretrainedConfig, PretrainedConfig]:
     """Configs of (teacher, student)."""
-    if student != quickstart.STUDENT:
+    if student != quickstart_names.STUDENT:
         return shapes(student, TEACHER_VOCABULARY, STUDENT_VOCABULARY)
     teacher = quickstart.teacher_config(quickstart.TEACHER_VOCABULARY)
     return teacher, quickstart.student_config(quickstart.STUDENT_VOCABULARY)

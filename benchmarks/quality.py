@@ -33,8 +33,9 @@ from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher.frozen import FrozenTeacher
-from models.text.collate import PairCollator, PairEncoder, count_channel
+from models.text.collate import PairCollator, count_channel
 from models.text.vocabulary import VocabularyMap
+from models.text.windows import PairEncoder
 from models.types import PairedBatch, TeacherSignal
 
 # without it every large temporary is mapped and unmapped again, a third of a step's time on a CPU

@@ -27,8 +27,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from benchmarks.measure import machine, table, write
 from benchmarks.step_time import random_batch, random_framework, vocabulary_map
+from utils.parallel.accelerator import build_accelerator
 from utils.parallel.wrapper import Shell
-from utils.training.plan import build_accelerator
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -36,10 +36,13 @@ from models.config import CurriculumConfig, LossConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.language_model import body_states
-from models.losses.fused_head import GPU_ROWS, PASCAL_ROWS, head_losses
-from models.teacher.frozen import FrozenTeacher, exact_top_k
+from models.losses.chunk_size import GPU_ROWS, PASCAL_ROWS
+from models.losses.fused_head import head_losses
+from models.teacher.frozen import FrozenTeacher
+from models.teacher.top_k import exact_top_k
 from models.text.collate import PairCollator
-from models.text.vocabulary import MARKER, TEXT, VocabularyMap
+from models.text.tokens import MARKER, TEXT
+from models.text.vocabulary import VocabularyMap
 from models.types import PairedBatch, SparseTarget, TeacherSignal
 
 TEACHER_VOCABULARY, STUDENT_VOCABULARY = 151_936, 49_152

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from benchmarks.measure import alternate, describe, machine, table, write
-from models.teacher.frozen import exact_top_k
+from models.teacher.top_k import exact_top_k
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ from .distillation_framework import DistillationFramework
 from .student_aware_router import StudentAwareRouter
 from .teacher.cached import CachedTeacher
 from .teacher.frozen import FrozenTeacher
-from .text.collate import PairCollator, PairEncoder
+from .text.collate import PairCollator
 from .text.vocabulary import VocabularyMap
+from .text.windows import PairEncoder
 
 __all__ = [
     "CachedTeacher",

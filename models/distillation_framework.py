@@ -25,7 +25,8 @@ from .language_model import (
     vocabulary_size,
 )
 from .losses import head_passes
-from .losses.fused_head import chunk_rows, head_losses
+from .losses.chunk_size import chunk_rows
+from .losses.fused_head import head_losses
 from .losses.losses import outcome_log_probs, span_loss, span_sums
 from .student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from .teacher.frozen import FrozenTeacher

@@ -24,7 +24,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from utils.logs.step_logger import OWN_LOGGERS
+from utils.logs.console import OWN_LOGGERS
 
 BEHIND_THE_FACE = ("models", "utils.config.build", "utils.errors", "utils.training.loop")
 """Modules that the names of the package `curriculum_distillation` come from."""

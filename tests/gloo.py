@@ -18,8 +18,8 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
+from utils.parallel.accelerator import build_accelerator
 from utils.training import plan
-from utils.training.plan import build_accelerator
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported, which otherwise looks for a GPU
 

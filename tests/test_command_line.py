@@ -11,9 +11,11 @@ import torch
 import train
 from models.curriculum import CurriculumScheduler
 from utils.config import command_line
-from utils.config.build import build, find_config, load_yaml, to_plain
+from utils.config.build import build
+from utils.config.plain import to_plain
+from utils.config.yaml_files import find_config, load_yaml
 from utils.errors import UserError
-from utils.pretrained import loading
+from utils.pretrained import loading, locate
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -357,15 +359,15 @@ def test_an_attached_model_is_found_below_its_folder_and_by_the_name_of_a_hub_id
     model = tmp_path / "Qwen2.5-1.5B"
     (model / "transformers" / "1").mkdir(parents=True)
     (model / "transformers" / "1" / "config.json").write_text("{}")
-    assert loading.locate(str(model), "teacher") == str(model / "transformers" / "1")
+    assert locate.locate(str(model), "teacher") == str(model / "transformers" / "1")
     (model / "config.json").write_text("{}")
-    monkeypatch.setattr(loading, "ATTACHED", tmp_path)
-    assert loading.locate("Qwen/qwen2.5-1.5b", "teacher") == str(model)
+    monkeypatch.setattr(locate, "ATTACHED", tmp_path)
+    assert locate.locate("Qwen/qwen2.5-1.5b", "teacher") == str(model)
     shutil.rmtree(model / "transformers")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     with pytest.raises(UserError, match="holds 2 models"):
-        loading.locate(str(tmp_path), "teacher")
+        locate.locate(str(tmp_path), "teacher")
 
 
 def test_a_model_that_needs_its_own_code_is_refused_and_the_code_never_runs(tmp_path):

@@ -22,11 +22,14 @@ from models.teacher.frozen import FrozenTeacher
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
 from tests.toy import digest, toy_config
 from utils.config import command_line
-from utils.config.build import _leaves, build, load_yaml, to_plain
-from utils.logs.step_logger import StepLogger, read_metrics
-from utils.seeding import permutation
+from utils.config.build import _leaves, build
+from utils.config.plain import to_plain
+from utils.config.yaml_files import load_yaml
+from utils.data.batch_order import permutation
+from utils.logs.records import read_metrics
+from utils.logs.step_logger import StepLogger
+from utils.parallel.accelerator import build_accelerator
 from utils.training.loop import fit
-from utils.training.plan import build_accelerator
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

@@ -188,7 +188,7 @@ def test_every_recipe_is_found_by_its_name(installation):
 
 def test_it_knows_its_own_requirements(installation):
     told = installation.python(
-        "from curriculum_distillation.utils.environment import own_requirements, supported_python\n"
+        "from curriculum_distillation.utils.machine.packages import own_requirements, supported_python\n"
         "print(sorted(own_requirements()), supported_python(), sep='\\n')\n"
     )
     setup = configparser.ConfigParser()

@@ -13,13 +13,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import train
 from models.text.chat_template import chat_tokenizer
 from tests.models.tiny import byte_bpe, t5_like, tiny_llama, tiny_t5
-from utils.config.build import to_plain
+from utils.config import resume_rules
+from utils.config.plain import to_plain
 from utils.errors import UserError
 from utils.machine import packages
-from utils.pretrained import loading
-from utils.run import folder as run_folder
+from utils.machine.stop_signals import StopSignal
+from utils.pretrained import export
 from utils.run import quickstart
-from utils.training.early_stopping import StopSignal
 
 nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install -e .[test]")
 nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -e .[test]")
@@ -55,7 +55,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path / "cache"))
     material = quickstart.material()
     own, _ = train.configure(["--config", "quickstart_teacher"])
-    folder = quickstart.teacher_folder(material, run_folder.identity(to_plain(own)))
+    folder = quickstart.teacher_folder(material, resume_rules.identity(to_plain(own)))
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(material.teacher)).save_pretrained(folder)
     AutoTokenizer.from_pretrained(material.teacher).save_pretrained(folder)
@@ -160,7 +160,7 @@ def test_the_student_is_tried_with_what_it_read_in_training(
     encoder = family == "encoder_decoder"
     tokenizer = t5_like(120) if encoder else chat_tokenizer(byte_bpe(300))
     model = (tiny_t5 if encoder else tiny_llama)(len(tokenizer))
-    loading.export(model, tokenizer, tmp_path / "student", "")
+    export.export(model, tokenizer, tmp_path / "student", "")
     results = {"student": {"encoder_decoder": encoder}, "prompted": prompted, "samples": [{"prompt": "Once upon"}]}
     (tmp_path / "evaluation_report.json").write_text(json.dumps(results))
     asked, sound = [], type(model).generate

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from tests.models.tiny import STORIES, byte_bpe, tiny_llama
-from utils.config.build import find_config
+from utils.config.yaml_files import find_config
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
 

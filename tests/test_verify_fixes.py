@@ -20,13 +20,15 @@ from models.teacher import frozen as teacher_module
 from models.teacher.frozen import FrozenTeacher
 from models.text import collate as pairing
 from models.types import IGNORE
-from utils.checks import checklist, loop
+from utils import files
+from utils.checks import checklist, evaluation, loop, machine
 from utils.checks import setup as preflight
+from utils.data import delivery as delivery_module
 from utils.data import documents as data
-from utils.data import loader
 from utils.evaluation import scores
 from utils.forecast import disk
-from utils.machine import hardware, packages
+from utils.machine import hardware as hardware_module
+from utils.machine import kernels, packages
 from utils.machine.packages import Package
 from utils.training import loop as training_loop
 from utils.training.early_stopping import EarlyStopping
@@ -139,7 +141,7 @@ def test_a_mistake_of_the_user_is_one_message_and_exit_code_2(flags, said, capsy
 )
 def test_what_is_missing_does_not_hide_what_is_wrong_with_the_machine(flags, said, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path))
-    monkeypatch.setattr(hardware, "check_kernels", lambda: "install another torch")
+    monkeypatch.setattr(kernels, "check_kernels", lambda: "install another torch")
     assert verify_fixes.main([*own_flags(tmp_path), *flags]) == 2
     captured = capsys.readouterr()
     assert "✗ device and kernels" in captured.out and "✓ one step on this device" in captured.out
@@ -201,7 +203,7 @@ def test_without_flags_what_train_would_take_is_checked(tmp_path, monkeypatch, c
     quiet(monkeypatch, tmp_path)
     own = verify_fixes.train.configure(own_flags(tmp_path))
     monkeypatch.setattr(verify_fixes.train, "configure", lambda argv: own)
-    monkeypatch.setattr(verify_fixes, "curriculum_table", verify_fixes.preflight.versions)
+    monkeypatch.setattr(verify_fixes, "curriculum_table", verify_fixes.machine.versions)
     assert verify_fixes.main([]) == 1
     out = capsys.readouterr().out
     assert "The default of this machine" in out and "✗ models: teacher" in out
@@ -332,13 +334,13 @@ def plant_no_anchors(monkeypatch):
 
 
 def plant_repeating_loader(monkeypatch):
-    sound = loader.step_batches
+    sound = delivery_module.step_batches
 
     def repeating(*args, **options):
         batches = list(sound(*args, **options))
         return iter([batches[0], *batches[:-1]])
 
-    monkeypatch.setattr(loader, "step_batches", repeating)
+    monkeypatch.setattr(delivery_module, "step_batches", repeating)
 
 
 def plant_leaking_split(monkeypatch):
@@ -450,8 +452,8 @@ ON_BENCH = [
     (plant_labels_shifted_twice, verify_fixes.shifted_once),
     (plant_no_temperature_squared, verify_fixes.temperature_squared),
     (plant_teacher_renormalised_alone, verify_fixes.equal_models),
-    (plant_evaluation_sees_the_future, loop.random_perplexity),
-    (plant_student_cast_for_evaluation, loop.dtype_round_trip),
+    (plant_evaluation_sees_the_future, evaluation.random_perplexity),
+    (plant_student_cast_for_evaluation, evaluation.dtype_round_trip),
     (plant_mean_per_micro_batch, loop.accumulation),
     (plant_optimizer_not_restored, loop.resume),
     (plant_endless_patience, loop.early_stopping),
@@ -516,7 +518,7 @@ def test_a_schedule_that_does_not_end_with_the_run_is_found(tmp_path, monkeypatc
 
 def test_a_mean_of_batch_means_is_found(monkeypatch):
     plant_mean_of_means(monkeypatch)
-    found = preflight.weighted_perplexity()
+    found = evaluation.weighted_perplexity()
     assert not found.passed and found.value.startswith("4.000")
 
 
@@ -532,20 +534,20 @@ def test_harmful_and_harmless_conflicts_are_told_apart(monkeypatch):
     installed = packages.installed_packages()
     notebook = [Package("google-colab", "1.0", ("numpy<2", "pandas==2.2.2")), Package("numpy", "2.4.6")]
     monkeypatch.setattr(packages, "installed_packages", lambda: installed + notebook)
-    found = preflight.conflicts()
+    found = machine.conflicts()
     assert found.passed and "google-colab wants numpy<2, 2.4.6 is installed" in found.value
     old = [replace(p, version="0.20.0") if p.name == "tokenizers" else p for p in installed]
     monkeypatch.setattr(packages, "installed_packages", lambda: old)
-    found = preflight.conflicts()
+    found = machine.conflicts()
     assert not found.passed and "transformers wants tokenizers" in found.value
 
 
 def test_machine_that_cannot_hold_the_run_is_found(setup, tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "free_memory", lambda device: 2**20)
-    monkeypatch.setattr(disk, "free_disk", lambda folder: 2**20)
+    monkeypatch.setattr(hardware_module, "free_memory", lambda device: 2**20)
+    monkeypatch.setattr(files, "free_disk", lambda folder: 2**20)
     assert not preflight.memory(setup).passed and not preflight.disk(setup).passed
-    monkeypatch.setattr(hardware, "check_kernels", lambda: "install another torch")
-    found = preflight.kernels()
+    monkeypatch.setattr(kernels, "check_kernels", lambda: "install another torch")
+    found = machine.kernels()
     assert not found.passed and found.hint == "install another torch"
     (tmp_path / "file").write_text("")
     in_the_way = replace(setup, config=replace(setup.config, output_dir=str(tmp_path / "file" / "run")))

@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.config.build import TrainingConfig, build
+from utils.config.build import build
+from utils.config.settings import TrainingConfig
 from utils.logs.step_logger import StepLogger
+from utils.parallel.accelerator import build_accelerator
 from utils.training.loop import fit
-from utils.training.plan import build_accelerator
 
 VOCABULARY, WIDTH, LENGTH = 12, 8, 6
 

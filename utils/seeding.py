@@ -79,16 +79,6 @@ def set_rng_state(state: dict[str, Any]) -> None:
             torch.cuda.set_rng_state(saved.cpu(), device)
 
 
-def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """Order of n items in an epoch: [n] int64, a pure function of its arguments.
-
-    Items are sorted by the raw output of a bit generator, which NumPy promises never to change;
-    `Generator.permutation` comes without that promise, and a resumed run may meet another NumPy.
-    """
-    bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
-    return np.argsort(bits.random_raw(n), kind="stable")
-
-
 def seed_forward(device: torch.device, seed: int, step: int, micro_batch: int, rank: int) -> None:
     """Seed torch for one forward: what is drawn in it depends on nothing that happened before."""
     entropy = np.random.SeedSequence([seed, step, micro_batch, rank])

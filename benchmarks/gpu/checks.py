@@ -49,10 +49,10 @@ def waits(bench: Bench) -> Iterator[dict]:
 
 def _train(bench: Bench, precision: str, weights: dict[str, float], watched: bool) -> int:
     """Train a tiny random pair for four optimizer steps with the real loop; returns how many were done."""
-    from utils.config.build import TrainingConfig
+    from utils.config.settings import TrainingConfig
     from utils.logs.step_logger import StepLogger
+    from utils.parallel.accelerator import another_accelerator
     from utils.training.loop import TrainingLoop, fit
-    from utils.training.plan import another_accelerator
 
     advance = TrainingLoop._advance
 

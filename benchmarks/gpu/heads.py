@@ -15,7 +15,7 @@ from benchmarks import peers
 from benchmarks.gpu.settings import Bench
 from benchmarks.gpu.timing import Measured, measure_fitting, ratio, seconds
 from models.losses import head_passes
-from models.teacher.frozen import exact_top_k
+from models.teacher.top_k import exact_top_k
 
 VARIANTS = {
     "bare": "",

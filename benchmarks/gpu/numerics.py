@@ -18,8 +18,9 @@ from models.config import CurriculumConfig, LossConfig, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.teacher.frozen import FrozenTeacher
-from models.text.collate import PairCollator, PairEncoder
+from models.text.collate import PairCollator
 from models.text.vocabulary import VocabularyMap
+from models.text.windows import PairEncoder
 from models.types import PairedBatch
 
 LENGTH, WINDOWS = 128, 4
@@ -100,7 +101,7 @@ def _gradient(
 
 def quantised(bench: Bench) -> Iterator[dict]:
     """Yield memory, time and agreement of the teacher's weights in 8 and 4 bits beside half precision."""
-    from utils.pretrained import loading
+    from utils.pretrained import loading, precision
 
     folder = str(true_pair(bench).teacher)
     vocabulary = vocabulary_map(bench.scale.teacher_vocabulary, bench.scale.student_vocabulary)
@@ -109,7 +110,7 @@ def quantised(bench: Bench) -> Iterator[dict]:
     exact = None
     for weights, dtype in (("float16", torch.float16), ("8bit", torch.float16), ("4bit", torch.float16)):
         before = torch.cuda.memory_allocated(bench.device)
-        loading.check_weights(weights, "teacher.dtype", bench.device)
+        precision.check_weights(weights, "teacher.dtype", bench.device)
         model = loading.load_model(folder, "teacher", dtype, bench.device, weights=weights)
         size = torch.cuda.memory_allocated(bench.device) - before
 

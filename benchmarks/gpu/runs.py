@@ -182,7 +182,7 @@ def repeat(bench: Bench, deterministic: bool) -> Iterator[dict]:
 
 
 def _require_setting(name: str) -> None:
-    from utils.config.build import TrainingConfig
+    from utils.config.settings import TrainingConfig
 
     if name not in {field.name for field in fields(TrainingConfig)}:
         raise Skipped(f"this version has no setting training.{name}")

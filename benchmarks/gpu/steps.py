@@ -167,10 +167,10 @@ def _train_two_steps(
     framework: DistillationFramework, vocabulary: VocabularyMap, precision: str, windows: int, length: int
 ) -> None:
     """Train with the project's own loop and optimizer: two steps of two micro-batches."""
-    from utils.config.build import TrainingConfig
+    from utils.config.settings import TrainingConfig
     from utils.logs.step_logger import StepLogger
+    from utils.parallel.accelerator import another_accelerator
     from utils.training.loop import fit
-    from utils.training.plan import another_accelerator
 
     config = TrainingConfig(batch_size=windows, gradient_accumulation_steps=2, epochs=1, max_steps=2)
     collate = PairCollator(vocabulary, (None, None), LossConfig().max_depth)
@@ -190,7 +190,7 @@ def _predicted(bench: Bench, framework: DistillationFramework, precision: str, w
     """Return the bytes that train.py would log for such a run, without those of CUDA itself."""
     import train
     from benchmarks.memory_forecast import forecast_on
-    from utils.config.build import DataConfig, ModelConfig, StudentConfig, TrainingConfig
+    from utils.config.settings import DataConfig, ModelConfig, StudentConfig, TrainingConfig
 
     teacher = framework.teacher.model
     config = train.RunConfig(

@@ -15,7 +15,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .vocabulary import END, MARKER, MISMATCH, Reading, VocabularyMap
+from .tokens import END, MARKER, MISMATCH, Reading
+from .vocabulary import VocabularyMap
 
 
 @dataclass(frozen=True)

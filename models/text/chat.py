@@ -47,8 +47,8 @@ from .chat_template import (
     reads_clock,
     segments,
 )
-from .collate import ANY_MODEL, SIDES, ModelFacts, PairEncoder, Piece
-from .vocabulary import END, MARKER, WRITTEN, Reading, TokenTable
+from .tokens import END, MARKER, WRITTEN, Reading, TokenTable
+from .windows import ANY_MODEL, SIDES, ModelFacts, PairEncoder, Piece
 
 FORMAT = 2
 """Version of what windows of conversations hold: a part of their fingerprint."""

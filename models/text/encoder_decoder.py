@@ -16,8 +16,8 @@ from transformers import PreTrainedTokenizerBase
 from ..validation import expect_texts
 from .chat import ChatEncoder
 from .chat_template import ConversationError, named
-from .collate import ANY_MODEL, SIDES, ModelFacts, PairEncoder
 from .text_start import leading_bos
+from .windows import ANY_MODEL, SIDES, ModelFacts, PairEncoder
 
 EXPECTED = "Encoder-decoder models learn from a prompt and its completion: columns 'prompt' and 'completion'"
 

@@ -16,12 +16,13 @@ from tests.equivalence.test_processes import assert_close, distil
 from tests.gloo import launch, launched
 from tests.toy import StopAfter, ToyModule, digest, toy_collate, toy_config, toy_windows
 from utils.errors import UserError
-from utils.logs.step_logger import StepLogger, read_metrics
+from utils.logs.records import read_metrics
+from utils.logs.step_logger import StepLogger
+from utils.parallel.accelerator import build_accelerator
 from utils.parallel.processes import on_main_process
 from utils.pretrained.loading import recompute_layers
 from utils.training.checkpoints import CheckpointStore
 from utils.training.loop import fit
-from utils.training.plan import build_accelerator
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
 

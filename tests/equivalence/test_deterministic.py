@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models.teacher.projection import _running_sums
 from tests.equivalence.test_no_waiting import KINDS, pair_for
+from utils.config import resume_rules
 from utils.errors import UserError
-from utils.run import folder
 from utils.seeding import DETERMINISTIC_WORKSPACES, WORKSPACE, deterministic_kernels
 
 REFUSED = {"put_", "histc", "kthvalue", "nll_loss2d", "grid_sampler_2d_backward", "cumsum", "cumprod", "_ctc_loss"}
@@ -75,7 +75,7 @@ def test_an_operation_without_such_a_kernel_is_named_and_the_remedy_with_it():
 
 def test_a_run_is_continued_with_the_value_it_had_and_older_runs_are_taken_for_what_they_were():
     def identity(**training) -> dict:
-        return folder.identity({"training": {"seed": 1, **training}})
+        return resume_rules.identity({"training": {"seed": 1, **training}})
 
     assert identity(deterministic=True) != identity(deterministic=False)
     assert identity(deterministic=False) == identity()

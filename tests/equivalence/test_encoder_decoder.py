@@ -13,7 +13,7 @@ import train
 import verify_fixes
 from tests.models.tiny import STORIES, bart_like, byte_bpe, t5_like, tiny_bart, tiny_llama, tiny_t5
 from utils.checks import setup as preflight
-from utils.logs.step_logger import read_metrics
+from utils.logs.records import read_metrics
 
 ROWS = [
     {"prompt": f"Tell {n}: {story[n : n + 30]}", "completion": story[n % 7 : n % 7 + 40 + n]}

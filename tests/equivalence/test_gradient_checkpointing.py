@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from models.config import RouterConfig
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
-from utils.config.build import LoraConfig
+from utils.config.settings import LoraConfig
 from utils.errors import UserError
 from utils.pretrained.loading import recompute_layers
 

@@ -12,7 +12,7 @@ from models.losses.losses import span_loss, span_sums
 from tests.models.test_language_model import build
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
 from tests.toy import digest
-from utils.config.build import LoraConfig
+from utils.config.settings import LoraConfig
 from utils.pretrained.lora import add_lora, merged
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e .[peft]")

@@ -11,19 +11,20 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
 from models.config import RouterConfig
-from models.losses.fused_head import chunk_rows
+from models.losses.chunk_size import chunk_rows
 from models.text.encoder_decoder import SourceEncoder
 from models.text.vocabulary import VocabularyMap
 from tests.models.tiny import STORIES, Pair, bart_like, byte_bpe, pair_of, tiny_bart, tiny_llama, tiny_t5
 from tests.toy import toy_config
-from utils.config.build import LoraConfig
+from utils.config.settings import LoraConfig
 from utils.errors import UserError
-from utils.forecast import step_memory
+from utils.forecast import batch_size, step_memory
 from utils.forecast.step_memory import RUNTIME, Demand
 from utils.logs.step_logger import StepLogger
+from utils.machine import device_memory
+from utils.parallel.accelerator import another_accelerator, build_accelerator
 from utils.pretrained.loading import recompute_layers
 from utils.training.loop import fit
-from utils.training.plan import another_accelerator, build_accelerator
 
 WITHIN = 0.2
 EVERYTHING = ("feat", "rel", "attn", "layer", "contr")
@@ -167,9 +168,9 @@ def config():
 
 def settled(monkeypatch, config, free: float):
     shapes = {"student": tiny_llama(600).config, "teacher": tiny_llama(600).config}
-    monkeypatch.setattr(step_memory.loading, "load_each", lambda load, names: shapes)
-    monkeypatch.setattr(step_memory, "free_memory", lambda device: int(free))
-    found, forecast = step_memory.settle(config, build_accelerator("no", cpu=True), chunk_rows)
+    monkeypatch.setattr(batch_size.loading, "load_each", lambda load, names: shapes)
+    monkeypatch.setattr(batch_size, "free_memory", lambda device: int(free))
+    found, forecast = batch_size.settle(config, build_accelerator("no", cpu=True), chunk_rows)
     return found, forecast.told
 
 
@@ -221,7 +222,7 @@ def test_a_run_that_fits_without_the_teacher_is_not_refused_once_its_cache_is_th
     shapes = 2 * [tiny_llama(600).config]
     monkeypatch.setattr(step_memory, "RUNTIME", 0)
     least = sum(step_memory.demand_of(config, *shapes, 64, "no", torch.device("cpu"), chunk_rows).memory(1).values())
-    free = 0.99 * least / step_memory.MARGIN
+    free = 0.99 * least / device_memory.MARGIN
     cached = replace(config, cache=replace(config.cache, folder=str(tmp_path)))
     assert "which a complete cache spares" in settled(monkeypatch, cached, free)[1]
     for folder, build_only, refused in ((tmp_path / "new", False, True), (tmp_path / "new", True, False)):

@@ -14,8 +14,8 @@ from tests.models.text import test_encoder_decoder as encoders
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
 from tests.toy import toy_config
 from utils.logs.step_logger import StepLogger
+from utils.parallel.accelerator import build_accelerator
 from utils.training.loop import TrainingLoop, fit
-from utils.training.plan import build_accelerator
 from utils.training.step_guard import StepGuard
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim"}

@@ -19,11 +19,12 @@ from tests.gloo import launch, launched
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
 from tests.toy import StopAfter, ToyModule, toy_config, toy_windows, train
 from utils.errors import UserError
-from utils.logs.step_logger import StepLogger, read_metrics
+from utils.logs.records import read_metrics
+from utils.logs.step_logger import StepLogger
+from utils.parallel.accelerator import build_accelerator
 from utils.parallel.processes import main_process_first, on_main_process
 from utils.training.checkpoints import CheckpointStore
 from utils.training.loop import TrainingLoop, fit
-from utils.training.plan import build_accelerator
 
 WINDOWS, GLOBAL_BATCH = 7, 4
 """Steps of 4 and 3 windows: of four processes one has nothing to do in the second step of an epoch."""

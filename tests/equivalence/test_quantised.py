@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
-from utils.config.build import LoraConfig
+from utils.config.settings import LoraConfig
 from utils.evaluation.scores import describe_model
 from utils.pretrained import loading
 from utils.pretrained.lora import add_lora

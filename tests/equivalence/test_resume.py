@@ -15,11 +15,11 @@ import torch
 
 from tests.gloo import launch
 from tests.toy import StopAfter, ToyModule, digest, toy_config, train
-from utils.logs.step_logger import read_metrics
+from utils.logs.records import read_metrics
+from utils.parallel.accelerator import build_accelerator
 from utils.parallel.processes import on_main_process, rank
 from utils.training.checkpoints import CheckpointStore
-from utils.training.plan import build_accelerator
-from utils.training.step_guard import RedFlags
+from utils.training.red_flags import RedFlags
 
 CONFIG = {"batch_size": 1, "gradient_accumulation_steps": 4, "epochs": 3, "patience": 3}
 STEPS = 9  # 11 windows: 3 steps an epoch, the last one short

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from models.config import RouterConfig
 from models.student_aware_router import ROUTER_TERMS
 from models.text import collate
+from models.text import windows as windows_module
 from tests.gloo import launch
 from tests.models.tiny import STORIES, Pair, byte_bpe, pair_of, tiny_llama
 
@@ -108,7 +109,7 @@ def _in_process(windows: list[dict]) -> dict[str, dict]:
 
 
 def _without_anchors(window: dict) -> dict:
-    return window | {f"{side}_roles": np.zeros_like(window[f"{side}_roles"]) for side in collate.SIDES}
+    return window | {f"{side}_roles": np.zeros_like(window[f"{side}_roles"]) for side in windows_module.SIDES}
 
 
 def test_two_processes_compute_what_one_does_with_the_same_negatives(pair, windows):

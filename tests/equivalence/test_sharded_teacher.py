@@ -10,9 +10,9 @@ import torch
 from models.teacher import frozen as teacher_module
 from tests.gloo import launch
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
-from utils.parallel.sharding import shard_layers
+from utils.parallel.accelerator import build_accelerator
 from utils.pretrained import loading
-from utils.training.plan import build_accelerator
+from utils.pretrained.sharded_teacher import shard_layers
 
 LAYERS = (1, 4)
 

@@ -10,9 +10,10 @@ from models.config import RouterConfig
 from models.student_aware_router import ROUTER_TERMS
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
 from tests.toy import ToyModule, toy_config, toy_windows, train
-from utils.logs.step_logger import StepLogger, read_metrics
+from utils.logs.records import read_metrics
+from utils.logs.step_logger import StepLogger
+from utils.parallel.accelerator import build_accelerator
 from utils.training.loop import fit
-from utils.training.plan import build_accelerator
 
 CHANGING = {"tokens_per_second", "peak_memory_mb"}
 

@@ -16,7 +16,8 @@ import train
 from models.text.vocabulary import VocabularyMap
 from tests.models.text.test_alignment import STRINGS, TOYS, check_pair
 from utils.config import command_line
-from utils.config.build import DataConfig, to_plain
+from utils.config.plain import to_plain
+from utils.config.settings import DataConfig
 from utils.data.documents import load_documents
 from utils.errors import UserError
 

@@ -19,10 +19,10 @@ from models.teacher.frozen import FrozenTeacher
 from tests.faults.conftest import Place, documents, write_jsonl
 from tests.faults.test_kill import PATIENCE, ROOT, Session, same_outcome, steps_in
 from tests.gloo import launch
-from utils.logs.step_logger import read_metrics
+from utils.logs.records import read_metrics
+from utils.machine.stop_signals import StopSignal
 from utils.run.quickstart import train_tokenizer
 from utils.teacher_cache import building
-from utils.training.early_stopping import StopSignal
 
 SHORT = ["--max-steps", "4", "--eval-every", "0", "--log-every", "1"]
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import train
-from utils.config.build import TrainingConfig
+from utils.config.settings import TrainingConfig
 
 SHORT = ["--max-steps", "2", "--set", "evaluation.without_teacher=true", "evaluation.every=0"]
 

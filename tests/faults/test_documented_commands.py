@@ -24,9 +24,9 @@ from benchmarks import memory_forecast
 from tests.faults.conftest import Place, documents, write_jsonl
 from tests.test_docs import BENCHMARK, PROSE
 from utils.config import command_line
-from utils.config.build import load_yaml
+from utils.config.yaml_files import load_yaml
 from utils.forecast import step_memory
-from utils.logs.step_logger import read_metrics
+from utils.logs.records import read_metrics
 from utils.report import report
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from tests.faults.conftest import Place, documents, write_jsonl
-from utils.logs.step_logger import read_metrics
+from utils.logs.records import read_metrics
 from utils.run.quickstart import train_tokenizer
 from utils.run_layout import FILES, FOLDERS, LOCK
 

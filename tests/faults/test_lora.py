@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import train
-from utils.training.early_stopping import StopSignal
+from utils.machine.stop_signals import StopSignal
 
 peft = pytest.importorskip("peft", reason="peft is not installed: pip install -e .[peft]")
 

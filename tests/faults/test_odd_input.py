@@ -61,8 +61,8 @@ def test_control_tokens_in_the_text_are_text(trained, place, tmp_path):
     """A document may speak of the end of text; only the end of a document is one."""
     from transformers import AutoTokenizer
 
-    from models.text.collate import PairEncoder
-    from models.text.vocabulary import END, MARKER
+    from models.text.tokens import END, MARKER
+    from models.text.windows import PairEncoder
 
     tokenizer = AutoTokenizer.from_pretrained(place.student)
     control = tokenizer.eos_token

@@ -11,7 +11,7 @@ import train
 import verify_fixes
 from utils.evaluation import exported
 from utils.forecast import step_memory
-from utils.pretrained import student as students
+from utils.run import export as export_module
 
 V = 290
 COMMON = {
@@ -139,7 +139,7 @@ def test_a_student_that_rescales_its_weights_is_exported_as_it_was_trained(run, 
 
 
 def test_an_export_that_is_another_student_ends_the_run_with_an_error_and_marks_the_report(run, tmp_path, monkeypatch):
-    export = students.export
+    export = export_module.export
 
     def damaged(student, *args):
         head = student.get_output_embeddings().weight
@@ -148,7 +148,7 @@ def test_an_export_that_is_another_student_ends_the_run_with_an_error_and_marks_
             export(student, *args)
             head.div_(2)
 
-    monkeypatch.setattr(students, "export", damaged)
+    monkeypatch.setattr(export_module, "export", damaged)
     code, said = run("--student-init", "random")
     assert code == 1 and "is not the one that was measured" in said
     report = json.loads((tmp_path / "run" / "evaluation_report.json").read_text())

@@ -20,12 +20,15 @@ from tests.faults.test_documented_commands import ASKS_FOR, TRAINING
 from tests.pretended import MACHINES, pretend
 from utils.checks import setup
 from utils.config import command_line
-from utils.config.build import CONFIG_FOLDER, DESCRIBED_BY, DataConfig, get_dotted, to_plain
+from utils.config.described_by import DESCRIBED_BY
+from utils.config.plain import to_plain
+from utils.config.settings import DataConfig
+from utils.config.yaml_files import CONFIG_FOLDER, get_dotted
 from utils.data.documents import document_name, load_documents, places_told
 from utils.errors import UserError
 from utils.machine import hardware
-from utils.pretrained import loading
-from utils.training.plan import build_accelerator
+from utils.parallel.accelerator import build_accelerator
+from utils.pretrained import precision as precision_module
 
 RECIPES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 TEXT_DEFAULTS = {key: get_dotted({"data": to_plain(DataConfig())}, key) for key in DESCRIBED_BY["data.train"]}
@@ -217,7 +220,7 @@ def test_precision_is_that_of_the_card_whatever_the_recipe(machine, recipe):
     words = ["--config", recipe] if recipe else []
     config, device = train.configure(words)[0], hardware.choose_device().value
     precision = hardware.choose_precision(config.training.mixed_precision, device).value
-    dtype = loading.frozen_dtype(config.teacher.dtype, device, precision).value
+    dtype = precision_module.frozen_dtype(config.teacher.dtype, device, precision).value
     assert (precision, dtype) == {
         "cpu": ("no", torch.float32),
         "A10": ("bf16", torch.bfloat16),

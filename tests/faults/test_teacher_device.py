@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from tests.gloo import launch
-from utils.logs.step_logger import read_metrics
+from utils.logs.records import read_metrics
 from utils.pretrained import teacher
 
 CHANGING = {"tokens_per_second", "peak_memory_mb"}

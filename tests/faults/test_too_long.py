@@ -9,7 +9,7 @@ import pytest
 import train
 from tests.faults.conftest import Place, documents
 from utils.errors import UserError
-from utils.training.plan import build_accelerator
+from utils.parallel.accelerator import build_accelerator
 
 WINDOW = 64
 

@@ -35,10 +35,10 @@ def run_training(device: Any, arguments: list[str], log: Path) -> dict[str, Any]
     from accelerate.state import AcceleratorState
 
     import train
-    from utils.machine import hardware
+    from utils.machine import kernels
     from utils.training.loop import TrainingLoop
 
-    hardware._launch = lambda *_: None  # starts another Python, which would not pretend
+    kernels._launch = lambda *_: None  # starts another Python, which would not pretend
     AcceleratorState._reset_state(reset_partial_state=True)
     advance, steps = TrainingLoop._advance, []
 

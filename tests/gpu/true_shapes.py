@@ -20,14 +20,14 @@ from benchmarks.step_time import STUDENT_VOCABULARY, TEACHER_VOCABULARY, random_
 from models import distillation_framework
 from models.config import CurriculumConfig, LossConfig, Term
 from models.curriculum import CurriculumScheduler
-from models.losses.fused_head import chunk_rows
+from models.losses.chunk_size import chunk_rows
 from models.teacher import frozen as teacher_module
 from models.text.collate import PairCollator
 from models.types import PairedBatch, _tensors
 from tests.gpu.attention_kernels import MATH, AttentionCall, choose_kernel
-from utils.config.build import TrainingConfig
+from utils.config.settings import TrainingConfig
 from utils.forecast import step_memory
-from utils.training.plan import build_optimizer
+from utils.training.optimizer import build_optimizer
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BLOCK = 512

@@ -16,7 +16,7 @@ from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher.frozen import FrozenTeacher
-from models.text.vocabulary import MARKER
+from models.text.tokens import MARKER
 from models.types import IGNORE, PairedBatch
 from tests.models.tiny import STORIES, byte_bpe, curriculum, gradients, pair_of, tiny_llama
 

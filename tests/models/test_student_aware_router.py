@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models.config import RouterConfig
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from models.text.alignment import Alignment
-from models.text.collate import BEHIND, _anchors
-from models.text.vocabulary import Reading
+from models.text.collate import _anchors
+from models.text.tokens import Reading
+from models.text.windows import BEHIND
 from models.types import Anchors
 from tests.models.tiny import Pair, pair_of
 

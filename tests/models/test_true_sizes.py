@@ -5,8 +5,8 @@ import time
 import pytest
 
 from models.teacher.projection import Projection
-from models.text.collate import PairEncoder
 from models.text.vocabulary import VocabularyMap
+from models.text.windows import PairEncoder
 from tests.models.tiny import Pair, gradients, tiny_llama
 
 QWEN, SMOLLM = 151_936, 49_152

@@ -28,7 +28,7 @@ from models import (
     VocabularyMap,
 )
 from models.curriculum import value_at
-from models.teacher.frozen import exact_top_k
+from models.teacher.top_k import exact_top_k
 from models.text.chat import ChatEncoder
 from models.text.encoder_decoder import SourceEncoder
 from tests.models.tiny import STORIES, Pair, byte_bpe, pair_of, tiny_llama

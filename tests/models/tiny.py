@@ -23,8 +23,9 @@ from models.config import CurriculumConfig, LossConfig, RouterConfig, Schedule, 
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.teacher.frozen import FrozenTeacher
-from models.text.collate import PairCollator, PairEncoder
+from models.text.collate import PairCollator
 from models.text.vocabulary import VocabularyMap
+from models.text.windows import PairEncoder
 from models.types import PairedBatch
 
 STORIES = [

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.seeding import permutation, rng_state, seed_everything, set_rng_state
+from utils.data.batch_order import permutation
+from utils.seeding import rng_state, seed_everything, set_rng_state
 
 
 def draw() -> tuple:

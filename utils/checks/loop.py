@@ -3,17 +3,16 @@
 `bench` below has what is rehearsed with (see `Bench` in verify_fixes.py): models, windows, and the real loop as `fit`.
 """
 
-import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..logs.step_logger import ROUTER_TERMS
+from ..logs.lines import ROUTER_TERMS
 from ..machine import hardware
-from ..pretrained import loading
+from ..parallel.accelerator import another_accelerator
+from ..pretrained import precision
 from ..training.checkpoints import CheckpointStore
-from ..training.plan import another_accelerator
 from .checklist import check
 
 FEW_STEPS = 4
@@ -26,7 +25,7 @@ FEW_STEPS = 4
 def one_step(bench: Any, config: Any) -> tuple:
     device = hardware.choose_device().value
     mixed = hardware.choose_precision(config.training.mixed_precision, device).value
-    dtype = loading.frozen_dtype(config.teacher.dtype, device, mixed).value
+    dtype = precision.frozen_dtype(config.teacher.dtype, device, mixed).value
     weights = {name: 0.1 for name in ROUTER_TERMS if name in config.curriculum.used()}
     module = bench.distillation(weights=weights, device=device, dtype=dtype)
     before = [p.detach().clone() for p in module.parameters()]
@@ -43,29 +42,6 @@ def one_step(bench: Any, config: Any) -> tuple:
 
 
 # ---------------------------------------------------------------------------------------- evaluation
-
-
-@check("perplexity of a random model", "the evaluation leaks what it should predict, or scores the wrong tokens")
-def random_perplexity(bench: Any) -> tuple:
-    found = bench.job.held_out.score(bench.student(), "student")["perplexity"]
-    return f"{found:.1f} with a vocabulary of {bench.size}", "V within 5 %", abs(found / bench.size - 1) < 0.05
-
-
-@check(
-    "evaluation leaves fp16 as it was", "the evaluation in float32 changes the student: the final report would crash"
-)
-def dtype_round_trip(bench: Any) -> tuple:
-    student = bench.student().half()
-    held = list(student.parameters())
-    before = [p.detach().clone() for p in held]
-    inside = bench.job.held_out.score(student, "student")["loss"]
-    expected = bench.job.held_out.score(copy.deepcopy(student).float(), "student")["loss"]
-    after = list(student.parameters())
-    tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
-    same = len(after) == len(held) and all(a is b for a, b in zip(after, held, strict=True))
-    bits = same and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    value = f"{'same' if bits else 'other'} bits, weights {'tied' if tied else 'untied'}, loss {inside - expected:+.0e}"
-    return value, "same bits, tied, loss as in float32", same and bits and tied and inside == expected
 
 
 # ------------------------------------------------------------------------------------------ the loop

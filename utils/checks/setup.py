@@ -5,35 +5,32 @@ What trains tiny models is in rehearsal.py, what needs the losses in verify_fixe
 `job` below is what a run is prepared to: `windows` to train on, `held_out` text, and its `config`.
 """
 
-import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.modeling_outputs import CausalLMOutput
 
+from .. import files
 from ..advice import reason
-from ..config.build import to_plain
+from ..config.plain import to_plain
+from ..data import delivery
 from ..data import documents as data
-from ..data import loader
+from ..data import windows as windows_module
 from ..errors import UserError
-from ..evaluation import scores
 from ..evaluation.comparability import MOST_UNSPELT
 from ..forecast import disk as forecast
+from ..forecast import model_size
 from ..forecast import step_memory as plan_memory
 from ..machine import hardware
-from ..machine import packages as environment
+from ..machine import hardware as hardware_module
 from ..pretrained import loading as pretrained
-from ..pretrained import model_folders
+from ..pretrained import locate, model_folders
 from ..run import folder as run_folder
 from .checklist import DOUBTFUL, check
 
-SHOWN = ("torch", "transformers", "accelerate", "datasets")
-"""Packages whose versions are printed."""
 MOST_WINDOWS = 4_000
 """So many windows go through the loader."""
 LEAST_COVERAGE = 0.5
@@ -46,64 +43,7 @@ LARGEST_BUILT = 2e8
 # ------------------------------------------------------------------------------------------- machine
 
 
-@check("Python and packages", "install the project's requirements: pip install -c constraints.txt -e .")
-def versions() -> tuple:
-    packages, wanted = environment.installed_packages(), environment.own_requirements()
-    unmet = [str(conflict) for conflict in environment.find_conflicts(wanted, packages) if not conflict.package]
-    found = {package.name.lower(): package.version for package in packages}
-    value = "; ".join(unmet) or ", ".join(f"{name} {found[name]}" for name in SHOWN)
-    floors = ", ".join(demand for demand in wanted if demand.startswith(SHOWN))
-    allowed = f"Python {environment.supported_python()}, {floors}"
-    return f"Python {platform.python_version()}, {value}", allowed, environment.python_is_supported() and not unmet
-
-
-@check("package conflicts", "install the versions that are wanted, or use a fresh virtual environment")
-def conflicts() -> tuple:
-    found = environment.find_conflicts(environment.own_requirements(), environment.installed_packages())
-    harmful, harmless = ([c for c in found if c.harmful is harm] for harm in (True, False))
-    value = "; ".join(map(str, harmful)) or "none that matters to training"
-    if harmless:
-        more = f" and {len(harmless) - 4} more" if len(harmless) > 4 else ""
-        value += f"; harmless, training does not load who wants it: {'; '.join(map(str, harmless[:4]))}{more}"
-    return value, "no harmful one", not harmful
-
-
-@check("device and kernels", "hide the GPU with CUDA_VISIBLE_DEVICES= to run on the CPU")
-def kernels() -> tuple:
-    remedy, device = hardware.check_kernels(), hardware.choose_device()
-    return f"{device.value}: {device.reason}", "a first matrix product succeeds", remedy is None, remedy or ""
-
-
-@check("precision", "set --mixed-precision no and report the device")
-def precision(config: Any) -> tuple:
-    device = hardware.choose_device().value
-    choice = hardware.choose_precision(config.training.mixed_precision, device)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice.value]
-    a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
-    off = ((a.to(device, dtype) @ b.to(device, dtype)).cpu().float() - a @ b).norm() / (a @ b).norm()
-    return f"{choice.value} ({choice.reason}); a product is off by {off:.1e}", "below 1e-2", off < 1e-2
-
-
 # ---------------------------------------------------------------------------------------- evaluation
-
-
-class _HandMade(nn.Module):
-    """Predicts its input's successor with probability 1/2 after token 0, and with 1/8 after token 1."""
-
-    def forward(self, input_ids: Tensor, **_: Any) -> Any:
-        p = torch.tensor([[0.5, 0.5 / 8], [0.125, 0.875 / 8]])[input_ids]
-        logits = torch.cat([p[..., :1], p[..., 1:].expand(*p.shape[:-1], 8)], -1).log()
-        return CausalLMOutput(logits=logits)
-
-
-@check("perplexity by tokens", "perplexity is a mean of batch means: it depends on how text is cut into batches")
-def weighted_perplexity() -> tuple:
-    rows = [torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)]
-    batches = [({"input_ids": ids}, torch.zeros_like(ids), 5 * ids.shape[1] // 6) for ids in rows]
-    found = scores.evaluate(_HandMade(), batches, torch.device("cpu"))
-    right = abs(found["perplexity"] - 2**2.5) < 1e-3 and abs(found["bits_per_byte"] - 30 / 9) < 1e-3
-    value = f"{found['perplexity']:.3f}, bits per byte {found['bits_per_byte']:.3f}, of 3 and 9 tokens"
-    return value, "5.657 (mean of means: 4) and 3.333", right
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -114,7 +54,7 @@ def duplicates(job: Any) -> tuple:
     windows = job.windows.select(range(min(len(job.windows), MOST_WINDOWS)))
     settings = job.config
     found = [
-        loader.delivery(
+        delivery.delivery(
             windows, micro_batch=settings.training.batch_size, num_workers=settings.data.num_workers, processes=count
         )
         for count in (1, 2)
@@ -203,7 +143,7 @@ def models(setup: SetUp) -> tuple:
         if name in setup.built_later:
             found.append(f"{role} is built by the first run")
             continue
-        folder = Path(pretrained.locate(name, role))
+        folder = Path(locate.locate(name, role))
         if folder.is_dir() and not too_large(shape):
             pretrained.load_model(name, role, torch.float32, allow_pickle=pickled)
             found.append(f"{role} loads")
@@ -212,13 +152,13 @@ def models(setup: SetUp) -> tuple:
         elif folder.is_dir() and not model_folders.has_weights(folder, pickled):
             missing.append(f"{role} has no weights in {folder}")
         else:
-            found.append(f"{role} of {forecast.Shape.of(shape).parameters / 1e6:,.0f} M parameters, weights not read")
+            found.append(f"{role} of {model_size.Shape.of(shape).parameters / 1e6:,.0f} M parameters, weights not read")
     return "; ".join(missing + found) or "random start, no teacher", "weights are there", not missing
 
 
 def too_large(config: PretrainedConfig) -> bool:
     """Whether a model is too large to be built or loaded for a check."""
-    return forecast.Shape.of(config).parameters > LARGEST_BUILT
+    return model_size.Shape.of(config).parameters > LARGEST_BUILT
 
 
 @check("window length", "raise --max-length, or choose models that read more at once")
@@ -241,7 +181,7 @@ def _memory(setup: SetUp) -> tuple:
     demand = plan_memory.demand_of(setup.config, *shapes, setup.window, mixed, device, setup.chunk_rows)
     spared = plan_memory.spares_teacher(setup.config)
     parts = replace(demand, apart=demand.apart or spared).memory(training.batch_size)
-    free = forecast.free_memory(device)
+    free = hardware_module.free_memory(device)
     value = f"about {forecast.largest(parts)} on {device}{', if the teacher cache is complete' if spared else ''}"
     return value, f"{free / 2**30:.3g} GiB free", sum(parts.values()) <= free
 
@@ -253,14 +193,14 @@ def disk(setup: SetUp) -> tuple:
 
 def _disk(setup: SetUp) -> tuple:
     parts = forecast.disk(
-        forecast.Shape.of(setup.student),
+        model_size.Shape.of(setup.student),
         setup.config.training,
         setup.config.student.lora,
         text_bytes=setup.text_bytes,
         runs=1 + setup.config.evaluation.without_teacher,
-        in_memory=data.IN_MEMORY_BYTES,
+        in_memory=windows_module.IN_MEMORY_BYTES,
     )
-    free = forecast.free_disk(Path(setup.config.output_dir))
+    free = files.free_disk(Path(setup.config.output_dir))
     return f"about {forecast.largest(parts)}", f"{free / 2**30:.3g} GiB free", sum(parts.values()) <= free
 
 

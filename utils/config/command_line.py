@@ -13,16 +13,10 @@ from typing import Any, NoReturn, TypeVar
 from ..errors import UserError
 from ..machine import hardware
 from ..paths import user_path
-from .build import (
-    TrainingConfig,
-    build,
-    drop_descriptions,
-    find_config,
-    get_dotted,
-    limit_to_training_text,
-    load_yaml,
-    set_dotted,
-)
+from .build import build
+from .described_by import drop_descriptions, limit_to_training_text
+from .settings import TrainingConfig
+from .yaml_files import find_config, get_dotted, load_yaml, set_dotted
 
 Config = TypeVar("Config")
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from ..run.quickstart import NAMES
+from .quickstart_names import NAMES
 
 
 def contradictions(config: Any, heads: Sequence[str]) -> list[str]:

@@ -18,51 +18,11 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from .. import seeding
-from ..training.early_stopping import ignore_stop_signals, stop_signals_delayed
-from .documents import window_key
-
-
-def steps_per_epoch(n: int, global_batch: int) -> int:
-    """Optimizer steps in which n windows are seen once; the last one may be short."""
-    return ceil(n / global_batch)
-
-
-def micro_batches_in_step(n: int, step: int, *, global_batch: int, micro_batch: int, processes: int) -> int:
-    """Micro-batches that each process works through in a step of an epoch: the same number for all processes."""
-    items = min(global_batch, n - step * global_batch)
-    return ceil(items / (micro_batch * processes))
-
-
-def step_batches(
-    n: int,
-    *,
-    global_batch: int,
-    micro_batch: int,
-    processes: int = 1,
-    rank: int = 0,
-    seed: int,
-    epoch: int,
-    start_step: int = 0,
-) -> Iterator[list[int]]:
-    """Window indices of one process for one epoch, micro-batch by micro-batch, from a step of the epoch on.
-
-    Step s consumes order[s * global_batch : (s + 1) * global_batch] of the epoch's permutation, whatever
-    `micro_batch` and `processes` are. It is cut into `micro_batches_in_step` micro-batches a process, as even as
-    can be, none above `micro_batch`. With several processes, micro-batches of a short last step can be empty.
-    """
-    order = seeding.permutation(n, seed, epoch)
-    for step in range(start_step, steps_per_epoch(n, global_batch)):
-        items = order[step * global_batch : (step + 1) * global_batch]
-        per_process = micro_batches_in_step(
-            n, step, global_batch=global_batch, micro_batch=micro_batch, processes=processes
-        )
-        for part in np.array_split(items, per_process * processes)[rank::processes]:
-            yield part.tolist()
+from ..machine.stop_signals import ignore_stop_signals, stop_signals_delayed
+from . import batch_order
 
 
 class _Rows(Dataset):
@@ -122,7 +82,7 @@ def some_batches(
     windows: Sequence[dict], collate: Callable[[list[dict]], Any], count: int, size: int, seed: int
 ) -> list[Any]:
     """At most `count` windows in batches of `size`, the same ones in every process."""
-    chosen = seeding.permutation(len(windows), seed, 0)[:count].tolist()
+    chosen = batch_order.permutation(len(windows), seed, 0)[:count].tolist()
     return [collate([windows[i] for i in chosen[at : at + size]]) for at in range(0, len(chosen), size)]
 
 
@@ -196,58 +156,3 @@ def _kill_workers() -> None:
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
-
-
-@dataclass(frozen=True)
-class Delivery:
-    """What a loader really yielded in one epoch."""
-
-    expected: int
-    """Windows in the data."""
-    delivered: int
-    """Windows yielded."""
-    repeated: int
-    """Of those, windows that had been yielded before."""
-    identical: int
-    """Of those, windows with the same content as another one: repeated text in the data."""
-
-    @property
-    def missing(self) -> int:
-        return self.expected - (self.delivered - self.repeated)
-
-
-class _Numbered(_Rows):
-    def __getitem__(self, index: int) -> tuple[int, bytes]:
-        return index, window_key(self.windows[index])
-
-
-def delivery(
-    windows: Sequence[dict],
-    *,
-    micro_batch: int,
-    num_workers: int,
-    processes: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
-) -> Delivery:
-    """Run an epoch of the loader, for every process with so many workers, and count what comes out."""
-    seen: list[tuple[int, bytes]] = []
-    for rank in range(processes):
-        batches = step_batches(
-            len(windows),
-            global_batch=micro_batch * processes,
-            micro_batch=micro_batch,
-            processes=processes,
-            rank=rank,
-            seed=seed,
-            epoch=epoch,
-        )
-        for batch in loader(_Numbered(windows), batches, list, num_workers):
-            seen += batch or []
-    distinct = {index: content for index, content in seen}
-    return Delivery(
-        expected=len(windows),
-        delivered=len(seen),
-        repeated=len(seen) - len(distinct),
-        identical=len(distinct) - len(set(distinct.values())),
-    )

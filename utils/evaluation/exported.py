@@ -11,10 +11,11 @@ import torch
 from torch import nn
 
 from ..advice import reason
-from ..config.build import StudentConfig
+from ..config.settings import StudentConfig
 from ..errors import RunError
-from ..forecast.disk import free_memory
+from ..machine.hardware import free_memory
 from ..pretrained import loading as pretrained
+from ..pretrained import precision
 from . import scores
 
 log = logging.getLogger(__name__)
@@ -65,7 +66,7 @@ def load_anew(trained: nn.Module, held_out: Any, folder: Path, config: StudentCo
     """Score a few held-out windows by the student in memory and by the exported one; in one process.
 
     Args:
-        held_out: with `windows`, `collate` and `batch_size` (see `utils.held_out`).
+        held_out: with `windows`, `collate` and `batch_size` (see `utils.evaluation.held_out`).
         config: of the student that was trained.
 
     Raises:
@@ -122,7 +123,7 @@ def _loss(model: nn.Module, held_out: Any, device: torch.device) -> float:
 
 
 def _tolerance(trained: nn.Module, config: StudentConfig, same_device: bool) -> float:
-    if config.lora.enabled and config.lora.base in pretrained.QUANTISED:
+    if config.lora.enabled and config.lora.base in precision.QUANTISED:
         return QUANTISED
     all_float32 = all(parameter.dtype == torch.float32 for parameter in trained.parameters())
     return FLOAT32 if all_float32 and same_device else HALF

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from ..advice import advice
-from ..config.build import EvaluationConfig
-from ..data import documents as data
+from ..config.settings import EvaluationConfig
+from ..data import windows as windows_module
 from ..errors import RunError, UserError
 from ..files import write_json
 from ..machine.device_memory import FittingParts
 from ..run_layout import START
+from . import samples as samples_module
 from . import scores as evaluation
 from .comparability import MOST_UNSPELT
 
@@ -175,7 +176,7 @@ class HeldOut:
         with advice(f"samples of the {side}"):
             tokenizer, is_student = self.tokenizers[side], side == "student"
             forced_bos = self._start(side).forced_bos
-            texts = evaluation.generate_samples(
+            texts = samples_module.generate_samples(
                 model, tokenizer, prompts, new_tokens, forced_bos=forced_bos, float32=is_student
             )
         return texts
@@ -242,7 +243,7 @@ class HeldOut:
     def fingerprint(self) -> dict[str, Any]:
         """What `measure_start` depends on besides the models."""
         settings = {name: getattr(self.config, name) for name in ("samples", "prompt_tokens", "new_tokens")}
-        return {"windows": data.windows_fingerprint(self.windows), **settings}
+        return {"windows": windows_module.windows_fingerprint(self.windows), **settings}
 
     def measure(self, model: nn.Module, side: str) -> dict[str, Any]:
         """`metrics` (see `describe`) and `samples` of a model.

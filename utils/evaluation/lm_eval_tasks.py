@@ -11,10 +11,10 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from ..config.build import EvaluationConfig
+from ..config.settings import EvaluationConfig
 from ..errors import UserError
+from ..machine.packages import require
 from ..paths import user_path
-from ..pretrained.loading import require
 from .scores import evaluation_mode, float32_evaluation
 
 log = logging.getLogger(__name__)
@@ -64,8 +64,8 @@ def measure(held_out: Any, models: Mapping[str, Callable[[], nn.Module]]) -> lis
 
     Args:
         held_out: with the run's `config` (an `EvaluationConfig`), `tokenizers` of `student` and `teacher`, and the
-            `batch_size` that fits (see `utils.held_out`).
-        models: key of the results (see `utils.results`) -> the model; each is let go before the next.
+            `batch_size` that fits (see `utils.evaluation.held_out`).
+        models: key of the results (see `utils.report.results`) -> the model; each is let go before the next.
     """
     config: EvaluationConfig = held_out.config
     rows: dict[tuple[str, str], dict[str, Any]] = {}

@@ -1,93 +1,14 @@
 """Sizes of models, and how much disk a run will take; see memory.py for what is held while it trains."""
 
-import copy
-import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-import torch
-from transformers import PretrainedConfig
-
-from ..config.build import LoraConfig, TrainingConfig
+from ..config.settings import LoraConfig, TrainingConfig
 from ..errors import UserError
-from ..pretrained.families import auto_class, depth, layer_counts
+from ..files import free_disk
+from .model_size import Shape, trained_parameters
 
 WINDOW_BYTES_PER_TEXT_BYTE = 9
 """Tokenised windows of both models in the cache of `datasets`."""
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model; of an encoder-decoder model both stacks count, as deep as the deeper one."""
-
-    parameters: int
-    hidden: int
-    intermediate: int
-    layers: int
-    vocabulary: int
-
-    @classmethod
-    def of(cls, config: PretrainedConfig) -> "Shape":
-        """From a model's config; no weights are read or allocated.
-
-        Raises:
-            UserError: transformers cannot make such a model.
-        """
-        try:
-            with torch.device("meta"):
-                model = auto_class(config).from_config(config)
-        except Exception as error:  # whatever an architecture raises for a value that it does not know
-            raise UserError(
-                f"{config.name_or_path or 'the model'}: transformers cannot make a {config.model_type} model of its "
-                f"config.json ({type(error).__name__}: {error}). Put it right, or choose another model."
-            ) from error
-
-        head = model.get_output_embeddings()
-        if head is None:
-            raise UserError(
-                f"{config.name_or_path or 'the model'}: a {type(model).__name__} has no output embeddings. Expected a "
-                "language model, which predicts tokens."
-            )
-
-        # the config may name its sizes otherwise; what enters the head is in the head's own shape
-        vocabulary, hidden = head.weight.shape
-        return cls(
-            parameters=sum(p.numel() for p in model.parameters()),
-            hidden=hidden,
-            intermediate=_widest(getattr(config.get_text_config(), "intermediate_size", None)) or 4 * hidden,
-            layers=depth(config),
-            vocabulary=vocabulary,
-        )
-
-
-def _widest(sizes: int | Sequence[int] | None) -> int | None:
-    """The largest of a width for all layers, or of one for each (Gemma 3n)."""
-    return max(sizes) if isinstance(sizes, Sequence) else sizes
-
-
-def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The same architecture with at most so many layers, in encoder and decoder each."""
-    config = copy.deepcopy(config)
-    text = config.get_text_config()
-    whole_depth = depth(config)
-
-    for name in layer_counts(text):
-        setattr(text, name, min(getattr(text, name), layers))
-
-    # whatever has an entry for each layer; what a class computes from the number of layers is no attribute of its own
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == whole_depth:
-            setattr(text, name, value[:layers])
-    return config
-
-
-def trained_parameters(student: Shape, lora: LoraConfig) -> int:
-    """All of a student, or those of its adapter."""
-    # attention has four layers of the hidden width, the rest three between it and the intermediate one
-    widths = 8 * student.hidden + 3 * (student.hidden + student.intermediate)
-    return student.layers * lora.rank * widths if lora.enabled else student.parameters
 
 
 def disk(
@@ -115,18 +36,6 @@ def disk(
         "student": (student.parameters if lora.merge else saved) * 4,
         "windows": text_bytes * WINDOW_BYTES_PER_TEXT_BYTE if text_bytes > in_memory else 0,
     }
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that a process can still take on a device."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return psutil.virtual_memory().available
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes free where a folder is, or will be."""
-    return shutil.disk_usage(next(path for path in (folder, *folder.absolute().parents) if path.exists())).free
 
 
 def require_disk(folder: Path, parts: dict[str, int]) -> None:

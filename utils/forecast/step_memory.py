@@ -12,42 +12,27 @@ no grouped heads, so it also relies on `models/attention.py`, which has keys and
 """
 
 import logging
-import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from transformers import PretrainedConfig
 
-from ..advice import advice
-from ..config.build import LoraConfig, ModelConfig
-from ..errors import UserError
-from ..logs.step_logger import ROUTER_TERMS
+from ..config.settings import LoraConfig, ModelConfig
+from ..logs.lines import ROUTER_TERMS
 from ..parallel import deepspeed
-from ..parallel.processes import on_main_process
 from ..paths import user_path
-from ..pretrained import loading
-from ..pretrained.families import auto_class, body, depth
-from .disk import Shape, free_memory, largest, shallow, trained_parameters
+from ..pretrained import precision as precision_module
+from .body_memory import _require_parallel, measure_body
+from .model_size import Shape, trained_parameters
 
 log = logging.getLogger(__name__)
 
 ChunkRows = Callable[[int, torch.device, int], tuple[int, str]]
 """(vocabulary, device, bytes per logit) -> (positions whose logits a head computes at a time, at most, why)."""
 
-REMEDY = (
-    "Lower --batch-size and raise --gradient-accumulation-steps by the same factor (--batch-size auto does both), or "
-    "try --gradient-checkpointing, a lower --max-length, --lora, or smaller models"
-)
 RUNTIME = 700 * 2**20
 """Bytes of CUDA context and kernels, or of Python with its libraries."""
 LOGIT = 4
@@ -67,162 +52,9 @@ EXCHANGED = 2 * 4 * deepspeed.BUCKET
 """Bytes of gradients on their way to the processes that keep them, where they are sharded."""
 ZERO3_WHOLE = 10**9
 """Weights that ZeRO-3 holds whole before it lets go of any (DeepSpeed's stage3_max_live_parameters)."""
-MEASURED_LAYERS = (2, 3)
-"""A body is run with so many layers; every further one takes what the third takes more than two."""
-PROBED_LENGTHS = (16, 32)
-"""Tokens of two short forwards, which take equally many operations unless a body goes from token to token."""
-FAKE_TENSORS = "torch._subclasses.fake_tensor"
-"""Logger that prints the traceback of whatever an architecture cannot do without content."""
 
 
 # ------------------------------------------------------------------------------------- what a model's body takes
-
-
-class _Live(TorchDispatchMode):
-    """Counts the bytes of tensors that exist, from when it is entered."""
-
-    def __init__(self, known: Iterable[Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = self.operations = 0
-        self._sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.operations += 1
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(found):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._sizes:
-                    self._sizes[storage._cdata] = storage.nbytes()
-                    self.now += storage.nbytes()
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._freed, storage._cdata)
-        return found
-
-    def _freed(self, storage: int) -> None:
-        self.now -= self._sizes.pop(storage)
-
-
-@dataclass(frozen=True)
-class Body:
-    """Bytes beside the weights in a forward, and backward, through a model without its head."""
-
-    kept: int
-    """For the backward pass, what enters the head included."""
-    forward: int
-    """At the peak of the forward."""
-    backward: int
-    """At the peak of the backward, the gradients of all parameters included."""
-
-    def deeper(self, other: "Body", layers: int) -> "Body":
-        """With more layers, given another one that has one layer more."""
-        own, more = vars(self), vars(other)
-        return Body(**{name: own[name] + layers * (more[name] - own[name]) for name in own})
-
-
-def measure_body(
-    config: PretrainedConfig,
-    windows: int,
-    length: int,
-    dtype: torch.dtype,
-    half: bool,
-    trained: bool,
-    on_gpu: bool,
-    recomputes: bool = False,
-) -> Body:
-    """What a body takes for windows of `length` tokens, run without content; of encoder and decoder each.
-
-    Args:
-        dtype: of the weights.
-        half: under autocast to half precision.
-        trained: with gradients, and those of an earlier micro-batch in memory.
-        on_gpu: attention never makes scores for dropout's sake.
-        recomputes: with gradient checkpointing.
-
-    Raises:
-        RuntimeError: the architecture looks into its tensors, which have no content here.
-    """
-    layers = depth(config)
-    settings = (windows, length, dtype, half, trained, on_gpu, recomputes)
-    few, more = (_run(shallow(config, n), *settings) for n in MEASURED_LAYERS)
-    return few if layers <= MEASURED_LAYERS[0] else few.deeper(more, layers - MEASURED_LAYERS[0])
-
-
-def _run(
-    config: Any,
-    windows: int,
-    length: int,
-    dtype: torch.dtype,
-    half: bool,
-    trained: bool,
-    on_gpu: bool,
-    recomputes: bool,
-) -> Body:
-    for dropout in ("attention_dropout", "attn_pdrop") if on_gpu else ():
-        if hasattr(config.get_text_config(), dropout):
-            setattr(config.get_text_config(), dropout, 0.0)
-    with FakeTensorMode(), _silenced(FAKE_TENSORS):
-        model = auto_class(config).from_config(config, dtype=dtype).train(trained)
-        if recomputes:
-            loading.recompute_layers(model)
-        parameters = list(model.parameters())
-        ids = torch.zeros(windows, length, dtype=torch.long)
-        with _Live([*parameters, *model.buffers(), ids]) as live, torch.set_grad_enabled(trained):
-            for _ in range(1 + trained):  # twice: the second time with gradients there
-                before, live.peak = live.now, live.now
-                with torch.autocast("cpu", torch.bfloat16, enabled=half):
-                    states = _states(model, ids)
-                    kept, forward = live.now - before, live.peak - before
-                    logits = model.get_output_embeddings()(states.flatten(0, 1)[:1])
-                if trained:
-                    live.peak = live.now
-                    logits.float().sum().backward()
-                del states, logits
-        return Body(kept, forward, live.peak)
-
-
-def _require_parallel(config: PretrainedConfig) -> None:
-    """Make sure that a body takes all tokens of a window at once.
-
-    Raises:
-        RuntimeError: it goes from one to the next, as Mamba's does without its kernels: without content too that
-            takes minutes.
-    """
-    few = shallow(config, MEASURED_LAYERS[0])
-    shorter, longer = (_operations(few, length) for length in PROBED_LENGTHS)
-    if longer > 1.5 * shorter:
-        raise RuntimeError(f"a body of {config.model_type} goes from token to token without its kernels")
-
-
-def _operations(config: PretrainedConfig, length: int) -> int:
-    """Operations of a forward through a body, without content."""
-    with FakeTensorMode(), _silenced(FAKE_TENSORS), torch.no_grad():
-        model = auto_class(config).from_config(config, dtype=torch.float32).eval()
-        ids = torch.zeros(1, length, dtype=torch.long)
-        with _Live([]) as live:
-            _states(model, ids)
-    return live.operations
-
-
-@contextmanager
-def _silenced(name: str) -> Iterator[None]:
-    """A logger that says nothing for a while: what goes wrong is told by the exception."""
-    logger = logging.getLogger(name)
-    was_disabled, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = was_disabled
-
-
-def _states(model: nn.Module, ids: Tensor) -> Tensor:
-    """What enters the head; an encoder, where there is one, reads as many tokens as its decoder."""
-    if not model.config.is_encoder_decoder:
-        return body(model)(input_ids=ids, use_cache=False).last_hidden_state
-    mask = torch.ones_like(ids)
-    read = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-    encoder = {"encoder_hidden_states": read, "encoder_attention_mask": mask}
-    return model.get_decoder()(input_ids=ids, use_cache=False, **encoder).last_hidden_state
 
 
 # ------------------------------------------------------------------------------------------------ a training step
@@ -322,7 +154,7 @@ class Demand:
         """Bytes of an evaluation between two steps, window by window: without gradients, with float32 weights."""
         student = self.shapes[0]
         evaluation = {"evaluation logits": self.length * student.vocabulary * EVALUATED_LOGIT}
-        is_half = self.student_dtype.itemsize < 4 and self.lora.base not in loading.QUANTISED
+        is_half = self.student_dtype.itemsize < 4 and self.lora.base not in precision_module.QUANTISED
         if self.lora.enabled and is_half:
             evaluation["student in float32 for evaluation"] = student.parameters * 4
         return evaluation
@@ -369,8 +201,6 @@ class Demand:
 
 QUANTISED_SHARE = {"8bit": 0.5, "4bit": 0.28}
 """Size of quantised weights beside half precision, scales included."""
-MARGIN = 1.25
-"""A run whose forecast is so many times what is free is refused: more than the forecast can be wrong."""
 ROOM_ON_CPU = 0.5
 """Of the free memory of a host that `--batch-size auto` takes: nothing raises there before the system kills."""
 
@@ -401,8 +231,8 @@ def demand_of(
         teacher=teacher,
         length=length,
         precision=precision,
-        student_dtype=loading.frozen_dtype(lora.base, device, precision).value,
-        teacher_dtype=loading.frozen_dtype(config.teacher.dtype, device, precision).value,
+        student_dtype=precision_module.frozen_dtype(lora.base, device, precision).value,
+        teacher_dtype=precision_module.frozen_dtype(config.teacher.dtype, device, precision).value,
         rows=lambda vocabulary, each: chunk_rows(vocabulary, device, each)[0],
         top_k=config.loss.top_k,
         on_gpu=device.type == "cuda",
@@ -442,148 +272,6 @@ def _whole_share(config: PretrainedConfig, shape: Shape) -> float:
     """Share of its weights that FSDP2 holds whole: what is outside of layers, the layer that computes and the next."""
     layers = _in_layers(config, shape)
     return 1 - layers + layers * min(1.0, 2 / shape.layers)
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Of what training takes on the student's device; empty where none is possible."""
-
-    told: str = ""
-    size: int = 0  # bytes
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What a run computes on, as far as memory depends on it."""
-
-    device: torch.device
-    """Of the student."""
-    precision: str
-    """`no`, `fp16` or `bf16`."""
-    processes: int
-    sharded: str
-    """See `Demand.sharded`."""
-
-    @classmethod
-    def of(cls, accelerator: Accelerator) -> "Machine":
-        """What an accelerator was built for."""
-        sharded = ""
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            sharded = f"zero{accelerator.deepspeed_plugin.zero_stage}"
-        elif accelerator.distributed_type == DistributedType.FSDP:
-            sharded = "fsdp2"
-        return cls(accelerator.device, accelerator.mixed_precision, accelerator.num_processes, sharded)
-
-
-def settle(config: Any, accelerator: Accelerator, chunk_rows: ChunkRows) -> tuple[Any, Forecast]:
-    """(the RunConfig with a number for `batch_size: auto`, the forecast), logged.
-
-    With auto, `gradient_accumulation_steps` is the number of windows per optimizer step and process: they are taken in
-    the largest micro-batches that divide it and fit. Where no forecast is possible, micro-batches start as large as
-    can be halved while training, or else with one window.
-
-    Raises:
-        UserError: micro-batches of one window need more than is free, by more than the forecast can be wrong.
-    """
-    machine = Machine.of(accelerator)
-    return on_main_process(accelerator, lambda: _settle(config, machine, chunk_rows))
-
-
-def _settle(config: Any, machine: Machine, chunk_rows: ChunkRows) -> tuple[Any, Forecast]:
-    fit = None
-    with advice("forecast of memory"):
-        fit = _what_fits(config, machine, chunk_rows)
-
-    is_auto = config.training.batch_size == "auto"
-    if fit is None:
-        return (_without_forecast(config, machine) if is_auto else config), Forecast()
-
-    told = f"{largest(fit.parts)} in micro-batches of {fit.windows}; {_gib(fit.free)} GiB free on {machine.device}"
-    if spares_teacher(config):
-        told += " (teacher included, which a complete cache spares)"
-
-    if fit.least > MARGIN * fit.free and not config.cache.build_only:
-        raise UserError(
-            f"training would take about {_gib(fit.least)} GiB even in micro-batches of one window, and "
-            f"{_gib(fit.free)} GiB are free on {machine.device} (forecast: {largest(fit.parts)}). {REMEDY}."
-        )
-    if fit.size > fit.free:
-        log.warning("memory: about %s. Where it does not fit, micro-batches are halved. %s", told, REMEDY)
-    else:
-        log.info("memory: about %s%s", told, " (chosen by --batch-size auto)" if is_auto else "")
-
-    return (_in_micro_batches(config, fit.windows) if is_auto else config), Forecast(told, fit.size)
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """A forecast beside what is free."""
-
-    windows: int
-    """In a micro-batch."""
-    parts: dict[str, int]
-    """Bytes of a step in such micro-batches, by what holds them."""
-    least: int
-    """Bytes of a step in micro-batches of one window, without a teacher that a cache spares."""
-    free: int
-    """Bytes free on the student's device."""
-
-    @property
-    def size(self) -> int:
-        """Bytes of a step in such micro-batches."""
-        return sum(self.parts.values())
-
-
-def _what_fits(config: Any, machine: Machine, chunk_rows: ChunkRows) -> _Fit:
-    """The forecast for the micro-batches that were asked for, or for the largest that fit."""
-    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
-    shapes = loading.load_each(loading.load_config, names)
-    teacher = shapes["teacher"] if config.teacher.name else None
-    length = int(min(config.data.max_length, *map(loading.context_length, shapes.values())))
-    demand = demand_of(
-        config,
-        shapes["student"],
-        teacher,
-        length,
-        machine.precision,
-        machine.device,
-        chunk_rows,
-        machine.processes,
-        machine.sharded,
-    )
-
-    free, windows = free_memory(machine.device), config.training.batch_size
-    if windows == "auto":
-        room = free * (1 if demand.on_gpu else ROOM_ON_CPU)
-        sizes = _divisors(config.training.gradient_accumulation_steps)
-        windows = next((size for size in sizes if sum(demand.memory(size).values()) <= room), 1)
-
-    without_spared = replace(demand, apart=demand.apart or spares_teacher(config))
-    return _Fit(windows, demand.memory(windows), sum(without_spared.memory(1).values()), free)
-
-
-def _without_forecast(config: Any, machine: Machine) -> Any:
-    """`batch_size: auto` where nothing is known of the memory that it takes."""
-    alone = machine.processes == 1
-    waits = machine.sharded or config.teacher.device == "sharded" or "contr" in config.curriculum.used()
-    can_halve = machine.device.type == "cuda" and (alone or not waits)
-
-    windows = config.training.gradient_accumulation_steps if can_halve else 1
-    why = "they are halved where they do not fit" if can_halve else "too large ones could not be halved here"
-    log.warning("--batch-size auto: without a forecast, micro-batches of %d; %s", windows, why)
-    return _in_micro_batches(config, windows)
-
-
-def _in_micro_batches(config: Any, windows: int) -> Any:
-    """The RunConfig whose optimizer steps, as large as before, are taken in micro-batches of so many windows."""
-    whole = config.training.gradient_accumulation_steps
-    training = replace(config.training, batch_size=windows, gradient_accumulation_steps=whole // windows)
-    return replace(config, training=training)
-
-
-def _divisors(number: int) -> list[int]:
-    """From the number itself down to 1."""
-    return [size for size in range(number, 0, -1) if number % size == 0]
 
 
 def _gib(size: int) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 
-from ..config.build import flatten
+from ..config.plain import flatten
 from ..errors import UserError
 from ..files import write_text
 from ..run_layout import TRACKERS

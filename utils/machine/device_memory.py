@@ -62,3 +62,7 @@ class FittingParts:
             if len(part) == 1 or not self.survives or not is_out_of_memory(error):
                 raise
         return None
+
+
+MARGIN = 1.25
+"""A run whose forecast is so many times what is free is refused: more than the forecast can be wrong."""

@@ -6,6 +6,7 @@ loads: one of the project's requirements, or of theirs.
 """
 
 import importlib.metadata
+import importlib.util
 import platform
 import subprocess
 import sys
@@ -216,3 +217,13 @@ def _how_to_bring(lacking: list[Conflict], inputs: Path) -> str:
         f"       pip install --no-index --find-links {inputs / 'wheels'} {demands}",
     ]
     return "\n".join(lines)
+
+
+def require(package: str, wanted_by: str, extra: str) -> None:
+    """Make sure that an optional package is installed.
+
+    Raises:
+        UserError: it is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{wanted_by} needs {package}, which is not installed: pip install '.[{extra}]'")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
 from ..errors import UserError
-from ..pretrained import loading
+from ..machine import packages
 from .engine import FullySharded
 from .sharding import whole
 from .wrapper import Shell
@@ -87,7 +87,7 @@ def plugin(mixed_precision: str, device: str) -> Plugin | None:
     """
     if not is_requested():
         return None
-    loading.require("deepspeed", "DeepSpeed, which accelerate was told to use,", extra="deepspeed")
+    packages.require("deepspeed", "DeepSpeed, which accelerate was told to use,", extra="deepspeed")
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     if device == "cpu" or processes < 2:
         where = "a CPU" if device == "cpu" else f"{processes} process"

@@ -6,119 +6,39 @@ loaded is one `UserError` that names the model and the ways to attach it.
 
 import copy
 import hashlib
-import importlib.util
 import logging
 import math
-import os
-import socket
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from urllib.parse import urlsplit
 
 import torch
-import transformers
 from accelerate.utils import align_module_device
-from huggingface_hub import constants
 from torch import nn
 from transformers import (
     AutoConfig,
     AutoTokenizer,
-    BitsAndBytesConfig,
-    GenerationConfig,
     PretrainedConfig,
     PreTrainedTokenizerBase,
 )
 
 from ..advice import reason
 from ..errors import UserError
-from ..files import atomic_folder, sha256_of, write_text
-from ..machine.hardware import Choice
+from ..files import sha256_of
+from ..machine.packages import require
 from ..parallel.sharding import full
 from ..paths import user_path
 from ..seeding import undisturbed
 from . import adapter_folders, generation, model_folders
 from .families import auto_class
+from .locate import ATTACH, _attached_models, hub_is_reachable, locate
+from .precision import QUANTISED, _quantisation, quantisation_method
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-ATTACHED = Path("/kaggle/input")
-"""Where a notebook's attached models appear."""
-
-CARD = "README.md"
-"""Of an exported model: where the hub looks for a model card."""
-
-QUANTISED = {"8bit": (7, 5), "4bit": (6, 0)}
-"""Weights by bitsandbytes, and the compute capability that each needs (installation guide of bitsandbytes 0.50)."""
-
-ATTACH = """\
-To attach a model: give its local folder (config.json, weights and tokenizer.json); on Kaggle add it as an input
-  of the notebook and give the folder below /kaggle/input; on a machine without internet download it elsewhere
-  with `hf download ID` and set HF_HUB_OFFLINE=1 beside a copy of that cache (HF_HOME)."""
-
-
-def locate(name: str, role: str) -> str:
-    """What `from_pretrained` is to be given for a name: a local folder, else the hub id itself.
-
-    A folder without config.json stands for the only model below it (Kaggle adds folders for framework, variation and
-    version); a hub id stands for the attached folder of the same name, if there is one (see `model_folders.attached`).
-
-    Raises:
-        UserError: a path that does not exist, a folder that holds no model, or several, or a name that stands for
-            several attached ones.
-    """
-    path = user_path(name)
-    if path.is_dir():
-        return str(_only_model(path, f"{role} {name}"))
-    if path.is_file():
-        raise UserError(f"{role} {name}: this is a file. {model_folders.what_the_file_is(path)}")
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(
-            f"{role} {name}: no such folder. Expected one with config.json.{_attached_models()}\n  {ATTACH}"
-        )
-
-    candidates = model_folders.attached(name, ATTACHED)
-    if len(candidates) > 1:
-        raise UserError(
-            f"{role} {name}: {len(candidates)} attached models have that name. Expected one: give its folder."
-            + "".join(f"\n  - {candidate}" for candidate in candidates[:10])
-        )
-    if candidates:
-        log.info("%s %s: using the attached folder %s", role, name, candidates[0])
-        return str(candidates[0])
-    return name
-
-
-def _only_model(folder: Path, shown: str) -> Path:
-    """The model folder that a folder is, or the only one below it."""
-    try:
-        models = model_folders.models_below(folder, model_folders.MOST_FOLDERS)
-    except model_folders.TooManyFolders as error:
-        raise UserError(
-            f"{shown}: this folder holds no config.json, and {error} are below it, too many to look for a model in. "
-            "Expected the folder of the model itself."
-        ) from None
-
-    if len(models) > 1:
-        raise UserError(
-            f"{shown}: this folder holds {len(models)} models (folders with a config.json). Expected one."
-            + "".join(f"\n  - {model}" for model in models[:10])
-        )
-    if not models:
-        explanation = model_folders.what_it_is(folder)
-        raise UserError(
-            f"{shown}: this folder holds no models (folders with a config.json). "
-            + (explanation or "Expected one.")
-            + f"\n  It holds: {model_folders.listing(folder)}"
-        )
-    if why := model_folders.wrong_kind(models[0]):
-        raise UserError(f"{shown}: {why}")
-    return models[0]
 
 
 def adapted_base(name: str, role: str) -> str | None:
@@ -324,54 +244,6 @@ def _refuse_quantised_student(config: PretrainedConfig, name: str, role: str) ->
         )
 
 
-def quantisation_method(config: PretrainedConfig) -> str | None:
-    """How a model's weights are stored in a few bits; None: they are not."""
-    settings = getattr(config, "quantization_config", None)
-    if settings is None:
-        return None
-    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
-    return str(getattr(method, "value", method) or "unknown method")
-
-
-def _quantisation(weights: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """int8 with outliers apart (arXiv 2208.07339), or NF4 with quantised scales (arXiv 2305.14314)."""
-    if weights == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
-
-
-def check_weights(requested: str, setting: str, device: torch.device) -> None:
-    """Find out, with nothing loaded, whether a device can compute with such weights.
-
-    Raises:
-        UserError: 8bit or 4bit without a GPU that can, or without bitsandbytes.
-    """
-    if requested not in QUANTISED:
-        return
-    needed = QUANTISED[requested]
-    has = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if has is None or has < needed:
-        got = f"this run is on the {device.type}" if has is None else f"this GPU has {has[0]}.{has[1]}"
-        others = ", or 4bit" if has is not None and has >= QUANTISED["4bit"] else ""
-        raise UserError(
-            f"{setting}: got {requested}, which needs an NVIDIA GPU of compute capability {needed[0]}.{needed[1]} or "
-            f"more, and {got}. Expected auto, float32, float16 or bfloat16{others}."
-        )
-    require("bitsandbytes", f"{setting}={requested}", extra="quant")
-
-
-def require(package: str, wanted_by: str, extra: str) -> None:
-    """Make sure that an optional package is installed.
-
-    Raises:
-        UserError: it is not.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{wanted_by} needs {package}, which is not installed: pip install '.[{extra}]'")
-
-
 def random_model(config: PretrainedConfig) -> nn.Module:
     """A model with fresh float32 weights, whatever those of its namesake are stored in; seed torch before."""
     if quantisation_method(config) is not None:
@@ -392,23 +264,6 @@ def recompute_layers(model: nn.Module) -> None:
         enable({"use_reentrant": False})
     except ValueError as error:
         raise UserError(f"--gradient-checkpointing: not for this student. Leave it out.\n  {error}") from error
-
-
-def frozen_dtype(requested: str, device: torch.device, precision: str) -> Choice[torch.dtype]:
-    """What frozen weights, a teacher's or those below an adapter, are computed in.
-
-    Args:
-        requested: a precision, or `auto`.
-        precision: what the student computes in (no, fp16, bf16).
-    """
-    half = torch.bfloat16 if precision == "bf16" else torch.float16
-    if requested in QUANTISED:  # products of 8-bit weights take float16 and nothing else
-        return Choice(torch.float16 if requested == "8bit" else half, f"what {requested} weights are computed in")
-    if requested != "auto":
-        return Choice(getattr(torch, requested), "asked for")
-    if device.type != "cuda" or precision == "no":
-        return Choice(torch.float32, "as the student")
-    return Choice(half, "half the memory; frozen, so nothing is lost in updates")
 
 
 def fingerprint(model: nn.Module, values: bool = True) -> str:
@@ -467,102 +322,6 @@ def window_length(asked: int, shapes: Iterable[PretrainedConfig]) -> int:
     return length
 
 
-def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str | None) -> None:
-    """Write model, tokenizer and model card; the folder is whole or absent.
-
-    It loads without this project: with `from_pretrained` of the class that its card names; where the model is peft's,
-    what is written is the adapter alone. Generation stops where the tokenizer ends a text (of conversations a turn),
-    besides where the model did before, and pads with a token that exists.
-    """
-    with atomic_folder(folder) as staging:
-        _write(model, tokenizer, staging)
-        if card is not None:
-            write_text(staging / CARD, card)
-
-
-def _write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any) -> None:
-    """Write the weights and all that belongs to them; `options` of save_pretrained."""
-    _put_generation_right(model, tokenizer)
-    # peft would ask the hub whether the base's vocabulary was resized, which never happens here
-    options |= {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
-    model.save_pretrained(folder, **options)
-    _write_settings(model, tokenizer, folder)
-
-
-def _write_settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    _put_generation_right(model, tokenizer)
-    model.generation_config.save_pretrained(folder)  # peft leaves it to the base, which may stop elsewhere
-    tokenizer.save_pretrained(folder)
-
-
-def _put_generation_right(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    # from the config, as a process of several may hold none of the rows
-    generation.drop_unusable_ids(model.generation_config, model.config.get_text_config().vocab_size)
-    generation.end_with_tokenizer(model.generation_config, tokenizer)
-    generation.put_right(model.generation_config)
-
-
-def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, merges: bool = False) -> None:
-    """Do without the weights what `export` will do, into a folder that is gone afterwards, and load what it wrote.
-
-    Generation settings with which the model cannot write two tokens are replaced by none, with a warning.
-
-    Args:
-        merges: the adapter of a peft model will be added to the weights of its base, and a plain model be exported.
-
-    Raises:
-        UserError: something that came with the base cannot be written, or not be read again.
-    """
-    plain = model.get_base_model() if hasattr(model, "peft_config") else model
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            _write_for_trial(model, tokenizer, Path(name), merges)
-    except Exception as error:  # whatever transformers minds in files of others
-        raise UserError(
-            f"the student (a {type(plain).__name__}, transformers {transformers.__version__}) could not be exported "
-            "after training: its configuration or tokenizer cannot be written, or not be loaded again. Expected files "
-            f"that save_pretrained takes back: put them right in the student's folder.\n  {reason(error)}"
-        ) from error
-    _try_generation(plain, tokenizer)
-
-
-def _write_for_trial(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merges: bool) -> None:
-    if not hasattr(model, "peft_config"):
-        _write(model, tokenizer, folder, state_dict={})
-    elif merges:
-        _write_settings(model, tokenizer, folder)
-        model.get_base_model().config.save_pretrained(folder)
-    else:
-        _write(model, tokenizer, folder)  # an adapter is small
-    if (folder / model_folders.CONFIG).is_file():
-        AutoConfig.from_pretrained(folder)
-    AutoTokenizer.from_pretrained(folder)
-    GenerationConfig.from_pretrained(folder)
-
-
-def _try_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a model write two tokens as its generation settings say, or else with nothing but its tokens' ids."""
-    problem = _generation_problem(model)
-    if problem is None:
-        return
-
-    log.warning(
-        "generation settings of the student: only its tokens' ids are kept, since with the others it writes nothing "
-        "(%s)",
-        problem,
-    )
-    generation.reset(model.generation_config)
-    _put_generation_right(model, tokenizer)
-
-    problem = _generation_problem(model)
-    if problem is not None:
-        log.warning(
-            "the student writes nothing with its tokens' ids alone either (%s): training needs no generation, but "
-            "expect generate() of the exported student to fail in the same way",
-            problem,
-        )
-
-
 def _generation_problem(model: nn.Module) -> str | None:
     """Return why a model cannot write two tokens; keep its random generators and its mode as they are."""
     start = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
@@ -573,12 +332,6 @@ def _generation_problem(model: nn.Module) -> str | None:
         except Exception as error:  # ids beyond the vocabulary, code of its own, values of another type
             return reason(error)
     return None
-
-
-def where_from(name: str) -> str:
-    """A hub id, or the whole path of a local folder: where anybody on this machine finds the model."""
-    folder = user_path(name)
-    return str(folder.resolve()) if folder.is_dir() else name
 
 
 def _load(load: Any, name: str, role: str, what: Literal["config.json", "tokenizer", "weights"], **options: Any) -> Any:
@@ -619,24 +372,3 @@ def _hint(folder: Path, role: str, what: str) -> str:
     if role == "student" and not model_folders.has_weights(folder, allow_pickle=True):
         return " A random start needs no weights: --student-init random."
     return ""
-
-
-def _attached_models() -> str:
-    attached = model_folders.models_below(ATTACHED)
-    return "\n  Attached models: " + ", ".join(map(str, attached[:10])) if attached else ""
-
-
-@cache
-def hub_is_reachable() -> bool:
-    """Whether the hub may be asked: not switched off, and its name resolves. Saves a minute of retries per file."""
-    if constants.HF_HUB_OFFLINE:
-        return False
-    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
-        return True
-    host = urlsplit(constants.ENDPOINT)
-    try:
-        socket.create_connection((host.hostname, host.port or 443), timeout=5).close()
-    except OSError:
-        log.info("%s cannot be reached: only local folders and the cache are used", constants.ENDPOINT)
-        return False
-    return True

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.build import LoraConfig
+from ..config.settings import LoraConfig
 from ..errors import UserError
+from ..machine import packages
 from ..parallel import deepspeed
-from . import loading
+from . import locate, precision
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ def check(settings: LoraConfig, device: torch.device) -> None:
         UserError: peft is not installed, or the base's weights cannot be what was asked for.
     """
     if settings.enabled:
-        loading.require("peft", "--lora", extra="peft")
-        loading.check_weights(settings.base, "student.lora.base", device)
+        packages.require("peft", "--lora", extra="peft")
+        precision.check_weights(settings.base, "student.lora.base", device)
 
 
 def add_lora(base: nn.Module, name: str, settings: LoraConfig) -> nn.Module:
@@ -66,7 +67,7 @@ def add_lora(base: nn.Module, name: str, settings: LoraConfig) -> nn.Module:
             f"student.lora.targets: got {', '.join(targets)}, the head among them, which under DeepSpeed all processes "
             "would have to call equally often; expected other layers, or FSDP2"
         )
-    wanted.base_model_name_or_path = loading.where_from(name)
+    wanted.base_model_name_or_path = locate.where_from(name)
     trained, all_of_it = student.get_nb_trainable_parameters()
     log.info("LoRA of rank %d: %s of %s parameters are trained", settings.rank, f"{trained:,}", f"{all_of_it:,}")
     return student

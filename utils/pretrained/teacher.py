@@ -14,12 +14,11 @@ from accelerate import Accelerator
 from accelerate.utils import get_max_memory
 from torch import nn
 
-from ..config.build import ModelConfig
+from ..config.settings import ModelConfig
 from ..errors import UserError
-from ..forecast.step_memory import MARGIN
 from ..machine import hardware
-from ..parallel import sharding
-from . import loading
+from ..machine.device_memory import MARGIN
+from . import loading, precision, sharded_teacher
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ def place(config: Any, accelerator: Accelerator) -> torch.device:
             "teacher.device sharded: got one process, expected two or more (accelerate launch --num_processes N ...). "
             "In one process a teacher can be spread over several GPUs: --teacher-device spread."
         )
-    if asked == SHARDED and (config.teacher.dtype in loading.QUANTISED or config.cache.folder):
+    if asked == SHARDED and (config.teacher.dtype in precision.QUANTISED or config.cache.folder):
         raise UserError(
             f"teacher.device sharded: got teacher.dtype={config.teacher.dtype} and cache.folder={config.cache.folder}. "
             "Quantised weights cannot be cut, and a cache is filled by processes that do not wait for each other. "
@@ -102,7 +101,7 @@ def load(job: Any) -> nn.Module:
     if config.device == SPREAD:
         told = places(model)
     elif config.device == SHARDED:
-        sharding.shard_layers(model, job.accelerator)
+        sharded_teacher.shard_layers(model, job.accelerator)
         told += f", its layers sharded over {job.accelerator.num_processes} processes"
         if job.config.evaluation.tasks:
             log.warning("--eval-tasks: not measured on a sharded teacher, with which all processes must compute")

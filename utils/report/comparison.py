@@ -22,12 +22,13 @@ from rich import box
 from rich.table import Table
 from tqdm import tqdm
 
-from ..config.build import flatten
+from ..config.plain import flatten
+from ..config.yaml_files import read_config
 from ..errors import UserError
 from ..evaluation.comparability import MOST_UNSPELT, unspelt_share
-from ..logs.step_logger import console, read_lines
+from ..logs.console import console
+from ..logs.records import read_lines
 from ..paths import user_path
-from ..run.folder import read_config
 from ..run_layout import CONFIG, METRICS, REPORT_JSON, START
 from .charts import STYLE, save
 from .results import figure, percent

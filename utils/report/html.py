@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from string import Template
 from typing import Any
 
-from ..config.build import flatten
+from ..config.plain import flatten
 from .charts import THEME
 from .results import MODELS, figure, headline, model_name, percent, retention_lines, run_lines, samples_title, task_rows
 from .usage_example import how_to_use
@@ -101,8 +101,8 @@ def page(
 
     Args:
         name: of the run.
-        results: see `utils.results`, without NaN.
-        pictures: SVG elements whose colours are the variables of `utils.pictures.THEME`; the one markup taken as it is.
+        results: see `utils.report.results`, without NaN.
+        pictures: SVG elements whose colours are the variables of `charts.THEME`; the one markup taken as it is.
         settings: of the run, nested.
         told: what the run noted of its decisions and its environment, nested.
         warnings: what the run warned of, in order.

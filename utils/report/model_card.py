@@ -9,9 +9,9 @@ import transformers
 import yaml
 from huggingface_hub import ModelCardData
 
+from ..config.quickstart_names import NAMES
 from ..paths import user_path
-from ..pretrained.loading import ATTACHED
-from ..run.quickstart import NAMES
+from ..pretrained.locate import ATTACHED
 from .results import MODELS, figure, headline, model_name, task_table
 from .usage_example import how_to_use, is_adapter, pipeline_tag
 
@@ -27,7 +27,7 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
     Args:
         settings: of the run, nested, with the names that the user gave.
-        results: see `utils.results`.
+        results: see `utils.report.results`.
     """
     student, teacher, text = settings["student"], settings["teacher"]["name"], settings["data"]["train"]
     trained = student["init"] == "pretrained"

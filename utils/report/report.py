@@ -7,13 +7,15 @@ from typing import Any
 from rich.table import Table
 
 from ..advice import advice
+from ..config import yaml_files
 from ..files import write_json, write_text
-from ..logs.step_logger import console, json_safe, read_metrics, read_warnings
-from ..run import folder as run_folder
+from ..logs.console import console
+from ..logs.records import json_safe, read_metrics, read_warnings
 from ..run_layout import CURVES, METRICS, REPORT_HTML, REPORT_JSON, REPORT_MD, ROUTING
 from . import html
 from .charts import Records, curves_as_svg, draw_curves, draw_routing, routing_as_svg
-from .results import MODELS, figure, headline, model_name, retention_lines, run_lines, samples_title, task_table
+from .markdown import markdown
+from .results import MODELS, figure, headline, model_name
 
 
 def write_report(
@@ -27,7 +29,7 @@ def write_report(
     If evaluations tell how the router matches layers, the last of them becomes `routing` in the results and a picture.
 
     Args:
-        results: see `utils.results`. NaN and infinity become null.
+        results: see `utils.report.results`. NaN and infinity become null.
         metrics: records of metrics.jsonl or its path; None: `output_dir/metrics.jsonl`.
         baseline_metrics: the same of the run without the teacher, to be drawn as well.
     """
@@ -49,7 +51,7 @@ def write_report(
         write_text(folder / REPORT_MD, markdown(results))
     with advice(REPORT_HTML):
         pictures = _pictures(records, results, baseline)
-        settings, told = run_folder.read_config(folder)
+        settings, told = yaml_files.read_config(folder)
         name, warnings = folder.absolute().name, read_warnings(folder)
         write_text(folder / REPORT_HTML, html.page(name, results, pictures, settings, told, warnings))
     return results
@@ -92,71 +94,6 @@ def summary_table(results: Mapping[str, Any]) -> Table:
 
 
 # --- markdown -------------------------------------------------------------------------------------------------------
-
-
-def markdown(results: Mapping[str, Any]) -> str:
-    """The report for people."""
-    parts = ["# Evaluation report", headline(results), _model_table(results), _retention_list(results)]
-    parts += [f"## Tasks\n\nMeasured by lm_eval.\n\n{tasks}"] if (tasks := task_table(results)) else []
-    parts += [f"![Training curves]({CURVES})", _routing(results.get("routing")), _run_list(results)]
-    if samples := results.get("samples"):
-        parts.append(f"## Samples\n\n{samples_title(results)}.")
-        parts += [_sample(number, sample) for number, sample in enumerate(samples, 1)]
-    return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _model_table(results: Mapping[str, Any]) -> str:
-    lines = [
-        "| | bits per byte | perplexity | tokens | bytes | parameters | dtype |",
-        "|---|---:|---:|---:|---:|---:|---|",
-    ]
-    for key in MODELS:
-        if model := results.get(key):
-            cells = [figure(model.get("bits_per_byte")), figure(model.get("perplexity"), 2)]
-            cells += [figure(model.get(column)) for column in ("tokens", "bytes", "parameters")]
-            lines.append(f"| {model_name(key, results)} | {' | '.join(cells)} | {model.get('dtype') or '-'} |")
-    note = "All rows score the same text. Perplexities compare only between models with the same tokenizer."
-    return "\n".join(lines) + "\n\n" + note
-
-
-def _retention_list(results: Mapping[str, Any]) -> str:
-    lines = [f"- {name}: {value}" for name, value in retention_lines(results)]
-    return "## Retention\n\n" + "\n".join(lines) if lines else ""
-
-
-def _routing(routing: Mapping[str, Any] | None) -> str:
-    if not routing:
-        return ""
-    return (
-        f"## Routing\n\n![Routing]({ROUTING})\n\n"
-        f"Each row tells which teacher layers a student layer is compared with by the term `layer`, at step "
-        f"{routing['step']:,}: shares of the mixture, which add up to 1."
-    )
-
-
-def _run_list(results: Mapping[str, Any]) -> str:
-    lines = [f"- {_escape(key)}: {_escape(value)}" for key, value in run_lines(results)]
-    return "## Run\n\n" + "\n".join(lines) if lines else ""
-
-
-def _sample(number: int, sample: Mapping[str, Any]) -> str:
-    names = [(key, name) for key, name in MODELS.items() if sample.get(key) is not None]
-    return "\n".join(
-        [
-            f"### {number}. {_escape(sample.get('prompt', ''))}",
-            "",
-            "| " + " | ".join(name for _, name in names) + " |",
-            "|" + "---|" * len(names),
-            "| " + " | ".join(_escape(sample[key]) for key, _ in names) + " |",
-        ]
-    )
-
-
-def _escape(text: str) -> str:
-    """Text of a model or a user, shown as it is inside a Markdown table or heading."""
-    for special in "\\`*_{}[]#|~$":
-        text = text.replace(special, "\\" + special)
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("\r", "").replace("\n", "<br>").split())
 
 
 def _records(metrics: Records | str | Path | None) -> Records:

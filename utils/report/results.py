@@ -3,8 +3,8 @@
 The results are one dict, in the form of evaluation_report.json:
 `{student, teacher, initial_student, retention, samples, run}` and, where there was one, `baseline`: the same
 student after the same steps without the teacher. Everything is measured on the same text, but for `tasks`: those of
-lm_eval, a row for each metric (see `utils.benchmark_tasks`). `prompted`: the samples answer prompts, as the student
-learned to from conversations or from examples; else they go on from the beginnings of texts.
+lm_eval, a row for each metric (see `utils.evaluation.lm_eval_tasks`). `prompted`: the samples answer prompts, as the
+student learned to from conversations or from examples; else they go on from the beginnings of texts.
 """
 
 from collections.abc import Mapping

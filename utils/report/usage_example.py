@@ -40,7 +40,7 @@ def how_to_use(folder: str, settings: Mapping[str, Any], results: Mapping[str, A
     Args:
         folder: where the student lies, as an expression of Python.
         settings: of the run, nested.
-        results: see `utils.results`.
+        results: see `utils.report.results`.
     """
     encoder, adapter = results["student"].get("encoder_decoder"), is_adapter(settings)
     loader = f"Auto{'Peft' * adapter}ModelFor{'Seq2SeqLM' if encoder else 'CausalLM'}"

@@ -11,7 +11,8 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from ..config.build import flatten, get_dotted, load_yaml, refuse_differences
+from ..config.resume_rules import identity, refuse_differences
+from ..config.yaml_files import get_dotted, load_yaml
 from ..errors import UserError
 from ..files import clean_leftovers, write_text
 from ..machine import hardware
@@ -22,55 +23,6 @@ PATIENCE = 15
 """Seconds that the data workers of a run that was killed may take to notice it; they keep its lock."""
 BEFORE_TRAINING = {CONFIG, LOCK, LOG}
 """What a run writes before there is anything to continue."""
-
-FREE_TO_CHANGE = {
-    "output_dir",
-    "resume",
-    "resume_changed",
-    "logging",
-    "evaluation.every",
-    "evaluation.samples",
-    "evaluation.prompt_tokens",
-    "evaluation.new_tokens",
-    "evaluation.without_teacher",
-    "evaluation.tasks",
-    "evaluation.tasks_path",
-    "evaluation.tasks_limit",
-    "hub",
-    "teacher.name",
-    "teacher.device",
-    "teacher.allow_pickle",
-    "student.name",
-    "student.lora.merge",
-    "student.allow_pickle",
-    "data.train",
-    "data.train_only",
-    "data.num_workers",
-    "cache.folder",
-    "cache.build_only",
-    "cache.accept_mismatch",
-    "training.batch_size",
-    "training.gradient_accumulation_steps",
-    "training.gradient_checkpointing",
-    "training.max_hours",
-    "training.save_every",
-    "training.keep_checkpoints",
-}
-"""Settings a resumed run may have otherwise: they do not change what is computed, or their content is compared."""
-
-
-MICRO_BATCH = {"training.batch_size", "training.gradient_accumulation_steps"}
-"""Free only as long as no term of the loss depends on how a step is cut: `contr` compares within a micro-batch."""
-
-
-def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, by dotted key, that must stay the same when a run is continued."""
-    contrast = config.get("curriculum", {}).get("contr", {}).get("weight", 0)
-    values = [value for _, value in contrast["points"]] if isinstance(contrast, Mapping) else [contrast]
-    free = FREE_TO_CHANGE - MICRO_BATCH if any(values) else FREE_TO_CHANGE
-    if not config.get("training", {}).get("deterministic"):  # as runs were before there was such a setting
-        free = free | {"training.deterministic"}
-    return {key: value for key, value in flatten(config).items() if not {key, key.partition(".")[0]} & free}
 
 
 def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
@@ -230,22 +182,6 @@ def write_config(folder: Path, config: Mapping[str, Any], notes: Mapping[str, An
     told = _as_yaml({"notes": dict(notes), "environment": hardware.describe()})
     comments = "".join(f"# {line}\n" for line in told.splitlines())
     write_text(folder / CONFIG, f"{_as_yaml(dict(config))}\n{comments}")
-
-
-def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings in a folder's config.yaml, and what follows as comments (`notes`, `environment`); {} where none.
-
-    Raises:
-        UserError: the file is not YAML.
-    """
-    if not (folder / CONFIG).is_file():
-        return {}, {}
-    lines = (folder / CONFIG).read_text(encoding="utf-8", errors="replace").splitlines()
-    try:
-        told = yaml.safe_load("\n".join(line[2:] for line in lines if line.startswith("# ")))
-    except yaml.YAMLError:  # somebody's own comments
-        told = None
-    return load_yaml(folder / CONFIG), told if isinstance(told, dict) else {}
 
 
 def _as_yaml(values: dict[str, Any]) -> str:

@@ -5,14 +5,13 @@ From it: two byte-level BPE tokenizers of different size, and the configs of a s
 student. Built once and cached; the teacher is trained by whoever has the training loop.
 """
 
-import ast
 import json
 import os
 import platform
 import shutil
 import sys
 import sysconfig
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import blake2b, sha256
@@ -23,14 +22,11 @@ import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from ..config.quickstart_names import NAMES, STUDENT, TEACHER
+from ..data.python_docs import collect_text
 from ..errors import UserError
 from ..files import atomic_folder, write_text
 from ..paths import user_path
-
-STUDENT, TEACHER = "quickstart", "quickstart-teacher"
-"""Names, in place of a hub id or path, of what is built here. `quickstart` is also the text, and as a teacher the
-trained one; `quickstart-teacher` is the teacher, as a student yet to be trained."""
-NAMES = frozenset({STUDENT, TEACHER})
 
 FORMAT = 1
 """Raised when the same Python would give other material."""
@@ -38,12 +34,6 @@ END_OF_TEXT = "<|endoftext|>"
 TEACHER_VOCABULARY = 4096
 STUDENT_VOCABULARY = 1024
 CONTEXT = 512
-MIN_DOCUMENT = 200
-"""Characters; docstrings below are mostly one-liners that say little beyond a name."""
-LEFT_OUT = {
-    *("test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip"),
-    *("site-packages", "dist-packages", "__pycache__"),
-}
 
 
 @dataclass(frozen=True)
@@ -174,74 +164,6 @@ def _build(folder: Path) -> None:
 
 
 # ---------------------------------------------------------------- text
-
-
-def collect_text() -> list[str]:
-    """Language reference and standard-library docstrings: distinct documents, in an order that is always the same.
-
-    Sources are parsed, never imported.
-    """
-    documents = dict.fromkeys(
-        text for text in (*_topics(), *_docstrings(Path(sysconfig.get_paths()["stdlib"]))) if len(text) >= MIN_DOCUMENT
-    )
-    if sum(map(len, documents)) < 500_000:
-        raise UserError(
-            f"Found only {len(documents)} documents in this Python ({sysconfig.get_paths()['stdlib']}): expected its "
-            "standard library with sources. Install a full Python, or give --train-data and a --config."
-        )
-    return list(documents)
-
-
-def _topics() -> Iterator[str]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # some distributions split it off
-        return
-    for name in sorted(topics):
-        yield _tidy(topics[name])
-
-
-def _docstrings(library: Path) -> Iterator[str]:
-    """One document per module, function and class; a class comes with its methods."""
-    for file in sorted(library.rglob("*.py")):
-        parts = file.relative_to(library).with_suffix("").parts
-        if LEFT_OUT.intersection(parts):
-            continue
-        try:
-            tree = ast.parse(file.read_bytes())
-        except (SyntaxError, ValueError, OSError):
-            continue
-        module = ".".join(part for part in parts if part != "__init__")
-        if text := ast.get_docstring(tree):
-            yield _tidy(f"module {module}\n\n{text}")
-        for node in tree.body:
-            if text := "\n\n".join(_described(node)):
-                yield _tidy(text)
-
-
-def _described(node: ast.stmt) -> Iterator[str]:
-    """Signature and docstring of a function or class and of what it contains; nothing where there is no docstring."""
-    if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-        return
-    if text := ast.get_docstring(node):
-        indented = "\n".join(f"    {line}" if line.strip() else "" for line in text.splitlines())
-        yield f"{_signature(node)}:\n{indented}"
-    if isinstance(node, ast.ClassDef):
-        for inner in node.body:
-            yield from _described(inner)
-
-
-def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    if isinstance(node, ast.ClassDef):
-        bases = ", ".join(ast.unparse(base) for base in node.bases)
-        return f"class {node.name}({bases})" if bases else f"class {node.name}"
-    return f"def {node.name}({ast.unparse(node.args)})"
-
-
-def _tidy(text: str) -> str:
-    """Without trailing blanks, and without what is no text (lone surrogates in examples)."""
-    lines = (line.rstrip() for line in text.encode("utf-8", "replace").decode().strip().splitlines())
-    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- tokenizers and models

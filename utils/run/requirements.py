@@ -6,25 +6,27 @@ import torch
 
 from ..errors import UserError
 from ..evaluation import lm_eval_tasks
+from ..logs import trackers
 from ..parallel import deepspeed
-from ..pretrained import loading, lora
+from ..pretrained import lora, precision
 
 
 def check(config: Any, device: torch.device) -> None:
     """Refuse, with nothing loaded, what this machine cannot do.
 
     Args:
-        config: of the run, with sections `teacher`, `student` and `evaluation`.
+        config: of the run, with sections `teacher`, `student`, `evaluation` and `logging`.
         device: of the student.
 
     Raises:
         UserError: weights that need another device, or that DeepSpeed cannot cut, a package that is not there, a task
             that cannot be measured.
     """
+    trackers.require(config.logging.track)
     if config.teacher.name is not None:
-        loading.check_weights(config.teacher.dtype, "teacher.dtype", device)
+        precision.check_weights(config.teacher.dtype, "teacher.dtype", device)
     lora.check(config.student.lora, device)
-    if deepspeed.is_requested() and config.student.lora.enabled and config.student.lora.base in loading.QUANTISED:
+    if deepspeed.is_requested() and config.student.lora.enabled and config.student.lora.base in precision.QUANTISED:
         raise UserError(
             f"DeepSpeed: got student.lora.base={config.student.lora.base}, whose weights cannot be cut; expected auto, "
             "or no DeepSpeed"

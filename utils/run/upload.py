@@ -7,9 +7,9 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from ..config.build import HubConfig
+from ..config.settings import HubConfig
 from ..errors import UserError
-from ..pretrained.loading import hub_is_reachable
+from ..pretrained.locate import hub_is_reachable
 
 log = logging.getLogger(__name__)
 

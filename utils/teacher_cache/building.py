@@ -12,20 +12,21 @@ from typing import Any
 import numpy as np
 from accelerate.utils import gather_object
 
-from .. import seeding
-from ..data import loader
+from ..data import batch_order, loader
 from ..errors import UserError
 from ..evaluation.held_out import HeldOut
-from ..forecast.disk import free_disk
+from ..files import free_disk
 from ..logs.progress import Progress, duration
+from ..machine.stop_signals import STOP_REASONS, StopSignal
 from ..parallel.processes import main_process_first
 from ..pretrained import loading as pretrained
-from ..training.early_stopping import STOP_REASONS, StopSignal
+from ..pretrained import precision
 from ..training.measurements import HostSum
 from ..training.plan import Plan
 from .codec import Codec
 from .conversation_date import IDENTITY
-from .store import TeacherCache, Written, open_cache
+from .manifest import open_cache
+from .store import TeacherCache, Written
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def with_cache(job: Any, remember: Callable[..., Any]) -> Any:
         return job
     identity = {
         "teacher": pretrained.weights_fingerprint(config.teacher.name, "teacher"),
-        "teacher_dtype": config.teacher.dtype if config.teacher.dtype in pretrained.QUANTISED else dtype,
+        "teacher_dtype": config.teacher.dtype if config.teacher.dtype in precision.QUANTISED else dtype,
         "tokenizers_and_length": job.fingerprint["tokenizers_and_length"],
         "vocabulary_map": job.vocabulary.fingerprint,
         "max_depth": config.loss.max_depth,
@@ -137,7 +138,7 @@ class CacheBuilding:
     def _visited(self) -> list[int]:
         """Training windows that the run comes to."""
         seen = self.plan.total_steps * self.plan.global_batch
-        return seeding.permutation(len(self.windows), self.seed, 0)[:seen].tolist()
+        return batch_order.permutation(len(self.windows), self.seed, 0)[:seen].tolist()
 
     def needs_teacher(self, states_for: set[str]) -> bool:
         """Whether the teacher must be loaded; the log tells what for.
@@ -231,9 +232,9 @@ class CacheBuilding:
         """This process's batches of the first epoch, as training would meet them: the signals are then the same."""
         plan, epoch = self.plan, min(self.plan.total_steps, self.plan.steps_per_epoch)
         sizes = {"global_batch": plan.global_batch, "micro_batch": plan.micro_batch, "processes": plan.processes}
-        count = sum(loader.micro_batches_in_step(plan.windows, step, **sizes) for step in range(epoch))
+        count = sum(batch_order.micro_batches_in_step(plan.windows, step, **sizes) for step in range(epoch))
         rank = self.held_out.accelerator.process_index
-        return list(islice(loader.step_batches(plan.windows, **sizes, rank=rank, seed=self.seed, epoch=0), count))
+        return list(islice(batch_order.step_batches(plan.windows, **sizes, rank=rank, seed=self.seed, epoch=0), count))
 
     def _fill(
         self,

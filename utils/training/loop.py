@@ -36,21 +36,25 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..advice import advice
-from ..config.build import TrainingConfig
-from ..data import loader
+from ..config.settings import TrainingConfig
+from ..data import batch_order, loader
 from ..errors import RunError, UserError
 from ..logs.step_logger import StepLogger
 from ..machine import device_memory, hardware
+from ..machine.stop_signals import STOP_REASONS, StopSignal
+from ..parallel.accelerator import engine_kind
 from ..parallel.processes import on_main_process
 from ..seeding import seed_forward, undisturbed
 from . import out_of_memory
 from .checkpoints import CheckpointStore
-from .early_stopping import STOP_REASONS, EarlyStopping, StopSignal
+from .early_stopping import EarlyStopping
 from .measurements import Clock, HostSum, Measured, TermGradients
+from .optimizer import build_optimizer, build_scheduler, taught_parameters
 from .out_of_memory import Attempt, OutOfMemory
-from .plan import Plan, build_optimizer, build_scheduler, engine_kind, taught_parameters
+from .plan import Plan
+from .red_flags import RedFlags
 from .state import RunState
-from .step_guard import RedFlags, StepGuard
+from .step_guard import StepGuard
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +176,7 @@ def _check_arguments(module: Any, dataset: Any, collate: Any, config: Any, accel
         "dataset": (dataset, Sized, "windows by index, such as the list that PairEncoder.windows returns"),
         "collate": (collate, Callable, "a function that makes a batch of windows, such as a PairCollator"),
         "config": (config, TrainingConfig, "a TrainingConfig"),
-        "accelerator": (accelerator, Accelerator, "an Accelerator, from utils.plan.build_accelerator"),
+        "accelerator": (accelerator, Accelerator, "an Accelerator, from utils.parallel.accelerator.build_accelerator"),
     }
     for name, (value, kind, expected) in kinds.items():
         if not isinstance(value, kind):
@@ -183,7 +187,8 @@ def _check_arguments(module: Any, dataset: Any, collate: Any, config: Any, accel
     if config.batch_size == "auto":
         raise UserError(
             "batch_size: got auto, expected a number: what fits into memory is found before training, by "
-            "utils.memory.settle in train.py. Give a TrainingConfig with the number of windows of a forward pass."
+            "utils.forecast.batch_size.settle in train.py. Give a TrainingConfig with the number of windows of a "
+            "forward pass."
         )
 
 
@@ -312,7 +317,7 @@ class TrainingLoop:
         plan, sizes = self.plan, {"global_batch": self.plan.global_batch, "micro_batch": self.plan.micro_batch}
         epoch, first = divmod(self.step, plan.steps_per_epoch)
         while True:
-            order = loader.step_batches(
+            order = batch_order.step_batches(
                 plan.windows,
                 **sizes,
                 processes=plan.processes,
@@ -324,7 +329,7 @@ class TrainingLoop:
             pin = self.accelerator.device.type == "cuda"
             batches = loader.loader(self.dataset, order, self.collate, self.num_workers, pin, plan.accumulation)
             for step in range(first, plan.steps_per_epoch):
-                count = loader.micro_batches_in_step(plan.windows, step, **sizes, processes=plan.processes)
+                count = batch_order.micro_batches_in_step(plan.windows, step, **sizes, processes=plan.processes)
                 yield epoch, list(islice(batches, count))
             del batches
             self.settle()

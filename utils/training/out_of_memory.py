@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import RunError
-from ..forecast.step_memory import REMEDY
+from ..forecast.batch_size import REMEDY
 from ..machine.device_memory import is_out_of_memory
 from .plan import Plan
 

@@ -16,7 +16,8 @@ from .checkpoints import Checkpoint
 from .early_stopping import EarlyStopping
 from .measurements import Clock
 from .plan import Plan
-from .step_guard import RedFlags, StepGuard
+from .red_flags import RedFlags
+from .step_guard import StepGuard
 
 
 @dataclass

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import language_model
-from models.losses.fused_head import chunk_rows, head_losses
+from models.losses.chunk_size import chunk_rows
+from models.losses.fused_head import head_losses
 from models.losses.losses import kd_loss, next_token_loss
 from models.types import SparseTarget
 from tests.models.tiny import KINDS

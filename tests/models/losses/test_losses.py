@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.losses.losses import divergence, kd_loss, next_token_loss, span_loss, span_sums, temper
+from models.losses.divergences import divergence, temper
+from models.losses.losses import kd_loss, next_token_loss, span_loss, span_sums
 from models.types import SparseTarget
 from tests.models.tiny import KINDS
 

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from models.teacher.frozen import FrozenTeacher, exact_top_k
+from models.teacher.frozen import FrozenTeacher
+from models.teacher.top_k import exact_top_k
 from models.types import TeacherSignal
 from tests.models.teacher.test_projection import teacher_log_probs
 from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.text.alignment import align
-from models.text.collate import PairCollator, PairEncoder
-from models.text.vocabulary import END, MARKER, MISMATCH, TEXT, Reading, TokenTable, VocabularyMap
+from models.text.collate import PairCollator
+from models.text.tokens import END, MARKER, MISMATCH, TEXT, Reading, TokenTable
+from models.text.vocabulary import VocabularyMap
+from models.text.windows import PairEncoder
 from tests.models.tiny import STORIES, byte_bpe, characters, from_merges, metaspace, plain_bytes, wordpiece
 
 SAMPLED = [

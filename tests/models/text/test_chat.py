@@ -17,8 +17,10 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from models.teacher.projection import Projection
 from models.text.chat import ChatEncoder
 from models.text.chat_template import PLAIN_TEMPLATE, ConversationError, chat_tokenizer, ends_turns
-from models.text.collate import PairCollator, PairEncoder
-from models.text.vocabulary import END, MARKER, VocabularyMap
+from models.text.collate import PairCollator
+from models.text.tokens import END, MARKER
+from models.text.vocabulary import VocabularyMap
+from models.text.windows import PairEncoder
 from models.types import IGNORE, PairedBatch, TeacherSignal
 from tests.models.tiny import Pair, byte_bpe, metaspace, plain_bytes, tiny_llama
 

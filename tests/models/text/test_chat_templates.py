@@ -16,7 +16,8 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from models.text.chat import ChatEncoder
 from models.text.chat_template import chat_tokenizer, ends_turns, tokenizers_for_chat
 from models.text.collate import PairCollator
-from models.text.vocabulary import MARKER, MISMATCH, WRITTEN, VocabularyMap
+from models.text.tokens import MARKER, MISMATCH, WRITTEN
+from models.text.vocabulary import VocabularyMap
 from models.types import IGNORE
 from tests.models.tiny import Pair, byte_bpe, tiny_llama
 

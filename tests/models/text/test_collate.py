@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from models.config import RouterConfig
 from models.text.alignment import paired_tokens
-from models.text.collate import PairCollator, PairEncoder, count_channel
-from models.text.vocabulary import END, MARKER, MISMATCH, Reading, VocabularyMap
+from models.text.collate import PairCollator, count_channel
+from models.text.tokens import END, MARKER, MISMATCH, Reading
+from models.text.vocabulary import VocabularyMap
+from models.text.windows import PairEncoder
 from models.types import IGNORE
 from tests.models.tiny import STORIES, byte_bpe, characters, from_merges, metaspace, pair_of, wordpiece
 

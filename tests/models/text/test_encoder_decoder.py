@@ -15,9 +15,11 @@ from models.config import RouterConfig
 from models.language_model import body_states, head_logits
 from models.student_aware_router import ROUTER_TERMS
 from models.text.chat import ConversationError
-from models.text.collate import SIDES, read_and_learned
+from models.text.collate import read_and_learned
 from models.text.encoder_decoder import SourceEncoder, make_encoder
-from models.text.vocabulary import END, MARKER, VocabularyMap
+from models.text.tokens import END, MARKER
+from models.text.vocabulary import VocabularyMap
+from models.text.windows import SIDES
 from models.types import IGNORE, Source
 from tests.models.tiny import (
     KINDS,
@@ -31,7 +33,7 @@ from tests.models.tiny import (
     tiny_bart,
     tiny_t5,
 )
-from utils.data.documents import window_key
+from utils.data.windows import window_key
 
 
 def example(prompt: str, completion: str) -> str:

@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerFast
 
 from models.text.chat import ChatEncoder
 from models.text.chat_template import ConversationError, chat_tokenizer
-from models.text.collate import ModelFacts, PairCollator, PairEncoder
+from models.text.collate import PairCollator
 from models.text.text_start import start_candidates
-from models.text.vocabulary import MARKER, MISMATCH, TokenTable, VocabularyMap
+from models.text.tokens import MARKER, MISMATCH, TokenTable
+from models.text.vocabulary import VocabularyMap
+from models.text.windows import ModelFacts, PairEncoder
 from tests.models.text.odd_tokenizers import MAKERS, TEXTS, WORDS, odd
 from tests.models.tiny import byte_bpe, gradients, metaspace, pair_of, t5_like, tiny_llama
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from models.text.vocabulary import MISMATCH, TokenTable, VocabularyMap, byte_alphabet
+from models.text.tokens import MISMATCH, TokenTable
+from models.text.vocabulary import VocabularyMap, byte_alphabet
 from tests.models.tiny import (
     END,
     STORIES,

@@ -8,7 +8,10 @@ import pytest
 
 from models.config import CurriculumConfig, Ramp
 from utils.config import build as config
-from utils.config.build import (
+from utils.config import yaml_files
+from utils.config.build import build
+from utils.config.plain import to_plain
+from utils.config.settings import (
     CacheConfig,
     DataConfig,
     EvaluationConfig,
@@ -18,10 +21,8 @@ from utils.config.build import (
     ModelConfig,
     StudentConfig,
     TrainingConfig,
-    build,
-    set_dotted,
-    to_plain,
 )
+from utils.config.yaml_files import set_dotted
 from utils.errors import UserError
 
 
@@ -130,28 +131,28 @@ def test_an_assignment_that_means_nothing_is_refused(assignment):
 def test_a_key_given_twice_is_a_mistake(tmp_path):
     (tmp_path / "twice.yaml").write_text("training: {seed: 1}\ntraining: {seed: 2}\n")
     with pytest.raises(UserError, match="given twice: training"):
-        config.load_yaml(tmp_path / "twice.yaml")
+        yaml_files.load_yaml(tmp_path / "twice.yaml")
 
 
 @pytest.mark.parametrize("content", [b"a: [1", b"- 1\n- 2\n", b"\xff\xfe\x00", b"a: 1\n\tb: 2"])
 def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, content):
     (tmp_path / "broken.yaml").write_bytes(content)
     with pytest.raises(UserError, match=r"broken\.yaml"):
-        config.load_yaml(tmp_path / "broken.yaml")
+        yaml_files.load_yaml(tmp_path / "broken.yaml")
 
 
 def test_an_empty_file_changes_nothing(tmp_path):
     (tmp_path / "empty.yaml").write_text("# nothing\n")
-    assert config.load_yaml(tmp_path / "empty.yaml") == {}
+    assert yaml_files.load_yaml(tmp_path / "empty.yaml") == {}
 
 
 def test_a_recipe_is_found_by_name_with_or_without_suffix_and_by_path(tmp_path):
-    assert config.find_config("quickstart") == config.find_config("quickstart.yaml")
+    assert yaml_files.find_config("quickstart") == yaml_files.find_config("quickstart.yaml")
     own = tmp_path / "own.yaml"
     own.write_text("{}")
-    assert config.find_config(str(own)) == own
+    assert yaml_files.find_config(str(own)) == own
     with pytest.raises(UserError, match=r"did you mean quickstart\?"):
-        config.find_config("quikstart")
+        yaml_files.find_config("quikstart")
 
 
 def test_every_field_is_documented():

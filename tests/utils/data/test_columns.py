@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 
-from utils.config.build import DataConfig
+from utils.config.settings import DataConfig
 from utils.data.columns import Columns
 from utils.data.documents import leakage, load_documents
 from utils.errors import UserError

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.config.build import DataConfig
+from utils.config.settings import DataConfig
 from utils.data.data_folders import choose_files
 from utils.data.documents import load_documents
 from utils.errors import UserError

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.config.build import DataConfig
+from utils.config.settings import DataConfig
 from utils.data import documents as data
 from utils.data import sources
+from utils.data import windows as windows_module
 from utils.data.columns import Columns
-from utils.data.documents import corpus_fingerprint, leakage, load_documents, make_windows
+from utils.data.documents import corpus_fingerprint, leakage, load_documents
+from utils.data.windows import make_windows
 from utils.errors import UserError
 
 
@@ -325,8 +327,8 @@ def encode(size: int, texts: list[str], names: list[str]) -> list[dict]:
 
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_windows_hold_every_group_in_order(monkeypatch, tmp_path, on_disk):
-    monkeypatch.setattr(data, "DOCUMENTS_PER_PACK", 10)
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0 if on_disk else 10**6)
+    monkeypatch.setattr(windows_module, "DOCUMENTS_PER_PACK", 10)
+    monkeypatch.setattr(windows_module, "IN_MEMORY_BYTES", 0 if on_disk else 10**6)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     texts = [f"-{i}" if i < 15 else f"text {i} " for i in range(45)]  # the first group gives no window
     windows = make_windows(texts, partial(encode, 16), "v1")
@@ -338,8 +340,8 @@ def test_windows_hold_every_group_in_order(monkeypatch, tmp_path, on_disk):
 
 
 def test_large_corpora_are_cached_and_do_not_depend_on_the_number_of_processes(monkeypatch, tmp_path):
-    monkeypatch.setattr(data, "DOCUMENTS_PER_PACK", 10)
-    monkeypatch.setattr(data, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(windows_module, "DOCUMENTS_PER_PACK", 10)
+    monkeypatch.setattr(windows_module, "IN_MEMORY_BYTES", 0)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     calls = []
 
@@ -390,7 +392,7 @@ def test_a_document_start_that_is_no_regular_expression_is_refused(tmp_path):
 def test_text_in_no_window_is_told_and_much_of_it_is_a_warning(left_out, level, caplog):
     table = datasets.Dataset.from_dict({"bytes": [600, 399], "left_out": [0, left_out]}).with_format("numpy")
     with caplog.at_level("INFO"):
-        data.warn_of_left_out(table, "held-out")
+        windows_module.warn_of_left_out(table, "held-out")
     assert [record.levelname for record in caplog.records] == ([level] if level else [])
     assert all("bytes of the held-out text" in record.getMessage() for record in caplog.records)
 

@@ -13,10 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.utils.data.test_documents import encode, words
-from utils import seeding
+from utils.data import delivery as delivery_module
 from utils.data import loader as loading
-from utils.data.documents import make_windows
-from utils.data.loader import delivery, loader, micro_batches_in_step, step_batches, steps_per_epoch
+from utils.data.batch_order import micro_batches_in_step, permutation, step_batches, steps_per_epoch
+from utils.data.delivery import delivery
+from utils.data.loader import loader
+from utils.data.windows import make_windows
 from utils.errors import UserError
 
 # ---------------------------------------------------------------- order
@@ -34,7 +36,7 @@ def test_every_index_comes_exactly_once_per_epoch(shape, epoch, start):
         list(step_batches(n, **options, rank=rank, seed=1, epoch=epoch, start_step=start)) for rank in range(processes)
     ]
     position = 0
-    order = seeding.permutation(n, 1, epoch)
+    order = permutation(n, 1, epoch)
     for step in range(start, steps_per_epoch(n, options["global_batch"])):
         count = micro_batches_in_step(n, step, **options)
         assert 1 <= count <= accumulation
@@ -96,7 +98,7 @@ def test_each_window_is_delivered_exactly_once_per_epoch(windows):
 
 
 def test_repeated_and_missing_windows_are_counted(windows, monkeypatch):
-    monkeypatch.setattr(loading, "step_batches", lambda n, **_: iter([[0, 1], [1, 2]]))
+    monkeypatch.setattr(delivery_module, "step_batches", lambda n, **_: iter([[0, 1], [1, 2]]))
     found = delivery([windows[0], windows[1], windows[0], windows[3]], micro_batch=2, num_workers=0)
     assert (found.delivered, found.repeated, found.missing, found.identical) == (4, 1, 1, 1)
 
@@ -139,7 +141,7 @@ ROOT = Path(__file__).resolve().parents[3]
 KILLED = """
 import functools, multiprocessing, time
 import numpy
-from utils.loading import loader
+from utils.data.loader import loader
 
 large = functools.partial(numpy.resize, new_shape=1_000_000)
 for _ in loader([1.0], [[0]] * 100, large, WORKERS, at_once=4):
@@ -226,7 +228,7 @@ def test_workers_make_what_is_taken_at_once(windows, monkeypatch, workers, at_on
 LEFT_OPEN = """
 import sys
 sys.path.insert(0, {root!r})
-from utils.loading import loader
+from utils.data.loader import loader
 
 batches = loader([{{"a": 1}}] * 8, [[0], [1], [2], [3]], list, num_workers=1)
 print(next(batches))

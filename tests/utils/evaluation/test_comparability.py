@@ -7,7 +7,7 @@ from utils.evaluation.comparability import MOST_UNSPELT, unspelt_share, unspelt_
 from utils.evaluation.scores import retention
 from utils.report.comparison import notes
 from utils.report.results import headline, retention_lines
-from utils.training.step_guard import RedFlags
+from utils.training.red_flags import RedFlags
 
 AGREEMENT = {"top1_agreement": 0.5, "kl_nats_per_token": 0.1}
 

@@ -11,10 +11,10 @@ from models.text.collate import PairCollator
 from models.text.encoder_decoder import SourceEncoder
 from models.text.vocabulary import VocabularyMap
 from tests.models.tiny import bart_like, byte_bpe, pair_of, t5_like, tiny_bart, tiny_llama, tiny_t5
-from utils.config.build import StudentConfig
+from utils.config.settings import StudentConfig
 from utils.errors import RunError
 from utils.evaluation.exported import load_anew
-from utils.pretrained import loading
+from utils.pretrained import export
 
 TEXTS = ["Once upon a time there was a cat. It sat on a mat.", "And then? Nobody knows what came then."]
 TOKENIZER = byte_bpe(290)
@@ -35,7 +35,7 @@ def held_out():
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_sound_export_has_the_same_loss(tied, held_out, tmp_path):
     student = tiny_llama(len(TOKENIZER), tie_word_embeddings=tied)
-    loading.export(student, TOKENIZER, tmp_path / "student", "card")
+    export.export(student, TOKENIZER, tmp_path / "student", "card")
     check = load_anew(student.train(), held_out, tmp_path / "student", StudentConfig("student"))
     assert check.difference == 0 and check.is_same and student.training
     check.require()
@@ -43,7 +43,7 @@ def test_a_sound_export_has_the_same_loss(tied, held_out, tmp_path):
 
 def test_a_halved_matrix_is_an_error_that_says_both_losses(held_out, tmp_path, caplog):
     student, folder = tiny_llama(len(TOKENIZER)), tmp_path / "student"
-    loading.export(student, TOKENIZER, folder, "card")
+    export.export(student, TOKENIZER, folder, "card")
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith("o_proj.weight"))
     save_file(weights | {name: weights[name] / 2}, folder / "model.safetensors", {"format": "pt"})
@@ -55,7 +55,7 @@ def test_a_halved_matrix_is_an_error_that_says_both_losses(held_out, tmp_path, c
 
 def test_weights_that_are_no_numbers_are_an_error(held_out, tmp_path):
     student, folder = tiny_llama(len(TOKENIZER)), tmp_path / "student"
-    loading.export(student, TOKENIZER, folder, "card")
+    export.export(student, TOKENIZER, folder, "card")
     weights = load_file(folder / "model.safetensors")
     name = next(name for name in weights if name.endswith("o_proj.weight"))
     save_file(weights | {name: weights[name] * torch.nan}, folder / "model.safetensors", {"format": "pt"})
@@ -65,7 +65,7 @@ def test_weights_that_are_no_numbers_are_an_error(held_out, tmp_path):
 
 def test_a_folder_that_cannot_be_loaded_is_an_error(held_out, tmp_path):
     student, folder = tiny_llama(len(TOKENIZER)), tmp_path / "student"
-    loading.export(student, TOKENIZER, folder, "card")
+    export.export(student, TOKENIZER, folder, "card")
     (folder / "model.safetensors").write_bytes(b"damaged")
     with pytest.raises(RunError, match="cannot be loaded anew"):
         load_anew(student, held_out, folder, StudentConfig("student"))
@@ -80,5 +80,5 @@ def test_an_encoder_decoder_model_is_checked_too(make, of, tmp_path):
     collate = PairCollator(vocabulary, encoder.end_of_text, 0)
     rows = [example(text, text) for text in TEXTS]
     held = SimpleNamespace(windows=encoder.windows(rows), collate=collate, batch_size=2)
-    loading.export(student, tokenizer, tmp_path / "student", "card")
+    export.export(student, tokenizer, tmp_path / "student", "card")
     assert load_anew(student, held, tmp_path / "student", StudentConfig("student")).is_same

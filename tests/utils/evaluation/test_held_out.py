@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tests.models.tiny import byte_bpe, tiny_llama
-from utils.config.build import EvaluationConfig
+from utils.config.settings import EvaluationConfig
 from utils.evaluation.held_out import ROUTING_BATCHES, HeldOut, TextStart
 
 

@@ -1,5 +1,6 @@
 """Tasks of lm_eval: what cannot be measured is told before the run, and what fails costs one column."""
 
+import importlib.util
 import logging
 from types import SimpleNamespace
 
@@ -9,10 +10,9 @@ import yaml
 from torch import nn
 
 from tests.models.tiny import byte_bpe, tiny_llama
-from utils.config.build import EvaluationConfig
+from utils.config.settings import EvaluationConfig
 from utils.errors import UserError
 from utils.evaluation import lm_eval_tasks
-from utils.pretrained import loading
 
 
 def test_names_may_be_given_with_commas_and_count_once():
@@ -20,7 +20,7 @@ def test_names_may_be_given_with_commas_and_count_once():
 
 
 def test_a_run_without_tasks_needs_no_package(monkeypatch):
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     lm_eval_tasks.check(EvaluationConfig())
     with pytest.raises(UserError, match=r"--eval-tasks needs lm_eval.*pip install '\.\[eval\]'"):
         lm_eval_tasks.check(EvaluationConfig(tasks=["a"]))

@@ -13,6 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from models.text.text_start import start_candidates
 from utils.errors import UserError
 from utils.evaluation import scores
+from utils.evaluation.samples import generate_samples
 from utils.evaluation.scores import (
     IGNORE,
     compare,
@@ -20,7 +21,6 @@ from utils.evaluation.scores import (
     evaluate,
     float32_evaluation,
     gap_closed,
-    generate_samples,
     metrics,
     retention,
     token_nll,

@@ -13,9 +13,11 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from utils.config.build import LoraConfig, TrainingConfig
+from utils.config.settings import LoraConfig, TrainingConfig
 from utils.errors import UserError
-from utils.forecast.disk import Shape, disk, free_disk, largest, require_disk, shallow
+from utils.files import free_disk
+from utils.forecast.disk import disk, largest, require_disk
+from utils.forecast.model_size import Shape, shallow
 
 QWEN = Qwen2Config(
     vocab_size=151_936,

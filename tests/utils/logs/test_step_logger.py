@@ -11,16 +11,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.utils.logs.test_progress import Clock, Terminal
 from utils.errors import RunError, UserError
-from utils.logs import step_logger
+from utils.logs import console
+from utils.logs.console import setup_logging
+from utils.logs.lines import evaluation_line, learned_lines, training_lines
 from utils.logs.progress import Progress
-from utils.logs.step_logger import (
-    StepLogger,
-    evaluation_line,
-    learned_lines,
-    read_metrics,
-    setup_logging,
-    training_lines,
-)
+from utils.logs.records import read_metrics
+from utils.logs.step_logger import StepLogger
 
 TAGS = ("[CURRICULUM]", "[KD]", "[ROUTING]", "[LM]", "[TOTAL]", "[Eval]")
 TWELVE_HOURS = 12 * 3600.0
@@ -242,8 +238,8 @@ def test_libraries_repeat_themselves_three_times_at_most(tmp_path, capsys):
             warnings.simplefilter("always")
             warnings.warn(f"python warning {step}", stacklevel=1)
     kept = (tmp_path / "train.log").read_text()
-    assert kept.count("deprecated") == kept.count("UserWarning") == step_logger.REPEATS
-    assert "chatter" not in kept and capsys.readouterr().out.count("deprecated") == step_logger.REPEATS
+    assert kept.count("deprecated") == kept.count("UserWarning") == console.REPEATS
+    assert "chatter" not in kept and capsys.readouterr().out.count("deprecated") == console.REPEATS
 
 
 def test_long_lines_and_square_brackets_reach_a_captured_console_unchanged(tmp_path, capsys):

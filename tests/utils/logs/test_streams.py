@@ -14,7 +14,7 @@ import sys
 print("before")
 import logging
 early = logging.StreamHandler(sys.stdout)
-from utils.streams import make_streams_safe
+from utils.logs.streams import make_streams_safe
 make_streams_safe()
 make_streams_safe()
 print("子 ✓ \\udce9 end")
@@ -42,7 +42,7 @@ def test_every_line_comes_with_what_cannot_be_shown_replaced(encoding):
 
 MANY_LINES = """
 import sys
-from utils.streams import make_streams_safe
+from utils.logs.streams import make_streams_safe
 make_streams_safe()
 for number in range(100_000):
     print("line", number)
@@ -64,9 +64,9 @@ def test_a_reader_that_is_gone_does_not_decide_how_a_command_ends():
 WITHOUT_CONSOLE = """
 import sys
 sys.stdout = sys.stderr = None
-from utils.streams import make_streams_safe
+from utils.logs.streams import make_streams_safe
 make_streams_safe()
-from utils.progress import person_may_watch
+from utils.logs.progress import person_may_watch
 print("nowhere", flush=True)
 print("nowhere", file=sys.stderr)
 sys.exit(7 if not person_may_watch(sys.stdout) else 1)

@@ -8,14 +8,15 @@ import pytest
 from accelerate.utils import LoggerType
 
 from tests.utils.logs.test_step_logger import evaluation_at, record_at
-from utils.config.build import LoggingConfig
+from utils.config.settings import LoggingConfig
 from utils.errors import UserError
 from utils.logs import trackers
 from utils.logs.progress import Progress
-from utils.logs.step_logger import StepLogger, read_metrics
+from utils.logs.records import read_metrics
+from utils.logs.step_logger import StepLogger
 from utils.logs.trackers import PROJECT, Tracking, flat_record, require
+from utils.parallel.accelerator import build_accelerator
 from utils.run_layout import TRACKERS
-from utils.training.plan import build_accelerator
 
 SETTINGS = {"training": {"seed": 3, "max_hours": None, "betas": [0.9, 0.95]}, "lm": {"weight": {"points": [[0, 1]]}}}
 

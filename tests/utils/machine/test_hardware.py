@@ -8,19 +8,17 @@ import pytest
 import torch
 
 from utils.errors import UserError
-from utils.machine import hardware
+from utils.machine import hardware, kernels
 from utils.machine.hardware import (
-    check_kernels,
     choose_device,
     choose_precision,
     choose_teacher_device,
     configure_backends,
-    covers,
     describe,
     peak_memory_mb,
-    remedy,
     unused_gpus,
 )
+from utils.machine.kernels import check_kernels, covers, remedy
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -136,7 +134,7 @@ def test_kernels_cover_a_gpu_of_the_same_major_version_or_by_ptx(arch_list, capa
 
 def test_a_p100_under_a_build_without_its_kernels_is_told_what_to_install(gpu, monkeypatch):
     gpu("Tesla P100-PCIE-16GB", (6, 0), CU128)
-    monkeypatch.setattr(hardware, "_launch", lambda *_: pytest.fail("not needed"))
+    monkeypatch.setattr(kernels, "_launch", lambda *_: pytest.fail("not needed"))
     problem = check_kernels()
     assert "sm_60" in problem and "sm_70 sm_75" in problem
     assert "https://download.pytorch.org/whl/cu126" in problem and "<2.15" in problem
@@ -168,13 +166,13 @@ def test_a_kernel_is_launched_in_another_process_and_its_failure_reported(gpu, m
 def test_a_launch_that_hangs_or_fails_is_reported(monkeypatch):
     if not torch.cuda.is_available():
         assert check_kernels() is None
-        assert "Error" in hardware._launch(0, 60.0)
+        assert "Error" in kernels._launch(0, 60.0)
 
     def hang(command, timeout, **_):
         raise subprocess.TimeoutExpired(command, timeout)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    assert hardware._launch(0, 5.0) == "no answer within 5 s"
+    assert kernels._launch(0, 5.0) == "no answer within 5 s"
 
 
 def test_the_description_is_plain_and_names_versions_and_sizes():

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from utils.training.early_stopping import STOP_SIGNALS, StopSignal, ignore_stop_signals, stop_signals_delayed
+from utils.machine.stop_signals import STOP_SIGNALS, StopSignal, ignore_stop_signals, stop_signals_delayed
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

@@ -10,11 +10,11 @@ from accelerate.utils import is_deepspeed_available
 from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from utils.config.build import CONFIG_FOLDER
+from utils.config.yaml_files import CONFIG_FOLDER
 from utils.errors import UserError
+from utils.parallel.accelerator import build_accelerator
 from utils.parallel.deepspeed import BUCKET, plugin
 from utils.run import requirements
-from utils.training.plan import build_accelerator
 
 installed = pytest.mark.skipif(
     not is_deepspeed_available(), reason="DeepSpeed is not installed: pip install '.[deepspeed]'"
@@ -94,7 +94,12 @@ def test_settings_that_would_change_what_is_learned_are_refused(monkeypatch, tmp
 def test_weights_of_few_bits_are_refused(monkeypatch):
     monkeypatch.setattr("utils.pretrained.lora.check", lambda *_: None)
     lora = SimpleNamespace(enabled=True, base="4bit")
-    config = SimpleNamespace(teacher=SimpleNamespace(name=None), student=SimpleNamespace(lora=lora), evaluation=None)
+    config = SimpleNamespace(
+        teacher=SimpleNamespace(name=None),
+        student=SimpleNamespace(lora=lora),
+        evaluation=None,
+        logging=SimpleNamespace(track=[]),
+    )
     with pytest.raises(UserError, match=r"DeepSpeed: got student.lora.base=4bit"):
         requirements.check(config, torch.device("cpu"))
 

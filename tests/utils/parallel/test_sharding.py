@@ -4,10 +4,10 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 
-from utils.config.build import CONFIG_FOLDER
+from utils.config.yaml_files import CONFIG_FOLDER
 from utils.errors import UserError
+from utils.parallel.accelerator import build_accelerator, engine_kind
 from utils.parallel.sharding import full, whole
-from utils.training.plan import build_accelerator, engine_kind
 
 
 @pytest.mark.parametrize(

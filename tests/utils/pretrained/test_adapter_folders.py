@@ -8,7 +8,8 @@ import torch
 from transformers import AutoConfig
 
 from tests.models.tiny import byte_bpe, tiny_llama
-from utils.config.build import StudentConfig, build
+from utils.config.build import build
+from utils.config.settings import StudentConfig
 from utils.errors import UserError
 from utils.pretrained import loading, student
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from tests.models.tiny import byte_bpe, tiny_llama
 from utils.errors import UserError
-from utils.pretrained import loading
+from utils.pretrained import export, loading
 from utils.pretrained.generation import put_right
 
 TOKENIZER = byte_bpe(290)
@@ -72,7 +72,7 @@ def test_settings_with_which_nothing_can_be_written_are_found_before_training(va
     model = tiny_llama(len(TOKENIZER))
     model.generation_config = settings(**values)
     state = torch.get_rng_state()
-    loading.rehearse_export(model, TOKENIZER)
+    export.rehearse_export(model, TOKENIZER)
     assert torch.equal(torch.get_rng_state(), state) and model.training is False
     assert "with the others it writes nothing" in caplog.text
     assert model.generate(torch.ones(1, 1, dtype=torch.long), max_new_tokens=2).shape[1] >= 2
@@ -92,8 +92,8 @@ def test_settings_with_which_nothing_can_be_written_are_found_before_training(va
 def test_what_is_no_id_of_a_token_does_not_reach_the_exported_student(ids, tmp_path):
     model = tiny_llama(len(TOKENIZER))
     model.generation_config = settings(**ids)
-    loading.rehearse_export(model, TOKENIZER)
-    loading.export(model, TOKENIZER, tmp_path / "student", card=None)
+    export.rehearse_export(model, TOKENIZER)
+    export.export(model, TOKENIZER, tmp_path / "student", card=None)
 
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
     ends = exported.generation_config.eos_token_id
@@ -105,7 +105,7 @@ def test_what_is_no_id_of_a_token_does_not_reach_the_exported_student(ids, tmp_p
 def test_a_student_that_cannot_write_at_all_is_told_so(monkeypatch, caplog):
     model = tiny_llama(len(TOKENIZER))
     monkeypatch.setattr(type(model), "generate", lambda *args, **options: 1 / 0)
-    loading.rehearse_export(model, TOKENIZER)
+    export.rehearse_export(model, TOKENIZER)
     assert "writes nothing with its tokens' ids alone either (ZeroDivisionError" in caplog.text
 
 
@@ -138,7 +138,7 @@ def test_a_config_that_cannot_be_written_is_found_before_training(monkeypatch):
     with pytest.raises(
         UserError, match=r"(?s)LlamaForCausalLM, transformers .*could not be exported.*ZeroDivisionError"
     ):
-        loading.rehearse_export(model, TOKENIZER)
+        export.rehearse_export(model, TOKENIZER)
 
 
 def test_a_tokenizer_that_cannot_be_loaded_again_is_found_before_training(monkeypatch):
@@ -147,4 +147,4 @@ def test_a_tokenizer_that_cannot_be_loaded_again_is_found_before_training(monkey
 
     monkeypatch.setattr(type(TOKENIZER), "save_pretrained", empty)
     with pytest.raises(UserError, match="could not be exported"):
-        loading.rehearse_export(tiny_llama(len(TOKENIZER)), TOKENIZER)
+        export.rehearse_export(tiny_llama(len(TOKENIZER)), TOKENIZER)

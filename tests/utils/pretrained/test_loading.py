@@ -1,12 +1,15 @@
 """Weights of few bits: refused where they cannot be used, and otherwise what transformers is asked for."""
 
+import importlib.util
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from tests.models.tiny import byte_bpe, tiny_bart, tiny_llama, tiny_t5
 from utils.errors import UserError
-from utils.pretrained import loading
+from utils.pretrained import export, loading
+from utils.pretrained import precision as precision_module
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 1)
 
@@ -17,7 +20,7 @@ def gpu(monkeypatch):
 
     def pretend(capability, installed=True):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: object() if installed else None)
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
 
     return pretend
 
@@ -26,28 +29,28 @@ def gpu(monkeypatch):
 def test_few_bits_need_a_gpu(weights, gpu):
     gpu(None)
     with pytest.raises(UserError, match=rf"teacher\.dtype: got {weights}.*NVIDIA GPU.*on the cpu\. Expected auto"):
-        loading.check_weights(weights, "teacher.dtype", CPU)
+        precision_module.check_weights(weights, "teacher.dtype", CPU)
 
 
 def test_few_bits_need_a_gpu_that_is_new_enough(gpu):
     gpu((6, 0))  # a P100
-    loading.check_weights("4bit", "teacher.dtype", GPU)
+    precision_module.check_weights("4bit", "teacher.dtype", GPU)
     with pytest.raises(UserError, match=r"7\.5 or more, and this GPU has 6\.0.*or 4bit\."):
-        loading.check_weights("8bit", "teacher.dtype", GPU)
+        precision_module.check_weights("8bit", "teacher.dtype", GPU)
     gpu((7, 5))  # a T4
-    loading.check_weights("8bit", "teacher.dtype", GPU)
+    precision_module.check_weights("8bit", "teacher.dtype", GPU)
 
 
 def test_few_bits_need_the_package(gpu):
     gpu((8, 0), installed=False)
     with pytest.raises(UserError, match=r"teacher\.dtype=4bit needs bitsandbytes.*pip install '\.\[quant\]'"):
-        loading.check_weights("4bit", "teacher.dtype", GPU)
+        precision_module.check_weights("4bit", "teacher.dtype", GPU)
 
 
 def test_other_weights_need_nothing(gpu):
     gpu(None, installed=False)
     for weights in ("auto", "float32", "float16", "bfloat16"):
-        loading.check_weights(weights, "teacher.dtype", CPU)
+        precision_module.check_weights(weights, "teacher.dtype", CPU)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +67,7 @@ def test_other_weights_need_nothing(gpu):
     ],
 )
 def test_what_frozen_weights_are_computed_in(requested, device, precision, dtype):
-    assert loading.frozen_dtype(requested, device, precision).value == dtype
+    assert precision_module.frozen_dtype(requested, device, precision).value == dtype
 
 
 @pytest.fixture
@@ -128,14 +131,14 @@ def test_an_exported_model_stops_where_its_tokenizer_ends_a_turn(tmp_path, befor
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=280, **shape))
     model.generation_config.eos_token_id = before
-    loading.export(model, byte_bpe(280), tmp_path / "student", "card")
+    export.export(model, byte_bpe(280), tmp_path / "student", "card")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "student").generation_config.eos_token_id == after
 
 
 def test_an_exported_model_pads_with_a_token_that_exists(tmp_path):
     tokenizer, model = byte_bpe(280), tiny_llama(280)
-    loading.export(model, tokenizer, tmp_path / "by the end of text", "card")
+    export.export(model, tokenizer, tmp_path / "by the end of text", "card")
     assert model.generation_config.pad_token_id == tokenizer.eos_token_id
     model.generation_config.pad_token_id, tokenizer.pad_token = None, tokenizer.convert_ids_to_tokens(7)
-    loading.export(model, tokenizer, tmp_path / "by its own", "card")
+    export.export(model, tokenizer, tmp_path / "by its own", "card")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "by its own").generation_config.pad_token_id == 7

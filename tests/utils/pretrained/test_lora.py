@@ -1,13 +1,16 @@
 """A student with an adapter starts as its base, and the exported plain model computes what the two do together."""
 
+import importlib.util
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from utils.config.build import LoraConfig, build
+from utils.config.build import build
+from utils.config.settings import LoraConfig
 from utils.errors import UserError
-from utils.pretrained import loading
+from utils.pretrained import export
 from utils.pretrained.lora import add_lora, check, merged
 from utils.report.model_card import model_card
 
@@ -91,7 +94,7 @@ def test_the_exported_adapter_is_small_and_loads_over_its_base(tmp_path):
 
     base().save_pretrained(tmp_path / "base")
     student = trained(add_lora(base(), str(tmp_path / "base"), settings(targets=["q_proj", "lm_head"])))
-    loading.export(student, byte_bpe(280), tmp_path / "student", "card")
+    export.export(student, byte_bpe(280), tmp_path / "student", "card")
     assert not (tmp_path / "student" / "model.safetensors").exists()
     assert (tmp_path / "student" / "README.md").read_text() == "card"
     assert torch.equal(logits(AutoPeftModelForCausalLM.from_pretrained(tmp_path / "student")), logits(student))
@@ -108,7 +111,7 @@ def test_the_code_of_its_card_loads_an_adapter_that_stops_where_its_tokenizer_en
     plain.save_pretrained(tmp_path / "base")
     name, folder = str(tmp_path / "base"), tmp_path / "student"
     card = model_card(run_settings(name, enabled=True), RESULTS)
-    loading.export(add_lora(plain, name, settings()), byte_bpe(280), folder, card)
+    export.export(add_lora(plain, name, settings()), byte_bpe(280), folder, card)
     code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
     found: dict = {}
     exec(code.replace("path/to/this/folder", str(folder)), found)
@@ -130,7 +133,7 @@ def test_a_layer_that_is_not_there_is_refused_with_those_that_are(targets, named
 
 
 def test_without_peft_it_is_refused_before_anything_is_loaded(monkeypatch):
-    monkeypatch.setattr(loading.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"--lora needs peft.*pip install '\.\[peft\]'"):
         check(settings(), CPU)
     check(LoraConfig(), CPU)

@@ -8,7 +8,7 @@ import torch
 
 from tests.models.tiny import tiny_llama
 from utils.errors import UserError
-from utils.pretrained import loading, model_folders
+from utils.pretrained import loading, locate, model_folders
 from utils.pretrained.model_folders import attached, words
 
 KAGGLE = (
@@ -29,7 +29,7 @@ def inputs(tmp_path, monkeypatch):
     for path in KAGGLE:
         (tmp_path / path).mkdir(parents=True)
         (tmp_path / path / "config.json").write_text("{}")
-    monkeypatch.setattr(loading, "ATTACHED", tmp_path)
+    monkeypatch.setattr(locate, "ATTACHED", tmp_path)
     return tmp_path
 
 
@@ -48,7 +48,7 @@ def inputs(tmp_path, monkeypatch):
     ],
 )
 def test_a_name_of_the_hub_stands_for_the_attached_model(inputs, name, path):
-    assert loading.locate(name, "teacher") == str(inputs / path)
+    assert locate.locate(name, "teacher") == str(inputs / path)
 
 
 @pytest.mark.parametrize(
@@ -63,19 +63,19 @@ def test_a_name_of_the_hub_stands_for_the_attached_model(inputs, name, path):
     ],
 )
 def test_another_size_or_variation_is_never_taken(inputs, name):
-    assert attached(name, inputs) == [] and loading.locate(name, "teacher") == name
+    assert attached(name, inputs) == [] and locate.locate(name, "teacher") == name
 
 
 def test_a_name_that_fits_several_is_refused_with_all_of_them(inputs):
     with pytest.raises(UserError, match=r"3 attached models have that name.*give its folder") as raised:
-        loading.locate("qwen2.5", "teacher")
+        locate.locate("qwen2.5", "teacher")
     assert all(str(inputs / path) in str(raised.value) for path in KAGGLE[:3])
 
 
 def test_one_variation_alone_is_what_the_models_name_means(inputs):
     for path in KAGGLE[1:3]:
         (inputs / path / "config.json").unlink()
-    assert loading.locate("qwen2.5", "teacher") == str(inputs / KAGGLE[0])
+    assert locate.locate("qwen2.5", "teacher") == str(inputs / KAGGLE[0])
 
 
 def test_two_versions_are_told_apart_by_the_user(inputs):
@@ -83,7 +83,7 @@ def test_two_versions_are_told_apart_by_the_user(inputs):
     newer.mkdir()
     (newer / "config.json").write_text("{}")
     with pytest.raises(UserError, match="2 attached models"):
-        loading.locate("Qwen/Qwen2.5-1.5B", "teacher")
+        locate.locate("Qwen/Qwen2.5-1.5B", "teacher")
 
 
 def test_of_two_owners_the_one_that_is_named_is_taken(tmp_path):
@@ -121,7 +121,7 @@ def test_a_folder_without_a_model_says_what_it_is_and_the_way(tmp_path, files, s
     for name in files:
         (tmp_path / name).write_text("")
     with pytest.raises(UserError, match=rf"(?s)student .*holds no models.*{says}"):
-        loading.locate(str(tmp_path), "student")
+        locate.locate(str(tmp_path), "student")
 
 
 def test_the_folder_of_a_run_stands_for_its_student(tmp_path):
@@ -129,7 +129,7 @@ def test_the_folder_of_a_run_stands_for_its_student(tmp_path):
         (tmp_path / path).mkdir(parents=True)
     (tmp_path / "student" / "adapter_config.json").write_text("{}")
     (tmp_path / "config.yaml").write_text("")
-    assert loading.locate(str(tmp_path), "student") == str(tmp_path / "student")
+    assert locate.locate(str(tmp_path), "student") == str(tmp_path / "student")
 
 
 def test_a_file_is_answered_with_its_folder(tmp_path):
@@ -137,17 +137,17 @@ def test_a_file_is_answered_with_its_folder(tmp_path):
     for name, says in (("model.safetensors", f"Give the folder that it lies in: {tmp_path}"), ("x.gguf", "GGUF")):
         (tmp_path / name).write_text("")
         with pytest.raises(UserError, match=says):
-            loading.locate(str(tmp_path / name), "teacher")
+            locate.locate(str(tmp_path / name), "teacher")
 
 
 def test_a_model_of_vectors_and_weights_that_are_not_there_are_refused(tmp_path):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     with pytest.raises(UserError, match="git lfs pull"):
-        loading.locate(str(tmp_path), "teacher")
+        locate.locate(str(tmp_path), "teacher")
     (tmp_path / "modules.json").write_text("[]")
     with pytest.raises(UserError, match="sentence-transformers"):
-        loading.locate(str(tmp_path), "teacher")
+        locate.locate(str(tmp_path), "teacher")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "tokenizer.json", "tokenizer.model"])
@@ -155,25 +155,25 @@ def test_any_file_of_a_model_that_git_has_not_fetched_is_named(tmp_path, name):
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 12\n")
     with pytest.raises(UserError, match=rf"{name} only points .* `git lfs pull`"):
-        loading.locate(str(tmp_path), "teacher")
+        locate.locate(str(tmp_path), "teacher")
 
 
 def test_models_inside_a_model_are_no_further_models(tmp_path):
     for path in (tmp_path / "model", tmp_path / "model" / "checkpoint-10"):
         path.mkdir()
         (path / "config.json").write_text("{}")
-    assert loading.locate(str(tmp_path), "teacher") == str(tmp_path / "model")
+    assert locate.locate(str(tmp_path), "teacher") == str(tmp_path / "model")
 
 
 def test_a_model_is_not_looked_for_on_a_whole_disk(tmp_path, monkeypatch):
     for number in range(6):
         (tmp_path / f"{number}").mkdir()
     (tmp_path / "5" / "config.json").write_text("{}")
-    assert loading.locate(str(tmp_path), "student") == str(tmp_path / "5")
+    assert locate.locate(str(tmp_path), "student") == str(tmp_path / "5")
 
     monkeypatch.setattr(model_folders, "MOST_FOLDERS", 3)
     with pytest.raises(UserError, match="more than 3 folders are below it"):
-        loading.locate(str(tmp_path), "student")
+        locate.locate(str(tmp_path), "student")
 
 
 def tiny_model(folder: Path) -> Path:
@@ -238,7 +238,7 @@ def test_a_model_for_ctranslate2_is_named(tmp_path):
     (tmp_path / "config.json").write_text('{"bos_token": "<s>"}')
     (tmp_path / "model.bin").write_bytes(b"abc")
     with pytest.raises(UserError, match=r"CTranslate2.*converted from"):
-        loading.locate(str(tmp_path), "student")
+        locate.locate(str(tmp_path), "student")
 
 
 def test_a_random_start_is_advised_where_there_are_no_weights_at_all(tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
-from utils.config.build import CacheConfig, ModelConfig
+from utils.config.settings import CacheConfig, ModelConfig
 from utils.errors import UserError
 from utils.pretrained import loading
 from utils.pretrained import teacher as teachers

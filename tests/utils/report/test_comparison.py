@@ -13,16 +13,16 @@ import train
 from tests.utils.logs.test_step_logger import evaluation_at, record_at
 from tests.utils.report.test_report import RESULTS, scores
 from utils.errors import UserError
-from utils.logs import step_logger
+from utils.logs import console
 from utils.report.comparison import PICTURE, compare, differing_settings, read_runs, result_table
 
 
 @pytest.fixture(autouse=True)
 def _console(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    step_logger.console.cache_clear()
+    console.console.cache_clear()
     yield
-    step_logger.console.cache_clear()
+    console.console.cache_clear()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from tests.models.tiny import byte_bpe, tiny_llama
-from utils.pretrained.loading import export
+from utils.pretrained.export import export
 from utils.report.model_card import model_card
 
 SCORES = {"bits_per_byte": 1.25, "perplexity": 30.5}

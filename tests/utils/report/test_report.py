@@ -10,7 +10,8 @@ from matplotlib.image import imread
 
 from utils.report import report
 from utils.report.charts import draw_curves, draw_routing
-from utils.report.report import markdown, print_summary, write_report
+from utils.report.markdown import markdown
+from utils.report.report import print_summary, write_report
 from utils.report.results import headline
 from utils.run_layout import CURVES, REPORT_HTML, REPORT_JSON, REPORT_MD, ROUTING
 

@@ -7,8 +7,8 @@ from transformers import AutoTokenizer, LlamaForCausalLM, T5ForConditionalGenera
 
 from models.text.chat_template import chat_tokenizer
 from tests.models.tiny import byte_bpe, t5_like, tiny_llama, tiny_t5
-from utils.config.build import LoraConfig
-from utils.pretrained.loading import export
+from utils.config.settings import LoraConfig
+from utils.pretrained.export import export
 from utils.report.usage_example import how_to_use
 
 ADAPTER = {"student": {"lora": {"enabled": True, "merge": False}}}

@@ -3,8 +3,8 @@
 import pytest
 import torch.distributed
 
+from utils.machine.stop_signals import STOP_REASONS, STOP_SIGNALS
 from utils.run.exit_codes import EXIT_CODES, Interrupted, exit_code
-from utils.training.early_stopping import STOP_REASONS, STOP_SIGNALS
 
 
 def test_every_signal_that_ends_a_run_is_a_reason_and_has_its_code():

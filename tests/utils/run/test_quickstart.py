@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
-from utils.config.build import DataConfig, ModelConfig, StudentConfig
+from utils.config.settings import DataConfig, ModelConfig, StudentConfig
+from utils.data import python_docs
 from utils.data.documents import load_documents
 from utils.errors import UserError
 from utils.run import quickstart
@@ -37,12 +38,12 @@ def material(cache) -> quickstart.Material:
 def test_text_is_plentiful_distinct_and_free_of_stubs(material):
     assert 1_000_000 < sum(map(len, material.texts)) < 6_000_000
     assert len(set(material.texts)) == len(material.texts) > 1_000
-    assert min(map(len, material.texts)) >= quickstart.MIN_DOCUMENT
+    assert min(map(len, material.texts)) >= python_docs.MIN_DOCUMENT
 
 
 def test_documents_describe_a_class_with_its_methods():
     (node,) = ast.parse('class A(B):\n "What."\n def f(self, x=1): "How."\n def g(self): pass').body
-    assert list(quickstart._described(node)) == ["class A(B):\n    What.", "def f(self, x=1):\n    How."]
+    assert list(python_docs._described(node)) == ["class A(B):\n    What.", "def f(self, x=1):\n    How."]
 
 
 def test_second_call_reads_what_the_first_built(cache, material, monkeypatch):
@@ -109,10 +110,10 @@ def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
 
 
 def test_a_python_without_sources_is_a_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart, "_topics", lambda: iter(()))
+    monkeypatch.setattr(python_docs, "_topics", lambda: iter(()))
     monkeypatch.setattr(quickstart.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     with pytest.raises(UserError, match="standard library with sources"):
-        quickstart.collect_text()
+        python_docs.collect_text()
 
 
 def test_other_models_or_vocabularies_have_another_cache(material, monkeypatch):

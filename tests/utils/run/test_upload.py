@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from utils.config.build import HubConfig
+from utils.config.settings import HubConfig
 from utils.errors import UserError
 from utils.run import upload as hub
 

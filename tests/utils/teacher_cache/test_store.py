@@ -14,16 +14,18 @@ import pytest
 
 from models.config import LossConfig, Ramp
 from tests.utils.teacher_cache.test_codec import said
-from utils.config.build import CacheConfig, EvaluationConfig
+from utils.config.settings import CacheConfig, EvaluationConfig
 from utils.errors import RunError, UserError
 from utils.evaluation.held_out import HeldOut
 from utils.logs.progress import duration
+from utils.machine.stop_signals import StopSignal
 from utils.teacher_cache import building as cache_building
+from utils.teacher_cache import manifest as manifest_module
 from utils.teacher_cache import store
 from utils.teacher_cache.building import CacheBuilding
 from utils.teacher_cache.codec import Codec
-from utils.teacher_cache.store import TeacherCache, open_cache
-from utils.training.early_stopping import StopSignal
+from utils.teacher_cache.manifest import open_cache
+from utils.teacher_cache.store import TeacherCache
 from utils.training.plan import Plan
 
 CODEC = Codec(3000, 8, "float32")
@@ -136,7 +138,7 @@ def test_what_a_killed_writer_left_goes_once_it_is_old(tmp_path):
     left = [folder / ".staging-x" for folder in (tmp_path, tmp_path / "shards")]
     for file in left:
         file.write_bytes(b"half")
-        os.utime(file, (time.time() - 2 * store.LEFT_BEHIND,) * 2)
+        os.utime(file, (time.time() - 2 * manifest_module.LEFT_BEHIND,) * 2)
     opened(tmp_path)
     assert not any(file.exists() for file in left)
 

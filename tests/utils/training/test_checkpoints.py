@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from utils.errors import RunError, UserError
-from utils.training import checkpoints
-from utils.training.checkpoints import CheckpointStore, verify
+from utils.training import checkpoint_files, checkpoints
+from utils.training.checkpoint_files import verify
+from utils.training.checkpoints import CheckpointStore
 
 
 def content(step: int) -> dict:
@@ -137,7 +138,7 @@ def test_code_in_a_pickle_is_refused_even_with_a_right_hash(tmp_path, monkeypatc
     for bomb in ((tmp_path / "new style.pt").read_bytes(), pickle.dumps(Bomb(), protocol=2)):
         (path / "optimizer.pt").write_bytes(bomb)
         (path / "manifest.json").unlink()
-        checkpoints._write_manifest(path, 1)
+        checkpoint_files._write_manifest(path, 1)
         with pytest.raises(UserError, match="cannot be used"):
             CheckpointStore(store.folder).load(path)
     assert not (tmp_path / "EXECUTED").exists()

@@ -8,9 +8,9 @@ from torch import nn
 
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
 from utils.errors import UserError
+from utils.parallel.accelerator import build_accelerator
 from utils.seeding import rng_state
 from utils.training.dry_run import try_modes
-from utils.training.plan import build_accelerator
 
 STUDENT, TEACHER = byte_bpe(290), byte_bpe(320, 1)
 

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -14,13 +15,16 @@ from torch import nn
 
 from tests.toy import ToyModule, digest, toy_collate, toy_config, toy_windows, train
 from utils.errors import RunError, UserError
-from utils.logs.step_logger import StepLogger, read_metrics
-from utils.training import early_stopping
+from utils.logs.records import read_metrics
+from utils.logs.step_logger import StepLogger
+from utils.machine.stop_signals import StopSignal
+from utils.parallel.accelerator import build_accelerator
 from utils.training.checkpoints import CheckpointStore
-from utils.training.early_stopping import EarlyStopping, StopSignal
+from utils.training.early_stopping import EarlyStopping
 from utils.training.loop import fit
-from utils.training.plan import Plan, build_accelerator, build_optimizer, build_scheduler
-from utils.training.step_guard import RedFlags
+from utils.training.optimizer import build_optimizer, build_scheduler
+from utils.training.plan import Plan
+from utils.training.red_flags import RedFlags
 
 
 def evaluation(step: int, bits: float = 2.0) -> dict:
@@ -372,7 +376,7 @@ def test_deadline_stops_at_a_step_boundary_and_saves(tmp_path):
     assert (result.steps, result.stopped_by) == (0, "max_hours")
     assert list(store.steps()) == [0]
     assert StopSignal(max_hours=1.0).requested() is None
-    assert StopSignal(max_hours=1.0, started=early_stopping.time.monotonic() - 3601).requested() == "max_hours"
+    assert StopSignal(max_hours=1.0, started=time.monotonic() - 3601).requested() == "max_hours"
     assert StopSignal().requested() is None
 
 

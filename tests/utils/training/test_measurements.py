@@ -9,10 +9,11 @@ from accelerate.state import AcceleratorState
 
 from tests.toy import ToyModule, digest, toy_collate, toy_config, toy_windows, train
 from tests.utils.training.test_plan import Routed
-from utils.logs.step_logger import StepLogger, read_metrics
+from utils.logs.records import read_metrics
+from utils.logs.step_logger import StepLogger
+from utils.parallel.accelerator import build_accelerator
 from utils.training.loop import fit
 from utils.training.measurements import Clock
-from utils.training.plan import build_accelerator
 
 STEP = 2
 """Of a module that weighs `kd` 0.05 * step; the record is one further."""

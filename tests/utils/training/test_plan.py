@@ -8,9 +8,10 @@ from torch import nn
 
 from tests.toy import ToyModule, digest, toy_config, toy_windows, train
 from utils.errors import UserError
-from utils.training import plan
+from utils.parallel import accelerator as accelerator_module
+from utils.parallel.accelerator import another_accelerator
 from utils.training.checkpoints import CheckpointStore
-from utils.training.plan import another_accelerator, build_optimizer, build_scheduler, taught_parameters
+from utils.training.optimizer import build_optimizer, build_scheduler, taught_parameters
 
 
 class Routed(ToyModule):
@@ -133,7 +134,7 @@ def test_the_gpu_of_a_lone_process_has_a_number(monkeypatch):
     """So that it equals the device that a user names."""
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     accelerator = SimpleNamespace(device=torch.device("cuda"), state=SimpleNamespace(device=torch.device("cuda")))
-    plan._number_device(accelerator)
+    accelerator_module._number_device(accelerator)
     assert accelerator.state.device == torch.device("cuda:0")
 
 

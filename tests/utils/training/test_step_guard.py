@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from utils.training.step_guard import EXPLAINED_STEPS, MOST_PENDING, MOST_SKIPPED, RedFlags, Spikes, StepGuard
+from utils.training.red_flags import EXPLAINED_STEPS, RedFlags
+from utils.training.step_guard import MOST_PENDING, MOST_SKIPPED, Spikes, StepGuard
 
 TOTAL = 4000
 

@@ -1,0 +1,230 @@
+"""Windows of documents, kept on disk and found again by a hash."""
+
+import logging
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from ..config.settings import DataConfig
+from ..errors import UserError
+from .documents import MOST_MEASURED, _bytes, _place_of, corpus_fingerprint, document_name
+
+log = logging.getLogger(__name__)
+
+
+DOCUMENTS_PER_PACK = 1000
+"""Documents are packed into windows in groups of this many, so that windows do not depend on the number of workers."""
+
+
+IN_MEMORY_BYTES = 8_000_000
+"""Up to this much text, windows are built in memory; beyond it they are kept in the cache folder of `datasets`."""
+
+
+MOST_LEFT_OUT = 0.01
+"""Share of the training text that may be left out of the windows without a warning."""
+
+
+class TooLong(ValueError):
+    """No document leaves something to learn in a window. `document` names the shortest one, for `places_told`."""
+
+    def __init__(self, message: str, document: str) -> None:
+        super().__init__(message)
+        self.document = document
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a window has room for."""
+
+    window: int
+    """Tokens that it holds."""
+    least_length: Callable[[str], int | None]
+    """Document -> tokens that a window must hold before anything of it can be learned; None: nothing ever can be."""
+
+    def shortest(self, texts: Sequence[str]) -> tuple[int, str] | None:
+        """Return the least tokens that one of these documents needs, and that document; None if no window is of use.
+
+        Of many documents those of the fewest characters are measured.
+        """
+        measured = sorted(texts, key=len)[:MOST_MEASURED]
+        needs = [(length, text) for text in measured if (length := self.least_length(text)) is not None]
+        return min(needs, default=None)
+
+    def remedy(self, length: int) -> str:
+        """Say what to do about documents of which the shortest needs so many tokens."""
+        return (
+            f"{length:,} tokens are needed before anything of it can be learned, and a window holds {self.window:,}. "
+            f"Raise --max-length to {length:,} or more, as far as both models read that much at once, or shorten what "
+            "stands before the text to learn (system message, prompt)"
+        )
+
+
+def make_windows(
+    texts: Sequence[str],
+    encode: Callable[[list[str], list[str]], list[dict[str, Any]]],
+    fingerprint: str,
+    num_proc: int | None = None,
+    *,
+    kind: str = "",
+    room: Room | None = None,
+) -> datasets.Dataset:
+    """Pack documents into windows: `encode(texts, document names)` on groups of 1,000 documents.
+
+    Args:
+        encode: picklable; returns windows, dicts of NumPy arrays, numbers and strings with the same keys.
+        fingerprint: of `encode`. With the hash of the texts it names the cached windows, so that the cache does
+            not depend on how objects are pickled.
+        num_proc: processes for large corpora. The windows do not depend on it.
+        kind: of text (training, held-out), for messages.
+        room: of the windows, for messages.
+
+    Raises:
+        TooLong: every document is longer than a window before anything of it is learned.
+        UserError: no document yields a window for another reason.
+    """
+    features = _features(texts, encode, kind, room)
+    key = blake2b(f"{fingerprint} {corpus_fingerprint(texts)} {features}".encode(), digest_size=16).hexdigest()
+    groups = [list(texts[start : start + DOCUMENTS_PER_PACK]) for start in range(0, len(texts), DOCUMENTS_PER_PACK)]
+    table = datasets.Dataset.from_dict(
+        {"group": groups}, features=datasets.Features(group=datasets.List(datasets.Value("large_string")))
+    )
+    options = {
+        "function": _Pack(encode, list(features)),
+        "batched": True,
+        "batch_size": 1,
+        "remove_columns": ["group"],
+        "features": features,
+        "new_fingerprint": key,
+    }
+    with _no_bars():
+        if _bytes(texts) <= IN_MEMORY_BYTES:
+            windows = table.map(keep_in_memory=True, load_from_cache_file=False, writer_batch_size=1, **options)
+        else:
+            windows = _map_on_disk(table, key, num_proc, options)
+    return windows.with_format("numpy")
+
+
+def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, options: dict[str, Any]) -> datasets.Dataset:
+    cache = Path(datasets.config.HF_DATASETS_CACHE) / "curriculum_distillation"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        processes = min(num_proc or 1, len(table))
+        options |= {"cache_file_name": str(cache / f"{key}.arrow"), "load_from_cache_file": True}
+        if processes == 1:
+            return table.map(**options)
+        with tempfile.TemporaryDirectory(dir=cache) as folder:  # workers map the file instead of unpickling the text
+            table.save_to_disk(folder)
+            return datasets.load_from_disk(folder).map(num_proc=processes, **options)
+    except OSError as error:
+        raise UserError(
+            f"Cannot keep the tokenised windows in {cache}: {error}. Free some space there, or set HF_DATASETS_CACHE "
+            "to a folder that can be written to."
+        ) from error
+
+
+def _features(texts: Sequence[str], encode: Callable, kind: str, room: Room | None) -> datasets.Features:
+    """Columns and types of windows, from the first document that gives one: a later group may have none."""
+    for text in texts:
+        windows = encode([text], [document_name(text)])
+        if windows:
+            return datasets.Dataset.from_list(windows[:1]).features
+
+    documents = f"{len(texts):,} {kind} documents".replace("  ", " ")
+    shortest = room.shortest(texts) if room is not None else None
+    if shortest is not None and shortest[0] > room.window:
+        length, text = shortest
+        raise TooLong(
+            f"longer than a window, and it is the shortest of {documents}: {room.remedy(length)}.",
+            document_name(text),
+        )
+    raise UserError(
+        f"None of {documents} has anything to learn: they are too short, or the two tokenizers have no common boundary "
+        "in them. Expected at least one of a few tokens."
+    )
+
+
+@dataclass(frozen=True)
+class _Pack:
+    encode: Callable[[list[str], list[str]], list[dict[str, Any]]]
+    columns: list[str]
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        (texts,) = batch["group"]
+        windows = self.encode(texts, [document_name(text) for text in texts])
+        return {column: [window[column] for window in windows] for column in self.columns}
+
+
+def windows_fingerprint(windows: Iterable[dict[str, Any]]) -> str:
+    """Hash of windows and their order, 32 hexadecimal digits."""
+    total = blake2b(digest_size=16)
+    for window in windows:
+        total.update(window_key(window))
+    return total.hexdigest()
+
+
+def window_key(window: dict[str, Any]) -> bytes:
+    """Hash of a window's content, 16 bytes."""
+    content = blake2b(digest_size=16)
+    for key, value in sorted(window.items()):
+        content.update(key.encode() + (value.encode() if isinstance(value, str) else np.asarray(value).tobytes()))
+    return content.digest()
+
+
+def warn_of_left_out(windows: datasets.Dataset, kind: str) -> None:
+    """Say how much text of a kind (training, held-out) is in no window: column `left_out` beside `bytes`.
+
+    Above `MOST_LEFT_OUT` it is a warning.
+    """
+    left_out, used = (int(np.sum(windows[name][:])) for name in ("left_out", "bytes"))
+    if left_out:
+        share = left_out / (left_out + used)
+        log.log(
+            logging.WARNING if share > MOST_LEFT_OUT else logging.INFO,
+            "%s bytes of the %s text (%.2f %%) are left out, because they do not fit into a window: the end of a "
+            "conversation that is longer than the window, or what answers a prompt that is (a higher --max-length "
+            "helps as far as both models read that much at once), or text without a common boundary of the two "
+            "tokenizers",
+            f"{left_out:,}", kind, 100 * share,
+        )  # fmt: skip
+
+
+def warn_of_missing(config: DataConfig, kind: str, texts: Sequence[str], windows: datasets.Dataset, room: Room) -> None:
+    """Say of how many documents nothing is learned, because they are longer than a window before it could be, and where
+    the shortest of them is."""
+    if not np.sum(windows["left_out"][:]):
+        return
+
+    present = {name for row in windows["documents"] for name in row.split(",")}
+    missing = [text for text in texts if document_name(text) not in present]
+    shortest = room.shortest(missing)
+    if shortest is None or shortest[0] <= room.window:
+        return
+
+    length, text = shortest
+    log.warning(
+        "nothing is learned of %s of %s %s documents, which are longer than a window; the shortest of them is %s: %s",
+        f"{len(missing):,}",
+        f"{len(texts):,}",
+        kind,
+        _place_of(config, document_name(text)),
+        room.remedy(length),
+    )
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Switches the bars of `datasets` off: every carriage return of theirs is saved in a notebook."""
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()

@@ -1,0 +1,112 @@
+"""Where a model's files are: folder, attached input, cache or hub."""
+
+import logging
+import os
+import socket
+from functools import cache
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from huggingface_hub import constants
+
+from ..errors import UserError
+from ..paths import user_path
+from . import model_folders
+
+log = logging.getLogger(__name__)
+
+
+ATTACHED = Path("/kaggle/input")
+"""Where a notebook's attached models appear."""
+
+
+ATTACH = """\
+To attach a model: give its local folder (config.json, weights and tokenizer.json); on Kaggle add it as an input
+  of the notebook and give the folder below /kaggle/input; on a machine without internet download it elsewhere
+  with `hf download ID` and set HF_HUB_OFFLINE=1 beside a copy of that cache (HF_HOME)."""
+
+
+def locate(name: str, role: str) -> str:
+    """What `from_pretrained` is to be given for a name: a local folder, else the hub id itself.
+
+    A folder without config.json stands for the only model below it (Kaggle adds folders for framework, variation and
+    version); a hub id stands for the attached folder of the same name, if there is one (see `model_folders.attached`).
+
+    Raises:
+        UserError: a path that does not exist, a folder that holds no model, or several, or a name that stands for
+            several attached ones.
+    """
+    path = user_path(name)
+    if path.is_dir():
+        return str(_only_model(path, f"{role} {name}"))
+    if path.is_file():
+        raise UserError(f"{role} {name}: this is a file. {model_folders.what_the_file_is(path)}")
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+        raise UserError(
+            f"{role} {name}: no such folder. Expected one with config.json.{_attached_models()}\n  {ATTACH}"
+        )
+
+    candidates = model_folders.attached(name, ATTACHED)
+    if len(candidates) > 1:
+        raise UserError(
+            f"{role} {name}: {len(candidates)} attached models have that name. Expected one: give its folder."
+            + "".join(f"\n  - {candidate}" for candidate in candidates[:10])
+        )
+    if candidates:
+        log.info("%s %s: using the attached folder %s", role, name, candidates[0])
+        return str(candidates[0])
+    return name
+
+
+def _only_model(folder: Path, shown: str) -> Path:
+    """The model folder that a folder is, or the only one below it."""
+    try:
+        models = model_folders.models_below(folder, model_folders.MOST_FOLDERS)
+    except model_folders.TooManyFolders as error:
+        raise UserError(
+            f"{shown}: this folder holds no config.json, and {error} are below it, too many to look for a model in. "
+            "Expected the folder of the model itself."
+        ) from None
+
+    if len(models) > 1:
+        raise UserError(
+            f"{shown}: this folder holds {len(models)} models (folders with a config.json). Expected one."
+            + "".join(f"\n  - {model}" for model in models[:10])
+        )
+    if not models:
+        explanation = model_folders.what_it_is(folder)
+        raise UserError(
+            f"{shown}: this folder holds no models (folders with a config.json). "
+            + (explanation or "Expected one.")
+            + f"\n  It holds: {model_folders.listing(folder)}"
+        )
+    if why := model_folders.wrong_kind(models[0]):
+        raise UserError(f"{shown}: {why}")
+    return models[0]
+
+
+def where_from(name: str) -> str:
+    """A hub id, or the whole path of a local folder: where anybody on this machine finds the model."""
+    folder = user_path(name)
+    return str(folder.resolve()) if folder.is_dir() else name
+
+
+def _attached_models() -> str:
+    attached = model_folders.models_below(ATTACHED)
+    return "\n  Attached models: " + ", ".join(map(str, attached[:10])) if attached else ""
+
+
+@cache
+def hub_is_reachable() -> bool:
+    """Whether the hub may be asked: not switched off, and its name resolves. Saves a minute of retries per file."""
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return True
+    host = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((host.hostname, host.port or 443), timeout=5).close()
+    except OSError:
+        log.info("%s cannot be reached: only local folders and the cache are used", constants.ENDPOINT)
+        return False
+    return True

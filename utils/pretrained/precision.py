@@ -1,0 +1,66 @@
+"""Precision in which a model's weights are loaded."""
+
+import torch
+from transformers import BitsAndBytesConfig, PretrainedConfig
+
+from ..errors import UserError
+from ..machine.hardware import Choice
+from ..machine.packages import require
+
+QUANTISED = {"8bit": (7, 5), "4bit": (6, 0)}
+"""Weights by bitsandbytes, and the compute capability that each needs (installation guide of bitsandbytes 0.50)."""
+
+
+def quantisation_method(config: PretrainedConfig) -> str | None:
+    """How a model's weights are stored in a few bits; None: they are not."""
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    return str(getattr(method, "value", method) or "unknown method")
+
+
+def _quantisation(weights: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """int8 with outliers apart (arXiv 2208.07339), or NF4 with quantised scales (arXiv 2305.14314)."""
+    if weights == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def check_weights(requested: str, setting: str, device: torch.device) -> None:
+    """Find out, with nothing loaded, whether a device can compute with such weights.
+
+    Raises:
+        UserError: 8bit or 4bit without a GPU that can, or without bitsandbytes.
+    """
+    if requested not in QUANTISED:
+        return
+    needed = QUANTISED[requested]
+    has = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    if has is None or has < needed:
+        got = f"this run is on the {device.type}" if has is None else f"this GPU has {has[0]}.{has[1]}"
+        others = ", or 4bit" if has is not None and has >= QUANTISED["4bit"] else ""
+        raise UserError(
+            f"{setting}: got {requested}, which needs an NVIDIA GPU of compute capability {needed[0]}.{needed[1]} or "
+            f"more, and {got}. Expected auto, float32, float16 or bfloat16{others}."
+        )
+    require("bitsandbytes", f"{setting}={requested}", extra="quant")
+
+
+def frozen_dtype(requested: str, device: torch.device, precision: str) -> Choice[torch.dtype]:
+    """What frozen weights, a teacher's or those below an adapter, are computed in.
+
+    Args:
+        requested: a precision, or `auto`.
+        precision: what the student computes in (no, fp16, bf16).
+    """
+    half = torch.bfloat16 if precision == "bf16" else torch.float16
+    if requested in QUANTISED:  # products of 8-bit weights take float16 and nothing else
+        return Choice(torch.float16 if requested == "8bit" else half, f"what {requested} weights are computed in")
+    if requested != "auto":
+        return Choice(getattr(torch, requested), "asked for")
+    if device.type != "cuda" or precision == "no":
+        return Choice(torch.float32, "as the student")
+    return Choice(half, "half the memory; frozen, so nothing is lost in updates")
