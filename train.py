@@ -83,7 +83,7 @@ from utils.run.exit_codes import EXIT_CODES, Interrupted, exit_code
 from utils.run_layout import CHECKPOINTS, METRICS, REPORT_HTML, START, STUDENT, WITHOUT_TEACHER
 from utils.seeding import deterministic_kernels
 from utils.teacher_cache import conversation_date
-from utils.teacher_cache.building import CacheBuilding, settle, with_cache, written
+from utils.teacher_cache.building import CacheBuilding, cache_statistics, flush_cache, open_teacher_cache
 from utils.teacher_cache.store import TeacherCache
 from utils.training import dry_run
 from utils.training.checkpoint_files import step_of
@@ -193,7 +193,7 @@ def prepare(config: RunConfig, accelerator: Accelerator, today: date | None = No
         today: the day for chat templates that write it; None: that of its checkpoints or cache, see
             `utils.teacher_cache.conversation_date`.
     """
-    teacher_device = teachers.place(config, accelerator)
+    teacher_device = teachers.choose_teacher_device(config, accelerator)
     pair = load_pair(config)
     router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
     require_widths_and_disk(config, pair, router)
@@ -273,7 +273,7 @@ def require_widths_and_disk(config: RunConfig, pair: Pair, router: RouterConfig 
 def read_material(config: RunConfig, pair: Pair, today: date | None) -> Material:
     """Read the text and cut it into windows; what of it is left out, or looks wrong, is logged."""
     length = pretrained.window_length(config.data.max_length, pair.shapes.values())
-    with value_errors_are_the_users(), documents.places_told(config.data):
+    with value_errors_are_the_users(), documents.errors_name_their_document(config.data):
         corpus = documents.load_documents(config.data)
         tokenizers = pair.tokenizers
         if corpus.conversations and pair.starts is None:
@@ -441,7 +441,7 @@ def train_student(
         stop=stop,
         num_workers=config.data.num_workers,
         term_gradients=config.logging.term_gradients,
-        settle=partial(settle, job),
+        settle=partial(flush_cache, job),
         ask=framework.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
         waits=teacher is not None and config.teacher.device == teachers.SHARDED,
         forecast=job.needed.told,
@@ -554,7 +554,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     log.info("device %s: %s; mixed precision %s: %s", device.value, device.reason, precision.value, precision.reason)
     config = _with_quickstart(config, accelerator, stop)
     setup_logging(output, main_process=accelerator.is_main_process)  # a quickstart teacher had the log meanwhile
-    config, needed = batch_size.settle(config, accelerator, chunk_rows)
+    config, needed = batch_size.choose_batch_size(config, accelerator, chunk_rows)
     today = on_main_process(accelerator, lambda: conversation_date.choose(config))
     job = replace(main_process_first(accelerator, lambda: prepare(config, accelerator, today.day)), needed=needed)
     if conversation_date.IDENTITY in job.fingerprint:
@@ -574,14 +574,14 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         run_folder.write_config(output, to_plain(asked), notes)
     if (reason := on_main_process(accelerator, stop.requested)) in EXIT_CODES:
         raise Interrupted(reason)
-    without_cache, job = job, with_cache(job, RememberingCollator)
+    without_cache, job = job, open_teacher_cache(job, RememberingCollator)
     teacher = load_teacher(job) if job.cache is None else cached_teacher(job, stop)
     if config.cache.build_only:
-        log.info("teacher cache %s is complete: %s", config.cache.folder, written(job))
+        log.info("teacher cache %s is complete: %s", config.cache.folder, cache_statistics(job))
         return "finished"
     trained = train_student(job, teacher, config.curriculum, output, stop, config.resume)
     if job.cache is not None:
-        log.info("teacher cache: %s", written(job))
+        log.info("teacher cache: %s", cache_statistics(job))
     # what had to be halved in training is no larger in the evaluation after it
     job = replace(job, held_out=replace(job.held_out, batch_size=trained.result.micro_batch))
     results = export(job, asked, trained, output)  # before the comparison, so that a kill there loses nothing
@@ -623,11 +623,11 @@ def _with_quickstart(config: RunConfig, accelerator: Accelerator, stop: StopSign
         if not on_main_process(accelerator, folder.is_dir):
             # a mistake in a text of the user's own is told before the minute that the teacher takes
             text = quickstart.with_paths(config, material, Path).data
-            with value_errors_are_the_users(), documents.places_told(text):
+            with value_errors_are_the_users(), documents.errors_name_their_document(text):
                 main_process_first(accelerator, lambda: documents.load_documents(text))
 
             log.info("no trained teacher in the cache: training one now, about a minute")
-            scratch = on_main_process(accelerator, lambda: quickstart.workshop(folder))
+            scratch = on_main_process(accelerator, lambda: quickstart.scratch_folder(folder))
             reason = run(replace(own, output_dir=str(scratch)), recipe, stop)
             if reason == "max_hours":
                 raise Interrupted(reason)
@@ -652,7 +652,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return compare(asked.compare, user_path(asked.values.get("output_dir", ".")))
         config, recipe = configure(words)
         run_folder.refuse_sources(Path(config.output_dir), to_plain(config))  # before the folder gets its lock
-        folder = run_folder.own(config.output_dir) if main_process else nullcontext()
+        folder = run_folder.locked_run_folder(config.output_dir) if main_process else nullcontext()
         deterministic = deterministic_kernels(config.training.deterministic)
         with StopSignal(config.training.max_hours, started) as stop, folder, deterministic:
             run(config, recipe, stop)

@@ -53,7 +53,7 @@ from utils.paths import user_path
 from utils.pretrained import export, generation, loading, locate, precision
 from utils.pretrained.families import keep_weights
 from utils.pretrained.student import make as make_student
-from utils.pretrained.teacher import alone
+from utils.pretrained.teacher import on_one_process
 from utils.run import quickstart
 from utils.run.requirements import check as check_requirements
 from utils.seeding import seed_everything
@@ -444,7 +444,7 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
         material = quickstart.material()
         config = quickstart.with_paths(asked, material, lambda: material.teacher)  # need not be trained yet
     limit = min(asked.data.max_documents or MOST_DOCUMENTS, MOST_DOCUMENTS)
-    config = replace(config, data=replace(config.data, max_documents=limit), teacher=alone(config.teacher))
+    config = replace(config, data=replace(config.data, max_documents=limit), teacher=on_one_process(config.teacher))
     job = train.prepare(config, build_accelerator("no", cpu=True))
     student = loading.load_config(config.student.name, "student")
     teacher = loading.load_config(config.teacher.name, "teacher") if config.teacher.name else None

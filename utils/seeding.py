@@ -90,7 +90,7 @@ def seed_forward(device: torch.device, seed: int, step: int, micro_batch: int, r
 
 
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
+def preserve_rng_and_mode(module: nn.Module) -> Iterator[None]:
     """Restores the random generators and the training mode of every submodule afterwards."""
     generators = rng_state()
     modes = [(part, part.training) for part in module.modules()]

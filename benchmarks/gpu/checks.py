@@ -51,7 +51,7 @@ def _train(bench: Bench, precision: str, weights: dict[str, float], watched: boo
     """Train a tiny random pair for four optimizer steps with the real loop; returns how many were done."""
     from utils.config.settings import TrainingConfig
     from utils.logs.step_logger import StepLogger
-    from utils.parallel.accelerator import another_accelerator
+    from utils.parallel.accelerator import temporary_accelerator
     from utils.training.loop import TrainingLoop, fit
 
     advance = TrainingLoop._advance
@@ -74,7 +74,7 @@ def _train(bench: Bench, precision: str, weights: dict[str, float], watched: boo
 
     config = TrainingConfig(batch_size=2, gradient_accumulation_steps=2, max_steps=4, epochs=1)
     logger = StepLogger(None, 10**6, 100, main_process=False)
-    with mock.patch.object(TrainingLoop, "_advance", under_watch), another_accelerator(precision, cpu=False) as where:
+    with mock.patch.object(TrainingLoop, "_advance", under_watch), temporary_accelerator(precision, cpu=False) as where:
         return fit(framework, windows, collate, config, accelerator=where, logger=logger).steps
 
 

@@ -169,13 +169,13 @@ def _train_two_steps(
     """Train with the project's own loop and optimizer: two steps of two micro-batches."""
     from utils.config.settings import TrainingConfig
     from utils.logs.step_logger import StepLogger
-    from utils.parallel.accelerator import another_accelerator
+    from utils.parallel.accelerator import temporary_accelerator
     from utils.training.loop import fit
 
     config = TrainingConfig(batch_size=windows, gradient_accumulation_steps=2, epochs=1, max_steps=2)
     collate = PairCollator(vocabulary, (None, None), LossConfig().max_depth)
     logger = StepLogger(None, 10**6, 100, main_process=False)
-    with another_accelerator(precision, cpu=False) as accelerator:
+    with temporary_accelerator(precision, cpu=False) as accelerator:
         fit(
             framework,
             random_windows(vocabulary, 4 * windows, length),

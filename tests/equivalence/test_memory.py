@@ -22,7 +22,7 @@ from utils.forecast import batch_size, step_memory
 from utils.forecast.step_memory import RUNTIME, Demand
 from utils.logs.step_logger import StepLogger
 from utils.machine import device_memory
-from utils.parallel.accelerator import another_accelerator, build_accelerator
+from utils.parallel.accelerator import build_accelerator, temporary_accelerator
 from utils.pretrained.loading import recompute_layers
 from utils.training.loop import fit
 
@@ -126,7 +126,7 @@ def peak_of(framework, windows, collate, config, precision: str) -> int:
     kept = [framework] if framework.teacher is None else [framework, framework.teacher.model]
     on_gpu = torch.cuda.is_available()
     logger = StepLogger(None, 10**6, 1, main_process=False)
-    with another_accelerator(precision, cpu=not on_gpu) as accelerator:
+    with temporary_accelerator(precision, cpu=not on_gpu) as accelerator:
         if on_gpu:
             for module in kept:  # what holds the teacher follows its model
                 module.to("cuda")
@@ -170,7 +170,7 @@ def settled(monkeypatch, config, free: float):
     shapes = {"student": tiny_llama(600).config, "teacher": tiny_llama(600).config}
     monkeypatch.setattr(batch_size.loading, "load_each", lambda load, names: shapes)
     monkeypatch.setattr(batch_size, "free_memory", lambda device: int(free))
-    found, forecast = batch_size.settle(config, build_accelerator("no", cpu=True), chunk_rows)
+    found, forecast = batch_size.choose_batch_size(config, build_accelerator("no", cpu=True), chunk_rows)
     return found, forecast.told
 
 

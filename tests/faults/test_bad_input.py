@@ -307,11 +307,11 @@ def test_two_runs_do_not_share_a_folder(refused, place, tmp_path, monkeypatch):
     """The second one would take what the first is writing for leftovers."""
     monkeypatch.setattr(run_folder, "PATIENCE", 0.1)
     (tmp_path / "run").mkdir()
-    with run_folder.own(tmp_path / "run"):
+    with run_folder.locked_run_folder(tmp_path / "run"):
         before = sorted((tmp_path / "run").iterdir())
         assert train.main(place.arguments(tmp_path / "run", "--max-steps", "1")) == 2
         assert sorted((tmp_path / "run").iterdir()) == before
-    with run_folder.own(tmp_path / "run"):
+    with run_folder.locked_run_folder(tmp_path / "run"):
         pass
 
 

@@ -24,7 +24,7 @@ from utils.config.described_by import DESCRIBED_BY
 from utils.config.plain import to_plain
 from utils.config.settings import DataConfig
 from utils.config.yaml_files import CONFIG_FOLDER, get_dotted
-from utils.data.documents import document_name, load_documents, places_told
+from utils.data.documents import document_name, errors_name_their_document, load_documents
 from utils.errors import UserError
 from utils.machine import hardware
 from utils.parallel.accelerator import build_accelerator
@@ -151,7 +151,7 @@ def test_an_evaluation_text_alone_is_not_read_as_the_training_text_of_a_recipe(t
 
     wrong = ValueError("wrong")
     wrong.document = document_name("Story 7.")
-    with pytest.raises(UserError, match=r"stories\.jsonl:8"), places_told(config.data):
+    with pytest.raises(UserError, match=r"stories\.jsonl:8"), errors_name_their_document(config.data):
         raise wrong
 
 

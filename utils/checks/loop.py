@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..logs.lines import ROUTER_TERMS
 from ..machine import hardware
-from ..parallel.accelerator import another_accelerator
+from ..parallel.accelerator import temporary_accelerator
 from ..pretrained import precision
 from ..training.checkpoints import CheckpointStore
 from .checklist import check
@@ -29,7 +29,7 @@ def one_step(bench: Any, config: Any) -> tuple:
     weights = {name: 0.1 for name in ROUTER_TERMS if name in config.curriculum.used()}
     module = bench.distillation(weights=weights, device=device, dtype=dtype)
     before = [p.detach().clone() for p in module.parameters()]
-    with another_accelerator(mixed, cpu=device.type == "cpu") as accelerator:
+    with temporary_accelerator(mixed, cpu=device.type == "cpu") as accelerator:
         result = bench.fit(module, bench.windows, {"accelerator": accelerator}, max_steps=FEW_STEPS)
     after = [p.detach().cpu() for p in module.parameters()]
     finite = all(p.isfinite().all() for p in after)

@@ -66,7 +66,7 @@ CHANGEABLE = ("curriculum.", "loss.", "training.max_grad_norm", "training.patien
 what is learned from, and nothing in a checkpoint was cut or sized by them."""
 
 
-def refuse_differences(where: str, there: Mapping[str, Any], here: Mapping[str, Any], changed: bool) -> None:
+def check_same_run(where: str, there: Mapping[str, Any], here: Mapping[str, Any], changed: bool) -> None:
     """Compare what a run was made from with what it would be continued with, by dotted key.
 
     Args:

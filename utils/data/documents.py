@@ -122,7 +122,7 @@ def _documents(
 
 
 @contextmanager
-def places_told(config: DataConfig) -> Iterator[None]:
+def errors_name_their_document(config: DataConfig) -> Iterator[None]:
     """An error about one document (a ValueError that has its name as `document`) is told with the document's place.
 
     The place is found by reading the sources once more, so that no run has to keep those of all its documents.

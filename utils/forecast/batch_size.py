@@ -57,7 +57,7 @@ class Machine:
         return cls(accelerator.device, accelerator.mixed_precision, accelerator.num_processes, sharded)
 
 
-def settle(config: Any, accelerator: Accelerator, chunk_rows: ChunkRows) -> tuple[Any, Forecast]:
+def choose_batch_size(config: Any, accelerator: Accelerator, chunk_rows: ChunkRows) -> tuple[Any, Forecast]:
     """(the RunConfig with a number for `batch_size: auto`, the forecast), logged.
 
     With auto, `gradient_accumulation_steps` is the number of windows per optimizer step and process: they are taken in

@@ -159,11 +159,11 @@ def describe() -> dict[str, Any]:
         "gpus": gpus,
         "cores": cores(),
         "ram_gib": round(psutil.virtual_memory().total / 2**30, 1),
-        "place": place(),
+        "place": notebook_service(),
     }
 
 
-def place() -> Literal["kaggle", "colab", "elsewhere"]:
+def notebook_service() -> Literal["kaggle", "colab", "elsewhere"]:
     """Which notebook service this runs on, by the variables that each sets."""
     if "KAGGLE_KERNEL_RUN_TYPE" in os.environ:
         return "kaggle"

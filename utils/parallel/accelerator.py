@@ -73,7 +73,7 @@ def engine_kind(accelerator: Accelerator) -> type[Engine]:
 
 
 @contextmanager
-def another_accelerator(mixed_precision: str, *, cpu: bool) -> Iterator[Accelerator]:
+def temporary_accelerator(mixed_precision: str, *, cpu: bool) -> Iterator[Accelerator]:
     """An Accelerator for a while beside one of another precision or device: accelerate has one state a process."""
     kept = [(kind._shared_state, dict(kind._shared_state)) for kind in (AcceleratorState, PartialState)]
     AcceleratorState._reset_state(reset_partial_state=True)

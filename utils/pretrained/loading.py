@@ -30,7 +30,7 @@ from ..files import sha256_of
 from ..machine.packages import require
 from ..parallel.sharding import full
 from ..paths import user_path
-from ..seeding import undisturbed
+from ..seeding import preserve_rng_and_mode
 from . import adapter_folders, generation, model_folders
 from .families import auto_class
 from .locate import ATTACH, _attached_models, hub_is_reachable, locate
@@ -325,7 +325,7 @@ def window_length(asked: int, shapes: Iterable[PretrainedConfig]) -> int:
 def _generation_problem(model: nn.Module) -> str | None:
     """Return why a model cannot write two tokens; keep its random generators and its mode as they are."""
     start = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
-    with undisturbed(model), torch.no_grad():
+    with preserve_rng_and_mode(model), torch.no_grad():
         model.eval()
         try:
             model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=2)

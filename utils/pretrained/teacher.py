@@ -27,7 +27,7 @@ ROOM = 0.9
 """Share of the free memory of a device that weights may take: the rest is for what is computed with them."""
 
 
-def place(config: Any, accelerator: Accelerator) -> torch.device:
+def choose_teacher_device(config: Any, accelerator: Accelerator) -> torch.device:
     """Where the teacher computes; of one on several devices, that of the student.
 
     Args:
@@ -58,7 +58,7 @@ def place(config: Any, accelerator: Accelerator) -> torch.device:
     return device
 
 
-def alone(config: ModelConfig) -> ModelConfig:
+def on_one_process(config: ModelConfig) -> ModelConfig:
     """What one process can have of it that does not look for GPUs: a teacher for several is with the student."""
     return replace(config, device="auto") if config.device in (SPREAD, SHARDED) else config
 

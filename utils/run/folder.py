@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from ..config.resume_rules import identity, refuse_differences
+from ..config.resume_rules import check_same_run, identity
 from ..config.yaml_files import get_dotted, load_yaml
 from ..errors import UserError
 from ..files import clean_leftovers, write_text
@@ -67,7 +67,7 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
         )
     if (folder / CONFIG).is_file():
         there = identity(load_yaml(folder / CONFIG))
-        refuse_differences(f"output_dir {folder}", there, identity(config), config["resume_changed"])
+        check_same_run(f"output_dir {folder}", there, identity(config), config["resume_changed"])
 
 
 def _check_name(folder: Path) -> None:
@@ -139,7 +139,7 @@ def _above(what: str, folder: Path, flag: str) -> Path:
 
 
 @contextmanager
-def own(name: str) -> Iterator[None]:
+def locked_run_folder(name: str) -> Iterator[None]:
     """While a run is in its folder, no other one writes there. A user's mistake that is found before training leaves no
     folder behind that was not there before.
 

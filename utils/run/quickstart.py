@@ -128,7 +128,7 @@ def teacher_folder(found: Material, settings: Mapping[str, Any]) -> Path:
     return found.trained_teacher.with_name(f"{found.trained_teacher.name}-{key}")
 
 
-def workshop(folder: Path) -> Path:
+def scratch_folder(folder: Path) -> Path:
     """Where this process makes `folder`: a path of its own, with what a process that is no more had done there."""
     stem = f"{folder.name}.run-{platform.node()}-"
     mine = folder.with_name(f"{stem}{os.getpid()}")

@@ -41,7 +41,7 @@ TEMPERED_TOP_K = 256
 """Outcomes per row with which a temperature above 1 does what it does with the running teacher, as measured."""
 
 
-def with_cache(job: Any, remember: Callable[..., Any]) -> Any:
+def open_teacher_cache(job: Any, remember: Callable[..., Any]) -> Any:
     """The job whose batches come with what its cache knows of them; as it is, where no cache is asked for.
 
     Args:
@@ -95,14 +95,14 @@ def _values(schedule: Any) -> list[float]:
     return [value for _, value in schedule.points] if hasattr(schedule, "points") else [schedule]
 
 
-def settle(job: Any) -> None:
+def flush_cache(job: Any) -> None:
     """Put what a cache still holds in memory on the disk, in all processes."""
     if job.cache is not None:
         job.cache.flush()
         job.accelerator.wait_for_everyone()
 
 
-def written(job: Any) -> Written:
+def cache_statistics(job: Any) -> Written:
     """What all processes have added to the job's cache; they call this together."""
     return reduce(or_, gather_object([job.cache.written]))
 

@@ -25,7 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ..config.resume_rules import refuse_differences
+from ..config.resume_rules import check_same_run
 from ..errors import RunError, UserError
 from ..files import atomic_folder, clean_leftovers, free_disk, remove_folder
 from ..paths import user_path
@@ -269,7 +269,7 @@ class CheckpointStore:
 
     def _refuse_other_run(self, path: Path) -> None:
         saved, here = _flat(_state(path).get("fingerprint", {})), _flat(self.fingerprint)
-        refuse_differences(str(path), saved, here, self.changed)
+        check_same_run(str(path), saved, here, self.changed)
 
     def _check(self, path: Path) -> str | None:
         if path in self._verified:

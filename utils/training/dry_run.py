@@ -19,7 +19,7 @@ from ..errors import RunError, UserError
 from ..evaluation import scores
 from ..machine import device_memory
 from ..pretrained import loading
-from ..seeding import undisturbed
+from ..seeding import preserve_rng_and_mode
 
 log = logging.getLogger(__name__)
 
@@ -103,7 +103,7 @@ def _without_trace(module: nn.Module) -> Iterator[None]:
     for parameter in parameters:
         parameter.grad = None
     try:
-        with undisturbed(module):
+        with preserve_rng_and_mode(module):
             yield
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -44,7 +44,7 @@ from ..machine import device_memory, hardware
 from ..machine.stop_signals import STOP_REASONS, StopSignal
 from ..parallel.accelerator import engine_kind
 from ..parallel.processes import on_main_process
-from ..seeding import seed_forward, undisturbed
+from ..seeding import preserve_rng_and_mode, seed_forward
 from . import out_of_memory
 from .checkpoints import CheckpointStore
 from .early_stopping import EarlyStopping
@@ -478,7 +478,7 @@ class TrainingLoop:
 
     def _evaluate(self) -> bool:
         """Evaluate without leaving a trace in the training; True if it is the best so far."""
-        with self._clock.paused(), undisturbed(self.module), self.engine.evaluation():
+        with self._clock.paused(), preserve_rng_and_mode(self.module), self.engine.evaluation():
             record = self.evaluate(self.step)
         if record is None:
             return False

@@ -37,12 +37,16 @@ def test_what_cannot_be_had_is_refused(monkeypatch, config, processes, gpus, sai
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     with pytest.raises(UserError, match=said):
-        teachers.place(config, accelerator(processes))
+        teachers.choose_teacher_device(config, accelerator(processes))
 
 
 def test_what_can_be_had_computes_with_the_student_or_beside_it(monkeypatch):
     monkeypatch.setattr(teachers, "_gpus", lambda: 4)
-    assert teachers.place(asked("spread"), accelerator(1)) == teachers.place(asked("sharded"), accelerator(2)) == CPU
+    assert (
+        teachers.choose_teacher_device(asked("spread"), accelerator(1))
+        == teachers.choose_teacher_device(asked("sharded"), accelerator(2))
+        == CPU
+    )
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     assert [teachers.gpus_used(asked("spread"), first, first), teachers.gpus_used(asked("auto"), first, first)] == [
         4,
@@ -53,7 +57,8 @@ def test_what_can_be_had_computes_with_the_student_or_beside_it(monkeypatch):
         device for device in ("auto", "cpu", "cuda:1", "spread", "sharded") if teachers.is_asked_ahead(asked(device))
     ]
     assert ahead == ["cpu", "cuda:1", "spread"]
-    assert [teachers.alone(asked(d).teacher).device for d in ("spread", "sharded", "cpu")] == ["auto", "auto", "cpu"]
+    alone = [teachers.on_one_process(asked(device).teacher).device for device in ("spread", "sharded", "cpu")]
+    assert alone == ["auto", "auto", "cpu"]
 
 
 def test_the_students_gpu_keeps_room_for_its_training(monkeypatch):

@@ -145,14 +145,14 @@ def test_names_stand_for_paths_of_models_and_of_both_texts(material):
 
 def test_a_teacher_is_made_in_a_place_of_its_own_or_where_a_dead_process_left_it(tmp_path, monkeypatch):
     folder = tmp_path / "teacher"
-    mine = quickstart.workshop(folder)
+    mine = quickstart.scratch_folder(folder)
     assert mine.name.endswith(f"-{os.getpid()}") and not mine.exists()
     left = mine.with_name(mine.name.removesuffix(str(os.getpid())) + "999999999")
     (left / "checkpoints").mkdir(parents=True)
     monkeypatch.setattr(quickstart.psutil, "pid_exists", lambda number: True)
-    assert quickstart.workshop(folder) == mine and left.exists()
+    assert quickstart.scratch_folder(folder) == mine and left.exists()
     monkeypatch.setattr(quickstart.psutil, "pid_exists", lambda number: False)
-    assert quickstart.workshop(folder) == mine and (mine / "checkpoints").is_dir() and not left.exists()
+    assert quickstart.scratch_folder(folder) == mine and (mine / "checkpoints").is_dir() and not left.exists()
 
 
 def test_of_two_that_made_the_same_folder_the_faster_one_counts(tmp_path):

@@ -9,7 +9,7 @@ from torch import nn
 from tests.toy import ToyModule, digest, toy_config, toy_windows, train
 from utils.errors import UserError
 from utils.parallel import accelerator as accelerator_module
-from utils.parallel.accelerator import another_accelerator
+from utils.parallel.accelerator import temporary_accelerator
 from utils.training.checkpoints import CheckpointStore
 from utils.training.optimizer import build_optimizer, build_scheduler, taught_parameters
 
@@ -139,5 +139,5 @@ def test_the_gpu_of_a_lone_process_has_a_number(monkeypatch):
 
 
 def test_no_buffer_is_sent_around_before_a_forward():
-    with another_accelerator("no", cpu=True) as accelerator:
+    with temporary_accelerator("no", cpu=True) as accelerator:
         assert accelerator.ddp_handler.broadcast_buffers is False
