@@ -27,7 +27,7 @@ FLOORS = {
         {"advice", "files", "paths", "seeding"},
         {"machine"},
         {"config"},
-        {"parallel"},
+        {"interfaces", "parallel"},
         {"logs"},
         {"pretrained"},
         {"forecast", "data"},
