@@ -2,6 +2,7 @@
 
 from .config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Term
 from .curriculum import CurriculumScheduler
+from .distillation import Distillation
 from .distillation_framework import DistillationFramework
 from .student_aware_router import StudentAwareRouter
 from .teacher.cached import CachedTeacher
@@ -14,6 +15,7 @@ __all__ = [
     "CachedTeacher",
     "CurriculumConfig",
     "CurriculumScheduler",
+    "Distillation",
     "DistillationFramework",
     "FrozenTeacher",
     "LossConfig",

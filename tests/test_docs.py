@@ -6,30 +6,18 @@ Command lines are run in `tests/faults/test_documented_commands.py`.
 import ast
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 import transformers
-from transformers import get_scheduler
 
 import train
 from benchmarks import alignment, memory_forecast
-from models.config import CurriculumConfig, LossConfig
-from models.curriculum import CurriculumScheduler
-from models.distillation_framework import DistillationFramework
-from models.teacher.frozen import FrozenTeacher
-from tests.models.tiny import STORIES, byte_bpe, pair_of, tiny_llama
-from tests.toy import digest, toy_config
+from tests.models.tiny import STORIES, byte_bpe, pretend_hub
+from tests.toy import digest
 from utils.config import command_line
 from utils.config.build import _leaves, build
 from utils.config.plain import to_plain
 from utils.config.yaml_files import load_yaml
-from utils.data.batch_order import permutation
-from utils.logs.records import read_metrics
-from utils.logs.step_logger import StepLogger
-from utils.parallel.accelerator import build_accelerator
-from utils.training.loop import fit
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -168,13 +156,8 @@ LIBRARY = [code for language, code in BLOCK.findall(TEXT[ROOT / "docs" / "librar
 def scope(monkeypatch, as_installed, tmp_path):
     """The names that docs/library.md takes for granted; tiny models for those that it names."""
     monkeypatch.chdir(tmp_path)
-    tiny = {"HuggingFaceTB/SmolLM2-360M": byte_bpe(280), "Qwen/Qwen2.5-1.5B": byte_bpe(330)}
-    loaders = SimpleNamespace(
-        tokenizer=tiny.get,
-        model=lambda name, dtype: tiny_llama(len(tiny[name]), num_hidden_layers=2, tie_word_embeddings=True),
-    )
-    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", loaders.tokenizer)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", loaders.model)
+    tokenizers = {"HuggingFaceTB/SmolLM2-360M": byte_bpe(280), "Qwen/Qwen2.5-1.5B": byte_bpe(330)}
+    pretend_hub(monkeypatch, tokenizers, num_hidden_layers=2, tie_word_embeddings=True)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return {"texts": STORIES * 30}
 
@@ -182,92 +165,12 @@ def scope(monkeypatch, as_installed, tmp_path):
 def test_the_library_page_runs_from_top_to_bottom(scope, tmp_path):
     trained = []
     for code in LIBRARY:
-        before = digest(scope["student"]) if "student" in scope else None
+        before = digest(scope["pair"].student) if "pair" in scope else None
         exec(code, scope)
-        trained.append(before is not None and digest(scope["student"]) != before)
+        trained.append(before is not None and digest(scope["pair"].student) != before)
+
     assert trained == [False, True, True, False]
     assert scope["trainer"].state.global_step == scope["steps"] >= 2
     assert scope["framework"].router is not None and scope["output"].terms.keys() >= {"kd", "lm", "feat", "attn"}
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "student")
-    assert digest(again) == digest(scope["student"])
-
-
-def trainer_class() -> type:
-    """`DistillationTrainer` as it stands in docs/library.md."""
-    (code,) = (code for code in LIBRARY if "class DistillationTrainer" in code)
-    kept = [node for node in ast.parse(code).body if isinstance(node, ast.ImportFrom | ast.ClassDef)]
-    scope = {"torch": torch}
-    exec(compile(ast.Module(kept, []), "library.md", "exec"), scope)
-    return scope["DistillationTrainer"]
-
-
-@pytest.fixture(scope="module")
-def pair():
-    return pair_of(byte_bpe(280), byte_bpe(330), max_length=40)
-
-
-def fresh_framework(pair, steps: int) -> DistillationFramework:
-    loss = LossConfig(temperature=2.0, top_k=32)
-    scheduler = CurriculumScheduler(CurriculumConfig(), loss, steps)
-    student = tiny_llama(280, seed=3, num_hidden_layers=2, tie_word_embeddings=True)
-    return DistillationFramework(
-        student, FrozenTeacher(pair.teacher, pair.vocabulary), pair.vocabulary, loss, scheduler
-    )
-
-
-def by_trainer(pair, windows: list[dict], micro_batch: int, accumulation: int, folder: Path) -> tuple[list, dict]:
-    """(loss of every step, final weights) of one epoch with the Trainer of the docs."""
-    steps = -(-len(windows) // (micro_batch * accumulation))
-    arguments = transformers.TrainingArguments(
-        output_dir=str(folder),
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=accumulation,
-        num_train_epochs=1,
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        save_strategy="no",
-        report_to="none",
-        logging_steps=1,
-        disable_tqdm=True,
-        use_cpu=True,
-    )
-    framework, collate = fresh_framework(pair, steps), pair.collator()
-    optimizer = torch.optim.AdamW(framework.parameter_groups(0.01, weight_decay=0.01), betas=(0.9, 0.95))
-    trainer = trainer_class()(
-        model=framework,
-        args=arguments,
-        train_dataset=windows,
-        data_collator=lambda some: {"batch": collate(some)},
-        optimizers=(optimizer, get_scheduler("linear", optimizer, 0, steps)),
-    )
-    trainer.train()
-    losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    return losses, {name: value.clone() for name, value in framework.state_dict().items()}
-
-
-def test_the_trainer_of_the_docs_does_what_the_own_loop_does(pair, tmp_path):
-    """However the steps are cut, the short last one too; micro-batches hold different numbers of tokens."""
-    texts = [story[start : start + 7 * start + 12] for start in (2, 4, 6) for story in STORIES]
-    windows = [pair.encoder.windows([text])[0] for text in texts][:11]
-    assert len({len(window["student_ids"]) for window in windows}) > 3
-    order = [windows[i] for i in permutation(len(windows), 0, 0)]
-    config = toy_config(
-        batch_size=2,
-        gradient_accumulation_steps=2,
-        epochs=1,
-        learning_rate=0.01,
-        scheduler="linear",
-        warmup_ratio=0,
-        seed=0,
-    )
-    own = fresh_framework(pair, 3)
-    logger = StepLogger(tmp_path / "own", 3, 1)
-    fit(own, windows, pair.collator(), config, accelerator=build_accelerator("no", cpu=True), logger=logger)
-    logger.close()
-    records = [record["loss"] for record in read_metrics(tmp_path / "own" / "metrics.jsonl")]
-    assert len(records) == 3
-    for micro_batch, accumulation in ((1, 4), (2, 2), (4, 1)):
-        losses, weights = by_trainer(pair, order, micro_batch, accumulation, tmp_path / f"{micro_batch}")
-        assert losses == pytest.approx(records, rel=1e-4)
-        for name, value in own.state_dict().items():
-            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+    assert digest(again) == digest(scope["pair"].student)

@@ -25,6 +25,7 @@ LEARNING = [
     "CachedTeacher",
     "CurriculumConfig",
     "CurriculumScheduler",
+    "Distillation",
     "DistillationFramework",
     "FrozenTeacher",
     "LossConfig",
@@ -37,7 +38,7 @@ LEARNING = [
     "VocabularyMap",
 ]
 """Names of `curriculum_distillation.models`: a promise to those who import them."""
-PUBLIC = sorted([*LEARNING, "TrainingConfig", "UserError", "fit"])
+PUBLIC = sorted([*LEARNING, "DistillationTrainer", "TrainingConfig", "UserError", "fit"])
 """Names of `curriculum_distillation`."""
 
 

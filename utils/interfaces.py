@@ -1,7 +1,7 @@
 """Types between the towers: what a run expects of what is learned, which models/ fulfils without importing from here.
 
-The settings, the batch, the teacher and the module that is trained are seen from utils/ through these protocols alone. A
-teacher of another kind (behind a server, or a second one) and a module with other terms need no change there.
+The settings, the batch, the teacher and the module that is trained are seen from utils/ through these protocols alone.
+A teacher of another kind (behind a server, or a second one) and a module with other terms need no change there.
 """
 
 from collections.abc import Mapping, Sequence

@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not call __getattr_
         CachedTeacher,
         CurriculumConfig,
         CurriculumScheduler,
+        Distillation,
         DistillationFramework,
         FrozenTeacher,
         LossConfig,
@@ -27,13 +28,16 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not call __getattr_
     )
     from .utils.config.build import TrainingConfig
     from .utils.errors import UserError
+    from .utils.training.distillation_trainer import DistillationTrainer
     from .utils.training.loop import fit
 
 __all__ = [
     "CachedTeacher",
     "CurriculumConfig",
     "CurriculumScheduler",
+    "Distillation",
     "DistillationFramework",
+    "DistillationTrainer",
     "FrozenTeacher",
     "LossConfig",
     "PairCollator",
@@ -48,7 +52,12 @@ __all__ = [
     "fit",
 ]
 
-_MODULES = {"TrainingConfig": ".utils.config.build", "UserError": ".utils.errors", "fit": ".utils.training.loop"}
+_MODULES = {
+    "TrainingConfig": ".utils.config.build",
+    "UserError": ".utils.errors",
+    "DistillationTrainer": ".utils.training.distillation_trainer",
+    "fit": ".utils.training.loop",
+}
 """Modules of the names that do not come from `.models`."""
 
 

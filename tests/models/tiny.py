@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import models as token_models
 from transformers import (
@@ -254,3 +255,15 @@ def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
 def strings(alphabet: str, longest: int) -> list[str]:
     """Every string over an alphabet up to a length, the empty one first."""
     return ["".join(c) for n in range(longest + 1) for c in itertools.product(alphabet, repeat=n)]
+
+
+def pretend_hub(monkeypatch, tokenizers: dict, **model) -> None:
+    """Let transformers load tiny models and these tokenizers for names of the hub."""
+    sizes = {name: len(tokenizer) for name, tokenizer in tokenizers.items()}
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", tokenizers.__getitem__)
+    monkeypatch.setattr(
+        transformers.AutoConfig, "from_pretrained", lambda name: tiny_llama(sizes[name], **model).config
+    )
+    monkeypatch.setattr(
+        transformers.AutoModelForCausalLM, "from_pretrained", lambda name, dtype: tiny_llama(sizes[name], **model)
+    )
