@@ -1,28 +1,37 @@
-"""A pair of a student and a teacher, with all that lies between their two vocabularies, in one object."""
+"""A pair of a student and a teacher, with all that lies between their two vocabularies, in one object.
+
+`Distillation` is the pair; `Method` is what is learned, by its settings alone, before any tokenizer is there.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import date
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .config import CurriculumConfig, LossConfig, RouterConfig
+from .config import CurriculumConfig, LossConfig, RouterConfig, Term
 from .curriculum import CurriculumScheduler
 from .distillation_framework import DistillationFramework
 from .language_model import vocabulary_size
+from .losses import head_passes
+from .losses.chunk_size import chunk_rows
 from .student_aware_router import ROUTER_TERMS
-from .teacher.cached import CachedTeacher
+from .teacher.cached import CachedTeacher, RememberingCollator
 from .teacher.frozen import FrozenTeacher
 from .text.chat_template import tokenizers_for_chat
-from .text.collate import PairCollator
+from .text.collate import PairCollator, count_channel, read_and_learned
 from .text.encoder_decoder import make_encoder
 from .text.vocabulary import VocabularyMap
-from .text.windows import ModelFacts, PairEncoder
+from .text.windows import SIDES, ModelFacts, PairEncoder
 from .types import PairedBatch
+
+LM_ONLY = CurriculumConfig(kd=Term(0.0), lm=Term(1.0))
+"""Learning from the text alone, to compare with."""
 
 Conversation = list[Mapping[str, Any]]
 """Messages with `role` and `content`."""
@@ -147,7 +156,7 @@ class Distillation:
     @property
     def compares_states(self) -> bool:
         """True if the curriculum uses terms on hidden states."""
-        return bool(self.curriculum.used() & {*ROUTER_TERMS})
+        return _compares_states(self.curriculum)
 
     @cached_property
     def collate(self) -> PairCollator:
@@ -207,6 +216,138 @@ class Distillation:
             scheduler,
             self.router,
         )
+
+    # ------------------------------------------------------- parts, for a run that puts them together
+
+    def frozen(self, model: nn.Module) -> FrozenTeacher:
+        """Make a teacher of a model.
+
+        Raises:
+            ValueError: its head has other rows than the vocabulary map.
+        """
+        return FrozenTeacher(model, self.vocabulary)
+
+    @staticmethod
+    def cached(teacher: FrozenTeacher | None, memory: Any) -> CachedTeacher:
+        """Make a teacher that answers from memory; see `CachedTeacher`."""
+        return CachedTeacher(teacher, memory)
+
+    @staticmethod
+    def remember(collate: PairCollator, memory: Any, ahead: bool = True) -> RememberingCollator:
+        """Make a collator whose batches come with what is in memory of them."""
+        return RememberingCollator(collate, memory, ahead)
+
+    @staticmethod
+    def read_and_learned(window: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+        """Return what the student reads of a window, and what of it is learned; for an example in the log."""
+        return read_and_learned(window)
+
+    def without_teacher(self) -> "Distillation":
+        """Return the same pair under the LM term alone."""
+        return replace(self, curriculum=LM_ONLY, teacher=None)
+
+    def with_counted_channel(self, windows: Sequence[Mapping[str, Any]]) -> "Distillation":
+        """Return the pair with the channel counted on some windows, for `loss.correction: channel`."""
+        return replace(self, vocabulary=self.vocabulary.with_channel(count_channel(windows)))
+
+
+class TextSettings(Protocol):
+    """What `Method.join` must know of a run's text and models; values of a pair are in the order student, teacher."""
+
+    max_length: int
+    """Tokens of a window."""
+    conversations: bool
+    learn_from: Literal["completions", "all"]
+    """Of conversations: what the assistant says, or everything."""
+    rows: tuple[int, int]
+    """Of the heads."""
+    decoder_starts: tuple[int, int] | None
+    """Ids that the decoders of encoder-decoder models begin with; None: causal models."""
+    text_starts: tuple[str | None, str | None]
+    """Tokens that plain text starts with; None: chosen by `models.text.text_start`."""
+    today: date | None
+    """The day for chat templates that write it."""
+    cache_dir: Any
+    """Folder in which vocabulary maps are kept."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """What is learned, by its settings alone."""
+
+    loss: LossConfig
+    curriculum: CurriculumConfig
+    router: RouterConfig
+
+    sides = SIDES
+
+    @property
+    def compares_states(self) -> bool:
+        """True if the curriculum uses terms on hidden states, for which the teacher must compute in every step."""
+        return _compares_states(self.curriculum)
+
+    @property
+    def state_terms(self) -> set[str]:
+        """The terms on hidden states that the curriculum uses."""
+        return self.curriculum.used() & {*ROUTER_TERMS}
+
+    def check_widths(self, student: int, teacher: int) -> None:
+        """Check that the router's heads divide the widths of both models.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.compares_states:
+            self.router.check_widths(student=student, teacher=teacher)
+
+    @staticmethod
+    def chat_tokenizers(
+        tokenizers: dict[str, PreTrainedTokenizerBase],
+    ) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
+        """Return tokenizers that can write conversations, and what their own templates lack, in words."""
+        return tokenizers_for_chat(tokenizers)
+
+    def join(self, tokenizers: dict[str, PreTrainedTokenizerBase], text: TextSettings) -> Distillation:
+        """Make the pair of two tokenizers, without models.
+
+        Raises:
+            ValueError: a tokenizer does not fit; see `PairEncoder` and `VocabularyMap.build`.
+        """
+        both = (tokenizers["student"], tokenizers["teacher"])
+        encoder = make_encoder(
+            both,
+            text.max_length,
+            conversations=text.conversations,
+            learn_from=text.learn_from,
+            starts=text.decoder_starts,
+            today=text.today,
+            facts=ModelFacts(text.rows, text.text_starts),
+        )
+        vocabulary = VocabularyMap.build(*both, *text.rows, cache_dir=text.cache_dir)
+        return Distillation(
+            encoder=encoder,
+            vocabulary=vocabulary,
+            loss=self.loss,
+            curriculum=self.curriculum,
+            router=self.router,
+            tokenizers=tokenizers,
+        )
+
+    def describe_head(self, student: nn.Module, device: torch.device) -> list[str]:
+        """Choose how the student's head computes on a device, and say it, a line for each choice.
+
+        Raises:
+            ValueError: `loss.head_passes` asks for what the device cannot do.
+        """
+        return [
+            f"student's head: {chunk_rows(vocabulary_size(student), device)[1]}",
+            f"its elementwise work: {head_passes.choose(self.loss.head_passes, device)[1]}",
+        ]
+
+
+def _compares_states(curriculum: CurriculumConfig) -> bool:
+    """Return whether a curriculum uses terms on hidden states."""
+    return bool(curriculum.used() & {*ROUTER_TERMS})
 
 
 def _load(name: str, dtype: torch.dtype | str) -> nn.Module:

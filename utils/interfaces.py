@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .config.settings import (
     CacheConfig,
@@ -66,6 +66,9 @@ class LossSettings(Protocol):
 
     @property
     def temperature(self) -> float | Schedule: ...
+
+    @property
+    def correction(self) -> str: ...
 
 
 class RunConfig(Protocol):
@@ -146,6 +149,59 @@ class StepModule(Protocol):
 
 
 # --------------------------------------------------------------------------------------- what is run
+
+
+class Pair(Protocol):
+    """A student and a teacher with all between their vocabularies, as `models.distillation.Distillation` is."""
+
+    @property
+    def encoder(self) -> Any:
+        """Cuts text into windows: `windows`, `fingerprint`, `tables`, `starts`, `prompt`, `day`, `notes`."""
+
+    @property
+    def vocabulary(self) -> Any:
+        """The map from the teacher's vocabulary to the student's."""
+
+    @property
+    def tokenizers(self) -> "Mapping[str, PreTrainedTokenizerBase]": ...
+
+    @property
+    def collate(self) -> Collator: ...
+
+    def frozen(self, model: nn.Module) -> Teacher: ...
+
+    def cached(self, teacher: Teacher | None, memory: Any) -> Teacher: ...
+
+    def remember(self, collate: Collator, memory: Any, ahead: bool = True) -> Collator: ...
+
+    def framework(self, total_steps: int, *, student: nn.Module, teacher: Teacher | None) -> Any:
+        """Make the module that is trained, a `StepModule`."""
+
+    def read_and_learned(self, window: Mapping[str, Any]) -> tuple[Any, ...]: ...
+
+    def without_teacher(self) -> "Pair": ...
+
+    def with_counted_channel(self, windows: Sequence[Mapping[str, Any]]) -> "Pair": ...
+
+
+class Method(Protocol):
+    """What is learned, by its settings alone, as `models.distillation.Method` is."""
+
+    @property
+    def compares_states(self) -> bool: ...
+
+    @property
+    def state_terms(self) -> set[str]: ...
+
+    def check_widths(self, student: int, teacher: int) -> None: ...
+
+    def chat_tokenizers(
+        self, tokenizers: "Mapping[str, PreTrainedTokenizerBase]"
+    ) -> "tuple[dict[str, PreTrainedTokenizerBase], list[str]]": ...
+
+    def join(self, tokenizers: "Mapping[str, PreTrainedTokenizerBase]", text: Any) -> Pair: ...
+
+    def describe_head(self, student: nn.Module, device: torch.device) -> list[str]: ...
 
 
 class HeldOutText(Protocol):

@@ -6,6 +6,7 @@ student. Built once and cached; the teacher is trained by whoever has the traini
 """
 
 import json
+import logging
 import os
 import platform
 import shutil
@@ -22,11 +23,19 @@ import psutil
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
+from ..config import resume_rules
+from ..config.plain import to_plain
 from ..config.quickstart_names import NAMES, STUDENT, TEACHER
+from ..data import documents
 from ..data.python_docs import collect_text
-from ..errors import UserError
+from ..errors import UserError, value_errors_are_the_users
 from ..files import atomic_folder, write_text
+from ..interfaces import RunConfig
 from ..paths import user_path
+from .exit_codes import Interrupted
+from .session import Session
+
+log = logging.getLogger("train")
 
 FORMAT = 1
 """Raised when the same Python would give other material."""
@@ -101,7 +110,7 @@ def _python_key() -> str:
     return f"py{sys.version_info[0]}.{sys.version_info[1]}-{blake2b(build.encode(), digest_size=6).hexdigest()}"
 
 
-def with_paths(config: Any, found: Material, teacher: Callable[[], Path]) -> Any:
+def with_paths(config: RunConfig, found: Material, teacher: Callable[[], Path]) -> RunConfig:
     """A run's configuration with paths in place of `NAMES`; `teacher` gives that of the teacher to learn from."""
     folders = {STUDENT: found.student, TEACHER: found.teacher}
     if config.student.name in NAMES:
@@ -117,9 +126,52 @@ def _path_of(name: str | None, found: Material) -> str | None:
     return str(found.file) if name == STUDENT else name
 
 
-def is_named(config: Any) -> bool:
+def is_named(config: RunConfig) -> bool:
     """Whether a run's configuration names any of this."""
     return bool(NAMES & {config.teacher.name, config.student.name}) or STUDENT in (*config.data.train, config.data.eval)
+
+
+def resolve(
+    config: RunConfig,
+    session: Session,
+    teacher_config: RunConfig,
+    train: Callable[[RunConfig], str],
+) -> RunConfig:
+    """Return the settings with paths in place of the names; a teacher that nobody has trained yet is trained first.
+
+    Args:
+        teacher_config: settings of the run that trains the teacher.
+        train: does a run; returns what ended it.
+
+    Raises:
+        Interrupted: the time limit ended the teacher's training.
+    """
+    material_here = session.main_first(material)
+
+    def teacher() -> Path:
+        folder = teacher_folder(material_here, resume_rules.identity(to_plain(teacher_config)))
+        if session.on_main(folder.is_dir):
+            return folder
+
+        # a mistake in a text of the user's own is told before the minute that the teacher takes
+        data = with_paths(config, material_here, Path).data
+        with value_errors_are_the_users(), documents.errors_name_their_document(data):
+            session.main_first(lambda: documents.load_documents(data))
+
+        log.info("no trained teacher in the cache: training one now, about a minute")
+        scratch = session.on_main(lambda: scratch_folder(folder))
+        reason = train(replace(teacher_config, output_dir=str(scratch)))
+        if reason == "max_hours":
+            raise Interrupted(reason)
+
+        if session.is_main:
+            put_into_place(scratch, folder)
+        session.accelerator.wait_for_everyone()
+        return folder
+
+    resolved = with_paths(config, material_here, teacher)
+    session.continue_log()  # which the teacher's run had meanwhile
+    return resolved
 
 
 def teacher_folder(found: Material, settings: Mapping[str, Any]) -> Path:

@@ -1,0 +1,262 @@
+"""From settings to what training works with: tokenizers, text, windows, held-out text. Models are loaded later."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from ..advice import advice
+from ..config import resume_rules
+from ..config.plain import to_plain
+from ..data import documents
+from ..data.batch_order import permutation
+from ..data.windows import Room, make_windows, warn_of_left_out, warn_of_missing, windows_fingerprint
+from ..errors import value_errors_are_the_users
+from ..evaluation.held_out import HeldOut, TextStart
+from ..forecast import disk
+from ..forecast.batch_size import Forecast
+from ..forecast.model_size import Shape
+from ..interfaces import Collator, Method, Pair, RunConfig
+from ..machine.hardware import Choice
+from ..pretrained import families, loading
+from ..pretrained import student as students
+from ..pretrained import teacher as teachers
+from ..pretrained.precision import frozen_dtype
+from ..teacher_cache import conversation_date
+from ..teacher_cache.store import TeacherCache
+from .quickstart import cache_dir
+
+log = logging.getLogger("train")
+
+CHANNEL_WINDOWS = 2000
+"""Windows on which the counted channel (loss.correction: channel) is counted."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What training and evaluation work with."""
+
+    config: RunConfig
+    method: Method
+    accelerator: Accelerator
+    pair: Pair
+    """The two tokenizers and all between them."""
+    collate: Collator
+    windows: Dataset
+    """To train on."""
+    held_out: HeldOut
+    fingerprint: dict[str, Any]
+    """What a checkpoint must have been made from to be continued."""
+    teacher_device: torch.device
+    teacher_dtype: Choice[torch.dtype]
+    cache: TeacherCache | None = None
+    """Of what the teacher says."""
+    needed: Forecast = field(default_factory=Forecast)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The student's."""
+        return self.pair.tokenizers["student"]
+
+    @property
+    def vocabulary(self) -> Any:
+        """The map from the teacher's vocabulary to the student's."""
+        return self.pair.vocabulary
+
+
+@dataclass(frozen=True)
+class Named:
+    """Tokenizers and configurations of the models that a run names, by role; no weights."""
+
+    tokenizers: dict[str, PreTrainedTokenizerBase]
+    shapes: dict[str, PretrainedConfig]
+    decoder_starts: tuple[int, int] | None
+    """Tokens that the decoders of encoder-decoder models start with; None for causal models."""
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows of the student's head and of the teacher's."""
+        student, teacher = (self.shapes[role].get_text_config().vocab_size for role in ("student", "teacher"))
+        return student, teacher
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How text is read, as `interfaces.Method.join` must know it; pairs of values: student, teacher."""
+
+    max_length: int
+    conversations: bool
+    learn_from: Literal["completions", "all"]
+    rows: tuple[int, int]
+    decoder_starts: tuple[int, int] | None
+    text_starts: tuple[str | None, str | None]
+    today: date | None
+    cache_dir: Path
+
+
+@dataclass(frozen=True)
+class Material:
+    """Text as both models read it."""
+
+    corpus: documents.Corpus
+    pair: Pair
+    windows: Dataset
+    held_out: Dataset
+
+
+def prepare(config: RunConfig, method: Method, accelerator: Accelerator, today: date | None = None) -> Job:
+    """Read tokenizers and text, and cut windows: all that can fail cheaply, before the models.
+
+    Args:
+        today: the day for chat templates that write it; None: that of its checkpoints or cache, see
+            `utils.teacher_cache.conversation_date`.
+
+    Raises:
+        UserError: the models, the text or the settings do not fit one another, or the disk is too full.
+    """
+    teacher_device = teachers.choose_teacher_device(config, accelerator)
+    named = load_named(config)
+    require_widths_and_disk(config, method, named)
+
+    material = read_material(config, method, named, today)
+    pair = material.pair
+
+    if config.loss.correction == "channel":
+        # on windows that no setting but the text decides on
+        chosen = permutation(len(material.windows), 0, 0)[:CHANNEL_WINDOWS].tolist()
+        pair = pair.with_counted_channel([material.windows[i] for i in chosen])
+
+    # The windows that are measured are drawn once, so that every evaluation of every run has the same.
+    measured = sorted(permutation(len(material.held_out), 0, 0)[: config.evaluation.max_windows].tolist())
+    held_out = HeldOut(
+        config.evaluation,
+        accelerator,
+        material.held_out.select(measured),
+        material.corpus.eval,
+        pair.collate,
+        pair.tokenizers,
+        config.training.batch_size,
+        prompt=pair.encoder.prompt,
+        starts=text_starts(config, pair),
+        together=config.teacher.device == teachers.SHARDED,
+    )
+
+    return Job(
+        config=config,
+        method=method,
+        accelerator=accelerator,
+        pair=pair,
+        collate=pair.collate,
+        windows=material.windows,
+        held_out=held_out,
+        fingerprint=identity(config, accelerator, material, held_out),
+        teacher_device=teacher_device,
+        teacher_dtype=frozen_dtype(config.teacher.dtype, teacher_device, accelerator.mixed_precision),
+    )
+
+
+def load_named(config: RunConfig) -> Named:
+    """Load tokenizers and configurations; a run without a teacher has the student's for both."""
+    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
+    students.check(config.student)
+    tokenizers = loading.load_each(loading.load_tokenizer, names)
+    shapes = loading.load_each(loading.load_config, names)
+    named = Named(tokenizers, shapes, families.decoder_starts(config, shapes))
+
+    for role, rows in zip(names, named.rows, strict=True):
+        log.info("%s %s: vocabulary %s, tokenizer %s", role, names[role], f"{rows:,}", f"{len(tokenizers[role]):,}")
+    return named
+
+
+def require_widths_and_disk(config: RunConfig, method: Method, named: Named) -> None:
+    """Refuse heads of the router that do not divide the models' widths, and a disk that is too full."""
+    widths = {role: shape.get_text_config().hidden_size for role, shape in named.shapes.items()}
+    with value_errors_are_the_users():
+        method.check_widths(**widths)
+
+    with advice("forecast of disk"):
+        runs = 1 + config.evaluation.without_teacher
+        student = Shape.of(named.shapes["student"])
+        needed = disk.disk(student, config.training, config.student.lora, runs=runs)
+        disk.require_disk(Path(config.output_dir), needed)
+
+
+def read_material(config: RunConfig, method: Method, named: Named, today: date | None) -> Material:
+    """Read the text and cut it into windows; what of it is left out, or looks wrong, is logged."""
+    length = loading.window_length(config.data.max_length, named.shapes.values())
+    with value_errors_are_the_users(), documents.errors_name_their_document(config.data):
+        corpus = documents.load_documents(config.data)
+
+        tokenizers = named.tokenizers
+        if corpus.conversations and named.decoder_starts is None:
+            tokenizers, notes = method.chat_tokenizers(tokenizers)
+            for note in notes:
+                log.warning("%s", note)
+
+        text = TextSettings(
+            max_length=length,
+            conversations=corpus.conversations,
+            learn_from=config.data.learn_from,
+            rows=named.rows,
+            decoder_starts=named.decoder_starts,
+            text_starts=(config.student.text_start, config.teacher.text_start),
+            today=today or conversation_date.choose(config).day,
+            cache_dir=cache_dir() / "vocabularies",
+        )
+        pair = method.join(tokenizers, text)
+        for note in pair.encoder.notes(corpus.train):
+            log.warning("%s", note)
+
+        room = Room(length, pair.encoder.least_length)
+        packing = {
+            "encode": pair.encoder.windows,
+            "fingerprint": pair.encoder.fingerprint,
+            "num_proc": config.data.num_workers or None,
+            "room": room,
+        }
+        windows = make_windows(corpus.train, kind="training", **packing)
+        held_out = make_windows(corpus.eval, kind="held-out", **packing)
+
+    for role, table in zip(named.shapes, pair.encoder.tables, strict=True):
+        if table.beyond_rows:
+            left_out = ", ".join(table.beyond_rows)
+            log.info("%s: no row of its head for %s, which no text yields: left out", role, left_out)
+    log.info("documents: %s", ", ".join(f"{name} {count:,}" for name, count in corpus.report.items()))
+    for kind, texts, cut in (("training", corpus.train, windows), ("held-out", corpus.eval, held_out)):
+        warn_of_left_out(cut, kind)
+        warn_of_missing(config.data, kind, texts, cut, room)
+    documents.warn_of_long_documents(corpus, windows, held_out)
+    return Material(corpus, pair, windows, held_out)
+
+
+def text_starts(config: RunConfig, pair: Pair) -> dict[str, TextStart]:
+    """Return what each model reads before a text, and behind which tokens it is worth measuring a plain one."""
+    starts = {}
+    for role, table, ids in zip(("student", "teacher"), pair.encoder.tables, pair.encoder.starts, strict=True):
+        is_untrained = role == "student" and config.student.init == "random"
+        is_plain = pair.encoder.prompt is None
+        candidates = table.start_candidates if is_plain and not is_untrained else ()
+        starts[role] = TextStart(ids, candidates)
+    return starts
+
+
+def identity(config: RunConfig, accelerator: Accelerator, material: Material, held_out: HeldOut) -> dict[str, Any]:
+    """Return what a checkpoint must have been made from to be continued, but for the models' weights."""
+    encoder = material.pair.encoder
+    facts: Mapping[str, Any] = {
+        **resume_rules.identity(to_plain(config)),
+        "training_text": documents.corpus_fingerprint(material.corpus.train),
+        "held_out_windows": windows_fingerprint(held_out.windows),
+        "tokenizers_and_length": encoder.fingerprint,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+    if encoder.day is None:
+        return dict(facts)
+    return {**facts, conversation_date.IDENTITY: str(encoder.day)}

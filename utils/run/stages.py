@@ -1,0 +1,375 @@
+"""The stages of a run after its preparation: the teacher, training, export, comparison, tasks."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..advice import advice
+from ..config.plain import to_plain
+from ..data import loader
+from ..errors import value_errors_are_the_users
+from ..evaluation import exported, lm_eval_tasks
+from ..evaluation.held_out import metrics_of
+from ..forecast.batch_size import Forecast
+from ..interfaces import Method, RunConfig, Teacher
+from ..logs.lines import learned_lines
+from ..logs.step_logger import StepLogger
+from ..logs.trackers import Tracking
+from ..machine import hardware
+from ..pretrained import student as students
+from ..pretrained import teacher as teachers
+from ..pretrained.loading import fingerprint
+from ..report import report
+from ..run_layout import CHECKPOINTS, METRICS, REPORT_HTML, START, STUDENT, WITHOUT_TEACHER
+from ..teacher_cache import conversation_date
+from ..teacher_cache.building import CacheBuilding, cache_statistics, flush_cache, open_teacher_cache
+from ..training import dry_run
+from ..training.checkpoint_files import step_of
+from ..training.checkpoints import CheckpointStore
+from ..training.loop import FitResult, fit
+from ..training.plan import Plan
+from ..training.red_flags import RedFlags
+from . import export, upload
+from .exit_codes import EXIT_CODES, Interrupted
+from .prepare import Job, prepare
+from .session import Session
+
+log = logging.getLogger("train")
+
+Results = dict[str, Any]
+"""The report's content; see `utils.report.results`."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A student after training."""
+
+    module: Any
+    """The framework that was trained."""
+    result: FitResult
+    start: dict[str, Any]
+    """Teacher and untrained student on the held-out text."""
+
+    @property
+    def student(self) -> nn.Module:
+        """The trained student."""
+        return self.module.student
+
+
+def prepare_run(config: RunConfig, method: Method, session: Session, needed: Forecast) -> Job:
+    """Prepare a run in all its processes, and log what is easily overlooked: idle GPUs, coverage, an example.
+
+    Args:
+        needed: the forecast of memory that the batch size was chosen by.
+    """
+    today = session.on_main(lambda: conversation_date.choose(config))
+    job = session.main_first(lambda: prepare(config, method, session.accelerator, today.day))
+    job = replace(job, needed=needed)
+    if conversation_date.IDENTITY in job.fingerprint:
+        session.notes["conversation date"] = f"{today.day}: {today.reason}"
+        log.info("a chat template writes the date: for this run it is always %s, %s", today.day, today.reason)
+
+    used_here = teachers.gpus_used(job.config, job.accelerator.device, job.teacher_device)
+    if unused := hardware.unused_gpus(job.accelerator.num_processes, used_here):
+        log.warning(unused)
+
+    has_teacher = job.config.teacher.name is not None
+    if has_teacher:
+        with advice("figure of the coverage"):
+            job.held_out.log_coverage()
+    job.held_out.log_unspelt(("student", "teacher") if has_teacher else ("student",))
+
+    with advice("example of what is learned from"):
+        for line in example_of_learning(job):
+            log.info("%s", line)
+    return job
+
+
+def example_of_learning(job: Job) -> list[str]:
+    """Return one example of what is learned from, decoded, in lines for the log."""
+    read, learned = job.pair.read_and_learned(job.windows[0])
+    return learned_lines(read, learned, job.tokenizer.decode)
+
+
+# --------------------------------------------------------------------------------------- the teacher
+
+
+def with_teacher_cache(job: Job) -> Job:
+    """Return the job whose batches come with what its cache knows of them; as it is, where no cache is asked for."""
+    job = open_teacher_cache(job, job.pair.remember)
+    return replace(job, pair=replace(job.pair, loss=job.config.loss))
+
+
+def get_teacher(job: Job, session: Session) -> Teacher | None:
+    """Return the teacher of a run, which may be behind a cache; None if it has none.
+
+    A cache has no hidden states: terms that compare them need the teacher itself.
+
+    Raises:
+        Interrupted: a signal came while the cache was built.
+    """
+    if job.cache is None:
+        return load_teacher(job)
+
+    building = CacheBuilding.of(job)
+    builds_whole_cache = job.config.cache.build_only
+    if not building.needs_teacher(set() if builds_whole_cache else job.method.state_terms):
+        return job.pair.cached(None, job.cache)
+
+    teacher = job.pair.cached(load_teacher(job), job.cache)
+    if reason := building.build(teacher, job.collate, builds_whole_cache, session.stop):
+        raise Interrupted(reason)
+    return teacher
+
+
+def load_teacher(job: Job) -> Teacher | None:
+    """Load the frozen teacher where it computes; None if the run has none."""
+    if job.config.teacher.name is None:
+        return None
+
+    if job.config.student.init == "random" and not job.method.compares_states:
+        log.info(students.RANDOM_HINT)
+    model = teachers.load(job)
+    with value_errors_are_the_users():
+        return job.pair.frozen(model)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def train_student(
+    job: Job,
+    teacher: Teacher | None,
+    output: Path,
+    session: Session,
+    resume: str = "auto",
+) -> Trained:
+    """Train a fresh student in the folder `output`, or continue there.
+
+    Raises:
+        Interrupted: by a signal; a checkpoint is saved.
+    """
+    config, accelerator = job.config, job.accelerator
+    plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
+    student = students.make(config.student, config.training, accelerator)
+
+    store = open_checkpoints(job, teacher, student, output)
+    resume_from = session.on_main(lambda: store.resume_point(resume))
+    logger = open_logger(job, plan, output, session, resume_from)
+
+    module = make_module(job, teacher, student, plan, is_new=resume_from is None)
+    if resume_from is None:
+        # Of a resumed run all of this was done before, and cannot be seen in the weights.
+        [batch] = loader.some_batches(job.windows, job.collate, 1, 1, config.training.seed)
+        dry_run.try_modes(module, student, batch, accelerator, compares=teacher is not None)
+        session.on_main(store.rehearse)
+
+    forced_bos = job.held_out.starts["student"].forced_bos
+    export.rehearse_export(student, config.student, job.tokenizer, forced_bos)
+    start = job.held_out.measure_start(student, teacher_measurement(job, teacher), output)
+
+    def evaluate(step: int) -> dict[str, Any]:
+        scores = job.held_out.score(student, "student")
+        routing = job.held_out.routing(student, module.routing)
+        return {"step": step, "split": "eval", **scores, **routing}
+
+    if resume_from is None:
+        logger.evaluation({"step": 0, "split": "eval", **metrics_of(start["initial_student"])})
+    result = fit(
+        module,
+        job.windows,
+        job.collate,
+        config.training,
+        accelerator=accelerator,
+        logger=logger,
+        evaluate=evaluate,
+        evaluate_every=config.evaluation.every,
+        checkpoints=store,
+        resume_from=resume_from,
+        flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=session.is_main),
+        stop=session.stop,
+        num_workers=config.data.num_workers,
+        term_gradients=config.logging.term_gradients,
+        settle=partial(flush_cache, job),
+        ask=module.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
+        waits=teacher is not None and config.teacher.device == teachers.SHARDED,
+        forecast=job.needed.told,
+    )
+
+    if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
+        progress = f"{result.steps} of {plan.total_steps} steps"
+        log.info("this run is already finished (%s); another --output-dir starts a new one", progress)
+    was_evaluated = session.on_main(lambda: logger.has_evaluation(result.steps))
+    if result.stopped_by not in EXIT_CODES and not was_evaluated:
+        logger.evaluation(evaluate(result.steps))
+    logger.close()
+
+    if result.stopped_by in EXIT_CODES:
+        raise Interrupted(result.stopped_by)
+    return Trained(module, result, start)
+
+
+def open_checkpoints(job: Job, teacher: Teacher | None, student: nn.Module, output: Path) -> CheckpointStore:
+    """Open the checkpoints in `output`, which belong to these models, this text and these settings alone."""
+    made_from: dict[str, Any] = {
+        **job.fingerprint,
+        "student": fingerprint(student, values=job.config.student.init == "pretrained"),
+    }
+    if job.cache is not None and teacher is not None:
+        made_from["teacher"] = {**job.cache.identity, **job.cache.settings}
+    elif teacher is not None:
+        made_from["teacher"] = fingerprint(teacher.model)
+
+    keep, may_change = job.config.training.keep_checkpoints, job.config.resume_changed
+    return CheckpointStore(output / CHECKPOINTS, keep, made_from, may_change)
+
+
+def teacher_measurement(job: Job, teacher: Teacher | None) -> Callable[[], dict[str, Any]] | None:
+    """Return what measures the teacher on the held-out text: itself, or what its cache has of that."""
+    if teacher is None:
+        return None
+    if job.cache is not None:
+        return partial(job.cache.evaluation, job.held_out.fingerprint())
+    return partial(job.held_out.measure, teacher.model, "teacher")
+
+
+def open_logger(job: Job, plan: Plan, output: Path, session: Session, resume_from: Path | None) -> StepLogger:
+    """Open metrics.jsonl, empty for a new run, and the trackers."""
+    done = 0 if resume_from is None else step_of(resume_from)
+    tracker = None
+    if session.is_main and job.config.logging.track:
+        tracker = Tracking(job.accelerator, output, to_plain(job.config), done)
+
+    logger = StepLogger(
+        output,
+        plan.total_steps,
+        job.config.logging.every,
+        start_step=done,
+        main_process=session.is_main,
+        tracker=tracker,
+        deadline=session.stop.deadline,
+    )
+    if resume_from is None and session.is_main:
+        logger.truncate_after(-1)
+        (output / START).unlink(missing_ok=True)
+    job.accelerator.wait_for_everyone()
+    return logger
+
+
+def make_module(job: Job, teacher: Teacher | None, student: nn.Module, plan: Plan, *, is_new: bool) -> Any:
+    """Make the framework of student and teacher; the router of a new run is calibrated."""
+    config = job.config
+    with value_errors_are_the_users():
+        for line in job.method.describe_head(student, job.accelerator.device):
+            log.info("%s", line)
+
+        module = job.pair.framework(plan.total_steps, student=student, teacher=teacher)
+        if is_new and module.router is not None:
+            batches = loader.some_batches(
+                job.windows,
+                job.collate,
+                config.router.calibration_windows,
+                config.training.batch_size,
+                config.training.seed,
+            )
+            module.calibrate([batch.to(job.accelerator.device) for batch in batches])
+    return module
+
+
+# --------------------------------------------------------------------------------- what a run leaves
+
+
+def export_student(job: Job, trained: Trained, session: Session) -> Results:
+    """Export the student and write the report; return its results."""
+    student, result, held_out = trained.student, trained.result, job.held_out
+    folder, settings = session.output / STUDENT, to_plain(session.asked)
+    ended = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
+    scores = held_out.scores(student, trained.start)
+
+    # Before everything that could still fail: what was trained for hours is on the disk then.
+    def write_student() -> exported.LoadedAnew:
+        export.export(
+            student,
+            job.config.student,
+            job.tokenizer,
+            folder,
+            settings,
+            {**scores, "run": ended},
+            held_out.starts["student"].forced_bos,
+        )
+        return exported.load_anew(student, held_out, folder, job.config.student)
+
+    loaded = session.on_main(write_student)
+    results = held_out.results(student, trained.start, scores, trained.module.compare)
+    results["run"] = {**ended, "loss_difference_loaded_anew": loaded.difference}
+
+    def write_report() -> None:
+        export.describe(folder, settings, results)
+        report.write_report(session.output, results)
+        loaded.require()  # once the report has its warning
+
+    session.on_main(write_report)
+    return results
+
+
+def compare_without_teacher(job: Job, trained: Trained, results: Results, session: Session) -> Results:
+    """Train the same student without the teacher, and add it to the report if it was trained for as many steps."""
+    log.info("for comparison: the same student, batches and steps with the LM term alone, without the teacher")
+    folder, steps = session.output / WITHOUT_TEACHER, trained.result.steps
+    folder.mkdir(exist_ok=True)
+
+    alone = train_student(replace(job, pair=job.pair.without_teacher()), None, folder, session)
+    if alone.result.steps != steps:
+        ends = f"{alone.result.stopped_by} after {alone.result.steps} steps, and with the teacher after {steps}"
+        log.warning("no comparison: without the teacher training ended by %s", ends)
+        return results
+
+    results = job.held_out.with_baseline(results, alone.student)
+    if session.is_main:
+        report.write_report(session.output, results, baseline_metrics=folder / METRICS)
+    return results
+
+
+def measure_tasks(job: Job, trained: Trained, teacher: Teacher | None, results: Results, session: Session) -> Results:
+    """Measure the tasks that were asked for, in this process, and add them to the report."""
+    config = job.config
+    models: dict[str, Callable[[], nn.Module]] = {"student": lambda: trained.student}
+    if teacher is not None and config.teacher.device != teachers.SHARDED:  # no other process computes with this one
+        models["teacher"] = partial(_model_of, teacher, job)
+    if config.student.init == "pretrained":
+        models["initial_student"] = partial(students.make, config.student, config.training, job.accelerator)
+
+    if tasks := lm_eval_tasks.measure(job.held_out, models):
+        results = {**results, "tasks": tasks}
+        baseline = session.output / WITHOUT_TEACHER / METRICS if "baseline" in results else None
+        report.write_report(session.output, results, baseline_metrics=baseline)
+    return results
+
+
+def _model_of(teacher: Teacher, job: Job) -> nn.Module:
+    """Return the model of a teacher, which one behind a cache may not have loaded."""
+    behind = getattr(teacher, "teacher", teacher)
+    return (behind or load_teacher(job)).model
+
+
+def finish(results: Results, session: Session) -> None:
+    """Write the last state of the model card, upload the student, and print the results."""
+    if not session.is_main:
+        return
+
+    student = session.output / STUDENT
+    export.describe(student, to_plain(session.asked), results)
+    upload.push(session.asked.hub, student)
+    report.print_summary(results)
+    log.info("student: %s; report: %s", student, session.output / REPORT_HTML)
+
+
+def log_cache(job: Job, what: str) -> None:
+    """Log what a run has added to its teacher cache; every process calls this."""
+    if job.cache is not None:
+        log.info("%s: %s", what, cache_statistics(job))
