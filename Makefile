@@ -16,7 +16,7 @@ BASE_PYTHON ?= $(or $(shell command -v python3),python)
 EXTRAS := test,deepspeed,eval,quant,track
 WHAT_IS_INSTALLED := setup.cfg pyproject.toml constraints.txt .ci/install_torch.py
 
-.PHONY: train test lint check install
+.PHONY: train test lint types check quick install
 
 train: $(READY_TO_RUN)
 	$(PYTHON) train.py --batch-size 2 --epochs 1
@@ -31,7 +31,18 @@ lint: $(READY_TO_TEST)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-check: lint test
+# A type checker over both towers; strict on what a program of one's own imports (pyproject.toml).
+types: $(READY_TO_TEST)
+	$(PYTHON) -m mypy
+
+check: lint types test
+
+# While you work: the tests of what has changed since the last commit (SINCE=COMMIT: since that one), lint and types.
+SINCE ?= HEAD
+quick: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
+quick: export TOKENIZERS_PARALLELISM := false
+quick: lint types
+	$(PYTHON) -m pytest --numprocesses auto $$($(PYTHON) .ci/changed_tests.py $(SINCE))
 
 # Everything that the tests need, into .venv or into the environment of PYTHON.
 install: $(VENV)

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import train
 from models.config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Schedule, Term
 from models.curriculum import CurriculumScheduler
+from models.distillation import LM_ONLY
 from models.distillation_framework import DistillationFramework
 from models.language_model import check_head, vocabulary_size
 from models.losses.chunk_size import chunk_rows
@@ -54,7 +55,9 @@ from utils.pretrained import export, generation, loading, locate, precision
 from utils.pretrained.families import keep_weights
 from utils.pretrained.student import make as make_student
 from utils.pretrained.teacher import on_one_process
-from utils.run import quickstart
+from utils.run import quickstart, stages
+from utils.run.exit_codes import EXIT_CODES
+from utils.run.prepare import Job, prepare
 from utils.run.requirements import check as check_requirements
 from utils.seeding import seed_everything
 from utils.training import dry_run
@@ -87,7 +90,7 @@ class Bench:
         )
         self.accelerator = build_accelerator("no", cpu=True)
         with miniature.cache_in(folder):
-            self.job = train.prepare(config, self.accelerator)
+            self.job = prepare(config, config.method, self.accelerator)
         self.windows = [self.job.windows[i] for i in range(11)]
         tokenizer = self.job.tokenizer
         self.size = len(tokenizer)
@@ -374,7 +377,7 @@ def own_label_shift(setup: preflight.SetUp) -> tuple:
 
 
 @check("one step and the export: your student", dry_run.REMEDY)
-def own_modes(setup: preflight.SetUp, job: train.Job) -> tuple:
+def own_modes(setup: preflight.SetUp, job: Job) -> tuple:
     allowed = "no error"
     config = model_size.shallow(setup.student, preflight.REPRESENTATIVE)
     if preflight.too_large(config):
@@ -388,7 +391,7 @@ def own_modes(setup: preflight.SetUp, job: train.Job) -> tuple:
         settings = generation.load(folder, f"student {setup.config.student.name}")
         student.generation_config = settings or student.generation_config
 
-    scheduler = CurriculumScheduler(train.LM_ALONE, LossConfig(), 1)
+    scheduler = CurriculumScheduler(LM_ONLY, LossConfig(), 1)
     module = DistillationFramework(student, None, job.vocabulary, LossConfig(), scheduler)
     batch = job.collate([job.windows[0]])
     dry_run.try_modes(module, student, batch, job.accelerator, compares=False)
@@ -397,7 +400,7 @@ def own_modes(setup: preflight.SetUp, job: train.Job) -> tuple:
 
 
 @check("router at the start", "set the weights of the hidden-state terms to 0, or choose a closer pair")
-def own_router(setup: preflight.SetUp, job: train.Job) -> tuple:
+def own_router(setup: preflight.SetUp, job: Job) -> tuple:
     allowed = "2 or less"
     if setup.config.teacher.name in setup.built_later:
         return "not measured: the teacher is built by the first run", allowed, True
@@ -406,7 +409,7 @@ def own_router(setup: preflight.SetUp, job: train.Job) -> tuple:
     if {setup.config.teacher.dtype, setup.config.student.lora.base} & {*precision.QUANTISED}:
         return "not measured: this check computes on the CPU, quantised weights do not", allowed, True
     config, size = job.config, min(job.config.training.batch_size, ROUTED_WINDOWS)
-    student, teacher = make_student(config.student, config.training, job.accelerator).eval(), train.load_teacher(job)
+    student, teacher = make_student(config.student, config.training, job.accelerator).eval(), stages.load_teacher(job)
     scheduler = CurriculumScheduler(config.curriculum, config.loss, 1)
     module = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)
     chosen = permutation(len(job.windows), config.training.seed, 0).tolist()
@@ -432,7 +435,7 @@ def default_setup(config: train.RunConfig) -> preflight.SetUp:
     return preflight.SetUp(config, student, teacher, 2_000_000, chunk_rows, quickstart_names.NAMES)
 
 
-def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
+def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, Job]:
     """What train.py would start from; reads at most `MOST_DOCUMENTS` of the text.
 
     Raises:
@@ -445,7 +448,7 @@ def own_setup(asked: train.RunConfig) -> tuple[preflight.SetUp, train.Job]:
         config = quickstart.with_paths(asked, material, lambda: material.teacher)  # need not be trained yet
     limit = min(asked.data.max_documents or MOST_DOCUMENTS, MOST_DOCUMENTS)
     config = replace(config, data=replace(config.data, max_documents=limit), teacher=on_one_process(config.teacher))
-    job = train.prepare(config, build_accelerator("no", cpu=True))
+    job = prepare(config, config.method, build_accelerator("no", cpu=True))
     student = loading.load_config(config.student.name, "student")
     teacher = loading.load_config(config.teacher.name, "teacher") if config.teacher.name else None
     files = [user_path(name) for name in config.data.train]
@@ -495,7 +498,7 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
         yield from (preflight.documents(own), preflight.duplicates(own), preflight.leakage(own))
         yield from [preflight.coverage(own)] if setup.teacher else []
         yield preflight.spelt_text(own, ("student", "teacher") if setup.teacher else ("student",))
-        yield "  " + "\n  ".join(train.learned_from(own))
+        yield "  " + "\n  ".join(stages.example_of_learning(own))
         if own.collate.router is not None:
             yield own_router(setup, own)
     yield from (preflight.memory(setup), preflight.disk(setup), preflight.output_directory(setup))
@@ -520,7 +523,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        return train.EXIT_CODES["SIGINT"]
+        return EXIT_CODES["SIGINT"]
 
 
 if __name__ == "__main__":

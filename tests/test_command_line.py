@@ -15,7 +15,10 @@ from utils.config.build import build
 from utils.config.plain import to_plain
 from utils.config.yaml_files import find_config, load_yaml
 from utils.errors import UserError
+from utils.machine import hardware
 from utils.pretrained import loading, locate
+from utils.run import folder as run_folder
+from utils.run import stages
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -228,8 +231,8 @@ def test_the_reference_curriculum_is_the_reference_table():
 
 @pytest.mark.parametrize("cuda", [False, True])
 def test_the_default_recipe_depends_on_the_gpu_and_says_so(monkeypatch, cuda):
-    choice = train.hardware.Choice(torch.device("cuda" if cuda else "cpu"), "the reason")
-    monkeypatch.setattr(train.hardware, "choose_device", lambda: choice)
+    choice = hardware.Choice(torch.device("cuda" if cuda else "cpu"), "the reason")
+    monkeypatch.setattr(hardware, "choose_device", lambda: choice)
     config, told = train.configure([])
     assert config.teacher.name == ("Qwen/Qwen2.5-1.5B" if cuda else "quickstart")
     assert ("kaggle_p100" if cuda else "quickstart") in told and "the reason" in told
@@ -259,22 +262,22 @@ def test_a_file_where_the_folder_should_be_is_refused(tmp_path, capsys):
 
 def test_a_cache_that_cannot_be_made_is_refused_before_anything_is_loaded(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("x")
-    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("text and tokenizers were loaded"))
+    monkeypatch.setattr(stages, "prepare", lambda *_: pytest.fail("text and tokenizers were loaded"))
     run = [*PAIR, "--output-dir", str(tmp_path / "run"), "--cache-teacher"]
     for cache in ("file", "file/cache"):
         assert train.main([*run, str(tmp_path / cache)]) == 2
         assert "is a file" in capsys.readouterr().out
-    monkeypatch.setattr(train.run_folder.os, "access", lambda *_: False)
+    monkeypatch.setattr(run_folder.os, "access", lambda *_: False)
     assert train.main([*run, str(tmp_path / "cache")]) == 2
     assert "cannot be written to" in capsys.readouterr().out and not (tmp_path / "cache").exists()
     assert not (tmp_path / "run").exists()
     there = to_plain(configured("--cache-teacher", str(tmp_path)))
-    train.run_folder.check(tmp_path / "run", there, "auto")  # a cache that is there may be read-only
+    run_folder.check(tmp_path / "run", there, "auto")  # a cache that is there may be read-only
 
 
 def test_the_folder_of_a_run_with_other_settings_is_refused_with_what_differs(tmp_path, capsys):
     config = configured("--output-dir", str(tmp_path))
-    train.run_folder.write_config(tmp_path, to_plain(config), {})
+    run_folder.write_config(tmp_path, to_plain(config), {})
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     assert load_yaml(tmp_path / "config.yaml") == to_plain(config)
     assert train.main([*PAIR, "--output-dir", str(tmp_path), "--seed", "5"]) == 2
@@ -286,23 +289,23 @@ def test_the_folder_of_a_run_with_other_settings_is_refused_with_what_differs(tm
 
 def test_settings_that_change_nothing_may_differ_on_resume(tmp_path):
     config = configured("--output-dir", str(tmp_path))
-    train.run_folder.write_config(tmp_path, to_plain(config), {})
+    run_folder.write_config(tmp_path, to_plain(config), {})
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     other = replace(config, training=replace(config.training, save_every=7, max_hours=1.0), resume="x")
-    train.run_folder.check(tmp_path, to_plain(other), "auto")
+    run_folder.check(tmp_path, to_plain(other), "auto")
 
 
 def test_what_weighs_the_loss_may_change_on_resume_if_that_is_asked_for(tmp_path, caplog):
     output = ("--output-dir", str(tmp_path))
-    train.run_folder.write_config(tmp_path, to_plain(configured(*output)), {})
+    run_folder.write_config(tmp_path, to_plain(configured(*output)), {})
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     other = (*output, "--set", "curriculum.kd.weight=0.123", "loss.top_k=7")
     with pytest.raises(UserError, match=r"curriculum\.kd\.weight: .* -> 0\.123[\s\S]*--set resume_changed=true"):
-        train.run_folder.check(tmp_path, to_plain(configured(*other)), "auto")
-    train.run_folder.check(tmp_path, to_plain(configured(*other, "resume_changed=true")), "auto")
+        run_folder.check(tmp_path, to_plain(configured(*other)), "auto")
+    run_folder.check(tmp_path, to_plain(configured(*other, "resume_changed=true")), "auto")
     assert "loss.top_k: " in caplog.text and "as asked for" in caplog.text
     with pytest.raises(UserError, match=r"training\.seed: ") as raised:
-        train.run_folder.check(tmp_path, to_plain(configured(*other, "resume_changed=true", "training.seed=9")), "auto")
+        run_folder.check(tmp_path, to_plain(configured(*other, "resume_changed=true", "training.seed=9")), "auto")
     assert "resume_changed" not in str(raised.value)
 
 
@@ -312,23 +315,23 @@ def test_the_micro_batch_may_change_on_resume_unless_a_term_depends_on_it(tmp_pa
     output = ("--output-dir", str(tmp_path), "--batch-size", "4", "--gradient-accumulation-steps", "2")
     halved = ("--batch-size", "2", "--gradient-accumulation-steps", "4")
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
-    train.run_folder.write_config(tmp_path, to_plain(configured(*output)), {})
-    train.run_folder.check(tmp_path, to_plain(configured(*output, *halved)), "auto")
+    run_folder.write_config(tmp_path, to_plain(configured(*output)), {})
+    run_folder.check(tmp_path, to_plain(configured(*output, *halved)), "auto")
     contrast = ("--set", f"curriculum.contr.weight={weight}")
-    train.run_folder.write_config(tmp_path, to_plain(configured(*output, *contrast)), {})
-    train.run_folder.check(tmp_path, to_plain(configured(*output, *contrast)), "auto")
+    run_folder.write_config(tmp_path, to_plain(configured(*output, *contrast)), {})
+    run_folder.check(tmp_path, to_plain(configured(*output, *contrast)), "auto")
     with pytest.raises(UserError, match=r"batch_size: 4 -> 2\n.*accumulation_steps: 2 -> 4"):
-        train.run_folder.check(tmp_path, to_plain(configured(*output, *halved, *contrast)), "auto")
+        run_folder.check(tmp_path, to_plain(configured(*output, *halved, *contrast)), "auto")
 
 
 @pytest.mark.parametrize("setting", ["data.eval=other.txt", "data.eval_fraction=0.3", "evaluation.max_windows=9"])
 def test_what_is_measured_on_may_not_change_on_resume(tmp_path, setting):
     output = ("--output-dir", str(tmp_path))
-    train.run_folder.write_config(tmp_path, to_plain(configured(*output)), {})
+    run_folder.write_config(tmp_path, to_plain(configured(*output)), {})
     (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
     other = configured(*output, "--set", setting, "evaluation.every=7", "evaluation.samples=1")
     with pytest.raises(UserError, match=setting.partition("=")[0]) as raised:
-        train.run_folder.check(tmp_path, to_plain(other), "auto")
+        run_folder.check(tmp_path, to_plain(other), "auto")
     assert "evaluation.every" not in str(raised.value) and "samples" not in str(raised.value)
 
 

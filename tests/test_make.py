@@ -21,7 +21,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-install_torch, make_venv = script("install_torch"), script("make_venv")
+install_torch, make_venv, changed_tests = map(script, ("install_torch", "make_venv", "changed_tests"))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_fresh_machine_gets_everything_once(clone, target, last):
     assert "-m pip install" in again and "make_venv" not in again
 
 
-@pytest.mark.parametrize("target", ["train", "test", "lint"])
+@pytest.mark.parametrize("target", ["train", "test", "lint", "types", "quick"])
 def test_an_environment_of_ones_own_is_used_and_left_alone(clone, target):
     for command in commands(clone, target, "PYTHON=my-python"):
         assert command.startswith("my-python ") and "pip" not in command
@@ -179,3 +179,41 @@ def test_an_environment_of_ones_own_is_used_and_left_alone(clone, target):
 
 def test_ci_runs_the_command_that_tests_are_run_with():
     assert "\nmake test\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+# --------------------------------------------------------------------------- the tests of what has changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "tests"),
+    [
+        ("models/text/alignment.py", ["tests/models/text/test_alignment.py"]),
+        ("tests/models/test_curriculum.py", ["tests/models/test_curriculum.py"]),
+        ("tests/faults/test_kill.py", []),
+        ("tests/conftest.py", []),
+        ("train.py", []),
+        ("README.md", []),
+    ],
+)
+def test_a_changed_file_is_tested_by_the_file_that_mirrors_it(changed, tests):
+    assert changed_tests.tests_of(Path(changed)) == [Path(test) for test in tests]
+
+
+def test_a_module_without_tests_of_its_own_is_tested_by_those_of_its_folder():
+    tests = changed_tests.tests_of(Path("utils/data/windows.py"))
+    assert Path("tests/utils/data/test_documents.py") in tests
+    assert all(test.parent == Path("tests/utils/data") for test in tests)
+
+
+def test_what_has_changed_is_asked_of_git(tmp_path, monkeypatch):
+    if shutil.which("git") is None:
+        pytest.skip("git is not installed")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "changed.py").write_text("")
+    for command in (["init", "-q"], ["add", "-A"], [*author, "commit", "-qm", "first"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    (tmp_path / "changed.py").write_text("1")
+    (tmp_path / "new.py").write_text("")
+
+    monkeypatch.setattr(changed_tests, "ROOT", tmp_path)
+    assert changed_tests.changed_files("HEAD") == [Path("changed.py"), Path("new.py")]

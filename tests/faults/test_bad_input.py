@@ -23,6 +23,7 @@ from utils.data import documents as data
 from utils.pretrained import loading
 from utils.pretrained.loading import load_model
 from utils.run import folder as run_folder
+from utils.run import stages
 
 
 @pytest.fixture
@@ -278,7 +279,7 @@ def test_a_gpu_without_kernels_in_this_build_is_refused_with_the_remedy_before_a
 
 @pytest.mark.parametrize("word", ["step-00000001", "no/such/place"])
 def test_a_checkpoint_that_is_not_there_is_refused_before_anything_is_loaded(refused, tmp_path, word, monkeypatch):
-    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("loaded first"))
+    monkeypatch.setattr(stages, "prepare", lambda *_: pytest.fail("loaded first"))
     said = refused("--resume", tmp_path / word)
     assert f"--resume {tmp_path / word}" in said
 
@@ -321,14 +322,14 @@ def test_a_folder_in_the_home_is_meant_so(place, tmp_path, monkeypatch):
 
 
 def test_a_student_that_diverged_is_not_exported(place, tmp_path, capsys, monkeypatch):
-    fit = train.fit
+    fit = stages.fit
 
     def diverging(framework, *arguments, **options):
         result = fit(framework, *arguments, **options)
         torch.nn.init.constant_(next(framework.student.parameters()), torch.nan)
         return result
 
-    monkeypatch.setattr(train, "fit", diverging)
+    monkeypatch.setattr(stages, "fit", diverging)
     assert train.main(place.arguments(tmp_path / "run", "--max-steps", "3")) == 1
     said = capsys.readouterr().out
     assert "there is nothing to export" in said and "--learning-rate" in said and "Traceback (" not in said
@@ -345,7 +346,7 @@ def test_an_unexpected_failure_is_one_message_and_the_log_has_the_traceback(plac
     def fail(*_):
         raise RuntimeError("the reason")
 
-    monkeypatch.setattr(train.FrozenTeacher, "__init__", fail)
+    monkeypatch.setattr(teacher_module.FrozenTeacher, "__init__", fail)
     assert train.main(place.arguments(tmp_path / "run")) == 1
     said = capsys.readouterr()
     assert "Traceback (" not in said.out + said.err

@@ -21,6 +21,7 @@ from tests.faults.test_kill import PATIENCE, ROOT, Session, same_outcome, steps_
 from tests.gloo import launch
 from utils.logs.records import read_metrics
 from utils.machine.stop_signals import StopSignal
+from utils.run import stages
 from utils.run.quickstart import train_tokenizer
 from utils.teacher_cache import building
 
@@ -64,7 +65,7 @@ def test_without_its_weights_at_hand_the_report_is_whole_and_the_losses_are_thos
     online = tmp_path / "online"
     assert train.main(place.arguments(online, *SHORT, "--batch-size", "1")) == 0
     assert run(place, tmp_path / "writing", tmp_path / "exact", *exact) == 0
-    monkeypatch.setattr(train, "load_teacher", lambda job: pytest.fail("the teacher was loaded"))
+    monkeypatch.setattr(stages, "load_teacher", lambda job: pytest.fail("the teacher was loaded"))
     assert run(place, tmp_path / "reading", tmp_path / "exact", *exact) == 0
     assert losses(online) == losses(tmp_path / "writing") == losses(tmp_path / "reading")
     reports = [json.loads((tmp_path / name / "evaluation_report.json").read_text()) for name in ("writing", "reading")]

@@ -1,11 +1,14 @@
 """The comparison without the teacher costs the run nothing: the report comes first, and adds it only if it is fair."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import train
 from utils.config.settings import TrainingConfig
+from utils.run import stages
+from utils.run.exit_codes import Interrupted
 
 SHORT = ["--max-steps", "2", "--set", "evaluation.without_teacher=true", "evaluation.every=0"]
 
@@ -17,15 +20,15 @@ def report_of(output) -> dict:
 @pytest.fixture
 def output(place, tmp_path, monkeypatch):
     """The folder of a run that was interrupted in the comparison."""
-    sound = train.train_student
+    sound = stages.train_student
 
     def interrupted(job, teacher, *arguments):
         if teacher is None:
-            raise train.Interrupted("SIGTERM")
+            raise Interrupted("SIGTERM")
         return sound(job, teacher, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "train_student", interrupted)
+        patch.setattr(stages, "train_student", interrupted)
         assert train.main(place.arguments(tmp_path / "run", *SHORT)) == 143
     return tmp_path / "run"
 
@@ -41,14 +44,14 @@ def test_student_and_report_are_there_before_it_and_the_same_command_adds_it(pla
 
 
 def test_after_another_number_of_steps_it_is_dropped(place, output, capsys, monkeypatch):
-    sound = train.train_student
+    sound = stages.train_student
 
     def too_short(job, teacher, *arguments):
         if teacher is None:
-            job = train.replace(job, config=train.replace(job.config, training=TrainingConfig(max_steps=1)))
+            job = replace(job, config=replace(job.config, training=TrainingConfig(max_steps=1)))
         return sound(job, teacher, *arguments)
 
-    monkeypatch.setattr(train, "train_student", too_short)
+    monkeypatch.setattr(stages, "train_student", too_short)
     assert train.main(place.arguments(output, *SHORT)) == 0
     assert "no comparison" in capsys.readouterr().out and "baseline" not in report_of(output)
 

@@ -17,8 +17,9 @@ sys.path.insert(0, {root!r})
 import train
 sys.argv += ["--epochs", "1"]
 from tests.gloo import launched
+from utils.run import session
 with launched({how!r}) as accelerator:
-    train.build_accelerator = lambda *_, **__: accelerator
+    session.build_accelerator = lambda *_, **__: accelerator
     code = train.main()
 sys.exit(code)
 """

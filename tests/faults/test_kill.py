@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM
 import train
 from tests.faults.conftest import Place, documents, write_jsonl
 from utils.logs.records import read_metrics
+from utils.run import stages
 from utils.run.quickstart import train_tokenizer
 from utils.run_layout import FILES, FOLDERS, LOCK
 
@@ -220,14 +221,14 @@ def test_a_file_that_no_manifest_lists_is_not_loaded(out_of_time, place, tmp_pat
 
 
 def test_a_signal_while_models_are_loaded_ends_the_run_before_training(place, tmp_path, monkeypatch):
-    prepare = train.prepare
+    prepare = stages.prepare
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return prepare(*arguments)
 
-    monkeypatch.setattr(train, "prepare", interrupted)
-    monkeypatch.setattr(train, "load_teacher", lambda *_: pytest.fail("went on"))
+    monkeypatch.setattr(stages, "prepare", interrupted)
+    monkeypatch.setattr(stages, "load_teacher", lambda *_: pytest.fail("went on"))
     assert train.main(place.arguments(tmp_path / "run")) == 143
 
 

@@ -29,6 +29,7 @@ from utils.errors import UserError
 from utils.machine import hardware
 from utils.parallel.accelerator import build_accelerator
 from utils.pretrained import precision as precision_module
+from utils.run.prepare import Job, prepare
 
 RECIPES = sorted(path.stem for path in CONFIG_FOLDER.glob("*.yaml"))
 TEXT_DEFAULTS = {key: get_dotted({"data": to_plain(DataConfig())}, key) for key in DESCRIBED_BY["data.train"]}
@@ -261,8 +262,9 @@ def own_text_command() -> list[str]:
     return shlex.split(words)
 
 
-def prepared(words: list[str]) -> train.Job:
-    return train.prepare(train.configure(words)[0], build_accelerator("no", cpu=True))
+def prepared(words: list[str]) -> Job:
+    config, _ = train.configure(words)
+    return prepare(config, config.method, build_accelerator("no", cpu=True))
 
 
 def documents_in(windows: datasets.Dataset) -> set[str]:

@@ -19,10 +19,11 @@ UNLUCKY = """
 import os, sys
 sys.path.insert(0, {root!r})
 import train
+from utils.run import stages
 def fail(*_):
     raise RuntimeError("out of luck")
 if os.environ["RANK"] == "1":
-    train.students.make = fail
+    stages.students.make = fail
 sys.exit(train.main())
 """
 

@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 import train
+from models import distillation
 from tests.faults.conftest import Place, documents
 from utils.errors import UserError
 from utils.parallel.accelerator import build_accelerator
+from utils.run.prepare import Job
+from utils.run.prepare import prepare as prepare_job
 
 WINDOW = 64
 
@@ -32,9 +35,10 @@ def long_text(size: int) -> str:
     return " ".join(documents(1, seed=size)[0].split() * 9)[:size]
 
 
-def prepare(place: Place, output: Path, *words: object, window: int = WINDOW) -> train.Job:
+def prepare(place: Place, output: Path, *words: object, window: int = WINDOW) -> Job:
     asked = place.arguments(output, *map(str, words), "--max-length", str(window))
-    return train.prepare(train.configure(asked)[0], build_accelerator("no", cpu=True))
+    config, _ = train.configure(asked)
+    return prepare_job(config, config.method, build_accelerator("no", cpu=True))
 
 
 SIZES = [400, 350, 130, 300, 380, 420, 360, 330]
@@ -91,7 +95,7 @@ def test_answers_that_lose_their_end_are_not_called_missing(place, tmp_path, cap
 
 def test_texts_that_are_too_short_are_told_as_too_short(place, tmp_path, monkeypatch):
     text = write(tmp_path / "talks.jsonl", [pair(f"Say {n}.", f"No {n}.") for n in range(9)])
-    monkeypatch.setattr(train, "make_encoder", lambda *_, **__: EmptyEncoder())
+    monkeypatch.setattr(distillation, "make_encoder", lambda *_, **__: EmptyEncoder())
     with pytest.raises(UserError, match=r"None of \d training documents has anything to learn: they are too short"):
         prepare(place, tmp_path / "run", "--train-data", text)
 

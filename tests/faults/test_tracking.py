@@ -6,6 +6,7 @@ import train
 from tests.utils.logs.test_trackers import flat_metrics
 from utils import run_layout
 from utils.logs import trackers
+from utils.run import stages
 
 SHORT = ["--max-steps", "3", "--set", "evaluation.every=2"]
 
@@ -23,6 +24,6 @@ def test_a_tracked_run_tells_tensorboard_all_its_records(place, tmp_path):
 
 def test_a_tracker_that_is_not_installed_stops_the_run_before_anything_is_loaded(place, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(trackers, "get_available_trackers", list)
-    monkeypatch.setattr(train, "prepare", lambda *_: pytest.fail("the run went on"))
+    monkeypatch.setattr(stages, "prepare", lambda *_: pytest.fail("the run went on"))
     assert train.main(place.arguments(tmp_path / "run", "--track", "wandb")) == 2
     assert "pip install wandb" in capsys.readouterr().out and not (tmp_path / "run").exists()
