@@ -3,8 +3,8 @@
     python .ci/changed_tests.py [COMMIT]
 
 Tests mirror the tree: models/text/alignment.py is tested by tests/models/text/test_alignment.py. A module without a
-test file of its own stands for the folder's tests. The tests of architecture are always named. Tests that are whole runs
-(tests/faults, tests/equivalence, tests/gpu, and the scripts') take minutes: they are left to `make test`.
+test file of its own stands for the folder's tests. The tests of architecture are always named. Tests that are whole
+runs (tests/faults, tests/equivalence, tests/gpu, and the scripts') take minutes: they are left to `make test`.
 """
 
 import subprocess
