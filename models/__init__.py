@@ -2,7 +2,7 @@
 
 from .config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Term
 from .curriculum import CurriculumScheduler
-from .distillation import Distillation
+from .distillation import Distillation, Method
 from .distillation_framework import DistillationFramework
 from .student_aware_router import StudentAwareRouter
 from .teacher.cached import CachedTeacher
@@ -19,6 +19,7 @@ __all__ = [
     "DistillationFramework",
     "FrozenTeacher",
     "LossConfig",
+    "Method",
     "PairCollator",
     "PairEncoder",
     "Ramp",

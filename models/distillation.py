@@ -27,7 +27,7 @@ from .text.chat_template import tokenizers_for_chat
 from .text.collate import PairCollator, count_channel, read_and_learned
 from .text.encoder_decoder import make_encoder
 from .text.vocabulary import VocabularyMap
-from .text.windows import SIDES, ModelFacts, PairEncoder
+from .text.windows import ModelFacts, PairEncoder
 from .types import PairedBatch
 
 LM_ONLY = CurriculumConfig(kd=Term(0.0), lm=Term(1.0))
@@ -37,9 +37,105 @@ Conversation = list[Mapping[str, Any]]
 """Messages with `role` and `content`."""
 
 
+class TextSettings(Protocol):
+    """Facts of a run's text and models that `Method.join` needs; values of a pair: student, teacher."""
+
+    max_length: int
+    """Tokens of a window."""
+    conversations: bool
+    learn_from: Literal["completions", "all"]
+    """Of conversations: what the assistant says, or everything."""
+    rows: tuple[int, int]
+    """Of the heads."""
+    decoder_starts: tuple[int, int] | None
+    """Ids that the decoders of encoder-decoder models begin with; None: causal models."""
+    text_starts: tuple[str | None, str | None]
+    """Tokens that plain text starts with; None: chosen by `models.text.text_start`."""
+    today: date | None
+    """The day for chat templates that write it."""
+    cache_dir: Any
+    """Folder in which vocabulary maps are kept."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Settings of what is learned: they make a pair of two tokenizers."""
+
+    loss: LossConfig = field(default_factory=LossConfig)
+    """How the teacher's distribution becomes a loss."""
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
+    """Which terms weigh how much, and when."""
+    router: RouterConfig = field(default_factory=RouterConfig)
+    """For the terms on hidden states, if the curriculum uses any."""
+
+    @property
+    def compares_states(self) -> bool:
+        """True if the curriculum uses terms on hidden states, for which the teacher must compute in every step."""
+        return bool(self.state_terms)
+
+    @property
+    def state_terms(self) -> set[str]:
+        """The terms on hidden states that the curriculum uses."""
+        return self.curriculum.used() & {*ROUTER_TERMS}
+
+    def check_widths(self, student: int, teacher: int) -> None:
+        """Check that the router's heads divide the widths of both models.
+
+        Raises:
+            ValueError: they do not.
+        """
+        if self.compares_states:
+            self.router.check_widths(student=student, teacher=teacher)
+
+    @staticmethod
+    def chat_tokenizers(
+        tokenizers: dict[str, PreTrainedTokenizerBase],
+    ) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
+        """Return tokenizers that can write conversations, and what their own templates lack, in words."""
+        return tokenizers_for_chat(tokenizers)
+
+    def join(self, tokenizers: dict[str, PreTrainedTokenizerBase], text: TextSettings) -> "Distillation":
+        """Make the pair of two tokenizers, without models.
+
+        Raises:
+            ValueError: a tokenizer does not fit; see `PairEncoder` and `VocabularyMap.build`.
+        """
+        student, teacher = tokenizers["student"], tokenizers["teacher"]
+        encoder = make_encoder(
+            (student, teacher),
+            text.max_length,
+            conversations=text.conversations,
+            learn_from=text.learn_from,
+            starts=text.decoder_starts,
+            today=text.today,
+            facts=ModelFacts(text.rows, text.text_starts),
+        )
+
+        student_rows, teacher_rows = text.rows
+        vocabulary = VocabularyMap.build(student, teacher, student_rows, teacher_rows, cache_dir=text.cache_dir)
+
+        return Distillation(
+            encoder=encoder,
+            vocabulary=vocabulary,
+            method=self,
+            tokenizers=tokenizers,
+        )
+
+    def describe_head(self, student: nn.Module, device: torch.device) -> list[str]:
+        """Choose how the student's head computes on a device, and say it, a line for each choice.
+
+        Raises:
+            ValueError: `loss.head_passes` asks for what the device cannot do.
+        """
+        return [
+            f"student's head: {chunk_rows(vocabulary_size(student), device)[1]}",
+            f"its elementwise work: {head_passes.choose(self.loss.head_passes, device)[1]}",
+        ]
+
+
 @dataclass(frozen=True, eq=False)
 class Distillation:
-    """What a student learns, and from whom.
+    """A pair to distil: a student, a teacher, and all that lies between their two vocabularies.
 
     Usually made by `from_pretrained`, from names, or by `from_models`, from what is loaded already. Made from its parts
     it needs no models: `framework` can be given them later.
@@ -54,10 +150,8 @@ class Distillation:
     """Cuts text into windows that both tokenizers read."""
     vocabulary: VocabularyMap
     """Spells the teacher's tokens in the student's."""
-    loss: LossConfig = field(default_factory=LossConfig)
-    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
-    """For the terms on hidden states, if the curriculum uses any."""
+    method: Method = field(default_factory=Method)
+    """Loss, curriculum and router."""
     student: nn.Module | None = None
     teacher: FrozenTeacher | CachedTeacher | None = None
     tokenizers: dict[str, PreTrainedTokenizerBase] | None = None
@@ -71,9 +165,7 @@ class Distillation:
         max_length: int = 512,
         *,
         conversations: bool = False,
-        loss: LossConfig | None = None,
-        curriculum: CurriculumConfig | None = None,
-        router: RouterConfig | None = None,
+        method: Method | None = None,
     ) -> "Distillation":
         """Load a student in float32 and a teacher in its own precision, with their tokenizers, by transformers.
 
@@ -97,9 +189,7 @@ class Distillation:
             tokenizers,
             max_length,
             conversations=conversations,
-            loss=loss,
-            curriculum=curriculum,
-            router=router,
+            method=method,
         )
 
     @classmethod
@@ -111,9 +201,7 @@ class Distillation:
         max_length: int = 512,
         *,
         conversations: bool = False,
-        loss: LossConfig | None = None,
-        curriculum: CurriculumConfig | None = None,
-        router: RouterConfig | None = None,
+        method: Method | None = None,
     ) -> "Distillation":
         """Join two loaded models.
 
@@ -131,38 +219,20 @@ class Distillation:
         if conversations:
             tokenizers, _ = tokenizers_for_chat(tokenizers)
 
-        both = (tokenizers["student"], tokenizers["teacher"])
-        rows = (vocabulary_size(student), vocabulary_size(teacher))
-        encoder = make_encoder(
-            both,
+        text = _Text(
             max_length,
-            conversations=conversations,
-            learn_from="completions",
-            starts=_decoder_starts(student, teacher),
-            facts=ModelFacts(rows),
+            conversations,
+            rows=(vocabulary_size(student), vocabulary_size(teacher)),
+            decoder_starts=_decoder_starts(student, teacher),
         )
-        vocabulary = VocabularyMap.build(*both, *rows)
-        return cls(
-            encoder=encoder,
-            vocabulary=vocabulary,
-            loss=loss or LossConfig(),
-            curriculum=curriculum or CurriculumConfig(),
-            router=router or RouterConfig(),
-            student=student,
-            teacher=FrozenTeacher(teacher, vocabulary),
-            tokenizers=tokenizers,
-        )
-
-    @property
-    def compares_states(self) -> bool:
-        """True if the curriculum uses terms on hidden states."""
-        return _compares_states(self.curriculum)
+        pair = (method or Method()).join(tokenizers, text)
+        return replace(pair, student=student, teacher=pair.frozen(teacher))
 
     @cached_property
     def collate(self) -> PairCollator:
         """The collator: windows -> a `PairedBatch`, for a DataLoader's `collate_fn` too."""
-        router = self.router if self.compares_states else None
-        return PairCollator(self.vocabulary, self.encoder.end_of_text, self.loss.max_depth, router)
+        router = self.method.router if self.method.compares_states else None
+        return PairCollator(self.vocabulary, self.encoder.end_of_text, self.method.loss.max_depth, router)
 
     def windows(self, texts: Sequence[str | Conversation]) -> list[dict[str, Any]]:
         """Cut documents into windows.
@@ -207,14 +277,15 @@ class Distillation:
         if student is None:
             raise ValueError("framework: got no student, neither here nor when the pair was made; give student=MODEL")
 
-        scheduler = CurriculumScheduler(self.curriculum, self.loss, total_steps)
+        method = self.method
+        scheduler = CurriculumScheduler(method.curriculum, method.loss, total_steps)
         return DistillationFramework(
             student,
             teacher or self.teacher,
             self.vocabulary,
-            self.loss,
+            method.loss,
             scheduler,
-            self.router,
+            method.router,
         )
 
     # ------------------------------------------------------- parts, for a run that puts them together
@@ -244,110 +315,25 @@ class Distillation:
 
     def without_teacher(self) -> "Distillation":
         """Return the same pair under the LM term alone."""
-        return replace(self, curriculum=LM_ONLY, teacher=None)
+        return replace(self, method=replace(self.method, curriculum=LM_ONLY), teacher=None)
 
     def with_counted_channel(self, windows: Sequence[Mapping[str, Any]]) -> "Distillation":
         """Return the pair with the channel counted on some windows, for `loss.correction: channel`."""
         return replace(self, vocabulary=self.vocabulary.with_channel(count_channel(windows)))
 
 
-class TextSettings(Protocol):
-    """What `Method.join` must know of a run's text and models; values of a pair are in the order student, teacher."""
+@dataclass(frozen=True)
+class _Text:
+    """The `TextSettings` of a pair of loaded models."""
 
     max_length: int
-    """Tokens of a window."""
     conversations: bool
-    learn_from: Literal["completions", "all"]
-    """Of conversations: what the assistant says, or everything."""
     rows: tuple[int, int]
-    """Of the heads."""
     decoder_starts: tuple[int, int] | None
-    """Ids that the decoders of encoder-decoder models begin with; None: causal models."""
-    text_starts: tuple[str | None, str | None]
-    """Tokens that plain text starts with; None: chosen by `models.text.text_start`."""
-    today: date | None
-    """The day for chat templates that write it."""
-    cache_dir: Any
-    """Folder in which vocabulary maps are kept."""
-
-
-@dataclass(frozen=True)
-class Method:
-    """What is learned, by its settings alone."""
-
-    loss: LossConfig
-    curriculum: CurriculumConfig
-    router: RouterConfig
-
-    sides = SIDES
-
-    @property
-    def compares_states(self) -> bool:
-        """True if the curriculum uses terms on hidden states, for which the teacher must compute in every step."""
-        return _compares_states(self.curriculum)
-
-    @property
-    def state_terms(self) -> set[str]:
-        """The terms on hidden states that the curriculum uses."""
-        return self.curriculum.used() & {*ROUTER_TERMS}
-
-    def check_widths(self, student: int, teacher: int) -> None:
-        """Check that the router's heads divide the widths of both models.
-
-        Raises:
-            ValueError: they do not.
-        """
-        if self.compares_states:
-            self.router.check_widths(student=student, teacher=teacher)
-
-    @staticmethod
-    def chat_tokenizers(
-        tokenizers: dict[str, PreTrainedTokenizerBase],
-    ) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
-        """Return tokenizers that can write conversations, and what their own templates lack, in words."""
-        return tokenizers_for_chat(tokenizers)
-
-    def join(self, tokenizers: dict[str, PreTrainedTokenizerBase], text: TextSettings) -> Distillation:
-        """Make the pair of two tokenizers, without models.
-
-        Raises:
-            ValueError: a tokenizer does not fit; see `PairEncoder` and `VocabularyMap.build`.
-        """
-        both = (tokenizers["student"], tokenizers["teacher"])
-        encoder = make_encoder(
-            both,
-            text.max_length,
-            conversations=text.conversations,
-            learn_from=text.learn_from,
-            starts=text.decoder_starts,
-            today=text.today,
-            facts=ModelFacts(text.rows, text.text_starts),
-        )
-        vocabulary = VocabularyMap.build(*both, *text.rows, cache_dir=text.cache_dir)
-        return Distillation(
-            encoder=encoder,
-            vocabulary=vocabulary,
-            loss=self.loss,
-            curriculum=self.curriculum,
-            router=self.router,
-            tokenizers=tokenizers,
-        )
-
-    def describe_head(self, student: nn.Module, device: torch.device) -> list[str]:
-        """Choose how the student's head computes on a device, and say it, a line for each choice.
-
-        Raises:
-            ValueError: `loss.head_passes` asks for what the device cannot do.
-        """
-        return [
-            f"student's head: {chunk_rows(vocabulary_size(student), device)[1]}",
-            f"its elementwise work: {head_passes.choose(self.loss.head_passes, device)[1]}",
-        ]
-
-
-def _compares_states(curriculum: CurriculumConfig) -> bool:
-    """Return whether a curriculum uses terms on hidden states."""
-    return bool(curriculum.used() & {*ROUTER_TERMS})
+    learn_from: Literal["completions", "all"] = "completions"
+    text_starts: tuple[str | None, str | None] = (None, None)
+    today: date | None = None
+    cache_dir: Any = None
 
 
 def _load(name: str, dtype: torch.dtype | str) -> nn.Module:

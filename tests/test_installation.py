@@ -29,6 +29,7 @@ LEARNING = [
     "DistillationFramework",
     "FrozenTeacher",
     "LossConfig",
+    "Method",
     "PairCollator",
     "PairEncoder",
     "Ramp",

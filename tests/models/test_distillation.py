@@ -5,7 +5,7 @@ import torch
 
 from models.config import CurriculumConfig, LossConfig, Term
 from models.curriculum import CurriculumScheduler
-from models.distillation import Distillation
+from models.distillation import Distillation, Method
 from models.distillation_framework import DistillationFramework
 from models.teacher.frozen import FrozenTeacher
 from tests.models.tiny import STORIES, byte_bpe, pretend_hub, tiny_llama, tiny_t5
@@ -14,9 +14,10 @@ TOKENIZERS = {"student": byte_bpe(280), "teacher": byte_bpe(330)}
 LOSS = LossConfig(temperature=2.0, top_k=32)
 
 
-def joined(**options) -> Distillation:
+def joined(curriculum: CurriculumConfig | None = None, **options) -> Distillation:
     student, teacher = tiny_llama(280, seed=1), tiny_llama(330, seed=2)
-    return Distillation.from_models(student, teacher, TOKENIZERS, 48, loss=LOSS, **options)
+    method = Method(loss=LOSS, curriculum=curriculum or CurriculumConfig())
+    return Distillation.from_models(student, teacher, TOKENIZERS, 48, method=method, **options)
 
 
 def test_it_computes_what_its_parts_compute():
@@ -36,7 +37,7 @@ def test_it_computes_what_its_parts_compute():
 
 def test_names_and_loaded_models_make_the_same_pair(monkeypatch):
     pretend_hub(monkeypatch, {"a/student": TOKENIZERS["student"], "a/teacher": TOKENIZERS["teacher"]})
-    by_name = Distillation.from_pretrained("a/student", "a/teacher", 48, loss=LOSS)
+    by_name = Distillation.from_pretrained("a/student", "a/teacher", 48, method=Method(loss=LOSS))
     assert by_name.encoder.fingerprint == joined().encoder.fingerprint
     assert len(by_name.windows(STORIES)) == len(joined().windows(STORIES))
 
@@ -58,7 +59,7 @@ def test_conversations_are_lists_of_messages():
 
 def test_a_pair_without_models_is_given_them_later():
     whole = joined()
-    parts = Distillation(encoder=whole.encoder, vocabulary=whole.vocabulary, loss=LOSS)
+    parts = Distillation(encoder=whole.encoder, vocabulary=whole.vocabulary, method=whole.method)
     with pytest.raises(ValueError, match="got no student"):
         parts.framework(total_steps=10)
 

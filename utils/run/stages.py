@@ -102,7 +102,9 @@ def example_of_learning(job: Job) -> list[str]:
 def with_teacher_cache(job: Job) -> Job:
     """Return the job whose batches come with what its cache knows of them; as it is, where no cache is asked for."""
     job = open_teacher_cache(job, job.pair.remember)
-    return replace(job, pair=replace(job.pair, loss=job.config.loss))
+    # a cache decides how many outcomes of the teacher there are
+    method = replace(job.method, loss=job.config.loss)
+    return replace(job, method=method, pair=replace(job.pair, method=method))
 
 
 def get_teacher(job: Job, session: Session) -> Teacher | None:
