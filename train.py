@@ -87,7 +87,7 @@ class RunConfig:
 
     @property
     def method(self) -> Method:
-        """What is learned."""
+        """The settings of what is learned, in one value."""
         return Method(self.loss, self.curriculum, self.router)
 
 

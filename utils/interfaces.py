@@ -49,7 +49,7 @@ class Term(Protocol):
 
 
 class CurriculumSettings(Protocol):
-    """Which loss terms a run uses, and when. Every term is an attribute of its name."""
+    """The loss terms that a run uses, and when. Every term is an attribute of its name."""
 
     @property
     def kd(self) -> Term: ...
@@ -59,7 +59,7 @@ class CurriculumSettings(Protocol):
 
 
 class LossSettings(Protocol):
-    """How the teacher's distribution becomes a loss."""
+    """The way from the teacher's distribution to a loss."""
 
     @property
     def top_k(self) -> int | Schedule: ...
@@ -131,13 +131,13 @@ class Teacher(Protocol):
 
 
 class StepOutput(Protocol):
-    """What a module says of one micro-batch."""
+    """The loss of one micro-batch, and the sums it is made of."""
 
     loss: Tensor
 
 
 class StepModule(Protocol):
-    """What the training loop trains; an `nn.Module` whose forward is one micro-batch of a step."""
+    """A module that the training loop trains; an `nn.Module` whose forward is one micro-batch of a step."""
 
     couples_windows: bool
     """A term compares the windows of a micro-batch with one another, so that its size changes what is learned."""
@@ -185,7 +185,7 @@ class Pair(Protocol):
 
 
 class Method(Protocol):
-    """What is learned, by its settings alone, as `models.distillation.Method` is."""
+    """Settings of what is learned, as `models.distillation.Method` is."""
 
     @property
     def compares_states(self) -> bool: ...
@@ -216,7 +216,7 @@ class HeldOutText(Protocol):
 
 
 class Job(Protocol):
-    """What training and evaluation work with, as `train.Job` holds it."""
+    """Everything that training and evaluation work with, as `utils.run.prepare.Job` holds it."""
 
     @property
     def config(self) -> RunConfig: ...

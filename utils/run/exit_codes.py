@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, and what is told of a mistake, a failure or an interruption."""
+"""Exit codes of a command, and the last words about a mistake, a failure or an interruption."""
 
 import logging
 from collections.abc import Callable
@@ -17,22 +17,30 @@ class Interrupted(Exception):
 
 
 def exit_code(command: Callable[[], None]) -> int:
-    """What the process returns for `command`, whose exceptions are told here."""
+    """Run a command, report its exceptions, and return the exit code of the process.
+
+    0: done, or ended by the time limit; 1: a failure; 2: a mistake of the user's; 128 + N: signal N.
+    """
     try:
         command()
         leave()
         return 0
+
     except Interrupted as interrupted:
         log.warning("stopped by %s; the same command continues where it stopped", interrupted)
         leave()
         return EXIT_CODES.get(str(interrupted), 0)
+
     except (UserError, RunError) as error:
         tell_launcher(error)
-        if rank() == 0:  # what another process finds wrong, the main one does too, or the launcher tells
+        # What another process finds wrong, the main one does too, or the launcher tells.
+        if rank() == 0:
             log.error("%s", error, exc_info=error)
         return 2 if isinstance(error, UserError) else 1
+
     except KeyboardInterrupt:
         return EXIT_CODES["SIGINT"]
+
     except Exception as error:
         tell_launcher(error)
         log.critical("%s: %s", type(error).__name__, error, exc_info=error)

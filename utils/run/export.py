@@ -34,14 +34,17 @@ def export(
         forced_bos: as in `evaluation.generate_samples`.
     """
     if config.lora.merge:
+        # into weights as they were loaded, not into those that training may have quantised
         base = loading.load_model(config.name, "student", torch.float32, allow_pickle=config.allow_pickle)
         settings_of_generation = student.generation_config
         student = lora.merged(student, base)
         student.generation_config = settings_of_generation
     _start_as_trained(student, forced_bos)
+
     card = None
     with advice("model card"):
         card = model_card(settings, results)
+
     original = loading.load_config(config.name, "student")
     with families.exportable_config(student.config, original):
         model_export.export(student, tokenizer, folder, card)
@@ -50,7 +53,7 @@ def export(
 def rehearse_export(
     student: nn.Module, config: StudentConfig, tokenizer: PreTrainedTokenizerBase, forced_bos: int | None = None
 ) -> None:
-    """Find out before training whether the student can be exported after it.
+    """Check before training that the student can be exported after it.
 
     Raises:
         UserError: see `utils.pretrained.export.rehearse_export`.

@@ -3,7 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,10 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
     """
     _check_name(folder)
     refuse_sources(folder, config)
-    _above("output_dir", folder, "--output-dir")
+    _nearest_folder("output_dir", folder, "--output-dir")
     if cache := config.get("cache", {}).get("folder"):
-        cache = user_path(cache)
-        if not os.access(above := _above("teacher cache", cache, "--cache-teacher DIR"), os.W_OK) and above != cache:
-            raise UserError(
-                f"teacher cache {cache} cannot be made: {above} cannot be written to. Choose another "
-                "--cache-teacher DIR."
-            )
+        _check_cache_folder(user_path(cache))
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -52,22 +48,46 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
             f"output_dir {folder} cannot be written to ({error.strerror or error}). Choose another --output-dir."
         ) from error
 
-    if in_the_way := _in_the_way(folder):
+    if obstacles := _obstacles(folder):
         raise UserError(
-            f"output_dir {folder} holds something else under names that a run writes to: {', '.join(in_the_way)}. "
+            f"output_dir {folder} holds something else under names that a run writes to: {', '.join(obstacles)}. "
             "Choose another --output-dir, or move it away."
         )
 
+    _check_continuation(folder, config, resume)
+
+
+def _check_cache_folder(cache: Path) -> None:
+    """Check that a teacher cache is there, or can be made.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    nearest = _nearest_folder("teacher cache", cache, "--cache-teacher DIR")
+    # a cache that is there may be read-only
+    if nearest != cache and not os.access(nearest, os.W_OK):
+        raise UserError(
+            f"teacher cache {cache} cannot be made: {nearest} cannot be written to. Choose another --cache-teacher DIR."
+        )
+
+
+def _check_continuation(folder: Path, config: Mapping[str, Any], resume: str) -> None:
+    """Check that checkpoints in the folder, if any, are of this run and may be continued.
+
+    Raises:
+        UserError: they are of another run, or a fresh start was asked for.
+    """
     if not any((folder / CHECKPOINTS).glob("step-*")):
         return
+
     if resume == "never":
         raise UserError(
             f"output_dir {folder} holds checkpoints of an earlier run, and a fresh start was asked for. Choose another "
             "--output-dir, continue that run with --resume auto, or delete the folder."
         )
     if (folder / CONFIG).is_file():
-        there = identity(load_yaml(folder / CONFIG))
-        check_same_run(f"output_dir {folder}", there, identity(config), config["resume_changed"])
+        earlier = identity(load_yaml(folder / CONFIG))
+        check_same_run(f"output_dir {folder}", earlier, identity(config), config["resume_changed"])
 
 
 def _check_name(folder: Path) -> None:
@@ -107,8 +127,8 @@ def refuse_sources(folder: Path, config: Mapping[str, Any]) -> None:
                 )
 
 
-def _in_the_way(folder: Path) -> list[str]:
-    """What has a name that a run writes to, and is of another kind, such as a folder called train.log."""
+def _obstacles(folder: Path) -> list[str]:
+    """Name what has a name that a run writes to and is of another kind, such as a folder called train.log."""
     problems = []
 
     for name in FILES:
@@ -126,8 +146,8 @@ def _in_the_way(folder: Path) -> list[str]:
     return problems
 
 
-def _above(what: str, folder: Path, flag: str) -> Path:
-    """The folder itself, or where there is none yet, the nearest one above it.
+def _nearest_folder(what: str, folder: Path, flag: str) -> Path:
+    """Return the folder itself, or where there is none yet, the nearest one above it.
 
     Raises:
         UserError: that is a file.
@@ -140,14 +160,16 @@ def _above(what: str, folder: Path, flag: str) -> Path:
 
 @contextmanager
 def locked_run_folder(name: str) -> Iterator[None]:
-    """While a run is in its folder, no other one writes there. A user's mistake that is found before training leaves no
-    folder behind that was not there before.
+    """Lock a run's folder, so that no other run writes there meanwhile.
+
+    A user's mistake that is found before training leaves no folder behind that was not there before.
 
     Raises:
         UserError: another run is there.
     """
     folder = Path(name)
-    new = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
+    new_folders = [path for path in (folder, *folder.absolute().parents) if not os.path.exists(path)]
+
     lock = FileLock(folder / LOCK)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,17 +181,27 @@ def locked_run_folder(name: str) -> Iterator[None]:
         ) from None
     except OSError:
         pass  # what is wrong with the folder `check` tells
+
     try:
         yield
     except UserError:
-        if new and folder.is_dir() and {path.name for path in folder.iterdir()} <= BEFORE_TRAINING:
-            shutil.rmtree(folder, ignore_errors=True)  # Windows keeps the log, which is still open
-            for parent in new[1:]:
-                with suppress(OSError):  # not empty
-                    parent.rmdir()
+        if new_folders:
+            _remove_unused(folder, new_folders[1:])
         raise
     finally:
         lock.release()
+
+
+def _remove_unused(folder: Path, parents: Sequence[Path]) -> None:
+    """Remove a run's folder, and those that were made above it, if nothing was trained there."""
+    if not folder.is_dir() or not {path.name for path in folder.iterdir()} <= BEFORE_TRAINING:
+        return
+
+    # Windows keeps the log, which is still open.
+    shutil.rmtree(folder, ignore_errors=True)
+    for parent in parents:
+        with suppress(OSError):  # not empty
+            parent.rmdir()
 
 
 def write_config(folder: Path, config: Mapping[str, Any], notes: Mapping[str, Any]) -> None:
@@ -179,10 +211,11 @@ def write_config(folder: Path, config: Mapping[str, Any], notes: Mapping[str, An
     was killed here are removed first; call it in one process.
     """
     clean_leftovers(folder)
-    told = _as_yaml({"notes": dict(notes), "environment": hardware.describe()})
-    comments = "".join(f"# {line}\n" for line in told.splitlines())
+    remarks = _as_yaml({"notes": dict(notes), "environment": hardware.describe()})
+    comments = "".join(f"# {line}\n" for line in remarks.splitlines())
     write_text(folder / CONFIG, f"{_as_yaml(dict(config))}\n{comments}")
 
 
 def _as_yaml(values: dict[str, Any]) -> str:
+    """Write settings as YAML, in the order that they have."""
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)

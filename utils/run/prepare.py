@@ -41,7 +41,7 @@ CHANNEL_WINDOWS = 2000
 
 @dataclass(frozen=True)
 class Job:
-    """What training and evaluation work with."""
+    """Everything that training and evaluation work with."""
 
     config: RunConfig
     method: Method
@@ -89,7 +89,7 @@ class Named:
 
 @dataclass(frozen=True)
 class TextSettings:
-    """How text is read, as `interfaces.Method.join` must know it; pairs of values: student, teacher."""
+    """Facts of text and models that `interfaces.Method.join` needs; pairs of values: student, teacher."""
 
     max_length: int
     conversations: bool

@@ -2,7 +2,7 @@
 
 Text: the language reference (`pydoc_data.topics`) and the docstrings of the standard library, about 2 MB.
 From it: two byte-level BPE tokenizers of different size, and the configs of a small teacher and a smaller
-student. Built once and cached; the teacher is trained by whoever has the training loop.
+student. Built once and cached; the teacher is trained by the first run that learns from it.
 """
 
 import json
@@ -38,7 +38,7 @@ from .session import Session
 log = logging.getLogger("train")
 
 FORMAT = 1
-"""Raised when the same Python would give other material."""
+"""Version of the material; it goes up when the same Python would give another one."""
 END_OF_TEXT = "<|endoftext|>"
 TEACHER_VOCABULARY = 4096
 STUDENT_VOCABULARY = 1024
@@ -64,17 +64,19 @@ class Material:
 
 
 def cache_dir() -> Path:
-    """$CURRICULUM_DISTILLATION_CACHE, or `curriculum_distillation` in the user's cache folder (XDG)."""
+    """Return $CURRICULUM_DISTILLATION_CACHE, or `curriculum_distillation` in the user's cache folder (XDG)."""
     if chosen := os.environ.get("CURRICULUM_DISTILLATION_CACHE"):
         return user_path(chosen)
+
     user = os.environ.get("XDG_CACHE_HOME")
     return (Path(user) if user else Path.home() / ".cache") / "curriculum_distillation"
 
 
 def material(cache: Path | None = None) -> Material:
-    """The material for this Python, from the cache or built now (a few seconds) and put there whole.
+    """Return the material for this Python, from the cache or built now (a few seconds) and put there whole.
 
-    Raises `UserError` if the cache folder cannot be written to or Python came without its sources.
+    Raises:
+        UserError: the cache folder cannot be written to, or Python came without its sources.
     """
     folder = (cache or cache_dir()) / f"quickstart-{_python_key()}"
     if not folder.is_dir():
@@ -87,48 +89,65 @@ def material(cache: Path | None = None) -> Material:
                     f"Cannot write the quickstart material to {folder}: {error}. Set CURRICULUM_DISTILLATION_CACHE to "
                     "a folder that can be written to."
                 ) from error
+
     file = folder / "documents.jsonl"
     texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
     key = fingerprint(texts)
-    return Material(texts, file, folder / "teacher", folder / "student", folder / f"trained-teacher-{key[:12]}", key)
+    return Material(
+        texts=texts,
+        file=file,
+        teacher=folder / "teacher",
+        student=folder / "student",
+        trained_teacher=folder / f"trained-teacher-{key[:12]}",
+        fingerprint=key,
+    )
 
 
 def fingerprint(texts: list[str]) -> str:
-    """Hash of what everything else follows from."""
+    """Return a hash of what everything else follows from."""
     return blake2b(json.dumps([FORMAT, _models(), texts]).encode(), digest_size=16).hexdigest()
 
 
 def _models() -> list[dict[str, Any]]:
-    """What the two models are, their vocabularies included."""
+    """Return the settings of both models, their vocabularies included."""
     configs = (teacher_config(TEACHER_VOCABULARY), student_config(STUDENT_VOCABULARY))
     return [{k: v for k, v in config.to_diff_dict().items() if k != "transformers_version"} for config in configs]
 
 
 def _python_key() -> str:
-    """Names the Python whose text it is, and the models, without reading that text: a second run starts at once."""
+    """Return a name for this Python and the models, without reading Python's text: a second run starts at once."""
     build = f"{FORMAT} {json.dumps(_models())} {sys.version} {sysconfig.get_paths()['stdlib']}"
     return f"py{sys.version_info[0]}.{sys.version_info[1]}-{blake2b(build.encode(), digest_size=6).hexdigest()}"
 
 
-def with_paths(config: RunConfig, found: Material, teacher: Callable[[], Path]) -> RunConfig:
-    """A run's configuration with paths in place of `NAMES`; `teacher` gives that of the teacher to learn from."""
-    folders = {STUDENT: found.student, TEACHER: found.teacher}
+def with_paths(config: RunConfig, made: Material, teacher: Callable[[], Path]) -> RunConfig:
+    """Return a run's settings with paths in place of `NAMES`.
+
+    Args:
+        teacher: returns the folder of the teacher to learn from; called only if the settings name it.
+    """
+    folders = {STUDENT: made.student, TEACHER: made.teacher}
     if config.student.name in NAMES:
-        config = replace(config, student=replace(config.student, name=str(folders[config.student.name]), init="random"))
+        folder = folders[config.student.name]
+        config = replace(config, student=replace(config.student, name=str(folder), init="random"))
     if config.teacher.name in NAMES:
         config = replace(config, teacher=replace(config.teacher, name=str(teacher())))
-    train, held_out = [_path_of(name, found) for name in config.data.train], _path_of(config.data.eval, found)
+
+    train = [_text_path(name, made) for name in config.data.train]
+    held_out = _text_path(config.data.eval, made)
     return replace(config, data=replace(config.data, train=train, eval=held_out))
 
 
-def _path_of(name: str | None, found: Material) -> str | None:
-    """Of a text."""
-    return str(found.file) if name == STUDENT else name
+def _text_path(name: str | None, made: Material) -> str | None:
+    """Return the path of the text that a name stands for; another name as it is."""
+    return str(made.file) if name == STUDENT else name
 
 
 def is_named(config: RunConfig) -> bool:
-    """Whether a run's configuration names any of this."""
-    return bool(NAMES & {config.teacher.name, config.student.name}) or STUDENT in (*config.data.train, config.data.eval)
+    """Return whether a run's settings name any of this."""
+    texts = (*config.data.train, config.data.eval)
+    models_named = NAMES & {config.teacher.name, config.student.name}
+    return bool(models_named) or STUDENT in texts
 
 
 def resolve(
@@ -174,22 +193,24 @@ def resolve(
     return resolved
 
 
-def teacher_folder(found: Material, settings: Mapping[str, Any]) -> Path:
-    """Where the teacher belongs that a run with such settings trains."""
+def teacher_folder(made: Material, settings: Mapping[str, Any]) -> Path:
+    """Return the folder of the teacher that a run with these settings trains."""
     key = sha256(json.dumps(settings).encode()).hexdigest()[:8]
-    return found.trained_teacher.with_name(f"{found.trained_teacher.name}-{key}")
+    return made.trained_teacher.with_name(f"{made.trained_teacher.name}-{key}")
 
 
 def scratch_folder(folder: Path) -> Path:
-    """Where this process makes `folder`: a path of its own, with what a process that is no more had done there."""
+    """Return a folder of this process in which to build `folder`; it takes over the work of a process that died."""
     stem = f"{folder.name}.run-{platform.node()}-"
-    mine = folder.with_name(f"{stem}{os.getpid()}")
-    for left in sorted(folder.parent.glob(f"{stem}*")):
-        number = left.name.removeprefix(stem)
-        if number.isdecimal() and not mine.exists() and not psutil.pid_exists(int(number)):
+    scratch = folder.with_name(f"{stem}{os.getpid()}")
+
+    for other in sorted(folder.parent.glob(f"{stem}*")):
+        process = other.name.removeprefix(stem)
+        is_abandoned = process.isdecimal() and not psutil.pid_exists(int(process))
+        if is_abandoned and not scratch.exists():
             with suppress(OSError):  # another process was faster
-                os.replace(left, mine)
-    return mine
+                os.replace(other, scratch)
+    return scratch
 
 
 def put_into_place(made: Path, folder: Path) -> None:
@@ -199,13 +220,17 @@ def put_into_place(made: Path, folder: Path) -> None:
     except OSError:
         if not folder.is_dir():
             raise
+
     shutil.rmtree(made, ignore_errors=True)
 
 
 def _build(folder: Path) -> None:
+    """Write text, tokenizers and settings of both models into a folder that appears when it is whole."""
     texts = collect_text()
     with atomic_folder(folder) as staging:
-        write_text(staging / "documents.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in texts))
+        lines = [json.dumps({"text": text}) + "\n" for text in texts]
+        write_text(staging / "documents.jsonl", "".join(lines))
+
         for name, size, config in (
             ("teacher", TEACHER_VOCABULARY, teacher_config),
             ("student", STUDENT_VOCABULARY, student_config),
@@ -215,17 +240,18 @@ def _build(folder: Path) -> None:
             config(len(tokenizer)).save_pretrained(staging / name)
 
 
-# ---------------------------------------------------------------- text
-
-
 # ---------------------------------------------------------------- tokenizers and models
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every byte string has a tokenisation. `<|endoftext|>` opens and closes documents."""
+    """Train a byte-level BPE tokenizer, in which every byte string has a tokenisation.
+
+    `<|endoftext|>` opens and closes documents.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[END_OF_TEXT],
@@ -233,6 +259,7 @@ def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFas
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=END_OF_TEXT,
@@ -252,6 +279,7 @@ def student_config(vocabulary: int) -> LlamaConfig:
 
 
 def _llama(vocabulary: int, *, width: int, layers: int, heads: int) -> LlamaConfig:
+    """Make the settings of a small Llama, of which embedding and head are one."""
     return LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=vocabulary,

@@ -1,17 +1,16 @@
-"""What a run asks of this machine besides its models and its text: devices and packages, found out before all else."""
-
-from typing import Any
+"""Requirements of a run beside models and text: devices and packages, checked before all else."""
 
 import torch
 
 from ..errors import UserError
 from ..evaluation import lm_eval_tasks
+from ..interfaces import RunConfig
 from ..logs import trackers
 from ..parallel import deepspeed
 from ..pretrained import lora, precision
 
 
-def check(config: Any, device: torch.device) -> None:
+def check(config: RunConfig, device: torch.device) -> None:
     """Refuse, with nothing loaded, what this machine cannot do.
 
     Args:
@@ -23,12 +22,17 @@ def check(config: Any, device: torch.device) -> None:
             that cannot be measured.
     """
     trackers.require(config.logging.track)
+
     if config.teacher.name is not None:
         precision.check_weights(config.teacher.dtype, "teacher.dtype", device)
     lora.check(config.student.lora, device)
-    if deepspeed.is_requested() and config.student.lora.enabled and config.student.lora.base in precision.QUANTISED:
+
+    lora_settings = config.student.lora
+    is_quantised = lora_settings.enabled and lora_settings.base in precision.QUANTISED
+    if is_quantised and deepspeed.is_requested():
         raise UserError(
-            f"DeepSpeed: got student.lora.base={config.student.lora.base}, whose weights cannot be cut; expected auto, "
+            f"DeepSpeed: got student.lora.base={lora_settings.base}, whose weights cannot be cut; expected auto, "
             "or no DeepSpeed"
         )
+
     lm_eval_tasks.check(config.evaluation)

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Session:
-    """What every stage of a run needs around it."""
+    """Surroundings that every stage of a run needs."""
 
     asked: RunConfig
     """The settings as the user gave them, with names that stand for models, and `auto`: what config.yaml holds."""

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def check(config: HubConfig, student: Path) -> None:
-    """Find out, before anything is loaded, whether the student can be uploaded: creates its repository.
+    """Create the student's repository, so that a run which cannot upload ends before anything is loaded.
 
     Args:
         student: the folder that will be uploaded.
@@ -25,14 +25,17 @@ def check(config: HubConfig, student: Path) -> None:
     """
     if config.repository is None:
         return
+
     later = f"Leave it out, and upload the student after the run: {_command(config, student)}"
     if not hub_is_reachable():
         raise UserError(f"--push-to-hub {config.repository}: the hub cannot be reached from here. {later}")
+    # In order of what is cheapest to find out.
     if get_token() is None:
         raise UserError(
             f"--push-to-hub {config.repository}: no token of yours is on this machine. Expected one with the right to "
             f"write: `hf auth login`, or the environment variable HF_TOKEN. {later}"
         )
+
     try:
         _repository(config)
     except HFValidationError as error:
@@ -50,18 +53,21 @@ def push(config: HubConfig, student: Path) -> None:
         return
     try:
         repository = _repository(config)
-        found = HfApi().upload_folder(repo_id=repository, folder_path=student, commit_message="Upload the student")
-        log.info("the student is on the hub: %s", found)
-    except Exception as error:  # the network, the hub, the disk: the student is exported all the same
-        told, again = f"{type(error).__name__}: {' '.join(str(error).split())}", _command(config, student)
-        log.error("not uploaded: %s\nThe student is whole in %s; once more: %s", told, student, again)
+        address = HfApi().upload_folder(repo_id=repository, folder_path=student, commit_message="Upload the student")
+        log.info("the student is on the hub: %s", address)
+    except Exception as error:
+        # The network, the hub, the disk: the student is exported all the same.
+        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        again = _command(config, student)
+        log.error("not uploaded: %s\nThe student is whole in %s; once more: %s", message, student, again)
 
 
 def _repository(config: HubConfig) -> str:
-    """The full name of the repository, which exists then."""
+    """Return the full name of the repository, which is made if there is none."""
     return HfApi().create_repo(config.repository, private=config.private, exist_ok=True).repo_id
 
 
 def _command(config: HubConfig, student: Path) -> str:
+    """Return the command that uploads a student later."""
     private = " --private" if config.private else ""
     return f"hf upload {shlex.quote(config.repository)} {shlex.quote(str(student))} .{private}"
