@@ -40,21 +40,37 @@ Conversation = list[Mapping[str, Any]]
 class TextSettings(Protocol):
     """Facts of a run's text and models that `Method.join` needs; values of a pair: student, teacher."""
 
-    max_length: int
-    """Tokens of a window."""
-    conversations: bool
-    learn_from: Literal["completions", "all"]
-    """Of conversations: what the assistant says, or everything."""
-    rows: tuple[int, int]
-    """Of the heads."""
-    decoder_starts: tuple[int, int] | None
-    """Ids that the decoders of encoder-decoder models begin with; None: causal models."""
-    text_starts: tuple[str | None, str | None]
-    """Tokens that plain text starts with; None: chosen by `models.text.text_start`."""
-    today: date | None
-    """The day for chat templates that write it."""
-    cache_dir: Any
-    """Folder in which vocabulary maps are kept."""
+    @property
+    def max_length(self) -> int:
+        """Tokens of a window."""
+
+    @property
+    def conversations(self) -> bool:
+        """True: documents are conversations; False: plain text."""
+
+    @property
+    def learn_from(self) -> Literal["completions", "all"]:
+        """The part of conversations that is learned: the assistant's, or everything."""
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows of the heads."""
+
+    @property
+    def decoder_starts(self) -> tuple[int, int] | None:
+        """Ids that the decoders of encoder-decoder models begin with; None: causal models."""
+
+    @property
+    def text_starts(self) -> tuple[str | None, str | None]:
+        """Tokens that plain text starts with; None: chosen by `models.text.text_start`."""
+
+    @property
+    def today(self) -> date | None:
+        """The day for chat templates that write it."""
+
+    @property
+    def cache_dir(self) -> Any:
+        """Folder in which vocabulary maps are kept."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +263,7 @@ class Distillation:
             TypeError: a single text in place of a list, or something in the list that is no text.
         """
         if isinstance(texts, str):
-            return self.encoder.windows(texts)  # which refuses it
+            raise TypeError("texts: got a str, expected a list of documents: a text alone is [text]")
 
         return self.encoder.windows([json.dumps(text) if isinstance(text, list) else text for text in texts])
 
@@ -309,7 +325,7 @@ class Distillation:
         return RememberingCollator(collate, memory, ahead)
 
     @staticmethod
-    def read_and_learned(window: Mapping[str, Any]) -> tuple[list[int], list[int]]:
+    def read_and_learned(window: dict[str, Any]) -> tuple[Any, Any]:
         """Return what the student reads of a window, and what of it is learned; for an example in the log."""
         return read_and_learned(window)
 
@@ -317,7 +333,7 @@ class Distillation:
         """Return the same pair under the LM term alone."""
         return replace(self, method=replace(self.method, curriculum=LM_ONLY), teacher=None)
 
-    def with_counted_channel(self, windows: Sequence[Mapping[str, Any]]) -> "Distillation":
+    def with_counted_channel(self, windows: Sequence[dict[str, Any]]) -> "Distillation":
         """Return the pair with the channel counted on some windows, for `loss.correction: channel`."""
         return replace(self, vocabulary=self.vocabulary.with_channel(count_channel(windows)))
 

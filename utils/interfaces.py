@@ -5,7 +5,7 @@ A teacher of another kind (behind a server, or a second one) and a module with o
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -71,8 +71,17 @@ class LossSettings(Protocol):
     def correction(self) -> str: ...
 
 
+class RouterSettings(Protocol):
+    """The comparison of hidden states."""
+
+    @property
+    def calibration_windows(self) -> int: ...
+
+
 class RunConfig(Protocol):
     """Everything a run depends on, as `train.RunConfig` holds it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def teacher(self) -> ModelConfig: ...
@@ -84,6 +93,8 @@ class RunConfig(Protocol):
     def loss(self) -> LossSettings: ...
     @property
     def curriculum(self) -> CurriculumSettings: ...
+    @property
+    def router(self) -> RouterSettings: ...
     @property
     def training(self) -> TrainingConfig: ...
     @property
@@ -100,6 +111,10 @@ class RunConfig(Protocol):
     def resume(self) -> str: ...
     @property
     def resume_changed(self) -> bool: ...
+
+
+ConfigT = TypeVar("ConfigT", bound=RunConfig)
+"""The settings that a function returns changed, of the kind that it was given."""
 
 
 # ---------------------------------------------------------------------------------- what is computed
@@ -154,6 +169,8 @@ class StepModule(Protocol):
 class Pair(Protocol):
     """A student and a teacher with all between their vocabularies, as `models.distillation.Distillation` is."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @property
     def encoder(self) -> Any:
         """Cuts text into windows: `windows`, `fingerprint`, `tables`, `starts`, `prompt`, `day`, `notes`."""
@@ -177,15 +194,17 @@ class Pair(Protocol):
     def framework(self, total_steps: int, *, student: nn.Module, teacher: Teacher | None) -> Any:
         """Make the module that is trained, a `StepModule`."""
 
-    def read_and_learned(self, window: Mapping[str, Any]) -> tuple[Any, ...]: ...
+    def read_and_learned(self, window: dict[str, Any]) -> tuple[Any, ...]: ...
 
     def without_teacher(self) -> "Pair": ...
 
-    def with_counted_channel(self, windows: Sequence[Mapping[str, Any]]) -> "Pair": ...
+    def with_counted_channel(self, windows: Sequence[dict[str, Any]]) -> "Pair": ...
 
 
 class Method(Protocol):
     """Settings of what is learned, as `models.distillation.Method` is."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def compares_states(self) -> bool: ...
@@ -196,10 +215,10 @@ class Method(Protocol):
     def check_widths(self, student: int, teacher: int) -> None: ...
 
     def chat_tokenizers(
-        self, tokenizers: "Mapping[str, PreTrainedTokenizerBase]"
+        self, tokenizers: "dict[str, PreTrainedTokenizerBase]"
     ) -> "tuple[dict[str, PreTrainedTokenizerBase], list[str]]": ...
 
-    def join(self, tokenizers: "Mapping[str, PreTrainedTokenizerBase]", text: Any) -> Pair: ...
+    def join(self, tokenizers: "dict[str, PreTrainedTokenizerBase]", text: Any) -> Pair: ...
 
     def describe_head(self, student: nn.Module, device: torch.device) -> list[str]: ...
 
@@ -217,6 +236,8 @@ class HeldOutText(Protocol):
 
 class Job(Protocol):
     """Everything that training and evaluation work with, as `utils.run.prepare.Job` holds it."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def config(self) -> RunConfig: ...

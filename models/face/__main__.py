@@ -17,7 +17,9 @@ def main() -> int:
     # Both scripts import `models` and `utils`, which Python finds beside them when it runs a script of a checkout. Here
     # it is told where they are: the scripts are beside the two towers, or in a folder there (setup.cfg, package_dir).
     package = __package__ or "curriculum_distillation"
-    towers = Path(find_spec(f"{package}.models").origin).parent.parent
+    models = find_spec(f"{package}.models")
+    assert models is not None and models.origin is not None
+    towers = Path(models.origin).parent.parent
     sys.path[:0] = [str(towers), str(towers / "scripts")]
 
     if sys.argv[1:2] == ["verify"]:

@@ -30,7 +30,7 @@ from ..data import documents
 from ..data.python_docs import collect_text
 from ..errors import UserError, value_errors_are_the_users
 from ..files import atomic_folder, write_text
-from ..interfaces import RunConfig
+from ..interfaces import ConfigT, RunConfig
 from ..paths import user_path
 from .exit_codes import Interrupted
 from .session import Session
@@ -120,7 +120,7 @@ def _python_key() -> str:
     return f"py{sys.version_info[0]}.{sys.version_info[1]}-{blake2b(build.encode(), digest_size=6).hexdigest()}"
 
 
-def with_paths(config: RunConfig, made: Material, teacher: Callable[[], Path]) -> RunConfig:
+def with_paths(config: ConfigT, made: Material, teacher: Callable[[], Path]) -> ConfigT:
     """Return a run's settings with paths in place of `NAMES`.
 
     Args:
@@ -134,11 +134,11 @@ def with_paths(config: RunConfig, made: Material, teacher: Callable[[], Path]) -
         config = replace(config, teacher=replace(config.teacher, name=str(teacher())))
 
     train = [_text_path(name, made) for name in config.data.train]
-    held_out = _text_path(config.data.eval, made)
+    held_out = None if config.data.eval is None else _text_path(config.data.eval, made)
     return replace(config, data=replace(config.data, train=train, eval=held_out))
 
 
-def _text_path(name: str | None, made: Material) -> str | None:
+def _text_path(name: str, made: Material) -> str:
     """Return the path of the text that a name stands for; another name as it is."""
     return str(made.file) if name == STUDENT else name
 
@@ -151,11 +151,11 @@ def is_named(config: RunConfig) -> bool:
 
 
 def resolve(
-    config: RunConfig,
+    config: ConfigT,
     session: Session,
-    teacher_config: RunConfig,
-    train: Callable[[RunConfig], str],
-) -> RunConfig:
+    teacher_config: ConfigT,
+    train: Callable[[ConfigT], str],
+) -> ConfigT:
     """Return the settings with paths in place of the names; a teacher that nobody has trained yet is trained first.
 
     Args:

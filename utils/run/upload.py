@@ -64,10 +64,12 @@ def push(config: HubConfig, student: Path) -> None:
 
 def _repository(config: HubConfig) -> str:
     """Return the full name of the repository, which is made if there is none."""
+    assert config.repository is not None
     return HfApi().create_repo(config.repository, private=config.private, exist_ok=True).repo_id
 
 
 def _command(config: HubConfig, student: Path) -> str:
     """Return the command that uploads a student later."""
+    assert config.repository is not None
     private = " --private" if config.private else ""
     return f"hf upload {shlex.quote(config.repository)} {shlex.quote(str(student))} .{private}"
