@@ -1,4 +1,4 @@
-"""Do the router's hidden-state terms help, and on which curriculum? Bits per byte on unseen text after equal steps.
+"""Bits per byte on unseen text after equal steps, with each of the router's hidden-state terms and without.
 
     REAL_MODELS_DIR=... python -m benchmarks.ablation --pair neo-4096 --share 0.125 --steps 300 --size 8 --seeds 0 1 2
     REAL_MODELS_DIR=... python -m benchmarks.ablation --table
@@ -15,17 +15,19 @@ from models.config import CurriculumConfig, Ramp, RouterConfig, Schedule, Term
 
 
 def early(weight: float) -> Ramp:
-    """Falls to 0 at 40 % of the steps."""
+    """Return a weight that falls to 0 at 40 % of the steps."""
     return Ramp(((0.0, weight), (0.4, 0.0)))
 
 
 def late(weight: float) -> Ramp:
-    """Rises from 10 % to 40 % of the steps, as in the reference curriculum."""
+    """Return a weight that rises from 10 % to 40 % of the steps, as in the reference curriculum."""
     return Ramp(((0.1, 0.0), (0.4, weight)))
 
 
 def _with(**weights: Schedule) -> Variant:
-    return Variant(replace(CurriculumConfig(), **{name: Term(weight) for name, weight in weights.items()}))
+    """Make a variant of KD .7 + LM .3 and these weights."""
+    terms = {name: Term(weight) for name, weight in weights.items()}
+    return Variant(curriculum=replace(CurriculumConfig(), **terms))
 
 
 VARIANTS = {

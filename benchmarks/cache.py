@@ -1,4 +1,4 @@
-"""What the teacher cache saves, takes and changes.
+"""Time that the teacher cache saves, room that it takes, and numbers that it changes.
 
     REAL_MODELS_DIR=... python -m benchmarks.cache
     REAL_MODELS_DIR=... python -m benchmarks.cache --train 300 --pair neo-260k
@@ -18,8 +18,10 @@ import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,12 +32,10 @@ from transformers.utils import logging as transformers_logging
 from benchmarks import quality, step_time
 from benchmarks.measure import describe, machine, measure, table, write
 from models.config import CurriculumConfig, LossConfig, Term
-from models.curriculum import CurriculumScheduler
+from models.distillation import LM_ONLY, Distillation, Method
 from models.distillation_framework import DistillationFramework
 from models.teacher.cached import CachedTeacher, RememberingCollator
 from models.teacher.frozen import FrozenTeacher
-from models.text.collate import PairCollator
-from models.text.vocabulary import VocabularyMap
 from utils.config.settings import CacheConfig
 from utils.teacher_cache.codec import Codec
 from utils.teacher_cache.manifest import open_cache
@@ -48,7 +48,6 @@ PEAKED = 12.0
 WEIGHTS = CurriculumConfig(kd=Term(0.7), lm=Term(0.3))
 WINDOWS = 8
 """Of a step of `--train`."""
-LM_ALONE = CurriculumConfig(kd=Term(0.0), lm=Term(1.0))
 CACHES = {
     "64": Codec(0, 64),
     "256": Codec(0, 256),
@@ -59,107 +58,145 @@ CACHES = {
 
 @dataclass
 class Setting:
-    """A pair, its windows in batches, and how to make its student."""
+    """A pair of models and its windows in batches."""
 
-    student: nn.Module
-    teacher: FrozenTeacher
-    vocabulary: VocabularyMap
-    collate: PairCollator
+    distillation: Distillation
     batches: list[list[dict]]
 
-    def framework(self, teacher: FrozenTeacher | CachedTeacher, weights: CurriculumConfig = WEIGHTS, **loss: object):
-        config = LossConfig(**loss)
-        schedule = CurriculumScheduler(weights, config, 100)
-        return DistillationFramework(self.student, teacher, self.vocabulary, config, schedule)
+    @property
+    def teacher(self) -> FrozenTeacher:
+        """The running teacher."""
+        return self.distillation.teacher
+
+    @property
+    def student(self) -> nn.Module:
+        """The one student of all frameworks."""
+        return self.distillation.student
+
+    def framework(
+        self, teacher: FrozenTeacher | CachedTeacher, weights: CurriculumConfig = WEIGHTS, **loss: object
+    ) -> DistillationFramework:
+        """Make a framework under a teacher, with some settings of the loss."""
+        method = Method(LossConfig(**loss), weights)
+        return replace(self.distillation, method=method).framework(100, teacher=teacher)
 
     def cache(self, codec: Codec, folder: Path) -> TeacherCache:
-        codec = replace(codec, vocabulary=len(self.vocabulary.segments))
-        return open_cache(CacheConfig(str(folder)), codec, {}, "benchmark", main=True)
+        """Open an empty cache."""
+        return empty_cache(codec, self.distillation, folder)
+
+
+def empty_cache(codec: Codec, distillation: Distillation, folder: Path) -> TeacherCache:
+    """Open a cache of a pair's teacher in a new folder."""
+    codec = replace(codec, vocabulary=len(distillation.vocabulary.segments))
+    return open_cache(CacheConfig(str(folder)), codec, {}, "benchmark", main=True)
 
 
 def real(size: int) -> Setting:
+    """Make the setting of two trained models on stories."""
     pair = quality.Pair("neo-4096", 1.0, Path(tempfile.gettempdir()))
-    batches = [pair.windows[i : i + size] for i in range(0, 8 * size, size)]
-    return Setting(pair.student(0), pair.teacher, pair.map, pair.collator(LossConfig().max_depth), batches)
+    batches = [pair.windows[start : start + size] for start in range(0, 8 * size, size)]
+    return Setting(replace(pair.distillation, student=pair.student(0)), batches)
 
 
 def tiny_bodies(length: int) -> Setting:
+    """Make the setting of real vocabularies, random weights and random text."""
     torch.manual_seed(0)
     sizes = (step_time.TEACHER_VOCABULARY, step_time.STUDENT_VOCABULARY)
     vocabulary = step_time.vocabulary_map(*sizes)
     teacher, student = map(AutoModelForCausalLM.from_config, step_time.shapes("tiny", *sizes))
     with torch.no_grad():
         teacher.model.norm.weight.mul_(PEAKED)
-    collate = PairCollator(vocabulary, (None, None), LossConfig().max_depth)
+
+    distillation = Distillation(
+        encoder=SimpleNamespace(end_of_text=(None, None)),  # no text is read
+        vocabulary=vocabulary,
+        student=student,
+        teacher=FrozenTeacher(teacher, vocabulary),
+    )
     windows = step_time.random_windows(vocabulary, 2, length)
-    return Setting(student, FrozenTeacher(teacher, vocabulary), vocabulary, collate, [[w] for w in windows])
+    return Setting(distillation, [[window] for window in windows])
 
 
 def steps(setting: Setting, folder: Path, repeats: int) -> dict[str, float]:
-    """Median seconds of a step of each kind, and of what a worker does for one."""
+    """Measure the median seconds of a step of each kind, and of what a worker does for one."""
+    # 1. Batches with and without what the cache knows of them.
+    collate = setting.distillation.collate
     cache = setting.cache(CACHES["64"], folder)
-    cached, remember = CachedTeacher(setting.teacher, cache), RememberingCollator(setting.collate, cache)
-    plain = [setting.collate(windows) for windows in setting.batches]
+    cached = CachedTeacher(setting.teacher, cache)
+    remember = RememberingCollator(collate, cache)
+    plain = [collate(windows) for windows in setting.batches]
     for windows in setting.batches:
         cached.signal(remember(windows))
     cache.flush()
     ready = [remember(windows) for windows in setting.batches]
-    frameworks = {
-        "LM only": (setting.framework(setting.teacher, LM_ALONE), plain),
-        "cached": (setting.framework(cached, top_k=64), ready),
-        "online": (setting.framework(setting.teacher, top_k=ONLINE_TOP_K), plain),
-    }
-    setting.student.train()
 
-    def step(framework: DistillationFramework, batch: object) -> None:
-        framework(batch, 50).loss.backward()
+    # 2. What is timed, by the number of the batch.
+    def step(framework: DistillationFramework, batches: list, number: int) -> None:
+        framework(batches[number], 50).loss.backward()
         framework.zero_grad(set_to_none=True)
 
+    alone = setting.framework(setting.teacher, LM_ONLY)
+    online = setting.framework(setting.teacher, top_k=ONLINE_TOP_K)
     works: dict[str, Callable[[int], object]] = {
-        name: (lambda i, f=framework, b=batches: step(f, b[i])) for name, (framework, batches) in frameworks.items()
+        "LM only": partial(step, alone, plain),
+        "cached": partial(step, setting.framework(cached, top_k=64), ready),
+        "online": partial(step, online, plain),
+        "collate": lambda number: collate(setting.batches[number]),
+        "and read": lambda number: remember(setting.batches[number]),
     }
-    works |= {
-        "collate": lambda i: setting.collate(setting.batches[i]),
-        "and read": lambda i: remember(setting.batches[i]),
-    }
-    found: dict[str, list[float]] = {name: [] for name in works}
-    for number in range(repeats + 1):
+
+    # 3. In turns, so that a busy machine slows all of them; the first round warms up.
+    setting.student.train()
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for round_number in range(repeats + 1):
+        number = round_number % len(setting.batches)
         for name, work in works.items():
-            run = measure(lambda work=work, n=number: work(n % len(setting.batches)), CPU)
-            found[name] += [run.seconds] if number else []
-    seconds = {name: median(values) for name, values in found.items()}
-    ratio = median(c / lm for c, lm in zip(found["cached"], found["LM only"], strict=True))  # of each round
-    return seconds | {"ratio": ratio, "tokens": float(np.mean([batch.counts["lm"] for batch in plain]))}
+            seconds = measure(partial(work, number), CPU).seconds
+            if round_number:
+                times[name].append(seconds)
+
+    medians = {name: median(values) for name, values in times.items()}
+    ratios = [cached_time / lm for cached_time, lm in zip(times["cached"], times["LM only"], strict=True)]
+    tokens = float(np.mean([batch.counts["lm"] for batch in plain]))
+    return {**medians, "ratio": median(ratios), "tokens": tokens}
 
 
 @torch.no_grad()
 def errors(setting: Setting, name: str, folder: Path, batches: int) -> dict[str, float]:
-    """Size of a cache, the mass it keeps, and what it changes."""
+    """Measure the size of a cache, the mass it keeps, and how it changes log-probabilities and the KD term."""
     cache = setting.cache(CACHES[name], folder)
-    cached, remember = CachedTeacher(setting.teacher, cache), RememberingCollator(setting.collate, cache)
-    off, weighted, kept, kd = [], [], [], {t: [0.0, 0.0] for t in (1.0, 2.0, 4.0)}
+    cached = CachedTeacher(setting.teacher, cache)
+    remember = RememberingCollator(setting.distillation.collate, cache)
+
+    differences, by_probability, masses = [], [], []
+    kd = {temperature: [0.0, 0.0] for temperature in (1.0, 2.0, 4.0)}
     setting.student.eval()
     for windows in setting.batches[:batches]:
         batch = remember(windows)
-        here, exact = cached.signal(batch), setting.teacher.signal(batch, cache.top_k)
-        known = here.ids >= 0
-        error = (here.log_probs - exact.log_probs)[known].abs()
-        off.append(error)
-        weighted.append((error * exact.log_probs[known].exp()).sum() / len(known))
-        kept.append(1 - here.log_tail.exp())
+        stored = cached.signal(batch)
+        exact = setting.teacher.signal(batch, cache.top_k)
         full = setting.teacher.signal(batch, ONLINE_TOP_K)
-        for t, sums in kd.items():
-            framework = setting.framework(setting.teacher, temperature=t)
-            for i, signal in enumerate((full, here)):
-                sums[i] += float(framework(batch, 50, signal=signal).terms["kd"].sum)
-    mass, off = torch.cat(kept), torch.cat(off)
+
+        is_kept = stored.ids >= 0
+        difference = (stored.log_probs - exact.log_probs)[is_kept].abs()
+        differences.append(difference)
+        by_probability.append((difference * exact.log_probs[is_kept].exp()).sum() / len(is_kept))
+        masses.append(1 - stored.log_tail.exp())
+
+        for temperature, sums in kd.items():
+            framework = setting.framework(setting.teacher, temperature=temperature)
+            for column, signal in enumerate((full, stored)):
+                sums[column] += float(framework(batch, 50, signal=signal).terms["kd"].sum)
+
+    mass = torch.cat(masses)
+    worst_rank = max(1, round(0.01 * len(mass)))
     return {
         "bytes": cache.written.bytes / cache.written.tokens,
-        "error": float(off.mean()),
-        "weighted": float(torch.stack(weighted).mean()),
+        "error": float(torch.cat(differences).mean()),
+        "weighted": float(torch.stack(by_probability).mean()),
         "mass": float(mass.mean()),
-        "worst": float(mass.kthvalue(max(1, round(0.01 * len(mass)))).values),
-        **{f"kd {t:g}": cached_sum / online - 1 for t, (online, cached_sum) in kd.items()},
+        "worst": float(mass.kthvalue(worst_rank).values),
+        **{f"kd {temperature:g}": stored_sum / online - 1 for temperature, (online, stored_sum) in kd.items()},
     }
 
 
@@ -175,70 +212,98 @@ TRAINED = {
 
 
 def train(pair: quality.Pair, name: str, steps: int, size: int, folder: Path) -> tuple[nn.Module, list[float]]:
-    """(student, loss of every step) of a run of `TRAINED`, on the same batches of `size` windows as every other."""
+    """Do a run of `TRAINED`, on the same batches as every other; return the student and the loss of every step.
+
+    Args:
+        size: windows of a step.
+    """
     codec, top_k, _ = TRAINED[name]
-    student, loss, teacher = pair.student(0), LossConfig(top_k=top_k), pair.teacher
-    collate = pair.collator(loss.max_depth)
+    distillation = pair.under(Method(LossConfig(top_k=top_k), WEIGHTS))
+    teacher, collate = pair.teacher, distillation.collate
     if codec is not None:
-        codec = replace(codec, vocabulary=len(pair.map.segments))
-        cache = open_cache(CacheConfig(str(folder)), codec, {}, "benchmark", main=True)
-        teacher, collate = CachedTeacher(teacher, cache), RememberingCollator(collate, cache)
-    framework = DistillationFramework(student, teacher, pair.map, loss, CurriculumScheduler(WEIGHTS, loss, steps))
+        cache = empty_cache(codec, distillation, folder)
+        teacher = CachedTeacher(teacher, cache)
+        collate = RememberingCollator(collate, cache)
+
+    student = pair.student(0)
+    framework = distillation.framework(steps, student=student, teacher=teacher)
     optimizer = torch.optim.AdamW(framework.parameter_groups(pair.learning_rate, 0.1), betas=(0.9, 0.95))
     rate = torch.optim.lr_scheduler.OneCycleLR(optimizer, pair.learning_rate, steps)
-    random, order, losses = np.random.default_rng(0), np.zeros(0, dtype=int), []
+
+    losses = []
     student.train()
-    for step in range(steps):
-        if len(order) < size:
-            order = np.append(order, random.permutation(len(pair.windows)))
-        chosen, order = order[:size], order[size:]
-        value = framework(collate([pair.windows[i] for i in chosen]), step).loss
-        value.backward()
+    for step, chosen in zip(range(steps), quality.window_order(len(pair.windows), size, 0), strict=False):
+        loss = framework(collate([pair.windows[i] for i in chosen]), step).loss
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(framework.parameters(), 1.0)
         optimizer.step()
         rate.step()
         optimizer.zero_grad()
-        losses.append(value.item())
+        losses.append(loss.item())
     return student, losses
 
 
 def trained(pair: quality.Pair, steps: int, size: int, scratch: Path) -> dict[str, dict[str, float]]:
-    """Bits per byte on unseen stories after every run of `TRAINED`, and what the cache has changed."""
-    found: dict[str, dict[str, float]] = {}
+    """Measure bits per byte on unseen stories after every run of `TRAINED`, and what the cache has changed."""
+    results: dict[str, dict[str, float]] = {}
     losses: dict[str, np.ndarray] = {}
     for name, (_, _, reference) in TRAINED.items():
         student, values = train(pair, name, steps, size, scratch / name)
         losses[name] = np.array(values)
+
         bits = quality.bits_per_byte(student, pair, "student")
-        found[name] = {
+        reference_bits = results[reference]["bits_per_byte"] if reference in results else bits
+        results[name] = {
             "bits_per_byte": bits,
-            "against": bits / (found[reference]["bits_per_byte"] if reference in found else bits) - 1,
+            "against": bits / reference_bits - 1,
             "loss": float(np.abs(losses[name] / losses[reference] - 1).max()),
         }
-        print(name, found[name], flush=True)
-    return found
+        print(name, results[name], flush=True)
+    return results
 
 
 def measured(repeats: int, scratch: Path) -> dict[str, dict[str, float]]:
-    """Prints the tables of steps and of errors; returns what is in them."""
-    content, timed, sizes = {}, [], []
+    """Print the tables of steps and of errors; return their content."""
+    columns = ("LM only", "cached", "online", "collate", "and read")
+    content, step_rows, error_rows = {}, [], []
     for name, setting in (("real, 4 x 256", real(4)), ("tiny bodies, 1 x 512", tiny_bodies(512))):
-        found = content[name] = steps(setting, Path(scratch, name, "steps"), repeats)
-        columns = ("LM only", "cached", "online", "collate", "and read")
-        timed.append([name, *(f"{found[c]:.3f}" for c in columns), f"{found['ratio']:.2f}"])
+        timed = content[name] = steps(setting, Path(scratch, name, "steps"), repeats)
+        step_rows.append([name, *(f"{timed[column]:.3f}" for column in columns), f"{timed['ratio']:.2f}"])
+
         for cache in CACHES:
             size = content[f"{name}: {cache}"] = errors(setting, cache, Path(scratch, name, cache), 4)
-            shares = [f"{size[c]:.2%}" for c in ("mass", "worst")]
-            kd = [f"{size[c]:+.2%}" for c in ("kd 1", "kd 2", "kd 4")]
             numbers = [f"{size['bytes']:.1f}", f"{size['error']:.4f}", f"{size['weighted']:.4f}"]
-            sizes.append([name, cache, *numbers, *shares, *kd])
-    print(table(["s a step", "LM only", "cached", "online", "collate", "collate and read", "cached / LM only"], timed))
-    header = ["", "top k", "bytes/student token", "mean error, nats", "by probability"]
-    print("\n" + table([*header, "mass kept", "worst 1 % of rows", "KD, T 1", "T 2", "T 4"], sizes))
+            shares = [f"{size[column]:.2%}" for column in ("mass", "worst")]
+            kd = [f"{size[column]:+.2%}" for column in ("kd 1", "kd 2", "kd 4")]
+            error_rows.append([name, cache, *numbers, *shares, *kd])
+
+    of_steps = ["s a step", "LM only", "cached", "online", "collate", "collate and read", "cached / LM only"]
+    print(table(of_steps, step_rows))
+    of_sizes = ["", "top k", "bytes/student token", "mean error, nats", "by probability"]
+    of_changes = ["mass kept", "worst 1 % of rows", "KD, T 1", "T 2", "T 4"]
+    print("\n" + table([*of_sizes, *of_changes], error_rows))
     return content
 
 
+def measured_training(args: argparse.Namespace, scratch: Path) -> dict:
+    """Train as `--train` asks for, and print the table; return its content."""
+    pair = quality.Pair(args.pair, args.share, scratch)
+    print(f"{args.pair}: {len(pair.windows):,} windows, {args.train} steps of {WINDOWS}", flush=True)
+    runs = trained(pair, args.train, WINDOWS, scratch)
+
+    rows = []
+    for name, run in runs.items():
+        numbers = [f"{run['bits_per_byte']:.4f}", f"{run['against']:+.2%}", f"{run['loss']:.1e}"]
+        rows.append([name, TRAINED[name][2], *numbers])
+    header = ["teacher", "compared with", "bits/byte, unseen", "against it", "largest difference of a step's loss"]
+    print("\n" + table(header, rows))
+
+    setting = {"pair": args.pair, "share": args.share, "steps": args.train, "windows": len(pair.windows)}
+    return {**setting, "trained": runs}
+
+
 def main() -> None:
+    """Print the tables that the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -249,32 +314,17 @@ def main() -> None:
     args = parser.parse_args()
     if not quality.DATA.name or not quality.DATA.is_dir():
         parser.error("set REAL_MODELS_DIR to a folder with models/, tokenizers/ and corpora/")
+
     os.environ.setdefault("OMP_NUM_THREADS", str(args.threads))
     torch.set_num_threads(args.threads)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     where = machine(CPU, args.threads)
     print(describe(where) + "\n", flush=True)
-    with tempfile.TemporaryDirectory() as scratch:
-        if args.train:
-            pair = quality.Pair(args.pair, args.share, Path(scratch))
-            content = {"pair": args.pair, "share": args.share, "steps": args.train, "windows": len(pair.windows)}
-            print(f"{args.pair}: {len(pair.windows):,} windows, {args.train} steps of {WINDOWS}", flush=True)
-            content["trained"] = trained(pair, args.train, WINDOWS, Path(scratch))
-            header = [
-                "teacher",
-                "compared with",
-                "bits/byte, unseen",
-                "against it",
-                "largest difference of a step's loss",
-            ]
-            rows = [
-                [name, TRAINED[name][2], f"{run['bits_per_byte']:.4f}", f"{run['against']:+.2%}", f"{run['loss']:.1e}"]
-                for name, run in content["trained"].items()
-            ]
-            print("\n" + table(header, rows))
-        else:
-            content = measured(args.repeats, Path(scratch))
+
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        content = measured_training(args, scratch) if args.train else measured(args.repeats, scratch)
     if args.out:
         write(args.out, {"machine": where, **content})
 

@@ -1,4 +1,4 @@
-"""Does distillation help, and which kind? Bits per byte on unseen text after equal steps on the same batches.
+"""Bits per byte on unseen text after equal steps on the same batches, for each kind of distillation.
 
     REAL_MODELS_DIR=... python -m benchmarks.quality --pair neo-4096 --seeds 0 1 2 --variants lm default
     REAL_MODELS_DIR=... python -m benchmarks.quality --table
@@ -17,8 +17,8 @@ import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -28,14 +28,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, get_scheduler
 from transformers.utils import logging as transformers_logging
 
-from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
-from models.curriculum import CurriculumScheduler
-from models.distillation_framework import DistillationFramework
-from models.student_aware_router import ROUTER_TERMS
-from models.teacher.frozen import FrozenTeacher
-from models.text.collate import PairCollator, count_channel
-from models.text.vocabulary import VocabularyMap
-from models.text.windows import PairEncoder
+from models.config import CurriculumConfig, LossConfig, Term
+from models.distillation import Distillation, Method
 from models.types import PairedBatch, TeacherSignal
 
 # without it every large temporary is mapped and unmapped again, a third of a step's time on a CPU
@@ -51,25 +45,22 @@ PAIRS = {
 
 
 @dataclass(frozen=True)
-class Variant:
+class Variant(Method):
     """One way to train a student."""
 
-    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    router: RouterConfig = field(default_factory=RouterConfig)
     gold: bool = False
+    """Learn by the loss of TRL's GOLD trainer instead."""
 
     @property
-    def taught(self) -> bool:
+    def is_taught(self) -> bool:
+        """True if the teacher's signal is used."""
         return bool(self.curriculum.used() - {"lm"}) and not self.gold
-
-    @property
-    def routed(self) -> bool:
-        return bool(self.curriculum.used() & {*ROUTER_TERMS})
 
 
 def _variant(kd: float, span: float, lm: float, **loss: object) -> Variant:
-    return Variant(CurriculumConfig(kd=Term(kd), span=Term(span), lm=Term(lm)), LossConfig(**loss))
+    """Make a variant of constant weights."""
+    curriculum = CurriculumConfig(kd=Term(kd), span=Term(span), lm=Term(lm))
+    return Variant(LossConfig(**loss), curriculum)
 
 
 VARIANTS = {
@@ -97,56 +88,69 @@ VARIANTS = {
 
 
 def stories(share: float) -> tuple[list[str], list[str]]:
-    """(training, unseen) stories: every twelfth is unseen; `share` of the training ones is used."""
+    """Return (training, unseen) stories: every twelfth is unseen; `share` of the training ones is used."""
     texts: list[str] = []
     for name in ("tinystories-v1", "tinystories-v2"):
         raw = (DATA / f"corpora/{name}.txt").read_text(encoding="utf-8")
-        texts += [t.strip() for t in raw.split("<|endoftext|>") if t.strip()]
+        texts += [text.strip() for text in raw.split("<|endoftext|>") if text.strip()]
+
+    # the two files share stories
     texts = list(dict.fromkeys(texts))
-    train = [t for i, t in enumerate(texts) if i % 12]
+    train = [text for number, text in enumerate(texts) if number % 12]
     return train[:: round(1 / share)], texts[::12]
 
 
 class Pair:
-    """Models, windows and teacher signals of one pair; prepared once and kept in `cache`."""
+    """Windows, students and the teacher's signals of one pair of models; signals are kept in a folder."""
 
     def __init__(self, name: str, share: float, cache: Path) -> None:
-        teacher, tokenizer, self.weights, self.learning_rate = PAIRS[name]
-        self.student_tokenizer = AutoTokenizer.from_pretrained(DATA / tokenizer)
-        teacher_tokenizer = AutoTokenizer.from_pretrained(DATA / teacher)
-        model = AutoModelForCausalLM.from_pretrained(DATA / teacher, dtype=torch.float32)
-        rows = model.get_output_embeddings().weight.shape[0]
-        self.map = VocabularyMap.build(self.student_tokenizer, teacher_tokenizer, len(self.student_tokenizer), rows)
-        encoder = PairEncoder(self.student_tokenizer, teacher_tokenizer, 256)
+        teacher_name, student_tokenizer, self.weights, self.learning_rate = PAIRS[name]
+        tokenizers = {
+            "student": AutoTokenizer.from_pretrained(DATA / student_tokenizer),
+            "teacher": AutoTokenizer.from_pretrained(DATA / teacher_name),
+        }
+        self.student_rows = len(tokenizers["student"])
+        teacher = AutoModelForCausalLM.from_pretrained(DATA / teacher_name, dtype=torch.float32)
+
+        pair = Distillation.from_models(self.student(0), teacher, tokenizers, max_length=256)
         train, unseen = stories(share)
-        self.windows, self.unseen = encoder.windows(train), encoder.windows(unseen)
-        self.map = self.map.with_channel(count_channel(self.windows))
-        self.end_of_text = encoder.end_of_text
-        self.teacher = FrozenTeacher(model, self.map)
+        self.windows, self.unseen = pair.windows(train), pair.windows(unseen)
+
+        pair = pair.with_counted_channel(self.windows)
+        self.teacher = pair.frozen(teacher)
+        self.distillation = replace(pair, student=None, teacher=self.teacher)
         self.file = cache / f"{name}-{share:g}.pt"
 
-    def collator(self, max_depth: int, router: RouterConfig | None = None) -> PairCollator:
-        return PairCollator(self.map, self.end_of_text, max_depth, router)
+    def under(self, method: Method) -> Distillation:
+        """Return the pair under other settings of what is learned."""
+        return replace(self.distillation, method=method)
 
     def signals(self, top_k: int, layers: Sequence[int]) -> list[TeacherSignal]:
-        """The teacher's signal of each training window, and its states after some layers."""
-        file = self.file.with_suffix(f".k{top_k}" + "".join(f".{layer}" for layer in layers) + ".pt")
+        """Return the teacher's signal of each training window, and its states after some layers."""
+        states = "".join(f".{layer}" for layer in layers)
+        file = self.file.with_suffix(f".k{top_k}{states}.pt")
+
         if not file.exists():
-            stored, collate = [], self.collator(LossConfig().max_depth)
+            stored = []
             for window in self.windows:
-                signal = vars(self.teacher.signal(collate([window]), top_k, layers))
-                stored.append({k: v.int() if k == "ids" else v for k, v in signal.items()})
+                signal = vars(self.teacher.signal(self.distillation.collate([window]), top_k, layers))
+                # token numbers need no 64 bits
+                stored.append({name: value.int() if name == "ids" else value for name, value in signal.items()})
+
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.save(stored, file.with_suffix(".tmp"))
             file.with_suffix(".tmp").rename(file)
-        return [TeacherSignal(**s) for s in torch.load(file, mmap=True)]
+
+        return [TeacherSignal(**signal) for signal in torch.load(file, mmap=True)]
 
     def student(self, seed: int) -> torch.nn.Module:
+        """Load the student, or make one of random weights."""
         torch.manual_seed(seed)
         if self.weights:
             return AutoModelForCausalLM.from_pretrained(DATA / self.weights, dtype=torch.float32)
+
         config = LlamaConfig(
-            vocab_size=len(self.student_tokenizer),
+            vocab_size=self.student_rows,
             hidden_size=128,
             intermediate_size=352,
             num_hidden_layers=4,
@@ -159,22 +163,35 @@ class Pair:
 
 
 def join(signals: list[TeacherSignal], rows: list[torch.Tensor]) -> TeacherSignal:
-    """The signal of a batch from those of its windows; `rows`: which rows of each are asked for."""
-    parts = [
-        (s.ids[r].long(), s.log_probs[r], s.log_tail[r], s.log_mass[r], s.realised)
-        for s, r in zip(signals, rows, strict=True)
-    ]
-    signal = TeacherSignal(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    """Return the signal of a batch, from those of its windows.
+
+    Args:
+        rows: the rows of each window's signal that the batch asks for.
+    """
+    parts = []
+    for signal, chosen in zip(signals, rows, strict=True):
+        at_rows = (
+            signal.ids[chosen].long(),
+            signal.log_probs[chosen],
+            signal.log_tail[chosen],
+            signal.log_mass[chosen],
+        )
+        parts.append((*at_rows, signal.realised))
+    joined = TeacherSignal(*(torch.cat(column) for column in zip(*parts, strict=True)))
     if signals[0].hidden is None:
-        return signal
-    length = max(s.hidden[0].shape[1] for s in signals)
-    layers = zip(*(s.hidden for s in signals), strict=True)
-    padded = ([torch.nn.functional.pad(x, (0, 0, 0, length - x.shape[1])) for x in layer] for layer in layers)
-    return replace(signal, hidden=tuple(torch.cat(rows) for rows in padded))
+        return joined
+
+    # states are as long as their window
+    length = max(signal.hidden[0].shape[1] for signal in signals)
+    layers = []
+    for states in zip(*(signal.hidden for signal in signals), strict=True):
+        padded = [torch.nn.functional.pad(state, (0, 0, 0, length - state.shape[1])) for state in states]
+        layers.append(torch.cat(padded))
+    return replace(joined, hidden=tuple(layers))
 
 
 def gold_loss(lm: float, kd: float) -> Callable[..., Tensor]:
-    """ULDLoss of TRL's GOLD trainer with its default settings and these weights."""
+    """Make the ULDLoss of TRL's GOLD trainer with its default settings and these weights."""
     from trl.experimental.gold.gold_trainer import ULDLoss
 
     settings = SimpleNamespace(
@@ -203,110 +220,152 @@ class Gold:
             ("teacher", batch.teacher_ids, batch.teacher_mask),
         ):
             padded = torch.zeros(*ids.shape, 2, dtype=torch.long)
-            for i, window in enumerate(windows):
+            for row, window in enumerate(windows):
                 span = np.stack([window[f"{side}_starts"], window[f"{side}_ends"]], 1)
-                padded[i, : len(span)] = torch.from_numpy(span)
+                padded[row, : len(span)] = torch.from_numpy(span)
             offsets.append(padded)
-            labels.append(ids.masked_fill(mask == 0, -100).index_fill(1, torch.tensor([0]), -100))
+
+            # nothing predicts the first token
+            is_padding = mask == 0
+            labels.append(ids.masked_fill(is_padding, -100).index_fill(1, torch.tensor([0]), -100))
+
         with torch.no_grad():
             teacher_logits = teacher(input_ids=batch.teacher_ids, attention_mask=batch.teacher_mask).logits
         logits = student(input_ids=batch.student_ids, attention_mask=batch.student_mask).logits
-        ids = (batch.student_ids, batch.teacher_ids)
-        return self.loss(logits, teacher_logits, *labels, *ids, *offsets)
+        return self.loss(logits, teacher_logits, *labels, batch.student_ids, batch.teacher_ids, *offsets)
 
 
 @torch.no_grad()
 def bits_per_byte(model: torch.nn.Module, pair: Pair, side: str) -> float:
-    nll = total = 0.0
+    """Measure a model on the unseen stories, as the student or the teacher of the pair."""
+    nats = num_bytes = 0.0
     model.eval()
-    for i in range(0, len(pair.unseen), 12):
-        batch = pair.collator(0)(pair.unseen[i : i + 12])
+    for start in range(0, len(pair.unseen), 12):
+        batch = pair.distillation.collate(pair.unseen[start : start + 12])
         inputs, labels = batch.scored(side)
         logits = model(**inputs).logits.float()
-        nll += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
-        total += batch.bytes.sum().item()
-    return nll / total / math.log(2)
+        nats += torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
+        num_bytes += batch.bytes.sum().item()
+    return nats / num_bytes / math.log(2)
+
+
+def window_order(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
+    """Yield the windows of each step: every window once before any comes again."""
+    rng = np.random.default_rng(seed)
+    order = np.zeros(0, dtype=int)
+    while True:
+        if len(order) < size:
+            order = np.append(order, rng.permutation(count))
+        yield order[:size]
+        order = order[size:]
 
 
 def run(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> dict:
     """Train one student and measure it."""
-    loss = variant.loss
+    # 1. The student, and the signals that it will be taught by.
+    distillation = pair.under(variant)
     student = pair.student(seed)
-    framework = DistillationFramework(
-        student, pair.teacher, pair.map, loss, CurriculumScheduler(variant.curriculum, loss, steps), variant.router
-    )
-    router = variant.router if framework.router is not None else None
-    signals = pair.signals(loss.top_k, framework.router.teacher_layers if router else ()) if variant.taught else []
+    framework = distillation.framework(steps, student=student)
+    signals = []
+    if variant.is_taught:
+        layers = framework.router.teacher_layers if framework.router is not None else ()
+        signals = pair.signals(variant.loss.top_k, layers)
     gold = Gold() if variant.gold else None
-    collate, full_depth = pair.collator(loss.max_depth, router), pair.collator(LossConfig().max_depth)
-    if router:
-        framework.calibrate([collate(pair.windows[: router.calibration_windows])])
+
+    if framework.router is not None:
+        framework.calibrate([distillation.collate(pair.windows[: variant.router.calibration_windows])])
     groups = framework.parameter_groups(pair.learning_rate, 0.1)
     optimizer = torch.optim.AdamW(groups, lr=pair.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_scheduler("cosine", optimizer, steps // 20, steps)
-    start, order, last = time.time(), np.zeros(0, dtype=int), []
-    rng = np.random.default_rng(seed)
+
+    # 2. Steps, on the same batches for every variant.
+    started = time.time()
+    last_bits: list[float] = []
+    terms: dict[str, float] = {}
     student.train()
-    for step in range(steps):
-        if len(order) < size:
-            order = np.append(order, rng.permutation(len(pair.windows)))
-        chosen, order = order[:size], order[size:]
-        batch = collate([pair.windows[i] for i in chosen])
-        signal = None
-        if variant.taught:
-            depths = [full_depth([pair.windows[i]]).depth for i in chosen]
-            signal = join([signals[i] for i in chosen], [(d <= loss.max_depth).nonzero()[:, 0] for d in depths])
+    for step, chosen in zip(range(steps), window_order(len(pair.windows), size, seed), strict=False):
+        windows = [pair.windows[i] for i in chosen]
+        batch = distillation.collate(windows)
         if gold is not None:
-            gold(student, pair.teacher.model, batch, [pair.windows[i] for i in chosen]).backward()
+            gold(student, pair.teacher.model, batch, windows).backward()
         else:
+            signal = _signal_of(pair, variant, signals, chosen) if variant.is_taught else None
             output = framework(batch, step, signal=signal)
             output.loss.backward()
+            terms = {name: term.sum.item() / max(term.count, 1) for name, term in output.terms.items()}
+            if step >= steps - 100 and "lm" in output.terms:
+                last_bits.append(output.terms["lm"].sum.item() / batch.bytes.sum().item() / math.log(2))
+
         torch.nn.utils.clip_grad_norm_(framework.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step >= steps - 100 and gold is None and "lm" in output.terms:
-            last.append(output.terms["lm"].sum.item() / batch.bytes.sum().item() / math.log(2))
-    terms = {} if gold is not None else {name: t.sum.item() / max(t.count, 1) for name, t in output.terms.items()}
+
+    # 3. The student on text that nobody was trained on.
     return {
         "bits_per_byte": bits_per_byte(student, pair, "student"),
         "terms": terms,
-        "training_bits_per_byte": float(np.mean(last)) if last else None,
-        "seconds": round(time.time() - start),
+        "training_bits_per_byte": float(np.mean(last_bits)) if last_bits else None,
+        "seconds": round(time.time() - started),
         "epochs": round(steps * size / len(pair.windows), 2),
     }
 
 
+def _signal_of(pair: Pair, variant: Variant, signals: list[TeacherSignal], chosen: np.ndarray) -> TeacherSignal:
+    """Return the stored signal of a batch of windows, at the depths that a variant learns from."""
+    rows = []
+    for number in chosen:
+        depth = pair.distillation.collate([pair.windows[number]]).depth
+        rows.append((depth <= variant.loss.max_depth).nonzero()[:, 0])
+    return join([signals[number] for number in chosen], rows)
+
+
 def table(results: Path, names: Sequence[str], base: str) -> None:
-    """Print mean and range over seeds of every variant, per pair and budget; `base`: what they are compared with."""
+    """Print mean and range over seeds of every variant, per pair and budget.
+
+    Args:
+        base: the variant that the others are compared with, seed by seed.
+    """
     groups: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
     for line in results.read_text().splitlines():
-        r = json.loads(line)
-        groups[r["pair"], r["share"], r["steps"], r["size"]][r["variant"]].append(r)
+        result = json.loads(line)
+        setting = (result["pair"], result["share"], result["steps"], result["size"])
+        groups[setting][result["variant"]].append(result)
+
     for (pair, share, steps, size), variants in groups.items():
         any_run = next(iter(variants.values()))[0]
-        print(
-            f"\n{pair}: {steps} steps of {size} windows, {share:.0%} of the text ({any_run['epochs']} epochs); ", end=""
-        )
-        print(f"teacher {any_run['teacher']:.4f}, student before {any_run['initial']:.4f} bits per byte\n")
+        text = f"{share:.0%} of the text ({any_run['epochs']} epochs)"
+        before = f"teacher {any_run['teacher']:.4f}, student before {any_run['initial']:.4f} bits per byte"
+        print(f"\n{pair}: {steps} steps of {size} windows, {text}; {before}\n")
+
         print(f"| variant | bits per byte, unseen | seeds | range | against {base} | training text |")
         print("|---|---|---|---|---|---|")
-        of_base = {r["seed"]: r["bits_per_byte"] for r in variants.get(base, [])}
-        for name in [v for v in names if v in variants]:
-            runs = variants[name]
-            values = [r["bits_per_byte"] for r in runs]
-            change = [r["bits_per_byte"] / of_base[r["seed"]] - 1 for r in runs if r["seed"] in of_base]
-            against = f"{np.mean(change):+.2%}" if change else ""
-            training = [r["training_bits_per_byte"] for r in runs if r["training_bits_per_byte"]]
-            cells = [name, f"{np.mean(values):.4f}", len(values), f"{min(values):.4f} to {max(values):.4f}", against]
-            cells.append(f"{np.mean(training):.4f}" if training else "")
-            print(f"| {' | '.join(map(str, cells))} |")
+        base_of_seed = {result["seed"]: result["bits_per_byte"] for result in variants.get(base, [])}
+        for name in names:
+            if name in variants:
+                print(f"| {' | '.join(_cells(name, variants[name], base_of_seed))} |")
+
+
+def _cells(name: str, runs: list[dict], base_of_seed: dict[int, float]) -> list[str]:
+    """Return the row of one variant."""
+    values = [run["bits_per_byte"] for run in runs]
+    changes = [run["bits_per_byte"] / base_of_seed[run["seed"]] - 1 for run in runs if run["seed"] in base_of_seed]
+    training = [run["training_bits_per_byte"] for run in runs if run["training_bits_per_byte"]]
+    return [
+        name,
+        f"{np.mean(values):.4f}",
+        str(len(values)),
+        f"{min(values):.4f} to {max(values):.4f}",
+        f"{np.mean(changes):+.2%}" if changes else "",
+        f"{np.mean(training):.4f}" if training else "",
+    ]
 
 
 def main(variants: dict[str, Variant], results: str, doc: str, base: str) -> None:
-    """The command: train the variants that are asked for, print the table."""
+    """Train the variants that the command line asks for, and print the table."""
     if sys.platform == "linux" and not MALLOC.keys() <= os.environ.keys():
         os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
+
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", choices=PAIRS, default="neo-4096")
     parser.add_argument("--variants", nargs="+", choices=variants, default=list(variants))
@@ -319,30 +378,39 @@ def main(variants: dict[str, Variant], results: str, doc: str, base: str) -> Non
     parser.add_argument("--results", type=Path, default=Path(results))
     parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
     args = parser.parse_args()
+
     if not args.table:
         if not DATA.name or not DATA.is_dir():
             parser.error("set REAL_MODELS_DIR to a folder with models/, tokenizers/ and corpora/")
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        torch.set_num_threads(args.threads)
-        pair = Pair(args.pair, args.share, args.cache)
-        setting = {"pair": args.pair, "share": args.share, "steps": args.steps, "size": args.size}
-        levels = {
-            "teacher": bits_per_byte(pair.teacher.model, pair, "teacher"),
-            "initial": bits_per_byte(pair.student(args.seeds[0]), pair, "student"),
-        }
-        for seed in args.seeds:
-            for variant in args.variants:
-                job = setting | {"variant": variant, "seed": seed}
-                done = args.results.read_text().splitlines() if args.results.exists() else []
-                if any(job.items() <= json.loads(line).items() for line in done):
-                    continue
-                result = job | levels | run(pair, variants[variant], seed, args.steps, args.size)
-                with args.results.open("a") as out:
-                    out.write(json.dumps(result) + "\n")
-                print(json.dumps(result), flush=True)
+        train_missing(args, variants)
     if args.results.exists():
         table(args.results, list(variants), base)
+
+
+def train_missing(args: argparse.Namespace, variants: dict[str, Variant]) -> None:
+    """Do the runs that the results file lacks, and add a line to it for each."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    torch.set_num_threads(args.threads)
+
+    pair = Pair(args.pair, args.share, args.cache)
+    setting = {"pair": args.pair, "share": args.share, "steps": args.steps, "size": args.size}
+    levels = {
+        "teacher": bits_per_byte(pair.teacher.model, pair, "teacher"),
+        "initial": bits_per_byte(pair.student(args.seeds[0]), pair, "student"),
+    }
+
+    for seed in args.seeds:
+        for variant in args.variants:
+            job = setting | {"variant": variant, "seed": seed}
+            lines = args.results.read_text().splitlines() if args.results.exists() else []
+            if any(job.items() <= json.loads(line).items() for line in lines):
+                continue
+
+            result = job | levels | run(pair, variants[variant], seed, args.steps, args.size)
+            with args.results.open("a") as file:
+                file.write(json.dumps(result) + "\n")
+            print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
