@@ -9,9 +9,12 @@ A *span* is the text between two consecutive common boundaries.
 
 Equal tokenizers give a text the same ids. These are aligned one by one whatever bytes they stand for, so that unknown
 and dropped text has anchors too.
+
+Shapes: S student tokens of a window, T teacher tokens, N anchored student positions.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,15 +26,24 @@ from .vocabulary import VocabularyMap
 class Alignment:
     """Anchored student positions (N rows) and spans of one window."""
 
-    student: np.ndarray  # [N] student position j
-    teacher: np.ndarray  # [N] its anchor, a teacher position
-    depth: np.ndarray  # [N]
-    prefix_lo: np.ndarray  # [N] ranks of the teacher tokens that begin with the `depth` student tokens read
-    prefix_hi: np.ndarray  # [N]
-    pieces: np.ndarray  # [N] teacher tokens, from the anchor's on, up to the end of token j + 1; 0: no common end
-    student_spans: np.ndarray  # [S] index of the span that holds the token predicted at each position, or -1
-    teacher_spans: np.ndarray  # [T]
+    student: np.ndarray
+    """[N] student position j."""
+    teacher: np.ndarray
+    """[N] its anchor, a teacher position."""
+    depth: np.ndarray
+    """[N] student tokens between the anchor and the position."""
+    prefix_lo: np.ndarray
+    """[N] first rank of the teacher tokens that begin with the `depth` student tokens read."""
+    prefix_hi: np.ndarray
+    """[N] their last rank, plus 1."""
+    pieces: np.ndarray
+    """[N] teacher tokens, from the anchor's on, up to the end of token j + 1; 0: no common end."""
+    student_spans: np.ndarray
+    """[S] index of the span that holds the token predicted at each position, or -1."""
+    teacher_spans: np.ndarray
+    """[T] the same for the teacher."""
     spans: int
+    """Number of spans."""
 
 
 def align(student: Reading, teacher: Reading, vocabulary: VocabularyMap, max_depth: int) -> Alignment:
@@ -41,45 +53,54 @@ def align(student: Reading, teacher: Reading, vocabulary: VocabularyMap, max_dep
     unknown token changed the bytes, deeper than `max_depth`, and where no teacher token (or not the real one)
     begins with what the student has read.
     """
-    s_next, t_next = _predicted(student), _predicted(teacher)
-    if not (len(s_next) and len(t_next)):
-        s_next = t_next = np.zeros(0, dtype=np.int64)
-    s = Reading(*(column[s_next] for column in student))
-    t = Reading(*(column[t_next] for column in teacher))
-    if vocabulary.equal_tokenizers and _same_tokens(s, t):
-        match = _one_by_one(len(s.ids), len(vocabulary.order))
-    else:
-        match = _by_bytes(s, t, vocabulary, max_depth)
+    student_tokens = _predicted(student)
+    teacher_tokens = _predicted(teacher)
+    if not (len(student_tokens) and len(teacher_tokens)):
+        student_tokens = teacher_tokens = np.zeros(0, dtype=np.int64)
 
-    student_spans, teacher_spans = np.full(len(student.ids), -1), np.full(len(teacher.ids), -1)
-    student_spans[s_next - 1] = match.student_spans
-    teacher_spans[t_next - 1] = match.teacher_spans
+    # Both ways of matching count tokens among the predicted ones.
+    student_text = student.select(student_tokens)
+    teacher_text = teacher.select(teacher_tokens)
+    if vocabulary.equal_tokenizers and _same_tokens(student_text, teacher_text):
+        match = _one_by_one(len(student_text.ids), len(vocabulary.order))
+    else:
+        match = _by_bytes(student_text, teacher_text, vocabulary, max_depth)
+
+    # The position that predicts a token is the one before it.
+    student_spans = np.full(len(student.ids), -1)
+    teacher_spans = np.full(len(teacher.ids), -1)
+    student_spans[student_tokens - 1] = match.student_spans
+    teacher_spans[teacher_tokens - 1] = match.teacher_spans
     return replace(
         match,
-        student=s_next[match.student] - 1,
-        teacher=t_next[match.teacher] - 1,
+        student=student_tokens[match.student] - 1,
+        teacher=teacher_tokens[match.teacher] - 1,
         student_spans=student_spans,
         teacher_spans=teacher_spans,
     )
 
 
 def _predicted(reading: Reading) -> np.ndarray:
-    """Indices of the tokens that are predicted."""
+    """Return the indices of the tokens that are predicted."""
     tokens = np.flatnonzero(reading.roles != MARKER)
-    return tokens[tokens > 0]
+    return tokens[tokens > 0]  # nothing stands before the first token to predict it from
 
 
-def _same_tokens(s: Reading, t: Reading) -> bool:
-    """Whether both sides predict the same ids; each ends a text with its own token."""
-    if len(s.ids) != len(t.ids):
+def _same_tokens(student: Reading, teacher: Reading) -> bool:
+    """Return whether both sides predict the same ids; ends of text may differ, since each side has its own."""
+    if len(student.ids) != len(teacher.ids):
         return False
-    s_ends, t_ends = s.roles == END, t.roles == END
-    return bool((s_ends == t_ends).all() and (s.ids == t.ids)[~s_ends].all())
+
+    student_ends = student.roles == END
+    teacher_ends = teacher.roles == END
+    same_ids = student.ids == teacher.ids
+    return bool((student_ends == teacher_ends).all() and same_ids[~student_ends].all())
 
 
 def _one_by_one(tokens: int, teacher_vocabulary: int) -> Alignment:
-    """Every predicted token with its like, a span of its own; token for token, not position for position."""
-    token, zero = np.arange(tokens), np.zeros(tokens, dtype=np.int64)
+    """Match every predicted token with its like, as a span of its own; rows are tokens, not positions."""
+    token = np.arange(tokens)
+    zero = np.zeros(tokens, dtype=np.int64)
     return Alignment(
         student=token,
         teacher=token,
@@ -93,82 +114,152 @@ def _one_by_one(tokens: int, teacher_vocabulary: int) -> Alignment:
     )
 
 
-def _by_bytes(s: Reading, t: Reading, vocabulary: VocabularyMap, max_depth: int) -> Alignment:
-    """Predicted tokens of both sides that start at the same bytes; token for token, not position for position."""
-    row, at, depth = _anchor(s, t, max_depth)
-    lo, hi, known = _prefix_ranges(s.ids, t.ids, row, at, depth, vocabulary)
-    row, at, depth = row[known], at[known], depth[known]
-    student_spans, teacher_spans, spans = _spans(s, t)
+class _Anchors(NamedTuple):
+    """Predicted student tokens with an anchor."""
+
+    student: np.ndarray
+    """[N] index of the student's token."""
+    teacher: np.ndarray
+    """[N] index of the teacher's token that starts at the anchor."""
+    depth: np.ndarray
+    """[N] student tokens between the two starts."""
+
+    def select(self, rows: np.ndarray) -> "_Anchors":
+        return _Anchors(self.student[rows], self.teacher[rows], self.depth[rows])
+
+
+def _by_bytes(student: Reading, teacher: Reading, vocabulary: VocabularyMap, max_depth: int) -> Alignment:
+    """Match predicted tokens of both sides that start at the same bytes; rows are tokens, not positions."""
+    anchors = _anchors(student, teacher, max_depth)
+    prefix = _prefix_ranks(student.ids, teacher.ids, anchors, vocabulary)
+    anchors = anchors.select(prefix.holds_teacher)
+    spans = _spans(student, teacher)
     return Alignment(
-        student=row,
-        teacher=at,
-        depth=depth,
-        prefix_lo=lo[known],
-        prefix_hi=hi[known],
-        pieces=_pieces(s, t, row, at),
-        student_spans=student_spans,
-        teacher_spans=teacher_spans,
-        spans=spans,
+        student=anchors.student,
+        teacher=anchors.teacher,
+        depth=anchors.depth,
+        prefix_lo=prefix.lo[prefix.holds_teacher],
+        prefix_hi=prefix.hi[prefix.holds_teacher],
+        pieces=_pieces(student, teacher, anchors),
+        student_spans=spans.student,
+        teacher_spans=spans.teacher,
+        spans=spans.count,
     )
 
 
-def _anchor(s: Reading, t: Reading, max_depth: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(student token, teacher token, depth) of every predicted student token with an anchor."""
-    row = np.arange(len(s.ids))
-    at = np.searchsorted(t.starts, s.starts, side="right") - 1
-    inside = (at >= 0) & (s.roles != MISMATCH)
-    row, at = row[inside], at[inside]
-    inside = (s.starts[row] < t.ends[at]) & (t.roles[at] != MISMATCH)
-    row, at = row[inside], at[inside]
-    first = np.searchsorted(s.starts, t.starts[at])
+def _anchors(student: Reading, teacher: Reading, max_depth: int) -> _Anchors:
+    """Find the anchor of every predicted student token that has one."""
+    # The last teacher token that starts at or before the student token.
+    row = np.arange(len(student.ids))
+    teacher_token = np.searchsorted(teacher.starts, student.starts, side="right") - 1
+    is_text = (teacher_token >= 0) & (student.roles != MISMATCH)
+    row = row[is_text]
+    teacher_token = teacher_token[is_text]
+
+    # It must reach to the student token: behind it there may be text that the teacher does not read.
+    reaches = (student.starts[row] < teacher.ends[teacher_token]) & (teacher.roles[teacher_token] != MISMATCH)
+    row = row[reaches]
+    teacher_token = teacher_token[reaches]
+
+    # A student token must start where the teacher's does; the depth is counted from it.
+    first = np.searchsorted(student.starts, teacher.starts[teacher_token])
     depth = row - first
-    common = (depth >= 0) & (depth <= max_depth)
-    common[common] = s.starts[first[common]] == t.starts[at[common]]
-    return row[common], at[common], depth[common]
+    is_anchored = (depth >= 0) & (depth <= max_depth)
+    # indexed by the mask, since `first` may lie behind the last token elsewhere
+    is_anchored[is_anchored] = student.starts[first[is_anchored]] == teacher.starts[teacher_token[is_anchored]]
+    return _Anchors(row, teacher_token, depth).select(is_anchored)
 
 
-def _prefix_ranges(
-    s_ids: np.ndarray, t_ids: np.ndarray, row: np.ndarray, at: np.ndarray, depth: np.ndarray, vocabulary: VocabularyMap
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranks [lo, hi) of the teacher tokens that begin with the student tokens read, and where the real one does."""
-    node = np.zeros(len(row), dtype=np.int64)
-    for step in range(int(depth.max(initial=0))):
-        deeper = np.flatnonzero(depth > step)
-        node[deeper] = vocabulary.descend(node[deeper], s_ids[row[deeper] - depth[deeper] + step])
-    lo, hi = vocabulary.node_lo[node], vocabulary.node_hi[node]
-    rank = vocabulary.rank[t_ids[at]]
-    return lo, hi, (node >= 0) & (((lo <= rank) & (rank < hi)) | (depth == 0))
+class _PrefixRanks(NamedTuple):
+    """Teacher tokens that begin with the student tokens read since the anchor, as ranks in the vocabulary map."""
+
+    lo: np.ndarray
+    """[N] first rank."""
+    hi: np.ndarray
+    """[N] last rank, plus 1."""
+    holds_teacher: np.ndarray
+    """[N] true where the token that the teacher reads is among them."""
 
 
-def _pieces(s: Reading, t: Reading, row: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """How many teacher tokens, from the anchor's on, end where the student's token ends (0: none does)."""
-    if not len(row):
+def _prefix_ranks(
+    student_ids: np.ndarray, teacher_ids: np.ndarray, anchors: _Anchors, vocabulary: VocabularyMap
+) -> _PrefixRanks:
+    """Walk down the tree of spellings, one student token since the anchor after another."""
+    node = np.zeros(len(anchors.student), dtype=np.int64)
+    for step in range(int(anchors.depth.max(initial=0))):
+        deeper = np.flatnonzero(anchors.depth > step)
+        token = student_ids[anchors.student[deeper] - anchors.depth[deeper] + step]
+        node[deeper] = vocabulary.descend(node[deeper], token)
+
+    lo = vocabulary.node_lo[node]
+    hi = vocabulary.node_hi[node]
+    rank = vocabulary.rank[teacher_ids[anchors.teacher]]
+    # At depth 0 nothing is read since the anchor, so that every token of the teacher agrees with it.
+    agrees = ((lo <= rank) & (rank < hi)) | (anchors.depth == 0)
+    return _PrefixRanks(lo, hi, (node >= 0) & agrees)
+
+
+def _pieces(student: Reading, teacher: Reading, anchors: _Anchors) -> np.ndarray:
+    """Count the teacher tokens, from the anchor's on, up to the end of the student's token.
+
+    Returns:
+        [N] 0 where no teacher token ends there, or where the teacher's tokens up to there leave bytes out.
+    """
+    if not len(anchors.student):
         return np.zeros(0, dtype=np.int64)
-    last = np.minimum(np.searchsorted(t.ends, s.ends[row]), len(t.ends) - 1)
-    breaks = np.cumsum((t.roles == MISMATCH) | (np.append(t.starts[:1], t.ends[:-1]) != t.starts))
-    unbroken = (last >= at) & (t.ends[last] == s.ends[row]) & (breaks[last] == breaks[at])
-    return np.where(unbroken, last - at + 1, 0)
+    first = anchors.teacher
+    end = student.ends[anchors.student]
+    last = np.minimum(np.searchsorted(teacher.ends, end), len(teacher.ends) - 1)
+
+    # Two tokens with the same number of breaks up to them have none in between.
+    ends_before = np.append(teacher.starts[:1], teacher.ends[:-1])
+    breaks = np.cumsum((teacher.roles == MISMATCH) | (ends_before != teacher.starts))
+    is_unbroken = (last >= first) & (teacher.ends[last] == end) & (breaks[last] == breaks[first])
+    return np.where(is_unbroken, last - first + 1, 0)
 
 
-def _spans(s: Reading, t: Reading) -> tuple[np.ndarray, np.ndarray, int]:
-    """Span index of every predicted token of both sides; -1 where the two sides do not cover the same bytes."""
-    common = np.union1d(np.intersect1d(s.starts, t.starts), np.intersect1d(s.ends, t.ends))
-    if len(common) < 2:
-        return np.full(len(s.ids), -1), np.full(len(t.ids), -1), 0
-    index, whole = [], np.ones(len(common) - 1, dtype=bool)
-    for side in (s, t):
-        of = np.searchsorted(common, side.starts, side="right") - 1
-        index.append(np.where((of >= 0) & (of < len(whole)), of, -1))
-        held = index[-1] >= 0
-        covered = np.bincount(of[held], (side.ends - side.starts)[held], minlength=len(whole))
-        wrong = np.bincount(of[held], side.roles[held] == MISMATCH, minlength=len(whole))
-        whole &= (wrong == 0) & (covered == np.diff(common))
-    number = np.append(np.where(whole, np.cumsum(whole) - 1, -1), -1)
-    return number[index[0]], number[index[1]], int(whole.sum())
+class _Spans(NamedTuple):
+    """Spans between common boundaries that both sides cover, byte for byte."""
+
+    student: np.ndarray
+    """Span of each predicted student token, or -1."""
+    teacher: np.ndarray
+    """Span of each predicted teacher token, or -1."""
+    count: int
+
+
+def _spans(student: Reading, teacher: Reading) -> _Spans:
+    """Number the spans, and find that of every predicted token."""
+    boundaries = np.union1d(
+        np.intersect1d(student.starts, teacher.starts),
+        np.intersect1d(student.ends, teacher.ends),
+    )
+    if len(boundaries) < 2:
+        return _Spans(np.full(len(student.ids), -1), np.full(len(teacher.ids), -1), 0)
+
+    # A stretch between two boundaries is a span if neither side leaves bytes of it out or changes them.
+    stretches = []
+    is_span = np.ones(len(boundaries) - 1, dtype=bool)
+    for side in (student, teacher):
+        stretch = np.searchsorted(boundaries, side.starts, side="right") - 1
+        inside = (stretch >= 0) & (stretch < len(is_span))
+        stretches.append(np.where(inside, stretch, -1))
+
+        lengths = (side.ends - side.starts)[inside]
+        covered = np.bincount(stretch[inside], lengths, minlength=len(is_span))
+        changed = np.bincount(stretch[inside], side.roles[inside] == MISMATCH, minlength=len(is_span))
+        is_span &= (changed == 0) & (covered == np.diff(boundaries))
+
+    # The last entry is what index -1 finds: tokens of no stretch are in no span.
+    numbers = np.where(is_span, np.cumsum(is_span) - 1, -1)
+    numbers = np.append(numbers, -1)
+    return _Spans(numbers[stretches[0]], numbers[stretches[1]], int(is_span.sum()))
 
 
 def paired_tokens(student: Reading, teacher: Reading) -> tuple[np.ndarray, np.ndarray]:
-    """(teacher tokens, student tokens) that start at the same byte: what the channel is counted on."""
-    s, t = ((r.roles != MARKER) & (r.roles != MISMATCH) for r in (student, teacher))
-    _, i, j = np.intersect1d(teacher.starts[t], student.starts[s], return_indices=True)
-    return teacher.ids[t][i], student.ids[s][j]
+    """Return (teacher tokens, student tokens) that start at the same byte: the channel is counted on them."""
+    student_text = student.select((student.roles != MARKER) & (student.roles != MISMATCH))
+    teacher_text = teacher.select((teacher.roles != MARKER) & (teacher.roles != MISMATCH))
+
+    _, i, j = np.intersect1d(teacher_text.starts, student_text.starts, return_indices=True)
+    return teacher_text.ids[i], student_text.ids[j]

@@ -646,7 +646,7 @@ class ChatEncoder(PairEncoder):
         text_bytes = int((end - begins).clip(0, sizes).sum())
         readings = [reading.part(0, count) for reading, count in zip(pair, keep, strict=True)]
         slots = [byte for place in places for byte in place.slots()]
-        spelt = [self._spelt(side, reading, slots) for side, reading in enumerate(readings)]
+        spelt = [self._spelt_bytes(side, reading, slots) for side, reading in enumerate(readings)]
         piece = Piece(
             document=name,
             readings=readings,

@@ -8,16 +8,26 @@ is another token (`<|endoftext|>`).
 
 from transformers import PreTrainedTokenizerBase
 
-SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>", "<eos>", "<｜end▁of▁sentence｜>")
-"""Names under which pretraining separates texts, commonest first."""
+SEPARATORS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "<|begin_of_text|>",
+    "</s>",
+    "<eos>",
+    "<｜end▁of▁sentence｜>",
+)
+"""Names of the tokens by which pretraining separates texts, commonest first."""
 
 
 def leading_bos(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The start of text (bos), where the tokenizer puts it in front of every text."""
+    """Return the start of text (bos) where the tokenizer puts it in front of every text; None where it does not."""
     bos = tokenizer.bos_token_id
-    if bos is None or tokenizer("a")["input_ids"][:1] != [bos]:
+    if bos is None:
         return None
-    return bos
+
+    # a trial, since the settings that decide it differ between kinds of tokenizers
+    ids = tokenizer("a")["input_ids"]
+    return bos if ids[:1] == [bos] else None
 
 
 def start_candidates(
@@ -27,7 +37,7 @@ def start_candidates(
     chosen: str | None = None,
     name: str = "the tokenizer",
 ) -> list[int]:
-    """Tokens that a plain text could start with, the one that it does start with first; [] if there is none.
+    """Return the tokens that a plain text could start with, the one that it does start with first.
 
     Args:
         tokenizer: as it was loaded.
@@ -35,18 +45,25 @@ def start_candidates(
         chosen: a token that the user wants; it is the only candidate.
         name: what errors call the tokenizer.
 
+    Returns:
+        token ids; [] if there is none.
+
     Raises:
         ValueError: `chosen` is no single token of the model.
     """
     if chosen is not None:
-        return [_chosen(tokenizer, rows, chosen, name)]
+        return [_chosen_id(tokenizer, rows, chosen, name)]
     leading = leading_bos(tokenizer)
-    if leading is not None and (rows is None or leading < rows):
+    if leading is not None and _has_row(leading, rows):
         return [leading]
 
-    special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    separators = [special[name] for name in SEPARATORS if name in special]
-    eos, bos, pad = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id
+    special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    separators = [special[separator] for separator in SEPARATORS if separator in special]
+    eos = tokenizer.eos_token_id
+    bos = tokenizer.bos_token_id
+    pad = tokenizer.pad_token_id
+
+    # A chat model's eos ends turns, so that pretraining separated texts by another token, if there is one.
     if eos is None:
         ordered = [bos]
     elif eos in separators or not _ends_turns(tokenizer):
@@ -54,22 +71,29 @@ def start_candidates(
     else:
         ordered = [*separators, eos, bos, pad]
 
-    known = [i for i in ordered if i is not None and (rows is None or i < rows)]
-    return list(dict.fromkeys(known))
+    candidates = [token_id for token_id in ordered if token_id is not None]
+    candidates = [token_id for token_id in candidates if _has_row(token_id, rows)]
+    return list(dict.fromkeys(candidates))  # each once, in this order
+
+
+def _has_row(token_id: int, rows: int | None) -> bool:
+    return rows is None or token_id < rows
 
 
 def _ends_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Tell whether the end of text is written by the chat template, which then ends turns with it."""
+    """Return whether the end of text is written by the chat template, which then ends turns with it."""
     template = str(tokenizer.chat_template or "")
     return tokenizer.eos_token in template or "eos_token" in template
 
 
-def _chosen(tokenizer: PreTrainedTokenizerBase, rows: int | None, chosen: str, name: str) -> int:
-    token = tokenizer.get_vocab().get(chosen)
-    if token is None or (rows is not None and token >= rows):
-        special = [t.content for i, t in tokenizer.added_tokens_decoder.items() if rows is None or i < rows]
+def _chosen_id(tokenizer: PreTrainedTokenizerBase, rows: int | None, chosen: str, name: str) -> int:
+    """Return the id of the token that the user wants plain text to start with."""
+    token_id = tokenizer.get_vocab().get(chosen)
+    if token_id is None or not _has_row(token_id, rows):
+        added = tokenizer.added_tokens_decoder.items()
+        usable = [token.content for added_id, token in added if _has_row(added_id, rows)]
         raise ValueError(
             f"{name} has no token {chosen!r} within its model's rows, which plain text was to start with; expected one "
-            f"of its tokens, such as {', '.join(special[:8]) or 'any of its vocabulary'}"
+            f"of its tokens, such as {', '.join(usable[:8]) or 'any of its vocabulary'}"
         )
-    return token
+    return token_id

@@ -1,9 +1,13 @@
-"""The bytes of every token of a tokenizer."""
+"""Tables of a tokenizer's tokens as byte strings, and the tokens of a text with the bytes that each covers.
+
+Shapes: N tokens of a text.
+"""
 
 import functools
 import hashlib
 import json
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -31,8 +35,27 @@ class Reading(NamedTuple):
     ends: np.ndarray
     roles: np.ndarray
 
-    def part(self, lo: int, hi: int) -> "Reading":
-        return Reading(*(column[lo:hi] for column in self))
+    def part(self, begin: int, end: int) -> "Reading":
+        """Return the tokens from `begin` up to, and without, `end`."""
+        return self.select(slice(begin, end))
+
+    def select(self, tokens: np.ndarray | slice) -> "Reading":
+        """Return the tokens of these indices, or where a mask is true."""
+        return Reading(self.ids[tokens], self.starts[tokens], self.ends[tokens], self.roles[tokens])
+
+    def shifted(self, count: int) -> "Reading":
+        """Return the same tokens, `count` bytes further on."""
+        return self._replace(starts=self.starts + count, ends=self.ends + count)
+
+    @staticmethod
+    def joined(readings: Sequence["Reading"]) -> "Reading":
+        """Return the tokens of all readings, one after another."""
+        return Reading(
+            ids=np.concatenate([reading.ids for reading in readings]),
+            starts=np.concatenate([reading.starts for reading in readings]),
+            ends=np.concatenate([reading.ends for reading in readings]),
+            roles=np.concatenate([reading.roles for reading in readings]),
+        )
 
 
 class TokenTable:
@@ -62,49 +85,47 @@ class TokenTable:
         *,
         name: str = "the tokenizer",
     ) -> None:
-        if getattr(tokenizer, "backend_tokenizer", None) is None:
-            expect("tokenizer", tokenizer, PreTrainedTokenizerBase, "what AutoTokenizer.from_pretrained returns")
-            raise ValueError(
-                f"got the slow tokenizer {type(tokenizer).__name__}, expected a fast one (with a tokenizer.json); "
-                "load it with AutoTokenizer.from_pretrained(..., use_fast=True) or convert it"
-            )
-        spec = json.loads(tokenizer.backend_tokenizer.to_str())
-        spec["truncation"] = spec["padding"] = None
-        if "dropout" in spec["model"]:
-            spec["model"]["dropout"] = None  # a text is read in the same way every time
+        self.spec = _specification(tokenizer)
+        """The tokenizer as the tokenizers library serialises it."""
+        self.rules = SpellingRules.of(self.spec)
 
-        self.spec = spec
-        self.rules = SpellingRules.of(spec)
         self.end_of_text: int | None = tokenizer.eos_token_id
         self.start_candidates = start_candidates(tokenizer, rows, chosen=text_start, name=name)
         """Tokens that a plain text could start with, the one that it does start with first."""
         self.start_marker: int | None = next(iter(self.start_candidates), None)
 
-        self.bytes: list[bytes | None] = token_bytes(spec, self.rules)
-        markers = [self.end_of_text] if text_start is not None else [self.end_of_text, self.start_marker]
-        for i in markers:
-            if i is not None and i < len(self.bytes):
-                self.bytes[i] = None
+        # Markers are no text, even where the tokenizer does not call them special. A start that the user chose may be
+        # an ordinary token, which stays one.
+        self.bytes: list[bytes | None] = token_bytes(self.spec, self.rules)
+        markers = [self.end_of_text]
+        if text_start is None:
+            markers.append(self.start_marker)
+        for token_id in markers:
+            if token_id is not None and token_id < len(self.bytes):
+                self.bytes[token_id] = None
+
         self.tokens: list[str | None] = [None] * len(self.bytes)
-        for token, i in tokenizer.get_vocab().items():
-            self.tokens[i] = token
+        for token, token_id in tokenizer.get_vocab().items():
+            self.tokens[token_id] = token
 
         self.rows = len(self.bytes) if rows is None else rows
         self.beyond_rows: list[str] = self._leave_out_beyond_rows(name)
         """Special tokens that the model has no row for."""
 
         roles = json.dumps([FORMAT, self.end_of_text, self.start_marker])
-        self.fingerprint = hashlib.sha256((json.dumps(spec, sort_keys=True) + roles).encode()).hexdigest()
+        self.fingerprint = hashlib.sha256((json.dumps(self.spec, sort_keys=True) + roles).encode()).hexdigest()
 
-    def __getstate__(self) -> dict:
+    def __getstate__(self) -> dict[str, Any]:
+        # Cached values are left behind; a process that receives the table makes them again.
         cached = ("_backend", "_framing", "_lengths", "_normalisers", "by_bytes")
-        return {k: v for k, v in self.__dict__.items() if k not in cached}
+        return {name: value for name, value in self.__dict__.items() if name not in cached}
 
     def _leave_out_beyond_rows(self, name: str) -> list[str]:
         """Cut the tables to the model's rows, and return the special tokens that are cut off."""
         beyond = {i: token for i, token in enumerate(self.tokens) if token is not None and i >= self.rows}
         special = {token["id"] for token in self.spec["added_tokens"] if token["special"]}
         ordinary = [token for i, token in beyond.items() if i not in special]
+
         if ordinary:
             raise ValueError(
                 f"{name} has {len(self.bytes):,} tokens but its model only {self.rows:,} rows: got a tokenizer of "
@@ -117,7 +138,9 @@ class TokenTable:
                 f"has only {self.rows:,} rows and can neither read nor write it: set another eos_token in "
                 "tokenizer_config.json, or give the model a row for it with resize_token_embeddings"
             )
-        del self.bytes[self.rows :], self.tokens[self.rows :]
+
+        del self.bytes[self.rows :]
+        del self.tokens[self.rows :]
         return list(beyond.values())
 
     @functools.cached_property
@@ -126,42 +149,62 @@ class TokenTable:
 
         Special tokens do not count, because in a text they are text.
         """
-        ordinary = [token for token in self.spec["added_tokens"] if not token["special"]]
         decisive = {name: self.spec[name] for name in ("normalizer", "pre_tokenizer", "model")}
-        described = json.dumps(decisive | {"added_tokens": ordinary}, sort_keys=True)
-        return hashlib.sha256(described.encode()).hexdigest()
-
-    @functools.cached_property
-    def _backend(self) -> tokenizers.Tokenizer:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(self.spec | {"post_processor": None}))
-        backend.encode_special_tokens = True
-        return backend
-
-    @functools.cached_property
-    def _lengths(self) -> np.ndarray:
-        return np.array([len(b or b"") for b in self.bytes], dtype=np.int64)
+        decisive["added_tokens"] = [token for token in self.spec["added_tokens"] if not token["special"]]
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     @functools.cached_property
     def by_bytes(self) -> dict[bytes, int]:
         """Bytes -> token. Where several tokens have the same bytes, the tokenizer's own choice."""
         table: dict[bytes, int] = {}
-        for i, b in enumerate(self.bytes):
-            if b is not None and (b not in table or self._is_byte_token(table[b])):
-                table[b] = i
+        for token_id, data in enumerate(self.bytes):
+            if data is None:
+                continue
+            # a byte token such as <0x41> gives way: a tokenizer writes it only for bytes that it has no other token for
+            if data not in table or self._is_byte_token(table[data]):
+                table[data] = token_id
         return table
 
-    def _is_byte_token(self, i: int) -> bool:
-        return is_byte_token(self.tokens[i] or "") is not None
+    def _is_byte_token(self, token_id: int) -> bool:
+        return is_byte_token(self.tokens[token_id] or "") is not None
 
     @functools.cached_property
-    def _normalisers(self) -> list:
+    def _lengths(self) -> np.ndarray:
+        """Bytes of each token; 0 for tokens that are no text."""
+        return np.array([len(data or b"") for data in self.bytes], dtype=np.int64)
+
+    # ------------------------------------------------------------ text -> tokens
+
+    @functools.cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer of text alone: nothing is put around it, and special tokens written in it are text."""
+        backend = tokenizers.Tokenizer.from_str(json.dumps(self.spec | {"post_processor": None}))
+        backend.encode_special_tokens = True
+        return backend
+
+    @functools.cached_property
+    def _framing(self) -> tokenizers.Tokenizer:
+        """The tokenizer with the special tokens that it puts around a text."""
+        backend = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
+        backend.encode_special_tokens = True
+        return backend
+
+    @functools.cached_property
+    def _normalisers(self) -> list[tokenizers.normalizers.Normalizer]:
         return text_normalisers(self.spec)
 
     def normalise(self, text: str) -> str:
-        """The text after the tokenizer's normaliser (NFC and the like; marks for spaces are left out)."""
+        """Return the text after the tokenizer's normaliser (NFC and the like; marks for spaces are left out)."""
         for normaliser in self._normalisers:
             text = normaliser.normalize_str(text)
         return text
+
+    def framed(self, text: str) -> np.ndarray:
+        """Return the ids of a text with the special tokens that the tokenizer puts around it.
+
+        Special tokens written in the text are text.
+        """
+        return np.array(self._framing.encode(text).ids, dtype=np.int32)
 
     def read(self, texts: list[str]) -> list[Reading]:
         """Tokenise texts and locate every token in the text's UTF-8 bytes.
@@ -171,77 +214,90 @@ class TokenTable:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [self.place(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
 
-    @functools.cached_property
-    def _framing(self) -> tokenizers.Tokenizer:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(self.spec))
-        backend.encode_special_tokens = True
-        return backend
-
-    def framed(self, text: str) -> np.ndarray:
-        """Ids of a text with the special tokens that the tokenizer puts around it; those written in it are text."""
-        return np.array(self._framing.encode(text).ids, dtype=np.int32)
+    # ------------------------------------------------------------ tokens -> bytes of the text
 
     def place(self, text: str, ids: list[int], offsets: list[tuple[int, int]] | None = None) -> Reading:
         """Locate the tokens of a text in its UTF-8 bytes.
 
         Args:
+            text: the text that was tokenised.
+            ids: its tokens.
             offsets: first character and end of every token, for tokens that do not spell the text; None: the text
                 alone is tokenised again to know them.
         """
-        tokens, data = np.array(ids, dtype=np.int64), text.encode()
-        spelt = b"".join([self.bytes[i] or b"" for i in ids])
+        data = text.encode()
+        spelt = self._join(ids)
         if spelt != data and spelt != b" " + data:
-            return self._locate(text, data, ids, offsets)
+            return self._locate(text, ids, offsets)
+
+        # The usual case: the tokens' bytes, one after another, are the text, perhaps behind a space.
+        tokens = np.array(ids, dtype=np.int64)
         lengths = self._lengths[tokens]
         ends = np.cumsum(lengths) - (len(spelt) - len(data))
-        return Reading(tokens, ends - lengths, ends, np.where(lengths > 0, TEXT, MISMATCH).astype(np.int8))
+        roles = np.where(lengths > 0, TEXT, MISMATCH).astype(np.int8)
+        return Reading(ids=tokens, starts=ends - lengths, ends=ends, roles=roles)
 
-    def _locate(self, text: str, data: bytes, ids: list[int], offsets: list[tuple[int, int]] | None) -> Reading:
-        """Token by token, where the tokens do not spell the text; resumes where the tokenizer's offsets say."""
+    def _join(self, ids: Sequence[int]) -> bytes:
+        return b"".join([self.bytes[token_id] or b"" for token_id in ids])
+
+    def _locate(self, text: str, ids: list[int], offsets: list[tuple[int, int]] | None) -> Reading:
+        """Locate token by token, where the tokens do not spell the text; resume where the tokenizer's offsets say."""
         if offsets is None:
             offsets = self._backend.encode(text, add_special_tokens=False).offsets
-        at_byte = np.cumsum([0, *(len(c.encode()) for c in text)])
+        data = text.encode()
+        byte_of = np.cumsum([0, *(len(character.encode()) for character in text)])
 
-        starts, ends, roles = [], [], []
-        here = 0
-        for n, (i, (lo, hi)) in enumerate(zip(ids, offsets, strict=True)):
-            token = self.bytes[i]
-            place = self._place_of(token, data, here, int(at_byte[lo]))
-            if place is None and n == 0 and token and token[:1] == b" " and data.startswith(token[1:]):
-                place = (-1, len(token) - 1)
-
+        spans = []
+        roles = []
+        position = 0  # the byte up to which the text is read
+        for number, (token_id, (first, last)) in enumerate(zip(ids, offsets, strict=True)):
+            token = self.bytes[token_id]
+            span = self._span_of(token, data, position, begin=int(byte_of[first]))
             role = TEXT
-            if place is None:
-                place, role = (here, max(here, int(at_byte[hi]))), MISMATCH
-            starts.append(place[0])
-            ends.append(place[1])
+            if span is None and number == 0 and token and token[:1] == b" " and data.startswith(token[1:]):
+                span = (-1, len(token) - 1)  # a space that the tokenizer put before the text
+            if span is None:
+                span = (position, max(position, int(byte_of[last])))
+                role = MISMATCH
+
+            spans.append(span)
             roles.append(role)
-            here = place[1]
+            position = span[1]
 
-        columns = (np.array(c, dtype=np.int64) for c in (ids, starts, ends))
-        return Reading(*columns, np.array(roles, dtype=np.int8))
+        return Reading(
+            ids=np.array(ids, dtype=np.int64),
+            starts=np.array([begin for begin, _ in spans], dtype=np.int64),
+            ends=np.array([end for _, end in spans], dtype=np.int64),
+            roles=np.array(roles, dtype=np.int8),
+        )
 
-    def _place_of(self, token: bytes | None, data: bytes, here: int, begin: int) -> tuple[int, int] | None:
-        """First byte and end of a token in a text that was read up to `here`, or None where it has other bytes.
+    def _span_of(self, token: bytes | None, data: bytes, position: int, *, begin: int) -> tuple[int, int] | None:
+        """Return first byte and end of a token in a text, or None where the text has other bytes there.
 
         Args:
+            token: its bytes.
+            data: the text.
+            position: the byte up to which the text was read.
             begin: the byte where the tokenizer says that the token begins.
         """
         if not token:
             return None
-        if (end := self._end_of(token, data, here)) is not None:
-            return here, end
-        if begin < here:
+
+        end = self._end_of(token, data, position)
+        if end is not None:
+            return position, end
+
+        # The text has bytes that no token says: go on where the tokenizer does.
+        if begin < position:
             return None
-        before = begin - 1
-        if self.rules.drops_spaces and before >= here and data[before : before + 1] == b" ":
-            begin = before  # the space before a word belongs to it, as in tokenizers that write spaces
-        if (end := self._end_of(token, data, begin)) is not None:
-            return begin, end
-        return None
+        space = begin - 1
+        if self.rules.drops_spaces and space >= position and data[space:begin] == b" ":
+            begin = space  # the space before a word belongs to it, as in tokenizers that write spaces
+        end = self._end_of(token, data, begin)
+        return None if end is None else (begin, end)
 
     def _end_of(self, token: bytes, data: bytes, begin: int) -> int | None:
-        """Where a token ends that begins at a byte of a text; None where the text goes on otherwise.
+        """Return the end of a token that begins at a byte of a text; None where the text goes on otherwise.
 
         Where a tokenizer hides spaces, a token may have a space more or less in front than the text has.
         """
@@ -249,42 +305,49 @@ class TokenTable:
             return begin + len(token)
         if not self.rules.hides_spaces:
             return None
-        if token[:1] == b" ":
-            bare = token[1:]
-            return begin + len(bare) if bare and data.startswith(bare, begin) else None
-        spaced = b" " + token
-        return begin + len(spaced) if data.startswith(spaced, begin) else None
+
+        variant = token[1:] if token[:1] == b" " else b" " + token
+        if variant and data.startswith(variant, begin):
+            return begin + len(variant)
+        return None
 
     def spelt(self, reading: Reading) -> np.ndarray:
-        """[N] bytes of the text that each token itself says: 0 for markers, ends, and tokens with other bytes.
+        """Return how many bytes of the text each token itself says.
 
         A space that was dropped without a mark, for example, lies in the token behind it, which does not say it.
+
+        Returns:
+            [N] bytes; 0 for markers, ends, and tokens with other bytes than the text.
         """
-        said = np.minimum(reading.ends - reading.starts, self._lengths[reading.ids])
-        return np.where(reading.roles == TEXT, said, 0)
+        spelt = np.minimum(reading.ends - reading.starts, self._lengths[reading.ids])
+        return np.where(reading.roles == TEXT, spelt, 0)
+
+    # ------------------------------------------------------------ bytes -> tokens
 
     def spell(self, pieces: list[bytes]) -> list[list[int]]:
-        """Token ids for byte strings in the middle of a text.
+        """Return token ids for byte strings in the middle of a text.
 
         By the tokenizer's own rules where these spell the bytes; by longest match over bytes elsewhere
         (not valid UTF-8, bytes it drops). Stops at a byte that no token covers.
         """
         texts = [piece.decode("utf-8", "replace") for piece in pieces]
         encodings = self._without_edges().encode_batch_fast(texts, add_special_tokens=False)
+
         spellings = []
         for piece, encoding in zip(pieces, encodings, strict=True):
             ids = encoding.ids
-            if b"".join([self.bytes[i] or b"" for i in ids]) != piece and not self._covers(ids, piece):
+            if self._join(ids) != piece and not self._covers(ids, piece):
                 ids = self._longest_match(piece)
             spellings.append(ids)
         return spellings
 
     def _without_edges(self) -> tokenizers.Tokenizer:
-        """The tokenizer without what it does to the begin and the end of a text only."""
+        """Return the tokenizer without what it does to the begin and the end of a text only."""
         spec = self.spec | {"post_processor": None, "added_tokens": []}
         inside = [part for part in normalisers(spec) if part["type"] not in ("Prepend", "Strip")]
         spec["normalizer"] = {"type": "Sequence", "normalizers": inside}
 
+        # copies, because the parts belong to the table's own description
         pre = [dict(part) for part in pre_tokenizers(spec)]
         for part in pre:
             if part["type"] == "Metaspace":
@@ -295,28 +358,55 @@ class TokenTable:
         return tokenizers.Tokenizer.from_str(json.dumps(spec))
 
     def _covers(self, ids: list[int], piece: bytes) -> bool:
-        """Whether tokens cover a piece, spaces included that such a tokenizer hides in them."""
+        """Return whether tokens cover a piece, with the spaces that such a tokenizer hides in them."""
         if not self.rules.hides_spaces:
             return False
-        here = 0
-        for i in ids:
-            end = self._end_of(self.bytes[i], piece, here) if self.bytes[i] else None
+
+        position = 0
+        for token_id in ids:
+            token = self.bytes[token_id]
+            end = self._end_of(token, piece, position) if token else None
             if end is None:
                 return False
-            here = end
-        return here == len(piece)
+            position = end
+        return position == len(piece)
 
     @functools.cached_property
     def _longest(self) -> int:
+        """Bytes of the longest token."""
         return max(map(len, self.by_bytes), default=0)
 
     def _longest_match(self, piece: bytes) -> list[int]:
-        ids, at = [], 0
-        while at < len(piece):
-            ends = range(min(len(piece), at + self._longest), at, -1)
-            end = next((e for e in ends if piece[at:e] in self.by_bytes), None)
+        """Spell a piece from its begin on, each time with the longest token that fits."""
+        ids = []
+        begin = 0
+        while begin < len(piece):
+            ends = range(min(len(piece), begin + self._longest), begin, -1)
+            end = next((end for end in ends if piece[begin:end] in self.by_bytes), None)
             if end is None:
                 break
-            ids.append(self.by_bytes[piece[at:end]])
-            at = end
+            ids.append(self.by_bytes[piece[begin:end]])
+            begin = end
         return ids
+
+
+def _specification(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return a tokenizer in serialised form, without truncation, padding and chance.
+
+    Raises:
+        ValueError: a tokenizer without a fast (Rust) backend.
+        TypeError: something else.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        expect("tokenizer", tokenizer, PreTrainedTokenizerBase, "what AutoTokenizer.from_pretrained returns")
+        raise ValueError(
+            f"got the slow tokenizer {type(tokenizer).__name__}, expected a fast one (with a tokenizer.json); "
+            "load it with AutoTokenizer.from_pretrained(..., use_fast=True) or convert it"
+        )
+
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    spec["truncation"] = None
+    spec["padding"] = None
+    if "dropout" in spec["model"]:
+        spec["model"]["dropout"] = None  # a text is read in the same way every time
+    return spec

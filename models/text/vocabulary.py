@@ -1,10 +1,9 @@
-"""Tokens as byte strings, and the map from a teacher's vocabulary to a student's.
+"""Map from a teacher's vocabulary to a student's: every teacher token spelt in student tokens.
 
-Two tokenizers have nothing in common but the bytes they stand for. `TokenTable` knows the bytes of every
-token of one tokenizer and where the tokens of a text lie in it; `VocabularyMap` holds, for every teacher
-token, the student tokens that spell it.
+Two tokenizers have nothing in common but the bytes that their tokens stand for (`TokenTable`). A spelling is a
+sequence of student tokens with the bytes of a teacher token.
 
-Shapes: V_T teacher vocabulary, V_S student vocabulary, L longest spelling kept.
+Shapes: V_T teacher vocabulary, V_S student vocabulary, L longest spelling kept, E edges of the tree of spellings.
 """
 
 import functools
@@ -15,28 +14,13 @@ import warnings
 import zipfile
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..validation import expect_count
-from .token_bytes import (
-    byte_alphabet,
-)
-from .tokens import END, FORMAT, MARKER, MISMATCH, TEXT, WRITTEN, Reading, TokenTable
-
-__all__ = [
-    "END",
-    "FORMAT",
-    "MARKER",
-    "MISMATCH",
-    "TEXT",
-    "WRITTEN",
-    "Reading",
-    "TokenTable",
-    "VocabularyMap",
-    "byte_alphabet",
-]
+from .tokens import FORMAT, TokenTable
 
 LONGEST_SPELLING = 32
 """Student tokens kept of one teacher token; later ones have no target (runs of 100 spaces and the like)."""
@@ -51,15 +35,23 @@ class VocabularyMap:
     (node, student token) are stored as sorted keys; edge i leads to node i + 1, node 0 is the empty sequence.
     """
 
-    segments: np.ndarray  # [V_T, L] int32 student tokens, padded with -1
-    order: np.ndarray  # [V_T] int32 teacher tokens in lexicographic order of their segments
-    edges: np.ndarray  # [E] int64 node * student_vocab_size + student token, sorted
-    node_lo: np.ndarray  # [E + 1] int32 first rank below the node
-    node_hi: np.ndarray  # [E + 1] int32 last rank below the node, plus 1
+    segments: np.ndarray
+    """[V_T, L] int32 student tokens, padded with -1."""
+    order: np.ndarray
+    """[V_T] int32 teacher tokens in lexicographic order of their segments."""
+    edges: np.ndarray
+    """[E] int64 node * student_vocab_size + student token, sorted."""
+    node_lo: np.ndarray
+    """[E + 1] int32 first rank below the node."""
+    node_hi: np.ndarray
+    """[E + 1] int32 last rank below the node, plus 1."""
     student_vocab_size: int
-    equal_tokenizers: bool = False  # every text has the same ids on both sides
-    channel_ids: np.ndarray | None = None  # [V_T, 4] int32 next student token given the teacher's, or -1
-    channel_probs: np.ndarray | None = None  # [V_T, 4] float32
+    equal_tokenizers: bool = False
+    """True if every text has the same ids on both sides."""
+    channel_ids: np.ndarray | None = None
+    """[V_T, 4] int32 next student token given the teacher's, or -1."""
+    channel_probs: np.ndarray | None = None
+    """[V_T, 4] float32."""
 
     @classmethod
     def build(
@@ -84,15 +76,18 @@ class VocabularyMap:
             teacher_vocab_size = expect_count("teacher_vocab_size", teacher_vocab_size, 1)
         student = TokenTable(student_tokenizer, student_vocab_size, name="the student's tokenizer")
         teacher = TokenTable(teacher_tokenizer, teacher_vocab_size, name="the teacher's tokenizer")
-        sizes = [student.rows, teacher.rows]
-        key = hashlib.sha256(f"{FORMAT} {student.fingerprint} {teacher.fingerprint} {sizes}".encode()).hexdigest()
-        file = Path(cache_dir) / f"vocabulary-{key[:32]}.npz" if cache_dir else None
-        if file and (stored := cls._load(file)):
-            return stored
-        are_equal = student.text_fingerprint == teacher.text_fingerprint
+
+        # Spelling a large vocabulary takes a while, so the next run reads the result.
+        file = None
+        if cache_dir:
+            file = Path(cache_dir) / _cache_name(student, teacher)
+            stored = cls._load(file)
+            if stored is not None:
+                return stored
+
         built = cls.from_segments(_spell_vocabulary(student, teacher), student.rows)
-        built = replace(built, equal_tokenizers=are_equal)
-        if file:
+        built = replace(built, equal_tokenizers=_are_equal(student, teacher))
+        if file is not None:
             try:
                 built._save(file)
             except OSError as error:
@@ -101,27 +96,16 @@ class VocabularyMap:
 
     @classmethod
     def from_segments(cls, segments: np.ndarray, student_vocab_size: int) -> "VocabularyMap":
-        """The map for given spellings ([V_T, L], padded with -1)."""
+        """Return the map for given spellings ([V_T, L], padded with -1)."""
+        # lexsort takes the most significant column last; -1 sorts a spelling before those that it begins
         order = np.lexsort(segments.T[::-1])
-        ranked = segments[order].astype(np.int64)
-        node = np.zeros(len(order), dtype=np.int64)
-        edges, lo, hi, nodes = [], [np.array([0])], [np.array([len(order)])], 1
-        for column in ranked.T:
-            rows = np.flatnonzero(column >= 0)
-            key = node[rows] * student_vocab_size + column[rows]
-            first = np.flatnonzero(np.diff(key, prepend=-1))
-            last = np.append(first[1:], len(rows))
-            edges.append(key[first])
-            lo.append(rows[first])
-            hi.append(rows[last - 1] + 1 if len(rows) else rows)
-            node[rows] = nodes + np.repeat(np.arange(len(first)), last - first)
-            nodes += len(first)
+        tree = _spelling_tree(segments[order].astype(np.int64), student_vocab_size)
         return cls(
             segments=segments.astype(np.int32),
             order=order.astype(np.int32),
-            edges=np.concatenate(edges) if edges else np.zeros(0, dtype=np.int64),
-            node_lo=np.concatenate(lo).astype(np.int32),
-            node_hi=np.concatenate(hi).astype(np.int32),
+            edges=tree.edges,
+            node_lo=tree.lo.astype(np.int32),
+            node_hi=tree.hi.astype(np.int32),
             student_vocab_size=student_vocab_size,
         )
 
@@ -135,17 +119,19 @@ class VocabularyMap:
     @property
     def fingerprint(self) -> str:
         """Hash of all spellings, of both sizes, and of how texts are aligned."""
-        spelt = hashlib.sha256(np.ascontiguousarray(self.segments).tobytes())
-        spelt.update(f"{self.segments.shape} {self.student_vocab_size} {self.equal_tokenizers}".encode())
-        return spelt.hexdigest()
+        digest = hashlib.sha256(np.ascontiguousarray(self.segments).tobytes())
+        digest.update(f"{self.segments.shape} {self.student_vocab_size} {self.equal_tokenizers}".encode())
+        return digest.hexdigest()
 
     def descend(self, node: np.ndarray, token: np.ndarray) -> np.ndarray:
-        """The nodes one student token further; -1 where no teacher token continues so (or the node is -1)."""
+        """Return the nodes one student token further; -1 where no teacher token continues so (or the node is -1)."""
         key = node.astype(np.int64) * self.student_vocab_size + token
-        at = np.searchsorted(self.edges, key)
-        found = (node >= 0) & (at < len(self.edges))
-        found[found] = self.edges[at[found]] == key[found]
-        return np.where(found, at + 1, -1)
+        edge = np.searchsorted(self.edges, key)
+
+        exists = (node >= 0) & (edge < len(self.edges))
+        # indexed by the mask, since a key behind all edges has no entry to compare with
+        exists[exists] = self.edges[edge[exists]] == key[exists]
+        return np.where(exists, edge + 1, -1)
 
     def with_channel(self, pairs: tuple[np.ndarray, np.ndarray], width: int = 4) -> "VocabularyMap":
         """Add P(next student token | teacher token), counted at common boundaries of tokenised text.
@@ -154,25 +140,41 @@ class VocabularyMap:
             pairs: (teacher tokens, student tokens) that begin at the same byte, as in `alignment.paired_tokens`.
             width: entries kept per teacher token; one pseudo-count lies on the first token of its spelling.
         """
-        teacher, student = (np.asarray(p, dtype=np.int64) for p in pairs)
+        teacher = np.asarray(pairs[0], dtype=np.int64)
+        student = np.asarray(pairs[1], dtype=np.int64)
+
+        # Count every pair, and once more the spelling's first token, as one number each.
         spelt = np.flatnonzero(self.segments[:, 0] >= 0)
-        keys = np.concatenate([teacher, spelt]) * self.student_vocab_size
-        keys += np.concatenate([student, self.segments[spelt, 0]])
-        key, count = np.unique(keys, return_counts=True)
-        t, s = key // self.student_vocab_size, key % self.student_vocab_size
-        best = np.lexsort((-count, t))
-        t, s, count = t[best], s[best], count[best]
-        place = np.arange(len(t)) - np.searchsorted(t, t)
-        t, s, count, place = (a[place < width] for a in (t, s, count, place))
-        ids = np.full((len(self.segments), width), -1, dtype=np.int32)
-        probs = np.zeros((len(self.segments), width), dtype=np.float32)
-        ids[t, place], probs[t, place] = s, count
+        teacher = np.concatenate([teacher, spelt])
+        student = np.concatenate([student, self.segments[spelt, 0]])
+        key, count = np.unique(teacher * self.student_vocab_size + student, return_counts=True)
+        teacher = key // self.student_vocab_size
+        student = key % self.student_vocab_size
+
+        # The most frequent student tokens of each teacher token, commonest first.
+        best_first = np.lexsort((-count, teacher))
+        teacher = teacher[best_first]
+        place = np.arange(len(teacher)) - np.searchsorted(teacher, teacher)
+        is_kept = place < width
+        entries = (teacher[is_kept], place[is_kept])
+
+        shape = (len(self.segments), width)
+        ids = np.full(shape, -1, dtype=np.int32)
+        probs = np.zeros(shape, dtype=np.float32)
+        ids[entries] = student[best_first][is_kept]
+        probs[entries] = count[best_first][is_kept]
         probs /= np.maximum(probs.sum(1, keepdims=True), 1)
         return replace(self, channel_ids=ids, channel_probs=probs)
 
     def _save(self, file: Path) -> None:
+        """Write the map; another process that reads the file meanwhile sees the old one or none."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+        arrays = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                arrays[field.name] = value
+
         handle, staged = tempfile.mkstemp(dir=file.parent, suffix=".npz")
         with os.fdopen(handle, "wb") as out:
             np.savez(out, **arrays)
@@ -180,7 +182,7 @@ class VocabularyMap:
 
     @classmethod
     def _load(cls, file: Path) -> "VocabularyMap | None":
-        """The stored map, or None where there is none or it cannot be read (it is then built again)."""
+        """Return the stored map, or None where there is none or it cannot be read (it is then built again)."""
         try:
             with np.load(file, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
@@ -193,46 +195,123 @@ class VocabularyMap:
             return None
 
 
+def _cache_name(student: TokenTable, teacher: TokenTable) -> str:
+    """Return a file name that depends on all that decides the spellings."""
+    sizes = [student.rows, teacher.rows]
+    key = f"{FORMAT} {student.fingerprint} {teacher.fingerprint} {sizes}"
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    return f"vocabulary-{digest[:32]}.npz"
+
+
+def _are_equal(student: TokenTable, teacher: TokenTable) -> bool:
+    return student.text_fingerprint == teacher.text_fingerprint
+
+
+# ---------------------------------------------------------------- the tree of spellings
+
+
+class _SpellingTree(NamedTuple):
+    """Beginnings of spellings as nodes; edge i leads to node i + 1, node 0 is the empty beginning."""
+
+    edges: np.ndarray
+    """[E] keys, sorted."""
+    lo: np.ndarray
+    """[E + 1] first rank below each node."""
+    hi: np.ndarray
+    """[E + 1] last rank below each node, plus 1."""
+
+
+def _spelling_tree(ranked: np.ndarray, student_vocab_size: int) -> _SpellingTree:
+    """Build the tree, one level for each student token.
+
+    Args:
+        ranked: [V_T, L] int64 spellings in lexicographic order, padded with -1.
+        student_vocab_size: V_S.
+    """
+    edges = []
+    lo = [np.array([0])]
+    hi = [np.array([len(ranked)])]
+    count = 1
+
+    node = np.zeros(len(ranked), dtype=np.int64)  # of each spelling, as far as it is read
+    for column in ranked.T:
+        rows = np.flatnonzero(column >= 0)
+        if not len(rows):
+            continue
+
+        # Spellings with the same beginning are neighbours, and share one edge.
+        key = node[rows] * student_vocab_size + column[rows]
+        first = np.flatnonzero(np.diff(key, prepend=-1))
+        last = np.append(first[1:], len(rows))
+        edges.append(key[first])
+        lo.append(rows[first])
+        hi.append(rows[last - 1] + 1)
+
+        node[rows] = count + np.repeat(np.arange(len(first)), last - first)
+        count += len(first)
+
+    all_edges = np.concatenate(edges) if edges else np.zeros(0, dtype=np.int64)
+    return _SpellingTree(all_edges, np.concatenate(lo), np.concatenate(hi))
+
+
+# ---------------------------------------------------------------- spellings
+
+
 def _spell_vocabulary(student: TokenTable, teacher: TokenTable) -> np.ndarray:
-    """[V_T, L] student tokens of each teacher token.
+    """Spell each teacher token in student tokens.
 
     A student token with exactly the teacher token's bytes is its spelling (so that equal vocabularies, permuted or
     not, map one to one; among several with the same bytes the one of the same name). Others are spelt by the
     student's own rules. Special tokens have no spelling, but for end of text, unless the tokenizers are equal.
+
+    Returns:
+        [V_T, L] padded with -1.
     """
-    if student.text_fingerprint == teacher.text_fingerprint:
+    if _are_equal(student, teacher):
         return _same_ids(student, teacher)
 
-    spelling: list[list[int]] = [[] for _ in range(teacher.rows)]
-    same_name = {name: i for i, name in enumerate(student.tokens) if name is not None}
+    # Tokens that the student has, too, by their bytes.
+    spellings: list[list[int]] = [[] for _ in range(teacher.rows)]
+    student_ids = {name: i for i, name in enumerate(student.tokens) if name is not None}
     to_spell = []
-    for t, b in enumerate(teacher.bytes):
-        if b is None:
+    for token, data in enumerate(teacher.bytes):
+        if data is None:
             continue
-        twin = same_name.get(teacher.tokens[t])
-        exact = twin if twin is not None and student.bytes[twin] == b else student.by_bytes.get(b)
-        if exact is not None:
-            spelling[t] = [exact]
+        exact = student.by_bytes.get(data)
+        namesake = student_ids.get(teacher.tokens[token])
+        if namesake is not None and student.bytes[namesake] == data:
+            exact = namesake
+
+        if exact is None:
+            to_spell.append(token)
         else:
-            to_spell.append(t)
+            spellings[token] = [exact]
 
-    for t, ids in zip(to_spell, student.spell([teacher.bytes[t] for t in to_spell]), strict=True):
-        spelling[t] = ids[:LONGEST_SPELLING]
+    # All others, and the end of a text, which is the other's whatever it is called.
+    spelt = student.spell([teacher.bytes[token] for token in to_spell])
+    for token, ids in zip(to_spell, spelt, strict=True):
+        spellings[token] = ids[:LONGEST_SPELLING]
     if teacher.end_of_text is not None and student.end_of_text is not None:
-        spelling[teacher.end_of_text] = [student.end_of_text]
+        spellings[teacher.end_of_text] = [student.end_of_text]
 
-    segments = np.full((teacher.rows, max(1, max(map(len, spelling)))), -1, dtype=np.int32)
-    for t, ids in enumerate(spelling):
-        segments[t, : len(ids)] = ids
+    longest = max(map(len, spellings))
+    segments = np.full((teacher.rows, max(1, longest)), -1, dtype=np.int32)
+    for token, ids in enumerate(spellings):
+        segments[token, : len(ids)] = ids
     return segments
 
 
 def _same_ids(student: TokenTable, teacher: TokenTable) -> np.ndarray:
-    """[V_T, 1] every token as itself, unknown and special ones included; an end of text as the student's."""
+    """Spell every token as itself, unknown and special ones included; an end of text as the student's.
+
+    Returns:
+        [V_T, 1] -1 for tokens of another name.
+    """
     segments = np.full((teacher.rows, 1), -1, dtype=np.int32)
-    for i, (own, other) in enumerate(zip(student.tokens, teacher.tokens, strict=False)):
-        if own is not None and own == other:
-            segments[i] = i
+    for token_id, (name, teacher_name) in enumerate(zip(student.tokens, teacher.tokens, strict=False)):
+        if name is not None and name == teacher_name:
+            segments[token_id] = token_id
+
     if teacher.end_of_text is not None and student.end_of_text is not None:
         segments[teacher.end_of_text] = student.end_of_text
     return segments

@@ -1,4 +1,14 @@
-"""Windows of text that both tokenizers read."""
+"""Windows: documents as token ids of both tokenizers, cut and packed to the length that both models read.
+
+A document is cut where a token of the student and a token of the teacher begin at the same byte. A window holds
+pieces of documents, each behind the start markers of its two models. A piece that goes on from an earlier window
+reads the span before it again, unsupervised, so that every byte of text is supervised exactly once.
+
+Byte offsets in a window count the text, one pseudo-byte for each end of text, and one slot before each document for
+the space that some tokenizers put there.
+
+Shapes: T tokens of a reading, C common cuts of a document.
+"""
 
 import copy
 import hashlib
@@ -22,34 +32,61 @@ BEHIND = 2**40
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a document that fits into a window, with what is read before it."""
+    """A part of a document that fits into a window, with the tokens that are read before it."""
 
     document: str
-    readings: list[Reading]  # per side; the lead has role MARKER
+    """Name of the document, for messages."""
+    readings: list[Reading]
+    """Tokens of student and teacher; those read before the part have role MARKER."""
     first_byte: int
+    """Byte of the document at which the readings begin; -1: the slot before the text."""
     last_byte: int
+    """Byte of the document at which the readings end, the pseudo-byte of the end of text included."""
     text_bytes: int
-    unspelt: tuple[int, int]  # per side, bytes of text that the tokens do not say
+    """Supervised bytes of text."""
+    unspelt: tuple[int, int]
+    """For student and teacher, how many of these bytes their tokens do not say."""
     left_out: int
-    whole: bool  # ends with the document's end
+    """Bytes before the part that are in no window."""
+    whole: bool
+    """True if the part ends where the document ends."""
 
     @property
     def size(self) -> np.ndarray:
-        return np.array([len(r.ids) for r in self.readings])
+        """[2] numbers of tokens of student and teacher."""
+        return np.array([len(reading.ids) for reading in self.readings])
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the windows of a pair depend on besides the two tokenizers: student and teacher in this order."""
+    """Facts about two models, student and teacher in this order, that their tokenizers do not tell."""
 
     rows: tuple[int | None, int | None] = (None, None)
-    """Of the heads; None: as many as tokens."""
+    """Rows of the heads; None: as many as tokens."""
     text_starts: tuple[str | None, str | None] = (None, None)
     """Tokens that plain text starts with; None: see `models.text.text_start`."""
 
 
 ANY_MODEL = ModelFacts()
 """Models of which nothing is known but their tokenizers."""
+
+
+@dataclass(frozen=True)
+class _Document:
+    """A tokenised document, and the places where it can be cut."""
+
+    name: str
+    size: int
+    """Bytes of text."""
+    readings: list[Reading]
+    """Tokens of student and teacher, with an end of text where the tokenizer has one."""
+    cuts: np.ndarray
+    """[C, 3] see `_common_cuts`."""
+
+    def text_bytes(self, first: int, last: int) -> int:
+        """Count the bytes of text between two cuts: neither the slot in front nor the pseudo-byte at the end."""
+        begin, end = np.clip(self.cuts[[first, last], 0], 0, self.size)
+        return int(end - begin)
 
 
 class PairEncoder:
@@ -64,6 +101,12 @@ class PairEncoder:
         ValueError: if a tokenizer does not fit (see `TokenTable`), or `max_length` is below 8.
     """
 
+    prompt: Callable[[str, str], tuple[str, list[int]]] | None = None
+    """(document, side) -> the last question in it and the ids up to the answer, where documents are conversations."""
+
+    day: date | None = None
+    """Day on which all documents are read, where the text that a model reads depends on it."""
+
     def __init__(
         self,
         student_tokenizer: PreTrainedTokenizerBase,
@@ -72,6 +115,7 @@ class PairEncoder:
         facts: ModelFacts = ANY_MODEL,
     ) -> None:
         max_length = expect_count("max_length", max_length, 8, "raise --max-length")
+
         pair = (student_tokenizer, teacher_tokenizer)
         self.tables = tuple(
             TokenTable(tokenizer, rows, start, name=f"the {side}'s tokenizer")
@@ -79,15 +123,18 @@ class PairEncoder:
         )
         self.max_length = max_length
         self.end_of_text = tuple(table.end_of_text for table in self.tables)
-        # what is read before a text
-        self.starts = [[] if table.start_marker is None else [table.start_marker] for table in self.tables]
-        # the end of a document then marks the start of the next one
-        self._end_is_start = tuple(t.start_marker is not None and t.start_marker == t.end_of_text for t in self.tables)
+        self.starts = [_start_ids(table) for table in self.tables]
+
+        # A window needs no start marker between two documents where the end of the first is one.
+        self._end_is_start = tuple(
+            table.start_marker is not None and table.start_marker == table.end_of_text for table in self.tables
+        )
+
         parts = [str(FORMAT), *(table.fingerprint for table in self.tables), str(max_length)]
         self.fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
 
     def canonical(self, text: str) -> str:
-        """The text that both models are given: valid Unicode, normalised where one of the tokenizers would."""
+        """Return the text that both models are given: valid Unicode, normalised where one of the tokenizers would."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         for table in self.tables:
             text = table.normalise(text)
@@ -113,158 +160,220 @@ class PairEncoder:
             TypeError: a single text in place of a list, or something in the list that is no text.
         """
         expect_texts(texts, documents)
-        names = documents or [""] * len(texts)
-        kept = [(name, text) for name, text in zip(names, map(self.canonical, texts), strict=True) if text]
-        readings = zip(*(table.read([text for _, text in kept]) for table in self.tables), strict=True)
-        pieces, at_ends = [], 0
-        for (name, text), pair in zip(kept, readings, strict=True):
-            found, left_out = self._pieces(name, len(text.encode()), pair)
-            pieces += found
-            at_ends += left_out
-        return self.packed(pieces, at_ends)
+        names = []
+        contents = []
+        for name, text in zip(documents or [""] * len(texts), map(self.canonical, texts), strict=True):
+            if text:
+                names.append(name)
+                contents.append(text)
+
+        student, teacher = (table.read(contents) for table in self.tables)
+        pieces = []
+        left_out = 0
+        for name, text, pair in zip(names, contents, zip(student, teacher, strict=True), strict=True):
+            document_pieces, left_out_at_end = self._pieces(name, len(text.encode()), pair)
+            pieces += document_pieces
+            left_out += left_out_at_end
+        return self.packed(pieces, left_out)
 
     def least_length(self, text: str) -> int | None:
-        """Return how many tokens a window must hold before anything of a document can be learned, by the model that
-        needs more of them; None if nothing of it can be learned however long a window is."""
+        """Return the least `max_length` with which something of a document can be learned.
+
+        It counts tokens of the model that needs more of them. None: nothing can be learned, however long windows are.
+        """
         boundless = copy.copy(self)
         boundless.max_length = BEHIND
         windows = boundless.windows([text])
         if not windows:
             return None
 
-        ends, lengths = [], [0]
-        for side in SIDES:
-            reading = _reading(windows[0], side)
-            ends.append(np.where(reading.roles != MARKER, reading.ends, -1))
-            lengths.append(len(windows[0].get(f"{side}_source", [])))
-        common = np.intersect1d(*ends)
+        # The first byte at which a supervised token of either side ends.
+        window = windows[0]
+        student, teacher = (_supervised_ends(_reading(window, side)) for side in SIDES)
+        common = np.intersect1d(student, teacher)
         common = common[common >= 0]
         if not len(common):
             return None
 
-        first = common[0]
-        lengths += [int(np.flatnonzero(side == first)[0]) + 1 for side in ends]
+        # A window must hold the tokens up to there; an encoder's input must fit as a whole.
+        lengths = [len(window.get(f"{side}_source", [])) for side in SIDES]
+        for ends in (student, teacher):
+            lengths.append(int(np.flatnonzero(ends == common[0])[0]) + 1)
         return max(lengths)
 
-    prompt: Callable[[str, str], tuple[str, list[int]]] | None = None
-    """(document, side) -> what is asked last in it and the ids up to the answer, where documents are conversations."""
-
-    day: date | None = None
-    """That on which all documents are read, where what a model reads depends on it."""
-
     def notes(self, texts: Iterable[str]) -> list[str]:
-        """What is worth knowing of documents before they are learned from, in words."""
+        """Return warnings about documents, for the user to read before a training; none for plain text."""
         return []
 
     def packed(self, pieces: list[Piece], left_out: int) -> list[dict[str, Any]]:
-        """Windows of pieces; `left_out` counts bytes that are in none of them."""
+        """Return the windows of pieces; `left_out` counts bytes that are in none of them."""
         windows = [self._assemble(group) for group in self._group(pieces)]
         if windows:
             windows[-1]["left_out"] += left_out
         return windows
 
+    # ------------------------------------------------------------ a document -> pieces
+
     def _pieces(self, name: str, size: int, pair: Sequence[Reading]) -> tuple[list[Piece], int]:
-        """A document of `size` bytes cut into pieces that fill a window each, and the bytes left out at its end."""
-        pair = [self._end(reading, size, side) for side, reading in enumerate(pair)]
-        cuts = _common_cuts(pair, size)
-        pieces, left_out = [], 0
-        # without a start marker the first span of a document is read, not predicted
-        at = 0 if all(self.starts) else 1
-        while at < len(cuts) - 1:
-            lead = max(at - 1, 0)
-            room = [self.max_length - len(start) for start in self.starts]
-            fits = ((cuts[at:, 1:] - cuts[lead, 1:]) <= room).all(1)
-            to = at + int(np.flatnonzero(fits).max(initial=0))
-            text_bytes = int(np.diff(np.clip(cuts[[at, max(to, at + 1)], 0], 0, size))[0])
-            if to == at:
-                left_out += text_bytes
-                at += 1
+        """Cut a document of `size` bytes into pieces that fill a window each; count the bytes left out at its end."""
+        readings = [self._with_end(reading, size, side) for side, reading in enumerate(pair)]
+        document = _Document(name, size, readings, _common_cuts(readings, size))
+        end = len(document.cuts) - 1
+
+        # Without a start marker nothing stands before the first span of a document: it is read, not predicted.
+        first = 0 if all(self.starts) else 1
+        pieces = []
+        left_out = 0
+        while first < end:
+            last = self._last_cut_that_fits(document.cuts, first)
+            if last == first:
+                # Not even one span fits behind its context: it is skipped, and is the context of the next.
+                left_out += document.text_bytes(first, first + 1)
+                first += 1
                 continue
-            readings = [self._lead(pair[i], i, cuts[[lead, at, to], 1 + i], cuts[lead, 0]) for i in range(2)]
-            spelt = [self._spelt(i, pair[i].part(cuts[at, 1 + i], cuts[to, 1 + i]), [-1]) for i in range(2)]
-            pieces.append(
-                Piece(
-                    document=name,
-                    readings=readings,
-                    first_byte=int(cuts[lead, 0]),
-                    last_byte=int(cuts[to, 0]),
-                    text_bytes=text_bytes,
-                    unspelt=(text_bytes - spelt[0], text_bytes - spelt[1]),
-                    left_out=left_out,
-                    whole=to == len(cuts) - 1,
-                )
-            )
-            at, left_out = to, 0
+
+            pieces.append(self._piece(document, first, last, left_out=left_out))
+            first = last
+            left_out = 0
         return pieces, left_out
 
-    def _spelt(self, side: int, reading: Reading, slots: Sequence[int] | np.ndarray) -> int:
-        """Bytes of a text that a side's tokens say; a space in one of the slots before a text is no part of it."""
-        spelt = self.tables[side].spelt(reading)
-        in_front = np.isin(reading.starts, slots) & (spelt > 0)
-        return int(spelt.sum() - in_front.sum())
+    def _last_cut_that_fits(self, cuts: np.ndarray, first: int) -> int:
+        """Return the last cut at which a piece from cut `first` on can end; `first` if no piece fits."""
+        context = max(first - 1, 0)
+        free = [self.max_length - len(start) for start in self.starts]
+        fits = ((cuts[first:, 1:] - cuts[context, 1:]) <= free).all(1)
+        return first + int(np.flatnonzero(fits).max(initial=0))
 
-    def _lead(self, reading: Reading, side: int, cuts: np.ndarray, first_byte: int) -> Reading:
-        """Start markers, context cuts[0]..cuts[1] (read, not predicted) and text up to cuts[2]."""
+    def _piece(self, document: _Document, first: int, last: int, *, left_out: int) -> Piece:
+        """Return the part of a document between two cuts, behind the span before it as context."""
+        cuts = document.cuts
+        context = max(first - 1, 0)
+        text_bytes = document.text_bytes(first, last)
+
+        readings = []
+        unspelt = []
+        for side, reading in enumerate(document.readings):
+            begin, middle, end = cuts[[context, first, last], 1 + side]
+            readings.append(self._behind_start(reading.part(begin, end), side, middle - begin, cuts[context, 0]))
+            unspelt.append(text_bytes - self._spelt_bytes(side, reading.part(middle, end), [-1]))
+
+        return Piece(
+            document=document.name,
+            readings=readings,
+            first_byte=int(cuts[context, 0]),
+            last_byte=int(cuts[last, 0]),
+            text_bytes=text_bytes,
+            unspelt=(unspelt[0], unspelt[1]),
+            left_out=left_out,
+            whole=last == len(cuts) - 1,
+        )
+
+    def _spelt_bytes(self, side: int, reading: Reading, slots: Sequence[int] | np.ndarray) -> int:
+        """Count the bytes of a text that a side's tokens say.
+
+        A token that begins in a slot before a text says a space that is no part of the text.
+        """
+        spelt = self.tables[side].spelt(reading)
+        begins_in_slot = np.isin(reading.starts, slots) & (spelt > 0)
+        return int(spelt.sum() - begins_in_slot.sum())
+
+    def _behind_start(self, reading: Reading, side: int, context: int, first_byte: int) -> Reading:
+        """Return a reading behind the side's start markers; its first `context` tokens become unsupervised, too."""
+        is_context = np.arange(len(reading.ids)) < context
+        reading = reading._replace(roles=np.where(is_context, MARKER, reading.roles))
+
         ids = np.array(self.starts[side], dtype=np.int64)
-        where = np.full(len(ids), first_byte)
-        body = reading.part(cuts[0], cuts[2])
-        body = body._replace(roles=np.where(np.arange(len(body.ids)) < cuts[1] - cuts[0], MARKER, body.roles))
-        mark = Reading(ids, where, where, np.full(len(ids), MARKER, dtype=np.int8))
-        return Reading(*(np.concatenate(c) for c in zip(mark, body, strict=True)))
+        byte = np.full(len(ids), first_byte)
+        start = Reading(ids=ids, starts=byte, ends=byte, roles=np.full(len(ids), MARKER, dtype=np.int8))
+        return Reading.joined([start, reading])
+
+    def _with_end(self, reading: Reading, size: int, side: int) -> Reading:
+        """Return a reading with an end-of-text token, one pseudo-byte after the text."""
+        end_of_text = self.tables[side].end_of_text
+        if end_of_text is None:
+            return reading
+        return Reading(
+            ids=np.append(reading.ids, end_of_text),
+            starts=np.append(reading.starts, size),
+            ends=np.append(reading.ends, size + 1),
+            roles=np.append(reading.roles, END),
+        )
+
+    # ------------------------------------------------------------ pieces -> windows
 
     def _group(self, pieces: list[Piece]) -> list[list[Piece]]:
-        """Pieces that share a window, largest first into the fullest window that has room for them."""
-        groups, room = [], np.empty((len(pieces), 2), dtype=np.int64)
-        for piece in sorted(pieces, key=lambda p: -p.size.max()):
-            left = room[: len(groups)] - piece.size
-            fits = np.flatnonzero((left >= 0).all(1)) if piece.whole else []
-            if len(fits):
-                best = fits[left[fits].max(1).argmin()]
-                groups[best].append(piece)
-                room[best] = left[best]
-            else:
-                # only the end of a document can be followed by another one
-                room[len(groups)] = self.max_length - piece.size if piece.whole else -1
-                groups.append([piece])
+        """Return the pieces of each window: largest first, into the fullest window with space for them."""
+        groups: list[list[Piece]] = []
+        free = np.empty((len(pieces), 2), dtype=np.int64)  # tokens, per window and side
+        for piece in sorted(pieces, key=lambda piece: piece.size.max(), reverse=True):
+            free_after = free[: len(groups)] - piece.size
+            fitting = np.flatnonzero((free_after >= 0).all(1))
+
+            if piece.whole and len(fitting):
+                fullest = fitting[free_after[fitting].max(1).argmin()]
+                groups[fullest].append(piece)
+                free[fullest] = free_after[fullest]
+                continue
+
+            # Only the end of a document can be followed by another document.
+            free[len(groups)] = self.max_length - piece.size if piece.whole else -1
+            groups.append([piece])
         return groups
 
     def _assemble(self, group: list[Piece]) -> dict[str, Any]:
+        """Return the window of pieces that share it; its columns are those of `windows`."""
         window: dict[str, Any] = {
-            "bytes": sum(p.text_bytes for p in group),
-            "left_out": sum(p.left_out for p in group),
-            "documents": ",".join(p.document for p in group),
+            "bytes": sum(piece.text_bytes for piece in group),
+            "left_out": sum(piece.left_out for piece in group),
+            "documents": ",".join(piece.document for piece in group),
         }
         for side, name in enumerate(SIDES):
-            window[f"{name}_unspelt"] = sum(p.unspelt[side] for p in group)
-        base = np.cumsum([0, *(p.last_byte - p.first_byte for p in group)])
+            window[f"{name}_unspelt"] = sum(piece.unspelt[side] for piece in group)
+
+        # The bytes of a piece count on from the end of the piece before it.
+        sizes = [piece.last_byte - piece.first_byte for piece in group]
+        begins = np.cumsum([0, *sizes])
         for side, name in enumerate(SIDES):
-            parts = []
-            for n, piece in enumerate(group):
-                reading, shift = piece.readings[side], base[n] - piece.first_byte
-                if n > 0 and self._end_is_start[side]:
+            readings = []
+            for number, piece in enumerate(group):
+                reading = piece.readings[side]
+                if number > 0 and self._end_is_start[side]:
                     reading = reading.part(1, len(reading.ids))
-                parts.append(reading._replace(starts=reading.starts + shift, ends=reading.ends + shift))
-            for column, values in zip(Reading._fields, zip(*parts, strict=True), strict=True):
+                readings.append(reading.shifted(begins[number] - piece.first_byte))
+
+            for column, values in Reading.joined(readings)._asdict().items():
                 kind = np.int8 if column == "roles" else np.int32
-                window[f"{name}_{column}"] = np.concatenate(values).astype(kind)
+                window[f"{name}_{column}"] = values.astype(kind)
         return window
 
-    def _end(self, reading: Reading, size: int, side: int) -> Reading:
-        """The reading with an end-of-text token, one pseudo-byte after the text."""
-        eot = self.tables[side].end_of_text
-        if eot is None:
-            return reading
-        return Reading(*(np.append(c, v) for c, v in zip(reading, (eot, size, size + 1, END), strict=True)))
+
+def _start_ids(table: TokenTable) -> list[int]:
+    return [] if table.start_marker is None else [table.start_marker]
 
 
-def _common_cuts(pair: list[Reading], size: int) -> np.ndarray:
-    """[C, 3] places where a document can be cut: byte offset, student tokens before it, teacher tokens before it."""
-    s, t = pair
-    _, i, j = np.intersect1d(s.starts, t.starts, return_indices=True)
-    inner = np.stack([s.starts[i], i, j], axis=1)
+def _common_cuts(readings: Sequence[Reading], size: int) -> np.ndarray:
+    """Return the places where a document can be cut.
+
+    Returns:
+        [C, 3] byte offset, student tokens before it, teacher tokens before it; the first and the last row are the
+        begin (the slot before the text) and the end of the document.
+    """
+    student, teacher = readings
+    _, i, j = np.intersect1d(student.starts, teacher.starts, return_indices=True)
+
+    inner = np.stack([student.starts[i], i, j], axis=1)
     inner = inner[(i > 0) & (j > 0)]
-    return np.concatenate([[[-1, 0, 0]], inner, [[size + 1, len(s.ids), len(t.ids)]]]).astype(np.int64)
+    begin = [[-1, 0, 0]]
+    end = [[size + 1, len(student.ids), len(teacher.ids)]]
+    return np.concatenate([begin, inner, end]).astype(np.int64)
+
+
+def _supervised_ends(reading: Reading) -> np.ndarray:
+    """[T] byte at which each token ends; -1 for tokens that are not supervised."""
+    return np.where(reading.roles != MARKER, reading.ends, -1)
 
 
 def _reading(window: dict[str, Any], side: str) -> Reading:
-    return Reading(*(np.asarray(window[f"{side}_{column}"], dtype=np.int64) for column in Reading._fields))
+    """Return one side of a window."""
+    columns = {column: np.asarray(window[f"{side}_{column}"], dtype=np.int64) for column in Reading._fields}
+    return Reading(**columns)

@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from models.text.token_bytes import byte_alphabet
 from models.text.tokens import MISMATCH, TokenTable
-from models.text.vocabulary import VocabularyMap, byte_alphabet
+from models.text.vocabulary import VocabularyMap
 from tests.models.tiny import (
     END,
     STORIES,
