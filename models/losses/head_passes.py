@@ -89,9 +89,9 @@ def _any_rows(function: Callable) -> Callable:
     kernel = torch.compile(function)
 
     @functools.wraps(function)
-    def call(logits: Tensor, *rest: Tensor | float | None) -> RowSums | None:
+    def call(logits: Tensor, **arguments: Tensor | float | None) -> RowSums | None:
         torch._dynamo.maybe_mark_dynamic(logits, 0)
-        return kernel(logits, *rest)
+        return kernel(logits, **arguments)
 
     return call
 
@@ -136,8 +136,8 @@ def try_passes(device: torch.device) -> str:
     logits = torch.linspace(-3, 3, 48, device=device).reshape(3, 16)
     expected = logits.softmax(1)
     try:
-        sums = compiled().row_sums(logits, 1.0, None)
-        compiled().softmax_gradient(logits, sums.peak, 1 / sums.total, None, 1.0, None)
+        sums = compiled().row_sums(logits, scale=1.0, softcap=None)
+        compiled().softmax_gradient(logits, peak=sums.peak, slope=1 / sums.total, out=None, scale=1.0, softcap=None)
         right = torch.allclose(logits, expected, atol=1e-5)
     except Exception as error:  # a compiler's own errors, of many kinds: whatever it is, the reference works
         lines = str(error).strip().splitlines()
