@@ -330,9 +330,16 @@ class _HeadPass:
         if self.row_at is None:
             return SparseTarget(whole.ids[part], whole.probs[part], whole.tail[part], whole.valid[part])
 
+        # A position without a row takes the first one, marked as invalid.
         row = self.row_at[part]
-        at = row.clamp_min(0)
-        return SparseTarget(whole.ids[at], whole.probs[at], whole.tail[at], whole.valid[at] & (row >= 0))
+        has_row = row >= 0
+        row = row.clamp_min(0)
+        return SparseTarget(
+            ids=whole.ids[row],
+            probs=whole.probs[row],
+            tail=whole.tail[row],
+            valid=whole.valid[row] & has_row,
+        )
 
     def _eager_chunk(
         self, head: LinearHead | ModuleHead, part: slice, weights: _ChunkWeights, learns: bool
@@ -378,7 +385,7 @@ class _HeadPass:
 
         # LM pushes a token of the rest by its share of all exponentials, KD by its share of those of the rest.
         slope = weights.lm / total
-        at_named = named_masses * (weights.lm / total)
+        named_gradient = named_masses * (weights.lm / total)
         if kd_gradient is not None:
             kd_gradient *= weights.kd
             is_silent = (weights.lm == 0) & (kd_gradient == 0).all(1, keepdim=True)
@@ -387,10 +394,10 @@ class _HeadPass:
             # Bounded, so that the quotients by it neither overflow nor vanish.
             size = slope.abs().clamp(1 / STEEPEST, STEEPEST)
             slope = size.copysign(slope).masked_fill(is_silent, 0.0)
-            at_named = at_named + kd_gradient[:, :-1]
+            named_gradient = named_gradient + kd_gradient[:, :-1]
 
         if learns:
-            logits.scatter_add_(1, columns, at_named / _divisor(slope))
+            logits.scatter_add_(1, columns, named_gradient / _divisor(slope))
         return _ChunkSoftmax(total, slope, kd_sum)
 
     def _compiled_chunk(self, head: LinearHead, part: slice, weights: _ChunkWeights, learns: bool) -> _ChunkLosses:

@@ -160,39 +160,39 @@ def differentiate_softmax(
             None where KD is not learned.
     """
     # That of the rest is divided by its own sum, which is 1 or more: a rest of any smallness has its gradient.
-    at_rest = lm_weight * rows.log_rest.exp() / rows.total
+    rest_gradient = lm_weight * rows.log_rest.exp() / rows.total
     if kd_gradient is not None:
-        at_rest = at_rest + kd_gradient[:, -1:]
-    slope = at_rest / rows.rest_total
+        rest_gradient = rest_gradient + kd_gradient[:, -1:]
+    slope = rest_gradient / rows.rest_total
 
     # The label's exponential has the slope of the rest, or its gradient as a named token.
     label_logit = head_passes.adjusted(rows.raw_label, scale, softcap)
-    at_label = (label_logit - rows.peak).exp() * slope
+    label_gradient = (label_logit - rows.peak).exp() * slope
     named = rows.named
     if named is not None:
-        at_named = lm_weight * rows.named_logits.exp() / rows.total
+        named_gradient = lm_weight * rows.named_logits.exp() / rows.total
         if kd_gradient is not None:
-            at_named = at_named + kd_gradient[:, :-1]
+            named_gradient = named_gradient + kd_gradient[:, :-1]
         is_label = named.is_token & (named.columns == rows.label)
-        at_named_label = (at_named * is_label).sum(1, keepdim=True)
-        at_label = torch.where(is_label.any(1, keepdim=True), at_named_label, at_label)
+        label_as_named = (named_gradient * is_label).sum(1, keepdim=True)
+        label_gradient = torch.where(is_label.any(1, keepdim=True), label_as_named, label_gradient)
 
     # d LM / d logit is the probability, but 1 less at the label; then the chain rule through the soft-cap.
-    at_label = at_label - lm_weight
+    label_gradient = label_gradient - lm_weight
     label_cap_slope = head_passes.softcap_slope(rows.raw_label, scale, softcap)
     if label_cap_slope is not None:
-        at_label = at_label * label_cap_slope
+        label_gradient = label_gradient * label_cap_slope
     if named is None:
-        return LogitGradient(slope, rows.label, at_label)
+        return LogitGradient(slope, rows.label, label_gradient)
 
     if named.cap_slope is not None:
-        at_named = at_named * named.cap_slope
+        named_gradient = named_gradient * named.cap_slope
 
     # A column that stands twice, as the label or as padding, has the same number at both places.
-    at_named = torch.where(is_label, at_label, at_named)
-    at_named = torch.where(named.is_token, at_named, at_named.gather(1, named.repeated))
+    named_gradient = torch.where(is_label, label_gradient, named_gradient)
+    named_gradient = torch.where(named.is_token, named_gradient, named_gradient.gather(1, named.repeated))
     return LogitGradient(
         slope=slope,
         columns=torch.cat([named.columns, rows.label], 1),
-        values=torch.cat([at_named, at_label], 1),
+        values=torch.cat([named_gradient, label_gradient], 1),
     )
