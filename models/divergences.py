@@ -42,7 +42,10 @@ def jensen_shannon(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
 
 def skew_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
     """Return KL(p, skew p + (1 - skew) q) (DistiLLM, arXiv 2402.03898, eq. 3)."""
-    log_mixture = torch.logaddexp(log_p + math.log(skew), log_q + math.log1p(-skew))
+    # In logarithms: log(1 - skew) is exact by log1p, and no probability is computed that could vanish.
+    log_teacher_share = log_p + math.log(skew)
+    log_student_share = log_q + math.log1p(-skew)
+    log_mixture = torch.logaddexp(log_teacher_share, log_student_share)
     return (log_p.exp() * (log_p - log_mixture)).sum(-1)
 
 
@@ -61,7 +64,12 @@ else:
 """Annotation of a setting that names a divergence; a check of annotations admits the names of the table alone."""
 
 
-def divergence(log_p: Tensor, log_q: Tensor, kind: str, skew: float) -> Tensor:
+def divergence(
+    log_p: Tensor,
+    log_q: Tensor,
+    kind: str,
+    skew: float,
+) -> Tensor:
     """Return the divergence of that name, in nats, of the student q from the teacher p, over the last dimension.
 
     Args:

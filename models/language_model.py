@@ -64,7 +64,10 @@ def body_states(model: nn.Module, ids: Tensor, source: Source | None = None) -> 
 
 
 def body_layers(
-    model: nn.Module, ids: Tensor, layers: Sequence[int], source: Source | None = None
+    model: nn.Module,
+    ids: Tensor,
+    layers: Sequence[int],
+    source: Source | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the states that enter the head, and the states after some layers: [B, S, H] each.
 
@@ -83,7 +86,12 @@ def body_layers(
     return output.last_hidden_state, tuple(output.hidden_states[layer] for layer in layers)
 
 
-def _run_body(model: nn.Module, ids: Tensor, source: Source | None, output_hidden_states: bool = False) -> ModelOutput:
+def _run_body(
+    model: nn.Module,
+    ids: Tensor,
+    source: Source | None,
+    output_hidden_states: bool = False,
+) -> ModelOutput:
     """Run the part below the head on ids that are padded on the right, if at all.
 
     No attention mask for what is causal: it never sees the padding behind it. With a mask transformers would give
@@ -189,7 +197,12 @@ def is_plain_linear(head: nn.Module) -> bool:
     return not any(hooks)
 
 
-def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear_into(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
     """Write x @ weight.T + bias into existing memory, and return that.
 
     Factors in half precision may have a float32 `out`: on CUDA its sums are then not rounded to half precision.
@@ -210,14 +223,21 @@ def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
     for first in range(0, len(weight), block_size):
         block = slice(first, first + block_size)
+        block_weight = weight[block].t()
+        block_out = out[:, block]
         if bias is None:
-            torch.mm(x, weight[block].t(), out=out[:, block])
+            torch.mm(x, block_weight, out=block_out)
         else:
-            torch.addmm(bias[block], x, weight[block].t(), out=out[:, block])
+            torch.addmm(bias[block], x, block_weight, out=block_out)
     return out
 
 
-def _half_linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _half_linear_into(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
     """Do `linear_into` from half precision to float32, without a second tensor of the size of `out`."""
     if has_float32_products(x):
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
@@ -229,13 +249,15 @@ def _half_linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | Non
         block = slice(first, first + HALF_BLOCK)
         block_weight = weight[block]
         block_bias = None if bias is None else bias[block]
-        out[:, block] = linear_into(rounded[:, : len(block_weight)], x, weight=block_weight, bias=block_bias)
+        block_out = rounded[:, : len(block_weight)]
+        out[:, block] = linear_into(block_out, x, weight=block_weight, bias=block_bias)
     return out
 
 
 def has_float32_products(x: Tensor) -> bool:
     """Return whether torch can multiply half-precision matrices on the device of `x` into float32 (from 2.8 on)."""
-    return x.is_cuda and x.dtype.itemsize == 2 and "dtype_out" in torch.ops.aten.mm.overloads()
+    is_half = x.dtype.itemsize == 2
+    return x.is_cuda and is_half and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def head_logits(model: nn.Module, states: Tensor, out: Tensor | None = None) -> Tensor:
@@ -257,7 +279,8 @@ def head_logits(model: nn.Module, states: Tensor, out: Tensor | None = None) -> 
 
     states = states.to(head.weight.dtype)
     if out is not None and is_plain_linear(head):
-        logits = linear_into(out[: len(states)], states, weight=head.weight, bias=head.bias)
+        memory = out[: len(states)]
+        logits = linear_into(memory, states, weight=head.weight, bias=head.bias)
     else:
         logits = head(states).float()
 
@@ -396,14 +419,16 @@ def _reads_ahead(model: nn.Module, probe: _Probe, logits: Tensor) -> bool:
 
     # Texts of equal shape go through the same kernels: a causal model repeats the earlier logits to rounding, while
     # one that reads ahead, however little it has learned, changes them by 0.1 % and more of what the later ones change.
-    size = max(logits.abs().max().item(), changes[:, PROBE_PREFIX:].max().item())
-    if changes[:, :PROBE_PREFIX].max().item() > _rounding_share(model) * size:
+    earlier_change = changes[:, :PROBE_PREFIX].max().item()
+    later_change = changes[:, PROBE_PREFIX:].max().item()
+    size = max(logits.abs().max().item(), later_change)
+    if earlier_change > _rounding_share(model) * size:
         return True
 
     # A shorter text takes other kernels, so that only a coarse difference counts.
     prefix_logits = head_logits(model, body_states(model, prefix, probe.source))
-    difference = (prefix_logits - logits[:, :PROBE_PREFIX]).abs().max().item()
-    return difference > _coarse_limit(logits)
+    differences = (prefix_logits - logits[:, :PROBE_PREFIX]).abs()
+    return differences.max().item() > _coarse_limit(logits)
 
 
 def _rounding_share(model: nn.Module) -> float:

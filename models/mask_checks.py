@@ -23,6 +23,8 @@ CAUSAL_CHECK = "_ignore_causal_mask_sdpa"
 ENCODER_CHECK = "_ignore_bidirectional_mask_sdpa"
 """Check of transformers: (mask, ...) -> True if an encoder's attention needs no mask."""
 
+CHECKS = (PACKED_CHECK, CAUSAL_CHECK, ENCODER_CHECK)
+
 
 def no_packed_texts(position_ids: Tensor) -> None:
     """Return None, the answer for rows that hold one text each, without a look at the positions."""
@@ -59,8 +61,9 @@ def without_mask_checks() -> Iterator[None]:
     Only for rows of one text that are padded on the right, and for encoders that get a mask only with padding.
     """
     functions = vars(masking_utils)
-    originals = {name: functions[name] for name in (PACKED_CHECK, CAUSAL_CHECK, ENCODER_CHECK) if name in functions}
+    originals = {name: functions[name] for name in CHECKS if name in functions}
 
+    # Another version of transformers may not have all of them.
     replacements: dict[str, Callable] = {}
     if PACKED_CHECK in originals:
         replacements[PACKED_CHECK] = no_packed_texts
@@ -69,6 +72,7 @@ def without_mask_checks() -> Iterator[None]:
     if ENCODER_CHECK in originals:
         replacements[ENCODER_CHECK] = with_encoder_mask(originals[ENCODER_CHECK])
 
+    # Put back also after an error: other code in this process wants the checks.
     try:
         functions.update(replacements)
         yield

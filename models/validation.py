@@ -80,7 +80,12 @@ def _describe_wrong_fields(error: ValidationError) -> str:
     return "; ".join(f"{place}: got {values[place]!r}, expected {' or '.join(expected[place])}" for place in expected)
 
 
-def expect(name: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+def expect(
+    name: str,
+    value: Any,
+    kind: type | tuple[type, ...],
+    expected: str,
+) -> None:
     """Raise a TypeError if a value is of another kind.
 
     Args:
@@ -93,7 +98,12 @@ def expect(name: str, value: Any, kind: type | tuple[type, ...], expected: str) 
         raise TypeError(f"{name}: got {_kind_of(value)}, expected {expected}")
 
 
-def expect_count(name: str, value: Any, least: int, remedy: str = "") -> int:
+def expect_count(
+    name: str,
+    value: Any,
+    least: int,
+    remedy: str = "",
+) -> int:
     """Return a whole number of at least `least`; one of NumPy or torch as Python's.
 
     Args:

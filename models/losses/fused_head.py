@@ -119,6 +119,7 @@ def head_losses(
     """
     _check(states, labels, target, computation.chunk)
 
+    # Autograd wants every tensor as an argument, and knows of each whether it needs a gradient.
     if is_plain_linear(head):
         module = None
         params = [head.weight, head.bias]
@@ -127,6 +128,10 @@ def head_losses(
         params = [parameter for parameter in head.parameters() if parameter.requires_grad]
 
     precision = precision_of(head, states)
+    rows_at_once = computation.chunk
+    if rows_at_once is None:
+        rows_at_once = _rows_that_fit(head, states.device, precision=precision, softcap=computation.softcap)
+
     has_kd = target is not None and len(target.distribution.ids) > 0
     row_at = None
     if has_kd and target.rows is not None:
@@ -142,15 +147,24 @@ def head_losses(
         learns_lm=isinstance(lm_weight, Tensor) or lm_weight != 0,
         learns_kd=has_kd and (isinstance(kd_weight, Tensor) or kd_weight != 0),
         computation=computation,
-        rows_at_once=computation.chunk or _rows_that_fit(head, states.device, precision, computation.softcap),
+        rows_at_once=rows_at_once,
         precision=precision,
         grad_enabled=torch.is_grad_enabled(),
     )
     loss, lm_sum, kd_sum, log_probs = _FusedHead.apply(head_pass, states, *params)
-    return HeadLosses(loss, lm_sum, None if target is None else kd_sum, log_probs)
+
+    # A target without rows has a sum of 0, no target has none.
+    if target is None:
+        kd_sum = None
+    return HeadLosses(loss, lm_sum, kd_sum, log_probs)
 
 
-def _check(states: Tensor, labels: Tensor, target: HeadTarget | None, chunk: int | None) -> None:
+def _check(
+    states: Tensor,
+    labels: Tensor,
+    target: HeadTarget | None,
+    chunk: int | None,
+) -> None:
     """Raise a ValueError for shapes that do not fit one another, and for a chunk without rows."""
     if states.dim() != 2 or labels.shape != states.shape[:1]:
         raise ValueError(f"got states {tuple(states.shape)} and labels {tuple(labels.shape)}, expected [n, H] and [n]")
@@ -165,7 +179,12 @@ def _check(states: Tensor, labels: Tensor, target: HeadTarget | None, chunk: int
         raise ValueError(f"got chunk {chunk}, expected at least 1")
 
 
-def _rows_that_fit(head: nn.Module, device: torch.device, precision: HeadPrecision, softcap: float | None) -> int:
+def _rows_that_fit(
+    head: nn.Module,
+    device: torch.device,
+    precision: HeadPrecision,
+    softcap: float | None,
+) -> int:
     """Return the number of logit rows to hold at once, from the bytes that a logit takes in this computation."""
     bytes_per_logit = precision.exact.itemsize
     if softcap:
@@ -192,7 +211,8 @@ def _row_at_positions(rows: Tensor, positions: int) -> Tensor:
     A chunk finds its rows in it without asking the GPU how many there are.
     """
     row_at = rows.new_full((positions,), -1)
-    return row_at.scatter_(0, rows, torch.arange(len(rows), device=rows.device))
+    numbers = torch.arange(len(rows), device=rows.device)
+    return row_at.scatter_(0, rows, numbers)
 
 
 class _ChunkWeights(NamedTuple):
@@ -276,6 +296,7 @@ class _HeadPass:
         lm_weight = (self.lm_weight * factor).expand(len(states))
         kd_weight = self.kd_weight * factor
 
+        # All dtypes were chosen before; autocast would choose those of the products anew.
         with torch.autocast(states.device.type, enabled=False):
             head = self._chunked_head(states, params, needs)
             compute_chunk = self._compiled_chunk if self._is_compiled else self._eager_chunk
@@ -316,10 +337,14 @@ class _HeadPass:
         What is computed is then a gradient of order 1, never one divided by a count, and dividing and multiplying by a
         power of two rounds nothing.
         """
+        # Without positions there is no largest weight of LM.
         largest = self.kd_weight.abs()
         if self.lm_weight.numel():
             largest = torch.maximum(largest, self.lm_weight.abs().amax())
-        return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent)
+
+        # frexp writes a number as m * 2 ** exponent with m in [0.5, 1).
+        exponent = torch.frexp(largest).exponent
+        return torch.ldexp(torch.ones_like(largest), exponent)
 
     def _target_at(self, part: slice) -> SparseTarget | None:
         """Return the target of a chunk; a position without a row has an invalid one."""
@@ -328,7 +353,12 @@ class _HeadPass:
 
         whole = self.target.distribution
         if self.row_at is None:
-            return SparseTarget(whole.ids[part], whole.probs[part], whole.tail[part], whole.valid[part])
+            return SparseTarget(
+                ids=whole.ids[part],
+                probs=whole.probs[part],
+                tail=whole.tail[part],
+                valid=whole.valid[part],
+            )
 
         # A position without a row takes the first one, marked as invalid.
         row = self.row_at[part]
@@ -342,7 +372,11 @@ class _HeadPass:
         )
 
     def _eager_chunk(
-        self, head: LinearHead | ModuleHead, part: slice, weights: _ChunkWeights, learns: bool
+        self,
+        head: LinearHead | ModuleHead,
+        part: slice,
+        weights: _ChunkWeights,
+        learns: bool,
     ) -> _ChunkLosses:
         """Compute the losses of a chunk, and add its gradients to those of the head, step by step."""
         logits = head.logits(part)
@@ -369,29 +403,37 @@ class _HeadPass:
         return _ChunkLosses(log_probs, softmax.kd_sum)
 
     def _distilled_chunk(
-        self, logits: Tensor, target: SparseTarget, weights: _ChunkWeights, learns: bool
+        self,
+        logits: Tensor,
+        target: SparseTarget,
+        weights: _ChunkWeights,
+        learns: bool,
     ) -> _ChunkSoftmax:
         """Overwrite the logits [c, V] of a chunk with a target by their gradient over the slope, but for the label."""
         columns, is_token = columns_of(target.ids)
         named_logits = torch.where(is_token, logits.gather(1, columns), PADDING)
 
         # Summed over what is left, not total - sum: exact also where the rest is tiny.
-        rest = logits.exp_().scatter_(1, columns, 0.0).sum(1, keepdim=True)
+        others = logits.exp_().scatter_(1, columns, 0.0)
+        rest = others.sum(1, keepdim=True)
         named_masses = named_logits.exp()
         total = rest + named_masses.sum(1, keepdim=True)
 
         outcomes = torch.cat([named_logits, rest.log()], 1)
         kd_sum, kd_gradient = self._kd(outcomes, target, is_token, learns and self.learns_kd)
 
-        # LM pushes a token of the rest by its share of all exponentials, KD by its share of those of the rest.
+        # At a token of the rest, the gradient of LM is in proportion to its share of all exponentials, that of KD to its
+        # share of those of the rest.
         slope = weights.lm / total
         named_gradient = named_masses * (weights.lm / total)
         if kd_gradient is not None:
             kd_gradient *= weights.kd
-            is_silent = (weights.lm == 0) & (kd_gradient == 0).all(1, keepdim=True)
-            slope = slope + kd_gradient[:, -1:] / rest.clamp_min(torch.finfo(rest.dtype).tiny)
+            divisor = rest.clamp_min(torch.finfo(rest.dtype).tiny)
+            slope = slope + kd_gradient[:, -1:] / divisor
 
-            # Bounded, so that the quotients by it neither overflow nor vanish.
+            # Bounded, so that the quotients by it neither overflow nor vanish; but a row that learns nothing keeps 0.
+            no_kd = (kd_gradient == 0).all(1, keepdim=True)
+            is_silent = no_kd & (weights.lm == 0)
             size = slope.abs().clamp(1 / STEEPEST, STEEPEST)
             slope = size.copysign(slope).masked_fill(is_silent, 0.0)
             named_gradient = named_gradient + kd_gradient[:, :-1]
@@ -400,13 +442,20 @@ class _HeadPass:
             logits.scatter_add_(1, columns, named_gradient / _divisor(slope))
         return _ChunkSoftmax(total, slope, kd_sum)
 
-    def _compiled_chunk(self, head: LinearHead, part: slice, weights: _ChunkWeights, learns: bool) -> _ChunkLosses:
+    def _compiled_chunk(
+        self,
+        head: LinearHead,
+        part: slice,
+        weights: _ChunkWeights,
+        learns: bool,
+    ) -> _ChunkLosses:
         """Compute the losses of a chunk, and add its gradients to those of the head, by compiled passes."""
         scale = self.computation.scale
         softcap = self.computation.softcap
         logits = head.logits(part)
         label = self.labels[part, None]
-        softmax = sum_softmax(logits, label, self._target_at(part), scale=scale, softcap=softcap)
+        target = self._target_at(part)
+        softmax = sum_softmax(logits, label, target=target, scale=scale, softcap=softcap)
 
         kd_sum = None
         kd_gradient = None
@@ -419,14 +468,25 @@ class _HeadPass:
             if kd_gradient is not None:
                 kd_gradient = kd_gradient * weights.kd
             gradient = differentiate_softmax(softmax, weights.lm, kd_gradient, scale=scale, softcap=softcap)
-            head.backward_passes(part, logits, peak=softmax.peak, gradient=gradient, scale=scale, softcap=softcap)
+            head.backward_passes(
+                part,
+                logits,
+                peak=softmax.peak,
+                gradient=gradient,
+                scale=scale,
+                softcap=softcap,
+            )
 
         label_logit = head_passes.adjusted(softmax.raw_label, scale, softcap)
         log_probs = (label_logit - softmax.shift - softmax.total.log())[:, 0]
         return _ChunkLosses(log_probs, kd_sum)
 
     def _kd(
-        self, outcomes: Tensor, target: SparseTarget, is_token: Tensor, learns: bool
+        self,
+        outcomes: Tensor,
+        target: SparseTarget,
+        is_token: Tensor,
+        learns: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return the sum of a chunk's divergences, and its gradient [c, K + 1] by the outcomes if it `learns`.
 
@@ -435,7 +495,8 @@ class _HeadPass:
             is_token: [c, K] False for padding.
         """
         # To `kd_loss` these outcomes are a whole vocabulary, whose first K tokens the target names in their order.
-        ids = torch.where(is_token, torch.arange(is_token.shape[1], device=is_token.device), -1)
+        place = torch.arange(is_token.shape[1], device=is_token.device)
+        ids = torch.where(is_token, place, -1)
         merged = SparseTarget(ids, target.probs, target.tail, target.valid)
 
         settings = self.target
@@ -486,6 +547,7 @@ class _FusedHead(torch.autograd.Function):
         ctx: Any, head_pass: _HeadPass, states: Tensor, *params: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Compute values and gradients in one pass."""
+        # In here gradients are always disabled: the pass knows what the caller had.
         needs = tuple(need and head_pass.grad_enabled for need in ctx.needs_input_grad[1:])
         result = head_pass.run(states, params, needs)
 
@@ -494,8 +556,10 @@ class _FusedHead(torch.autograd.Function):
         ctx.gradients = result.gradients
         ctx.save_for_backward(states, *params)
 
+        # The weighted total is differentiated; the sums are there to be logged.
         lm_sum = -result.log_probs.sum()
-        loss = -(head_pass.lm_weight * result.log_probs).sum() + head_pass.kd_weight * result.kd_sum
+        lm_loss = -(head_pass.lm_weight * result.log_probs).sum()
+        loss = lm_loss + head_pass.kd_weight * result.kd_sum
         ctx.mark_non_differentiable(lm_sum, result.kd_sum, result.log_probs)
         return loss, lm_sum, result.kd_sum, result.log_probs
 
@@ -505,12 +569,15 @@ class _FusedHead(torch.autograd.Function):
         """Multiply the gradients by that of the loss."""
         states, *params = ctx.saved_tensors  # raises where the graph is gone
         head_pass = ctx.head_pass
-        factor = grad * head_pass.magnitude() * (head_pass.computation.scale / head_pass.precision.boost)
+        share = head_pass.computation.scale / head_pass.precision.boost
+        factor = grad * head_pass.magnitude() * share
 
         if head_pass.module is None:
             # They are given away, so they may be scaled in place: no second [V, H]. A repeated backward computes anew.
-            gradients = ctx.gradients or head_pass.run(states, params, ctx.needs).gradients
+            gradients = ctx.gradients
             ctx.gradients = None
+            if gradients is None:
+                gradients = head_pass.run(states, params, ctx.needs).gradients
             scaled = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
         else:
             # They are kept: another run of a module would draw another dropout.

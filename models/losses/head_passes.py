@@ -37,6 +37,7 @@ class RowSums(NamedTuple):
 def adjusted(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     """Return logits of any shape, scaled and soft-capped; -inf stays, as the mark of a logit that does not count."""
     if softcap:
+        # tanh alone would make a finite number of the mark.
         capped = softcap * torch.tanh(logits * (scale / softcap))
         return torch.where(logits == -torch.inf, logits, capped)
     return logits if scale == 1 else logits * scale
@@ -58,7 +59,12 @@ def row_sums(logits: Tensor, scale: float, softcap: float | None) -> RowSums:
 
 
 def softmax_gradient(
-    logits: Tensor, peak: Tensor, slope: Tensor, out: Tensor | None, scale: float, softcap: float | None
+    logits: Tensor,
+    peak: Tensor,
+    slope: Tensor,
+    out: Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> None:
     """Write slope * exp(logit - peak), the chain rule through the soft-cap included, in the dtype of its memory.
 
@@ -70,7 +76,9 @@ def softmax_gradient(
         scale: factor on the logits.
         softcap: bound of the scaled logits; None: no bound.
     """
-    gradient = (adjusted(logits, scale, softcap) - peak).exp() * slope
+    # One expression to the compiler: a single kernel, which reads and writes each logit once.
+    values = adjusted(logits, scale, softcap)
+    gradient = (values - peak).exp() * slope
     if softcap:
         gradient = gradient * softcap_slope(logits, scale, softcap)
 
@@ -120,6 +128,7 @@ def choose(setting: Literal["auto", "compiled", "eager"], device: torch.device) 
     if setting == "auto":
         return can_compile(device)
 
+    # Only here a failure ends the run; "auto" falls back to the reference.
     if error := try_passes(device):
         raise ValueError(
             f"got loss.head_passes compiled, but torch.compile does not work on this {device.type} device ({error}); "
@@ -159,7 +168,8 @@ def try_passes(device: torch.device) -> str:
     try:
         passes = compiled()
         sums = passes.row_sums(logits, scale=1.0, softcap=None)
-        passes.softmax_gradient(logits, peak=sums.peak, slope=1 / sums.total, out=None, scale=1.0, softcap=None)
+        slope = 1 / sums.total
+        passes.softmax_gradient(logits, peak=sums.peak, slope=slope, out=None, scale=1.0, softcap=None)
         is_right = torch.allclose(logits, expected, atol=1e-5)
     except Exception as error:
         return _first_line(error)

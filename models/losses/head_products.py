@@ -65,7 +65,10 @@ def precision_of(head: nn.Module, states: Tensor) -> HeadPrecision:
 
 
 def _zeros_for(
-    tensor: Tensor | None, dtype: torch.dtype, needed: bool, memory_format: torch.memory_format = torch.preserve_format
+    tensor: Tensor | None,
+    dtype: torch.dtype,
+    needed: bool,
+    memory_format: torch.memory_format = torch.preserve_format,
 ) -> Tensor | None:
     """Return zeros to sum up the gradient of a tensor in; None where no gradient is needed."""
     if not needed:
@@ -127,7 +130,8 @@ class LinearHead:
     def logits(self, part: slice) -> Tensor:
         """Return the logits [c, V] of a chunk, in the buffer: those of the chunk before are gone."""
         states = self._states(part)
-        return linear_into(self.buffer[: len(states)], states, self.weight, self.bias)
+        memory = self.buffer[: len(states)]
+        return linear_into(memory, states, weight=self.weight, bias=self.bias)
 
     def backward(self, part: slice, gradient: Tensor, slope: Tensor) -> None:
         """Add the products with a chunk's gradient by its logits.
@@ -143,14 +147,17 @@ class LinearHead:
         # The rows' slopes go into the narrow factors: a pass over [c, V] less.
         if not self.precision.is_half:
             if self.states_grad is not None:
-                torch.mm(gradient, self.weight, out=self.states_grad[part]).mul_(slope)
+                states_grad = self.states_grad[part]
+                torch.mm(gradient, self.weight, out=states_grad)
+                states_grad.mul_(slope)
             if self.weight_grad is not None:
                 self.weight_grad.addmm_(gradient.t(), states * slope)
             return
 
         # A block of tokens at a time bounds the rounded gradient and the float32 products.
         for block in self._blocks():
-            rounded = self.rounded[: len(states), : len(self.weight[block])]
+            width = len(self.weight[block])
+            rounded = self.rounded[: len(states), :width]
             torch.mul(gradient[:, block], slope, out=rounded)
             self._multiply_half(part, block, rounded)
 
@@ -172,6 +179,7 @@ class LinearHead:
         """
         write = head_passes.compiled().softmax_gradient
         if not self.precision.is_half:
+            # In place, and then the columns that differ over it.
             write(logits, peak=peak, slope=gradient.slope, out=None, scale=scale, softcap=softcap)
             logits.scatter_(1, gradient.columns, gradient.values)
             self._multiply(part, logits)
@@ -182,7 +190,12 @@ class LinearHead:
             width = len(self.weight[block])
             rounded = self.rounded[: len(logits), : width + SPARE]
             write(
-                logits[:, block], peak=peak, slope=gradient.slope, out=rounded[:, :width], scale=scale, softcap=softcap
+                logits[:, block],
+                peak=peak,
+                slope=gradient.slope,
+                out=rounded[:, :width],
+                scale=scale,
+                softcap=softcap,
             )
 
             # A column of another block goes to a spare one: choosing the columns of this block would wait for the GPU.
@@ -257,11 +270,12 @@ class ModuleHead:
         self.needs_any = any(needs)
 
         self.states_grad = _zeros_for(states, precision.exact, self.needs_states)
-        self.param_grads = [
-            _zeros_for(parameter, precision.exact, needed)
-            for parameter, needed in zip(params, needs_params, strict=True)
-        ]
-        self.learned = [parameter for parameter, needed in zip(params, needs_params, strict=True) if needed]
+        self.learned: list[Tensor] = []
+        self.param_grads: list[Tensor | None] = []
+        for parameter, needed in zip(params, needs_params, strict=True):
+            self.param_grads.append(_zeros_for(parameter, precision.exact, needed))
+            if needed:
+                self.learned.append(parameter)
 
     @property
     def gradients(self) -> list[Tensor | None]:
@@ -271,10 +285,13 @@ class ModuleHead:
     def logits(self, part: slice) -> Tensor:
         """Return the logits [c, V] of a chunk; their graph is kept until `backward`."""
         precision = self.precision
-        autocast = torch.autocast(self.states.device.type, precision.products, enabled=precision.autocast)
+        device_type = self.states.device.type
+        autocast = torch.autocast(device_type, precision.products, enabled=precision.autocast)
         with torch.set_grad_enabled(self.needs_any), autocast:
+            # A part of detached states is a leaf, at which the chunk's graph ends.
             self.chunk_states = self.states[part].requires_grad_(self.needs_states)
-            self.chunk_logits = self.module(self.chunk_states.to(precision.weights))
+            states = self.chunk_states.to(precision.weights)
+            self.chunk_logits = self.module(states)
 
         # A copy, as the caller writes the gradient over it.
         return self.chunk_logits.detach().to(precision.exact, copy=True)
@@ -301,4 +318,5 @@ class ModuleHead:
             if new is not None:
                 total += new
 
+        # The graph is as large as the chunk: it must be gone before that of the next one is made.
         del self.chunk_states, self.chunk_logits

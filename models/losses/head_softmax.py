@@ -77,31 +77,44 @@ def columns_of(ids: Tensor) -> tuple[Tensor, Tensor]:
         ids: [c, K] tokens; -1 is padding.
     """
     # A row of nothing but padding (one that is not valid) names any token.
-    is_first = torch.arange(ids.shape[1], device=ids.device) == 0
+    place = torch.arange(ids.shape[1], device=ids.device)
+    is_first = place == 0
     is_empty = ids.amax(1, keepdim=True) < 0
     ids = torch.where(is_first & is_empty, 0, ids)
 
     is_token = ids >= 0
-    columns = torch.where(is_token, ids, ids.amax(1, keepdim=True))
+    largest = ids.amax(1, keepdim=True)
+    columns = torch.where(is_token, ids, largest)
     return columns, is_token
 
 
-def gather_named(logits: Tensor, target: SparseTarget, scale: float, softcap: float | None) -> NamedTokens:
+def gather_named(
+    logits: Tensor,
+    target: SparseTarget,
+    scale: float,
+    softcap: float | None,
+) -> NamedTokens:
     """Gather the tokens that the target of a chunk names, with their adjusted logits, from raw logits [c, V]."""
     columns, is_token = columns_of(target.ids)
+    repeated = torch.where(is_token, columns, -1).argmax(1, keepdim=True)
     raw = logits.gather(1, columns)
     return NamedTokens(
         target=target,
         columns=columns,
         is_token=is_token,
-        repeated=torch.where(is_token, columns, -1).argmax(1, keepdim=True).expand_as(columns),
+        repeated=repeated.expand_as(columns),
         values=head_passes.adjusted(raw, scale, softcap),
         cap_slope=head_passes.softcap_slope(raw, scale, softcap),
     )
 
 
 def sum_softmax(
-    logits: Tensor, label: Tensor, target: SparseTarget | None, *, scale: float, softcap: float | None
+    logits: Tensor,
+    label: Tensor,
+    target: SparseTarget | None,
+    *,
+    scale: float,
+    softcap: float | None,
 ) -> SoftmaxRows:
     """Sum up the softmax of each row of raw logits.
 
@@ -116,18 +129,21 @@ def sum_softmax(
     if target is not None:
         named = gather_named(logits, target, scale, softcap)
         logits.scatter_(1, named.columns, -torch.inf)
-    peak, rest_total = head_passes.compiled().row_sums(logits, scale=scale, softcap=softcap)
+    passes = head_passes.compiled()
+    peak, rest_total = passes.row_sums(logits, scale=scale, softcap=softcap)
 
     # Where the target names every token there is no rest.
     no_rest = peak == -torch.inf
     peak = peak.masked_fill(no_rest, 0.0)
     rest_total = rest_total.masked_fill(no_rest, 1.0)
-    log_rest = (peak + rest_total.log()).masked_fill(no_rest, -torch.inf)
+    log_rest = peak + rest_total.log()
+    log_rest = log_rest.masked_fill(no_rest, -torch.inf)
 
     # From here on logits count from the largest of the row's K + 1 outcomes.
     shift = peak
     if named is not None:
-        shift = torch.maximum(log_rest, named.values.amax(1, keepdim=True))
+        largest_named = named.values.amax(1, keepdim=True)
+        shift = torch.maximum(log_rest, largest_named)
     log_rest = log_rest - shift
     total = log_rest.exp()
 
@@ -150,7 +166,12 @@ def sum_softmax(
 
 
 def differentiate_softmax(
-    rows: SoftmaxRows, lm_weight: Tensor, kd_gradient: Tensor | None, *, scale: float, softcap: float | None
+    rows: SoftmaxRows,
+    lm_weight: Tensor,
+    kd_gradient: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
 ) -> LogitGradient:
     """Return the gradient of a chunk's loss by its raw logits.
 
@@ -190,7 +211,8 @@ def differentiate_softmax(
 
     # A column that stands twice, as the label or as padding, has the same number at both places.
     named_gradient = torch.where(is_label, label_gradient, named_gradient)
-    named_gradient = torch.where(named.is_token, named_gradient, named_gradient.gather(1, named.repeated))
+    repeated_gradient = named_gradient.gather(1, named.repeated)
+    named_gradient = torch.where(named.is_token, named_gradient, repeated_gradient)
     return LogitGradient(
         slope=slope,
         columns=torch.cat([named.columns, rows.label], 1),

@@ -49,14 +49,16 @@ def outcome_log_probs(logits: Tensor, target: SparseTarget, tail: str) -> tuple[
     any_token = target.ids.amax(1, keepdim=True).clamp_min(0)
     ids = torch.where(is_token, target.ids, any_token)
 
-    log_p = torch.where(is_token, target.probs.clamp_min(LEAST_PROBABILITY).log(), PADDING)
+    probs = target.probs.clamp_min(LEAST_PROBABILITY)
+    log_p = torch.where(is_token, probs.log(), PADDING)
     log_probs = logits.log_softmax(1)
     log_q = torch.where(is_token, log_probs.gather(1, ids), PADDING)
     if tail == "renormalise":
         return log_p, log_q
 
     # Summed over what is left, not 1 - sum: exact also where the rest is tiny.
-    student_rest = log_probs.exp().scatter(1, ids, 0.0).sum(1, keepdim=True)
+    other_probs = log_probs.exp().scatter(1, ids, 0.0)
+    student_rest = other_probs.sum(1, keepdim=True)
     log_student_rest = student_rest.clamp_min(LEAST_REST).log()
     log_teacher_rest = target.tail[:, None].log()
 
@@ -64,10 +66,21 @@ def outcome_log_probs(logits: Tensor, target: SparseTarget, tail: str) -> tuple[
     bounded = log_student_rest.clamp_min(LOG_FLOOR)
     log_student_rest = torch.where(log_teacher_rest > LOG_FLOOR, log_student_rest, bounded)
     log_teacher_rest = log_teacher_rest.clamp_min(LOG_FLOOR)
-    return torch.cat([log_p, log_teacher_rest], 1), torch.cat([log_q, log_student_rest], 1)
+
+    log_p = torch.cat([log_p, log_teacher_rest], 1)
+    log_q = torch.cat([log_q, log_student_rest], 1)
+    return log_p, log_q
 
 
-def kd_loss(logits: Tensor, target: SparseTarget, *, temperature: float, kind: str, tail: str, skew: float) -> Tensor:
+def kd_loss(
+    logits: Tensor,
+    target: SparseTarget,
+    *,
+    temperature: float,
+    kind: str,
+    tail: str,
+    skew: float,
+) -> Tensor:
     """Return the sum over rows of the divergence between tempered teacher and student, times temperature squared.
 
     Adding masses on the student's vocabulary and tempering do not commute: the target is made at temperature 1 and
@@ -86,10 +99,18 @@ def kd_loss(logits: Tensor, target: SparseTarget, *, temperature: float, kind: s
     log_q = temper(log_q, temperature)
 
     rows = divergence(log_p, log_q, kind=kind, skew=skew)
-    return torch.where(target.valid, rows, 0).sum() * temperature**2
+    rows = torch.where(target.valid, rows, 0)
+    return rows.sum() * temperature**2
 
 
-def span_loss(student: Tensor, teacher: Tensor, *, temperature: float, kind: str, skew: float) -> Tensor:
+def span_loss(
+    student: Tensor,
+    teacher: Tensor,
+    *,
+    temperature: float,
+    kind: str,
+    skew: float,
+) -> Tensor:
     """Return the sum over spans of the divergence of (this text, any other text) between teacher and student.
 
     Approximate likelihood matching (arXiv 2503.20083, eq. 5): the probability of the text of a span needs no common
@@ -105,7 +126,8 @@ def span_loss(student: Tensor, teacher: Tensor, *, temperature: float, kind: str
     """
     log_p = temper(_with_opposite(teacher), temperature)
     log_q = temper(_with_opposite(student), temperature)
-    return divergence(log_p, log_q, kind=kind, skew=skew).sum() * temperature**2
+    spans = divergence(log_p, log_q, kind=kind, skew=skew)
+    return spans.sum() * temperature**2
 
 
 def _with_opposite(log_prob: Tensor) -> Tensor:
@@ -116,7 +138,9 @@ def _with_opposite(log_prob: Tensor) -> Tensor:
     # Each branch sees only arguments it can take, so that the unused one has no NaN gradient.
     likely = torch.where(is_likely, log_prob, -1.0)
     unlikely = torch.where(is_likely, -1.0, log_prob)
-    opposite = torch.where(is_likely, (-torch.expm1(likely)).log(), torch.log1p(-unlikely.exp()))
+    opposite_of_likely = (-torch.expm1(likely)).log()
+    opposite_of_unlikely = torch.log1p(-unlikely.exp())
+    opposite = torch.where(is_likely, opposite_of_likely, opposite_of_unlikely)
     return torch.stack([log_prob, opposite.clamp_min(LOG_FLOOR)], -1)
 
 

@@ -8,11 +8,10 @@ from transformers import masking_utils
 
 from models import language_model, mask_checks
 from models.language_model import body_states
-from models.mask_checks import CAUSAL_CHECK, ENCODER_CHECK, PACKED_CHECK, without_mask_checks
+from models.mask_checks import CAUSAL_CHECK, CHECKS, without_mask_checks
 from models.types import Source
 from tests.models.test_language_model import PAIRS, build
 
-CHECKS = (PACKED_CHECK, CAUSAL_CHECK, ENCODER_CHECK)
 BODIES = {
     **{name: lambda name=name: build(name) for name in ("Llama", "GPT2", "Gemma2", "Mistral")},
     **PAIRS,
