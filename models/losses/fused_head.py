@@ -422,8 +422,8 @@ class _HeadPass:
         outcomes = torch.cat([named_logits, rest.log()], 1)
         kd_sum, kd_gradient = self._kd(outcomes, target, is_token, learns and self.learns_kd)
 
-        # At a token of the rest, the gradient of LM is in proportion to its share of all exponentials, that of KD to its
-        # share of those of the rest.
+        # At a token of the rest, LM's gradient goes with its share of all exponentials, KD's with its share of those of
+        # the rest.
         slope = weights.lm / total
         named_gradient = named_masses * (weights.lm / total)
         if kd_gradient is not None:
