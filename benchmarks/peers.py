@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.measure import MB, Worker, describe, interleave, machine, serve, summary, table, write
-from models.losses.fused_head import head_losses
+from models.losses.fused_head import HeadComputation, HeadTarget, head_losses
 from models.losses.losses import kd_loss, next_token_loss
 from models.types import SparseTarget
 
@@ -153,9 +153,13 @@ def plain_full(p: Problem) -> Callable[[], Tensor]:
 def fused(p: Problem, compiled: bool = False) -> Callable[[], Tensor]:
     head = nn.Linear(*reversed(p.weight.shape), bias=False, device="meta")
     head.weight = p.weight
-    weights = {"lm_weight": LM / p.tokens, "kd_weight": KD / p.tokens}
-    options = {**weights, **OPTIONS, "compiled": compiled}
-    return lambda: head_losses(p.states, head, p.labels, target=p.target, **options).loss
+    options = {
+        "lm_weight": LM / p.tokens,
+        "kd_weight": KD / p.tokens,
+        "target": HeadTarget(p.target, rows=None, **OPTIONS),
+        "computation": HeadComputation(compiled=compiled),
+    }
+    return lambda: head_losses(p.states, head, p.labels, **options).loss
 
 
 def bare(p: Problem) -> Callable[[], None]:

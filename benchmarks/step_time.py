@@ -37,7 +37,7 @@ from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.language_model import body_states
 from models.losses.chunk_size import GPU_ROWS, PASCAL_ROWS
-from models.losses.fused_head import head_losses
+from models.losses.fused_head import HeadComputation, HeadTarget, head_losses
 from models.teacher.frozen import FrozenTeacher
 from models.teacher.top_k import exact_top_k
 from models.text.collate import PairCollator
@@ -333,13 +333,18 @@ def _student_head(model: nn.Module, tokens: int, top_k: int, rows: int) -> Costs
     head = model.get_output_embeddings()
     states = torch.empty(tokens, head.weight.shape[1], dtype=head.weight.dtype, requires_grad=True)
     ids, probs = torch.zeros(tokens, top_k, dtype=torch.long), torch.empty(tokens, top_k)
-    target = SparseTarget(ids, probs, probs[:, 0], ids[:, 0] == 0)
-    weights = {"lm_weight": 0.3 / tokens, "kd_weight": 0.7 / tokens}
-    options = {"temperature": 1.0, "kind": "forward_kl", "tail": "bucket", "skew": 0.1}
+    distribution = SparseTarget(ids, probs, probs[:, 0], ids[:, 0] == 0)
+    divergence = {"temperature": 1.0, "kind": "forward_kl", "tail": "bucket", "skew": 0.1}
+    options = {
+        "lm_weight": 0.3 / tokens,
+        "kd_weight": 0.7 / tokens,
+        "target": HeadTarget(distribution, rows=None, **divergence),
+        "computation": HeadComputation(chunk=rows),
+    }
 
     def work() -> None:
         labels = torch.zeros(tokens, dtype=torch.long)
-        head_losses(states, head, labels, target=target, chunk=rows, **weights, **options).loss.backward()
+        head_losses(states, head, labels, **options).loss.backward()
 
     return _counted(work)
 

@@ -1,4 +1,4 @@
-"""Which kernel attention runs on a GPU, for models whose queries share keys and values (grouped heads).
+"""Choice of the attention kernel on a GPU for models whose queries share keys and values (grouped heads).
 
 transformers hands grouped heads to `scaled_dot_product_attention` as they are wherever there is no mask. Only the flash
 and cuDNN kernels can read them so: in half precision, from compute capability 8.0 on. Everywhere else torch then takes
@@ -15,7 +15,8 @@ from transformers.integrations import sdpa_attention
 GROUPED_CAPABILITY = (8, 0)
 """First NVIDIA compute capability whose kernels read grouped heads."""
 GROUPED_TEST = "use_gqa_in_sdpa"
-"""What transformers asks whether to hand grouped heads on as they are: (mask, key, ...) -> bool. Private."""
+"""Private function of transformers that decides whether grouped heads are handed on as they are: (mask, key, ...) ->
+bool."""
 
 
 def reads_grouped_heads(key: Tensor) -> bool:
@@ -23,6 +24,7 @@ def reads_grouped_heads(key: Tensor) -> bool:
     if key.device.type != "cuda":
         return True
 
+    # Float32 keys under autocast reach the kernel in half precision.
     is_half = key.dtype != torch.float32 or torch.is_autocast_enabled("cuda")
     return is_half and torch.cuda.get_device_capability(key.device) >= GROUPED_CAPABILITY
 
@@ -33,12 +35,14 @@ def repeat_grouped_heads_where_needed() -> None:
     For the whole process, not for a call of ours: layers that are computed a second time in the backward pass, and
     evaluations by other code, must take the same kernel. Doing it twice changes nothing.
     """
-    as_shipped = getattr(sdpa_attention, GROUPED_TEST)
-    if getattr(as_shipped, "repeats_where_needed", False):
+    original = getattr(sdpa_attention, GROUPED_TEST)
+    if getattr(original, "repeats_where_needed", False):
         return
 
-    def hands_grouped_heads_on(mask: Tensor | None, key: Tensor, *others: Any) -> bool:
-        return as_shipped(mask, key, *others) and reads_grouped_heads(key)
+    # The function is private: further arguments of any version are passed on.
+    def hands_grouped_heads_on(mask: Tensor | None, key: Tensor, *arguments: Any) -> bool:
+        return original(mask, key, *arguments) and reads_grouped_heads(key)
 
+    # The mark by which a second call knows the replacement.
     hands_grouped_heads_on.repeats_where_needed = True
     setattr(sdpa_attention, GROUPED_TEST, hands_grouped_heads_on)

@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
 
+from .divergences import DivergenceName
 from .validation import Validated, as_plain
 
 
@@ -97,7 +98,7 @@ class CurriculumConfig(Validated):
 class LossConfig(Validated):
     """How the teacher's distribution becomes a loss."""
 
-    divergence: Literal["forward_kl", "reverse_kl", "jsd", "skew_kl"] = "forward_kl"
+    divergence: DivergenceName = "forward_kl"
     """Divergence between teacher and student."""
     tail: Literal["bucket", "renormalise"] = "bucket"
     """Outcomes beyond the top k: one explicit bucket on both sides, or both sides renormalised without them

@@ -26,7 +26,7 @@ from .language_model import (
 )
 from .losses import head_passes
 from .losses.chunk_size import chunk_rows
-from .losses.fused_head import head_losses
+from .losses.fused_head import HeadComputation, HeadTarget, head_losses
 from .losses.losses import outcome_log_probs, span_loss, span_sums
 from .student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from .teacher.frozen import FrozenTeacher
@@ -267,9 +267,10 @@ class DistillationFramework(nn.Module):
             states,
             self.student.get_output_embeddings(),
             labels,
-            rows=batch.row_supervised,
-            compiled=head_passes.choose(self.loss_config.head_passes, states.device)[0],
-            **logit_options(self.student),
+            computation=HeadComputation(
+                compiled=head_passes.choose(self.loss_config.head_passes, states.device)[0],
+                **logit_options(self.student),
+            ),
         )
         lm_share, extra, terms = shares.get("lm", 0.0), 0.0, {}
         if "span" in wanted:
@@ -285,7 +286,8 @@ class DistillationFramework(nn.Module):
         with_kd: dict = {}
         if "kd" in wanted:
             target = self._target(batch, signal)
-            with_kd = {"target": target, **self._kd_options(scalars["temperature"])}
+            options = self._kd_options(scalars["temperature"])
+            with_kd = {"target": HeadTarget(target, rows=batch.row_supervised, **options)}
         kd_share = shares.get("kd", 0.0)
         with torch.set_grad_enabled(torch.is_grad_enabled() and any(shares[t] for t in wanted & {*HEAD_TERMS})):
             found = head(lm_weight=lm_share, kd_weight=kd_share, **(with_kd if kd_share else {}))

@@ -1,18 +1,21 @@
 """A transformers language model as body and head: hidden states first, logits only where they are needed.
 
 Its body is that of a causal language model, or an encoder and a decoder, whose states are then those meant below.
+
+Shapes: B rows, S tokens of a row, H width, V vocabulary, r states at once.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, masking_utils
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
 from .attention import repeat_grouped_heads_where_needed
+from .mask_checks import without_mask_checks
 from .types import Source
 from .validation import expect
 
@@ -25,14 +28,100 @@ to 1,536 wide, take 0.90 to 1.01 of the time of one product for many more rows; 
 HALF_BLOCK = 16_384
 """Tokens for which something is computed at once in half precision: bounds the temporary beside float32 logits."""
 
+DEPTH_SETTINGS = ("num_decoder_layers", "decoder_layers", "num_hidden_layers")
+"""Names of the number of layers in configs, those of a decoder (T5, BART) before those of the only stack."""
+
+PROBE_LENGTH = 8
+"""Tokens of the text on which a model is checked."""
+
+PROBE_PREFIX = 5
+"""Tokens of that text which stay as they are while the others change. Odd, so that the prefix also ends within a block
+of models that read whole blocks ahead."""
+
+COARSE_SHARE = 0.02
+"""Share of the largest logit by which logits may differ that were computed in half precision in two ways."""
+
+COARSE_FLOOR = 1e-3
+"""Difference of logits that is allowed besides, for a model whose logits are all about 0."""
+
+ROUNDING_STEPS = 64
+"""Roundings that may add up between equal tokens in two texts: only experts, which get other numbers of rows then,
+need any (measured: 5)."""
+
+
+# ------------------------------------------------------------------------------------------------------------- body
+
+
+def body_states(model: nn.Module, ids: Tensor, source: Source | None = None) -> Tensor:
+    """Return [B, S, H] the states that enter the head, for ids that are padded on the right, if at all.
+
+    Args:
+        model: a language model, with adapters or without.
+        ids: [B, S].
+        source: the text for the encoder, where there is one; ids are then the decoder's.
+    """
+    return _run_body(model, ids, source).last_hidden_state
+
+
+def body_layers(
+    model: nn.Module,
+    ids: Tensor,
+    layers: Sequence[int],
+    source: Source | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the states that enter the head, and the states after some layers: [B, S, H] each.
+
+    Nothing but these is kept: without layers the model is not asked for its hidden states.
+
+    Args:
+        model: a language model, with adapters or without.
+        ids: [B, S].
+        layers: numbers of layers, counted from 1.
+        source: the text for the encoder, where there is one; ids are then the decoder's.
+    """
+    if not layers:
+        return body_states(model, ids, source), ()
+
+    output = _run_body(model, ids, source, output_hidden_states=True)
+    return output.last_hidden_state, tuple(output.hidden_states[layer] for layer in layers)
+
+
+def _run_body(
+    model: nn.Module,
+    ids: Tensor,
+    source: Source | None,
+    output_hidden_states: bool = False,
+) -> ModelOutput:
+    """Run the part below the head on ids that are padded on the right, if at all.
+
+    No attention mask for what is causal: it never sees the padding behind it. With a mask transformers would give
+    attention an S x S mask, which rules its fastest kernels out.
+    """
+    model = _without_adapter(model)
+    # Where they are not needed the model's config decides.
+    options = {"output_hidden_states": True} if output_hidden_states else {}
+
+    with without_mask_checks():
+        if source is None:
+            return _below_head(model)(input_ids=ids, use_cache=False, **options)
+
+        encoded = model.get_encoder()(input_ids=source.ids, attention_mask=source.mask)
+        return model.get_decoder()(
+            input_ids=ids,
+            use_cache=False,
+            encoder_hidden_states=encoded.last_hidden_state,
+            encoder_attention_mask=source.mask,
+            **options,
+        )
+
 
 def _without_adapter(model: nn.Module) -> nn.Module:
-    """The model in the wrapper that peft puts around one with adapters."""
+    """Return the model in the wrapper that peft puts around one with adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _below_head(model: PreTrainedModel) -> PreTrainedModel:
-    """The body of a causal language model.
+    """Return the body of a causal language model.
 
     Raises:
         ValueError: the model does not keep it apart from its head.
@@ -40,7 +129,7 @@ def _below_head(model: PreTrainedModel) -> PreTrainedModel:
     if model.base_model is not model:
         return model.base_model
 
-    # Llama 4 calls its body otherwise than its class promises
+    # Llama 4 calls its body otherwise than its class promises.
     candidates = [child for child in model.children() if isinstance(child, PreTrainedModel)]
     if len(candidates) == 1:
         return candidates[0]
@@ -50,160 +139,164 @@ def _below_head(model: PreTrainedModel) -> PreTrainedModel:
     )
 
 
-@contextmanager
-def _nothing_asked() -> Iterator[None]:
-    """While transformers makes masks it does not ask the device, for which the host would wait, what is known here:
-    texts are not packed into rows (it looks whether positions jump), what is causal is only padded behind the text
-    (BART makes itself a mask of ones), and where an encoder is given a mask there is padding."""
-
-    def causal(mask: Tensor | None, *args: Any, **options: Any) -> bool:
-        return asked["_ignore_causal_mask_sdpa"](None, *args, **options)
-
-    def of_encoder(mask: Tensor | None, *args: Any, **options: Any) -> bool:
-        return mask is None and asked["_ignore_bidirectional_mask_sdpa"](None, *args, **options)
-
-    there = vars(masking_utils)
-    known = {"find_packed_sequence_indices": lambda positions: None}
-    known |= {"_ignore_causal_mask_sdpa": causal, "_ignore_bidirectional_mask_sdpa": of_encoder}
-    asked = {name: there[name] for name in known if name in there}  # private: another version may not have them
-    try:
-        there.update({name: known[name] for name in asked})
-        yield
-    finally:
-        there.update(asked)
-
-
-@_nothing_asked()
-def _body(model: nn.Module, ids: Tensor, source: Source | None, **options: bool) -> ModelOutput:
-    """What the part below the head says of ids that are padded on the right, if at all.
-
-    No attention mask for what is causal: it never sees the padding behind it. With a mask transformers would give
-    attention an S x S mask, which rules its fastest kernels out.
-    """
-    inner = _without_adapter(model)
-    if source is None:
-        return _below_head(inner)(input_ids=ids, use_cache=False, **options)
-    read = inner.get_encoder()(input_ids=source.ids, attention_mask=source.mask).last_hidden_state
-    encoder = {"encoder_hidden_states": read, "encoder_attention_mask": source.mask}
-    return inner.get_decoder()(input_ids=ids, use_cache=False, **encoder, **options)
-
-
-def body_states(model: nn.Module, ids: Tensor, source: Source | None = None) -> Tensor:
-    """[B, S, H] the states that enter the head, for ids that are padded on the right, if at all.
-
-    Args:
-        source: what the encoder reads, where there is one; ids are then the decoder's.
-    """
-    return _body(model, ids, source).last_hidden_state
-
-
-def body_layers(
-    model: nn.Module, ids: Tensor, layers: Sequence[int], source: Source | None = None
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """(states that enter the head, states after some layers): [B, S, H] each; layers are counted from 1.
-
-    Nothing but these is kept: without layers the model is not asked for its hidden states.
-    """
-    if not layers:
-        return body_states(model, ids, source), ()
-    out = _body(model, ids, source, output_hidden_states=True)
-    return out.last_hidden_state, tuple(out.hidden_states[layer] for layer in layers)
+# ------------------------------------------------------------------------------------------------------------- sizes
 
 
 def depth_and_width(model: nn.Module) -> tuple[int, int]:
-    """Number of layers (a decoder's, where there is an encoder besides) and width of their states."""
+    """Return the number of layers (a decoder's, where there is an encoder besides) and the width of their states."""
     config = model.config.get_text_config()
-    found = (getattr(config, name, None) for name in ("num_decoder_layers", "decoder_layers", "num_hidden_layers"))
-    return next(filter(None, found)), config.hidden_size
+    depths = (getattr(config, name, None) for name in DEPTH_SETTINGS)
+    depth = next(filter(None, depths))
+    return depth, config.hidden_size
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Return the number of rows of the head, which may be more than the tokenizer's tokens."""
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def input_device(model: nn.Module) -> torch.device:
+    """Return the device on which ids enter a model."""
+    return model.get_input_embeddings().weight.device
+
+
+# ------------------------------------------------------------------------------------------------------------- head
 
 
 def logit_options(model: nn.Module) -> dict[str, float | None]:
-    """What a model does to its logits, from its config: `scale`, then `softcap` (None: no cap)."""
+    """Return the treatment of a model's logits, from its config: `scale`, then `softcap` (None: no cap)."""
     config = model.config.get_text_config()
-    # Cohere multiplies, Granite divides, Gemma 2 caps
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+
+    # Cohere multiplies, Granite divides; a missing setting and None mean 1.
+    multiplier = getattr(config, "logit_scale", None) or 1.0
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    scale = multiplier / divisor
     if getattr(config, "scale_decoder_outputs", False):  # T5 of 2019, not its successors
         scale *= config.hidden_size**-0.5
+
+    # Gemma 2 caps.
     return {"scale": scale, "softcap": getattr(config, "final_logit_softcapping", None)}
 
 
 def is_plain_linear(head: nn.Module) -> bool:
-    """Whether calling it is the product with its weight and no more: no subclass, hooks or forward of its own
-    (accelerate's offloading, for one). Those of ZeRO-3 do not count: they fetch the weight, which reading it does too,
-    and all processes would have to call the head equally often."""
+    """Return True if calling a head is the product with its weight and no more.
+
+    A subclass, hooks and a replaced `forward` (accelerate's offloading, for one) do more. The hooks of ZeRO-3 do not
+    count: they fetch the weight, which reading it does too, and all processes would have to call the head equally
+    often.
+    """
+    if type(head) is not nn.Linear:
+        return False
+    if "forward" in vars(head):
+        return False
+
+    is_zero_3 = hasattr(head, "ds_id")  # DeepSpeed's mark
+    if is_zero_3:
+        return True
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    if hasattr(head, "ds_id"):  # DeepSpeed's mark
-        hooks = ()
-    return type(head) is nn.Linear and not any(hooks) and "forward" not in vars(head)
+    return not any(hooks)
 
 
-def linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [r, H] @ weight [V, H].T + bias, written into [r, V] memory that is there, which is returned.
+def linear_into(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Write x @ weight.T + bias into existing memory, and return that.
 
     Factors in half precision may have a float32 `out`: on CUDA its sums are then not rounded to half precision.
+
+    Args:
+        out: [r, V].
+        x: [r, H].
+        weight: [V, H] in the dtype of x.
+        bias: [V] or None.
     """
     if out.dtype != x.dtype:
-        return _half_linear_into(out, x, weight, bias)
+        return _half_linear_into(out, x, weight=weight, bias=bias)
 
-    on_cpu = x.device.type == "cpu" and x.dtype.itemsize >= 4
-    size = CPU_BLOCK * torch.get_num_threads() if on_cpu else len(weight)
-    for first in range(0, len(weight), size):
-        block = slice(first, first + size)
+    # A block of tokens at a time keeps its weights in a CPU's cache; other devices take all tokens at once.
+    block_size = len(weight)
+    if x.device.type == "cpu" and x.dtype.itemsize >= 4:
+        block_size = CPU_BLOCK * torch.get_num_threads()
+
+    for first in range(0, len(weight), block_size):
+        block = slice(first, first + block_size)
+        block_weight = weight[block].t()
+        block_out = out[:, block]
         if bias is None:
-            torch.mm(x, weight[block].t(), out=out[:, block])
+            torch.mm(x, block_weight, out=block_out)
         else:
-            torch.addmm(bias[block], x, weight[block].t(), out=out[:, block])
+            torch.addmm(bias[block], x, block_weight, out=block_out)
     return out
 
 
-def _half_linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`linear_into` from half precision to float32, without a second tensor of the size of `out`."""
+def _half_linear_into(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """Do `linear_into` from half precision to float32, without a second tensor of the size of `out`."""
     if has_float32_products(x):
         torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
         return out if bias is None else out.add_(bias)
 
+    # Rounded products of a block of tokens at a time, each block copied into `out`.
     rounded = x.new_empty(len(x), min(HALF_BLOCK, len(weight)))
     for first in range(0, len(weight), HALF_BLOCK):
         block = slice(first, first + HALF_BLOCK)
-        width = len(weight[block])
-        out[:, block] = linear_into(rounded[:, :width], x, weight[block], None if bias is None else bias[block])
+        block_weight = weight[block]
+        block_bias = None if bias is None else bias[block]
+        block_out = rounded[:, : len(block_weight)]
+        out[:, block] = linear_into(block_out, x, weight=block_weight, bias=block_bias)
     return out
 
 
 def has_float32_products(x: Tensor) -> bool:
     """Return whether torch can multiply half-precision matrices on the device of `x` into float32 (from 2.8 on)."""
-    return x.is_cuda and x.dtype.itemsize == 2 and "dtype_out" in torch.ops.aten.mm.overloads()
+    is_half = x.dtype.itemsize == 2
+    return x.is_cuda and is_half and "dtype_out" in torch.ops.aten.mm.overloads()
 
 
 def head_logits(model: nn.Module, states: Tensor, out: Tensor | None = None) -> Tensor:
-    """[..., V] float32 logits for states [..., H], scaled and soft-capped as the model's config says.
+    """Return [..., V] float32 logits for states [..., H], scaled and soft-capped as the model's config says.
 
     The head computes in its own dtype (or autocast's), whatever the dtype of the states; the sums of a plain linear
     head in half precision are float32 where the device allows it.
 
     Args:
+        model: a language model.
+        states: [..., H] states that enter its head.
         out: [r, V] float32 memory to use again for states [up to r, H], where the head allows it: pages that are new
             to a process cost it more time than reading its logits.
     """
-    head, options = model.get_output_embeddings(), logit_options(model)
-    states = states.to(head.weight.dtype)
+    head = model.get_output_embeddings()
+    options = logit_options(model)
+    scale = options["scale"]
+    softcap = options["softcap"]
 
+    states = states.to(head.weight.dtype)
     if out is not None and is_plain_linear(head):
-        logits = linear_into(out[: len(states)], states, head.weight, head.bias)
+        memory = out[: len(states)]
+        logits = linear_into(memory, states, weight=head.weight, bias=head.bias)
     else:
         logits = head(states).float()
 
+    # In place, as nobody needs a gradient of what is written into memory of ours.
     if out is not None:
-        # in place, as nobody needs a gradient of what is written into memory of ours
-        return _adjust_in_place(logits, **options)
-    if options["scale"] != 1:  # 1 would be a copy of the largest tensor there is
-        logits = logits * options["scale"]
-    if cap := options["softcap"]:
-        logits = cap * torch.tanh(logits / cap)
+        return _adjust_in_place(logits, scale, softcap)
+
+    if scale != 1:  # 1 would be a copy of the largest tensor there is
+        logits = logits * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     return logits
 
 
 def _adjust_in_place(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Scale and soft-cap logits without a second tensor of their size."""
     if scale != 1:
         logits *= scale
     if softcap:
@@ -211,9 +304,12 @@ def _adjust_in_place(logits: Tensor, scale: float, softcap: float | None) -> Ten
     return logits
 
 
+# ------------------------------------------------------------------------------------------------------------- check
+
+
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards every submodule has its own mode again."""
+    """Set evaluation mode for a while; afterwards every submodule has its previous mode again."""
     modes = [(part, part.training) for part in model.modules()]
     model.eval()
     try:
@@ -223,9 +319,24 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             part.training = mode
 
 
+class _Probe(NamedTuple):
+    """A short text, as this library and as the model itself take it."""
+
+    ids: Tensor
+    """[1, PROBE_LENGTH]."""
+    source: Source | None
+    """Text for the encoder, where there is one."""
+    inputs: dict[str, Tensor]
+    """The same as keyword arguments of the model."""
+
+
 @torch.no_grad()
 def check_head(model: nn.Module, name: str) -> torch.device:
-    """Make sure that body and head give the model's own logits, and that none depends on what follows.
+    """Check that body and head give the model's own logits, and that none depends on the text that follows.
+
+    Args:
+        model: the model to check.
+        name: "student" or "teacher", for messages.
 
     Returns:
         the device on which logits come out; of a model that is spread over several not that on which ids enter.
@@ -235,86 +346,93 @@ def check_head(model: nn.Module, name: str) -> torch.device:
         ValueError: for an architecture that does something else between its body and its logits, or is not causal.
     """
     expect(name, model, nn.Module, "a transformers language model")
-    described = f"the {name} ({type(model).__name__})"
-    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
-        raise ValueError(f"{described} has no output embeddings: expected a causal language model")
+    description = f"the {name} ({type(model).__name__})"
+    _check_layers(model, description)
 
-    bias = getattr(_without_adapter(model), "final_logits_bias", None)
-    if bias is not None and bias.any():
-        raise ValueError(
-            f"{described} adds a bias to its logits (final_logits_bias), which is not "
-            "supported: expected one whose bias is 0, such as BART's"
-        )
-
-    ids = _probe_ids(model)
-    source, inputs = None, {"input_ids": ids}
-    if model.config.is_encoder_decoder:
-        source = Source(ids.flip(1), torch.ones_like(ids))
-        inputs = {"input_ids": source.ids, "attention_mask": source.mask, "decoder_input_ids": ids}
-
+    probe = _probe(model)
     with evaluating(model):
-        own = model(**inputs, use_cache=False).logits.float()
-        ours = head_logits(model, body_states(model, ids, source))
-        own = own.to(ours.device)
-        if not own.isfinite().all():
+        model_logits = model(**probe.inputs, use_cache=False).logits.float()
+        logits = head_logits(model, body_states(model, probe.ids, probe.source))
+        model_logits = model_logits.to(logits.device)
+
+        if not model_logits.isfinite().all():
             raise ValueError(
                 f"the logits of the {name} ({type(model).__name__}, {model.dtype}) are not finite: its weights are "
                 f"damaged, or it overflows in half precision; load it in float32 (--set {name}.dtype=float32)"
             )
-        if _reads_ahead(model, ids, source, ours):
-            raise ValueError(f"{described} reads the text that follows: expected a causal language model")
+        if _reads_ahead(model, probe, logits):
+            raise ValueError(f"{description} reads the text that follows: expected a causal language model")
 
-    error = (own - ours).abs().max().item()
-    if not error <= _coarse_limit(own):
+    # `not <=`, so that a NaN is refused too.
+    error = (model_logits - logits).abs().max().item()
+    if not error <= _coarse_limit(model_logits):
         raise ValueError(
-            f"{described} computes its logits in a way this library does not know "
+            f"{description} computes its logits in a way this library does not know "
             f"(largest difference {error:.3g}); expected head(body(x)) with logit_scale, logits_scaling or "
             "final_logit_softcapping"
         )
-    return ours.device
+    return logits.device
 
 
-PROBE_LENGTH, PROBE_PREFIX = 8, 5
-"""Tokens of the text on which a model is checked, and those of them that stay as they are while the others change. The
-prefix is odd, so that it also ends within a block of models that read whole blocks ahead."""
+def _check_layers(model: nn.Module, description: str) -> None:
+    """Raise a ValueError for a model without a head, or with a bias behind its head."""
+    if not hasattr(model, "get_output_embeddings") or model.get_output_embeddings() is None:
+        raise ValueError(f"{description} has no output embeddings: expected a causal language model")
 
-COARSE_SHARE = 0.02
-"""Share of the largest logit by which logits may differ that were computed in half precision in two ways."""
+    bias = getattr(_without_adapter(model), "final_logits_bias", None)
+    if bias is not None and bias.any():
+        raise ValueError(
+            f"{description} adds a bias to its logits (final_logits_bias), which is not "
+            "supported: expected one whose bias is 0, such as BART's"
+        )
 
-ROUNDING_STEPS = 64
-"""Roundings that may add up between equal tokens in two texts: only experts, which get other numbers of rows then,
-need any (measured: 5)."""
+
+def _probe(model: nn.Module) -> _Probe:
+    """Return the text on which a model is checked."""
+    ids = _probe_ids(model)
+    if not model.config.is_encoder_decoder:
+        return _Probe(ids, source=None, inputs={"input_ids": ids})
+
+    source = Source(ids.flip(1), torch.ones_like(ids))
+    inputs = {"input_ids": source.ids, "attention_mask": source.mask, "decoder_input_ids": ids}
+    return _Probe(ids, source=source, inputs=inputs)
 
 
 def _probe_ids(model: nn.Module, shift: int = 0) -> Tensor:
-    """[1, PROBE_LENGTH] ids that differ from those of another shift everywhere; never 0, which often is padding."""
+    """Return [1, PROBE_LENGTH] ids that differ from those of another shift everywhere; never 0, often padding."""
     positions = torch.arange(PROBE_LENGTH, device=input_device(model)) + shift
-    return (1 + positions % max(vocabulary_size(model) - 1, 1))[None]
+    ids = 1 + positions % max(vocabulary_size(model) - 1, 1)
+    return ids[None]
 
 
-def _reads_ahead(model: nn.Module, ids: Tensor, source: Source | None, logits: Tensor) -> bool:
+def _reads_ahead(model: nn.Module, probe: _Probe, logits: Tensor) -> bool:
     """Return whether logits depend on tokens behind theirs: on which ones, or on whether there are any.
 
     Args:
-        logits: [1, PROBE_LENGTH, V] those of `ids`.
+        logits: [1, PROBE_LENGTH, V] those of the probe.
     """
-    changed_ids = torch.cat([ids[:, :PROBE_PREFIX], _probe_ids(model, shift=1)[:, PROBE_PREFIX:]], dim=1)
-    changed_logits = head_logits(model, body_states(model, changed_ids, source))
+    prefix = probe.ids[:, :PROBE_PREFIX]
+    other_end = _probe_ids(model, shift=1)[:, PROBE_PREFIX:]
+    changed_ids = torch.cat([prefix, other_end], dim=1)
+    changed_logits = head_logits(model, body_states(model, changed_ids, probe.source))
     changes = (changed_logits - logits).abs()
-    size = max(logits.abs().max().item(), changes[:, PROBE_PREFIX:].max().item())
 
-    # texts of equal shape go through the same kernels: a causal model repeats the earlier logits to rounding, while
-    # one that reads ahead, however little it has learned, changes them by 0.1 % and more of what the later ones change
-    if changes[:, :PROBE_PREFIX].max().item() > _rounding_share(model) * size:
+    # Texts of equal shape go through the same kernels: a causal model repeats the earlier logits to rounding, while
+    # one that reads ahead, however little it has learned, changes them by 0.1 % and more of what the later ones change.
+    earlier_change = changes[:, :PROBE_PREFIX].max().item()
+    later_change = changes[:, PROBE_PREFIX:].max().item()
+    size = max(logits.abs().max().item(), later_change)
+    if earlier_change > _rounding_share(model) * size:
         return True
 
-    prefix_logits = head_logits(model, body_states(model, ids[:, :PROBE_PREFIX], source))
-    difference = (prefix_logits - logits[:, :PROBE_PREFIX]).abs().max().item()
-    return difference > _coarse_limit(logits)
+    # A shorter text takes other kernels, so that only a coarse difference counts.
+    prefix_logits = head_logits(model, body_states(model, prefix, probe.source))
+    differences = (prefix_logits - logits[:, :PROBE_PREFIX]).abs()
+    return differences.max().item() > _coarse_limit(logits)
 
 
 def _rounding_share(model: nn.Module) -> float:
-    """Share of the largest logit by which the logits of one text may differ between two calls of equal shape."""
+    """Return the share of the largest logit by which logits of a text may differ between calls of equal shape."""
     dtypes = {parameter.dtype for parameter in model.parameters()}
     is_quantised = not all(dtype.is_floating_point for dtype in dtypes)
     rounds_products = torch.get_float32_matmul_precision() != "highest"
@@ -326,15 +444,5 @@ def _rounding_share(model: nn.Module) -> float:
 
 
 def _coarse_limit(logits: Tensor) -> float:
-    """Largest difference between logits of one text that were computed in calls of different shapes or ways."""
-    return COARSE_SHARE * logits.abs().max().item() + 1e-3
-
-
-def input_device(model: nn.Module) -> torch.device:
-    """Where ids enter a model."""
-    return model.get_input_embeddings().weight.device
-
-
-def vocabulary_size(model: nn.Module) -> int:
-    """Rows of the head."""
-    return model.get_output_embeddings().weight.shape[0]
+    """Return the largest difference of logits of one text that come from calls of different shapes or ways."""
+    return COARSE_SHARE * logits.abs().max().item() + COARSE_FLOOR

@@ -1,4 +1,4 @@
-"""Checks of what a caller hands in: got, expected and, where it is not plain from these, the remedy."""
+"""Checks of values that a caller hands in: got, expected and, where it is not plain from these, the remedy."""
 
 import functools
 import math
@@ -26,14 +26,15 @@ class Validated:
     """For those who build an instance from plain values."""
 
     def __post_init__(self) -> None:
+        # Frozen dataclasses refuse plain assignment, also here.
         kind = type(self)
         for name, value in vars(self).items():
             object.__setattr__(self, name, as_plain(value))
 
         try:
-            _fields_of(kind).model_validate(vars(self))
+            _model_of(kind).model_validate(vars(self))
         except ValidationError as error:
-            raise ValueError(f"{kind.__name__}: {_wrong_fields(error)}") from None
+            raise ValueError(f"{kind.__name__}: {_describe_wrong_fields(error)}") from None
 
 
 def as_plain(value: Any) -> Any:
@@ -43,78 +44,98 @@ def as_plain(value: Any) -> Any:
 
 
 @functools.cache
-def _fields_of(kind: type) -> type[BaseModel]:
-    """A pydantic model with the fields of a dataclass."""
-    hints = get_type_hints(kind, include_extras=True)
-    fields = {name: (_of_instances(hint), ...) for name, hint in hints.items()}
+def _model_of(kind: type) -> type[BaseModel]:
+    """Return a pydantic model with the fields of a dataclass."""
+    annotations = get_type_hints(kind, include_extras=True)
+    fields = {name: (_only_instances(annotation), ...) for name, annotation in annotations.items()}
     return create_model(kind.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
 
 
-def _of_instances(hint: Any) -> Any:
-    """The annotation, in which a dataclass stands for its instances alone.
+def _only_instances(annotation: Any) -> Any:
+    """Return an annotation in which a dataclass stands for its instances alone.
 
     A mapping that pydantic would make an instance of stays one here, and unknown keys in it would go unnoticed.
     """
-    if is_dataclass(hint):
-        return InstanceOf[hint]
-    if get_origin(hint) in (Union, UnionType):
-        return Union[tuple(_of_instances(branch) for branch in get_args(hint))]  # noqa: UP007
-    return hint
+    if is_dataclass(annotation):
+        return InstanceOf[annotation]
+    if get_origin(annotation) in (Union, UnionType):
+        branches = tuple(_only_instances(branch) for branch in get_args(annotation))
+        return Union[branches]  # noqa: UP007
+    return annotation
 
 
-def _wrong_fields(error: ValidationError) -> str:
-    """One phrase for each wrong field; the branches of a union, which are all wrong, are joined."""
+def _describe_wrong_fields(error: ValidationError) -> str:
+    """Return one phrase for each wrong field; the branches of a union, which are all wrong, are joined."""
+    values: dict[str, Any] = {}
     expected: dict[str, list[str]] = {}
-    values = {}
 
     for item in error.errors(include_url=False):
         field, *inside = item["loc"]
-        place = ".".join([field, *(str(part) for part in inside if isinstance(part, int))])
+        # Names in a location are branches of a union, numbers are places in a list.
+        indices = [str(part) for part in inside if isinstance(part, int)]
+        place = ".".join([field, *indices])
         values.setdefault(place, item["input"])
         expected.setdefault(place, []).append(item["msg"].removeprefix("Input should be "))
 
     return "; ".join(f"{place}: got {values[place]!r}, expected {' or '.join(expected[place])}" for place in expected)
 
 
-def expect(what: str, value: Any, kind: type | tuple[type, ...], expected: str) -> None:
+def expect(
+    name: str,
+    value: Any,
+    kind: type | tuple[type, ...],
+    expected: str,
+) -> None:
     """Raise a TypeError if a value is of another kind.
 
     Args:
-        what: the value's name, for the message.
+        name: the value's name, for the message.
+        value: the value to check.
+        kind: the type that it must have, or several.
         expected: the kind in words, and how one comes by it.
     """
     if not isinstance(value, kind):
-        raise TypeError(f"{what}: got {_kind_of(value)}, expected {expected}")
+        raise TypeError(f"{name}: got {_kind_of(value)}, expected {expected}")
 
 
-def expect_count(what: str, value: Any, least: int, remedy: str = "") -> int:
+def expect_count(
+    name: str,
+    value: Any,
+    least: int,
+    remedy: str = "",
+) -> int:
     """Return a whole number of at least `least`; one of NumPy or torch as Python's.
 
     Args:
-        what: the value's name, for the message.
+        name: the value's name, for the message.
+        value: the value to check.
+        least: the smallest number that is allowed.
         remedy: for one that is too small, where that does not say what to do.
 
     Raises:
         TypeError: not a whole number.
         ValueError: too small.
     """
+    # True is a whole number to Python, but never meant as one.
     try:
         count = operator.index(value)
     except TypeError:
         count = None
     if count is None or isinstance(value, bool):
-        raise TypeError(f"{what}: got {value!r}, expected a whole number of at least {least}")
+        raise TypeError(f"{name}: got {value!r}, expected a whole number of at least {least}")
 
     if count < least:
-        raise ValueError(f"{what}: got {count}, expected at least {least}{remedy and f'; {remedy}'}")
+        advice = f"; {remedy}" if remedy else ""
+        raise ValueError(f"{name}: got {count}, expected at least {least}{advice}")
     return count
 
 
-def expect_number(what: str, value: Any) -> float:
+def expect_number(name: str, value: Any) -> float:
     """Return a finite number of at least 0, as a float.
 
     Args:
-        what: the value's name, for the message.
+        name: the value's name, for the message.
+        value: the value to check.
 
     Raises:
         TypeError: no number.
@@ -122,14 +143,18 @@ def expect_number(what: str, value: Any) -> float:
     """
     number = as_plain(value)
     if isinstance(number, bool) or not isinstance(number, Real):
-        raise TypeError(f"{what}: got {value!r}, expected a number of at least 0")
+        raise TypeError(f"{name}: got {value!r}, expected a number of at least 0")
     if not (math.isfinite(number) and number >= 0):
-        raise ValueError(f"{what}: got {number}, expected a finite number of at least 0")
+        raise ValueError(f"{name}: got {number}, expected a finite number of at least 0")
     return float(number)
 
 
 def expect_texts(texts: Any, documents: Any) -> None:
     """Check texts, and their names where they are given, before they are cut into windows.
+
+    Args:
+        texts: a list of texts, one a document.
+        documents: a list with one name for each text, or None.
 
     Raises:
         TypeError: a single text, whose characters would be taken for texts; or something that is no text.
@@ -140,22 +165,31 @@ def expect_texts(texts: Any, documents: Any) -> None:
         raise TypeError(f"texts: got {_kind_of(texts)}, expected {expected}; put it in brackets: [text]")
     expect("texts", texts, Sequence, expected)
 
-    for number, text in enumerate(texts):
+    for index, text in enumerate(texts):
         if not isinstance(text, str):
-            raise TypeError(f"texts[{number}]: got {_kind_of(text)}, expected a str")
+            raise TypeError(f"texts[{index}]: got {_kind_of(text)}, expected a str")
 
-    if documents is None:
-        return
-    if not isinstance(documents, str):
-        expect("documents", documents, Sequence, "a list with one name for each text, or None")
-    if isinstance(documents, str) or len(documents) != len(texts):
-        names = repr(documents) if isinstance(documents, str) else f"{len(documents)} names"
-        raise ValueError(f"documents: got {names} for {len(texts)} texts, expected a list with one name for each text")
+    if documents is not None:
+        _expect_names(documents, count=len(texts))
 
-    for number, name in enumerate(documents):
+
+def _expect_names(documents: Any, count: int) -> None:
+    """Check that there is one name for each text."""
+    # A single name is a sequence too, of characters: it is refused by itself, whatever its length.
+    if isinstance(documents, str):
+        raise ValueError(f"documents: got {documents!r} for {count} texts, expected a list with one name for each text")
+
+    expect("documents", documents, Sequence, "a list with one name for each text, or None")
+    if len(documents) != count:
+        raise ValueError(
+            f"documents: got {len(documents)} names for {count} texts, expected a list with one name for each text"
+        )
+
+    for index, name in enumerate(documents):
         if not isinstance(name, str):
-            raise TypeError(f"documents[{number}]: got {_kind_of(name)}, expected a str; str(name) makes one")
+            raise TypeError(f"documents[{index}]: got {_kind_of(name)}, expected a str; str(name) makes one")
 
 
 def _kind_of(value: Any) -> str:
+    """Return the type of a value in words."""
     return "None" if value is None else f"a {type(value).__name__}"

@@ -13,7 +13,7 @@ TOWERS = ("models", "utils")
 
 FLOORS = {
     "models": [
-        {"types", "validation", "attention"},
+        {"types", "validation", "attention", "mask_checks", "divergences"},
         {"config"},
         {"curriculum", "language_model"},
         {"text"},

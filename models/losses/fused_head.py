@@ -1,44 +1,78 @@
 """The student's head and its losses, chunk by chunk: the logits of all positions never exist together.
 
 Shapes: n supervised positions, N KD rows (each at one of these positions), H student width, V student vocabulary,
-K kept outcomes, c rows of one chunk.
+K tokens that a target names in a row, c rows of one chunk.
 
 How one chunk [c, V] serves everything. The softmax over V, with all tokens that the target does not name merged into
 one outcome, is the softmax over K + 1 logits: those of the named tokens and the log-sum-exp of all others. So
 `losses.kd_loss` on [c, K + 1] is the KD of the chunk, for every divergence, tail and temperature, and autograd
 differentiates only that. On [c, V] there remains: logits -> exponentials -> gradient, in one buffer, in place; then the
-two products with which a linear layer goes backward. A gradient at the merged logit is shared among its tokens in
-proportion to their exponentials, hence a row of the gradient is one number times the row of exponentials, but for the
-label and the named tokens.
+two products with which a linear layer goes backward (`head_products`).
 
-A plain linear head can have this elementwise work compiled (`head_passes`): same values up to float32's rounding.
+A gradient at the merged logit is shared among its tokens in proportion to their exponentials. Hence a row of the
+gradient is one number, called its `slope` here, times the row of exponentials, but for the label and the named tokens.
+The buffer holds the gradient over the slope, and the slope is multiplied into a narrow factor of the products.
+
+A plain linear head can have this elementwise work compiled (`head_passes`, `head_softmax`): same values up to
+float32's rounding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..language_model import HALF_BLOCK, has_float32_products, is_plain_linear, linear_into
+from ..language_model import is_plain_linear
 from ..types import SparseTarget
 from . import head_passes
 from .chunk_size import chunk_rows
+from .head_products import HeadPrecision, LinearHead, ModuleHead, precision_of
+from .head_softmax import columns_of, differentiate_softmax, sum_softmax
 from .losses import PADDING, kd_loss
 
-HALF_SCALE = 16.0
-"""Factor on a gradient that is rounded to half precision: 1 / 151,936 is then a normal number of float16. A power of
-two, so that it rounds nothing itself."""
-SPARE = 8
-"""Columns behind a block of a half-precision gradient: one that nothing reads, and seven that keep rows aligned."""
 STEEPEST = 1e34
 """Most of a row's slope, and its inverse the least: what is divided by it, or a state times it, is then a normal number
 of float32. It is met where a student gives less than 1e-34 to all tokens beyond the named ones."""
 
 
+@dataclass(frozen=True)
+class HeadComputation:
+    """The way in which a head's logits are made and held; the losses do not depend on the last two."""
+
+    scale: float = 1.0
+    """Factor on the logits (Cohere; 1 / logits_scaling of Granite)."""
+    softcap: float | None = None
+    """Bound of the logits: cap * tanh(logits / cap), after scaling (Gemma 2); None: no bound."""
+    chunk: int | None = None
+    """Most rows of logits to hold at once; None: `chunk_rows`."""
+    compiled: bool = False
+    """Do the elementwise work of a plain linear head in compiled passes (`head_passes.choose`); any other head does
+    without."""
+
+
+@dataclass(frozen=True)
+class HeadTarget:
+    """The teacher's distributions at some positions, and the divergence that compares the student with them."""
+
+    distribution: SparseTarget
+    """[N] distributions; invalid rows add nothing."""
+    rows: Tensor | None
+    """[N] position of each distribution, each at most once; None: row i is at position i."""
+    temperature: float
+    """Temperature of both sides; the divergence is multiplied by its square."""
+    kind: str
+    """Name of the divergence, a key of `DIVERGENCES`."""
+    tail: str
+    """Treatment of the tokens that a row does not name: "bucket" or "renormalise"."""
+    skew: float
+    """Share of the teacher in the mixture of skew_kl; other divergences do not read it."""
+
+
 class HeadLosses(NamedTuple):
-    """What the head's pass over the supervised positions says."""
+    """The losses of the supervised positions."""
 
     loss: Tensor
     """Scalar, the only output with a gradient: the weighted total."""
@@ -57,15 +91,10 @@ def head_losses(
     *,
     lm_weight: float | Tensor,
     kd_weight: float | Tensor = 0.0,
-    target: SparseTarget | None = None,
-    rows: Tensor | None = None,
-    scale: float = 1.0,
-    softcap: float | None = None,
-    chunk: int | None = None,
-    compiled: bool = False,
-    **options,
+    target: HeadTarget | None = None,
+    computation: HeadComputation = HeadComputation(),
 ) -> HeadLosses:
-    """LM and KD of supervised positions from the states that enter the head: loss = lm_weight * LM + kd_weight * KD.
+    """Compute LM and KD of supervised positions: loss = lm_weight * LM + kd_weight * KD.
 
     The values are those of `losses.next_token_loss` and `losses.kd_loss` on all logits, in float32 (float64 for a
     float64 head) whatever the head computes in. The gradient is computed here, in the same pass as the values, which is
@@ -78,300 +107,112 @@ def head_losses(
 
     Args:
         states: [n, H] final hidden states at supervised positions.
+        head: the layer that makes logits of them.
         labels: [n] the token that each position predicts.
         lm_weight: weight / count of LM; [n] gives each position its own, for a term made of `log_probs`.
-        kd_weight: weight / count of KD. A 0 that is a float, not a tensor, costs no gradient; without a target KD
-            costs nothing.
-        target: [N] what the teacher says; its invalid rows add nothing.
-        rows: [N] position of each row of the target, each at most once; None: row i is at position i.
-        scale: factor on the logits (Cohere; 1 / logits_scaling of Granite).
-        softcap: cap * tanh(logits / cap), after scaling (Gemma 2).
-        chunk: most rows of logits to hold at once; None: `chunk_rows`.
-        compiled: do the elementwise work of a plain linear head in compiled passes (`head_passes.choose`); any other
-            head does without.
-        options: of `kd_loss`, needed with a target: temperature, kind, tail, skew.
+        kd_weight: weight / count of KD. A 0 that is a float, not a tensor, costs no gradient.
+        target: the teacher's distributions; without them KD costs nothing.
+        computation: the way in which logits are made and held.
 
     Raises:
         ValueError: for shapes that do not fit and a chunk under 1.
     """
-    _check(states, labels, target, rows, chunk)
-    linear = is_plain_linear(head)
-    weight = getattr(head, "weight", None)
-    params = [head.weight, head.bias] if linear else [p for p in head.parameters() if p.requires_grad]
-    kind = states.device.type
-    dtype = weight.dtype if weight is not None and weight.is_floating_point() else states.dtype
-    autocast = torch.is_autocast_enabled(kind) and dtype != torch.float64
-    compute = torch.get_autocast_dtype(kind) if autocast else dtype
-    exact = torch.promote_types(compute, torch.float32)
-    vocabulary = getattr(head, "out_features", None) or weight.shape[0]
-    size = exact.itemsize * (2 if softcap else 1)
-    if not linear and compute != exact:
-        size += compute.itemsize
-    chunk = chunk or chunk_rows(vocabulary, states.device, size)[0]
+    _check(states, labels, target, computation.chunk)
 
-    has_kd = target is not None and len(target.ids) > 0
-    job = _Job(
-        head=None if linear else head,
+    # Autograd wants every tensor as an argument, and knows of each whether it needs a gradient.
+    if is_plain_linear(head):
+        module = None
+        params = [head.weight, head.bias]
+    else:
+        module = head
+        params = [parameter for parameter in head.parameters() if parameter.requires_grad]
+
+    precision = precision_of(head, states)
+    rows_at_once = computation.chunk
+    if rows_at_once is None:
+        rows_at_once = _rows_that_fit(head, states.device, precision=precision, softcap=computation.softcap)
+
+    has_kd = target is not None and len(target.distribution.ids) > 0
+    row_at = None
+    if has_kd and target.rows is not None:
+        row_at = _row_at_positions(target.rows, len(labels))
+
+    head_pass = _HeadPass(
+        module=module,
         labels=labels,
         target=target if has_kd else None,
-        index=_row_at(rows, len(labels)) if has_kd and rows is not None else None,
-        lm_weight=_as_tensor(lm_weight, states, exact),
-        kd_weight=_as_tensor(kd_weight, states, exact),
+        row_at=row_at,
+        lm_weight=_as_tensor(lm_weight, states, precision.exact),
+        kd_weight=_as_tensor(kd_weight, states, precision.exact),
         learns_lm=isinstance(lm_weight, Tensor) or lm_weight != 0,
         learns_kd=has_kd and (isinstance(kd_weight, Tensor) or kd_weight != 0),
-        options=options,
-        scale=scale,
-        softcap=softcap,
-        rows=chunk,
-        compiled=compiled and linear,
-        cast=dtype,
-        compute=compute,
-        autocast=autocast,
-        grad=torch.is_grad_enabled(),
+        computation=computation,
+        rows_at_once=rows_at_once,
+        precision=precision,
+        grad_enabled=torch.is_grad_enabled(),
     )
-    loss, lm_sum, kd_sum, log_probs = _Fused.apply(job, states, *params)
-    return HeadLosses(loss, lm_sum, None if target is None else kd_sum, log_probs)
+    loss, lm_sum, kd_sum, log_probs = _FusedHead.apply(head_pass, states, *params)
+
+    # A target without rows has a sum of 0, no target has none.
+    if target is None:
+        kd_sum = None
+    return HeadLosses(loss, lm_sum, kd_sum, log_probs)
 
 
-def _check(states: Tensor, labels: Tensor, target: SparseTarget | None, rows: Tensor | None, chunk: int | None) -> None:
+def _check(
+    states: Tensor,
+    labels: Tensor,
+    target: HeadTarget | None,
+    chunk: int | None,
+) -> None:
+    """Raise a ValueError for shapes that do not fit one another, and for a chunk without rows."""
     if states.dim() != 2 or labels.shape != states.shape[:1]:
         raise ValueError(f"got states {tuple(states.shape)} and labels {tuple(labels.shape)}, expected [n, H] and [n]")
-    placed = labels if rows is None else rows
-    if target is not None and len(target.ids) != len(placed):
-        raise ValueError(f"got a target of {len(target.ids)} rows for {len(placed)} positions; pass rows")
+
+    if target is not None:
+        distributions = len(target.distribution.ids)
+        positions = len(labels) if target.rows is None else len(target.rows)
+        if distributions != positions:
+            raise ValueError(f"got a target of {distributions} rows for {positions} positions; pass rows")
+
     if chunk is not None and chunk < 1:
         raise ValueError(f"got chunk {chunk}, expected at least 1")
 
 
-def _as_tensor(weight: float | Tensor, like: Tensor, dtype: torch.dtype) -> Tensor:
-    # filled where it is needed: a copy from the host would wait
-    return weight.detach().to(dtype) if isinstance(weight, Tensor) else like.new_full((), weight, dtype=dtype)
+def _rows_that_fit(
+    head: nn.Module,
+    device: torch.device,
+    precision: HeadPrecision,
+    softcap: float | None,
+) -> int:
+    """Return the number of logit rows to hold at once, from the bytes that a logit takes in this computation."""
+    bytes_per_logit = precision.exact.itemsize
+    if softcap:
+        bytes_per_logit *= 2
+    if not is_plain_linear(head) and precision.is_half:
+        bytes_per_logit += precision.products.itemsize
+
+    vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]
+    rows, _ = chunk_rows(vocabulary, device, bytes_per_logit)
+    return rows
 
 
-def _row_at(rows: Tensor, positions: int) -> Tensor:
-    """[n] row of the target at each position, or -1: a chunk finds its rows without asking the GPU how many."""
-    return rows.new_full((positions,), -1).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
+def _as_tensor(weight: float | Tensor, states: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight as a tensor on the device of the states."""
+    if isinstance(weight, Tensor):
+        return weight.detach().to(dtype)
+    # Filled where it is needed: a copy from the host would wait for the device.
+    return states.new_full((), weight, dtype=dtype)
 
 
-@dataclass
-class _Job:
-    """All that is not differentiated."""
+def _row_at_positions(rows: Tensor, positions: int) -> Tensor:
+    """Return [n] the row of the target at each position, or -1.
 
-    head: nn.Module | None
-    """None for a plain linear layer."""
-    labels: Tensor
-    target: SparseTarget | None
-    index: Tensor | None
-    lm_weight: Tensor
-    kd_weight: Tensor
-    learns_lm: bool
-    learns_kd: bool
-    options: dict
-    scale: float
-    softcap: float | None
-    rows: int
-    compiled: bool
-    cast: torch.dtype
-    compute: torch.dtype
-    autocast: bool
-    grad: bool
-
-    @property
-    def exact(self) -> torch.dtype:
-        return torch.promote_types(self.compute, torch.float32)
-
-    @property
-    def boost(self) -> float:
-        return 1.0 if self.compute == self.exact else HALF_SCALE
-
-    def magnitude(self) -> Tensor:
-        """The power of two above both weights: what is computed is a gradient of order 1, never one divided by a
-        count, and dividing and multiplying by a power of two rounds nothing."""
-        most = self.kd_weight.abs()
-        if self.lm_weight.numel():
-            most = torch.maximum(most, self.lm_weight.abs().amax())
-        return torch.ldexp(torch.ones_like(most), torch.frexp(most).exponent)
-
-    def target_of(self, part: slice) -> SparseTarget | None:
-        """The target at some positions; where there is no row it is invalid."""
-        t = self.target
-        if t is None:
-            return None
-        if self.index is None:
-            return SparseTarget(t.ids[part], t.probs[part], t.tail[part], t.valid[part])
-        row = self.index[part]
-        at = row.clamp_min(0)
-        return SparseTarget(t.ids[at], t.probs[at], t.tail[at], t.valid[at] & (row >= 0))
-
-    def run(self, states: Tensor, params: tuple, needs: tuple) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-        """(log-probabilities [n], KD sum, gradients over magnitude * scale / boost); `needs`: which gradients."""
-        with torch.autocast(states.device.type, enabled=False):
-            head = (_Linear if self.head is None else _Module)(self, states, params, needs)
-            log_probs = states.new_empty(len(states), dtype=self.exact)
-            kd_sum = states.new_zeros((), dtype=self.exact)
-            learns = any(needs) and (self.learns_lm or self.learns_kd)
-            factor = self.boost / self.magnitude()
-            lm_weight, kd_weight = (self.lm_weight * factor).expand(len(states)), self.kd_weight * factor
-            for first in range(0, len(states), self.rows):
-                part = slice(first, first + self.rows)
-                logits = head.logits(part)
-                if self.compiled:
-                    weights = _ChunkWeights(lm_weight[part, None], kd_weight)
-                    log_probs[part], kd = self._compiled_chunk(head, logits, part, weights, learns)
-                    if kd is not None:
-                        kd_sum += kd
-                    continue
-                capped = _adjust(logits, self.scale, self.softcap)
-                log_probs[part], kd, slope = self._chunk(logits, part, lm_weight[part, None], kd_weight, learns)
-                if kd is not None:
-                    kd_sum += kd
-                if learns:
-                    if capped is not None:  # d tanh = 1 - tanh ** 2
-                        logits.addcmul_(logits, capped.square_(), value=-1)
-                    head.backward(part, logits, slope)
-        return log_probs, kd_sum, head.gradients
-
-    def _chunk(
-        self, logits: Tensor, part: slice, lm_weight: Tensor, kd_weight: Tensor, learns: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(log-probabilities of the labels [c], KD sum, slope [c, 1]); the logits [c, V] are overwritten by their
-        gradient over the slope of their row."""
-        logits -= logits.amax(1, keepdim=True)
-        label = self.labels[part, None]
-        at_label = logits.gather(1, label)
-        target = self.target_of(part)
-        if target is None:
-            total = logits.exp_().sum(1, keepdim=True)
-            kd, slope = None, lm_weight / total
-        else:
-            columns, kept = _columns(target.ids)
-            listed = torch.where(kept, logits.gather(1, columns), PADDING)
-            # summed over what is left, not total - sum: exact also where the rest is tiny
-            rest = logits.exp_().scatter_(1, columns, 0.0).sum(1, keepdim=True)
-            masses = listed.exp()
-            total = rest + masses.sum(1, keepdim=True)
-            kd, at_kd = self._kd(torch.cat([listed, rest.log()], 1), target, kept, learns and self.learns_kd)
-            slope, at_listed = lm_weight / total, masses * (lm_weight / total)
-            if at_kd is not None:
-                at_kd *= kd_weight
-                silent = (lm_weight == 0) & (at_kd == 0).all(1, keepdim=True)
-                slope = slope + at_kd[:, -1:] / rest.clamp_min(torch.finfo(rest.dtype).tiny)
-                # bounded: the quotients below neither overflow nor vanish
-                slope = slope.abs().clamp(1 / STEEPEST, STEEPEST).copysign(slope).masked_fill(silent, 0.0)
-                at_listed = at_listed + at_kd[:, :-1]
-        if learns:
-            over = torch.where(slope == 0, 1.0, slope)
-            if target is not None:
-                logits.scatter_add_(1, columns, at_listed / over)
-            logits.scatter_add_(1, label, -lm_weight / over)
-        return (at_label - total.log())[:, 0], kd, slope
-
-    def _compiled_chunk(
-        self, head: "_Linear", logits: Tensor, part: slice, weights: "_ChunkWeights", learns: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `_chunk`, with the gradient's products: (log-probabilities of the labels [c], KD sum).
-
-        The exponentials are never stored. So what `_chunk` adds to them at the label and at the named tokens is
-        computed on its own here, in float32, and written over the gradient of all other tokens at the end.
-        """
-        rows = self._softmax_rows(logits, part)
-        kd, at_kd = None, None
-        if rows.named is not None:
-            outcomes = torch.cat([rows.named_logits, rows.log_rest], 1)
-            kd, at_kd = self._kd(outcomes, rows.named.target, rows.named.kept, learns and self.learns_kd)
-        if learns:
-            at_kd = None if at_kd is None else at_kd * weights.kd
-            head.backward_passes(part, logits, rows.peak, self._gradient_of(rows, weights.lm, at_kd))
-
-        label = head_passes.adjusted(rows.raw_label, self.scale, self.softcap)
-        return (label - rows.shift - rows.total.log())[:, 0], kd
-
-    def _softmax_rows(self, logits: Tensor, part: slice) -> "_SoftmaxRows":
-        """Sum up the softmax of each row of raw logits, in which the named tokens are marked with -inf afterwards."""
-        label = self.labels[part, None]
-        raw_label = logits.gather(1, label)
-        named = self._named(logits, part)
-
-        # Peak and sum over the tokens that the target does not name. The others are few.
-        if named is not None:
-            logits.scatter_(1, named.columns, -torch.inf)
-        peak, rest_total = head_passes.compiled().row_sums(logits, self.scale, self.softcap)
-
-        # Where the target names every token there is no rest.
-        no_rest = peak == -torch.inf
-        peak = peak.masked_fill(no_rest, 0.0)
-        rest_total = rest_total.masked_fill(no_rest, 1.0)
-        log_rest = (peak + rest_total.log()).masked_fill(no_rest, -torch.inf)
-
-        # From here on logits count from the largest of the row's K + 1 outcomes.
-        shift = peak if named is None else torch.maximum(log_rest, named.values.amax(1, keepdim=True))
-        log_rest = log_rest - shift
-        total = log_rest.exp()
-        named_logits = None
-        if named is not None:
-            named_logits = torch.where(named.kept, named.values - shift, PADDING)
-            total = total + named_logits.exp().sum(1, keepdim=True)
-        return _SoftmaxRows(label, raw_label, named, peak, rest_total, shift, log_rest, named_logits, total)
-
-    def _gradient_of(self, rows: "_SoftmaxRows", lm_weight: Tensor, at_kd: Tensor | None) -> "_Gradient":
-        """Return the gradient by the raw logits of a chunk, as a factor on the exponentials and what differs from it.
-
-        Args:
-            at_kd: [c, K + 1] the part of KD, by the logits of the named tokens and of all others merged.
-        """
-        # That of the rest is divided by its own sum, which is 1 or more: a rest of any smallness has its gradient.
-        at_rest = lm_weight * rows.log_rest.exp() / rows.total
-        if at_kd is not None:
-            at_rest = at_rest + at_kd[:, -1:]
-        slope = at_rest / rows.rest_total
-        at_label = (head_passes.adjusted(rows.raw_label, self.scale, self.softcap) - rows.peak).exp() * slope
-
-        named = rows.named
-        if named is not None:
-            at_named = lm_weight * rows.named_logits.exp() / rows.total
-            if at_kd is not None:
-                at_named = at_named + at_kd[:, :-1]
-            is_label = named.kept & (named.columns == rows.label)
-            at_named_label = (at_named * is_label).sum(1, keepdim=True)
-            at_label = torch.where(is_label.any(1, keepdim=True), at_named_label, at_label)
-
-        at_label = at_label - lm_weight
-        cap_slope = head_passes.softcap_slope(rows.raw_label, self.scale, self.softcap)
-        if cap_slope is not None:
-            at_label = at_label * cap_slope
-        if named is None:
-            return _Gradient(slope, rows.label, at_label)
-
-        if named.cap_slope is not None:
-            at_named = at_named * named.cap_slope
-        # a column that stands twice, as the label or as padding, has the same number at both places
-        at_named = torch.where(is_label, at_label, at_named)
-        at_named = torch.where(named.kept, at_named, at_named.gather(1, named.repeated))
-        return _Gradient(slope, torch.cat([named.columns, rows.label], 1), torch.cat([at_named, at_label], 1))
-
-    def _named(self, logits: Tensor, part: slice) -> "_Named | None":
-        """Gather the tokens that the target of a chunk names; None without a target."""
-        target = self.target_of(part)
-        if target is None:
-            return None
-        columns, kept = _columns(target.ids)
-        raw = logits.gather(1, columns)
-        return _Named(
-            target=target,
-            columns=columns,
-            kept=kept,
-            repeated=torch.where(kept, columns, -1).argmax(1, keepdim=True).expand_as(columns),
-            values=head_passes.adjusted(raw, self.scale, self.softcap),
-            cap_slope=head_passes.softcap_slope(raw, self.scale, self.softcap),
-        )
-
-    def _kd(self, outcomes: Tensor, target: SparseTarget, kept: Tensor, learns: bool) -> tuple[Tensor, Tensor | None]:
-        """(KD sum, its gradient or None) from the logits [c, K + 1] of the named tokens and of all others merged."""
-        ids = torch.where(kept, torch.arange(kept.shape[1], device=kept.device), -1)
-        merged = SparseTarget(ids, target.probs, target.tail, target.valid)
-        with torch.set_grad_enabled(learns):
-            kd = kd_loss(outcomes.requires_grad_(learns), merged, **self.options)
-            return kd.detach(), torch.autograd.grad(kd, outcomes)[0] if learns else None
+    A chunk finds its rows in it without asking the GPU how many there are.
+    """
+    row_at = rows.new_full((positions,), -1)
+    numbers = torch.arange(len(rows), device=rows.device)
+    return row_at.scatter_(0, rows, numbers)
 
 
 class _ChunkWeights(NamedTuple):
@@ -383,226 +224,367 @@ class _ChunkWeights(NamedTuple):
     """Scalar."""
 
 
-class _Named(NamedTuple):
-    """The tokens that the target of a chunk names."""
+class _ChunkLosses(NamedTuple):
+    """The losses of a chunk."""
 
-    target: SparseTarget
-    columns: Tensor
-    """[c, K] their ids; padding repeats the largest id of its row."""
-    kept: Tensor
-    """[c, K] which are not padding."""
-    repeated: Tensor
-    """[c, K] place in `columns` of the id that padding repeats."""
-    values: Tensor
-    """[c, K] their logits, scaled and soft-capped."""
-    cap_slope: Tensor | None
-    """[c, K] derivative of the soft-cap there."""
+    log_probs: Tensor
+    """[c] log-probability of every label."""
+    kd_sum: Tensor | None
+    """Scalar: sum of the KD divergences; None without a target."""
 
 
-class _SoftmaxRows(NamedTuple):
-    """The softmax of the rows of a chunk, summed up; "the rest" are the tokens that the target does not name."""
+class _ChunkSoftmax(NamedTuple):
+    """The softmax of a chunk, whose logits [c, V] were overwritten by a gradient over the slope of its row."""
 
-    label: Tensor
-    """[c, 1]."""
-    raw_label: Tensor
-    """[c, 1] logit of the label, before scale and soft-cap."""
-    named: _Named | None
-    peak: Tensor
-    """[c, 1] largest logit of the rest."""
-    rest_total: Tensor
-    """[c, 1] sum over the rest of exp(logit - peak)."""
-    shift: Tensor
-    """[c, 1] what is subtracted from all logits below, so that no exponential overflows."""
-    log_rest: Tensor
-    """[c, 1] log-sum-exp of the rest, shifted."""
-    named_logits: Tensor | None
-    """[c, K] logits of the named tokens, shifted."""
     total: Tensor
-    """[c, 1] sum of all exponentials, shifted."""
-
-
-class _Gradient(NamedTuple):
-    """A gradient [c, V] by logits: slope * exponential, but for some columns of each row."""
-
+    """[c, 1] sum of the exponentials, counted from the row's largest logit."""
     slope: Tensor
-    """[c, 1]."""
-    columns: Tensor
-    """[c, m] what differs: the named tokens and the label; one that stands twice has equal values."""
-    values: Tensor
-    """[c, m]."""
+    """[c, 1] gradient of the loss by each exponential of a token that the target does not name."""
+    kd_sum: Tensor | None
+    """Scalar: sum of the KD divergences; None without a target."""
 
 
-def _columns(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """(columns [c, K] of the named tokens, which of them are not padding); padding repeats a token of its row."""
-    first = torch.arange(ids.shape[1], device=ids.device) == 0
-    ids = torch.where(first & (ids.amax(1, keepdim=True) < 0), 0, ids)  # nothing but padding: any token
-    kept = ids >= 0
-    return torch.where(kept, ids, ids.amax(1, keepdim=True)), kept
+class _PassResult(NamedTuple):
+    """All that a pass over the positions computes."""
+
+    log_probs: Tensor
+    """[n] log-probability of every label."""
+    kd_sum: Tensor
+    """Scalar: sum of the KD divergences; 0 without a target."""
+    gradients: list[Tensor | None]
+    """Gradients by the states and by each parameter, over magnitude * scale / boost; None where none is needed."""
 
 
-def _adjust(logits: Tensor, scale: float, softcap: float | None) -> Tensor | None:
-    """Scale and soft-cap in place; returns the tanh, which the gradient needs."""
+@dataclass(frozen=True)
+class _HeadPass:
+    """One pass of a head over the supervised positions: all of its inputs that are not differentiated."""
+
+    module: nn.Module | None
+    """A head that is called; None for a plain linear layer."""
+    labels: Tensor
+    """[n]."""
+    target: HeadTarget | None
+    """None also for a target without rows."""
+    row_at: Tensor | None
+    """[n] row of the target at each position, or -1; None: row i is at position i."""
+    lm_weight: Tensor
+    """Scalar or [n]."""
+    kd_weight: Tensor
+    """Scalar."""
+    learns_lm: bool
+    """A gradient of LM is needed."""
+    learns_kd: bool
+    """A gradient of KD is needed."""
+    computation: HeadComputation
+    """Scale, soft-cap, and the choice of compiled passes."""
+    rows_at_once: int
+    """Most rows of a chunk."""
+    precision: HeadPrecision
+    """Dtypes of products and sums."""
+    grad_enabled: bool
+    """Gradients were enabled where the pass was asked for; inside an autograd function they never are."""
+
+    def run(self, states: Tensor, params: Sequence[Tensor | None], needs: Sequence[bool]) -> _PassResult:
+        """Compute values, and the gradients that are needed by the states and each parameter."""
+        exact = self.precision.exact
+        log_probs = states.new_empty(len(states), dtype=exact)
+        kd_sum = states.new_zeros((), dtype=exact)
+        learns = any(needs) and (self.learns_lm or self.learns_kd)
+
+        # Gradients are computed with weights of order 1 (see `magnitude`), and boosted where they are rounded.
+        factor = self.precision.boost / self.magnitude()
+        lm_weight = (self.lm_weight * factor).expand(len(states))
+        kd_weight = self.kd_weight * factor
+
+        # All dtypes were chosen before; autocast would choose those of the products anew.
+        with torch.autocast(states.device.type, enabled=False):
+            head = self._chunked_head(states, params, needs)
+            compute_chunk = self._compiled_chunk if self._is_compiled else self._eager_chunk
+            for first in range(0, len(states), self.rows_at_once):
+                part = slice(first, first + self.rows_at_once)
+                weights = _ChunkWeights(lm=lm_weight[part, None], kd=kd_weight)
+                chunk = compute_chunk(head, part, weights, learns)
+
+                log_probs[part] = chunk.log_probs
+                if chunk.kd_sum is not None:
+                    kd_sum += chunk.kd_sum
+
+        return _PassResult(log_probs, kd_sum, head.gradients)
+
+    @property
+    def _is_compiled(self) -> bool:
+        """Return True where the elementwise work goes through compiled passes."""
+        return self.computation.compiled and self.module is None
+
+    def _chunked_head(
+        self, states: Tensor, params: Sequence[Tensor | None], needs: Sequence[bool]
+    ) -> LinearHead | ModuleHead:
+        """Return the head with memory for its chunks and gradients."""
+        if self.module is not None:
+            return ModuleHead(self.module, states, params=params, needs=needs, precision=self.precision)
+        return LinearHead(
+            states,
+            params,
+            needs=needs,
+            precision=self.precision,
+            rows=self.rows_at_once,
+            compiled=self._is_compiled,
+        )
+
+    def magnitude(self) -> Tensor:
+        """Return the power of two above both weights.
+
+        What is computed is then a gradient of order 1, never one divided by a count, and dividing and multiplying by a
+        power of two rounds nothing.
+        """
+        # Without positions there is no largest weight of LM.
+        largest = self.kd_weight.abs()
+        if self.lm_weight.numel():
+            largest = torch.maximum(largest, self.lm_weight.abs().amax())
+
+        # frexp writes a number as m * 2 ** exponent with m in [0.5, 1).
+        exponent = torch.frexp(largest).exponent
+        return torch.ldexp(torch.ones_like(largest), exponent)
+
+    def _target_at(self, part: slice) -> SparseTarget | None:
+        """Return the target of a chunk; a position without a row has an invalid one."""
+        if self.target is None:
+            return None
+
+        whole = self.target.distribution
+        if self.row_at is None:
+            return SparseTarget(
+                ids=whole.ids[part],
+                probs=whole.probs[part],
+                tail=whole.tail[part],
+                valid=whole.valid[part],
+            )
+
+        # A position without a row takes the first one, marked as invalid.
+        row = self.row_at[part]
+        has_row = row >= 0
+        row = row.clamp_min(0)
+        return SparseTarget(
+            ids=whole.ids[row],
+            probs=whole.probs[row],
+            tail=whole.tail[row],
+            valid=whole.valid[row] & has_row,
+        )
+
+    def _eager_chunk(
+        self,
+        head: LinearHead | ModuleHead,
+        part: slice,
+        weights: _ChunkWeights,
+        learns: bool,
+    ) -> _ChunkLosses:
+        """Compute the losses of a chunk, and add its gradients to those of the head, step by step."""
+        logits = head.logits(part)
+        tanh = _adjust_in_place(logits, self.computation.scale, self.computation.softcap)
+
+        # No exponential of a logit that counts from the largest of its row overflows.
+        logits -= logits.amax(1, keepdim=True)
+        label = self.labels[part, None]
+        label_logit = logits.gather(1, label)
+
+        target = self._target_at(part)
+        if target is None:
+            softmax = _plain_chunk(logits, weights)
+        else:
+            softmax = self._distilled_chunk(logits, target, weights, learns)
+
+        if learns:
+            logits.scatter_add_(1, label, -weights.lm / _divisor(softmax.slope))
+            if tanh is not None:  # d tanh = 1 - tanh ** 2
+                logits.addcmul_(logits, tanh.square_(), value=-1)
+            head.backward(part, logits, slope=softmax.slope)
+
+        log_probs = (label_logit - softmax.total.log())[:, 0]
+        return _ChunkLosses(log_probs, softmax.kd_sum)
+
+    def _distilled_chunk(
+        self,
+        logits: Tensor,
+        target: SparseTarget,
+        weights: _ChunkWeights,
+        learns: bool,
+    ) -> _ChunkSoftmax:
+        """Overwrite the logits [c, V] of a chunk with a target by their gradient over the slope, but for the label."""
+        columns, is_token = columns_of(target.ids)
+        named_logits = torch.where(is_token, logits.gather(1, columns), PADDING)
+
+        # Summed over what is left, not total - sum: exact also where the rest is tiny.
+        others = logits.exp_().scatter_(1, columns, 0.0)
+        rest = others.sum(1, keepdim=True)
+        named_masses = named_logits.exp()
+        total = rest + named_masses.sum(1, keepdim=True)
+
+        outcomes = torch.cat([named_logits, rest.log()], 1)
+        kd_sum, kd_gradient = self._kd(outcomes, target, is_token, learns and self.learns_kd)
+
+        # At a token of the rest, LM's gradient goes with its share of all exponentials, KD's with its share of those of
+        # the rest.
+        slope = weights.lm / total
+        named_gradient = named_masses * (weights.lm / total)
+        if kd_gradient is not None:
+            kd_gradient *= weights.kd
+            divisor = rest.clamp_min(torch.finfo(rest.dtype).tiny)
+            slope = slope + kd_gradient[:, -1:] / divisor
+
+            # Bounded, so that the quotients by it neither overflow nor vanish; but a row that learns nothing keeps 0.
+            no_kd = (kd_gradient == 0).all(1, keepdim=True)
+            is_silent = no_kd & (weights.lm == 0)
+            size = slope.abs().clamp(1 / STEEPEST, STEEPEST)
+            slope = size.copysign(slope).masked_fill(is_silent, 0.0)
+            named_gradient = named_gradient + kd_gradient[:, :-1]
+
+        if learns:
+            logits.scatter_add_(1, columns, named_gradient / _divisor(slope))
+        return _ChunkSoftmax(total, slope, kd_sum)
+
+    def _compiled_chunk(
+        self,
+        head: LinearHead,
+        part: slice,
+        weights: _ChunkWeights,
+        learns: bool,
+    ) -> _ChunkLosses:
+        """Compute the losses of a chunk, and add its gradients to those of the head, by compiled passes."""
+        scale = self.computation.scale
+        softcap = self.computation.softcap
+        logits = head.logits(part)
+        label = self.labels[part, None]
+        target = self._target_at(part)
+        softmax = sum_softmax(logits, label, target=target, scale=scale, softcap=softcap)
+
+        kd_sum = None
+        kd_gradient = None
+        named = softmax.named
+        if named is not None:
+            outcomes = torch.cat([softmax.named_logits, softmax.log_rest], 1)
+            kd_sum, kd_gradient = self._kd(outcomes, named.target, named.is_token, learns and self.learns_kd)
+
+        if learns:
+            if kd_gradient is not None:
+                kd_gradient = kd_gradient * weights.kd
+            gradient = differentiate_softmax(softmax, weights.lm, kd_gradient, scale=scale, softcap=softcap)
+            head.backward_passes(
+                part,
+                logits,
+                peak=softmax.peak,
+                gradient=gradient,
+                scale=scale,
+                softcap=softcap,
+            )
+
+        label_logit = head_passes.adjusted(softmax.raw_label, scale, softcap)
+        log_probs = (label_logit - softmax.shift - softmax.total.log())[:, 0]
+        return _ChunkLosses(log_probs, kd_sum)
+
+    def _kd(
+        self,
+        outcomes: Tensor,
+        target: SparseTarget,
+        is_token: Tensor,
+        learns: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the sum of a chunk's divergences, and its gradient [c, K + 1] by the outcomes if it `learns`.
+
+        Args:
+            outcomes: [c, K + 1] logits of the named tokens and, merged into one, of all others.
+            is_token: [c, K] False for padding.
+        """
+        # To `kd_loss` these outcomes are a whole vocabulary, whose first K tokens the target names in their order.
+        place = torch.arange(is_token.shape[1], device=is_token.device)
+        ids = torch.where(is_token, place, -1)
+        merged = SparseTarget(ids, target.probs, target.tail, target.valid)
+
+        settings = self.target
+        with torch.set_grad_enabled(learns):
+            kd_sum = kd_loss(
+                outcomes.requires_grad_(learns),
+                merged,
+                temperature=settings.temperature,
+                kind=settings.kind,
+                tail=settings.tail,
+                skew=settings.skew,
+            )
+            gradient = torch.autograd.grad(kd_sum, outcomes)[0] if learns else None
+        return kd_sum.detach(), gradient
+
+
+def _adjust_in_place(logits: Tensor, scale: float, softcap: float | None) -> Tensor | None:
+    """Scale and soft-cap logits [c, V] in place; return the tanh, which the gradient needs, or None without a cap."""
     if softcap:
-        capped = torch.tanh_(logits * (scale / softcap))
-        torch.mul(capped, softcap, out=logits)
-        return capped
+        tanh = torch.tanh_(logits * (scale / softcap))
+        torch.mul(tanh, softcap, out=logits)
+        return tanh
+
     if scale != 1:
         logits *= scale
     return None
 
 
-class _Linear:
-    """A plain linear layer, one chunk at a time, in one buffer."""
-
-    def __init__(self, job: _Job, states: Tensor, params: tuple, needs: tuple) -> None:
-        weight, bias = params
-        self.job = job
-        self.states, self.compute = states.detach(), job.compute
-        self.weight = weight.detach().to(job.compute)
-        self.bias = None if bias is None else bias.detach().to(job.compute)
-        shape = min(job.rows, len(states)), len(weight)
-        self.buffer = states.new_empty(shape, dtype=job.exact)
-        self.is_half = job.compute != job.exact
-        width = 0
-        if self.is_half:
-            width = min(HALF_BLOCK, shape[1]) + (SPARE if job.compiled else 0)
-        self.rounded = states.new_empty((shape[0], width), dtype=job.compute)
-        self.gradients = [
-            torch.zeros_like(t, dtype=job.exact, memory_format=torch.contiguous_format) if need else None
-            for t, need in zip((states, *params), needs, strict=True)
-        ]
-
-    def logits(self, part: slice) -> Tensor:
-        x = self.states[part].to(self.compute)
-        return linear_into(self.buffer[: len(x)], x, self.weight, self.bias)
-
-    def backward(self, part: slice, gradient: Tensor, slope: Tensor) -> None:
-        d_states, d_weight, d_bias = self.gradients
-        x = self.states[part].to(self.compute)
-        if d_bias is not None:
-            d_bias.addmv_(gradient.t(), slope[:, 0])
-
-        if not self.is_half:  # the rows' slopes go into the narrow factors: a pass over [c, V] less
-            if d_states is not None:
-                torch.mm(gradient, self.weight, out=d_states[part]).mul_(slope)
-            if d_weight is not None:
-                d_weight.addmm_(gradient.t(), x * slope)
-            return
-
-        # a block of tokens at a time: bounds the rounded gradient and the float32 products
-        for block in self._blocks():
-            rounded = self.rounded[: len(x), : len(self.weight[block])]
-            self._multiply_half(part, block, torch.mul(gradient[:, block], slope, out=rounded))
-
-    def backward_passes(self, part: slice, logits: Tensor, peak: Tensor, gradient: "_Gradient") -> None:
-        """Add the products with a gradient that is written by compiled passes over raw logits [c, V]."""
-        shape = (self.job.scale, self.job.softcap)
-        write = head_passes.compiled().softmax_gradient
-        if not self.is_half:
-            write(logits, peak, gradient.slope, None, *shape)
-            logits.scatter_(1, gradient.columns, gradient.values)
-            self._multiply(part, logits)
-            return
-
-        values = gradient.values.to(self.compute)
-        for block in self._blocks():
-            width = len(self.weight[block])
-            rounded = self.rounded[: len(logits), : width + SPARE]
-            write(logits[:, block], peak, gradient.slope, rounded[:, :width], *shape)
-
-            # what belongs to another block goes to a spare column: choosing would wait for the GPU
-            column = gradient.columns - block.start
-            column = torch.where((column >= 0) & (column < width), column, width)
-            rounded = rounded.scatter_(1, column, values)[:, :width]
-            self._multiply_half(part, block, rounded)
-            if self.gradients[2] is not None:
-                self.gradients[2][block] += rounded.sum(0, dtype=self.job.exact)
-
-    def _blocks(self) -> list[slice]:
-        starts = range(0, len(self.weight), HALF_BLOCK)
-        return [slice(start, start + HALF_BLOCK) for start in starts]
-
-    def _multiply(self, part: slice, gradient: Tensor) -> None:
-        """Add the products with a gradient [c, V] in full precision."""
-        d_states, d_weight, d_bias = self.gradients
-        if d_states is not None:
-            torch.mm(gradient, self.weight, out=d_states[part])
-        if d_weight is not None:
-            d_weight.addmm_(gradient.t(), self.states[part].to(self.compute))
-        if d_bias is not None:
-            d_bias += gradient.sum(0)
-
-    def _multiply_half(self, part: slice, block: slice, rounded: Tensor) -> None:
-        """Add the products with a half-precision gradient [c, block of V]."""
-        d_states, d_weight, _ = self.gradients
-        if d_states is not None:
-            d_states[part] += _product(rounded, self.weight[block])
-        if d_weight is not None:
-            d_weight[block] += _product(rounded.t(), self.states[part].to(self.compute))
+def _plain_chunk(logits: Tensor, weights: _ChunkWeights) -> _ChunkSoftmax:
+    """Overwrite the logits [c, V] of a chunk without a target by their gradient over the slope, but for the label."""
+    total = logits.exp_().sum(1, keepdim=True)
+    return _ChunkSoftmax(total, slope=weights.lm / total, kd_sum=None)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32 from half-precision factors: a half-precision result could overflow, whatever the loss scale."""
-    if has_float32_products(a):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+def _divisor(slope: Tensor) -> Tensor:
+    """Return slopes to divide by; where one is 0 so are the numbers that it divides."""
+    return torch.where(slope == 0, 1.0, slope)
 
 
-class _Module:
-    """Any other head: called on a chunk and differentiated by autograd, the chunk's graph then dropped."""
+class _FusedHead(torch.autograd.Function):
+    """A head pass as one differentiable step: (loss, LM sum, KD sum, log-probabilities).
 
-    def __init__(self, job: _Job, states: Tensor, params: tuple, needs: tuple) -> None:
-        self.job, self.states, self.needs = job, states.detach(), needs
-        self.learned = [p for p, need in zip(params, needs[1:], strict=True) if need]
-        self.gradients = [
-            torch.zeros_like(t, dtype=job.exact) if need else None
-            for t, need in zip((states, *params), needs, strict=True)
-        ]
-
-    def logits(self, part: slice) -> Tensor:
-        job = self.job
-        kind = self.states.device.type
-        with torch.set_grad_enabled(any(self.needs)), torch.autocast(kind, job.compute, enabled=job.autocast):
-            self.x = self.states[part].requires_grad_(self.needs[0])
-            self.out = job.head(self.x.to(job.cast))
-        return self.out.detach().to(job.exact, copy=True)
-
-    def backward(self, part: slice, gradient: Tensor, slope: Tensor) -> None:
-        gradient *= slope
-        wanted = [self.x] * self.needs[0] + self.learned
-        found = torch.autograd.grad(self.out, wanted, gradient.to(self.out.dtype), allow_unused=True)
-        d_states, *sums = self.gradients
-        sums = [d_states[part] for _ in wanted[: self.needs[0]]] + [g for g in sums if g is not None]
-        for total, new in zip(sums, found, strict=True):
-            if new is not None:
-                total += new
-        del self.x, self.out
-
-
-class _Fused(torch.autograd.Function):
-    """(loss, LM sum, KD sum, log-probabilities); inputs: the job, the states, the head's parameters."""
+    Its inputs are the pass, the states and the head's parameters, each an argument of its own, as autograd wants them.
+    """
 
     @staticmethod
-    def forward(ctx, job: _Job, states: Tensor, *params: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        needs = tuple(need and job.grad for need in ctx.needs_input_grad[1:])
-        log_probs, kd_sum, ctx.ready = job.run(states, params, needs)
-        ctx.job, ctx.needs = job, needs
+    def forward(
+        ctx: Any, head_pass: _HeadPass, states: Tensor, *params: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Compute values and gradients in one pass."""
+        # In here gradients are always disabled: the pass knows what the caller had.
+        needs = tuple(need and head_pass.grad_enabled for need in ctx.needs_input_grad[1:])
+        result = head_pass.run(states, params, needs)
+
+        ctx.head_pass = head_pass
+        ctx.needs = needs
+        ctx.gradients = result.gradients
         ctx.save_for_backward(states, *params)
-        lm_sum = -log_probs.sum()
-        loss = -(job.lm_weight * log_probs).sum() + job.kd_weight * kd_sum
-        ctx.mark_non_differentiable(lm_sum, kd_sum, log_probs)
-        return loss, lm_sum, kd_sum, log_probs
+
+        # The weighted total is differentiated; the sums are there to be logged.
+        lm_sum = -result.log_probs.sum()
+        lm_loss = -(head_pass.lm_weight * result.log_probs).sum()
+        loss = lm_loss + head_pass.kd_weight * result.kd_sum
+        ctx.mark_non_differentiable(lm_sum, result.kd_sum, result.log_probs)
+        return loss, lm_sum, result.kd_sum, result.log_probs
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Multiply the gradients by that of the loss."""
         states, *params = ctx.saved_tensors  # raises where the graph is gone
-        job = ctx.job
-        factor = grad * job.magnitude() * (job.scale / job.boost)
-        if job.head is None:
-            ready, ctx.ready = ctx.ready or job.run(states, tuple(params), ctx.needs)[2], None
-            # given away, so they may be scaled in place: no second [V, H]
-            scaled = [g if g is None else g.mul_(factor) for g in ready]
-        else:  # kept: another run would draw another dropout
-            scaled = [g if g is None else g * factor for g in ctx.ready]
-        return None, *(g if g is None else g.to(t.dtype) for g, t in zip(scaled, (states, *params), strict=True))
+        head_pass = ctx.head_pass
+        share = head_pass.computation.scale / head_pass.precision.boost
+        factor = grad * head_pass.magnitude() * share
+
+        if head_pass.module is None:
+            # They are given away, so they may be scaled in place: no second [V, H]. A repeated backward computes anew.
+            gradients = ctx.gradients
+            ctx.gradients = None
+            if gradients is None:
+                gradients = head_pass.run(states, params, ctx.needs).gradients
+            scaled = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
+        else:
+            # They are kept: another run of a module would draw another dropout.
+            scaled = [None if gradient is None else gradient * factor for gradient in ctx.gradients]
+
+        tensors = (states, *params)
+        return None, *(
+            None if gradient is None else gradient.to(tensor.dtype)
+            for gradient, tensor in zip(scaled, tensors, strict=True)
+        )

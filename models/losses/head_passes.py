@@ -21,6 +21,8 @@ from torch import Tensor
 
 VOLTA = (7, 0)
 """Compute capability of the oldest GPUs that Triton compiles for."""
+MESSAGE_LENGTH = 160
+"""Most characters of a compiler's message that are passed on."""
 
 
 class RowSums(NamedTuple):
@@ -33,21 +35,23 @@ class RowSums(NamedTuple):
 
 
 def adjusted(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Scale and soft-cap logits; -inf stays, as the mark of a logit that does not count."""
+    """Return logits of any shape, scaled and soft-capped; -inf stays, as the mark of a logit that does not count."""
     if softcap:
-        return torch.where(logits == -torch.inf, logits, softcap * torch.tanh(logits * (scale / softcap)))
+        # tanh alone would make a finite number of the mark.
+        capped = softcap * torch.tanh(logits * (scale / softcap))
+        return torch.where(logits == -torch.inf, logits, capped)
     return logits if scale == 1 else logits * scale
 
 
 def softcap_slope(logits: Tensor, scale: float, softcap: float | None) -> Tensor | None:
-    """Derivative of the soft-cap by the scaled logits, 1 - tanh ** 2; None without a cap."""
+    """Return the derivative of the soft-cap by the scaled logits, 1 - tanh ** 2; None without a cap."""
     if not softcap:
         return None
     return 1 - torch.tanh(logits * (scale / softcap)).square()
 
 
 def row_sums(logits: Tensor, scale: float, softcap: float | None) -> RowSums:
-    """Peak and sum of exponentials of raw logits [c, V], which are only read."""
+    """Return peak and sum of exponentials of raw logits [c, V], which are only read."""
     values = adjusted(logits, scale, softcap)
     peak = values.amax(1, keepdim=True)
     total = (values - peak).exp().sum(1, keepdim=True)
@@ -55,58 +59,76 @@ def row_sums(logits: Tensor, scale: float, softcap: float | None) -> RowSums:
 
 
 def softmax_gradient(
-    logits: Tensor, peak: Tensor, slope: Tensor, out: Tensor | None, scale: float, softcap: float | None
+    logits: Tensor,
+    peak: Tensor,
+    slope: Tensor,
+    out: Tensor | None,
+    scale: float,
+    softcap: float | None,
 ) -> None:
-    """Write slope * exp(logit - peak), the chain rule through the soft-cap included, in the dtype of where it goes.
+    """Write slope * exp(logit - peak), the chain rule through the soft-cap included, in the dtype of its memory.
 
     Args:
         logits: [c, V] raw; -inf gives 0.
         peak: [c, 1].
         slope: [c, 1] gradient of the loss by each exponential.
         out: [c, V] memory for it; None: that of the logits.
+        scale: factor on the logits.
+        softcap: bound of the scaled logits; None: no bound.
     """
-    gradient = (adjusted(logits, scale, softcap) - peak).exp() * slope
+    # One expression to the compiler: a single kernel, which reads and writes each logit once.
+    values = adjusted(logits, scale, softcap)
+    gradient = (values - peak).exp() * slope
     if softcap:
         gradient = gradient * softcap_slope(logits, scale, softcap)
-    (logits if out is None else out).copy_(gradient)
+
+    memory = logits if out is None else out
+    memory.copy_(gradient)
 
 
 class Passes(NamedTuple):
     """The two passes, compiled."""
 
     row_sums: Callable[..., RowSums]
+    """`row_sums`; all but the logits as keywords."""
     softmax_gradient: Callable[..., None]
+    """`softmax_gradient`; all but the logits as keywords."""
 
 
 @functools.cache
 def compiled() -> Passes:
     """Return the passes behind `torch.compile`, which compiles at their first call and once for all numbers of rows."""
-    return Passes(_any_rows(row_sums), _any_rows(softmax_gradient))
+    return Passes(_for_any_rows(row_sums), _for_any_rows(softmax_gradient))
 
 
-def _any_rows(function: Callable) -> Callable:
+def _for_any_rows(function: Callable) -> Callable:
     """Compile a function whose first argument has a number of rows that changes from call to call."""
     kernel = torch.compile(function)
 
     @functools.wraps(function)
-    def call(logits: Tensor, *rest: Tensor | float | None) -> RowSums | None:
+    def call(logits: Tensor, **arguments: Tensor | float | None) -> RowSums | None:
+        # Else the shorter last chunk would be compiled for as well.
         torch._dynamo.maybe_mark_dynamic(logits, 0)
-        return kernel(logits, *rest)
+        return kernel(logits, **arguments)
 
     return call
 
 
-def choose(wanted: Literal["auto", "compiled", "eager"], device: torch.device) -> tuple[bool, str]:
-    """Return whether a head's passes are compiled on a device, and why (not).
+def choose(setting: Literal["auto", "compiled", "eager"], device: torch.device) -> tuple[bool, str]:
+    """Return the choice whether a head's passes are compiled on a device, and the reason in words.
+
+    Args:
+        setting: `LossConfig.head_passes`.
 
     Raises:
         ValueError: they are to be compiled, and cannot.
     """
-    if wanted == "eager":
+    if setting == "eager":
         return False, "step by step, as asked for (loss.head_passes: eager)"
-    if wanted == "auto":
+    if setting == "auto":
         return can_compile(device)
 
+    # Only here a failure ends the run; "auto" falls back to the reference.
     if error := try_passes(device):
         raise ValueError(
             f"got loss.head_passes compiled, but torch.compile does not work on this {device.type} device ({error}); "
@@ -116,15 +138,17 @@ def choose(wanted: Literal["auto", "compiled", "eager"], device: torch.device) -
 
 
 def can_compile(device: torch.device) -> tuple[bool, str]:
-    """Return whether compiling the passes is worth it and works on a device, and why (not).
+    """Return True if compiling the passes is worth it and works on a device, and the reason in words.
 
     They are tried on a few numbers, since a compiler, its headers or its cache folder can be missing.
     """
     if device.type != "cuda":
         return False, f"step by step on {device.type}, where the products take most of the time"
+
     capability = torch.cuda.get_device_capability(device)
     if capability < VOLTA:
         return False, f"step by step: Triton needs compute capability 7.0, this GPU has {capability[0]}.{capability[1]}"
+
     if error := try_passes(device):
         return False, f"step by step: torch.compile does not work here ({error})"
     return True, "compiled: a chunk's logits are read twice and written once"
@@ -132,14 +156,29 @@ def can_compile(device: torch.device) -> tuple[bool, str]:
 
 @functools.cache
 def try_passes(device: torch.device) -> str:
-    """Compile and compare the passes on a few numbers; return what went wrong, in one line, or nothing."""
+    """Compile the passes and compare them with PyTorch's softmax on a few numbers.
+
+    Returns:
+        the error in one line; empty where there is none.
+    """
     logits = torch.linspace(-3, 3, 48, device=device).reshape(3, 16)
     expected = logits.softmax(1)
+
+    # A compiler's own errors are of many kinds; whatever it is, the reference works.
     try:
-        sums = compiled().row_sums(logits, 1.0, None)
-        compiled().softmax_gradient(logits, sums.peak, 1 / sums.total, None, 1.0, None)
-        right = torch.allclose(logits, expected, atol=1e-5)
-    except Exception as error:  # a compiler's own errors, of many kinds: whatever it is, the reference works
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
-    return "" if right else "its values are wrong"
+        passes = compiled()
+        sums = passes.row_sums(logits, scale=1.0, softcap=None)
+        slope = 1 / sums.total
+        passes.softmax_gradient(logits, peak=sums.peak, slope=slope, out=None, scale=1.0, softcap=None)
+        is_right = torch.allclose(logits, expected, atol=1e-5)
+    except Exception as error:
+        return _first_line(error)
+    return "" if is_right else "its values are wrong"
+
+
+def _first_line(error: Exception) -> str:
+    """Return the kind of an error and the first line of its message, if it has one."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    return f"{type(error).__name__}: {lines[0][:MESSAGE_LENGTH]}"

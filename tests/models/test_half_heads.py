@@ -7,8 +7,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import language_model
 from models.language_model import HALF_BLOCK, head_logits, linear_into
-from models.losses import fused_head
-from models.losses.fused_head import head_losses
+from models.losses import head_products
+from models.losses.fused_head import HeadComputation, head_losses
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
 
 HALF = (torch.float16, torch.bfloat16)
@@ -27,7 +27,7 @@ def as_on_cuda(monkeypatch):
         return result if out is None else out.copy_(result)
 
     monkeypatch.setattr(torch, "mm", product)
-    for module in (language_model, fused_head):
+    for module in (language_model, head_products):
         monkeypatch.setattr(module, "has_float32_products", lambda x: True)
 
 
@@ -103,7 +103,8 @@ def test_no_half_precision_copy_of_a_chunks_logits_is_made(as_on_cuda, dtype):
     states = torch.randn(rows, 8, requires_grad=True)
     labels = torch.randint(0, vocabulary, (rows,))
     with Largest() as largest:
-        head_losses(states, head, labels, lm_weight=1.0 / rows, chunk=rows).loss.backward()
+        computation = HeadComputation(chunk=rows)
+        head_losses(states, head, labels, lm_weight=1.0 / rows, computation=computation).loss.backward()
     assert largest.elements[torch.float32] >= rows * vocabulary
     assert largest.elements[dtype] <= max(rows * HALF_BLOCK, head.weight.numel())
     assert states.grad.isfinite().all() and head.weight.grad.isfinite().all()

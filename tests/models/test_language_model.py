@@ -178,35 +178,6 @@ def test_head_of_a_decoder_is_the_models_own_logits_and_its_layers_are_the_decod
     assert not torch.equal(body_states(model, ids, source), states)
 
 
-BODIES = {
-    **{name: lambda name=name: build(name) for name in ("Llama", "GPT2", "Gemma2", "Mistral")},
-    **PAIRS,
-}
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("name", BODIES)
-def test_states_and_gradients_are_those_of_transformers_own_masks_bit_for_bit(name, padded, monkeypatch):
-    model = BODIES[name]()
-    ids, source = torch.randint(1, 40, (2, 9)), None
-    if model.config.is_encoder_decoder:
-        mask = torch.ones(2, 9, dtype=torch.long)
-        mask[1, 5:] = 0
-        source = Source(torch.randint(1, 40, (2, 9)), mask if padded else None)
-
-    def states_and_gradients():
-        model.zero_grad()
-        states = body_states(model, ids, source)
-        states.square().sum().backward()
-        return [states, *(p.grad for p in model.parameters() if p.grad is not None)]
-
-    ours = states_and_gradients()
-    monkeypatch.setattr(language_model, "_body", language_model._body.__wrapped__)
-    if source is not None and source.mask is None:
-        source.mask = torch.ones_like(ids)
-    assert all(map(torch.equal, ours, states_and_gradients()))
-
-
 @torch.no_grad()
 def test_the_scale_of_the_config_matters_in_a_t5():
     model, ids = PAIRS["T5"](), torch.randint(1, 40, (1, 6))

@@ -23,6 +23,7 @@ from transformers import (
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Schedule, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
+from models.divergences import DIVERGENCES
 from models.teacher.frozen import FrozenTeacher
 from models.text.collate import PairCollator
 from models.text.vocabulary import VocabularyMap
@@ -36,7 +37,7 @@ STORIES = [
     "Ein kleines Mädchen ging über die Straße. Дети играли в парке. 子供たちは公園で遊んだ。",
 ]
 END = "<|endoftext|>"
-KINDS = ("forward_kl", "reverse_kl", "jsd", "skew_kl")
+KINDS = tuple(DIVERGENCES)
 
 
 def _wrap(backend: Tokenizer, **special: str) -> PreTrainedTokenizerFast:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from models import language_model
 from models.losses.chunk_size import chunk_rows
-from models.losses.fused_head import head_losses
+from models.losses.fused_head import HeadComputation, HeadTarget, head_losses
 from models.losses.losses import kd_loss, next_token_loss
 from models.types import SparseTarget
 from tests.models.tiny import KINDS
@@ -54,9 +54,17 @@ def reference(states, head, labels, target, rows, *, lm=LM, kd=KD, scale=1.0, so
     return lm * sums[0] + kd * sums[1], *sums
 
 
-def fused(states, head, labels, target, rows, *, lm=LM, kd=KD, **options):
+def fused(states, head, labels, target, rows, *, lm=LM, kd=KD, scale=1.0, softcap=None, **options):
+    """`head_losses`; besides `chunk` and `compiled`, the options are those of KD."""
+    choices = {name: options.pop(name) for name in ("chunk", "compiled") if name in options}
     return head_losses(
-        states, head, labels, lm_weight=lm, kd_weight=kd, target=target, rows=rows, **(OPTIONS | options)
+        states,
+        head,
+        labels,
+        lm_weight=lm,
+        kd_weight=kd,
+        target=None if target is None else HeadTarget(target, rows, **(OPTIONS | options)),
+        computation=HeadComputation(scale=scale, softcap=softcap, **choices),
     )
 
 
@@ -154,7 +162,7 @@ def test_a_kd_weight_of_zero_asks_for_no_gradient_of_kd(monkeypatch):
 
 def test_without_a_target_there_is_only_lm_and_rows_default_to_the_positions():
     states, head, labels, target, _ = case(7)
-    found = head_losses(states, head, labels, lm_weight=LM, chunk=4)
+    found = head_losses(states, head, labels, lm_weight=LM, computation=HeadComputation(chunk=4))
     assert found.kd_sum is None
     assert_same(
         gradients(found.loss, states, head), gradients(LM * next_token_loss(head(states), labels), states, head)
@@ -180,7 +188,7 @@ def test_a_target_without_rows_and_no_positions_at_all_are_differentiable_zeros(
 def test_each_position_may_have_its_own_weight():
     states, head, labels, _, _ = case()
     weights = torch.linspace(-1, 2, 9)
-    found = head_losses(states, head, labels, lm_weight=weights, chunk=4)
+    found = head_losses(states, head, labels, lm_weight=weights, computation=HeadComputation(chunk=4))
     expected = (nn.functional.cross_entropy(head(states), labels, reduction="none") * weights).sum()
     assert found.loss.item() == pytest.approx(expected.item(), rel=2e-6)
     assert_same(gradients(found.loss, states, head), gradients(expected, states, head))
@@ -298,7 +306,7 @@ def test_the_weights_gradient_is_handed_over_and_not_copied():
     """A second [V, H] would be more than all the chunks."""
     states, head, labels, target, rows = case()
     loss = fused(states, head, labels, target, rows).loss
-    held = loss.grad_fn.ready[1].data_ptr()
+    held = loss.grad_fn.gradients[1].data_ptr()
     loss.backward()
     assert head.weight.grad.data_ptr() == held
 

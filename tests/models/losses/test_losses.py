@@ -7,34 +7,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.losses.divergences import divergence, temper
 from models.losses.losses import kd_loss, next_token_loss, span_loss, span_sums
 from models.types import SparseTarget
+from tests.models.test_divergences import reference_divergence, tempered
 from tests.models.tiny import KINDS
 
 TAILS = ("bucket", "renormalise")
 TEMPERATURES = (1.0, 2.0, 4.0)
-
-
-def reference_divergence(p: list[float], q: list[float], kind: str, skew: float) -> float:
-    """Divergence of two lists of probabilities, one outcome after another."""
-
-    def kl(a, b):
-        return sum(x * math.log(x / y) for x, y in zip(a, b, strict=True) if x > 0)
-
-    if kind == "forward_kl":
-        return kl(p, q)
-    if kind == "reverse_kl":
-        return kl(q, p)
-    if kind == "skew_kl":
-        return kl(p, [skew * x + (1 - skew) * y for x, y in zip(p, q, strict=True)])
-    middle = [(x + y) / 2 for x, y in zip(p, q, strict=True)]
-    return (kl(p, middle) + kl(q, middle)) / 2
-
-
-def tempered(p: list[float], temperature: float) -> list[float]:
-    powers = [x ** (1 / temperature) for x in p]
-    return [x / sum(powers) for x in powers]
 
 
 def reference_kd(logits, target: dict[int, float], tail: str, temperature: float, kind: str, skew: float) -> float:
@@ -122,32 +101,6 @@ def test_temperature_squared_is_in_the_gradient():
         kd_loss(logits, target, temperature=temperature, kind="forward_kl", tail="bucket", skew=0.1).backward()
         norms.append(logits.grad.norm().item())
     assert norms[1] / norms[0] == pytest.approx(1, abs=0.05)
-
-
-def test_divergences_are_never_negative_and_zero_only_for_equals():
-    log_p, log_q = torch.randn(2, 50, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) * 3
-    log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
-    for kind in KINDS:
-        assert (divergence(log_p, log_q, kind, 0.1) > 0).all()
-        assert divergence(log_p, log_p, kind, 0.1).abs().max() < 1e-12
-
-
-def test_jsd_is_symmetric_and_bounded_by_ln_2():
-    log_p, log_q = (torch.randn(2, 50, 8, dtype=torch.float64) * 30).log_softmax(-1)
-    one, other = divergence(log_p, log_q, "jsd", 0.1), divergence(log_q, log_p, "jsd", 0.1)
-    assert torch.allclose(one, other)
-    assert one.max() <= math.log(2) + 1e-12
-
-
-def test_unknown_divergence_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"forward_kl.*skew_kl"):
-        divergence(torch.zeros(1, 2), torch.zeros(1, 2), "kl", 0.1)
-
-
-def test_tempering_is_the_power_of_the_probabilities():
-    p = [0.7, 0.2, 0.1]
-    found = temper(torch.tensor(p, dtype=torch.float64).log(), 3.0).exp().tolist()
-    assert found == pytest.approx(tempered(p, 3.0))
 
 
 def test_invalid_rows_add_nothing_to_loss_and_gradient():

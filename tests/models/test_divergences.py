@@ -1,0 +1,93 @@
+"""The table of divergences: each entry against the plainest float64 arithmetic, and the names that a setting admits."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+
+from models.config import LossConfig
+from models.divergences import DIVERGENCES, DivergenceName, divergence, temper
+
+
+def kl(p: list[float], q: list[float]) -> float:
+    return sum(x * math.log(x / y) for x, y in zip(p, q, strict=True) if x > 0)
+
+
+def mixture(p: list[float], q: list[float], share: float) -> list[float]:
+    return [share * x + (1 - share) * y for x, y in zip(p, q, strict=True)]
+
+
+def jensen_shannon(p: list[float], q: list[float], skew: float) -> float:
+    middle = mixture(p, q, 0.5)
+    return (kl(p, middle) + kl(q, middle)) / 2
+
+
+REFERENCES = {
+    "forward_kl": lambda p, q, skew: kl(p, q),
+    "reverse_kl": lambda p, q, skew: kl(q, p),
+    "jsd": jensen_shannon,
+    "skew_kl": lambda p, q, skew: kl(p, mixture(p, q, skew)),
+}
+"""Divergence of two lists of probabilities, one outcome after another; a new divergence needs one."""
+
+
+def reference_divergence(p: list[float], q: list[float], kind: str, skew: float) -> float:
+    return REFERENCES[kind](p, q, skew)
+
+
+def tempered(p: list[float], temperature: float) -> list[float]:
+    powers = [x ** (1 / temperature) for x in p]
+    return [x / sum(powers) for x in powers]
+
+
+def random_pair(spread: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log_p, log_q) [50, 8] in float64."""
+    generator = torch.Generator().manual_seed(7)
+    log_p, log_q = torch.randn(2, 50, 8, dtype=torch.float64, generator=generator) * spread
+    return log_p.log_softmax(-1), log_q.log_softmax(-1)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_each_divergence_is_its_definition(kind):
+    log_p, log_q = random_pair()
+    values = divergence(log_p, log_q, kind, 0.1)
+    for value, p, q in zip(values.tolist(), log_p.exp().tolist(), log_q.exp().tolist(), strict=True):
+        assert value == pytest.approx(reference_divergence(p, q, kind, 0.1), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", DIVERGENCES)
+def test_divergences_are_never_negative_and_zero_only_for_equals(kind):
+    log_p, log_q = random_pair()
+    assert (divergence(log_p, log_q, kind, 0.1) > 0).all()
+    assert divergence(log_p, log_p, kind, 0.1).abs().max() < 1e-12
+
+
+def test_jsd_is_symmetric_and_bounded_by_ln_2():
+    log_p, log_q = random_pair(spread=30.0)
+    values = divergence(log_p, log_q, "jsd", 0.1)
+    assert torch.allclose(values, divergence(log_q, log_p, "jsd", 0.1))
+    assert values.max() <= math.log(2) + 1e-12
+
+
+def test_unknown_divergence_is_refused_by_name():
+    with pytest.raises(ValueError) as refusal:
+        divergence(torch.zeros(1, 2), torch.zeros(1, 2), "kl", 0.1)
+    assert str(refusal.value) == "got divergence 'kl', expected forward_kl, reverse_kl, jsd or skew_kl"
+
+
+def test_a_setting_admits_the_names_of_the_table_and_no_other():
+    assert get_args(DivergenceName) == tuple(DIVERGENCES)
+    for kind in DIVERGENCES:
+        assert LossConfig(divergence=kind).divergence == kind
+
+    with pytest.raises(ValueError) as refusal:
+        LossConfig(divergence="kl")
+    names = "'forward_kl', 'reverse_kl', 'jsd' or 'skew_kl'"
+    assert str(refusal.value) == f"LossConfig: divergence: got 'kl', expected {names}"
+
+
+def test_tempering_is_the_power_of_the_probabilities():
+    p = [0.7, 0.2, 0.1]
+    probabilities = temper(torch.tensor(p, dtype=torch.float64).log(), 3.0).exp().tolist()
+    assert probabilities == pytest.approx(tempered(p, 3.0))
