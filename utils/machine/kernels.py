@@ -61,7 +61,7 @@ def _arch_covers(arch: str, capability: tuple[int, int]) -> bool:
 
     kind, major, minor, suffix = match.groups()
     built_for = (int(major), int(minor))
-    if suffix == "a":  # `sm_90a` uses what the next GPUs of the family lack
+    if suffix == "a":  # for exactly this one
         return built_for == capability
     if built_for > capability:
         return False

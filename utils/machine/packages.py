@@ -244,7 +244,7 @@ def install_missing(inputs: Path) -> list[str]:
 
 
 def _wheel_folders(inputs: Path) -> list[Path]:
-    """Return the folders that hold wheels, down to a depth at which no large data set makes this slow."""
+    """Return the folders below a notebook's inputs that hold wheels."""
     folders = set()
     for depth in range(1, DEEPEST_WHEELS + 1):
         pattern = "*/" * depth + "*.whl"
