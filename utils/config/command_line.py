@@ -379,6 +379,7 @@ def _add_recipe_flags(group: argparse._ArgumentGroup) -> None:
         "--teacher or --student is given. What a recipe says of a text or a model (evaluation text, columns, ...) "
         "falls where a flag replaces that text or model",
     )
+
     group.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -387,12 +388,14 @@ def _add_recipe_flags(group: argparse._ArgumentGroup) -> None:
         default=[],
         help="any setting, after all flags",
     )
+
     group.add_argument(
         "--compare",
         metavar="RUN",
         nargs="+",
         help="train nothing: compare the folders of runs, in words and a picture",
     )
+
     group.add_argument("-h", "--help", action="help", help="show this and exit")
 
 
