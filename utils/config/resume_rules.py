@@ -19,10 +19,13 @@ log = logging.getLogger(__name__)
 
 
 FREE_TO_CHANGE = {
+    # where a run writes, and how it is started
     "output_dir",
     "resume",
     "resume_changed",
     "logging",
+    "hub",
+    # measurements that no weight depends on (evaluation.max_windows is none: early stopping compares its results)
     "evaluation.every",
     "evaluation.samples",
     "evaluation.prompt_tokens",
@@ -31,28 +34,30 @@ FREE_TO_CHANGE = {
     "evaluation.tasks",
     "evaluation.tasks_path",
     "evaluation.tasks_limit",
-    "hub",
+    # names and places of models and texts: it is their content that is compared
     "teacher.name",
-    "teacher.device",
     "teacher.allow_pickle",
     "student.name",
-    "student.lora.merge",
     "student.allow_pickle",
     "data.train",
     "data.train_only",
-    "data.num_workers",
     "cache.folder",
     "cache.build_only",
     "cache.accept_mismatch",
+    # the same computation at another place, in other pieces or with less memory
+    "teacher.device",
+    "data.num_workers",
     "training.batch_size",
     "training.gradient_accumulation_steps",
     "training.gradient_checkpointing",
+    # when to stop and what to save
     "training.max_hours",
     "training.save_every",
     "training.keep_checkpoints",
+    "student.lora.merge",
 }
-"""Settings, or whole sections, that a resumed run may have otherwise: they do not change what is computed. Of models
-and texts it is the content that is compared, by the fingerprint of a run, so their names are free."""
+"""Settings, or whole sections, that a resumed run may have otherwise: they do not change what is computed, or their
+content is compared (the fingerprint of a run holds that of models and texts)."""
 
 MICRO_BATCH = {"training.batch_size", "training.gradient_accumulation_steps"}
 """Settings that cut an optimizer step into micro-batches. They are free only as long as no loss term depends on the
