@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_iter
 from ..errors import UserError
 from ..machine.packages import require
 from .engine import FullySharded
-from .sharding import whole
+from .sharding import gather_nested
 from .wrapper import Shell
 
 STAGES = (2, 3)
@@ -289,7 +289,7 @@ class Zero(FullySharded):
         moments = {"step": step.clone()}
         for key in MOMENTS:
             moments[key] = safe_get_full_optimizer_state(parameter, key)
-        return whole(moments, self.accelerator.is_main_process)
+        return gather_nested(moments, self.accelerator.is_main_process)
 
     @torch.no_grad()
     def load_moments(self, state: dict[str, Any]) -> None:

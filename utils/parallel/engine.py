@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .sharding import full, like, whole
+from .sharding import full, gather_nested, shard_like
 from .wrapper import Shell
 
 
@@ -148,10 +148,10 @@ class FullySharded(Engine):
     def scatter(self) -> None:
         module_tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         for name, tensor in [*self.twin.named_parameters(), *self.twin.named_buffers()]:
-            tensor.copy_(like(module_tensors[name], tensor))
+            tensor.copy_(shard_like(module_tensors[name], tensor))
 
     def moments(self) -> dict[str, Any]:
-        return whole(super().moments(), self.accelerator.is_main_process)
+        return gather_nested(super().moments(), self.accelerator.is_main_process)
 
     def load_moments(self, state: dict[str, Any]) -> None:
         super().load_moments(state)
@@ -161,7 +161,7 @@ class FullySharded(Engine):
             for name, value in moments.items():
                 is_moment = isinstance(value, Tensor) and value.shape == parameter.shape
                 if is_moment:  # else the step count
-                    moments[name] = like(value, parameter)
+                    moments[name] = shard_like(value, parameter)
 
     def _make_twin(self) -> nn.Module:
         return copy.deepcopy(self.module.cpu())

@@ -31,14 +31,14 @@ def full(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def like(value: Tensor, tensor: Tensor) -> Tensor:
+def shard_like(value: Tensor, tensor: Tensor) -> Tensor:
     """Return a whole tensor, cut as another one of its shape is. Call it in every process."""
     if not isinstance(tensor, DTensor):
         return value
     return distribute_tensor(value.to(tensor.device), tensor.device_mesh, tensor.placements)
 
 
-def whole(value: Any, keep: bool) -> Any:
+def gather_nested(value: Any, keep: bool) -> Any:
     """Return nested containers with every sharded tensor put together, on the CPU. Call it in every process.
 
     Args:
@@ -49,7 +49,7 @@ def whole(value: Any, keep: bool) -> Any:
         return tensor.cpu() if keep else None
 
     if isinstance(value, dict):
-        return {key: whole(item, keep) for key, item in value.items()}
+        return {key: gather_nested(item, keep) for key, item in value.items()}
     if isinstance(value, list):
-        return [whole(item, keep) for item in value]
+        return [gather_nested(item, keep) for item in value]
     return value
