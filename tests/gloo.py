@@ -19,7 +19,6 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
 
 from utils.parallel.accelerator import build_accelerator
-from utils.training import plan
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when DeepSpeed is imported, which otherwise looks for a GPU
 
@@ -81,7 +80,7 @@ def _deepspeed_on_cpus(stage: str) -> Iterator[None]:
         sharding = {"stage": 3, "stage3_param_persistence_threshold": 0}
         asked["ACCELERATE_DEEPSPEED_CONFIG_FILE"] = json.dumps({"zero_optimization": sharding})
     group = partial(InitProcessGroupKwargs, backend="gloo")
-    with patch.dict(os.environ, asked), patch.object(plan, "InitProcessGroupKwargs", group):
+    with patch.dict(os.environ, asked), patch("utils.parallel.accelerator.InitProcessGroupKwargs", group):
         yield
 
 

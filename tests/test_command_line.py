@@ -23,49 +23,54 @@ from utils.run import stages
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
-SURFACE = {
-    "--help": "-h",
-    "--config": "NAME|PATH",
-    "--set": "KEY=VALUE",
-    "--compare": "RUN",
-    "--teacher": "ID|DIR",
-    "--teacher-device": "auto|cpu|cuda:1|spread|sharded",
-    "--student": "ID|DIR",
-    "--student-init": "pretrained|random",
-    "--teacher-dtype": "TYPE",
-    "--lora": None,
-    "--merge-lora": None,
-    "--train-data": "ID|PATH",
-    "--eval-data": "ID|PATH",
-    "--max-length": "N",
-    "--document-separator": "S",
-    "--batch-size": "N|auto",
-    "--gradient-accumulation-steps": "N",
-    "--epochs": "N",
-    "--max-steps": "N",
-    "--learning-rate": "X",
-    "--mixed-precision": "auto|no|fp16|bf16",
-    "--gradient-checkpointing": None,
-    "--seed": "N",
-    "--max-hours": "H",
-    "--temperature": "T",
-    "--top-k": "K",
-    "--cache-teacher": "DIR",
-    "--build-cache-only": None,
-    "--cache-top-k": "K|adaptive",
-    "--cache-accept-mismatch": None,
-    "--output-dir": "DIR",
-    "--resume": "auto|never|PATH",
-    "--no-resume": None,
-    "--log-every": "N",
-    "--track": "NAME",
-    "--log-term-gradients": None,
-    "--eval-every": "N",
-    "--eval-tasks": "TASK",
-    "--eval-tasks-path": "DIR",
-    "--push-to-hub": "OWNER/NAME",
-    "--save-every": "N",
+SWITCHES = {
+    "--help",
+    "--lora",
+    "--merge-lora",
+    "--gradient-checkpointing",
+    "--build-cache-only",
+    "--cache-accept-mismatch",
+    "--no-resume",
+    "--log-term-gradients",
 }
+"""Flags that stand alone."""
+
+TAKE_VALUES = {
+    "--config",
+    "--set",
+    "--compare",
+    "--teacher",
+    "--teacher-device",
+    "--student",
+    "--student-init",
+    "--teacher-dtype",
+    "--train-data",
+    "--eval-data",
+    "--max-length",
+    "--document-separator",
+    "--batch-size",
+    "--gradient-accumulation-steps",
+    "--epochs",
+    "--max-steps",
+    "--learning-rate",
+    "--mixed-precision",
+    "--seed",
+    "--max-hours",
+    "--temperature",
+    "--top-k",
+    "--cache-teacher",
+    "--cache-top-k",
+    "--output-dir",
+    "--resume",
+    "--log-every",
+    "--track",
+    "--eval-every",
+    "--eval-tasks",
+    "--eval-tasks-path",
+    "--push-to-hub",
+    "--save-every",
+}
+"""Flags that take a value."""
 
 PAIR = ["--config", "quickstart", "--teacher", "a", "--student", "b", "--train-data", "c.txt"]
 
@@ -81,20 +86,22 @@ def refused(*words: str) -> str:
 
 
 def test_the_surface_is_frozen():
-    found = {
-        next(option for option in action.option_strings if option.startswith("--")): (
-            "-h" if "-h" in action.option_strings else action.metavar
-        )
-        for action in command_line.parser()._actions
-    }
-    assert found == SURFACE
+    switches, take_values = set(), set()
+    for action in command_line.parser()._actions:
+        flags = {option for option in action.option_strings if option.startswith("--")}
+        if action.nargs == 0:
+            switches |= flags
+        else:
+            take_values |= flags
+    assert switches == SWITCHES
+    assert take_values == TAKE_VALUES
 
 
 def test_help_is_grouped_and_names_every_flag():
     text = command_line.parser().format_help()
     for group in ("recipe:", "models:", "data:", "training:", "distillation:", "teacher cache:", "run:"):
         assert f"\n{group}" in text
-    for flag in SURFACE:
+    for flag in SWITCHES | TAKE_VALUES:
         assert flag in text
 
 

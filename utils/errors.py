@@ -1,4 +1,4 @@
-"""The two exceptions whose message is all that a user needs: a mistake of the user's, and an end that is no bug."""
+"""The two exceptions whose message is all that a user needs, and helpers for their messages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ class UserError(Exception):
 
 
 class RunError(RuntimeError):
-    """What ends a run that was asked for rightly: a full disk, gradients that stay not finite, too little memory.
+    """An end of a run that is no mistake of the user: a full disk, gradients that stay not finite, too little memory.
 
     The message says what happened, what is kept, and what to do. `train.py` prints it without a traceback and exits
     with status 1; the same command continues once the cause is gone.
@@ -23,8 +23,18 @@ class RunError(RuntimeError):
 
 @contextmanager
 def value_errors_are_the_users() -> Iterator[None]:
-    """What is built inside tells by ValueError what does not fit together: that is the user's to put right."""
+    """Turn a ValueError of the body into a UserError with the same message.
+
+    For constructors that check their arguments, where these come straight from the user's settings.
+    """
     try:
         yield
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def shorten(text: str, longest: int) -> str:
+    """Return a text cut to at most `longest` characters, with three dots at the cut; for what a message quotes."""
+    if len(text) <= longest:
+        return text
+    return f"{text[: longest - 3]}..."

@@ -3,12 +3,14 @@
 from pathlib import Path
 
 FIRST_BYTES = b"version https://git-lfs"
+"""Beginning of every pointer."""
+
 MOST_BYTES = 1000
-"""A pointer has three short lines."""
+"""Largest size of a pointer, which has three short lines."""
 
 
 def is_lfs_pointer(file: Path) -> bool:
-    """Tell whether a file only points to the one that is meant.
+    """Return whether a file only points to the one that is meant.
 
     Raises:
         OSError: it cannot be read.

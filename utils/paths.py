@@ -1,4 +1,4 @@
-"""Paths as users write them."""
+"""Paths as users write them: `~` for their home, and names that no file can have."""
 
 import os
 from pathlib import Path
@@ -6,8 +6,10 @@ from pathlib import Path
 from .errors import UserError
 
 MOST_BYTES_OF_PART = 255
+"""Longest name of one folder or file on common file systems."""
+
 MOST_CHARACTERS = 4000
-"""What common file systems and Linux take; the run adds names of its own to those of its folder."""
+"""Longest path on Linux, less some for the names that a run adds to that of its folder."""
 
 
 def user_path(name: str | Path) -> Path:
@@ -19,12 +21,14 @@ def user_path(name: str | Path) -> Path:
     """
     path = os.path.expanduser(name)
 
+    # still there: Python leaves a home that it does not know as it is
     if path.startswith("~"):
         user = Path(path).parts[0]
         raise UserError(
             f"{name}: {user} stands for a home folder, and this machine knows none for it. Expected ~ for your own "
             f"one, the whole path, or ./{path} for a folder that is called so."
         )
+
     _require_possible(path)
     return Path(path)
 
@@ -38,7 +42,9 @@ def _require_possible(path: str) -> None:
     if "\0" in path:
         raise UserError(f"{path!r}: there is a null character in this name, and no file can be called so.")
 
-    longest_part = max((len(part.encode(errors="replace")) for part in Path(path).parts), default=0)
+    # in bytes, for file systems count these; a name may hold characters that are no UTF-8
+    lengths = [len(part.encode(errors="replace")) for part in Path(path).parts]
+    longest_part = max(lengths, default=0)
     if longest_part > MOST_BYTES_OF_PART or len(path) > MOST_CHARACTERS:
         raise UserError(
             f"No such file or folder can be: {path[:60]}... is longer than a file system takes, "

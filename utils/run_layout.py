@@ -1,11 +1,18 @@
-"""The names of what a run leaves in its folder."""
+"""The names of the files and folders that a run leaves in its folder."""
 
 CONFIG = "config.yaml"
+"""Every setting of the run; a recipe for the same run again."""
+
 LOCK = ".lock"
+"""Locked while a run writes here."""
+
 LOG = "train.log"
 METRICS = "metrics.jsonl"
+"""One record for each logged step and evaluation."""
+
 START = "baseline_evaluation.json"
 """Teacher and untrained student, measured before the first step."""
+
 REPORT_JSON = "evaluation_report.json"
 REPORT_MD = "evaluation_report.md"
 REPORT_HTML = "report.html"
@@ -14,9 +21,13 @@ ROUTING = "routing.png"
 
 CHECKPOINTS = "checkpoints"
 STUDENT = "student"
+"""The exported student, as transformers loads it."""
+
 TRACKERS = "trackers"
+"""Files of those experiment trackers that write some."""
+
 WITHOUT_TEACHER = "without_teacher"
-"""Of the same student trained without the teacher."""
+"""Run of the same student without the teacher, for comparison."""
 
 FILES = (CONFIG, LOCK, LOG, METRICS, START, REPORT_JSON, REPORT_MD, REPORT_HTML, CURVES, ROUTING)
 FOLDERS = (CHECKPOINTS, STUDENT, TRACKERS, WITHOUT_TEACHER)

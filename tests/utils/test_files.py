@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 
@@ -120,3 +121,10 @@ def test_a_file_name_that_is_no_utf8_can_be_written_into_json_and_text(tmp_path)
     assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"data": name}
     write_text(tmp_path / "a.md", f"{name} 子")
     assert (tmp_path / "a.md").read_text(encoding="utf-8") == "te\\udce9xt.jsonl 子"
+
+
+def test_the_nearest_folder_of_one_that_is_not_there_yet(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert files.nearest_existing(tmp_path) == tmp_path
+    assert files.nearest_existing(tmp_path / "a" / "b") == tmp_path
+    assert files.nearest_existing(Path("a/b")) == tmp_path

@@ -1,39 +1,90 @@
-"""What no single section of a run's configuration can know: settings that contradict each other."""
+"""Contradictions between the sections of a run's configuration, which no section can notice by itself."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Protocol
 
 from .quickstart_names import NAMES
+from .settings import CacheConfig, DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
 
 
-def contradictions(config: Any, heads: Sequence[str]) -> list[str]:
-    """Every contradiction, with what to do about it.
+class Curriculum(Protocol):
+    """The loss terms of a run."""
+
+    def used(self) -> set[str]:
+        """Return the names of the terms whose weight is above 0 at some time."""
+
+
+class Sections(Protocol):
+    """The sections of a run's configuration that are compared with one another."""
+
+    @property
+    def teacher(self) -> ModelConfig: ...
+    @property
+    def student(self) -> StudentConfig: ...
+    @property
+    def data(self) -> DataConfig: ...
+    @property
+    def curriculum(self) -> Curriculum: ...
+    @property
+    def training(self) -> TrainingConfig: ...
+    @property
+    def evaluation(self) -> EvaluationConfig: ...
+    @property
+    def cache(self) -> CacheConfig: ...
+
+
+def contradictions(config: Sections, heads: Sequence[str]) -> list[str]:
+    """Return one line for each contradiction, with what to do about it.
 
     Args:
-        config: of a whole run.
         heads: terms on the student's own predictions; one of them is needed to learn from.
     """
-    wrong = []
-    if config.student.name is None:
-        wrong.append("no student: give --student ID or DIR")
-    if config.student.lora.enabled and config.student.name in NAMES:
-        wrong.append("--lora adapts trained weights, and the embedded student has none: give --student ID or DIR")
-    if config.student.lora.enabled and config.student.init == "random":
-        wrong.append("lora adapts trained weights, and init is random: leave out --lora or the random start")
-    if config.student.lora.merge and not config.student.lora.enabled:
-        wrong.append("lora.merge is for a student with an adapter: give --lora too")
+    problems = _student_problems(config.student)
     if not config.data.train:
-        wrong.append("no training data: give --train-data")
-    used = config.curriculum.used()
-    if not used & {*heads}:
-        wrong.append(f"nothing to learn from: the weights of {', '.join(heads)} are 0; raise one of them")
-    signals = sorted(used - {"lm"})
-    if config.teacher.name is None and signals:
-        wrong.append(f"no teacher, but {' and '.join(signals)} weigh more than 0: give --teacher or set them to 0")
-    if config.teacher.name is None and config.evaluation.without_teacher:
-        wrong.append("evaluation.without_teacher compares with a run that has a teacher: give --teacher")
-    if config.cache.folder and config.teacher.name is None:
-        wrong.append("a teacher cache, but no teacher: give --teacher")
+        problems.append("no training data: give --train-data")
+
+    # without a weight on a term of its own predictions, the student is never told a next token
+    terms = config.curriculum.used()
+    if not terms & set(heads):
+        problems.append(f"nothing to learn from: the weights of {', '.join(heads)} are 0; raise one of them")
+
+    if config.teacher.name is None:
+        problems += _problems_without_teacher(config, terms)
+
     if config.training.patience and not config.evaluation.every:
-        wrong.append("training.patience counts evaluations, and evaluation.every is 0: give --eval-every")
-    return wrong
+        problems.append("training.patience counts evaluations, and evaluation.every is 0: give --eval-every")
+    return problems
+
+
+def _student_problems(student: StudentConfig) -> list[str]:
+    """Return the contradictions between the student's beginning and its adapter."""
+    problems = []
+    if student.name is None:
+        problems.append("no student: give --student ID or DIR")
+
+    # an adapter is a small change to weights that are good already
+    if student.lora.enabled and student.name in NAMES:
+        problems.append("--lora adapts trained weights, and the embedded student has none: give --student ID or DIR")
+    if student.lora.enabled and student.init == "random":
+        problems.append("lora adapts trained weights, and init is random: leave out --lora or the random start")
+
+    if student.lora.merge and not student.lora.enabled:
+        problems.append("lora.merge is for a student with an adapter: give --lora too")
+    return problems
+
+
+def _problems_without_teacher(config: Sections, terms: set[str]) -> list[str]:
+    """Return the settings that need a teacher, in a run that has none.
+
+    Args:
+        terms: those that weigh more than 0 at some time; all but the language model's need a teacher.
+    """
+    problems = []
+    signals = sorted(terms - {"lm"})
+    if signals:
+        problems.append(f"no teacher, but {' and '.join(signals)} weigh more than 0: give --teacher or set them to 0")
+    if config.evaluation.without_teacher:
+        problems.append("evaluation.without_teacher compares with a run that has a teacher: give --teacher")
+    if config.cache.folder:
+        problems.append("a teacher cache, but no teacher: give --teacher")
+    return problems

@@ -1,4 +1,4 @@
-"""Settings that describe a text or a model, and fall with it."""
+"""Settings that describe a text or a model, and are dropped when a command line replaces that text or model."""
 
 from typing import Any, get_args
 
@@ -24,24 +24,29 @@ DESCRIBED_BY = {
     "student.name": ("student.allow_pickle", "student.lora.targets"),
 }
 """Setting that names a text or a model -> settings that say how that one is read. They go with it: where a command line
-replaces the name that a recipe has, they are no longer those of the recipe. How is learned stays: from random weights
-or trained ones, what of a conversation, the share that is held out, lengths, precision, the rank of an adapter."""
+replaces the name that a recipe has, they are no longer those of the recipe. The way of learning stays: from random
+weights or trained ones, what of a conversation, the share that is held out, lengths, precision, the rank of an
+adapter."""
+
+_ABSENT = object()
+"""Mark of a key that nested values lack; null is a value."""
 
 
-def drop_descriptions(recipe: dict[str, Any], given: dict[str, Any]) -> list[str]:
+def drop_descriptions(recipe: dict[str, Any], overrides: dict[str, Any]) -> list[str]:
     """Remove from a recipe what describes a text or a model that is replaced; see `DESCRIBED_BY`.
 
     Args:
         recipe: nested values, changed in place.
-        given: nested values that are laid over it.
+        overrides: nested values that are laid over it.
 
     Returns:
-        `key value` of each setting that was not the default, and that is not given anew.
+        `key value` of each setting that was not the default, and that is not set anew.
     """
     defaults = to_plain({"data": DataConfig(), "teacher": ModelConfig(), "student": StudentConfig()})
+
     dropped = []
     for name, descriptions in DESCRIBED_BY.items():
-        if not _is_replaced(get_dotted(recipe, name), get_dotted(given, name)):
+        if not _is_replaced(get_dotted(recipe, name), get_dotted(overrides, name)):
             continue
 
         for key in descriptions:
@@ -51,40 +56,54 @@ def drop_descriptions(recipe: dict[str, Any], given: dict[str, Any]) -> list[str
                 continue
 
             value = section.pop(last)
-            is_given_anew = get_dotted(given, key, default=defaults) is not defaults
-            if value != get_dotted(defaults, key) and not is_given_anew:
+            # nobody misses a default, or what the same command line says again
+            is_default = value == get_dotted(defaults, key)
+            if not is_default and not _has(overrides, key):
                 dropped.append(f"{key} {shown(value)}")
     return dropped
 
 
-def limit_to_training_text(recipe: dict[str, Any], given: dict[str, Any]) -> list[str]:
+def limit_to_training_text(recipe: dict[str, Any], overrides: dict[str, Any]) -> list[str]:
     """Keep what a recipe says of its text away from an evaluation text that is replaced; see `DataConfig.train_only`.
 
     Call it after `drop_descriptions`, which leaves nothing to limit where the training text is replaced too.
 
     Args:
         recipe: nested values, changed in place.
-        given: nested values that are laid over it.
+        overrides: nested values that are laid over it.
 
     Returns:
         `key value` of each setting that the evaluation text is read without.
     """
     section = recipe.get("data")
-    if not isinstance(section, dict) or not _is_replaced(section.get("eval"), get_dotted(given, "data.eval")):
+    if not isinstance(section, dict):
+        return []
+    if not _is_replaced(section.get("eval"), get_dotted(overrides, "data.eval")):
         return []
 
     defaults = to_plain(DataConfig())
-    limited = [
-        name
-        for name in get_args(HowTextIsRead)
-        if section.get(name, defaults[name]) != defaults[name]
-        and get_dotted(given, f"data.{name}", default=defaults) is defaults
-    ]
+    limited = []
+    for name in get_args(HowTextIsRead):
+        is_default = section.get(name, defaults[name]) == defaults[name]
+        # what the command line itself says of a column holds for both texts
+        if not is_default and not _has(overrides, f"data.{name}"):
+            limited.append(name)
+
     section["train_only"] = limited
     return [f"data.{name} {shown(section[name])}" for name in limited]
 
 
 def _is_replaced(before: Any, now: Any) -> bool:
-    """Return whether the name of a text or a model is another one now."""
-    as_lists = [value if isinstance(value, list) else [value] for value in (before, now)]
-    return now is not None and as_lists[0] != as_lists[1]
+    """Return whether the name of a text or a model is another one now; one text may stand without its list."""
+    if now is None:
+        return False
+    return _as_list(before) != _as_list(now)
+
+
+def _as_list(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
+
+
+def _has(values: dict[str, Any], key: str) -> bool:
+    """Return whether nested values have a dotted key."""
+    return get_dotted(values, key, default=_ABSENT) is not _ABSENT

@@ -1,8 +1,9 @@
-"""Names that stand for the models and texts of the first run."""
+"""Names that stand, in place of a hub id or path, for the models and the text of the first run."""
 
-STUDENT, TEACHER = "quickstart", "quickstart-teacher"
-"""Names, in place of a hub id or path, of what is built here. `quickstart` is also the text, and as a teacher the
-trained one; `quickstart-teacher` is the teacher, as a student yet to be trained."""
+STUDENT = "quickstart"
+"""The student that is built here; also the text that it learns from, and as a teacher the trained one."""
 
+TEACHER = "quickstart-teacher"
+"""The teacher; as a student, the one yet to be trained."""
 
 NAMES = frozenset({STUDENT, TEACHER})

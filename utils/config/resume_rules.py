@@ -1,21 +1,31 @@
-"""Settings that may change, or must not, when a run is continued."""
+"""Settings that may change, or must not, when a run is continued from its checkpoints.
+
+Three sets say it, side by side. A setting that is in none of them must stay as it was.
+
+- `FREE_TO_CHANGE`: may change at any time, without a word.
+- `MICRO_BATCH`: the part of it that is free only while no loss term compares windows with one another.
+- `CHANGEABLE`: may change if `resume_changed=true` asks for it; the change is logged.
+"""
 
 import json
 import logging
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, shorten
 from .plain import flatten
 
 log = logging.getLogger(__name__)
 
 
 FREE_TO_CHANGE = {
+    # where a run writes, and how it is started
     "output_dir",
     "resume",
     "resume_changed",
     "logging",
+    "hub",
+    # measurements that no weight depends on (evaluation.max_windows is none: early stopping compares its results)
     "evaluation.every",
     "evaluation.samples",
     "evaluation.prompt_tokens",
@@ -24,67 +34,105 @@ FREE_TO_CHANGE = {
     "evaluation.tasks",
     "evaluation.tasks_path",
     "evaluation.tasks_limit",
-    "hub",
+    # names and places of models and texts: it is their content that is compared
     "teacher.name",
-    "teacher.device",
     "teacher.allow_pickle",
     "student.name",
-    "student.lora.merge",
     "student.allow_pickle",
     "data.train",
     "data.train_only",
-    "data.num_workers",
     "cache.folder",
     "cache.build_only",
     "cache.accept_mismatch",
+    # the same computation at another place, in other pieces or with less memory
+    "teacher.device",
+    "data.num_workers",
     "training.batch_size",
     "training.gradient_accumulation_steps",
     "training.gradient_checkpointing",
+    # when to stop and what to save
     "training.max_hours",
     "training.save_every",
     "training.keep_checkpoints",
+    "student.lora.merge",
 }
-"""Settings a resumed run may have otherwise: they do not change what is computed, or their content is compared."""
-
+"""Settings, or whole sections, that a resumed run may have otherwise: they do not change what is computed, or their
+content is compared (the fingerprint of a run holds that of models and texts)."""
 
 MICRO_BATCH = {"training.batch_size", "training.gradient_accumulation_steps"}
-"""Free only as long as no term of the loss depends on how a step is cut: `contr` compares within a micro-batch."""
+"""Settings that cut an optimizer step into micro-batches. They are free only as long as no loss term depends on the
+cut; `contr` does, because it compares the windows of a micro-batch with one another."""
+
+CHANGEABLE = ("curriculum.", "loss.", "training.max_grad_norm", "training.patience")
+"""Settings, or beginnings of their keys, that `resume_changed=true` allows to differ on resume. They weight the loss;
+the size of no saved tensor depends on them."""
+
+DETERMINISTIC = "training.deterministic"
+"""Compared only where it is on: runs made before there was this setting have none, and ran as if it were off."""
+
+LONGEST_VALUE = 60
+"""Characters of a setting that are quoted in the list of differences."""
 
 
 def identity(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings, by dotted key, that must stay the same when a run is continued."""
-    contrast = config.get("curriculum", {}).get("contr", {}).get("weight", 0)
-    values = [value for _, value in contrast["points"]] if isinstance(contrast, Mapping) else [contrast]
-    free = FREE_TO_CHANGE - MICRO_BATCH if any(values) else FREE_TO_CHANGE
-    if not config.get("training", {}).get("deterministic"):  # as runs were before there was such a setting
-        free = free | {"training.deterministic"}
-    return {key: value for key, value in flatten(config).items() if not {key, key.partition(".")[0]} & free}
+    """Return the settings, by dotted key, that must stay the same when a run is continued.
+
+    Args:
+        config: all settings as plain nested values, of this run or read from the config.yaml of an earlier one.
+    """
+    free = set(FREE_TO_CHANGE)
+    if _couples_windows(config):
+        free -= MICRO_BATCH
+    if not config.get("training", {}).get("deterministic"):
+        free.add(DETERMINISTIC)
+
+    compared = {}
+    for key, value in flatten(config).items():
+        section = key.partition(".")[0]
+        if key not in free and section not in free:
+            compared[key] = value
+    return compared
 
 
-CHANGEABLE = ("curriculum.", "loss.", "training.max_grad_norm", "training.patience")
-"""Settings, or beginnings of their keys, that a run can be continued with otherwise if that is asked for: they weigh
-what is learned from, and nothing in a checkpoint was cut or sized by them."""
+def _couples_windows(config: Mapping[str, Any]) -> bool:
+    """Return whether the contrastive term, which compares the windows of a micro-batch, ever has a weight."""
+    weight = config.get("curriculum", {}).get("contr", {}).get("weight", 0)
+    if isinstance(weight, Mapping):
+        return any(value for _, value in weight["points"])
+    return bool(weight)
 
 
-def check_same_run(where: str, there: Mapping[str, Any], here: Mapping[str, Any], changed: bool) -> None:
-    """Compare what a run was made from with what it would be continued with, by dotted key.
+def check_same_run(where: str, saved: Mapping[str, Any], current: Mapping[str, Any], changed: bool) -> None:
+    """Compare the settings that a run was made with and those that it would be continued with.
 
     Args:
         where: the run or checkpoint, for the message.
+        saved: settings of that run, by dotted key; see `identity`.
+        current: settings of this command.
         changed: other values of `CHANGEABLE` settings were asked for; they are logged.
 
     Raises:
         UserError: every difference, what to do, and the override where there is one.
     """
-    keys = [key for key in sorted({*there, *here}) if there.get(key, "-") != here.get(key, "-")]
-    if not keys:
+    # a key that only one side has is a difference too, also where the other side's value is null
+    keys = sorted({*saved, *current})
+    differing = [key for key in keys if saved.get(key, "-") != current.get(key, "-")]
+    if not differing:
         return
-    lines = "".join(f"\n  - {key}: {_told(there, key)} -> {_told(here, key)}" for key in keys)
-    can_change = all(key.startswith(CHANGEABLE) for key in keys)
+
+    lines = ""
+    for key in differing:
+        lines += f"\n  - {key}: {_quoted(saved, key)} -> {_quoted(current, key)}"
+
+    # One difference that cannot be overruled makes the whole command a mistake.
+    can_change = all(key.startswith(CHANGEABLE) for key in differing)
     if can_change and changed:
         log.warning("continuing %s with other settings, as asked for (that run -> now):%s", where, lines)
         return
-    override = " To continue it with the new values nevertheless: --set resume_changed=true." if can_change else ""
+
+    override = ""
+    if can_change:
+        override = " To continue it with the new values nevertheless: --set resume_changed=true."
     raise UserError(
         f"{where} belongs to a run with other settings (that run -> now):{lines}\n"
         "Expected the same, or the result would be neither run. Put them back to continue it, or choose another "
@@ -92,6 +140,8 @@ def check_same_run(where: str, there: Mapping[str, Any], here: Mapping[str, Any]
     )
 
 
-def _told(values: Mapping[str, Any], key: str) -> str:
-    text = json.dumps(values[key], ensure_ascii=False, default=str) if key in values else "(absent)"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _quoted(values: Mapping[str, Any], key: str) -> str:
+    """Return a setting as JSON, cut where it is long."""
+    if key not in values:
+        return "(absent)"
+    return shorten(json.dumps(values[key], ensure_ascii=False, default=str), LONGEST_VALUE)

@@ -1,4 +1,7 @@
-"""The settings of a run, section by section, with their defaults."""
+"""The settings of a run, section by section, each with its default, its range and its meaning.
+
+The loss, the curriculum and the router have their settings in `models/config.py`.
+"""
 
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
@@ -11,7 +14,7 @@ from .validation import Validated
 # An instance, for a name of a file may hold bytes that are no UTF-8. Python writes them as lone surrogates, and
 # pydantic takes no string that has any.
 Name = Annotated[InstanceOf[str], MinLen(1)]
-"""Of a model, a text, a file or a folder."""
+"""Name of a model, a text, a file or a folder; never empty."""
 
 
 HowTextIsRead = Literal[
@@ -31,14 +34,18 @@ class ModelConfig(Validated):
 
     name: Name | None = None
     """Hub id or local folder; null trains without a teacher (kd and span must then weigh 0)."""
+
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
     need an NVIDIA GPU and bitsandbytes."""
+
     device: str = "auto"
     """auto: the student's; cpu, or a GPU of its own such as cuda:1, where it works one step ahead of the student; its
     layers spread over all GPUs, or sharded over all processes."""
+
     allow_pickle: bool = False
     """Also take weights that are only there as pickle files (.bin); safetensors cannot carry code, they can."""
+
     text_start: str | None = None
     """Token that plain text starts with, such as `<|endoftext|>`; null: the start of text that the tokenizer itself
     puts there, else the token that separates texts. The log tells which, and how likely the model finds a text behind
@@ -51,16 +58,22 @@ class LoraConfig(Validated):
 
     enabled: bool = False
     """Train and save an adapter instead of the weights."""
+
     rank: Annotated[int, Gt(0)] = 16
     """Rank of the two factors of each layer's change."""
+
     alpha: Annotated[float, Gt(0)] = 32.0
     """The change is scaled by alpha / rank."""
+
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
-    """Of what enters the adapter."""
+    """Dropout of what enters the adapter."""
+
     targets: Annotated[list[str], MinLen(1)] = field(default_factory=lambda: ["all-linear"])
     """Names of the layers that get one, such as q_proj and v_proj; all-linear: every linear layer but the head."""
+
     base: Literal["auto", "float32", "float16", "bfloat16", "4bit"] = "auto"
     """Precision of the frozen weights, as the teacher's. The adapter is float32."""
+
     merge: bool = False
     """Export a plain model with the adapter added to its weights, not the adapter alone."""
 
@@ -71,14 +84,18 @@ class StudentConfig(Validated):
 
     name: Name | None = None
     """Hub id or local folder."""
+
     init: Literal["pretrained", "random"] = "pretrained"
     """random: only config.json and the tokenizer are taken from `name`; weights are drawn from the seed."""
+
     lora: LoraConfig = field(default_factory=LoraConfig)
     """An adapter in place of the weights."""
+
     allow_pickle: bool = False
-    """As for the teacher."""
+    """Also take weights that are only there as pickle files; see `ModelConfig`."""
+
     text_start: str | None = None
-    """As for the teacher."""
+    """Token that plain text starts with; see `ModelConfig`."""
 
 
 @dataclass(frozen=True)
@@ -87,123 +104,167 @@ class DataConfig(Validated):
 
     train: list[Name] = field(default_factory=list)
     """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv) or folders of those."""
+
     eval: Name | None = None
     """Text to measure on; null: a share of the training documents is held out."""
+
     text_column: str | None = None
     """Column that holds plain text in tabular sources; null: messages, prompt and completion, or `text`, whichever of
     these columns are there, in this order."""
+
     messages_column: str = "messages"
     """Column of conversations: lists of messages with `role` and `content`."""
+
     prompt_column: str = "prompt"
-    """Column of what a user asks; together with `completion_column` a conversation of two messages."""
+    """Column of a user's question; together with `completion_column` a conversation of two messages."""
+
     completion_column: str = "completion"
-    """Column of what the assistant answers."""
+    """Column of the assistant's answer."""
+
     learn_from: Literal["completions", "all"] = "completions"
-    """What is learned of conversations: what the assistant says, or every message. Of plain text: all."""
+    """Part of a conversation that is learned: the assistant's messages, or every one. Plain text is learned whole."""
+
     split: str = "train"
     """Split of a hub data set."""
+
     document_separator: str | None = None
     """String at whose every occurrence a .txt file is cut into documents (backslash-n is a line break); null: lines
     that are `<|endoftext|>` if the file has any, else blank lines."""
+
     document_start: str | None = None
     """Regular expression: a row or document that matches starts a document, those up to the next one belong to it.
     For texts that come line by line; Wikitext's articles start with `^ = [^=]`."""
+
     train_only: list[HowTextIsRead] = field(default_factory=list)
     """Settings that describe the training text alone: the text of `eval` is read with their defaults. Where a command
     line replaces the evaluation text of a recipe and not its training text, these are what the recipe says."""
+
     eval_fraction: Annotated[float, Gt(0), Lt(1)] = 0.05
     """Share of the documents held out when `eval` is null, chosen by a hash of their text."""
+
     max_length: Annotated[int, Ge(8)] = 512
     """Tokens per window, for each of the two models (capped at their context lengths)."""
+
     num_workers: Annotated[int, Ge(0)] = 0
     """Processes that prepare batches beside the training process."""
+
     max_documents: Annotated[int, Gt(0)] | None = None
     """Read at most this many training documents; null: all."""
+
     deduplicate: bool = True
     """Drop documents whose text occurred before."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig(Validated):
-    """The loop."""
+    """The training loop: optimizer, schedule, precision, checkpoints."""
 
     batch_size: Annotated[int, Gt(0)] | Literal["auto"] = 2
     """Windows per forward pass and process; auto: as many as fit into memory, by the forecast."""
+
     gradient_accumulation_steps: Annotated[int, Gt(0)] = 8
     """Forward passes per optimizer step; with `batch_size: auto` windows per optimizer step and process."""
+
     epochs: Annotated[int, Gt(0)] = 1
     """Passes over the training windows."""
+
     max_steps: Annotated[int, Gt(0)] | None = None
     """Optimizer steps in total; replaces `epochs`, the windows are repeated as often as needed."""
+
     learning_rate: Annotated[float, Gt(0)] = 3e-4
     """Peak learning rate of AdamW."""
+
     weight_decay: Annotated[float, Ge(0)] = 0.01
     """Decoupled weight decay; not applied to biases and norms."""
+
     betas: tuple[Annotated[float, Ge(0), Lt(1)], Annotated[float, Ge(0), Lt(1)]] = (0.9, 0.95)
     """AdamW's decay rates of the first and second moment."""
+
     warmup_ratio: Annotated[float, Ge(0), Le(1)] = 0.03
     """Share of the optimizer steps over which the learning rate rises from 0."""
+
     scheduler: Literal["cosine", "linear"] = "cosine"
-    """How the learning rate falls to 0 after warm-up."""
+    """Curve along which the learning rate falls to 0 after warm-up."""
+
     max_grad_norm: Annotated[float, Gt(0)] = 1.0
     """Gradients are scaled down to at most this norm."""
+
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
     """Precision of the student's computation; auto: chosen from the hardware, with the reason logged."""
+
     gradient_checkpointing: bool = False
     """Compute the student's layers a second time in the backward pass instead of keeping what it needs of them: less
     memory, one more forward pass, the same gradients."""
+
     deterministic: bool = False
     """Only kernels that compute the same bits every time. On a GPU several of the fast ones do not: a run that is
     repeated or continued then differs by rounding. On a CPU all do."""
+
     seed: Annotated[int, Ge(0), Le(2**32 - 1)] = 42
     """Seed of initialisation, data order and dropout."""
+
     max_hours: Annotated[float, Gt(0)] | None = None
     """Wall-clock limit: stop at a step boundary, save, evaluate, export."""
+
     save_every: Annotated[int, Gt(0)] = 200
     """Optimizer steps between checkpoints."""
+
     keep_checkpoints: Annotated[int, Gt(0)] = 2
     """Newest checkpoints that are kept."""
+
     patience: Annotated[int, Ge(0)] = 0
     """Stop after this many evaluations in a row without fewer bits per byte; 0: never."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig(Validated):
-    """What is measured on the held-out text."""
+    """Measurements on the held-out text."""
 
     every: Annotated[int, Ge(0)] = 0
     """Optimizer steps between evaluations; 0: only before and after training."""
+
     max_windows: Annotated[int, Gt(0)] | None = 256
     """Windows of held-out text that are scored; null: all."""
+
     samples: Annotated[int, Ge(0)] = 3
     """Continuations shown side by side in the report."""
+
     prompt_tokens: Annotated[int, Gt(0)] = 24
     """Length of their prompts, in student tokens."""
+
     new_tokens: Annotated[int, Gt(0)] = 48
     """Length of the continuations, in tokens of the model that writes them."""
+
     without_teacher: bool = False
     """Also train the same student, on the same batches for the same steps, without the teacher, and compare."""
+
     tasks: list[str] = field(default_factory=list)
     """Tasks or groups of lm_eval, measured after training on teacher, student and, if it had weights, its beginning."""
+
     tasks_path: Name | None = None
     """Folder with tasks of your own, in lm_eval's YAML form."""
+
     tasks_limit: Annotated[int, Gt(0)] | None = None
     """First documents of each task that are scored; null: all."""
 
 
 @dataclass(frozen=True)
 class CacheConfig(Validated):
-    """What the teacher says, kept on disk: computed once, read by later epochs and runs."""
+    """The teacher's distributions, kept on disk: computed once, read by later epochs and runs."""
 
     folder: Name | None = None
     """Folder of the cache; null: the teacher runs in every step."""
+
     build_only: bool = False
     """Build the cache and stop, without a student."""
+
     top_k: Annotated[int, Gt(0)] | Literal["adaptive"] = 64
     """Teacher tokens kept per position, in place of loss.top_k; adaptive: the fewest that hold 99.9 % of the mass, at
     most 256."""
+
     storage: Literal["compact", "float32"] = "compact"
     """compact: log-probabilities in 6 to 16 bits; float32: exactly as the teacher says them."""
+
     accept_mismatch: bool = False
     """Use the cache although it was built from another text or by another teacher; no matter what that does."""
 
@@ -216,14 +277,16 @@ class CacheConfig(Validated):
 
 @dataclass(frozen=True)
 class LoggingConfig(Validated):
-    """What is written while training."""
+    """Records that are written while training."""
 
     every: Annotated[int, Gt(0)] = 100
     """Optimizer steps between logged steps."""
+
     track: list[
         Literal["tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio"]
     ] = field(default_factory=list)
     """Trackers that get every record of metrics.jsonl as well; each needs its package."""
+
     term_gradients: bool = False
     """Also log the norm of the gradient that each term contributes to the student (for debugging: slow, and takes
     the memory of one gradient per term)."""
@@ -235,5 +298,6 @@ class HubConfig(Validated):
 
     repository: Name | None = None
     """OWNER/NAME to which it is uploaded after the run; null: none."""
+
     private: bool = True
     """If the repository does not exist, it is made a private one."""

@@ -28,24 +28,27 @@ class Validated:
         try:
             _fields_of(kind).model_validate(vars(self))
         except ValidationError as error:
-            raise ValueError(f"{kind.__name__}: {'; '.join(describe(error, vars(self)))}") from None
+            problems = "; ".join(describe(error, vars(self)))
+            raise ValueError(f"{kind.__name__}: {problems}") from None
 
 
 @functools.cache
 def _fields_of(kind: type) -> type[BaseModel]:
-    """A pydantic model with the fields of a dataclass."""
+    """Return a pydantic model with the fields of a dataclass, which converts nothing."""
     hints = get_type_hints(kind, include_extras=True)
-    fields = {name: (_of_instances(hint), ...) for name, hint in hints.items()}
+    fields = {name: (_instances_only(hint), ...) for name, hint in hints.items()}  # ...: every field is required
     return create_model(kind.__name__, __config__=ConfigDict(strict=True, allow_inf_nan=False), **fields)
 
 
-def _of_instances(hint: Any) -> Any:
-    """The annotation, in which a dataclass stands for its instances alone.
+def _instances_only(hint: Any) -> Any:
+    """Return the annotation, in which a dataclass stands for its instances alone.
 
     A mapping that pydantic would make an instance of stays one here, and unknown keys in it would go unnoticed.
     """
     if is_dataclass(hint):
         return InstanceOf[hint]
+
     if get_origin(hint) in (Union, UnionType):
-        return Union[tuple(_of_instances(branch) for branch in get_args(hint))]  # noqa: UP007
+        members = tuple(_instances_only(member) for member in get_args(hint))
+        return Union[members]  # noqa: UP007 (the operator takes no tuple)
     return hint

@@ -1,4 +1,4 @@
-"""Memory that runs out: how it is recognised, how what it held is given back, and work in parts that fit."""
+"""Memory that runs out: how it is recognised and given back, and how work is cut into parts that fit."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +12,10 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 MESSAGES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA error: out of memory")
-"""What CUDA's libraries say, as plain RuntimeErrors, where they find no room beside torch's allocator."""
+"""Parts of the plain RuntimeErrors that CUDA's libraries raise where they find no memory beside torch's allocator."""
+
+MARGIN = 1.25
+"""A run whose forecast is so many times what is free is refused: more than the forecast can be wrong."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -23,7 +26,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def release() -> None:
-    """Give back what a failed attempt held."""
+    """Give back the memory of a failed attempt."""
     clear_device_cache(garbage_collection=True)
 
 
@@ -33,6 +36,7 @@ class FittingParts:
 
     size: int = sys.maxsize
     """Most items of a part. It is halved where that many do not fit, and stays so for the sequences that follow."""
+
     survives: bool = True
     """False: what does not fit raises, because other processes already wait for this one."""
 
@@ -43,26 +47,31 @@ class FittingParts:
 
         Args:
             at_most: items of a part of this sequence, if less than `size`.
+
+        Raises:
+            RuntimeError: of `work`, if it is another one than that memory ran out, or a single item does not fit.
         """
         first = 0
         while first < len(items):
-            part = items[first : first + min(self.size, at_most)]
+            count = min(self.size, at_most)
+            part = items[first : first + count]
             result = self._attempt(part, work)
+
             if result is None:
-                release()  # here, where no traceback holds what was computed any more
+                # Not in the handler of the exception: its traceback keeps alive what was computed.
+                release()
                 self.size = (len(part) + 1) // 2
                 continue
+
             yield result[0]
             first += len(part)
 
     def _attempt(self, part: Sequence[Item], work: Callable[[Sequence[Item]], Any]) -> tuple[Any] | None:
+        """Return what `work` returns, alone in a tuple; None if it ran out of memory and halves may be tried."""
         try:
             return (work(part),)
         except RuntimeError as error:
-            if len(part) == 1 or not self.survives or not is_out_of_memory(error):
+            can_be_halved = len(part) > 1 and self.survives
+            if not can_be_halved or not is_out_of_memory(error):
                 raise
         return None
-
-
-MARGIN = 1.25
-"""A run whose forecast is so many times what is free is refused: more than the forecast can be wrong."""

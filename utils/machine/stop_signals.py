@@ -8,17 +8,17 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-STOP_SIGNALS = tuple(
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-    if hasattr(signal, name)  # Windows has neither SIGHUP nor SIGUSR1
-)
+SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 """Signals that ask a run to end: a scheduler or `kill`, Ctrl-C, a terminal or ssh connection that was closed; and
 SIGUSR1, which batch systems are asked to send some time before the end."""
 
+STOP_SIGNALS = tuple(getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name))
+"""Those of them that this system has: Windows has neither SIGHUP nor SIGUSR1."""
 
-STOP_REASONS = ("finished", "early_stopping", "max_hours", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
-"""What `FitResult.stopped_by` can be."""
+STOP_REASONS = ("finished", "early_stopping", "max_hours", *SIGNAL_NAMES)
+"""Values of `FitResult.stopped_by`."""
+
+SECONDS_PER_HOUR = 3600
 
 
 class StopSignal:
@@ -34,10 +34,11 @@ class StopSignal:
     """
 
     def __init__(self, max_hours: float | None = None, started: float | None = None) -> None:
-        began = time.monotonic() if started is None else started
-        self.deadline = None if max_hours is None else began + 3600 * max_hours
+        if started is None:
+            started = time.monotonic()
+        self.deadline = None if max_hours is None else started + SECONDS_PER_HOUR * max_hours
         self._signal: str | None = None
-        self._former: dict[int, Any] = {}
+        self._former_handlers: dict[int, Any] = {}
         self._process = os.getpid()
 
     def __enter__(self) -> "StopSignal":
@@ -47,22 +48,24 @@ class StopSignal:
         for number in STOP_SIGNALS:
             is_nohup = number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN
             if not is_nohup:
-                self._former[number] = signal.signal(number, self._handle)
+                self._former_handlers[number] = signal.signal(number, self._handle)
 
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._former_handlers.items():
             signal.signal(number, handler)
-        self._former.clear()
+        self._former_handlers.clear()
 
     def requested(self) -> str | None:
-        """Name of the signal, such as `SIGTERM`, or `max_hours`; None to go on."""
-        if self._signal is None and self.deadline is not None and time.monotonic() >= self.deadline:
+        """Return the name of the signal, such as `SIGTERM`, or `max_hours`; None to go on."""
+        is_over = self.deadline is not None and time.monotonic() >= self.deadline
+        if is_over and self._signal is None:
             return "max_hours"
         return self._signal
 
     def _handle(self, number: int, frame: object) -> None:
+        """Remember a signal; called by Python between two instructions of whatever runs in the main thread."""
         # Forked processes inherit this handler, and a signal to the whole group reaches them too: they must go on.
         if self._signal is not None or os.getpid() != self._process:
             return

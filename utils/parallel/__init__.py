@@ -1,1 +1,25 @@
-"""Several processes and GPUs."""
+"""Several processes and GPUs: the accelerator, and the engines that take a step on whole or sharded weights.
+
+- `accelerator`: accelerate's object as the loop needs it, and the engine that belongs to it.
+- `engine`: the steps of a module that is whole in every process, or sharded by FSDP2.
+- `deepspeed`: the settings and the engine for ZeRO-2 and ZeRO-3.
+- `wrapper`: the module that accelerate wraps in place of the trained one.
+- `sharding`: sharded tensors, put together or cut.
+- `processes`: who goes first, and how a failure in one process ends all.
+"""
+
+from .accelerator import build_accelerator, engine_kind, temporary_accelerator
+from .engine import Engine
+from .processes import leave, main_process_first, on_main_process, rank, tell_launcher
+
+__all__ = [
+    "Engine",
+    "build_accelerator",
+    "engine_kind",
+    "leave",
+    "main_process_first",
+    "on_main_process",
+    "rank",
+    "tell_launcher",
+    "temporary_accelerator",
+]

@@ -1,4 +1,4 @@
-"""The accelerator: precision, processes, engine."""
+"""The accelerator as a run needs it: precision, processes, DDP, and the engine that takes the steps."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,19 +15,19 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
-from . import deepspeed
+from .deepspeed import Zero, plugin
 from .engine import Engine, FullySharded
 from .sharding import check_launcher
 
 LONGEST_WAIT = timedelta(hours=2)
-"""How long processes wait for one another: for the main one to cut a large corpus into windows. A process that ends
-does not make the others wait: its launcher ends them, and so does the closed connection."""
+"""Longest time that processes wait for one another: for the main one to cut a large corpus into windows. A process
+that ends does not make the others wait: its launcher ends them, and so does the closed connection."""
 
 
 def build_accelerator(
     mixed_precision: str, *, cpu: bool = False, track: Sequence[str] = (), folder: Path | None = None
 ) -> Accelerator:
-    """An Accelerator as the loop needs it.
+    """Return an Accelerator as the loop needs it.
 
     Args:
         mixed_precision: `no`, `fp16` or `bf16` (`auto` is decided in `hardware`).
@@ -39,21 +39,26 @@ def build_accelerator(
         UserError: a launcher asks for FSDP1, or for a DeepSpeed that is refused.
     """
     check_launcher()
+
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=True,  # terms of the curriculum whose weight is 0 leave parameters without a gradient
         gradient_as_bucket_view=True,
         broadcast_buffers=False,  # rotary tables and the router's statistics: equal everywhere, never changed in a step
     )
-    group = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
-    # of an accelerator that there is already
-    has_plugin = AcceleratorState._shared_state.get("distributed_type") == DistributedType.DEEPSPEED
+    process_group = InitProcessGroupKwargs(timeout=LONGEST_WAIT)
+
+    # accelerate has one state a process: an earlier accelerator's plugin is used, and a second one refused
+    deepspeed_plugin = None
+    if AcceleratorState._shared_state.get("distributed_type") != DistributedType.DEEPSPEED:
+        deepspeed_plugin = plugin(mixed_precision, device="cpu" if cpu else "gpu")
+
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
         cpu=cpu,
         log_with=list(track) or None,
         project_config=ProjectConfiguration(logging_dir=str(folder)) if track else None,
-        kwargs_handlers=[ddp, group],
-        deepspeed_plugin=None if has_plugin else deepspeed.plugin(mixed_precision, "cpu" if cpu else "gpu"),
+        kwargs_handlers=[ddp, process_group],
+        deepspeed_plugin=deepspeed_plugin,
     )
     _number_device(accelerator)
     return accelerator
@@ -67,19 +72,25 @@ def _number_device(accelerator: Accelerator) -> None:
 
 
 def engine_kind(accelerator: Accelerator) -> type[Engine]:
-    """What takes the steps of a module here."""
-    kinds = {DistributedType.FSDP: FullySharded, DistributedType.DEEPSPEED: deepspeed.Zero}
-    return kinds.get(accelerator.distributed_type, Engine)
+    """Return the class that takes the steps of a module under this accelerator."""
+    if accelerator.distributed_type == DistributedType.FSDP:
+        return FullySharded
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return Zero
+    return Engine
 
 
 @contextmanager
 def temporary_accelerator(mixed_precision: str, *, cpu: bool) -> Iterator[Accelerator]:
-    """An Accelerator for a while beside one of another precision or device: accelerate has one state a process."""
-    kept = [(kind._shared_state, dict(kind._shared_state)) for kind in (AcceleratorState, PartialState)]
+    """Provide an Accelerator for a while, beside one of another precision or device.
+
+    accelerate has one state a process, which is put aside and put back afterwards.
+    """
+    saved_states = [(kind._shared_state, dict(kind._shared_state)) for kind in (AcceleratorState, PartialState)]
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         yield build_accelerator(mixed_precision, cpu=cpu)
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-        for state, before in kept:
-            state.update(before)
+        for shared_state, saved in saved_states:
+            shared_state.update(saved)

@@ -1,8 +1,8 @@
-"""What takes the steps of a module: it whole in every process (alone, or DDP), or a twin that FSDP2 shards.
+"""Engines: they take the optimizer steps of a module, which is whole in every process or sharded by FSDP2.
 
-Where weights are sharded, what accelerate wraps is a twin: the module itself stays whole, on the CPU while the twin is
+Where weights are sharded, accelerate wraps a twin: the module itself stays whole, on the CPU while the twin is
 trained. So evaluation, export and checkpoints are those of any run, and a checkpoint does not tell whether the run was
-sharded. DeepSpeed: `zero`.
+sharded. The engine for DeepSpeed is in `deepspeed`.
 """
 
 import copy
@@ -14,35 +14,36 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from .sharding import full, like, whole
+from .sharding import full, gather_nested, shard_like
 from .wrapper import Shell
 
 
 class Engine:
-    """Weights, gradients and moments whole in every process.
+    """Weights, gradients and moments whole in every process: one process alone, or DDP.
 
     Attributes:
         module: what is evaluated and saved.
-        twin: what is trained: the module.
+        twin: what is trained: here the module itself.
         model: the twin as accelerate wraps it; its forward is that of `Shell`.
         optimizer: as it was given to `wrap`.
     """
 
     sharded = False
-    """Whether a process holds but a part of what is trained. Then all must do the same things equally often."""
+    """A process holds but a part of what is trained. Then all must do the same things equally often."""
 
     def __init__(self, module: nn.Module, accelerator: Accelerator) -> None:
-        self.module, self.accelerator = module, accelerator
+        self.module = module
+        self.accelerator = accelerator
         self.twin = self._make_twin()
 
     def wrap(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the twin, and an optimizer of its parameters, to accelerate."""
         self.optimizer = optimizer
         self.model, self._stepper = self.accelerator.prepare(self._shell(), optimizer)
-        self._parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self._parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def wrap_again(self) -> None:
-        """After a forward that DDP waits for and that did not come to its end."""
+        """Wrap the twin anew: after a forward that raised, DDP still waits for its gradients."""
         self.model = None
         self.accelerator.free_memory()
         self.wrap(self.optimizer)
@@ -50,7 +51,7 @@ class Engine:
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
     def no_sync(self) -> AbstractContextManager:
-        """For micro-batches before the last: their gradients are exchanged with those of the last."""
+        """Return a context for micro-batches before the last: their gradients are exchanged with those of the last."""
         return self.accelerator.no_sync(self.model)
 
     def backward(self, loss: Tensor, is_last: bool) -> None:
@@ -58,22 +59,24 @@ class Engine:
         self.accelerator.backward(loss)
 
     def clip(self, largest: float) -> Tensor:
-        """The norm of the step's whole gradient, which is shortened to `largest`."""
+        """Scale the step's whole gradient down to a norm of `largest`, and return the norm it had (a scalar)."""
         return full(self.accelerator.clip_grad_norm_(self._parameters, largest))
 
     def update(self, is_bad: Tensor) -> bool:
-        """Take the step and forget the gradient; False: the scaler of fp16 left it out.
+        """Take the step and forget the gradient; return False if the scaler of fp16 left the step out.
 
         Args:
             is_bad: scalar, on the device: leave weights and moments untouched.
         """
+        # A fused optimizer reads this attribute, which GradScaler sets otherwise: 1 leaves parameters, moments and
+        # step count untouched. The host need not wait for the value, as it would to decide by `if`.
         if self.accelerator.scaler is None:
-            # what GradScaler tells a fused optimizer: 1 leaves parameters, moments and step count untouched
             self.optimizer.found_inf = is_bad.float()
+
         self._stepper.step()
-        taken = not self._stepper.step_was_skipped
+        was_taken = not self._stepper.step_was_skipped
         self.forget()
-        return taken
+        return was_taken
 
     def forget(self) -> None:
         """Drop the gradient."""
@@ -83,31 +86,38 @@ class Engine:
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:
-        """The module on the device, with the weights of now."""
+        """Put the module on the device with its current weights, for the duration of the context."""
         self.gather()
         self.module.to(self.accelerator.device)
         yield
 
     def gather(self) -> None:
-        """Give the module the weights as they are now. Call it in every process."""
+        """Copy the current weights into the module. Call it in every process."""
 
     def scatter(self) -> None:
-        """Train on from the module's weights. Call it in every process."""
+        """Continue training from the module's weights. Call it in every process."""
 
     def moments(self) -> dict[str, Any]:
-        """The state of an optimizer of the module's parameters, in the main process. Call it in every process."""
+        """Return the state of an optimizer of the module's parameters, in the main process. Call it in every one."""
         return self.optimizer.state_dict()
 
     def load_moments(self, state: dict[str, Any]) -> None:
-        """Take up what `moments` returned, in an engine of this or another kind. Call it in every process."""
+        """Load what `moments` returned, in an engine of this or another kind. Call it in every process."""
         self.optimizer.load_state_dict(state)
 
     def close(self) -> None:
-        """Let go of everything, so that the accelerator can serve another run."""
+        """Release everything, so that the accelerator can serve another run."""
         self.forget()
-        self.optimizer.state.clear()  # its schedule still knows it
+
+        # the learning rate's schedule still has a reference to the optimizer, and so to moments and weights
+        self.optimizer.state.clear()
         self.optimizer.param_groups.clear()
-        self.twin = self.model = self.optimizer = self._stepper = self._parameters = None
+
+        self.twin = None
+        self.model = None
+        self.optimizer = None
+        self._stepper = None
+        self._parameters = None
         self.accelerator.free_memory()
 
     def _make_twin(self) -> nn.Module:
@@ -130,25 +140,28 @@ class FullySharded(Engine):
 
     @torch.no_grad()
     def gather(self) -> None:
-        own = dict(self.module.named_parameters())
+        module_parameters = dict(self.module.named_parameters())
         for name, parameter in self.twin.named_parameters():
-            own[name].copy_(full(parameter))
+            module_parameters[name].copy_(full(parameter))
 
     @torch.no_grad()
     def scatter(self) -> None:
-        own = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
+        module_tensors = {**dict(self.module.named_parameters()), **dict(self.module.named_buffers())}
         for name, tensor in [*self.twin.named_parameters(), *self.twin.named_buffers()]:
-            tensor.copy_(like(own[name], tensor))
+            tensor.copy_(shard_like(module_tensors[name], tensor))
 
     def moments(self) -> dict[str, Any]:
-        return whole(super().moments(), self.accelerator.is_main_process)
+        return gather_nested(super().moments(), self.accelerator.is_main_process)
 
     def load_moments(self, state: dict[str, Any]) -> None:
         super().load_moments(state)
+
+        # the optimizer took the moments whole, and its parameters are parts
         for parameter, moments in self.optimizer.state.items():
             for name, value in moments.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape:
-                    moments[name] = like(value, parameter)
+                is_moment = isinstance(value, Tensor) and value.shape == parameter.shape
+                if is_moment:  # else the step count
+                    moments[name] = shard_like(value, parameter)
 
     def _make_twin(self) -> nn.Module:
         return copy.deepcopy(self.module.cpu())

@@ -1,28 +1,14 @@
-"""Configuration: one place for defaults, every mistake at once, and files that say what they mean."""
+"""A configuration is built of plain values, with every mistake reported at once."""
 
 import math
-import re
 from dataclasses import dataclass, field
 
 import pytest
 
 from models.config import CurriculumConfig, Ramp
-from utils.config import build as config
-from utils.config import yaml_files
 from utils.config.build import build
 from utils.config.plain import to_plain
-from utils.config.settings import (
-    CacheConfig,
-    DataConfig,
-    EvaluationConfig,
-    HubConfig,
-    LoggingConfig,
-    LoraConfig,
-    ModelConfig,
-    StudentConfig,
-    TrainingConfig,
-)
-from utils.config.yaml_files import set_dotted
+from utils.config.settings import DataConfig, LoggingConfig, TrainingConfig
 from utils.errors import UserError
 
 
@@ -102,111 +88,6 @@ def test_an_unknown_key_comes_with_the_nearest_known_one(values, suggestion):
 def test_a_message_says_what_was_got_and_what_is_expected():
     (line,) = mistakes({"training": {"mixed_precision": "fp8"}})
     assert "'fp8'" in line and "'bf16'" in line
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("1e-4", 1e-4),
-        ("2.5E3", 2500.0),
-        ("no", "no"),
-        ("yes", "yes"),
-        ("true", True),
-        ("[a, b]", ["a", "b"]),
-        ("", None),
-    ],
-)
-def test_yaml_reads_as_people_expect(text, value):
-    values = {}
-    set_dotted(values, f"a.b-c={text}")
-    assert values == {"a": {"b_c": value}}
-
-
-@pytest.mark.parametrize("assignment", ["a", "=1", "a..b=1", "a.b.c=1", "a=[1", "a={x: 1, x: 2}"])
-def test_an_assignment_that_means_nothing_is_refused(assignment):
-    with pytest.raises(UserError, match="--set"):
-        set_dotted({"a": {"b": 3}}, assignment)
-
-
-def test_a_key_given_twice_is_a_mistake(tmp_path):
-    (tmp_path / "twice.yaml").write_text("training: {seed: 1}\ntraining: {seed: 2}\n")
-    with pytest.raises(UserError, match="given twice: training"):
-        yaml_files.load_yaml(tmp_path / "twice.yaml")
-
-
-@pytest.mark.parametrize("content", [b"a: [1", b"- 1\n- 2\n", b"\xff\xfe\x00", b"a: 1\n\tb: 2"])
-def test_a_file_that_is_no_mapping_is_refused_by_name(tmp_path, content):
-    (tmp_path / "broken.yaml").write_bytes(content)
-    with pytest.raises(UserError, match=r"broken\.yaml"):
-        yaml_files.load_yaml(tmp_path / "broken.yaml")
-
-
-def test_an_empty_file_changes_nothing(tmp_path):
-    (tmp_path / "empty.yaml").write_text("# nothing\n")
-    assert yaml_files.load_yaml(tmp_path / "empty.yaml") == {}
-
-
-def test_a_recipe_is_found_by_name_with_or_without_suffix_and_by_path(tmp_path):
-    assert yaml_files.find_config("quickstart") == yaml_files.find_config("quickstart.yaml")
-    own = tmp_path / "own.yaml"
-    own.write_text("{}")
-    assert yaml_files.find_config(str(own)) == own
-    with pytest.raises(UserError, match=r"did you mean quickstart\?"):
-        yaml_files.find_config("quikstart")
-
-
-def test_every_field_is_documented():
-    """A string follows each field: it is what a reader of the configuration finds."""
-    import ast
-    import inspect
-
-    for node in ast.walk(ast.parse(inspect.getsource(config))):
-        if isinstance(node, ast.ClassDef) and node.name.endswith("Config"):
-            for at, item in enumerate(node.body):
-                if isinstance(item, ast.AnnAssign):
-                    after = node.body[at + 1] if at + 1 < len(node.body) else None
-                    documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-                    assert documented, f"{node.name}.{item.target.id}"
-
-
-@pytest.mark.parametrize(
-    ("kind", "field", "wrong", "expected"),
-    [
-        (ModelConfig, "dtype", "fp16", "'float16'"),
-        (ModelConfig, "allow_pickle", "no", "boolean"),
-        (LoraConfig, "rank", 0, "greater than 0"),
-        (LoraConfig, "targets", "q_proj", "list"),
-        (LoraConfig, "targets", [], "at least 1 item"),
-        (StudentConfig, "init", "scratch", "'random'"),
-        (StudentConfig, "lora", True, "LoraConfig"),
-        (StudentConfig, "lora", {"rank": 8, "rnak": 8}, "an instance of LoraConfig"),
-        (DataConfig, "train", "stories.txt", "list"),
-        (DataConfig, "eval_fraction", 1.0, "less than 1"),
-        (DataConfig, "max_documents", 0, "greater than 0"),
-        (TrainingConfig, "batch_size", "big", "'auto'"),
-        (TrainingConfig, "batch_size", 0, "greater than 0"),
-        (TrainingConfig, "epochs", 1.5, "integer"),
-        (TrainingConfig, "learning_rate", math.nan, "finite"),
-        (TrainingConfig, "max_grad_norm", math.inf, "finite"),
-        (TrainingConfig, "betas", (0.9, 1.0), "less than 1"),
-        (TrainingConfig, "scheduler", "constant", "'linear'"),
-        (EvaluationConfig, "samples", -1, "greater than or equal to 0"),
-        (EvaluationConfig, "tasks", "arc_easy", "list"),
-        (CacheConfig, "storage", "zip", "'compact'"),
-        (CacheConfig, "build_only", True, "--cache-teacher DIR"),
-        (LoggingConfig, "track", ["print"], "'tensorboard'"),
-        (HubConfig, "private", 1, "boolean"),
-    ],
-)
-def test_a_section_made_in_a_program_is_checked(kind, field, wrong, expected):
-    with pytest.raises(ValueError, match=re.escape(expected)) as raised:
-        kind(**{field: wrong})
-    assert field in str(raised.value)
-
-
-def test_every_default_is_one_that_is_accepted():
-    for kind in (ModelConfig, StudentConfig, DataConfig, TrainingConfig, EvaluationConfig, CacheConfig, LoggingConfig):
-        assert build(kind, to_plain(kind()), source="defaults") == kind()
 
 
 def test_numbers_that_are_not_finite_have_their_path():

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
 
 import pytest
 import torch
 
 from utils.errors import UserError
-from utils.machine import hardware, kernels
+from utils.machine import hardware
 from utils.machine.hardware import (
     choose_device,
     choose_precision,
@@ -18,27 +17,8 @@ from utils.machine.hardware import (
     peak_memory_mb,
     unused_gpus,
 )
-from utils.machine.kernels import check_kernels, covers, remedy
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
-CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
-CU128 = ["sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    """Pretends that torch sees one GPU; returns a function that sets its properties."""
-
-    def pretend(name: str, capability: tuple[int, int], arch_list: list[str] = CU126) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: name)
-        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: arch_list)
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_, **__: True)  # what a T4 says
-
-    return pretend
 
 
 @pytest.mark.parametrize(
@@ -110,69 +90,6 @@ def test_tf32_is_set_by_an_interface_that_leaves_all_getters_readable(gpu):
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cuda.matmul.allow_tf32
     finally:
         torch.set_float32_matmul_precision(before)
-
-
-@pytest.mark.parametrize(
-    ("arch_list", "capability", "expected"),
-    [
-        (CU126, (6, 0), True),
-        (CU126, (6, 1), True),
-        (CU126, (8, 9), True),
-        (CU128, (6, 0), False),
-        (CU128, (12, 0), True),
-        (CU126, (10, 0), False),
-        (["sm_90", "compute_90"], (12, 0), True),
-        (["sm_90a"], (9, 0), True),
-        (["sm_100a"], (10, 3), False),
-        ([], (9, 0), False),
-        (["gfx90a"], (9, 0), False),
-    ],
-)
-def test_kernels_cover_a_gpu_of_the_same_major_version_or_by_ptx(arch_list, capability, expected):
-    assert covers(arch_list, capability) is expected
-
-
-def test_a_p100_under_a_build_without_its_kernels_is_told_what_to_install(gpu, monkeypatch):
-    gpu("Tesla P100-PCIE-16GB", (6, 0), CU128)
-    monkeypatch.setattr(kernels, "_launch", lambda *_: pytest.fail("not needed"))
-    problem = check_kernels()
-    assert "sm_60" in problem and "sm_70 sm_75" in problem
-    assert "https://download.pytorch.org/whl/cu126" in problem and "<2.15" in problem
-    assert "cu128" in remedy("B200", (10, 0), CU126) and "CUDA_VISIBLE_DEVICES=" in remedy("K80", (3, 7), CU126)
-
-
-@pytest.mark.parametrize(
-    ("stderr", "expected"),
-    [
-        ("", None),
-        ("x\nRuntimeError: CUDA error: no kernel image is available for execution on the device\nCompile", "cu128"),
-        ("torch.OutOfMemoryError: CUDA out of memory\n", "failed at a first matrix product"),
-    ],
-)
-def test_a_kernel_is_launched_in_another_process_and_its_failure_reported(gpu, monkeypatch, stderr, expected):
-    gpu("RTX 4090", (8, 9))
-    commands = []
-
-    def fake_run(command, **_):
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 1 if stderr else 0, "", stderr)
-
-    monkeypatch.setattr(subprocess, "run", fake_run)
-    problem = check_kernels()
-    assert len(commands) == 1 and "cuda:0" in commands[0][-1]
-    assert problem is None if expected is None else expected in problem
-
-
-def test_a_launch_that_hangs_or_fails_is_reported(monkeypatch):
-    if not torch.cuda.is_available():
-        assert check_kernels() is None
-        assert "Error" in kernels._launch(0, 60.0)
-
-    def hang(command, timeout, **_):
-        raise subprocess.TimeoutExpired(command, timeout)
-
-    monkeypatch.setattr(subprocess, "run", hang)
-    assert kernels._launch(0, 5.0) == "no answer within 5 s"
 
 
 def test_the_description_is_plain_and_names_versions_and_sizes():

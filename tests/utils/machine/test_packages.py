@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError
-from utils.machine import packages as environment
+from utils.machine import packages
 from utils.machine.packages import (
+    Conflict,
     Package,
     find_conflicts,
+    install_missing,
     installed_packages,
     own_requirements,
     python_is_supported,
@@ -27,8 +29,8 @@ INSTALLED = [
 ]
 
 
-def conflicts(*requirements: str, packages=INSTALLED) -> dict[str, bool]:
-    return {str(conflict): conflict.harmful for conflict in find_conflicts(requirements, packages)}
+def conflicts(*requirements: str, installed=INSTALLED) -> dict[str, bool]:
+    return {str(conflict): conflict.harmful for conflict in find_conflicts(requirements, installed)}
 
 
 def test_only_demands_of_packages_that_training_loads_are_harmful():
@@ -50,7 +52,7 @@ def test_what_is_not_loaded_is_harmless_and_its_extras_are_not_asked_for():
 
 def test_own_requirements_are_checked_too_where_they_apply():
     assert conflicts(
-        "torch-like>=2.11", 'elsewhere; sys_platform == "nowhere"', "missing>=1", packages=INSTALLED[:1]
+        "torch-like>=2.11", 'elsewhere; sys_platform == "nowhere"', "missing>=1", installed=INSTALLED[:1]
     ) == {
         "needed: torch-like>=2.11, 2.10.0+cu128 is installed": True,
         "needed: missing>=1, it is not installed": True,
@@ -60,7 +62,7 @@ def test_own_requirements_are_checked_too_where_they_apply():
 
 def test_two_packages_that_need_each_other_are_no_endless_loop():
     pair = [Package("a", "1", ("b",)), Package("b", "1", ("a[x]",))]
-    assert conflicts("a", packages=pair) == {}
+    assert conflicts("a", installed=pair) == {}
 
 
 def test_this_environment_meets_the_requirements_of_setup_cfg():
@@ -73,7 +75,7 @@ def test_this_environment_meets_the_requirements_of_setup_cfg():
 
 @pytest.mark.parametrize("text, supported", [(">=3.10", True), (">=3.99", False)])
 def test_python_is_compared_with_what_setup_cfg_admits(text, supported, monkeypatch):
-    monkeypatch.setattr("utils.machine.packages.supported_python", lambda: text)
+    monkeypatch.setattr(packages, "supported_python", lambda: text)
     assert python_is_supported() is supported
 
 
@@ -95,13 +97,13 @@ class Pip:
 @pytest.fixture
 def pip(monkeypatch) -> Pip:
     lacking = [
-        environment.Conflict("", "datasets>=4.0", "3.6.0", True),
-        environment.Conflict("", "pydantic>=2", None, True),
-        environment.Conflict("other", "numpy<2", "2.4", False),
+        Conflict("", "datasets>=4.0", "3.6.0", True),
+        Conflict("", "pydantic>=2", None, True),
+        Conflict("other", "numpy<2", "2.4", False),
     ]
     fake = Pip()
-    monkeypatch.setattr(environment, "find_conflicts", lambda requirements, packages: lacking)
-    monkeypatch.setattr(environment.subprocess, "run", fake)
+    monkeypatch.setattr(packages, "find_conflicts", lambda *_: lacking)
+    monkeypatch.setattr(packages.subprocess, "run", fake)
     return fake
 
 
@@ -118,14 +120,14 @@ ARGUMENTS = [f"torch=={importlib.metadata.version('torch')}", *DEMANDS]
 
 def test_what_is_missing_is_installed_beside_the_torch_that_is_there(pip, tmp_path):
     pip.succeeds_with = "datasets>=4.0"
-    assert environment.install_missing(tmp_path) == DEMANDS
+    assert install_missing(tmp_path) == DEMANDS
     assert pip.calls == [["--quiet", *ARGUMENTS]]
 
 
 def test_attached_wheels_come_before_the_index(pip, tmp_path):
     folder = wheels_in(tmp_path)
     pip.succeeds_with = "--no-index"
-    assert environment.install_missing(tmp_path) == DEMANDS
+    assert install_missing(tmp_path) == DEMANDS
     assert pip.calls == [["--quiet", "--no-index", f"--find-links={folder}", *ARGUMENTS]]
 
 
@@ -133,7 +135,7 @@ def test_what_nobody_has_is_named_with_both_versions_and_the_way_without_interne
     wheels_in(tmp_path)
     pip.succeeds_with = "nothing"
     with pytest.raises(UserError) as raised:
-        environment.install_missing(tmp_path)
+        install_missing(tmp_path)
     message = str(raised.value)
     assert "datasets>=4.0, 3.6.0 is installed" in message
     assert "pydantic>=2, it is not installed" in message
@@ -142,6 +144,6 @@ def test_what_nobody_has_is_named_with_both_versions_and_the_way_without_interne
 
 
 def test_where_all_is_there_pip_is_not_run(pip, monkeypatch, tmp_path):
-    monkeypatch.setattr(environment, "find_conflicts", lambda requirements, packages: [])
-    assert environment.install_missing(tmp_path) == []
+    monkeypatch.setattr(packages, "find_conflicts", lambda *_: [])
+    assert install_missing(tmp_path) == []
     assert not pip.calls

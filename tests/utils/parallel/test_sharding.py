@@ -7,7 +7,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from utils.config.yaml_files import CONFIG_FOLDER
 from utils.errors import UserError
 from utils.parallel.accelerator import build_accelerator, engine_kind
-from utils.parallel.sharding import full, whole
+from utils.parallel.sharding import full, gather_nested
 
 
 @pytest.mark.parametrize(
@@ -29,7 +29,7 @@ def test_without_sharding_nothing_is_copied():
     engine = engine_kind(accelerator)(module, accelerator)
     assert not engine.sharded and engine.twin is module
     assert full(module.weight) is module.weight
-    assert whole({"a": [module.weight, 3]}, True) == {"a": [module.weight, 3]}
+    assert gather_nested({"a": [module.weight, 3]}, True) == {"a": [module.weight, 3]}
 
 
 @pytest.mark.parametrize(("name", "kind"), [("two_gpus", "MULTI_GPU"), ("fsdp2", "FSDP")])

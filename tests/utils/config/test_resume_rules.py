@@ -1,0 +1,58 @@
+"""What a run is compared by when it is continued."""
+
+import copy
+import logging
+
+import pytest
+
+from utils.config.resume_rules import CHANGEABLE, FREE_TO_CHANGE, MICRO_BATCH, check_same_run, identity
+from utils.errors import UserError
+
+SETTINGS = {
+    "output_dir": "runs/a",
+    "training": {"seed": 1, "batch_size": 2, "gradient_accumulation_steps": 8, "deterministic": False},
+    "curriculum": {"kd": {"weight": 0.7}, "contr": {"weight": 0}},
+    "loss": {"top_k": 8},
+}
+
+
+def changed(key: str, value: object) -> dict:
+    settings = copy.deepcopy(SETTINGS)
+    section, _, name = key.rpartition(".")
+    inner = settings
+    for part in section.split(".") if section else []:
+        inner = inner[part]
+    inner[name] = value
+    return settings
+
+
+def test_the_three_sets_do_not_contradict_each_other():
+    assert MICRO_BATCH <= FREE_TO_CHANGE
+    assert not [key for key in FREE_TO_CHANGE if key.startswith(CHANGEABLE)]
+
+
+@pytest.mark.parametrize("key", sorted(MICRO_BATCH))
+@pytest.mark.parametrize("weight", [0.1, {"points": [[0, 0], [1, 0.1]]}])
+def test_micro_batches_are_free_only_while_no_term_compares_their_windows(key, weight):
+    assert identity(changed(key, 99)) == identity(SETTINGS)
+    contrastive = changed("curriculum.contr.weight", weight)
+    assert identity(contrastive)[key] == contrastive["training"][key.rpartition(".")[2]]
+
+
+def test_a_whole_section_that_is_free_is_not_compared():
+    assert identity({**SETTINGS, "logging": {"every": 3}}) == identity(SETTINGS)
+
+
+def test_a_difference_is_named_with_both_values_and_the_override_only_where_there_is_one():
+    with pytest.raises(UserError, match=r"curriculum.kd.weight: 0.7 -> 0.5") as raised:
+        check_same_run("run", identity(SETTINGS), identity(changed("curriculum.kd.weight", 0.5)), False)
+    assert "resume_changed=true" in str(raised.value)
+    with pytest.raises(UserError, match=r"training.seed: 1 -> 2") as raised:
+        check_same_run("run", identity(SETTINGS), identity(changed("training.seed", 2)), True)
+    assert "resume_changed" not in str(raised.value)
+
+
+def test_a_change_that_is_asked_for_is_logged(caplog):
+    with caplog.at_level(logging.WARNING):
+        check_same_run("run", identity(SETTINGS), identity(changed("loss.top_k", 16)), True)
+    assert "loss.top_k: 8 -> 16" in caplog.text
