@@ -255,8 +255,8 @@ def _as_messages(role: str, value: Any) -> list[Any]:
     return [{"role": role, "content": value}]
 
 
-def said(conversation: str) -> str:
-    """Return what the messages of a conversation, as `Conversation.text` writes it, say."""
+def text_of_messages(conversation: str) -> str:
+    """Return the words of all messages of a conversation, which is JSON as `Conversation.text` writes it."""
     texts = []
     for message in json.loads(conversation):
         texts += [message.get("reasoning_content", ""), message["content"]]
