@@ -1,7 +1,7 @@
 """Types between the towers: what a run expects of what is learned, which models/ fulfils without importing from here.
 
-The settings, the batch, the teacher and the module that is trained are seen from utils/ through these protocols alone. A
-teacher of another kind (behind a server, or a second one) and a module with other terms need no change there.
+The settings, the batch, the teacher and the module that is trained are seen from utils/ through these protocols alone.
+A teacher of another kind (behind a server, or a second one) and a module with other terms need no change there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -159,6 +159,14 @@ class HeldOutText(Protocol):
     def batch_size(self) -> int: ...
 
 
+class MemoryForecast(Protocol):
+    """Memory that training is expected to take on the student's device."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, without the teacher; 0: unknown."""
+
+
 class Job(Protocol):
     """What training and evaluation work with, as `train.Job` holds it."""
 
@@ -182,3 +190,5 @@ class Job(Protocol):
     def teacher_device(self) -> torch.device: ...
     @property
     def teacher_dtype(self) -> Choice[torch.dtype]: ...
+    @property
+    def needed(self) -> MemoryForecast: ...
