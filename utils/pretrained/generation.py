@@ -32,7 +32,7 @@ NEUTRAL = {
     "epsilon_cutoff": (None, 0.0),
     "eta_cutoff": (None, 0.0),
 }
-"""Values of sampling settings that change nothing: they do not say that the author wants sampling."""
+"""Default values of sampling settings: with these alone the author did not ask for sampling."""
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
 """Settings that name tokens; they stay where all others are dropped."""
 
