@@ -234,6 +234,14 @@ class HeldOutText(Protocol):
     def batch_size(self) -> int: ...
 
 
+class MemoryForecast(Protocol):
+    """Memory that training is expected to take on the student's device."""
+
+    @property
+    def size(self) -> int:
+        """Bytes, without the teacher; 0: unknown."""
+
+
 class Job(Protocol):
     """Everything that training and evaluation work with, as `utils.run.prepare.Job` holds it."""
 
@@ -259,3 +267,5 @@ class Job(Protocol):
     def teacher_device(self) -> torch.device: ...
     @property
     def teacher_dtype(self) -> Choice[torch.dtype]: ...
+    @property
+    def needed(self) -> MemoryForecast: ...

@@ -1,1 +1,29 @@
-"""Text from files and hubs, as documents, windows and batches."""
+"""Text from files and hubs, as documents, windows and batches.
+
+In the order in which text passes through them:
+
+- `data_folders`: which files of a folder are data
+- `columns`: which columns of a table hold documents, and what a conversation may contain
+- `sources`: files, folders and hub data sets -> documents with their places
+- `documents`: all sources -> the documents to train on and to evaluate on
+- `windows`: documents -> windows, kept on disk
+- `batch_order`: which windows a process works on in which step
+- `loader`: windows in that order -> collated batches
+- `delivery`: a count of what a loader yields
+- `python_docs`: text that ships with Python, for the first run
+"""
+
+from .batch_order import BatchGeometry, permutation, step_batches
+from .documents import Corpus, load_documents
+from .loader import some_batches
+from .windows import make_windows
+
+__all__ = [
+    "BatchGeometry",
+    "Corpus",
+    "load_documents",
+    "make_windows",
+    "permutation",
+    "some_batches",
+    "step_batches",
+]

@@ -1,9 +1,24 @@
-"""The order of windows and micro-batches, as a function of seed, epoch and step."""
+"""Order of windows and micro-batches: a pure function of seed, epoch and step, so that a resumed run repeats none."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import ceil
 
 import numpy as np
+
+
+@dataclass(frozen=True)
+class BatchGeometry:
+    """Division of an optimizer step into micro-batches and among processes."""
+
+    global_batch: int
+    """Windows per optimizer step, over all processes."""
+    micro_batch: int
+    """Windows per forward pass of one process, at most."""
+    processes: int = 1
+    """Processes that share a step."""
+    rank: int = 0
+    """Number of this process, from 0."""
 
 
 def steps_per_epoch(n: int, global_batch: int) -> int:
@@ -13,21 +28,11 @@ def steps_per_epoch(n: int, global_batch: int) -> int:
 
 def micro_batches_in_step(n: int, step: int, *, global_batch: int, micro_batch: int, processes: int) -> int:
     """Micro-batches that each process works through in a step of an epoch: the same number for all processes."""
-    items = min(global_batch, n - step * global_batch)
-    return ceil(items / (micro_batch * processes))
+    windows = min(global_batch, n - step * global_batch)
+    return ceil(windows / (micro_batch * processes))
 
 
-def step_batches(
-    n: int,
-    *,
-    global_batch: int,
-    micro_batch: int,
-    processes: int = 1,
-    rank: int = 0,
-    seed: int,
-    epoch: int,
-    start_step: int = 0,
-) -> Iterator[list[int]]:
+def step_batches(n: int, geometry: BatchGeometry, *, seed: int, epoch: int, start_step: int = 0) -> Iterator[list[int]]:
     """Window indices of one process for one epoch, micro-batch by micro-batch, from a step of the epoch on.
 
     Step s consumes order[s * global_batch : (s + 1) * global_batch] of the epoch's permutation, whatever
@@ -35,13 +40,19 @@ def step_batches(
     can be, none above `micro_batch`. With several processes, micro-batches of a short last step can be empty.
     """
     order = permutation(n, seed, epoch)
+    global_batch = geometry.global_batch
+    processes = geometry.processes
+
     for step in range(start_step, steps_per_epoch(n, global_batch)):
-        items = order[step * global_batch : (step + 1) * global_batch]
+        step_windows = order[step * global_batch : (step + 1) * global_batch]
         per_process = micro_batches_in_step(
-            n, step, global_batch=global_batch, micro_batch=micro_batch, processes=processes
+            n, step, global_batch=global_batch, micro_batch=geometry.micro_batch, processes=processes
         )
-        for part in np.array_split(items, per_process * processes)[rank::processes]:
-            yield part.tolist()
+
+        # Dealt out in turn: the processes' shares differ by one window a micro-batch at most.
+        micro_batches = np.array_split(step_windows, per_process * processes)
+        for indices in micro_batches[geometry.rank :: processes]:
+            yield indices.tolist()
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
@@ -51,4 +62,5 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     `Generator.permutation` comes without that promise, and a resumed run may meet another NumPy.
     """
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
+    # A stable sort: equal outputs, however rare, must not be ordered by the sorting algorithm of the day.
     return np.argsort(bits.random_raw(n), kind="stable")

@@ -1,4 +1,8 @@
-"""Contents of a table's rows: plain text, a prompt and its completion, or a conversation."""
+"""Contents of a table's rows: plain text, a prompt and its completion, or a conversation.
+
+`Columns` chooses the columns of a table that hold documents; `Conversation` checks the messages of a row and writes
+them as JSON. Nothing that would change what is learned is dropped in silence: it is refused, or noted as not read.
+"""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -7,9 +11,30 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which data sets keep the thinking before an answer."""
+UNSUPPORTED_BESIDE = ("tools", "functions", "chat_template_kwargs")
+"""Columns that change what a conversation means, and that nothing here honours."""
+SYSTEM = "system"
+"""Column of a system message, beside the messages or the prompt; also the role of such a message."""
+INPUT = "input"
+"""Column of Alpaca's format: a part of what is asked, beside a prompt."""
+TOOL_CALLS = ("tool_calls", "function_call")
+"""Keys of a message that calls tools, which is not supported."""
+
+LEARNED_KEYS = ("weight", "train", "trainable", "training")
+"""Keys of a message that say whether it is learned: 1 or 0."""
+UNSUPPORTED_MASKS = ("mask", "masked", "loss_mask", "train_detail")
+"""Keys of a message by which other programs choose what is learned, each in its own sense."""
+LOSS = "loss"
+"""Key of a message by which others say whether it is learned."""
+
+KNOWN_KEYS = frozenset(("role", "content", *LEARNED_KEYS, LOSS, *TOOL_CALLS, *REASONING))
+"""Keys of a message that are read, or refused where they say something."""
+
 
 def as_text(place: str, value: Any) -> str:
-    """A value that should be a text; None is an empty one.
+    """Return a value that should be a text; None is an empty one.
 
     Raises:
         UserError: it is no text.
@@ -20,6 +45,8 @@ def as_text(place: str, value: Any) -> str:
         raise UserError(
             f"{place}: expected text, got {type(value).__name__}. Name a column of texts: --set data.text_column=NAME."
         )
+
+    # JSON can hold half a surrogate pair, which has no UTF-8: no hash and no tokenizer would take it.
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -29,32 +56,19 @@ def as_text(place: str, value: Any) -> str:
     return value
 
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys under which data sets keep the thinking before an answer."""
-UNSUPPORTED_BESIDE = ("tools", "functions", "chat_template_kwargs")
-"""Columns that change what a conversation means, and that nothing here honours."""
-SYSTEM = "system"
-INPUT = "input"
-"""Column of Alpaca's format: a part of what is asked, beside a prompt."""
-
-LEARNED_KEYS = ("weight", "train", "trainable", "training")
-"""Keys of a message that say whether it is learned: 1 or 0."""
-UNSUPPORTED_MASKS = ("mask", "masked", "loss_mask", "train_detail")
-"""Keys of a message by which other programs choose what is learned, each in its own sense."""
-LOSS = "loss"
-"""Key of a message by which others say whether it is learned."""
-
-
 @dataclass
 class Unread:
-    """Keys that were met in data and are not read."""
+    """Names that were met in data and are not read."""
 
     columns: set[str] = field(default_factory=set)
+    """Of tables."""
     keys: set[str] = field(default_factory=set)
     """Of messages."""
 
     def __str__(self) -> str:
-        parts = [f"columns not read: {', '.join(sorted(self.columns))}"] if self.columns else []
+        parts = []
+        if self.columns:
+            parts.append(f"columns not read: {', '.join(sorted(self.columns))}")
         if self.keys:
             parts.append(f"keys of messages not read: {', '.join(sorted(self.keys))}")
         return "; ".join(parts)
@@ -67,39 +81,42 @@ class Conversation(NamedTuple):
     beside: Mapping[str, Any] = {}
     """Other columns of the row that belong to it."""
     prompted: int = 0
-    """The first messages, which are the prompt of a completion: answers among them are read, not learned."""
+    """Number of first messages that are the prompt of a completion: answers among them are read, not learned."""
 
     def text(self, place: str, learn_from: str, unread: Unread | None = None) -> str:
-        """JSON of a list of `{"role", "content"}`; empty if there is nothing to learn from.
+        """Return JSON of a list of `{"role", "content"}`; empty if there is nothing to learn from.
 
         A message may have `reasoning_content` besides, the thinking before an answer, and `weight`: 0 where it is read
         and not learned.
 
         Args:
+            place: of the row, for messages.
+            learn_from: `all` learns from every message, else from those of the assistant.
             unread: takes note of keys that are not read.
 
         Raises:
             UserError: something else than messages with a role and a text, or what would be lost: tools, images.
         """
-        messages = self.messages
-        if not isinstance(messages, list) or not len(messages):
-            got = f"{type(messages).__name__}{' of length 0' * isinstance(messages, list)}"
+        rows = self.messages
+        if not isinstance(rows, list) or not rows:
+            got = type(rows).__name__
+            if isinstance(rows, list):
+                got += " of length 0"
             raise UserError(f"{place}: expected a list of messages, each with 'role' and 'content', got {got}.")
 
         self._refuse_unsupported(place)
         self._refuse_masked(place)
-        kept = [_message(f"{place}, message {number}", message, unread) for number, message in enumerate(messages)]
+        messages = [_message(f"{place}, message {number}", row, unread) for number, row in enumerate(rows)]
+
+        # Answers in the prompt are examples to read, as a completion is what the row teaches.
         if learn_from != "all":
-            for message in kept[: self.prompted]:
+            for message in messages[: self.prompted]:
                 if message["role"] == "assistant":
                     message["weight"] = 0
 
-        kept = self._system(place, kept) + kept
-
-        for message in kept:
-            answers = learn_from == "all" or message["role"] == "assistant"
-            if answers and message.get("weight", 1) and message["content"].strip():
-                return json.dumps(kept, ensure_ascii=False)
+        messages = self._system_message(place, messages) + messages
+        if any(_teaches(message, learn_from) for message in messages):
+            return json.dumps(messages, ensure_ascii=False)
         return ""
 
     def _refuse_unsupported(self, place: str) -> None:
@@ -109,6 +126,7 @@ class Conversation(NamedTuple):
             UserError: one of them holds something.
         """
         for column in UNSUPPORTED_BESIDE:
+            # Tables write an empty list of tools in all these ways.
             if self.beside.get(column) not in (None, [], {}, "", "[]", "{}"):
                 raise UserError(
                     f"{place}: column {column!r} changes what the conversation means, and is not supported. Leave such "
@@ -129,6 +147,7 @@ class Conversation(NamedTuple):
             UserError: they do.
         """
         for column in (*LEARNED_KEYS, LOSS):
+            # A row that is marked as learned is like one without a mark.
             value = self.beside.get(column)
             if _means_no(value):
                 raise UserError(
@@ -137,11 +156,16 @@ class Conversation(NamedTuple):
                     "its own, 'weight': 0."
                 )
 
-    def _system(self, place: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The message that the column `system` stands for, where there is one."""
+    def _system_message(self, place: str, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the message that the column `system` stands for; [] where there is none, or the first one is the same.
+
+        Raises:
+            UserError: the column contradicts the first message.
+        """
         system = as_text(f"{place}, column {SYSTEM!r}", self.beside.get(SYSTEM))
         if not system.strip():
             return []
+
         if messages[0]["role"] != SYSTEM:
             return [{"role": SYSTEM, "content": system}]
         if messages[0]["content"].strip() == system.strip():
@@ -151,50 +175,80 @@ class Conversation(NamedTuple):
         )
 
 
+def _teaches(message: Mapping[str, Any], learn_from: str) -> bool:
+    """Tell whether there is something to learn from a message."""
+    is_learned = learn_from == "all" or message["role"] == "assistant"
+    return is_learned and message.get("weight", 1) != 0 and bool(message["content"].strip())
+
+
 def _message(place: str, message: Any, unread: Unread | None) -> dict[str, Any]:
-    """Keys that are read of a message.
+    """Return the keys of a message that are read.
 
     Raises:
         UserError: it has no role and text, or holds more that would change what it means.
     """
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        got = f"the keys {', '.join(map(str, message))}" if isinstance(message, dict) else type(message).__name__
-        raise UserError(f"{place}: expected an object with 'role' and 'content', got {got}.{_from_value(message)}")
-    for key in ("tool_calls", "function_call"):
+    _require_role_and_content(place, message)
+    for key in TOOL_CALLS:
         if message.get(key):
             raise UserError(f"{place}: it calls tools ({key!r}), which is not supported. Leave such conversations out.")
 
+    role = message["role"]
     content = _joined_parts(place, message["content"])
-    for key, value in (("role", message["role"]), ("content", content)):
+    for key, value in (("role", role), ("content", content)):
         if not isinstance(value, str):
             raise UserError(f"{place}: expected text as its {key}, got {type(value).__name__}.")
-    read = {"role": as_text(place, message["role"]), "content": as_text(place, content)}
+    result = {"role": as_text(place, role), "content": as_text(place, content)}
 
+    # Data sets that were merged may have several of these keys, all but one of them empty.
     reasoning = [message[key] for key in REASONING if message.get(key)]
     if reasoning:
-        read["reasoning_content"] = as_text(f"{place}, its thinking", reasoning[0])
+        result["reasoning_content"] = as_text(f"{place}, its thinking", reasoning[0])
+
     _refuse_masks(place, message)
     if not _is_learned(place, message):
-        read["weight"] = 0
+        result["weight"] = 0
+
     if unread is not None:
-        known = {"role", "content", *LEARNED_KEYS, LOSS, "tool_calls", "function_call", *REASONING}
-        unread.keys |= {str(key) for key, value in message.items() if key not in known and value is not None}
-    return read
+        present = {key for key, value in message.items() if value is not None}
+        unread.keys |= {str(key) for key in present - KNOWN_KEYS}
+    return result
+
+
+def _require_role_and_content(place: str, message: Any) -> None:
+    """Check that a message is an object with these two keys.
+
+    Raises:
+        UserError: it is not.
+    """
+    if not isinstance(message, dict):
+        got = type(message).__name__
+    elif not {"role", "content"} <= message.keys():
+        got = f"the keys {', '.join(map(str, message))}"
+    else:
+        return
+    raise UserError(f"{place}: expected an object with 'role' and 'content', got {got}.{_sharegpt_hint(message)}")
 
 
 def _joined_parts(place: str, content: Any) -> Any:
-    """A content that comes as a list of parts, as one text.
+    """Return a content that comes as a list of parts as one text, and any other as it is.
 
     Raises:
         UserError: a part is no text.
     """
     if not isinstance(content, list):
         return content
+
     texts = []
     for part in content:
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        # A part is a text, or an object of a type: text, image, ...
+        text = part
+        kind = type(part).__name__
+        if isinstance(part, dict):
+            kind = part.get("type", "something")
+            if part.get("type", "text") == "text":
+                text = part.get("text")
+
         if not isinstance(text, str):
-            kind = part.get("type", "something") if isinstance(part, dict) else type(part).__name__
             raise UserError(
                 f"{place}: its content holds a part that is no text ({kind}). Leave such conversations out."
             )
@@ -209,8 +263,11 @@ def _refuse_masks(place: str, message: Mapping[str, Any]) -> None:
         UserError: the message has one.
     """
     masks = [key for key in UNSUPPORTED_MASKS if message.get(key) not in (None, [], {}, "")]
+
+    # `loss: true` says what is so anyway.
     if message.get(LOSS) not in (None, True):
         masks.append(LOSS)
+
     if masks:
         raise UserError(
             f"{place}: its key {masks[0]!r} is {message[masks[0]]!r}, which may say that it is not learned, and is not "
@@ -236,13 +293,16 @@ def _is_learned(place: str, message: Mapping[str, Any]) -> bool:
         value = message.get(key)
         if value is None:
             continue
+
+        # Shares between 0 and 1 would need a loss that is weighted by message.
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise UserError(f"{place}: expected 0 or 1 as its {key}, got {value!r}.")
         learned = learned and bool(value)
     return learned
 
 
-def _from_value(message: Any) -> str:
+def _sharegpt_hint(message: Any) -> str:
+    """Return advice about a message in the format of ShareGPT; empty where it is none."""
     if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
         return ""
     return " Rename 'from' and 'value' to these, and what 'from' says (human, gpt) to user and assistant."
@@ -250,13 +310,14 @@ def _from_value(message: Any) -> str:
 
 def _as_messages(role: str, value: Any) -> list[Any]:
     """Return a prompt or a completion as messages: those that it is a list of, or one of this role."""
-    if isinstance(value, list) and value and all(isinstance(item, dict) and "role" in item for item in value):
+    is_list = isinstance(value, list) and bool(value)
+    if is_list and all(isinstance(item, dict) and "role" in item for item in value):
         return value
     return [{"role": role, "content": value}]
 
 
-def said(conversation: str) -> str:
-    """Return what the messages of a conversation, as `Conversation.text` writes it, say."""
+def text_of_messages(conversation: str) -> str:
+    """Return the words of all messages of a conversation, which is JSON as `Conversation.text` writes it."""
     texts = []
     for message in json.loads(conversation):
         texts += [message.get("reasoning_content", ""), message["content"]]
@@ -265,8 +326,11 @@ def said(conversation: str) -> str:
 
 @dataclass(frozen=True)
 class Columns:
-    """Columns that hold a document: one of messages, or a prompt and its completion, or one of text; those that are
-    there, in this order. Where `text` is named, that one."""
+    """Names of the columns that may hold a document.
+
+    The first of these that a table has is read: the named `text`, and nothing else where it is named; else `messages`;
+    else `prompt` and `completion`; else a column `text`.
+    """
 
     text: str | None = None
     messages: str = "messages"
@@ -275,58 +339,76 @@ class Columns:
     unread: Unread = field(default_factory=Unread, compare=False)
     """Takes note of columns that are met and not read."""
 
-    def among(self, place: str, found: Iterable[str]) -> list[str]:
-        """The columns that hold a document.
+    def among(self, place: str, names: Iterable[str]) -> list[str]:
+        """Return the columns of a table that hold a document.
+
+        Args:
+            names: of all its columns.
 
         Raises:
             UserError: there are none.
         """
-        found = list(found)
-        ways = [[self.text]] if self.text else [[self.messages], [self.prompt, self.completion], ["text"]]
-        for names in ways:
-            if set(names) <= set(found):
-                return names
-        expected = (
-            f"{self.text!r}" if self.text else f"'text', {self.messages!r}, or {self.prompt!r} and {self.completion!r}"
-        )
+        names = list(names)
+        if self.text:
+            choices = [[self.text]]
+            expected = f"{self.text!r}"
+        else:
+            choices = [[self.messages], [self.prompt, self.completion], ["text"]]
+            expected = f"'text', {self.messages!r}, or {self.prompt!r} and {self.completion!r}"
+
+        for choice in choices:
+            if set(choice) <= set(names):
+                return choice
         raise UserError(
-            f"{place}: no column {expected}. Columns found: {', '.join(map(str, found)) or 'none'}. Name yours: "
+            f"{place}: no column {expected}. Columns found: {', '.join(map(str, names)) or 'none'}. Name yours: "
             "--set data.text_column=NAME (or data.messages_column, data.prompt_column and data.completion_column)."
         )
 
-    def to_read(self, place: str, found: Iterable[str]) -> list[str]:
-        """The columns to read: those of `among`, and what belongs to a conversation beside them.
+    def to_read(self, place: str, names: Iterable[str]) -> list[str]:
+        """Return the columns to read: those of `among`, and what belongs to a conversation beside them.
+
+        Args:
+            names: of all columns of the table.
 
         Raises:
             UserError: see `among`.
         """
-        found = list(found)
-        names = self.among(place, found)
+        names = list(names)
+        columns = list(self.among(place, names))
         checked: list[str] = []
-        if self._of_conversation(names):
+        if self._is_conversation(columns):
             beside = [SYSTEM, *UNSUPPORTED_BESIDE]
-            if self.prompt in names:
+            if self.prompt in columns:
                 beside.append(INPUT)
-            names = [*names, *(name for name in beside if name in found and name not in names)]
-            checked = [name for name in (*LEARNED_KEYS, LOSS) if name in found and name not in names]
+            columns += [name for name in beside if name in names and name not in columns]
 
-        self.unread.columns.update(str(name) for name in found if name not in names)
-        return [*names, *checked]
+            # Read to be refused where they say that a row is not learned, and named among the unread otherwise.
+            checked = [name for name in (*LEARNED_KEYS, LOSS) if name in names and name not in columns]
+
+        self.unread.columns.update(str(name) for name in names if name not in columns)
+        return [*columns, *checked]
 
     def document(self, names: Sequence[str], values: Sequence[Any]) -> Any:
-        """The value of the columns that `to_read` chose."""
+        """Return the document of a row: a text, a `Conversation`, or None for an empty one.
+
+        Args:
+            names: of the columns that `to_read` chose.
+            values: of the row in these columns.
+        """
         row = dict(zip(names, values, strict=True))
-        chosen = self.among("", names)
-        if any(row[name] is None for name in chosen):
+        columns = self.among("", names)
+        if any(row[name] is None for name in columns):
             return None
-        if not self._of_conversation(chosen):
-            return row[chosen[0]]
-        beside = {name: value for name, value in row.items() if name not in chosen}
-        if len(chosen) == 1:
+        if not self._is_conversation(columns):
+            return row[columns[0]]
+
+        beside = {name: value for name, value in row.items() if name not in columns}
+        if len(columns) == 1:
             return Conversation(row[self.messages], beside)
+
         prompt = _as_messages("user", row[self.prompt])
         completion = _as_messages("assistant", row[self.completion])
         return Conversation([*prompt, *completion], beside, prompted=len(prompt))
 
-    def _of_conversation(self, names: Sequence[str]) -> bool:
-        return not self.text and (self.messages in names or self.completion in names)
+    def _is_conversation(self, columns: Sequence[str]) -> bool:
+        return not self.text and (self.messages in columns or self.completion in columns)

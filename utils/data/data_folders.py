@@ -1,7 +1,7 @@
-"""Files of a folder that are data.
+"""Files of a folder that are data, told from what programs leave beside them.
 
-What a program leaves beside data is not data: caches of `map` and `filter`, metadata, markers of a finished job, hidden
-files, half downloads. `choose_files` names what it leaves out, so that nothing is left out in silence.
+Caches of `map` and `filter`, metadata, markers of a finished job, hidden files and half downloads are no data.
+`choose_files` names what it leaves out, so that nothing is left out in silence.
 """
 
 import json
@@ -17,13 +17,15 @@ from ..errors import UserError
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".arrow")
-"""Of files that can be read."""
+"""Suffixes of files that can be read."""
 
 SPLIT_NAMES = {"validation": "validation|valid|val|eval|dev"}
 """Split -> other names of it, as a regular expression."""
 
-STATE, SPLITS = "state.json", "dataset_dict.json"
-"""What `save_to_disk` of `datasets` writes beside the data: of one table, and of a dictionary of them."""
+STATE = "state.json"
+"""File that `save_to_disk` of `datasets` writes beside the data of a table."""
+SPLITS = "dataset_dict.json"
+"""File that it writes beside the folders of a dictionary of tables."""
 
 METADATA = {
     STATE,
@@ -33,6 +35,7 @@ METADATA = {
     "dataset-metadata.json",
     "croissant.json",
 }
+"""Files about data under names of types that are read as data."""
 OF_A_MODEL = {
     "config.json",
     "generation_config.json",
@@ -51,10 +54,10 @@ OF_A_MODEL = {
 """Files of a model and its tokenizer under names of types that are read as data."""
 
 CACHE = re.compile(r"cache-[^/]*\.arrow|tmp[^/]*\.arrow")
-"""What `map`, `filter`, `shuffle` and `select` of `datasets` leave beside the data: other rows, or row numbers."""
+"""Files that `map`, `filter`, `shuffle` and `select` of `datasets` leave beside data: other rows, or row numbers."""
 
 ABOUT = re.compile(r"(readme|licen[cs]e|notice|copying|changelog|requirements)(\.(txt|md|rst))?", re.IGNORECASE)
-"""Texts about data, which are none."""
+"""Texts about data, which are no data."""
 
 HIDDEN = (".", "_")
 """First characters of names that other readers of folders (Arrow, Spark, Hive) leave out too: .ipynb_checkpoints,
@@ -69,10 +72,11 @@ class Contents:
     """The files of a folder, sorted by what becomes of them."""
 
     data: list[Path] = field(default_factory=list)
+    """Files to read."""
     aside: list[Path] = field(default_factory=list)
-    """Known not to be data."""
+    """Files and folders that are known not to be data."""
     unread: list[Path] = field(default_factory=list)
-    """Of a type that is not read, or a link to nothing: it may be data."""
+    """Files of a type that is not read, or links to nothing: they may be data."""
 
 
 def choose_files(folder: Path, split: str) -> list[Path]:
@@ -92,11 +96,12 @@ def choose_files(folder: Path, split: str) -> list[Path]:
             f"No data file in folder {folder}: expected one of {', '.join(SUFFIXES)}. In {folder} there is: {inside}."
         )
 
+    # Data of both splits in one folder: training must not read what is evaluated on.
     files = sorted(contents.data)
-    of_split = re.compile(rf"({SPLIT_NAMES.get(split, re.escape(split))})([-_.]|$)", re.IGNORECASE)
-    preferred = [file for file in files if any(of_split.match(part) for part in file.relative_to(folder).parts)]
-    if preferred:
-        _log_left_out(folder, [file for file in files if file not in preferred], f"not of the split {split!r}")
+    of_split = [file for file in files if _is_of_split(file.relative_to(folder), split)]
+    if of_split:
+        others = [file for file in files if file not in of_split]
+        _log_left_out(folder, others, f"not of the split {split!r}")
 
     _log_left_out(folder, contents.aside, "no data: caches, metadata, hidden files, files of a model")
     if contents.unread:
@@ -106,17 +111,32 @@ def choose_files(folder: Path, split: str) -> list[Path]:
             _named(folder, contents.unread),
             ", ".join(SUFFIXES),
         )
-    return preferred or files
+    return of_split or files
+
+
+def _is_of_split(path: Path, split: str) -> bool:
+    """Tell whether a file or a folder that it is in is named after a split: train.jsonl, validation/part-0.parquet."""
+    names = SPLIT_NAMES.get(split, re.escape(split))
+    begins_with_split = re.compile(rf"({names})([-_.]|$)", re.IGNORECASE)
+    return any(begins_with_split.match(part) for part in path.parts)
 
 
 def without_caches(pattern: str, files: Iterable[Path]) -> list[Path]:
     """Return the files that match a pattern, but for caches of `datasets` beside a table; log what is left out."""
-    files = list(files)
-    kept = [file for file in files if not CACHE.fullmatch(file.name)]
-    left_out = [file for file in files if file not in kept]
-    if kept and left_out:
-        log.info("%s: left out, caches of `datasets`: %s", pattern, ", ".join(map(str, left_out[:MOST_NAMED])))
-    return kept or files
+    data: list[Path] = []
+    caches: list[Path] = []
+    for file in files:
+        if CACHE.fullmatch(file.name):
+            caches.append(file)
+        else:
+            data.append(file)
+
+    # A pattern that fits nothing but caches was meant for them.
+    if not data:
+        return caches
+    if caches:
+        log.info("%s: left out, caches of `datasets`: %s", pattern, ", ".join(map(str, caches[:MOST_NAMED])))
+    return data
 
 
 def _sort(folder: Path, contents: Contents, visited: set[Path]) -> None:
@@ -125,8 +145,9 @@ def _sort(folder: Path, contents: Contents, visited: set[Path]) -> None:
     Raises:
         UserError: it cannot be read.
     """
+    # A link to a folder that was read already, which may even lead in a circle.
     real = folder.resolve()
-    if real in visited:  # a link to a folder that was read already
+    if real in visited:
         contents.aside.append(folder)
         return
     visited.add(real)
@@ -136,6 +157,7 @@ def _sort(folder: Path, contents: Contents, visited: set[Path]) -> None:
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error.strerror or error}.") from error
 
+    # Where `datasets` says which files are the data, nothing else is.
     saved = _saved_data(folder)
     if saved is not None:
         contents.data += saved
@@ -144,22 +166,22 @@ def _sort(folder: Path, contents: Contents, visited: set[Path]) -> None:
 
     splits = _saved_splits(folder)
     for path in children:
-        if path.name.startswith(HIDDEN) or _is_known(path):
+        is_stray_folder = splits is not None and path.is_dir() and path.name not in splits
+        if path.name.startswith(HIDDEN) or _is_never_data(path) or is_stray_folder:
             contents.aside.append(path)
         elif path.is_dir():
-            if splits is None or path.name in splits:
-                _sort(path, contents, visited)
-            else:
-                contents.aside.append(path)
+            _sort(path, contents, visited)
         elif path.is_file() and path.suffix.lower() in SUFFIXES:
             contents.data.append(path)
         else:
             contents.unread.append(path)
 
 
-def _is_known(path: Path) -> bool:
+def _is_never_data(path: Path) -> bool:
     """Tell whether a name is that of a file which is never data."""
-    return path.name in METADATA | OF_A_MODEL or bool(CACHE.fullmatch(path.name)) or bool(ABOUT.fullmatch(path.name))
+    if path.name in METADATA or path.name in OF_A_MODEL:
+        return True
+    return bool(CACHE.fullmatch(path.name) or ABOUT.fullmatch(path.name))
 
 
 def _saved_data(folder: Path) -> list[Path] | None:
@@ -168,6 +190,7 @@ def _saved_data(folder: Path) -> list[Path] | None:
     Raises:
         UserError: a file is missing, or the table has an index that says which of its rows count.
     """
+    # Other programs write a file of this name too; checkpoints of a run have one.
     state = _json(folder / STATE)
     if not isinstance(state, dict) or "_data_files" not in state:
         return None
@@ -178,6 +201,8 @@ def _saved_data(folder: Path) -> list[Path] | None:
             "which is not read. Save it again: datasets.load_from_disk(...).flatten_indices().save_to_disk(...), with "
             "the version that wrote it."
         )
+
+    # By its name alone: a path in the file must not lead out of the folder.
     files = [folder / Path(entry["filename"]).name for entry in state["_data_files"]]
     missing = [file.name for file in files if not file.is_file()]
     if missing:
@@ -222,11 +247,17 @@ def _json(file: Path) -> Any:
 
 
 def _log_left_out(folder: Path, files: Sequence[Path], why: str) -> None:
+    """Log files that are not read, where there are any."""
     if files:
         log.info("%s: left out, %s: %s", folder, why, _named(folder, files))
 
 
 def _named(folder: Path, files: Sequence[Path]) -> str:
-    names = [str(file.relative_to(folder)) + "/" * file.is_dir() for file in files]
+    """Return the names of files below a folder, the first of them; empty where there are none."""
+    names: list[str] = []
+    for file in files:
+        name = str(file.relative_to(folder))
+        names.append(f"{name}/" if file.is_dir() else name)
+
     more = f" and {len(names) - MOST_NAMED} more" if len(names) > MOST_NAMED else ""
     return ", ".join(names[:MOST_NAMED]) + more

@@ -1,16 +1,16 @@
-"""Batches as one tensor each, from worker processes."""
+"""Count of the windows that a loader really yields in an epoch: none may be lost, and none may come twice."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .batch_order import step_batches
-from .loader import _Rows, loader
-from .windows import window_key
+from .batch_order import BatchGeometry, step_batches
+from .loader import WindowRows, loader
+from .windows import Window, window_key
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a loader really yielded in one epoch."""
+    """Windows that a loader yielded in one epoch, counted."""
 
     expected: int
     """Windows in the data."""
@@ -23,16 +23,19 @@ class Delivery:
 
     @property
     def missing(self) -> int:
+        """Windows that never came."""
         return self.expected - (self.delivered - self.repeated)
 
 
-class _Numbered(_Rows):
+class _NumberedRows(WindowRows):
+    """Index and content hash of every window, so that what comes out of the loader can be told apart."""
+
     def __getitem__(self, index: int) -> tuple[int, bytes]:
         return index, window_key(self.windows[index])
 
 
 def delivery(
-    windows: Sequence[dict],
+    windows: Sequence[Window],
     *,
     micro_batch: int,
     num_workers: int,
@@ -41,23 +44,25 @@ def delivery(
     epoch: int = 0,
 ) -> Delivery:
     """Run an epoch of the loader, for every process with so many workers, and count what comes out."""
-    seen: list[tuple[int, bytes]] = []
+    rows = _NumberedRows(windows)
+    delivered: list[tuple[int, bytes]] = []
     for rank in range(processes):
-        batches = step_batches(
-            len(windows),
+        geometry = BatchGeometry(
             global_batch=micro_batch * processes,
             micro_batch=micro_batch,
             processes=processes,
             rank=rank,
-            seed=seed,
-            epoch=epoch,
         )
-        for batch in loader(_Numbered(windows), batches, list, num_workers):
-            seen += batch or []
-    distinct = {index: content for index, content in seen}
+        batches = step_batches(len(windows), geometry, seed=seed, epoch=epoch)
+        for batch in loader(rows, batches, list, num_workers):
+            # None: a short last step leaves this process an empty micro-batch.
+            if batch is not None:
+                delivered += batch
+
+    contents = dict(delivered)  # index -> hash: a window that came twice counts once
     return Delivery(
         expected=len(windows),
-        delivered=len(seen),
-        repeated=len(seen) - len(distinct),
-        identical=len(distinct) - len(set(distinct.values())),
+        delivered=len(delivered),
+        repeated=len(delivered) - len(contents),
+        identical=len(contents) - len(set(contents.values())),
     )

@@ -1,9 +1,9 @@
-"""From sources to windows: documents, train/eval split, windows.
+"""Documents of a run: read from every source, cleaned of repeats, and divided into training and evaluation text.
 
-    sources --load_documents--> Corpus of documents --make_windows--> windows
+    sources --load_documents--> Corpus --make_windows--> windows (see `windows`)
 
 Everything that decides what is trained on is a pure function of the texts, so that a resumed run sees what an
-uninterrupted one would have seen. In which order is told in `loading`.
+uninterrupted one would have seen. `batch_order` has the order in which windows are seen.
 """
 
 import logging
@@ -21,7 +21,7 @@ import numpy as np
 from ..config.settings import DataConfig
 from ..errors import UserError
 from . import sources
-from .columns import Columns, Conversation, as_text, said
+from .columns import Columns, Conversation, as_text, text_of_messages
 
 log = logging.getLogger(__name__)
 
@@ -31,10 +31,8 @@ LONG_DOCUMENT = 50
 """Windows beyond which a document is a long one."""
 MOST_IN_LONG_DOCUMENTS = 0.01
 """Share of a text that may be in long documents without a warning: articles of an encyclopedia are as long, a few."""
-MOST_MEASURED = 1000
-"""So many documents that are in no window are measured, to name the shortest."""
 SHORT_DOCUMENT = 4
-"""Up to so many windows a document may be most of a text (of three notes, say) without a word."""
+"""Windows up to which a document may be most of a text (of three notes, say) without a warning."""
 
 
 @dataclass(frozen=True)
@@ -44,193 +42,309 @@ class Corpus:
     train: list[str]
     eval: list[str]
     conversations: bool
-    """Whether every document is a conversation, as `Conversation.text` writes it; else every one is plain text."""
+    """Every document is a conversation, as `Conversation.text` writes it; else every one is plain text."""
     report: dict[str, int]
     """Documents read, empty, duplicate, in_eval (dropped from training because evaluation has them), train, eval;
     train_bytes and eval_bytes, UTF-8, of conversations what their messages say."""
 
 
-# ---------------------------------------------------------------- documents
+@dataclass
+class _FirstPlaces:
+    """Places of the first conversation and of the first plain text; a run learns from one kind only."""
+
+    conversation: str | None = None
+    plain_text: str | None = None
+
+
+# ---------------------------------------------------------------- reading
 
 
 def load_documents(config: DataConfig) -> Corpus:
     """Read every source, drop what is empty or repeated, and split by document.
 
-    What a source can be is told in `sources`.
-
     Without an evaluation source, a document goes to evaluation if a hash of its text says so: it stays on its
     side whatever documents come or go beside it. Texts that differ only in whitespace share a side.
 
-    Raises `UserError` for what cannot be found, read or split.
+    Raises:
+        UserError: something cannot be found, read or split.
     """
     report = dict.fromkeys(("read", "empty", "duplicate", "in_eval"), 0)
-    kinds: dict[bool, str] = {}
-    documents = _kept(
-        _read(config, config.train, config.split, kinds), report, config.deduplicate, config.max_documents
+    places = _FirstPlaces()
+
+    # A variable would keep the generator open: it logs the columns that were not read when it is closed.
+    documents = _clean(
+        _read(config, config.train, config.split, places),
+        report,
+        deduplicate=config.deduplicate,
+        limit=config.max_documents,
     )
-    _require(documents, config.train, report, True in kinds)
+    conversations = places.conversation is not None
+    _require_text(documents, config.train, report, conversations=conversations)
+
     if config.eval is None:
         train, held_out = _split(documents, config.eval_fraction)
     else:
-        counts = dict.fromkeys(report, 0)
-        held_out = _kept(_read_eval(config, kinds), counts, config.deduplicate, None)
-        _require(held_out, [config.eval], counts, True in kinds)
-        keys = {_key(text) for text in held_out}
-        train = [text for text in documents if _key(text) not in keys]
+        held_out = _load_held_out(config, places)
+        train = _without(documents, held_out, evaluation_data=config.eval)
         report["in_eval"] = len(documents) - len(train)
-        if not train:
-            raise UserError(
-                f"Every one of the {len(documents)} training documents is also in the evaluation data {config.eval}. "
-                "Give other evaluation data, or none: then a part of the training documents is held out."
-            )
-    for name, side in (("train", train), ("eval", held_out)):
-        report |= {name: len(side), f"{name}_bytes": _bytes(map(said, side) if True in kinds else side)}
-    return Corpus(train, held_out, True in kinds, report)
+
+    for name, texts in (("train", train), ("eval", held_out)):
+        report[name] = len(texts)
+        report[f"{name}_bytes"] = byte_count(map(text_of_messages, texts) if conversations else texts)
+    return Corpus(train, held_out, conversations, report)
 
 
-def _read(config: DataConfig, names: Sequence[str], split: str, kinds: dict[bool, str]) -> Iterator[tuple[str, str]]:
-    """Documents as texts. `kinds`: where the first conversation (True) or plain text (False) was met."""
+def _load_held_out(config: DataConfig, places: _FirstPlaces) -> list[str]:
+    """Return the documents of the evaluation source, without repeats.
+
+    Raises:
+        UserError: it cannot be read, holds no text, or not the kind of text that is trained on.
+    """
+    counts = dict.fromkeys(("read", "empty", "duplicate"), 0)
+    documents = _clean(_read_eval(config, places), counts, deduplicate=config.deduplicate, limit=None)
+    _require_text(documents, [config.eval], counts, conversations=places.conversation is not None)
+    return documents
+
+
+def _without(documents: Sequence[str], held_out: Sequence[str], evaluation_data: str) -> list[str]:
+    """Return the training documents that evaluation does not have.
+
+    Raises:
+        UserError: evaluation has all of them.
+    """
+    keys = {_key(text) for text in held_out}
+    train = [text for text in documents if _key(text) not in keys]
+    if not train:
+        raise UserError(
+            f"Every one of the {len(documents)} training documents is also in the evaluation data {evaluation_data}. "
+            "Give other evaluation data, or none: then a part of the training documents is held out."
+        )
+    return train
+
+
+def _read(config: DataConfig, names: Sequence[str], split: str, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
+    """Yield (place, text) of every document, and log at the end which columns and keys were not read.
+
+    Args:
+        places: of the first document of each kind, which are noted there.
+    """
     columns = Columns(config.text_column, config.messages_column, config.prompt_column, config.completion_column)
     try:
-        yield from _documents(config, names, split, kinds, columns)
-    finally:  # also where no more of them are wanted
-        if unread := str(columns.unread):
+        yield from _documents(config, names, split, places=places, columns=columns)
+    finally:  # also where `max_documents` ends the reading
+        unread = str(columns.unread)
+        if unread:
             log.info("%s: %s", ", ".join(names), unread)
 
 
-def _read_eval(config: DataConfig, kinds: dict[bool, str]) -> Iterator[tuple[str, str]]:
-    """Documents of the evaluation text, read without what describes the training text alone."""
+def _read_eval(config: DataConfig, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
+    """Return documents of the evaluation text, read without what describes the training text alone."""
     defaults = DataConfig()
     settings = {name: getattr(defaults, name) for name in config.train_only}
-    return _read(replace(config, **settings), [config.eval], "validation", kinds)
+    return _read(replace(config, **settings), [config.eval], "validation", places)
 
 
 def _documents(
-    config: DataConfig, names: Sequence[str], split: str, kinds: dict[bool, str], columns: Columns
+    config: DataConfig, names: Sequence[str], split: str, *, places: _FirstPlaces, columns: Columns
 ) -> Iterator[tuple[str, str]]:
-    found = sources.read(names, split=split, columns=columns, separator=config.document_separator)
-    for place, value in found if config.document_start is None else _joined(found, config.document_start):
-        chat = isinstance(value, Conversation)
-        if value is not None and kinds.setdefault(chat, place) and len(kinds) > 1:
-            raise UserError(
-                f"Conversations and plain text cannot be mixed: {kinds[True]} is a conversation (columns "
-                f"{config.messages_column!r}, or {config.prompt_column!r} and {config.completion_column!r}), "
-                f"{kinds[False]} is plain text. Give one kind, for training and for evaluation; to read a column as "
-                "plain text, name it: --set data.text_column=NAME."
-            )
-        yield place, value.text(place, config.learn_from, columns.unread) if chat else as_text(place, value)
+    """Yield (place, text) of every document.
+
+    Raises:
+        UserError: something cannot be read, or conversations and plain text are mixed.
+    """
+    located = sources.read(names, split=split, columns=columns, separator=config.document_separator)
+    if config.document_start is not None:
+        located = _join_lines(located, config.document_start)
+
+    for place, value in located:
+        is_conversation = isinstance(value, Conversation)
+        if value is not None:
+            _require_one_kind(config, place, places, is_conversation=is_conversation)
+
+        if is_conversation:
+            yield place, value.text(place, config.learn_from, columns.unread)
+        else:
+            yield place, as_text(place, value)
+
+
+def _require_one_kind(config: DataConfig, place: str, places: _FirstPlaces, *, is_conversation: bool) -> None:
+    """Note the first document of each kind.
+
+    Raises:
+        UserError: both kinds were met.
+    """
+    if is_conversation and places.conversation is None:
+        places.conversation = place
+    if not is_conversation and places.plain_text is None:
+        places.plain_text = place
+
+    if places.conversation is not None and places.plain_text is not None:
+        raise UserError(
+            f"Conversations and plain text cannot be mixed: {places.conversation} is a conversation (columns "
+            f"{config.messages_column!r}, or {config.prompt_column!r} and {config.completion_column!r}), "
+            f"{places.plain_text} is plain text. Give one kind, for training and for evaluation; to read a column as "
+            "plain text, name it: --set data.text_column=NAME."
+        )
 
 
 @contextmanager
 def errors_name_their_document(config: DataConfig) -> Iterator[None]:
-    """An error about one document (a ValueError that has its name as `document`) is told with the document's place.
+    """Put the place of a document in front of an error about it: a ValueError that has its name as `document`.
 
-    The place is found by reading the sources once more, so that no run has to keep those of all its documents.
+    The place is looked up by reading the sources once more, so that no run has to keep those of all its documents.
 
-    Raises `UserError` in that error's place.
+    Raises:
+        UserError: in that error's place.
     """
     try:
         yield
     except ValueError as error:
-        if not (name := getattr(error, "document", None)):
+        name = getattr(error, "document", None)
+        if not name:
             raise
-        raise UserError(f"{_place_of(config, name)}: {error}") from error
+        raise UserError(f"{place_of_document(config, name)}: {error}") from error
 
 
-def _place_of(config: DataConfig, name: str) -> str:
-    """Return where the document of this name is, by reading the sources once more."""
-    rows = _read(config, config.train, config.split, {})
+def place_of_document(config: DataConfig, name: str) -> str:
+    """Return the place of the document with this name, by reading the sources once more."""
+    rows = _read(config, config.train, config.split, _FirstPlaces())
     if config.eval is not None:
-        rows = chain(rows, _read_eval(config, {}))
+        rows = chain(rows, _read_eval(config, _FirstPlaces()))
     return next(place for place, text in rows if document_name(text) == name)
 
 
-def _joined(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Located]:
-    """Parts up to the next one that matches `start`, as one document. Lines keep the line breaks they come with."""
+def _join_lines(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Located]:
+    """Join parts up to the next one that matches `start` to one document. Lines keep the line breaks they come with.
+
+    Raises:
+        UserError: `start` is no regular expression, or a part is a conversation.
+    """
     try:
-        begins = re.compile(start)
+        begins_document = re.compile(start)
     except re.error as error:
         raise UserError(f"data.document_start: got {start!r}, expected a regular expression ({error})") from error
-    place, held = "", []
-    for where, value in parts:
+
+    place = ""
+    lines: list[str] = []
+    for part_place, value in parts:
         if isinstance(value, Conversation):
-            raise UserError(f"{where}: a conversation, but data.document_start is for texts that come line by line.")
-        text = as_text(where, value)
-        if begins.search(text) and held:
-            yield place, "".join(held)
-            held = []
-        place = place if held else where
-        held.append(text if text.endswith("\n") else text + "\n")
-    if held:
-        yield place, "".join(held)
+            raise UserError(
+                f"{part_place}: a conversation, but data.document_start is for texts that come line by line."
+            )
+
+        text = as_text(part_place, value)
+        if lines and begins_document.search(text):
+            yield place, "".join(lines)
+            lines = []
+
+        # A document is where its first line is.
+        if not lines:
+            place = part_place
+        lines.append(text if text.endswith("\n") else text + "\n")
+
+    if lines:
+        yield place, "".join(lines)
 
 
-def _kept(
-    documents: Iterable[tuple[str, str]], report: dict[str, int], deduplicate: bool, limit: int | None
+# ---------------------------------------------------------------- cleaning and splitting
+
+
+def _clean(
+    documents: Iterable[tuple[str, str]], counts: dict[str, int], *, deduplicate: bool, limit: int | None
 ) -> list[str]:
+    """Return documents that have text, each once if `deduplicate`, and not more than `limit`.
+
+    Args:
+        counts: of documents that were read, empty and duplicate, which are added there.
+    """
     documents = iter(documents)
-    kept: list[str] = []
+    texts: list[str] = []
     seen: set[bytes] = set()
     for _, text in documents:
-        report["read"] += 1
+        counts["read"] += 1
         if not text.strip():
-            report["empty"] += 1
+            counts["empty"] += 1
             continue
+
         if deduplicate:
             digest = _digest(text)
             if digest in seen:
-                report["duplicate"] += 1
+                counts["duplicate"] += 1
                 continue
             seen.add(digest)
 
-        kept.append(text)
-        if limit is not None and len(kept) >= limit:
+        texts.append(text)
+        if limit is not None and len(texts) >= limit:
             _log_unread(documents, limit)
             break
-    return kept
+    return texts
 
 
 def _log_unread(rest: Iterator[tuple[str, str]], limit: int) -> None:
     """Log how many documents `max_documents` leaves out; counted up to the limit once more, so that it costs little."""
     unread = 0
-    # what is wrong in documents that nobody asked for is nobody's mistake
+    # An error in documents that the run does not use must not end it.
     with suppress(UserError):
         unread = sum(1 for _, text in islice(rest, limit) if text.strip())
+
     if unread:
         at_least = "at least " if unread >= limit else ""
         log.info("data.max_documents=%s: %s%s further documents are not read", f"{limit:,}", at_least, f"{unread:,}")
 
 
-def _require(documents: list[str], names: Sequence[str], report: dict[str, int], conversations: bool) -> None:
+def _require_text(documents: list[str], names: Sequence[str], counts: dict[str, int], *, conversations: bool) -> None:
+    """Check that there are sources, and text in them.
+
+    Raises:
+        UserError: there is none.
+    """
     if not names:
         raise UserError("No training data: expected at least one file, folder or hub id. Give it with --train-data.")
-    if not documents and conversations:
+    if documents:
+        return
+
+    if conversations:
         raise UserError(
-            f"Nothing to learn from in {', '.join(names)}: in none of {report['read']} conversations is there text of "
+            f"Nothing to learn from in {', '.join(names)}: in none of {counts['read']} conversations is there text of "
             "the role 'assistant'. Rename the role that answers (gpt, bot, model), or learn from all messages: "
             "--set data.learn_from=all."
         )
-    if not documents:
-        raise UserError(
-            f"No text in {', '.join(names)}: {report['read']} documents read, {report['empty']} of them empty. "
-            "Expected at least one document with text; check the paths, the text column and the separator."
-        )
+    raise UserError(
+        f"No text in {', '.join(names)}: {counts['read']} documents read, {counts['empty']} of them empty. "
+        "Expected at least one document with text; check the paths, the text column and the separator."
+    )
 
 
 def _split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
-    place = [int.from_bytes(_key(text)[:8], "big") / 2**64 for text in documents]
-    low, high = min(place), max(place)
-    if low == high:
+    """Divide documents into training and evaluation, by a hash of each text that is uniform in [0, 1).
+
+    Raises:
+        UserError: there is only one text.
+    """
+    positions = [int.from_bytes(_key(text)[:8], "big") / 2**64 for text in documents]
+    lowest = min(positions)
+    highest = max(positions)
+    if lowest == highest:
         raise UserError(
             "Got a single document, which cannot be split into training and evaluation. Name what separates documents "
             "in a .txt file (--document-separator, the setting document_separator), or how one starts where texts come "
             "line by line (--set data.document_start=REGEX; without it every row is one); or give more documents, or "
             f"evaluation data of its own (--eval-data).{uncut_marker(documents)}"
         )
+
     # Tiny data: the lowest document is always held out, the highest never; still chosen by the texts alone.
-    held_out = [p == low or p < min(fraction, high) for p in place]
-    train = [text for text, out in zip(documents, held_out, strict=True) if not out]
-    return train, [text for text, out in zip(documents, held_out, strict=True) if out]
+    limit = min(fraction, highest)
+    train: list[str] = []
+    held_out: list[str] = []
+    for text, position in zip(documents, positions, strict=True):
+        if position == lowest or position < limit:
+            held_out.append(text)
+        else:
+            train.append(text)
+    return train, held_out
+
+
+# ---------------------------------------------------------------- names and hashes
 
 
 def _digest(text: str) -> bytes:
@@ -242,7 +356,8 @@ def _key(text: str) -> bytes:
     return _digest(" ".join(text.split()))
 
 
-def _bytes(texts: Iterable[str]) -> int:
+def byte_count(texts: Iterable[str]) -> int:
+    """Return the length of texts in UTF-8, in bytes."""
     return sum(len(text.encode()) for text in texts)
 
 
@@ -262,14 +377,15 @@ def corpus_fingerprint(texts: Iterable[str]) -> str:
 def leakage(train: Iterable[str], held_out: Sequence[str]) -> float:
     """Share of evaluation documents whose text, up to whitespace, is also a training document: 0 is right."""
     keys = {_key(text) for text in train}
-    return sum(_key(text) in keys for text in held_out) / max(len(held_out), 1)
+    leaked = sum(_key(text) in keys for text in held_out)
+    return leaked / max(len(held_out), 1)
 
 
-# ---------------------------------------------------------------- windows
+# ---------------------------------------------------------------- sizes
 
 
 def uncut_marker(texts: Iterable[str]) -> str:
-    """Say that what ends documents elsewhere stands inside of these, and how they are cut there; empty if it does not.
+    """Return a hint about an end-of-text marker inside of documents, and how to cut at it; empty if there is none.
 
     A .txt file is cut at lines that are the marker. Beside other words of a line it stays in the text.
     """
@@ -283,24 +399,27 @@ def uncut_marker(texts: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class DocumentSizes:
-    """How long the documents of a plain text are."""
+    """Lengths of the documents of a plain text."""
 
     documents: int
     longest_share: float
-    """Of the bytes of the text."""
+    """Share of the bytes of the text that the longest document holds."""
     longest_windows: float
     """Windows that the longest document fills."""
     long: int
     """Documents that fill more than `LONG_DOCUMENT` windows."""
     long_share: float
-    """Their share of the bytes of the text."""
+    """Share of the bytes of the text that those hold."""
 
     @classmethod
     def of(cls, texts: Sequence[str], windows: datasets.Dataset) -> "DocumentSizes":
         """Measure documents in the windows that they were packed into."""
         sizes = np.array([len(text.encode()) for text in texts])
+
+        # Bytes of the fullest window: a window that holds little would make every document look long.
         window = max(int(np.max(windows["bytes"][:])), 1)
         is_long = sizes > LONG_DOCUMENT * window
+
         return cls(
             documents=len(texts),
             longest_share=float(sizes.max() / sizes.sum()),
@@ -311,7 +430,7 @@ class DocumentSizes:
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether the text looks as if it was not cut into documents (a book looks like that too)."""
+        """Sign of a text that was not cut into documents (a book looks like that too)."""
         is_one_document = self.longest_share > MOST_OF_TEXT and self.longest_windows > SHORT_DOCUMENT
         return is_one_document or self.long_share > MOST_IN_LONG_DOCUMENTS
 
@@ -336,7 +455,7 @@ DOCUMENTS_REMEDY = (
 def document_sizes(
     corpus: Corpus, windows: datasets.Dataset, held_out: datasets.Dataset
 ) -> dict[Literal["training", "held-out"], DocumentSizes]:
-    """Measure the documents of both sides; none of conversations: `warn_of_left_out` tells where those are long."""
+    """Measure the documents of both sides; none of conversations, of which `warn_of_left_out` warns."""
     if corpus.conversations:
         return {}
     return {
@@ -346,7 +465,7 @@ def document_sizes(
 
 
 def warn_of_long_documents(corpus: Corpus, windows: datasets.Dataset, held_out: datasets.Dataset) -> None:
-    """Raise a red flag where a text looks as if it was not cut into documents: it would be split and packed badly."""
+    """Warn where a text looks as if it was not cut into documents: it would be split and packed badly."""
     texts = {"training": corpus.train, "held-out": corpus.eval}
     for kind, sizes in document_sizes(corpus, windows, held_out).items():
         if sizes.is_doubtful:

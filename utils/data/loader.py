@@ -1,9 +1,8 @@
-"""From windows to micro-batches: in which order, by whom they are made, and what really comes out.
+"""Loader: collated micro-batches in a given order, made by worker processes or by a thread.
 
     windows --step_batches--> indices of every micro-batch --loader--> batches
 
-What comes when is a pure function of the seed, the epoch and the position: a resumed run sees what an uninterrupted
-one would have seen.
+What comes when is a pure function of the indices: a resumed run sees what an uninterrupted one would have seen.
 """
 
 import atexit
@@ -22,28 +21,39 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..machine.stop_signals import ignore_stop_signals, stop_signals_delayed
-from . import batch_order
+from .batch_order import permutation
+from .windows import Window
+
+Collate = Callable[[list[Window]], Any]
+"""Windows of a micro-batch -> the batch."""
+
+_END = object()
+"""Stands for the batch after the last one: None is a batch, the empty one."""
 
 
-class _Rows(Dataset):
-    """Windows one by one, so that a row does not depend on which others were asked for with it."""
+class WindowRows(Dataset):
+    """Windows fetched one by one, so that a row does not depend on which others come with it.
 
-    def __init__(self, windows: Sequence[dict]) -> None:
+    Without it a `DataLoader` would ask a table of `datasets` for a whole batch at once.
+    """
+
+    def __init__(self, windows: Sequence[Window]) -> None:
         self.windows = windows
 
     def __len__(self) -> int:
         return len(self.windows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> Window:
         return self.windows[index]
 
 
 def _as_array(tensor: torch.Tensor) -> tuple[Callable, tuple]:
+    """Return how pickle is to rebuild a tensor: from the bytes of an array."""
     return torch.from_numpy, (tensor.numpy(),)
 
 
-class _Parcel:
-    """A batch on its way from a worker: one tensor, whatever it holds.
+class _PackedBatch:
+    """A batch on its way from a worker, pickled into one tensor, whatever it holds.
 
     Left to itself, torch passes every tensor by a file of its own, and asks the worker for each, which costs the
     receiver more time than making the batch. (Plain bytes do not fit into a pipe at once: a worker that is killed
@@ -52,44 +62,53 @@ class _Parcel:
 
     def __init__(self, batch: Any) -> None:
         packed = io.BytesIO()
+
+        # Of this pickler alone: torch's own way of pickling tensors passes them by files.
         pickler = pickle.Pickler(packed, pickle.HIGHEST_PROTOCOL)
         pickler.dispatch_table = copyreg.dispatch_table | {torch.Tensor: _as_array}
         pickler.dump(batch)
+
         self.packed = torch.frombuffer(packed.getbuffer(), dtype=torch.uint8)
 
-    def opened(self) -> Any:
+    def unpack(self) -> Any:
+        """Return the batch."""
         return pickle.loads(self.packed.numpy())
 
     def pin_memory(self) -> Any:
-        """What the pinning thread of a `DataLoader` calls."""
-        batch = self.opened()
-        return batch if batch is None else batch.pin_memory()
+        """Return the batch in pinned memory; the pinning thread of a `DataLoader` calls this."""
+        batch = self.unpack()
+        if batch is None:
+            return None
+        return batch.pin_memory()
 
 
 @dataclass(frozen=True)
 class _Collate:
-    collate: Callable[[list[dict]], Any]
+    """Collator that a `DataLoader` calls: packs batches that come from a worker process."""
 
-    def __call__(self, windows: list[dict]) -> Any:
+    collate: Collate
+
+    def __call__(self, windows: list[Window]) -> Any:
         batch = self.collate(windows) if windows else None
-        return batch if get_worker_info() is None else _Parcel(batch)
+        is_in_worker = get_worker_info() is not None
+        return _PackedBatch(batch) if is_in_worker else batch
 
 
-_END = object()
-
-
-def some_batches(
-    windows: Sequence[dict], collate: Callable[[list[dict]], Any], count: int, size: int, seed: int
-) -> list[Any]:
+def some_batches(windows: Sequence[Window], collate: Collate, count: int, size: int, seed: int) -> list[Any]:
     """At most `count` windows in batches of `size`, the same ones in every process."""
-    chosen = batch_order.permutation(len(windows), seed, 0)[:count].tolist()
-    return [collate([windows[i] for i in chosen[at : at + size]]) for at in range(0, len(chosen), size)]
+    indices = permutation(len(windows), seed, 0)[:count].tolist()
+
+    batches = []
+    for start in range(0, len(indices), size):
+        rows = [windows[index] for index in indices[start : start + size]]
+        batches.append(collate(rows))
+    return batches
 
 
 def loader(
-    windows: Sequence[dict],
+    windows: Sequence[Window],
     batches: Iterable[list[int]],
-    collate: Callable[[list[dict]], Any],
+    collate: Collate,
     num_workers: int = 0,
     pin: bool = False,
     at_once: int = 1,
@@ -100,15 +119,18 @@ def loader(
     while `at_once` batches are worked on, those that are taken in one go. Does not draw from the global random
     generators, so that the number of loaders a run has used up does not change what it computes.
     """
+    # Workers together hold at least the batches of a step; two each, torch's default, keep them busy.
+    prefetch = max(2, ceil(at_once / num_workers)) if num_workers else None
+
     data_loader = DataLoader(
-        _Rows(windows),
+        WindowRows(windows),
         batch_sampler=list(batches),
         collate_fn=_Collate(collate),
         num_workers=num_workers,
         worker_init_fn=_start_worker if num_workers else None,
-        prefetch_factor=max(2, ceil(at_once / num_workers)) if num_workers else None,
+        prefetch_factor=prefetch,
         pin_memory=pin,
-        generator=torch.Generator().manual_seed(0),
+        generator=torch.Generator().manual_seed(0),  # else it would draw a seed from the global one
     )
     if num_workers:
         yield from _from_workers(data_loader)
@@ -117,7 +139,7 @@ def loader(
 
 
 def _from_workers(data_loader: DataLoader) -> Iterator[Any]:
-    """Batches that worker processes make.
+    """Yield batches that worker processes make.
 
     They are taken in this thread, the one that torch tells of a worker that was killed.
     """
@@ -125,11 +147,12 @@ def _from_workers(data_loader: DataLoader) -> Iterator[Any]:
         arriving = iter(data_loader)
 
     for batch in arriving:
-        yield batch.opened() if isinstance(batch, _Parcel) else batch
+        # The pinning thread has unpacked it already where there is one.
+        yield batch.unpack() if isinstance(batch, _PackedBatch) else batch
 
 
 def _from_thread(data_loader: DataLoader, at_once: int) -> Iterator[Any]:
-    """Batches that a thread makes while the `at_once` batches before are worked on."""
+    """Yield batches that a thread makes while the `at_once` batches before are worked on."""
     arriving = iter(data_loader)
     thread = ThreadPoolExecutor(1, "batches")
 
@@ -140,10 +163,11 @@ def _from_thread(data_loader: DataLoader, at_once: int) -> Iterator[Any]:
             waiting.append(thread.submit(next, arriving, _END))
             yield batch
     finally:
-        thread.shutdown(cancel_futures=True)
+        thread.shutdown(cancel_futures=True)  # where the caller takes no further batch
 
 
 def _start_worker(worker: int) -> None:
+    """Leave stop signals to the main process, which ends its workers in order."""
     ignore_stop_signals()
 
 

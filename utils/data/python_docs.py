@@ -1,4 +1,4 @@
-"""The corpus of the first run: texts that ship with Python."""
+"""Text of the first run, which needs no network: the language reference and the docstrings that ship with Python."""
 
 import ast
 import sysconfig
@@ -10,30 +10,47 @@ from ..errors import UserError
 MIN_DOCUMENT = 200
 """Characters; docstrings below are mostly one-liners that say little beyond a name."""
 
+LEAST_TEXT = 500_000
+"""Characters of a corpus that a model can learn something from; a complete Python has many times more."""
 
 LEFT_OUT = {
-    *("test", "tests", "idle_test", "idlelib", "lib2to3", "turtledemo", "ensurepip"),
-    *("site-packages", "dist-packages", "__pycache__"),
+    "test",
+    "tests",
+    "idle_test",
+    "idlelib",
+    "lib2to3",
+    "turtledemo",
+    "ensurepip",
+    "site-packages",
+    "dist-packages",
+    "__pycache__",
 }
+"""Folders of the standard library with tests, tools and packages of others, which differ from machine to machine."""
 
 
 def collect_text() -> list[str]:
-    """Language reference and standard-library docstrings: distinct documents, in an order that is always the same.
+    """Return language reference and standard-library docstrings as distinct documents, always in the same order.
 
     Sources are parsed, never imported.
+
+    Raises:
+        UserError: this Python has no standard library with sources.
     """
-    documents = dict.fromkeys(
-        text for text in (*_topics(), *_docstrings(Path(sysconfig.get_paths()["stdlib"]))) if len(text) >= MIN_DOCUMENT
-    )
-    if sum(map(len, documents)) < 500_000:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts = [*_topics(), *_docstrings(library)]
+
+    # A dict has each text once and keeps the order, which a set does not.
+    documents = dict.fromkeys(text for text in texts if len(text) >= MIN_DOCUMENT)
+    if sum(map(len, documents)) < LEAST_TEXT:
         raise UserError(
-            f"Found only {len(documents)} documents in this Python ({sysconfig.get_paths()['stdlib']}): expected its "
+            f"Found only {len(documents)} documents in this Python ({library}): expected its "
             "standard library with sources. Install a full Python, or give --train-data and a --config."
         )
     return list(documents)
 
 
 def _topics() -> Iterator[str]:
+    """Yield the topics of `help()`: the language reference, in plain text."""
     try:
         from pydoc_data.topics import topics
     except ImportError:  # some distributions split it off
@@ -43,30 +60,42 @@ def _topics() -> Iterator[str]:
 
 
 def _docstrings(library: Path) -> Iterator[str]:
-    """One document per module, function and class; a class comes with its methods."""
+    """Yield one document per module, function and class; a class comes with its methods."""
     for file in sorted(library.rglob("*.py")):
         parts = file.relative_to(library).with_suffix("").parts
         if LEFT_OUT.intersection(parts):
             continue
+
+        # Some files are templates, or broken on purpose.
         try:
             tree = ast.parse(file.read_bytes())
         except (SyntaxError, ValueError, OSError):
             continue
+
         module = ".".join(part for part in parts if part != "__init__")
-        if text := ast.get_docstring(tree):
-            yield _tidy(f"module {module}\n\n{text}")
+        module_text = ast.get_docstring(tree)
+        if module_text:
+            yield _tidy(f"module {module}\n\n{module_text}")
+
         for node in tree.body:
-            if text := "\n\n".join(_described(node)):
+            text = "\n\n".join(_described(node))
+            if text:
                 yield _tidy(text)
 
 
 def _described(node: ast.stmt) -> Iterator[str]:
-    """Signature and docstring of a function or class and of what it contains; nothing where there is no docstring."""
+    """Yield signature and docstring of a function or class, then of the methods of a class.
+
+    Nothing where there is no docstring.
+    """
     if not isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
         return
-    if text := ast.get_docstring(node):
+
+    text = ast.get_docstring(node)
+    if text:
         indented = "\n".join(f"    {line}" if line.strip() else "" for line in text.splitlines())
         yield f"{_signature(node)}:\n{indented}"
+
     if isinstance(node, ast.ClassDef):
         for inner in node.body:
             yield from _described(inner)
@@ -80,6 +109,7 @@ def _signature(node: ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> s
 
 
 def _tidy(text: str) -> str:
-    """Without trailing blanks, and without what is no text (lone surrogates in examples)."""
-    lines = (line.rstrip() for line in text.encode("utf-8", "replace").decode().strip().splitlines())
+    """Return a text without blanks at the ends of lines, and without what is no text (lone surrogates in examples)."""
+    encodable = text.encode("utf-8", "replace").decode()
+    lines = [line.rstrip() for line in encodable.strip().splitlines()]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Where documents come from: text files, tables and hub data sets, read lazily and located for error messages.
+"""Sources of documents: text files, tables and hub data sets, read lazily and located for error messages.
 
 A source is a file, a glob, a folder, the name of a Kaggle input, or a hub id: `owner/name`, with `:config` and
 `:split` after it where needed (`Salesforce/wikitext:wikitext-103-raw-v1:validation`).
@@ -11,7 +11,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow
@@ -26,7 +26,18 @@ from .data_folders import SUFFIXES, choose_files, without_caches
 log = logging.getLogger(__name__)
 
 END_OF_TEXT = "<|endoftext|>"
+"""Line that ends a document of a .txt file, where the file has any."""
+
 KAGGLE_INPUT = Path("/kaggle/input")
+"""Folder below which a notebook's attached data appear."""
+ATTACHED_DEPTH = 4
+"""Levels below it that are searched: owner and kind of an input may be folders too."""
+
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Bytes that some editors put before the text of a file in UTF-8."""
+
+MOST_LISTED = 12
+"""Names of a folder that a message lists."""
 
 BATCH = 1000
 """Rows of a table that are read at once."""
@@ -35,8 +46,18 @@ Located = tuple[str, Any]
 """(place, value): the place is file:line or the like, for messages; a value of None is an empty document."""
 
 
+class HubId(NamedTuple):
+    """A data set of the hub."""
+
+    name: str
+    """owner/name."""
+    subset: str | None
+    """Its configuration; None: the default one."""
+    split: str
+
+
 def read(names: Sequence[str], *, split: str, columns: Columns, separator: str | None) -> Iterator[Located]:
-    """Documents of every source in turn.
+    """Yield the documents of every source in turn.
 
     Args:
         split: of hub data sets that do not name one themselves; in a folder, what is named after it is preferred
@@ -46,21 +67,23 @@ def read(names: Sequence[str], *, split: str, columns: Columns, separator: str |
             string makes the file one document). None: lines that are exactly `<|endoftext|>` if the file has any,
             else blank lines. The separator is structure, not text, and so are line breaks next to it.
 
-    Raises `UserError`, with file and line where there is one, for what cannot be found or read. Nothing is
-    repaired silently: bytes that are not UTF-8 are an error.
+    Raises:
+        UserError: something cannot be found or read; with file and line where there is one. Nothing is repaired
+            silently: bytes that are not UTF-8 are an error.
     """
     for name in names:
         files = _find(name, split)
         if files is None:
             yield from _read_hub(name, columns, split)
             continue
+
         log.info("Reading %s: %d file(s), first %s", name, len(files), files[0])
         for file in files:
-            yield from _read_one_of(name, files, file, columns, separator)
+            yield from _read_one_of(name, files, file, columns=columns, separator=separator)
 
 
 def _read_one_of(
-    name: str, files: Sequence[Path], file: Path, columns: Columns, separator: str | None
+    name: str, files: Sequence[Path], file: Path, *, columns: Columns, separator: str | None
 ) -> Iterator[Located]:
     """Read a file of a source. One without a byte has no documents, whatever its type, and is named.
 
@@ -86,53 +109,106 @@ def _read_one_of(
         ) from error
 
 
+# ---------------------------------------------------------------- finding
+
+
 def _find(source: str, split: str) -> list[Path] | None:
-    """Files that a source stands for; None for a hub id."""
+    """Return the files that a source stands for; None for a hub id.
+
+    Raises:
+        UserError: it looks like a path, and nothing is there.
+    """
     path = user_path(source)
-    if not os.path.exists(path) and not glob.has_magic(source):
+    is_pattern = glob.has_magic(source)
+    if not os.path.exists(path) and not is_pattern:
         path = _attached(path) or path
+
+    # A file whose name has the characters of a pattern is taken as it is.
     if os.path.isdir(path):
         return choose_files(path, split)
     if os.path.exists(path):
         return [path]
-    if glob.has_magic(source):
-        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True) if Path(found).is_file())
+
+    if is_pattern:
+        matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
+        files = sorted(match for match in matches if match.is_file())
         if files:
             return without_caches(source, files)
-        raise UserError(f"No file matches {source}. {_there(path.parent)}")
+        raise UserError(f"No file matches {source}. {_listing(path.parent)}")
+
+    # A hub id has no suffix of a data file, and no sign of a path: the user meant a file.
     if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or "\\" in source:
-        raise UserError(f"No such file or folder: {source}. {_there(path.parent)}")
+        raise UserError(f"No such file or folder: {source}. {_listing(path.parent)}")
     return None
 
 
 def _attached(path: Path) -> Path | None:
-    """The file or folder of that name among the inputs of a Kaggle notebook, at most four folders deep."""
+    """Return the file or folder of that name among the inputs of a Kaggle notebook, the one nearest to the top."""
     if not KAGGLE_INPUT.is_dir() or path.is_absolute() or ".." in path.parts:
         return None
-    for depth in range(4):
-        found = sorted(KAGGLE_INPUT.glob("*/" * depth + glob.escape(str(path))))
-        if found:
-            return found[0]
+
+    name = glob.escape(str(path))
+    for depth in range(ATTACHED_DEPTH):
+        matches = sorted(KAGGLE_INPUT.glob("*/" * depth + name))
+        if matches:
+            return matches[0]
     return None
 
 
-def _there(folder: Path) -> str:
+def _listing(folder: Path) -> str:
+    """Return a sentence about what is in a folder, where something in it was not found."""
     if not os.path.isdir(folder):
         return f"The folder {folder} does not exist either."
-    names = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return f"In {folder} there is: {', '.join(names[:12]) or 'nothing'}{more}."
+
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    shown = ", ".join(names[:MOST_LISTED]) or "nothing"
+    more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    return f"In {folder} there is: {shown}{more}."
+
+
+# ---------------------------------------------------------------- the hub
+
+
+def _hub_id(source: str, split: str) -> HubId:
+    """Take `owner/name[:config[:split]]`, or `owner/name/config`, apart.
+
+    Args:
+        split: for a source that names none.
+
+    Raises:
+        UserError: it is nothing of that form.
+    """
+    fields = source.split(":")
+    path = fields[0].split("/")
+    if len(fields) > 3 or len(path) > 3 or not all(path):
+        raise UserError(
+            f"Data source {source!r}: no such path, and not a hub id either. Expected a file, a folder, a glob, or "
+            "owner/name[:config[:split]], as in Salesforce/wikitext:wikitext-103-raw-v1."
+        )
+
+    name = fields[0]
+    subset = fields[1] if len(fields) > 1 else ""
+    named_split = fields[2] if len(fields) > 2 else ""
+    if len(path) == 3 and not subset:
+        owner, repository, subset = path
+        name = f"{owner}/{repository}"
+    return HubId(name, subset or None, named_split or split)
 
 
 def _read_hub(source: str, columns: Columns, split: str) -> Iterator[Located]:
-    name, subset, split = _hub_id(source, split)
+    """Yield the documents of a data set of the hub.
+
+    Raises:
+        UserError: it is no hub id, or the data set cannot be loaded.
+    """
+    hub_id = _hub_id(source, split)
     try:
-        rows = datasets.load_dataset(name, subset, split=split)
+        rows = datasets.load_dataset(hub_id.name, hub_id.subset, split=hub_id.split)
     except Exception as error:  # the hub client raises errors of five libraries; all mean: not available as asked
-        reason = " ".join(str(error).split())[:500]
+        words = " ".join(str(error).split())[:500]
         raise UserError(
             f"Data {source} is neither a local path nor could it be loaded from the Hugging Face hub "
-            f"(configuration {subset or 'default'}, split {split}): {type(error).__name__}: {reason}\n"
+            f"(configuration {hub_id.subset or 'default'}, split {hub_id.split}): {type(error).__name__}: {words}\n"
             f"Offline: give a file or folder instead ({', '.join(SUFFIXES)}); on Kaggle attach the data as an input "
             "and give its name or /kaggle/input/...; or load it once with internet, then set HF_HUB_OFFLINE=1."
         ) from error
@@ -140,32 +216,26 @@ def _read_hub(source: str, columns: Columns, split: str) -> Iterator[Located]:
 
 
 def _read_rows(rows: datasets.Dataset, place: str, columns: Columns) -> Iterator[Located]:
+    """Yield the documents of a table of `datasets`, some rows at once: row by row it is many times slower."""
     names = columns.to_read(place, rows.column_names)
     rows = rows.select_columns(names)
+
     for start in range(0, len(rows), BATCH):
         batch = rows[start : start + BATCH]
-        for offset, values in enumerate(zip(*(batch[name] for name in names), strict=True)):
-            yield f"{place}, row {start + offset}", columns.document(names, values)
-
-
-def _hub_id(source: str, split: str) -> tuple[str, str | None, str]:
-    """`owner/name[:config[:split]]`, or `owner/name/config`, in parts."""
-    name, subset, chosen, *more = [*source.split(":"), "", ""][: max(3, source.count(":") + 1)]
-    parts = name.split("/")
-    if len(parts) == 3 and not subset:
-        name, subset = "/".join(parts[:2]), parts[2]
-    if more or not all(parts) or len(parts) > 3:
-        raise UserError(
-            f"Data source {source!r}: no such path, and not a hub id either. Expected a file, a folder, a glob, or "
-            "owner/name[:config[:split]], as in Salesforce/wikitext:wikitext-103-raw-v1."
-        )
-    return name, subset or None, chosen or split
+        value_lists = [batch[name] for name in names]
+        for number, values in enumerate(zip(*value_lists, strict=True), start):
+            yield f"{place}, row {number}", columns.document(names, values)
 
 
 # ---------------------------------------------------------------- files
 
 
 def _read_file(file: Path, columns: Columns, separator: str | None) -> Iterator[Located]:
+    """Return the documents of a file, read by what its suffix says it is.
+
+    Raises:
+        UserError: it is no file, or of a type that is not read.
+    """
     if not file.is_file():
         raise UserError(f"{file}: got a pipe, socket or device; expected a file, which is read more than once.")
     _refuse_pointer(file)
@@ -192,7 +262,7 @@ def _refuse_pointer(file: Path) -> None:
     """Refuse a file that only points to the data: its lines would be taken for the text.
 
     Raises:
-        UserError: it does, or it cannot be read.
+        UserError: it is such a pointer, or it cannot be read.
     """
     try:
         is_pointer = is_lfs_pointer(file)
@@ -207,12 +277,16 @@ def _refuse_pointer(file: Path) -> None:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """Lines with their ends, which stay as they are in the file."""
+    """Yield lines with their ends, which stay as they are in the file.
+
+    Raises:
+        UserError: the file cannot be read, or is not UTF-8.
+    """
     try:
         with open(file, "rb") as stream:
             for number, line in enumerate(stream, 1):
                 if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
+                    line = line.removeprefix(BYTE_ORDER_MARK)
                 try:
                     yield line.decode()
                 except UnicodeDecodeError as error:
@@ -224,122 +298,198 @@ def _lines(file: Path) -> Iterator[str]:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}.") from error
 
 
+# ---------------------------------------------------------------- text
+
+
 def _read_txt(file: Path, separator: str | None) -> Iterator[Located]:
+    """Yield the documents of a text file; see `read` for what separates them."""
     if separator is not None:
-        parts = _cut(_lines(file), separator.replace("\\n", "\n").replace("\\r", "\r").replace("\\t", "\t"))
-    elif any(_bare(line) == END_OF_TEXT for line in _lines(file)):
-        parts = _cut_at_lines(_lines(file), lambda line: line == END_OF_TEXT)
+        for escaped, character in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
+            separator = separator.replace(escaped, character)
+        parts = _cut_at_string(_lines(file), separator)
+    elif any(_is_end_of_text(_without_line_end(line)) for line in _lines(file)):
+        parts = _cut_at_lines(_lines(file), _is_end_of_text)
     else:
-        parts = (part for part in _cut_at_lines(_lines(file), lambda line: not line.strip()) if part[1])
+        # Several blank lines in a row are one separator, not empty documents.
+        parts = (part for part in _cut_at_lines(_lines(file), _is_blank) if part[1])
+
     for number, text in parts:
         yield f"{file}:{number}", text.strip("\r\n")
 
 
-def _bare(line: str) -> str:
+def _is_end_of_text(line: str) -> bool:
+    return line == END_OF_TEXT
+
+
+def _is_blank(line: str) -> bool:
+    return not line.strip()
+
+
+def _without_line_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
 def _cut_at_lines(lines: Iterable[str], separates: Callable[[str], bool]) -> Iterator[tuple[int, str]]:
-    """(line number, text) of what lies between separating lines; after a last separator comes no document."""
-    begin, part, number = 1, [], 0
+    """Yield (line number, text) of what lies between separating lines; after a last separator comes no document."""
+    begin = 1
+    part: list[str] = []
     for number, line in enumerate(lines, 1):
-        if separates(_bare(line)):
+        if separates(_without_line_end(line)):
             yield begin, "".join(part)
-            begin, part = number + 1, []
+            begin = number + 1
+            part = []
         else:
             part.append(line)
+
     if part:
         yield begin, "".join(part)
 
 
-def _cut(lines: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
-    """As `_cut_at_lines`, at every occurrence of a string; the empty string leaves the file whole."""
-    whole = "".join(lines)
-    parts = whole.split(separator) if separator else [whole]
+def _cut_at_string(lines: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
+    """Yield (line number, text) of what lies between occurrences of a string; the empty string cuts nowhere."""
+    text = "".join(lines)
+    parts = text.split(separator) if separator else [text]
+
+    # A separator at the end of the file ends a document and begins none.
     if not parts[-1].strip("\r\n"):
         parts.pop()
+
     number = 1
     for part in parts:
         yield number, part
         number += part.count("\n") + separator.count("\n")
 
 
+# ---------------------------------------------------------------- JSON
+
+
 def _read_jsonl(file: Path, columns: Columns) -> Iterator[Located]:
+    """Yield the documents of a file with one JSON object a line; blank lines are none."""
     for number, line in enumerate(_lines(file), 1):
         if line.strip():
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{file}:{number}: not valid JSON: {error.msg} (column {error.colno}). Expected one object a line."
-                ) from None
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file}:{number}: cannot be read as JSON: {error}.") from None
-            yield _field(f"{file}:{number}", record, columns)
+            place = f"{file}:{number}"
+            yield _from_record(place, _parse_line(place, line), columns)
+
+
+def _parse_line(place: str, line: str) -> Any:
+    """Return the JSON value of a line.
+
+    Raises:
+        UserError: it is no JSON.
+    """
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{place}: not valid JSON: {error.msg} (column {error.colno}). Expected one object a line."
+        ) from None
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets nested as deep
+        raise UserError(f"{place}: cannot be read as JSON: {error}.") from None
 
 
 def _read_json(file: Path, columns: Columns) -> Iterator[Located]:
-    """A list of objects; or JSON lines under another name."""
+    """Yield the documents of a list of objects; or of JSON lines under another name."""
     try:
-        records = json.loads("".join(_lines(file)))
+        content = json.loads("".join(_lines(file)))
     except json.JSONDecodeError as error:
+        # A whole first value, and more on another line: one value a line.
         if error.msg == "Extra data" and error.lineno > 1:
             yield from _read_jsonl(file, columns)
             return
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}).") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}.") from None
-    if isinstance(records, dict) and not all(isinstance(value, list) for value in records.values()):
-        records = [records]
-    if not isinstance(records, list):
-        found = f"an object with the keys {', '.join(records)}" if isinstance(records, dict) else type(records).__name__
-        raise UserError(f"{file}: expected a list of objects, one for each document, got {found}.")
-    for number, record in enumerate(records):
-        yield _field(f"{file}, record {number}", record, columns)
+
+    for number, record in enumerate(_records(file, content)):
+        yield _from_record(f"{file}, record {number}", record, columns)
 
 
-def _field(place: str, record: Any, columns: Columns) -> Located:
+def _records(file: Path, content: Any) -> list[Any]:
+    """Return the objects that a JSON file holds: a list of them, or a single one.
+
+    Raises:
+        UserError: it is neither; an object of lists may be a table by columns, or a list under a key.
+    """
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, dict):
+        got = type(content).__name__
+    elif all(isinstance(value, list) for value in content.values()):
+        got = f"an object with the keys {', '.join(content)}"
+    else:
+        return [content]
+    raise UserError(f"{file}: expected a list of objects, one for each document, got {got}.")
+
+
+def _from_record(place: str, record: Any, columns: Columns) -> Located:
+    """Return the document of a JSON object.
+
+    Raises:
+        UserError: it is no object, or has no column of documents.
+    """
     if not isinstance(record, dict):
         raise UserError(f"{place}: expected an object whose keys are columns, got {type(record).__name__}.")
     names = columns.to_read(place, record)
     return place, columns.document(names, [record[name] for name in names])
 
 
+# ---------------------------------------------------------------- tables
+
+
 def _read_csv(file: Path, columns: Columns) -> Iterator[Located]:
+    """Yield the documents of a CSV file whose first line names its columns.
+
+    Raises:
+        UserError: a line has more or fewer fields than the first, or a quote is not closed.
+    """
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
     rows = csv.reader(_lines(file), strict=True)
     try:
         header = next(rows, [])
         names = columns.to_read(f"{file}:1", header)
+        positions = [header.index(name) for name in names]
+
         for row in rows:
+            # A blank line is a row without fields: an empty document.
             if row and len(row) != len(header):
                 raise UserError(
                     f"{file}:{rows.line_num}: expected {len(header)} fields as in the first line, got {len(row)}. "
                     "Quote fields that contain commas."
                 )
-            values = [row[header.index(name)] for name in names] if row else [None]
+            values = [row[position] for position in positions] if row else [None]
             yield f"{file}:{rows.line_num}", columns.document(names, values)
     except csv.Error as error:
         raise UserError(f"{file}:{rows.line_num}: not valid CSV: {error}.") from None
 
 
 def _read_parquet(file: Path, columns: Columns) -> Iterator[Located]:
+    """Yield the documents of a Parquet file, of which only some rows are in memory at once.
+
+    Raises:
+        UserError: it is damaged, or a text is not UTF-8.
+    """
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = columns.to_read(str(file), table.schema_arrow.names)
             for batch in table.iter_batches(BATCH, columns=names):
-                for values in zip(*(batch.column(name).to_pylist() for name in names), strict=True):
+                value_lists = [batch.column(name).to_pylist() for name in names]
+                for values in zip(*value_lists, strict=True):
                     yield f"{file}, row {number}", columns.document(names, values)
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: cannot be read as Parquet: {error}") from error
-    except UnicodeDecodeError as error:  # of a batch: which row of it, nobody says
+    except UnicodeDecodeError as error:  # of a whole batch: the error does not say which row
         rows = f"rows {number} to {number + BATCH - 1}"
         raise UserError(f"{file}, {rows}: not UTF-8 ({error}). Convert the file; bytes are not replaced.") from None
 
 
 def _read_arrow(file: Path, columns: Columns) -> Iterator[Located]:
+    """Yield the documents of a file that `save_to_disk` of `datasets` wrote.
+
+    Raises:
+        UserError: it is damaged, or of another program.
+    """
     try:
         rows = datasets.Dataset.from_file(str(file))
     except (pyarrow.ArrowException, OSError) as error:

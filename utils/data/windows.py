@@ -1,4 +1,4 @@
-"""Windows of documents, kept on disk and found again by a hash."""
+"""Windows of documents: made once per corpus, kept on disk, and recognised by a hash of all that they depend on."""
 
 import logging
 import tempfile
@@ -14,25 +14,33 @@ import numpy as np
 
 from ..config.settings import DataConfig
 from ..errors import UserError
-from .documents import MOST_MEASURED, _bytes, _place_of, corpus_fingerprint, document_name
+from .documents import byte_count, corpus_fingerprint, document_name, place_of_document
 
 log = logging.getLogger(__name__)
 
+Window = dict[str, Any]
+"""Columns of one window: NumPy arrays, numbers and strings."""
+Encode = Callable[[list[str], list[str]], list[Window]]
+"""(texts, document names) -> windows."""
 
 DOCUMENTS_PER_PACK = 1000
 """Documents are packed into windows in groups of this many, so that windows do not depend on the number of workers."""
 
-
 IN_MEMORY_BYTES = 8_000_000
 """Up to this much text, windows are built in memory; beyond it they are kept in the cache folder of `datasets`."""
-
 
 MOST_LEFT_OUT = 0.01
 """Share of the training text that may be left out of the windows without a warning."""
 
+MOST_MEASURED = 1000
+"""Documents in no window that are measured at most, to name the shortest."""
+
 
 class TooLong(ValueError):
-    """No document leaves something to learn in a window. `document` names the shortest one, for `places_told`."""
+    """No document leaves something to learn in a window.
+
+    `document` names the shortest one, for `documents.errors_name_their_document`.
+    """
 
     def __init__(self, message: str, document: str) -> None:
         super().__init__(message)
@@ -41,10 +49,10 @@ class TooLong(ValueError):
 
 @dataclass(frozen=True)
 class Room:
-    """What a window has room for."""
+    """Length of a window, and the length that a document needs."""
 
     window: int
-    """Tokens that it holds."""
+    """Tokens that a window holds."""
     least_length: Callable[[str], int | None]
     """Document -> tokens that a window must hold before anything of it can be learned; None: nothing ever can be."""
 
@@ -53,12 +61,15 @@ class Room:
 
         Of many documents those of the fewest characters are measured.
         """
-        measured = sorted(texts, key=len)[:MOST_MEASURED]
-        needs = [(length, text) for text in measured if (length := self.least_length(text)) is not None]
+        needs: list[tuple[int, str]] = []
+        for text in sorted(texts, key=len)[:MOST_MEASURED]:
+            length = self.least_length(text)
+            if length is not None:
+                needs.append((length, text))
         return min(needs, default=None)
 
     def remedy(self, length: int) -> str:
-        """Say what to do about documents of which the shortest needs so many tokens."""
+        """Return advice about documents of which the shortest needs so many tokens."""
         return (
             f"{length:,} tokens are needed before anything of it can be learned, and a window holds {self.window:,}. "
             f"Raise --max-length to {length:,} or more, as far as both models read that much at once, or shorten what "
@@ -66,9 +77,12 @@ class Room:
         )
 
 
+# ---------------------------------------------------------------- making windows
+
+
 def make_windows(
     texts: Sequence[str],
-    encode: Callable[[list[str], list[str]], list[dict[str, Any]]],
+    encode: Encode,
     fingerprint: str,
     num_proc: int | None = None,
     *,
@@ -91,10 +105,9 @@ def make_windows(
     """
     features = _features(texts, encode, kind, room)
     key = blake2b(f"{fingerprint} {corpus_fingerprint(texts)} {features}".encode(), digest_size=16).hexdigest()
-    groups = [list(texts[start : start + DOCUMENTS_PER_PACK]) for start in range(0, len(texts), DOCUMENTS_PER_PACK)]
-    table = datasets.Dataset.from_dict(
-        {"group": groups}, features=datasets.Features(group=datasets.List(datasets.Value("large_string")))
-    )
+    table = _grouped(texts)
+
+    # One row is a whole group of documents, so a batch of one row is what `encode` gets at once.
     options = {
         "function": _Pack(encode, list(features)),
         "batched": True,
@@ -103,23 +116,39 @@ def make_windows(
         "features": features,
         "new_fingerprint": key,
     }
-    with _no_bars():
-        if _bytes(texts) <= IN_MEMORY_BYTES:
+    with _no_progress_bars():
+        if byte_count(texts) <= IN_MEMORY_BYTES:
             windows = table.map(keep_in_memory=True, load_from_cache_file=False, writer_batch_size=1, **options)
         else:
             windows = _map_on_disk(table, key, num_proc, options)
     return windows.with_format("numpy")
 
 
+def _grouped(texts: Sequence[str]) -> datasets.Dataset:
+    """Return a table of which each row holds the documents that are packed together."""
+    groups = [list(texts[start : start + DOCUMENTS_PER_PACK]) for start in range(0, len(texts), DOCUMENTS_PER_PACK)]
+
+    # The offsets of plain strings have 32 bits, so a column of them ends at 2 GiB.
+    group = datasets.List(datasets.Value("large_string"))
+    return datasets.Dataset.from_dict({"group": groups}, features=datasets.Features(group=group))
+
+
 def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, options: dict[str, Any]) -> datasets.Dataset:
+    """Make windows in the cache folder of `datasets`, or take those that are there under this key.
+
+    Raises:
+        UserError: the folder cannot be written to, or is full.
+    """
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "curriculum_distillation"
+    options = {**options, "cache_file_name": str(cache / f"{key}.arrow"), "load_from_cache_file": True}
+    processes = min(num_proc or 1, len(table))
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        processes = min(num_proc or 1, len(table))
-        options |= {"cache_file_name": str(cache / f"{key}.arrow"), "load_from_cache_file": True}
         if processes == 1:
             return table.map(**options)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:  # workers map the file instead of unpickling the text
+
+        # From a file, which workers map into memory; a table in memory would be pickled for each of them.
+        with tempfile.TemporaryDirectory(dir=cache) as folder:
             table.save_to_disk(folder)
             return datasets.load_from_disk(folder).map(num_proc=processes, **options)
     except OSError as error:
@@ -129,14 +158,19 @@ def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, option
         ) from error
 
 
-def _features(texts: Sequence[str], encode: Callable, kind: str, room: Room | None) -> datasets.Features:
-    """Columns and types of windows, from the first document that gives one: a later group may have none."""
+def _features(texts: Sequence[str], encode: Encode, kind: str, room: Room | None) -> datasets.Features:
+    """Return columns and types of windows, from the first document that gives one: a later group may have none.
+
+    Raises:
+        TooLong: every document is longer than a window before anything of it is learned.
+        UserError: no document yields a window for another reason.
+    """
     for text in texts:
         windows = encode([text], [document_name(text)])
         if windows:
             return datasets.Dataset.from_list(windows[:1]).features
 
-    documents = f"{len(texts):,} {kind} documents".replace("  ", " ")
+    documents = f"{len(texts):,} {kind} documents".replace("  ", " ")  # `kind` may be empty
     shortest = room.shortest(texts) if room is not None else None
     if shortest is not None and shortest[0] > room.window:
         length, text = shortest
@@ -152,7 +186,9 @@ def _features(texts: Sequence[str], encode: Callable, kind: str, room: Room | No
 
 @dataclass(frozen=True)
 class _Pack:
-    encode: Callable[[list[str], list[str]], list[dict[str, Any]]]
+    """A group of documents -> columns of their windows; a class, so that it can be sent to a worker process."""
+
+    encode: Encode
     columns: list[str]
 
     def __call__(self, batch: dict[str, list]) -> dict[str, list]:
@@ -161,7 +197,22 @@ class _Pack:
         return {column: [window[column] for window in windows] for column in self.columns}
 
 
-def windows_fingerprint(windows: Iterable[dict[str, Any]]) -> str:
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Switch the bars of `datasets` off: every carriage return of theirs is saved in a notebook."""
+    disabled = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not disabled:
+            datasets.enable_progress_bars()
+
+
+# ---------------------------------------------------------------- hashes
+
+
+def windows_fingerprint(windows: Iterable[Window]) -> str:
     """Hash of windows and their order, 32 hexadecimal digits."""
     total = blake2b(digest_size=16)
     for window in windows:
@@ -169,39 +220,48 @@ def windows_fingerprint(windows: Iterable[dict[str, Any]]) -> str:
     return total.hexdigest()
 
 
-def window_key(window: dict[str, Any]) -> bytes:
+def window_key(window: Window) -> bytes:
     """Hash of a window's content, 16 bytes."""
     content = blake2b(digest_size=16)
     for key, value in sorted(window.items()):
-        content.update(key.encode() + (value.encode() if isinstance(value, str) else np.asarray(value).tobytes()))
+        value_bytes = value.encode() if isinstance(value, str) else np.asarray(value).tobytes()
+        content.update(key.encode() + value_bytes)
     return content.digest()
 
 
+# ---------------------------------------------------------------- warnings
+
+
 def warn_of_left_out(windows: datasets.Dataset, kind: str) -> None:
-    """Say how much text of a kind (training, held-out) is in no window: column `left_out` beside `bytes`.
+    """Log how much text of a kind (training, held-out) is in no window: column `left_out` beside `bytes`.
 
     Above `MOST_LEFT_OUT` it is a warning.
     """
-    left_out, used = (int(np.sum(windows[name][:])) for name in ("left_out", "bytes"))
-    if left_out:
-        share = left_out / (left_out + used)
-        log.log(
-            logging.WARNING if share > MOST_LEFT_OUT else logging.INFO,
-            "%s bytes of the %s text (%.2f %%) are left out, because they do not fit into a window: the end of a "
-            "conversation that is longer than the window, or what answers a prompt that is (a higher --max-length "
-            "helps as far as both models read that much at once), or text without a common boundary of the two "
-            "tokenizers",
-            f"{left_out:,}", kind, 100 * share,
-        )  # fmt: skip
+    left_out = int(np.sum(windows["left_out"][:]))
+    used = int(np.sum(windows["bytes"][:]))
+    if not left_out:
+        return
+
+    share = left_out / (left_out + used)
+    log.log(
+        logging.WARNING if share > MOST_LEFT_OUT else logging.INFO,
+        "%s bytes of the %s text (%.2f %%) are left out, because they do not fit into a window: the end of a "
+        "conversation that is longer than the window, or what answers a prompt that is (a higher --max-length "
+        "helps as far as both models read that much at once), or text without a common boundary of the two "
+        "tokenizers",
+        f"{left_out:,}",
+        kind,
+        100 * share,
+    )
 
 
 def warn_of_missing(config: DataConfig, kind: str, texts: Sequence[str], windows: datasets.Dataset, room: Room) -> None:
-    """Say of how many documents nothing is learned, because they are longer than a window before it could be, and where
-    the shortest of them is."""
+    """Warn of documents of which nothing is learned because they are longer than a window, and name the shortest."""
     if not np.sum(windows["left_out"][:]):
         return
 
-    present = {name for row in windows["documents"] for name in row.split(",")}
+    # A window lists the names of its documents, separated by commas.
+    present = {name for names in windows["documents"] for name in names.split(",")}
     missing = [text for text in texts if document_name(text) not in present]
     shortest = room.shortest(missing)
     if shortest is None or shortest[0] <= room.window:
@@ -213,18 +273,6 @@ def warn_of_missing(config: DataConfig, kind: str, texts: Sequence[str], windows
         f"{len(missing):,}",
         f"{len(texts):,}",
         kind,
-        _place_of(config, document_name(text)),
+        place_of_document(config, document_name(text)),
         room.remedy(length),
     )
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Switches the bars of `datasets` off: every carriage return of theirs is saved in a notebook."""
-    disabled = datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not disabled:
-            datasets.enable_progress_bars()

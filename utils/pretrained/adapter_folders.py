@@ -1,7 +1,8 @@
-"""Trained adapters that are given as a model: what they adapt, and the whole model that the two make."""
+"""Trained adapters that are given as a model: recognised, their base named, and the two merged to a whole model."""
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from huggingface_hub import constants, file_exists, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -10,36 +11,44 @@ from torch import nn
 from ..errors import UserError
 from .model_folders import ADAPTER_CONFIG, is_adapter, read_json
 
+if TYPE_CHECKING:
+    import peft
+
 WHOLE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-ADAPTER_WEIGHTS, PICKLED_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
+"""Files of a whole model: a repository of the hub that has one beside an adapter's config is no adapter."""
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLED_WEIGHTS = "adapter_model.bin"
 
 
 def adapter_folder(source: str, offline: bool) -> Path | None:
-    """Folder of an adapter's files; None: the source is a whole model.
+    """Return the folder of an adapter's files; None: the source is a whole model.
 
     Args:
         source: a local folder, or a hub id.
-        offline: the hub may not be asked: what its cache holds counts.
+        offline: read from the hub's cache alone.
     """
     folder = Path(source)
     if folder.is_dir():
         return folder if is_adapter(folder) else None
+
     try:
         config = Path(hf_hub_download(source, ADAPTER_CONFIG, local_files_only=offline))
     except (HfHubHTTPError, HFValidationError, OSError):  # no such file or repository, or no network
         return None
+
     is_whole = any(_hub_has(source, name, offline) for name in WHOLE_WEIGHTS)
     return None if is_whole else config.parent
 
 
 def _hub_has(repository: str, name: str, offline: bool) -> bool:
+    """Tell whether a repository has a file; offline, whether the cache has it."""
     if offline or constants.HF_HUB_OFFLINE:
         return isinstance(try_to_load_from_cache(repository, name), str)
     return file_exists(repository, name)
 
 
 def base_name(folder: Path, shown: str) -> str:
-    """Hub id or folder of the model that an adapter belongs to.
+    """Return the hub id or the folder of the model that an adapter belongs to.
 
     Args:
         shown: role and name of the adapter, for messages.
@@ -57,39 +66,62 @@ def base_name(folder: Path, shown: str) -> str:
 
 
 def merge_into(base: nn.Module, source: str, shown: str, allow_pickle: bool, offline: bool) -> nn.Module:
-    """A plain model, without peft: `base` with the adapter added to its weights.
+    """Return a plain model, without peft: `base` with the adapter added to its weights.
 
     Args:
-        source, shown: as above.
+        source: a local folder, or a hub id.
+        shown: role and name of the adapter, for messages.
         allow_pickle: take the adapter's weights from a pickle file where there are no safetensors.
+        offline: read from the hub's cache alone.
 
     Raises:
         UserError: the adapter's weights are not there, belong to another model, or cannot be added to weights.
     """
-    import peft
+    if not allow_pickle:
+        _refuse_pickle_only(Path(source), shown)
 
-    folder = Path(source)
-    is_pickled = folder.is_dir() and not (folder / ADAPTER_WEIGHTS).is_file() and (folder / PICKLED_WEIGHTS).is_file()
-    if is_pickled and not allow_pickle:
+    adapted = _load_adapter(base, source, shown, offline=offline)
+    if adapted.active_peft_config.is_prompt_learning:
+        raise UserError(
+            f"{shown}: this is an adapter of the kind {adapted.active_peft_config.peft_type.value}, which is not added "
+            "to weights. Expected LoRA or its kin; give the base model instead."
+        )
+
+    merged = adapted.merge_and_unload(safe_merge=True)
+    return merged.requires_grad_(True)  # peft had frozen it
+
+
+def _refuse_pickle_only(folder: Path, shown: str) -> None:
+    """Refuse a local folder whose adapter is a pickle file only, which can carry code.
+
+    Raises:
+        UserError: it is such a folder.
+    """
+    has_safetensors = (folder / ADAPTER_WEIGHTS).is_file()
+    has_pickle = (folder / PICKLED_WEIGHTS).is_file()
+    if has_pickle and not has_safetensors:
         raise UserError(
             f"{shown}: the adapter's weights are a pickle file only ({PICKLED_WEIGHTS}), which can carry code. "
             f"Expected {ADAPTER_WEIGHTS}. If you trust its author: --set {shown.partition(' ')[0]}.allow_pickle=true."
         )
+
+
+def _load_adapter(base: nn.Module, source: str, shown: str, *, offline: bool) -> "peft.PeftModel":
+    """Load an adapter around its base.
+
+    Raises:
+        UserError: it is damaged, or does not fit the base.
+    """
+    import peft
+
     try:
         with warnings.catch_warnings():
             # peft would leave these at their start, which is the base as it was
             warnings.filterwarnings("error", message=".*missing adapter keys")
-            adapted = peft.PeftModel.from_pretrained(base, source, local_files_only=offline)
+            return peft.PeftModel.from_pretrained(base, source, local_files_only=offline)
     except Exception as error:  # whatever peft, torch and safetensors raise for what is damaged or does not fit
         words = " ".join(str(error).split())
         raise UserError(
             f"{shown}: its adapter does not fit a {type(base).__name__} of these sizes, or is damaged. Expected the "
             f"adapter of the model that its {ADAPTER_CONFIG} names.\n  {type(error).__name__}: {words}"
         ) from error
-    if adapted.active_peft_config.is_prompt_learning:
-        raise UserError(
-            f"{shown}: this is an adapter of the kind {adapted.active_peft_config.peft_type.value}, which is not added "
-            "to weights. Expected LoRA or its kin; give the base model instead."
-        )
-    merged = adapted.merge_and_unload(safe_merge=True)
-    return merged.requires_grad_(True)  # peft had frozen it

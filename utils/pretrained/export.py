@@ -1,10 +1,14 @@
-"""A student's folder: written, and rehearsed without its weights."""
+"""Export of a student: its folder is written whole or not at all, and rehearsed before training, without weights.
+
+The rehearsal finds before hours of training what would fail after them: settings of the base that cannot be saved.
+"""
 
 import logging
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
@@ -12,14 +16,13 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from ..advice import reason
 from ..errors import UserError
 from ..files import atomic_folder, write_text
+from ..seeding import preserve_rng_and_mode
 from . import generation, model_folders
-from .loading import _generation_problem
 
 log = logging.getLogger(__name__)
 
-
 CARD = "README.md"
-"""Of an exported model: where the hub looks for a model card."""
+"""File of an exported model in which the hub looks for a model card."""
 
 
 def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str | None) -> None:
@@ -36,29 +39,39 @@ def export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, c
 
 
 def _write(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, **options: Any) -> None:
-    """Write the weights and all that belongs to them; `options` of save_pretrained."""
+    """Write the weights and all that belongs to them.
+
+    Args:
+        options: of save_pretrained.
+    """
+    # Before the weights: save_pretrained writes the generation settings too, and refuses contradictory ones.
     _put_generation_right(model, tokenizer)
-    # peft would ask the hub whether the base's vocabulary was resized, which never happens here
-    options |= {"save_embedding_layers": False} if hasattr(model, "peft_config") else {}
+
+    if hasattr(model, "peft_config"):
+        # peft would ask the hub whether the base's vocabulary was resized, which never happens here
+        options["save_embedding_layers"] = False
     model.save_pretrained(folder, **options)
     _write_settings(model, tokenizer, folder)
 
 
 def _write_settings(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write generation settings and tokenizer."""
     _put_generation_right(model, tokenizer)
     model.generation_config.save_pretrained(folder)  # peft leaves it to the base, which may stop elsewhere
     tokenizer.save_pretrained(folder)
 
 
 def _put_generation_right(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Change a model's generation settings until they can be saved and end texts where its tokenizer does."""
     # from the config, as a process of several may hold none of the rows
-    generation.drop_unusable_ids(model.generation_config, model.config.get_text_config().vocab_size)
+    vocabulary_size = model.config.get_text_config().vocab_size
+    generation.drop_unusable_ids(model.generation_config, vocabulary_size)
     generation.end_with_tokenizer(model.generation_config, tokenizer)
     generation.put_right(model.generation_config)
 
 
 def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, merges: bool = False) -> None:
-    """Do without the weights what `export` will do, into a folder that is gone afterwards, and load what it wrote.
+    """Do without the weights what `export` will do, into a temporary folder, and load what it wrote.
 
     Generation settings with which the model cannot write two tokens are replaced by none, with a warning.
 
@@ -78,10 +91,12 @@ def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, merges
             "after training: its configuration or tokenizer cannot be written, or not be loaded again. Expected files "
             f"that save_pretrained takes back: put them right in the student's folder.\n  {reason(error)}"
         ) from error
+
     _try_generation(plain, tokenizer)
 
 
 def _write_for_trial(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merges: bool) -> None:
+    """Write what `export` will write, but for large weights, and load it again."""
     if not hasattr(model, "peft_config"):
         _write(model, tokenizer, folder, state_dict={})
     elif merges:
@@ -89,6 +104,8 @@ def _write_for_trial(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folde
         model.get_base_model().config.save_pretrained(folder)
     else:
         _write(model, tokenizer, folder)  # an adapter is small
+
+    # The folder of an adapter has no config of the whole model.
     if (folder / model_folders.CONFIG).is_file():
         AutoConfig.from_pretrained(folder)
     AutoTokenizer.from_pretrained(folder)
@@ -106,6 +123,7 @@ def _try_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
         "(%s)",
         problem,
     )
+    # Nothing but ids: the model may still write with them, and a text must end somewhere.
     generation.reset(model.generation_config)
     _put_generation_right(model, tokenizer)
 
@@ -116,3 +134,15 @@ def _try_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
             "expect generate() of the exported student to fail in the same way",
             problem,
         )
+
+
+def _generation_problem(model: nn.Module) -> str | None:
+    """Return why a model cannot write two tokens; keep its random generators and its mode as they are."""
+    start = torch.ones(1, 1, dtype=torch.long, device=next(model.parameters()).device)
+    with preserve_rng_and_mode(model), torch.no_grad():
+        model.eval()
+        try:
+            model.generate(start, attention_mask=torch.ones_like(start), max_new_tokens=2)
+        except Exception as error:  # ids beyond the vocabulary, code of its own, values of another type
+            return reason(error)
+    return None

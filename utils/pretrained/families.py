@@ -1,24 +1,27 @@
-"""Two families of models: causal language models, and encoder-decoder models (T5, BART)."""
+"""Two families of models, causal language models and encoder-decoder models (T5, BART), and what differs between them.
+
+Also the parts of a model that transformers calls differently from one architecture to the next: body, depth.
+"""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
 from ..errors import UserError
+from ..interfaces import RunConfig
 
 REWRITING = {"rescale_every": 0}
 """Settings by which a model changes its weights in evaluation mode, and the values by which it does not."""
 
 
 def auto_class(config: PretrainedConfig) -> type:
-    """The class of transformers that makes or loads a model with its head."""
+    """Return the class of transformers that makes or loads a model with its head."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def body(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a causal language model below its head.
+    """Return the part of a causal language model below its head.
 
     Raises:
         ValueError: the model does not keep it apart.
@@ -34,7 +37,7 @@ def body(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def depth(config: PretrainedConfig) -> int:
-    """Layers of the deeper one of encoder and decoder, or of the only body there is.
+    """Return the number of layers, of the deeper one of encoder and decoder.
 
     Raises:
         ValueError: the config names no number of layers.
@@ -47,38 +50,33 @@ def depth(config: PretrainedConfig) -> int:
 
 
 def layer_counts(config: PretrainedConfig) -> list[str]:
-    """The settings that tell how many layers a model has."""
+    """Return the names of the settings that say how many layers a model has."""
     names = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
     return [name for name in names if getattr(config, name, None)]
 
 
-def decoder_starts(config: Any, shapes: Mapping[str, PretrainedConfig]) -> tuple[int, int] | None:
-    """The tokens that the decoders of `student` and `teacher` begin with; None for causal language models.
+def decoder_starts(config: RunConfig, shapes: Mapping[str, PretrainedConfig]) -> tuple[int, int] | None:
+    """Return the tokens that the decoders of student and teacher begin with; None for causal language models.
 
     Args:
-        config: the junction's RunConfig.
+        shapes: the models' configs, of `student` and `teacher`.
 
     Raises:
-        UserError: one model has an encoder and the other has none, or something that only causal models can do.
+        UserError: one model has an encoder and the other has none, or the settings ask for something that only causal
+            models can do.
     """
     encoders = {role for role, shape in shapes.items() if shape.is_encoder_decoder}
     if not encoders:
         return None
-    told = " and ".join(f"{role} {shape.model_type}" for role, shape in shapes.items())
+
+    pair = " and ".join(f"{role} {shape.model_type}" for role, shape in shapes.items())
     if encoders != set(shapes):
         raise UserError(
-            f"got an encoder-decoder model beside a causal one ({told}). Expected two of one kind: what these two "
+            f"got an encoder-decoder model beside a causal one ({pair}). Expected two of one kind: what these two "
             "predict depends on different text."
         )
-    if config.student.lora.enabled:
-        raise UserError(f"--lora: not for encoder-decoder models ({told}). Train all weights: leave it out.")
-    if config.evaluation.tasks:
-        raise UserError(f"--eval-tasks: not for encoder-decoder models ({told}). Leave it out.")
-    if config.data.learn_from != "completions":
-        raise UserError(
-            f"data.learn_from: got {config.data.learn_from}, expected completions: of encoder-decoder models ({told}) "
-            "only the decoder predicts text, and it reads the completion."
-        )
+    _refuse_causal_settings(config, pair)
+
     for role, shape in shapes.items():
         if not isinstance(getattr(shape, "decoder_start_token_id", None), int):
             raise UserError(
@@ -88,9 +86,29 @@ def decoder_starts(config: Any, shapes: Mapping[str, PretrainedConfig]) -> tuple
     return shapes["student"].decoder_start_token_id, shapes["teacher"].decoder_start_token_id
 
 
+def _refuse_causal_settings(config: RunConfig, pair: str) -> None:
+    """Refuse settings that only causal language models can follow.
+
+    Args:
+        pair: both models, for messages.
+
+    Raises:
+        UserError: there is such a setting.
+    """
+    if config.student.lora.enabled:
+        raise UserError(f"--lora: not for encoder-decoder models ({pair}). Train all weights: leave it out.")
+    if config.evaluation.tasks:
+        raise UserError(f"--eval-tasks: not for encoder-decoder models ({pair}). Leave it out.")
+    if config.data.learn_from != "completions":
+        raise UserError(
+            f"data.learn_from: got {config.data.learn_from}, expected completions: of encoder-decoder models ({pair}) "
+            "only the decoder predicts text, and it reads the completion."
+        )
+
+
 @contextmanager
 def exportable_config(config: PretrainedConfig, original: PretrainedConfig) -> Iterator[None]:
-    """The config as the model came with it, for a while; see `keep_weights`."""
+    """Undo `keep_weights` within the block, so that a model is exported with the config that it came with."""
     before = {name: getattr(config, name) for name in REWRITING if hasattr(original, name)}
     try:
         for name in before:

@@ -1,4 +1,4 @@
-"""Generation settings that an exported student can be saved with: those of its base, put right where they contradict.
+"""Generation settings of a student: those of its base, put right where they contradict each other.
 
 Many bases ship sampling settings without `do_sample`, or beam settings without beams. transformers reads them with a
 warning and refuses to write them.
@@ -18,8 +18,10 @@ from .model_folders import read_json
 log = logging.getLogger(__name__)
 
 GENERATION_CONFIG = "generation_config.json"
+"""File of generation settings beside a model."""
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+"""Settings that have an effect only where texts are sampled."""
 NEUTRAL = {
     "temperature": (None, 1.0),
     "top_p": (None, 1.0),
@@ -30,8 +32,9 @@ NEUTRAL = {
     "epsilon_cutoff": (None, 0.0),
     "eta_cutoff": (None, 0.0),
 }
-"""Values of sampling settings that nobody chose."""
-KEPT_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+"""Default values of sampling settings: with these alone the author did not ask for sampling."""
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "forced_bos_token_id")
+"""Settings that name tokens; they stay where all others are dropped."""
 
 
 def replacement_for_broken(source: str, described: str, offline: bool) -> GenerationConfig | None:
@@ -52,6 +55,7 @@ def replacement_for_broken(source: str, described: str, offline: bool) -> Genera
     except Exception as error:  # settings that contradict each other, values of another type
         problem = reason(error)
 
+    # One by one: the constructor would refuse what contradicts itself.
     file = Path(cached_file(source, GENERATION_CONFIG, local_files_only=offline))
     settings = GenerationConfig()
     for name, value in read_json(file).items():
@@ -81,11 +85,15 @@ def load(folder: Path, described: str) -> GenerationConfig | None:
 def drop_unusable_ids(settings: GenerationConfig, vocabulary_size: int) -> None:
     """Take out, in place, ids of tokens that are none: strings, negative numbers, numbers beyond the vocabulary."""
     dropped: dict[str, Any] = {}
-    for name in KEPT_IDS:
+    for name in TOKEN_IDS:
         value = getattr(settings, name, None)
+        if value is None:
+            continue
+
+        # An empty list names no token either, and is dropped as well.
         ids = value if isinstance(value, list) else [value]
         usable = [token for token in ids if _is_token_id(token, vocabulary_size)]
-        if value is None or len(usable) == len(ids) > 0:
+        if ids and len(usable) == len(ids):
             continue
 
         dropped[name] = value
@@ -102,7 +110,8 @@ def drop_unusable_ids(settings: GenerationConfig, vocabulary_size: int) -> None:
 
 
 def _is_token_id(value: Any, vocabulary_size: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary_size
+    is_integer = isinstance(value, int) and not isinstance(value, bool)
+    return is_integer and 0 <= value < vocabulary_size
 
 
 def end_with_tokenizer(settings: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -110,10 +119,13 @@ def end_with_tokenizer(settings: GenerationConfig, tokenizer: PreTrainedTokenize
 
     It pads with a token that exists: else generate() warns of each text that it pads the end.
     """
-    before, end = settings.eos_token_id, tokenizer.eos_token_id
+    end = tokenizer.eos_token_id
+    before = settings.eos_token_id
     ends = before if isinstance(before, list) else [before]
+    ends = [token for token in ends if token is not None]
     if end is not None and end not in ends:
-        settings.eos_token_id = [end, *(other for other in ends if other is not None)]
+        settings.eos_token_id = [end, *ends]
+
     if settings.pad_token_id is None:
         settings.pad_token_id = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
@@ -127,41 +139,48 @@ def put_right(settings: GenerationConfig) -> None:
     problem = _problem(settings)
     if problem is None:
         return
+
+    # 1. Values that the author chose for sampling take effect.
     chosen = [name for name in SAMPLING if getattr(settings, name, None) not in NEUTRAL[name]]
     if chosen and not settings.do_sample:
         settings.do_sample = True
         log.info("generation settings of the student: do_sample is true now, which its %s asks for", ", ".join(chosen))
         problem = _problem(settings)
 
+    # 2. The settings that transformers complains about, until it has no complaint.
     removed: dict[str, Any] = {}
     while problem is not None:
         names = [name for name in _named_in(problem) if name not in removed and hasattr(settings, name)]
         if not names:
-            _reset(settings, problem)
+            _reset_with_warning(settings, problem)
             break
+
         for name in names:
             removed[name] = getattr(settings, name)
             setattr(settings, name, getattr(GenerationConfig(), name, None))
         problem = _problem(settings)
+
     if removed:
-        told = ", ".join(f"{name} {value}" for name, value in removed.items())
-        log.info("generation settings of the student: without %s, which contradicts the others", told)
+        listed = ", ".join(f"{name} {value}" for name, value in removed.items())
+        log.info("generation settings of the student: without %s, which contradicts the others", listed)
 
 
 def reset(settings: GenerationConfig) -> None:
     """Leave, in place, nothing but the ids of tokens."""
-    kept = {name: getattr(settings, name, None) for name in KEPT_IDS}
+    token_ids = {name: getattr(settings, name, None) for name in TOKEN_IDS}
+
+    # In place, attribute by attribute: the model keeps the same object.
     vars(settings).clear()
-    vars(settings).update(vars(GenerationConfig(**kept)))
+    vars(settings).update(vars(GenerationConfig(**token_ids)))
 
 
-def _reset(settings: GenerationConfig, problem: str) -> None:
+def _reset_with_warning(settings: GenerationConfig, problem: str) -> None:
     reset(settings)
     log.warning("generation settings of the student: only its tokens' ids are kept, because of: %s", problem)
 
 
 def _problem(settings: GenerationConfig) -> str | None:
-    """Why transformers would not save the settings."""
+    """Return why transformers would not save the settings; None if it would."""
     try:
         settings.validate(strict=True)
     except Exception as error:  # a value of another type fails in some comparison
@@ -170,5 +189,5 @@ def _problem(settings: GenerationConfig) -> str | None:
 
 
 def _named_in(problem: str) -> list[str]:
-    """The settings that a message of transformers is about: a line for each."""
+    """Return the settings that a message of transformers is about: a line for each."""
     return re.findall(r"^- `(\w+)`:", problem, flags=re.MULTILINE)

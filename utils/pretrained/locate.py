@@ -1,4 +1,4 @@
-"""Where a model's files are: folder, attached input, cache or hub."""
+"""Location of a model's files: a local folder, an attached input of a notebook, the cache, or the hub."""
 
 import logging
 import os
@@ -15,10 +15,11 @@ from . import model_folders
 
 log = logging.getLogger(__name__)
 
-
 ATTACHED = Path("/kaggle/input")
-"""Where a notebook's attached models appear."""
+"""Folder below which a notebook's attached models appear."""
 
+MOST_LISTED = 10
+"""Models that a message lists."""
 
 ATTACH = """\
 To attach a model: give its local folder (config.json, weights and tokenizer.json); on Kaggle add it as an input
@@ -27,7 +28,7 @@ To attach a model: give its local folder (config.json, weights and tokenizer.jso
 
 
 def locate(name: str, role: str) -> str:
-    """What `from_pretrained` is to be given for a name: a local folder, else the hub id itself.
+    """Return what `from_pretrained` is to be given for a name: a local folder, else the hub id itself.
 
     A folder without config.json stands for the only model below it (Kaggle adds folders for framework, variation and
     version); a hub id stands for the attached folder of the same name, if there is one (see `model_folders.attached`).
@@ -36,21 +37,20 @@ def locate(name: str, role: str) -> str:
         UserError: a path that does not exist, a folder that holds no model, or several, or a name that stands for
             several attached ones.
     """
+    # A path of this machine goes before an attached model of the same name.
     path = user_path(name)
     if path.is_dir():
         return str(_only_model(path, f"{role} {name}"))
     if path.is_file():
         raise UserError(f"{role} {name}: this is a file. {model_folders.what_the_file_is(path)}")
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
-        raise UserError(
-            f"{role} {name}: no such folder. Expected one with config.json.{_attached_models()}\n  {ATTACH}"
-        )
+        raise UserError(f"{role} {name}: no such folder. Expected one with config.json.{attached_models()}\n  {ATTACH}")
 
     candidates = model_folders.attached(name, ATTACHED)
     if len(candidates) > 1:
         raise UserError(
             f"{role} {name}: {len(candidates)} attached models have that name. Expected one: give its folder."
-            + "".join(f"\n  - {candidate}" for candidate in candidates[:10])
+            + "".join(f"\n  - {candidate}" for candidate in candidates[:MOST_LISTED])
         )
     if candidates:
         log.info("%s %s: using the attached folder %s", role, name, candidates[0])
@@ -59,7 +59,11 @@ def locate(name: str, role: str) -> str:
 
 
 def _only_model(folder: Path, shown: str) -> Path:
-    """The model folder that a folder is, or the only one below it."""
+    """Return the folder itself if it is a model's, or the only model folder below it.
+
+    Raises:
+        UserError: there is none, more than one, or one that holds no language model.
+    """
     try:
         models = model_folders.models_below(folder, model_folders.MOST_FOLDERS)
     except model_folders.TooManyFolders as error:
@@ -71,7 +75,7 @@ def _only_model(folder: Path, shown: str) -> Path:
     if len(models) > 1:
         raise UserError(
             f"{shown}: this folder holds {len(models)} models (folders with a config.json). Expected one."
-            + "".join(f"\n  - {model}" for model in models[:10])
+            + "".join(f"\n  - {model}" for model in models[:MOST_LISTED])
         )
     if not models:
         explanation = model_folders.what_it_is(folder)
@@ -80,29 +84,37 @@ def _only_model(folder: Path, shown: str) -> Path:
             + (explanation or "Expected one.")
             + f"\n  It holds: {model_folders.listing(folder)}"
         )
-    if why := model_folders.wrong_kind(models[0]):
-        raise UserError(f"{shown}: {why}")
+
+    problem = model_folders.wrong_kind(models[0])
+    if problem is not None:
+        raise UserError(f"{shown}: {problem}")
     return models[0]
 
 
 def where_from(name: str) -> str:
-    """A hub id, or the whole path of a local folder: where anybody on this machine finds the model."""
+    """Return a hub id, or the whole path of a local folder, by which anybody on this machine finds the model."""
     folder = user_path(name)
     return str(folder.resolve()) if folder.is_dir() else name
 
 
-def _attached_models() -> str:
-    attached = model_folders.models_below(ATTACHED)
-    return "\n  Attached models: " + ", ".join(map(str, attached[:10])) if attached else ""
+def attached_models() -> str:
+    """Return a line that lists attached models, for the end of a message; empty where there are none."""
+    models = model_folders.models_below(ATTACHED)
+    if not models:
+        return ""
+    return "\n  Attached models: " + ", ".join(map(str, models[:MOST_LISTED]))
 
 
 @cache
 def hub_is_reachable() -> bool:
-    """Whether the hub may be asked: not switched off, and its name resolves. Saves a minute of retries per file."""
+    """Tell whether the hub can be used: not switched off, and it answers. Saves a minute of retries per file."""
     if constants.HF_HUB_OFFLINE:
         return False
+
+    # Behind a proxy a direct connection fails although the hub can be reached.
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
+
     host = urlsplit(constants.ENDPOINT)
     try:
         socket.create_connection((host.hostname, host.port or 443), timeout=5).close()

@@ -7,33 +7,41 @@ starts as what its base is. The adapter is float32, whatever the base is in.
 import copy
 import logging
 import warnings
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from ..config.settings import LoraConfig
 from ..errors import UserError
-from ..machine import packages
+from ..machine.packages import require
 from ..parallel import deepspeed
-from . import locate, precision
+from .locate import where_from
+from .precision import check_weights
+
+if TYPE_CHECKING:
+    import peft
 
 log = logging.getLogger(__name__)
 
+ALL_LINEAR = "all-linear"
+"""Every linear layer but the head, in the words of peft."""
+
 
 def check(settings: LoraConfig, device: torch.device) -> None:
-    """Find out, with nothing loaded, whether such a student can be made here.
+    """Check, with nothing loaded, that such a student can be made on this machine.
 
     Raises:
         UserError: peft is not installed, or the base's weights cannot be what was asked for.
     """
     if settings.enabled:
-        packages.require("peft", "--lora", extra="peft")
-        precision.check_weights(settings.base, "student.lora.base", device)
+        require("peft", "--lora", extra="peft")
+        check_weights(settings.base, "student.lora.base", device)
 
 
 def add_lora(base: nn.Module, name: str, settings: LoraConfig) -> nn.Module:
-    """A peft model around `base`, which is frozen, with a fresh adapter; seed torch before.
+    """Return a peft model around `base`, which is frozen, with a fresh adapter; seed torch before.
 
     Args:
         name: hub id or local folder of the base: whoever loads the adapter loads it from there.
@@ -43,52 +51,88 @@ def add_lora(base: nn.Module, name: str, settings: LoraConfig) -> nn.Module:
     """
     import peft
 
-    targets, paths = settings.targets, [f".{path}" for path, _ in base.named_modules()]
-    wanted = peft.LoraConfig(
+    is_all_linear = settings.targets == [ALL_LINEAR]
+    lora_config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=ALL_LINEAR if is_all_linear else settings.targets,
     )
-    unknown = [] if targets == ["all-linear"] else [t for t in targets if not any(p.endswith(f".{t}") for p in paths)]
+
     try:
-        if unknown:  # peft would only mind if none of them were known
-            raise ValueError(f"there is no {' and no '.join(unknown)}")
-        student = _wrapped(base, wanted)
+        if not is_all_linear:
+            _require_layers(base, settings.targets)
+        student = _add_adapter(base, lora_config)
     except ValueError as error:
         layers = {path.rpartition(".")[2] for path, module in base.named_modules() if isinstance(module, nn.Linear)}
         raise UserError(
-            f"student.lora.targets: got {', '.join(targets)}, expected all-linear alone, or layers of {name}, such as "
-            f"{', '.join(sorted(layers))}.\n  {error}"
+            f"student.lora.targets: got {', '.join(settings.targets)}, expected all-linear alone, or layers of {name}, "
+            f"such as {', '.join(sorted(layers))}.\n  {error}"
         ) from error
-    if deepspeed.is_requested() and hasattr(base.get_output_embeddings(), "base_layer"):
+
+    head_has_adapter = hasattr(base.get_output_embeddings(), "base_layer")
+    if head_has_adapter and deepspeed.is_requested():
         raise UserError(
-            f"student.lora.targets: got {', '.join(targets)}, the head among them, which under DeepSpeed all processes "
-            "would have to call equally often; expected other layers, or FSDP2"
+            f"student.lora.targets: got {', '.join(settings.targets)}, the head among them, which under DeepSpeed all "
+            "processes would have to call equally often; expected other layers, or FSDP2"
         )
-    wanted.base_model_name_or_path = locate.where_from(name)
-    trained, all_of_it = student.get_nb_trainable_parameters()
-    log.info("LoRA of rank %d: %s of %s parameters are trained", settings.rank, f"{trained:,}", f"{all_of_it:,}")
+
+    lora_config.base_model_name_or_path = where_from(name)
+    trained, total = student.get_nb_trainable_parameters()
+    log.info("LoRA of rank %d: %s of %s parameters are trained", settings.rank, f"{trained:,}", f"{total:,}")
     return student
 
 
+def _require_layers(model: nn.Module, targets: Sequence[str]) -> None:
+    """Check that a model has layers of all these names; peft itself minds only if it has none of them.
+
+    Raises:
+        ValueError: it lacks some.
+    """
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    unknown = [target for target in targets if not any(path.endswith(f".{target}") for path in paths)]
+    if unknown:
+        raise ValueError(f"there is no {' and no '.join(unknown)}")
+
+
 def merged(student: nn.Module, base: nn.Module) -> nn.Module:
-    """A plain model, without peft: `base`, anew and in float32, with the adapter of `student` added to its weights."""
-    adapter = {name: p for name, p in student.get_base_model().named_parameters() if p.requires_grad}
+    """Return a plain model, without peft: `base` with the adapter of `student` added to its weights.
+
+    Args:
+        base: the student's base, loaded anew and in float32; changed in place.
+    """
+    adapter = {name: value for name, value in student.get_base_model().named_parameters() if value.requires_grad}
+
+    # A copy: peft writes the new base's name into the settings, and the student's own must keep theirs.
     settings = copy.deepcopy(student.peft_config["default"])
-    settings.base_model_name_or_path = None  # of the student's own settings: peft writes the new base's name there
-    whole = _wrapped(base, settings)
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
-    if head.weight is embedding.weight and (hasattr(head, "base_layer") or hasattr(embedding, "base_layer")):
-        # one of the two changes: from now on they are two
-        (head.base_layer if hasattr(head, "base_layer") else head).weight = nn.Parameter(head.weight.detach().clone())
-        base.config.get_text_config().tie_word_embeddings = False
+    settings.base_model_name_or_path = None
+    whole = _add_adapter(base, settings)
+    _untie(base)
+
     base.load_state_dict(adapter, strict=False)
     return whole.merge_and_unload(safe_merge=True)
 
 
-def _wrapped(base: nn.Module, settings: Any) -> nn.Module:
+def _untie(model: nn.Module) -> None:
+    """Give a head its own weights where it shares them with the embedding and one of the two has an adapter.
+
+    The adapter is added to one of them, so that from then on they differ.
+    """
+    head = model.get_output_embeddings()
+    embedding = model.get_input_embeddings()
+    has_adapter = hasattr(head, "base_layer") or hasattr(embedding, "base_layer")
+    if head.weight is not embedding.weight or not has_adapter:
+        return
+
+    # Inside of peft's layer, where there is one around the head.
+    layer = head.base_layer if hasattr(head, "base_layer") else head
+    layer.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.get_text_config().tie_word_embeddings = False
+
+
+def _add_adapter(base: nn.Module, settings: "peft.LoraConfig") -> nn.Module:
+    """Return a peft model around `base`, with a fresh adapter of these settings."""
     import peft
 
     with warnings.catch_warnings():

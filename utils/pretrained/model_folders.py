@@ -1,33 +1,44 @@
-"""Folders of models: attached ones by name, and what a folder is that holds none.
+"""Folders of models: searched, matched with a name, and described where they hold something else.
 
 A model is a folder with config.json, or an adapter: a folder with adapter_config.json.
+
+- `models_below`, `is_model`, `is_adapter`: folders that hold a model
+- `attached`: which attached model a name such as `Qwen/Qwen2.5-1.5B` stands for
+- `what_it_is`: advice about a folder of another kind (a checkpoint, a GGUF file, ...)
+- `wrong_kind`, `wrong_weights`: why a model cannot be taken, found out with no weights loaded
 """
 
 import json
 import os
 import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..git_lfs import is_lfs_pointer
 
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+
 DEEPEST = 6
 """Folders between /kaggle/input and a model's files, at most: models/OWNER/MODEL/FRAMEWORK/VARIATION/VERSION."""
 MOST_FOLDERS = 2000
 """Folders that are searched below one that a user names as a model: a home or a whole disk has many more."""
 MOST_LISTED = 10
+"""Names of a folder that a message lists."""
+MOST_EXAMPLES = 3
+"""Files that a message names as missing."""
 
 STORED_BY_LFS = ("*.safetensors", "*.bin", "tokenizer.json", "tokenizer.model", "spiece.model")
 """Files of a model that are large: a copy made by git has pointers in their place where Git LFS has not fetched them.
 """
 
 LOADED_FRAMEWORKS = {"transformers", "pytorch", "other"}
+"""Parts of the path of a model on Kaggle that name its framework."""
 OTHER_FRAMEWORKS = {"keras", "jax", "flax", "tensorflow1", "tensorflow2", "tflite", "tfjs", "gemmacpp", "ggml", "gguf"}
-"""Parts of the path of a model on Kaggle; those of another framework transformers does not load."""
+"""Those of frameworks whose models transformers does not load."""
 SAYS_NOTHING = {"models", "default"}
+"""Those that do not tell one model from another."""
 
 
 # ----------------------------------------------------------------------------------------- folders
@@ -41,7 +52,7 @@ def models_below(folder: Path, most_folders: int | None = None) -> list[Path]:
     """Return model folders: the folder itself, or else those at most `DEEPEST` levels below it; none inside another.
 
     Args:
-        most_folders: that are searched; None: all.
+        most_folders: folders that are searched at most; None: all.
 
     Raises:
         TooManyFolders: there are more.
@@ -54,11 +65,12 @@ def models_below(folder: Path, most_folders: int | None = None) -> list[Path]:
         if most_folders is not None and count > most_folders:
             raise TooManyFolders(f"more than {most_folders:,} folders")
 
-        here = Path(path)
-        if here != folder and is_model(here):
-            models.append(here)
+        # `os.walk` goes into those of `folders` that are left in the list.
+        current = Path(path)
+        if current != folder and is_model(current):
+            models.append(current)
             folders.clear()
-        elif len(here.relative_to(folder).parts) >= DEEPEST:
+        elif len(current.relative_to(folder).parts) >= DEEPEST:
             folders.clear()
     return sorted(models)
 
@@ -70,8 +82,8 @@ def is_model(folder: Path) -> bool:
 
 def is_adapter(folder: Path) -> bool:
     """Tell whether a folder holds an adapter alone: some trainers put the base's config beside it, but no weights."""
-    whole = [path for path in folder.glob("*") if _is_whole_weights(path.name)]
-    return (folder / ADAPTER_CONFIG).is_file() and not whole
+    has_whole_weights = any(_is_whole_weights(path.name) for path in folder.glob("*"))
+    return (folder / ADAPTER_CONFIG).is_file() and not has_whole_weights
 
 
 def _is_whole_weights(name: str) -> bool:
@@ -79,56 +91,58 @@ def _is_whole_weights(name: str) -> bool:
 
 
 def listing(folder: Path) -> str:
-    """Names of what is in a folder, the first of them."""
+    """Return the names of what is in a folder, the first of them."""
     names = sorted(path.name for path in folder.iterdir())
+    shown = ", ".join(names[:MOST_LISTED]) or "nothing"
     more = f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    return (", ".join(names[:MOST_LISTED]) or "nothing") + more
+    return shown + more
 
 
 # ---------------------------------------------------------------------------------- attached by name
 
 
 def attached(name: str, root: Path) -> list[Path]:
-    """Attached folders below `root` that a name stands for; several where the name does not tell them apart.
+    """Return attached folders below `root` that a name stands for; several where it does not tell them apart.
 
     A hub id stands for a folder whose last parts spell the same words: `Qwen/Qwen2.5-1.5B` for
     `qwen2.5/transformers/1.5b/1` and `qwen2.5-1.5b`, and never for `qwen2.5/transformers/1.5b-instruct/1`. A name
     without owner stands besides for every variation of a model: `qwen2.5`.
     """
-    owner, _, last = name.rpartition("/")
-    wanted = words(last)
-    if not wanted:
+    owner, _, model = name.rpartition("/")
+    model_words = words(model)
+    if not model_words:
         return []
-    candidates = {
-        path: parts for path in models_below(root) if (parts := _telling_parts(path.relative_to(root))) is not None
-    }
 
-    same = [path for path, parts in candidates.items() if wanted in _readings(parts)]
-    of_owner = [path for path in same if words(owner) in map(words, candidates[path])]
+    candidates: dict[Path, list[str]] = {}
+    for path in models_below(root):
+        parts = _telling_parts(path.relative_to(root))
+        if parts is not None:
+            candidates[path] = parts
+
+    # 1. Folders of the same words; among them, if there are some, those below a folder of the owner.
+    same_words = [path for path, parts in candidates.items() if model_words in _readings(parts)]
+    of_owner = [path for path in same_words if words(owner) in map(words, candidates[path])]
     if owner and of_owner:
         return of_owner
-    if same or owner:
-        return same
-    return [path for path, parts in candidates.items() if wanted in map(words, parts)]
+    if same_words or owner:
+        return same_words
 
-
-@cache
-def _models_attached(root: Path) -> tuple[Path, ...]:
-    """Model folders below `root`, looked for once: attached data can have many folders, and do not change."""
-    return tuple(models_below(root))
+    # 2. A name without owner stands for all variations of a model.
+    return [path for path, parts in candidates.items() if model_words in map(words, parts)]
 
 
 def words(name: str) -> tuple[str, ...]:
-    """Words and numbers of a name, whatever stands between them: qwen, 2.5, 1.5, b."""
+    """Return words and numbers of a name, whatever stands between them: qwen, 2.5, 1.5, b."""
     return tuple(re.findall(r"\d+(?:\.\d+)*|[a-z]+", name.lower()))
 
 
 def _telling_parts(path: Path) -> list[str] | None:
-    """Parts of a relative path that tell what the model is; None: it is of a framework that is not loaded."""
+    """Return parts of a relative path that tell what the model is; None: it is of a framework that is not loaded."""
     parts = list(path.parts)
-    frameworks = {part.lower() for part in parts}
-    if frameworks & OTHER_FRAMEWORKS and not frameworks & LOADED_FRAMEWORKS:
+    names = {part.lower() for part in parts}
+    if names & OTHER_FRAMEWORKS and not names & LOADED_FRAMEWORKS:
         return None
+
     if len(parts) > 1 and parts[-1].isdigit():
         parts.pop()  # the version
     dropped = LOADED_FRAMEWORKS | SAYS_NOTHING
@@ -136,7 +150,7 @@ def _telling_parts(path: Path) -> list[str] | None:
 
 
 def _readings(parts: list[str]) -> list[tuple[str, ...]]:
-    """Words of the last part, of the last two, and so on."""
+    """Return words of the last part, of the last two, and so on: `qwen2.5/1.5b` can be read as qwen2.5-1.5b."""
     return [words(" ".join(parts[first:])) for first in range(len(parts))]
 
 
@@ -147,13 +161,18 @@ class Layout(NamedTuple):
     """A kind of folder that is given in place of a model."""
 
     is_it: Callable[[Path], bool]
+    """Folder -> it is of this kind."""
     explanation: str
-    """What it is, and the way from there to a model; `{folder}` stands for its path."""
+    """Name of the kind, and the way from there to a model; `{folder}` stands for its path."""
 
 
 def _has(*patterns: str) -> Callable[[Path], bool]:
-    """A test for a folder that holds, for each of the patterns, a file or folder of that name."""
-    return lambda folder: all(any(folder.glob(pattern)) for pattern in patterns)
+    """Return a test for a folder that holds, for each of the patterns, a file or folder of that name."""
+
+    def has_all(folder: Path) -> bool:
+        return all(any(folder.glob(pattern)) for pattern in patterns)
+
+    return has_all
 
 
 NO_MODELS = (
@@ -211,11 +230,11 @@ NO_MODELS = (
         "These are weights without a config.json. Put that of the model beside them.",
     ),
 )
-"""Folders without a config.json. The first that fits is told."""
+"""Folders without a config.json. The first that fits counts, so that kinds with rare files come before common ones."""
 
 
 def what_it_is(folder: Path) -> str | None:
-    """Describe a folder that holds no model, and the way from there; None where nobody knows."""
+    """Describe a folder that holds no model, and the way from there; None for one of no known kind."""
     for layout in NO_MODELS:
         if layout.is_it(folder):
             return layout.explanation.format(folder=folder)
@@ -235,7 +254,8 @@ def what_the_file_is(file: Path) -> str:
 
 
 def wrong_kind(folder: Path) -> str | None:
-    """Why a folder with a config.json is not that of a language model; None where nothing speaks against it."""
+    """Return why a folder with a config.json is not that of a language model; None where nothing speaks against it."""
+    # Libraries whose models have a config.json too.
     if (folder / "modules.json").is_file() or (folder / "config_sentence_transformers.json").is_file():
         return (
             "it is a model of sentence-transformers, which turns text into vectors. Expected a language model, which "
@@ -246,12 +266,17 @@ def wrong_kind(folder: Path) -> str | None:
             "it is a model for CTranslate2 (model.bin, and a config.json without model_type), whose weights are not "
             "trained. Give the model that it was converted from."
         )
-    stored = sorted(path for pattern in STORED_BY_LFS for path in folder.glob(pattern) if path.is_file())
-    pointers = [path.name for path in stored if is_lfs_pointer(path)]
+
+    # A clone without Git LFS: small text files in place of the large ones.
+    large_files: list[Path] = []
+    for pattern in STORED_BY_LFS:
+        large_files += [path for path in folder.glob(pattern) if path.is_file()]
+    pointers = [path.name for path in sorted(large_files) if is_lfs_pointer(path)]
     if pointers:
+        examples = ", ".join(pointers[:MOST_EXAMPLES])
         return (
-            f"its files are not there: {', '.join(pointers[:3])} only points to what is meant (git without LFS). Run "
-            "`git lfs pull` in that folder, or download it with `hf download`."
+            f"its files are not there: {examples} only points to what is meant (git without LFS). Run `git lfs pull` "
+            "in that folder, or download it with `hf download`."
         )
     return None
 
@@ -273,6 +298,7 @@ def wrong_weights(folder: Path) -> str | None:
     if has_weights(folder, allow_pickle=True):
         return None
 
+    # Nothing that transformers would load: files of other libraries may be there in their place.
     for patterns, explanation in OTHER_WEIGHTS:
         if any(any(folder.glob(pattern)) for pattern in patterns):
             return explanation
@@ -303,7 +329,7 @@ OTHER_WEIGHTS = (
         "transformers below version 5: from_pretrained(folder, from_flax=True), then save_pretrained.",
     ),
 )
-"""Files of weights that are not loaded, and what is said where there are no others. The first that fits is told."""
+"""Patterns of files with weights that are not loaded, and advice where there are no others. The first match counts."""
 
 
 def has_weights(folder: Path, allow_pickle: bool = False) -> bool:
@@ -317,6 +343,7 @@ def pickled_weights(folder: Path) -> list[Path]:
 
 
 def _is_quantised_by_mlx(folder: Path) -> bool:
+    """Tell whether a config.json has the settings of MLX; transformers calls its own `quantization_config`."""
     settings = read_json(folder / CONFIG).get("quantization")
     return isinstance(settings, dict) and {"group_size", "bits"} <= settings.keys()
 
@@ -325,15 +352,18 @@ def _incomplete_weights(folder: Path) -> str | None:
     """Describe what is missing of the files from which transformers would load weights; None: nothing."""
     files = [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
+
+    # transformers takes a single file first, and reads the index of several only without it.
     if not files[0].is_file() and index.is_file():
         shards = read_json(index).get("weight_map")
         if not isinstance(shards, dict) or not shards:
             return f"{index.name}, the list of its files of weights, is damaged."
-        files = [folder / name for name in sorted({str(name) for name in shards.values()})]
-
+        names = {str(name) for name in shards.values()}
+        files = [folder / name for name in sorted(names)]
         missing = [file.name for file in files if not file.is_file()]
         if missing:
-            return f"{len(missing)} of the {len(files)} files of its weights are missing: {', '.join(missing[:3])}."
+            examples = ", ".join(missing[:MOST_EXAMPLES])
+            return f"{len(missing)} of the {len(files)} files of its weights are missing: {examples}."
 
     for file in files:
         if file.is_file() and not _is_whole_safetensors(file):
@@ -346,8 +376,11 @@ def _is_whole_safetensors(file: Path) -> bool:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         size = file.stat().st_size
+
+        # A damaged length could ask for more memory than there is.
         if not 0 < length <= size - 8:
             return False
+
         try:
             tensors = json.loads(stream.read(length))
             ends = [entry["data_offsets"][1] for name, entry in tensors.items() if name != "__metadata__"]
@@ -357,7 +390,7 @@ def _is_whole_safetensors(file: Path) -> bool:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object; {} where the file is damaged or holds something else."""
+    """Return a JSON object; {} where the file is damaged or holds something else."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

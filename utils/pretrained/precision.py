@@ -1,4 +1,4 @@
-"""Precision in which a model's weights are loaded."""
+"""Precision of a model's weights: what they are stored in, what a device can compute with, what frozen ones get."""
 
 import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig
@@ -12,25 +12,39 @@ QUANTISED = {"8bit": (7, 5), "4bit": (6, 0)}
 
 
 def quantisation_method(config: PretrainedConfig) -> str | None:
-    """How a model's weights are stored in a few bits; None: they are not."""
+    """Return the method by which a model's weights are stored in a few bits; None: they are not."""
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
+
+    # A dict as config.json has it, or an object of transformers whose method is an enum.
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     return str(getattr(method, "value", method) or "unknown method")
 
 
-def _quantisation(weights: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """int8 with outliers apart (arXiv 2208.07339), or NF4 with quantised scales (arXiv 2305.14314)."""
+def bitsandbytes_config(weights: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return settings for int8 with outliers apart (arXiv 2208.07339), or NF4 with quantised scales (2305.14314).
+
+    Args:
+        weights: `8bit` or `4bit`.
+        dtype: of products with 4-bit weights.
+    """
     if weights == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
     )
 
 
 def check_weights(requested: str, setting: str, device: torch.device) -> None:
-    """Find out, with nothing loaded, whether a device can compute with such weights.
+    """Check, with nothing loaded, that a device can compute with such weights.
+
+    Args:
+        requested: a precision; only `8bit` and `4bit` ask something of the device.
+        setting: that it comes from, for messages.
 
     Raises:
         UserError: 8bit or 4bit without a GPU that can, or without bitsandbytes.
@@ -38,27 +52,38 @@ def check_weights(requested: str, setting: str, device: torch.device) -> None:
     if requested not in QUANTISED:
         return
     needed = QUANTISED[requested]
-    has = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if has is None or has < needed:
-        got = f"this run is on the {device.type}" if has is None else f"this GPU has {has[0]}.{has[1]}"
-        others = ", or 4bit" if has is not None and has >= QUANTISED["4bit"] else ""
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+    if capability is None or capability < needed:
+        alternative = ""
+        if capability is None:
+            got = f"this run is on the {device.type}"
+        else:
+            got = f"this GPU has {capability[0]}.{capability[1]}"
+            if capability >= QUANTISED["4bit"]:
+                alternative = ", or 4bit"
         raise UserError(
             f"{setting}: got {requested}, which needs an NVIDIA GPU of compute capability {needed[0]}.{needed[1]} or "
-            f"more, and {got}. Expected auto, float32, float16 or bfloat16{others}."
+            f"more, and {got}. Expected auto, float32, float16 or bfloat16{alternative}."
         )
+
     require("bitsandbytes", f"{setting}={requested}", extra="quant")
 
 
 def frozen_dtype(requested: str, device: torch.device, precision: str) -> Choice[torch.dtype]:
-    """What frozen weights, a teacher's or those below an adapter, are computed in.
+    """Choose what frozen weights, a teacher's or those below an adapter, are computed in.
 
     Args:
         requested: a precision, or `auto`.
+        device: that they are on.
         precision: what the student computes in (no, fp16, bf16).
     """
     half = torch.bfloat16 if precision == "bf16" else torch.float16
-    if requested in QUANTISED:  # products of 8-bit weights take float16 and nothing else
-        return Choice(torch.float16 if requested == "8bit" else half, f"what {requested} weights are computed in")
+
+    if requested in QUANTISED:
+        # products of 8-bit weights take float16 and nothing else
+        dtype = torch.float16 if requested == "8bit" else half
+        return Choice(dtype, f"what {requested} weights are computed in")
     if requested != "auto":
         return Choice(getattr(torch, requested), "asked for")
     if device.type != "cuda" or precision == "no":

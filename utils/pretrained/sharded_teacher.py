@@ -23,18 +23,39 @@ def shard_layers(model: nn.Module, accelerator: Accelerator) -> None:
     """
     if "ignored_params" not in inspect.signature(fully_shard).parameters:
         raise UserError(f"teacher.device sharded: got torch {torch.__version__}, expected 2.7 or newer")
-    kinds = set(model._no_split_modules or ())
-    layers = [module for module in model.modules() if type(module).__name__ in kinds]
-    if not layers:
-        raise UserError(f"teacher.device sharded: transformers does not tell the layers of a {type(model).__name__}")
-    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
-    outside = {parameter for parameter in model.parameters() if id(parameter) not in inside}
+    layers = _layers(model)
+    outside = _parameters_outside(layers, model)
+
+    # Layers first: what a module's parts have sharded already, fully_shard leaves to them.
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     for layer in layers:
         fully_shard(layer, mesh=mesh)
+
+    # The body around them too: its layers then share streams, and fetch the next one while one computes.
     lead = body(model)
-    kind = type(lead)
-    fully_shard(lead, mesh=mesh, ignored_params=outside)  # the layers share its streams: the next one comes meanwhile
-    lead.__class__ = kind  # transformers finds by the class what hidden states are; FSDP needs its hooks alone here
+    original_class = type(lead)
+    fully_shard(lead, mesh=mesh, ignored_params=outside)
+    # transformers recognises by the class which outputs are hidden states; of FSDP only the hooks are needed on it.
+    lead.__class__ = original_class
+
     model.to(accelerator.device)
     model._is_fsdp_managed_module = True  # transformers generates with it in step with the other processes
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a transformers model.
+
+    Raises:
+        UserError: transformers does not say what a layer is.
+    """
+    class_names = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in class_names]
+    if not layers:
+        raise UserError(f"teacher.device sharded: transformers does not tell the layers of a {type(model).__name__}")
+    return layers
+
+
+def _parameters_outside(layers: list[nn.Module], model: nn.Module) -> set[nn.Parameter]:
+    """Return the parameters of a model that none of its layers has."""
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return {parameter for parameter in model.parameters() if id(parameter) not in inside}

@@ -1,4 +1,4 @@
-"""The student before and after its training: made, the same one every time, and exported."""
+"""The student before its training: checked with nothing loaded, then made, the same one every time."""
 
 import logging
 
@@ -9,8 +9,10 @@ from torch import nn
 from ..config.settings import StudentConfig, TrainingConfig
 from ..errors import UserError
 from ..seeding import seed_everything
-from . import families, lora, precision
-from . import loading as pretrained
+from . import loading
+from .families import keep_weights
+from .lora import add_lora
+from .precision import frozen_dtype
 
 log = logging.getLogger(__name__)
 
@@ -21,13 +23,16 @@ RANDOM_HINT = (
 
 
 def check(config: StudentConfig) -> None:
-    """Find out, with nothing loaded, whether what will be exported can be loaded.
+    """Check, with nothing loaded, that the exported student can be loaded by other programs.
 
     Raises:
         UserError: an adapter of an adapter, which other programs cannot load.
     """
-    is_exported_alone = config.lora.enabled and not config.lora.merge and config.init == "pretrained"
-    base = pretrained.adapted_base(config.name, "student") if is_exported_alone else None
+    is_exported_as_adapter = config.lora.enabled and not config.lora.merge and config.init == "pretrained"
+    if not is_exported_as_adapter:
+        return
+
+    base = loading.adapted_base(config.name, "student")
     if base is not None:
         raise UserError(
             f"--lora: {config.name} is itself an adapter of {base}, and the new adapter would belong to both. Expected "
@@ -36,20 +41,40 @@ def check(config: StudentConfig) -> None:
 
 
 def make(config: StudentConfig, training: TrainingConfig, accelerator: Accelerator) -> nn.Module:
-    """The student before training, on the training device, float32 where it is trained."""
+    """Make the student as it is before training, on the training device, float32 where it is trained.
+
+    Raises:
+        UserError: its model cannot be loaded, or cannot be trained as the settings say.
+    """
+    # Random weights and a fresh adapter are drawn from torch's global generator.
     seed_everything(training.seed)
-    device, loading = accelerator.device, {"allow_pickle": config.allow_pickle}
+
     if config.init == "random":
-        student = pretrained.random_model(pretrained.load_config(config.name, "student")).to(device)
-    elif not config.lora.enabled:
-        student = pretrained.load_model(config.name, "student", torch.float32, device, **loading)
+        student = loading.random_model(loading.load_config(config.name, "student")).to(accelerator.device)
+    elif config.lora.enabled:
+        student = _with_adapter(config, accelerator)
     else:
-        dtype = precision.frozen_dtype(config.lora.base, device, accelerator.mixed_precision)
-        log.info("below the adapter, the student in %s: %s", str(dtype.value).removeprefix("torch."), dtype.reason)
-        loading["weights"] = config.lora.base
-        base = pretrained.load_model(config.name, "student", dtype.value, device, **loading)
-        student = lora.add_lora(base, config.name, config.lora)
-    families.keep_weights(student.config)
+        student = loading.load_model(
+            config.name, "student", torch.float32, accelerator.device, allow_pickle=config.allow_pickle
+        )
+
+    keep_weights(student.config)
     if training.gradient_checkpointing:
-        pretrained.recompute_layers(student)
+        loading.recompute_layers(student)
     return student
+
+
+def _with_adapter(config: StudentConfig, accelerator: Accelerator) -> nn.Module:
+    """Load frozen weights, which need not be float32, and add a fresh adapter to them."""
+    dtype = frozen_dtype(config.lora.base, accelerator.device, accelerator.mixed_precision)
+    log.info("below the adapter, the student in %s: %s", str(dtype.value).removeprefix("torch."), dtype.reason)
+
+    base = loading.load_model(
+        config.name,
+        "student",
+        dtype.value,
+        accelerator.device,
+        weights=config.lora.base,
+        allow_pickle=config.allow_pickle,
+    )
+    return add_lora(base, config.name, config.lora)

@@ -1,13 +1,14 @@
-"""Where the frozen teacher computes: with the student, on a device of its own, or on several.
+"""The frozen teacher's model: its device, or devices, and its loading.
 
-`spread`, in one process: accelerate puts some layers on each GPU, and on the CPU what finds no room there. `sharded`,
-in several: each holds a part of every layer, and they put a layer together while it computes.
+It computes with the student, on a device of its own, or on several. `spread`, in one process: accelerate puts some
+layers on each GPU, and on the CPU those that fit on none. `sharded`, in several: each holds a part of every layer, and
+they put a layer together while it computes.
 """
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -16,122 +17,167 @@ from torch import nn
 
 from ..config.settings import ModelConfig
 from ..errors import UserError
+from ..interfaces import Job, RunConfig
 from ..machine import hardware
 from ..machine.device_memory import MARGIN
-from . import loading, precision, sharded_teacher
+from . import loading
+from .precision import QUANTISED
+from .sharded_teacher import shard_layers
 
 log = logging.getLogger(__name__)
 
-SPREAD, SHARDED = "spread", "sharded"
+SPREAD = "spread"
+SHARDED = "sharded"
+
 ROOM = 0.9
 """Share of the free memory of a device that weights may take: the rest is for what is computed with them."""
 
 
-def choose_teacher_device(config: Any, accelerator: Accelerator) -> torch.device:
-    """Where the teacher computes; of one on several devices, that of the student.
+# ---------------------------------------------------------------- choice of devices
 
-    Args:
-        config: the junction's RunConfig.
+
+def choose_teacher_device(config: RunConfig, accelerator: Accelerator) -> torch.device:
+    """Return the teacher's device; of a teacher on several devices, the student's.
 
     Raises:
-        UserError: what was asked for is not there, or cannot be had beside something else that was.
+        UserError: the requested device does not exist, or the request contradicts another setting.
     """
-    asked, processes, device = config.teacher.device, accelerator.num_processes, accelerator.device
-    if asked not in (SPREAD, SHARDED):
-        return hardware.choose_teacher_device(asked, device, processes).value
-    if asked == SPREAD and (processes > 1 or _gpus() < 2):
+    requested = config.teacher.device
+    processes = accelerator.num_processes
+
+    if requested == SPREAD:
+        _require_several_gpus(processes)
+        return accelerator.device
+    if requested == SHARDED:
+        _require_sharding(config, processes)
+        return accelerator.device
+    return hardware.choose_teacher_device(requested, accelerator.device, processes).value
+
+
+def _require_several_gpus(processes: int) -> None:
+    """Check that one process has GPUs to spread a teacher over.
+
+    Raises:
+        UserError: there are several processes, or fewer than two GPUs.
+    """
+    if processes > 1 or _gpus() < 2:
         raise UserError(
             f"teacher.device spread: got processes: {processes}, GPUs: {_gpus()}; expected one process, two GPUs or "
             "more. In several processes a teacher can be sharded: --teacher-device sharded."
         )
-    if asked == SHARDED and processes < 2:
+
+
+def _require_sharding(config: RunConfig, processes: int) -> None:
+    """Check that a teacher can be sharded over the processes of this run.
+
+    Raises:
+        UserError: there is one process, or the teacher is quantised or cached.
+    """
+    if processes < 2:
         raise UserError(
             "teacher.device sharded: got one process, expected two or more (accelerate launch --num_processes N ...). "
             "In one process a teacher can be spread over several GPUs: --teacher-device spread."
         )
-    if asked == SHARDED and (config.teacher.dtype in precision.QUANTISED or config.cache.folder):
+    if config.teacher.dtype in QUANTISED or config.cache.folder:
         raise UserError(
             f"teacher.device sharded: got teacher.dtype={config.teacher.dtype} and cache.folder={config.cache.folder}. "
             "Quantised weights cannot be cut, and a cache is filled by processes that do not wait for each other. "
             "Leave these out, or take one process and --teacher-device spread."
         )
-    return device
 
 
 def on_one_process(config: ModelConfig) -> ModelConfig:
-    """What one process can have of it that does not look for GPUs: a teacher for several is with the student."""
-    return replace(config, device="auto") if config.device in (SPREAD, SHARDED) else config
+    """Return the same teacher for a single process: `spread` and `sharded` become `auto`."""
+    if config.device in (SPREAD, SHARDED):
+        return replace(config, device="auto")
+    return config
 
 
-def gpus_used(config: Any, device: torch.device, teacher: torch.device) -> int:
-    """GPUs that this process computes on.
+def gpus_used(config: RunConfig, device: torch.device, teacher: torch.device) -> int:
+    """Return how many GPUs this process computes on.
 
     Args:
-        device, teacher: of the student, and from `place`.
+        device: of the student.
+        teacher: its device, from `choose_teacher_device`.
     """
-    return _gpus() if config.teacher.device == SPREAD else len({device, teacher} - {torch.device("cpu")})
+    if config.teacher.device == SPREAD:
+        return _gpus()
+    return len({device, teacher} - {torch.device("cpu")})
 
 
-def is_asked_ahead(config: Any) -> bool:
-    """Whether the teacher is asked about a step before the student works on the one before.
+def is_asked_ahead(config: RunConfig) -> bool:
+    """Tell whether the teacher computes a step before the student has finished the one before it.
 
-    Not a sharded one: where a short step leaves a process nothing, it would be asked in another order than in others.
+    A sharded teacher does not: where a short last step leaves a process no windows, that process would call it in
+    another order than the others do, and they would wait for each other for ever.
     """
     return config.teacher.name is not None and config.teacher.device not in ("auto", SHARDED)
 
 
-def load(job: Any) -> nn.Module:
-    """The teacher's model where it is to compute.
+def _gpus() -> int:
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
-    Args:
-        job: of the junction, with the device and dtype of its teacher.
+
+# ---------------------------------------------------------------- loading
+
+
+def load(job: Job) -> nn.Module:
+    """Load the teacher's model onto its device or devices.
 
     Raises:
-        UserError: see `pretrained.load_model`.
+        UserError: see `loading.load_model`.
     """
-    config, dtype = job.config.teacher, job.teacher_dtype
-    where: Any = job.teacher_device
+    config = job.config.teacher
+
+    # A sharded teacher is cut on the CPU: whole it may be larger than any GPU.
+    device: torch.device | str | Mapping[int | str, int] = job.teacher_device
     if config.device == SPREAD:
-        where = room(job.accelerator.device, job.needed.size)
+        device = room(job.accelerator.device, job.needed.size)
     elif config.device == SHARDED:
-        where = "cpu"
-    weights = {"weights": config.dtype, "allow_pickle": config.allow_pickle}
-    model = loading.load_model(config.name, "teacher", dtype.value, where, **weights)
-    told = str(job.teacher_device)
+        device = "cpu"
+
+    dtype = job.teacher_dtype
+    model = loading.load_model(
+        config.name, "teacher", dtype.value, device, weights=config.dtype, allow_pickle=config.allow_pickle
+    )
+
+    place = str(job.teacher_device)
     if config.device == SPREAD:
-        told = places(model)
+        place = places(model)
     elif config.device == SHARDED:
-        sharded_teacher.shard_layers(model, job.accelerator)
-        told += f", its layers sharded over {job.accelerator.num_processes} processes"
+        shard_layers(model, job.accelerator)
+        place += f", its layers sharded over {job.accelerator.num_processes} processes"
         if job.config.evaluation.tasks:
             log.warning("--eval-tasks: not measured on a sharded teacher, with which all processes must compute")
-    log.info("teacher on %s in %s: %s", told, str(dtype.value).removeprefix("torch."), dtype.reason)
+
+    log.info("teacher on %s in %s: %s", place, str(dtype.value).removeprefix("torch."), dtype.reason)
     return model
 
 
 def places(model: nn.Module) -> str:
-    """Return where the parts of a spread model are, for the log.
-
-    transformers leaves no map on a model that one device holds whole.
-    """
+    """Return where the parts of a spread model are, for the log."""
+    # transformers leaves no map on a model that one device holds whole
     device_map = getattr(model, "hf_device_map", {"": model.device})
-    modules = Counter(f"cuda:{place}" if isinstance(place, int) else str(place) for place in device_map.values())
+
+    modules: Counter[str] = Counter()
+    for place in device_map.values():
+        modules[f"cuda:{place}" if isinstance(place, int) else str(place)] += 1
+
     if len(modules) == 1:
         return f"{next(iter(modules))}, whole"
     return ", ".join(f"{place} ({count} modules)" for place, count in modules.items())
 
 
 def room(student: torch.device, needed: int) -> dict[int | str, int]:
-    """Bytes that each device has for a teacher beside the student.
+    """Return the bytes that each device has for a teacher beside the student.
 
     Args:
-        needed: what training takes on the student's device without the teacher; 0: not known, so that is not touched.
+        student: its device.
+        needed: bytes that training takes there without the teacher; 0: unknown, and the teacher gets nothing there.
     """
     free = {device: int(ROOM * size) for device, size in get_max_memory().items()}
     if student.type == "cuda":
-        free[student.index or 0] = max(0, free[student.index or 0] - int(MARGIN * needed)) if needed else 0
+        gpu = student.index or 0
+        reserved = int(MARGIN * needed)
+        free[gpu] = max(0, free[gpu] - reserved) if needed else 0
     return free
-
-
-def _gpus() -> int:
-    return torch.cuda.device_count() if torch.cuda.is_available() else 0

@@ -234,7 +234,8 @@ class CacheBuilding:
         sizes = {"global_batch": plan.global_batch, "micro_batch": plan.micro_batch, "processes": plan.processes}
         count = sum(batch_order.micro_batches_in_step(plan.windows, step, **sizes) for step in range(epoch))
         rank = self.held_out.accelerator.process_index
-        return list(islice(batch_order.step_batches(plan.windows, **sizes, rank=rank, seed=self.seed, epoch=0), count))
+        geometry = batch_order.BatchGeometry(**sizes, rank=rank)
+        return list(islice(batch_order.step_batches(plan.windows, geometry, seed=self.seed, epoch=0), count))
 
     def _fill(
         self,

@@ -319,9 +319,7 @@ class TrainingLoop:
         while True:
             order = batch_order.step_batches(
                 plan.windows,
-                **sizes,
-                processes=plan.processes,
-                rank=self.accelerator.process_index,
+                batch_order.BatchGeometry(**sizes, processes=plan.processes, rank=self.accelerator.process_index),
                 seed=self.config.seed,
                 epoch=epoch,
                 start_step=first,

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tests.utils.data.test_documents import encode, words
 from utils.data import delivery as delivery_module
 from utils.data import loader as loading
-from utils.data.batch_order import micro_batches_in_step, permutation, step_batches, steps_per_epoch
+from utils.data.batch_order import BatchGeometry, micro_batches_in_step, permutation, step_batches, steps_per_epoch
 from utils.data.delivery import delivery
 from utils.data.loader import loader
 from utils.data.windows import make_windows
@@ -33,7 +33,8 @@ def test_every_index_comes_exactly_once_per_epoch(shape, epoch, start):
     options = {"global_batch": micro * accumulation * processes, "micro_batch": micro, "processes": processes}
     start = min(start, steps_per_epoch(n, options["global_batch"]))
     per_rank = [
-        list(step_batches(n, **options, rank=rank, seed=1, epoch=epoch, start_step=start)) for rank in range(processes)
+        list(step_batches(n, BatchGeometry(**options, rank=rank), seed=1, epoch=epoch, start_step=start))
+        for rank in range(processes)
     ]
     position = 0
     order = permutation(n, 1, epoch)
@@ -51,17 +52,16 @@ def test_every_index_comes_exactly_once_per_epoch(shape, epoch, start):
 
 
 def test_a_resumed_epoch_continues_with_the_same_batches():
-    options = {"global_batch": 8, "micro_batch": 2, "processes": 2, "rank": 1, "seed": 3, "epoch": 2}
-    whole = list(step_batches(45, **options))
+    geometry = BatchGeometry(global_batch=8, micro_batch=2, processes=2, rank=1)
+    whole = list(step_batches(45, geometry, seed=3, epoch=2))
     for step in range(7):
         skipped = sum(micro_batches_in_step(45, s, global_batch=8, micro_batch=2, processes=2) for s in range(step))
-        assert list(step_batches(45, **options, start_step=step)) == whole[skipped:]
+        assert list(step_batches(45, geometry, seed=3, epoch=2, start_step=step)) == whole[skipped:]
 
 
 def test_epochs_and_seeds_differ():
-    orders = {
-        str(list(step_batches(40, global_batch=4, micro_batch=4, seed=s, epoch=e))) for s in (0, 1) for e in (0, 1)
-    }
+    geometry = BatchGeometry(global_batch=4, micro_batch=4)
+    orders = {str(list(step_batches(40, geometry, seed=s, epoch=e))) for s in (0, 1) for e in (0, 1)}
     assert len(orders) == 4
 
 
@@ -84,7 +84,7 @@ def ids_unless_second(batch: list[dict]) -> list[list[int]]:
 
 
 def test_workers_deliver_the_same_batches_in_the_same_order(windows):
-    batches = list(step_batches(len(windows), global_batch=8, micro_batch=4, seed=0, epoch=0))
+    batches = list(step_batches(len(windows), BatchGeometry(global_batch=8, micro_batch=4), seed=0, epoch=0))
     expected = [[windows[i]["ids"].tolist() for i in batch] for batch in batches]
     for workers in (0, 2):
         assert list(loader(windows, batches, ids, workers)) == expected
@@ -98,7 +98,7 @@ def test_each_window_is_delivered_exactly_once_per_epoch(windows):
 
 
 def test_repeated_and_missing_windows_are_counted(windows, monkeypatch):
-    monkeypatch.setattr(delivery_module, "step_batches", lambda n, **_: iter([[0, 1], [1, 2]]))
+    monkeypatch.setattr(delivery_module, "step_batches", lambda *_, **__: iter([[0, 1], [1, 2]]))
     found = delivery([windows[0], windows[1], windows[0], windows[3]], micro_batch=2, num_workers=0)
     assert (found.delivered, found.repeated, found.missing, found.identical) == (4, 1, 1, 1)
 
@@ -163,9 +163,9 @@ def test_a_killed_worker_ends_the_run(workers):
 
 def test_what_goes_through_the_pipe_to_the_receiver_fits_into_it():
     batch = [torch.zeros(1_000_000), *(torch.zeros(n) for n in range(50))]
-    sent = ForkingPickler.dumps(loading._Parcel(batch))
+    sent = ForkingPickler.dumps(loading._PackedBatch(batch))
     assert len(sent) < 512  # POSIX: pipes hold at least so much in one piece
-    assert all(torch.equal(a, b) for a, b in zip(pickle.loads(sent).opened(), batch, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(pickle.loads(sent).unpack(), batch, strict=True))
 
 
 class Pinnable:
@@ -177,9 +177,9 @@ class Pinnable:
 
 
 def test_the_pinning_thread_opens_and_pins_what_workers_sent():
-    pinned = torch.utils.data._utils.pin_memory.pin_memory(loading._Parcel(Pinnable()))
+    pinned = torch.utils.data._utils.pin_memory.pin_memory(loading._PackedBatch(Pinnable()))
     assert isinstance(pinned, Pinnable) and pinned.pinned
-    assert torch.utils.data._utils.pin_memory.pin_memory(loading._Parcel(None)) is None
+    assert torch.utils.data._utils.pin_memory.pin_memory(loading._PackedBatch(None)) is None
 
 
 def test_the_next_batches_are_made_while_one_is_worked_on(windows):
