@@ -1,7 +1,7 @@
 """Types between the towers: what a run expects of what is learned, which models/ fulfils without importing from here.
 
-The settings, the batch, the teacher and the module that is trained are seen from utils/ through these protocols alone. A
-teacher of another kind (behind a server, or a second one) and a module with other terms need no change there.
+The settings, the batch, the teacher and the module that is trained are seen from utils/ through these protocols alone.
+A teacher of another kind (behind a server, or a second one) and a module with other terms need no change there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -66,6 +66,17 @@ class LossSettings(Protocol):
 
     @property
     def temperature(self) -> float | Schedule: ...
+    @property
+    def max_depth(self) -> int: ...
+
+
+class RouterSettings(Protocol):
+    """Sizes of what compares hidden states of student and teacher."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def teacher_layers(self) -> int: ...
 
 
 class RunConfig(Protocol):
@@ -81,6 +92,8 @@ class RunConfig(Protocol):
     def loss(self) -> LossSettings: ...
     @property
     def curriculum(self) -> CurriculumSettings: ...
+    @property
+    def router(self) -> RouterSettings: ...
     @property
     def training(self) -> TrainingConfig: ...
     @property
