@@ -127,6 +127,16 @@ class Batch(Protocol):
         """Return the batch with its tensors on a device."""
 
 
+class ScoredBatch(Batch, Protocol):
+    """A batch that can be evaluated on: both sides score the same bytes of text."""
+
+    bytes: Tensor
+    """[B] bytes of text that each window scores."""
+
+    def scored(self, side: Side) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what the model of a side is called with, each [B, ...], and labels [B, S], already shifted."""
+
+
 class Collator(Protocol):
     """Makes batches of windows."""
 
