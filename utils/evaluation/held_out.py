@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from ..advice import advice
@@ -29,6 +29,7 @@ from ..run_layout import START
 from . import scores as scoring
 from .comparability import MOST_UNSPELT
 from .samples import generate_samples
+from .scores import Counted
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,8 @@ class WindowShare:
             size: windows of a batch; the last one may have fewer.
         """
         windows = range(self.first, count, self.stride)
-        return [list(windows[start : start + size]) for start in range(0, len(windows), size)]
+        starts = range(0, len(windows), size)
+        return [list(windows[start : start + size]) for start in starts]
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,8 @@ class HeldOut:
             survives=share.survives,
         )
 
-    def _scored(self, side: Side, batches: Sequence[Sequence[int]]) -> Iterator[tuple[dict[str, Tensor], Tensor, int]]:
-        """Yield (what the model is called with, labels, bytes of text) of each batch."""
+    def _scored(self, side: Side, batches: Sequence[Sequence[int]]) -> Iterator[Counted]:
+        """Yield each batch as `scores.evaluate` takes it."""
         for indices in batches:
             batch = self._batch(indices)
             inputs, labels = batch.scored(side)
@@ -367,7 +369,10 @@ class HeldOut:
         return {"metrics": metrics, "samples": self.continuations(model, side)}
 
     def measure_start(
-        self, student: nn.Module, teacher: Callable[[], dict[str, Any]] | None, folder: Path
+        self,
+        student: nn.Module,
+        teacher: Callable[[], dict[str, Any]] | None,
+        folder: Path,
     ) -> dict[str, Any]:
         """Measure teacher and untrained student: metrics and samples.
 
@@ -475,7 +480,9 @@ class HeldOut:
     def with_baseline(self, results: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
         """Return `results` with those of the same student trained without the teacher beside them."""
         texts = self.continuations(model, "student")
-        samples = [{**sample, "baseline": text} for sample, text in zip(results["samples"], texts, strict=True)]
+        samples = []
+        for sample, text in zip(results["samples"], texts, strict=True):
+            samples.append({**sample, "baseline": text})
         return {**results, "baseline": self.describe(model, "student"), "samples": samples}
 
 

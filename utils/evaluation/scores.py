@@ -25,6 +25,11 @@ from .comparability import unspelt_text
 
 log = logging.getLogger(__name__)
 
+Scored = tuple[dict[str, Tensor], Tensor]
+"""(what the model is called with, each [B, ...], labels [B, S])"""
+Counted = tuple[dict[str, Tensor], Tensor, int]
+"""The same, and the bytes of text that the batch scores."""
+
 IGNORE = -100
 LOGIT_ELEMENTS = 2**24
 """Logits looked at in one go, at most: 64 MiB in float32."""
@@ -98,7 +103,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 def token_nll(
     model: nn.Module,
-    batches: Iterable[tuple[dict[str, Tensor], Tensor]],
+    batches: Iterable[Scored],
     device: torch.device,
     accelerator: Accelerator | None = None,
     *,
@@ -131,7 +136,7 @@ def token_nll(
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[dict[str, Tensor], Tensor, int]],
+    batches: Iterable[Counted],
     device: torch.device,
     accelerator: Accelerator | None = None,
     *,
@@ -148,7 +153,7 @@ def evaluate(
     num_bytes = 0
 
     # bytes are counted while the batches pass: they are read once
-    def counted() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    def counted() -> Iterator[Scored]:
         nonlocal num_bytes
         for inputs, labels, size in batches:
             num_bytes += int(size)
@@ -210,7 +215,9 @@ def has_encoder(model: nn.Module) -> bool:
 
 
 def compare(
-    compare_batch: Callable[[Any], dict[str, float]], batches: Iterable[Any], accelerator: Accelerator | None = None
+    compare_batch: Callable[[Any], dict[str, float]],
+    batches: Iterable[Any],
+    accelerator: Accelerator | None = None,
 ) -> dict[str, float | None]:
     """Compute how often student and teacher agree, over all batches.
 
@@ -247,7 +254,10 @@ def gap_closed(student: float, initial: float, teacher: float) -> float | None:
 
 
 def retention(
-    student: dict[str, Any], teacher: dict[str, Any], initial: dict[str, Any], agreement: dict[str, float | None]
+    student: dict[str, Any],
+    teacher: dict[str, Any],
+    initial: dict[str, Any],
+    agreement: dict[str, float | None],
 ) -> dict[str, float | str | None]:
     """Return the report's `retention`, from three `metrics` on one text and a `compare`.
 
@@ -264,7 +274,10 @@ def retention(
 
 
 def bits_behind(
-    model: nn.Module, texts: Sequence[tuple[Sequence[int], int]], starts: Sequence[int], device: torch.device
+    model: nn.Module,
+    texts: Sequence[tuple[Sequence[int], int]],
+    starts: Sequence[int],
+    device: torch.device,
 ) -> dict[int, float]:
     """Return the bits per byte of the same texts behind each start token.
 
@@ -278,10 +291,12 @@ def bits_behind(
         batches = []
         for ids, _ in texts:
             row = torch.tensor([[start, *ids]])
+            inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
 
             # every token of the text is predicted, the first one from the start; nothing follows the last
-            labels = torch.cat([row[:, 1:], torch.full((1, 1), IGNORE)], dim=1)
-            batches.append(({"input_ids": row, "attention_mask": torch.ones_like(row)}, labels))
+            nothing = torch.full((1, 1), IGNORE)
+            labels = torch.cat([row[:, 1:], nothing], dim=1)
+            batches.append((inputs, labels))
 
         nll, _ = token_nll(model, batches, device)
         bits[start] = nll / (num_bytes * math.log(2))
@@ -300,7 +315,11 @@ def _logit_elements(device: torch.device) -> int:
 
 
 def _part_nll(
-    model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, device: torch.device, rows: Sequence[int]
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    labels: Tensor,
+    device: torch.device,
+    rows: Sequence[int],
 ) -> tuple[float, int]:
     """Compute `_rows_nll` of neighbouring rows of a batch, moved to the device."""
     part = slice(rows[0], rows[-1] + 1)

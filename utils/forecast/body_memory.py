@@ -9,7 +9,6 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -193,7 +192,7 @@ def _states(model: nn.Module, ids: Tensor) -> Tensor:
     return outputs.last_hidden_state
 
 
-def _without_attention_dropout(config: Any) -> None:
+def _without_attention_dropout(config: PretrainedConfig) -> None:
     """Switch attention dropout off, in place: for its sake an implementation on the CPU writes the scores."""
     text_config = config.get_text_config()
     for name in DROPOUTS:

@@ -1,5 +1,6 @@
 """Disk that a run will take, estimated before models are loaded."""
 
+from operator import itemgetter
 from pathlib import Path
 
 from ..config.settings import LoraConfig, TrainingConfig
@@ -67,6 +68,6 @@ def require_disk(folder: Path, parts: dict[str, int]) -> None:
 
 def largest(parts: dict[str, int], count: int = 3) -> str:
     """Return the total and its largest parts as a message, such as `5.2 GiB (student logits 2.1, ...)`."""
-    top = sorted(parts.items(), key=lambda part: -part[1])[:count]
+    top = sorted(parts.items(), key=itemgetter(1), reverse=True)[:count]
     named = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in top if size)
     return f"{sum(parts.values()) / 2**30:.3g} GiB ({named})"

@@ -103,6 +103,7 @@ def open_teacher_cache(job: JobT, remember: Remember) -> JobT:
     }
 
     def opened() -> TeacherCache:
+        """Open the cache in this process."""
         return open_cache(
             config.cache,
             codec,
@@ -295,7 +296,11 @@ class CacheBuilding:
     # --- filling in -------------------------------------------------------------------------------------------------
 
     def build(
-        self, teacher: CachingTeacher, collate: Callable[[list[dict]], Any], whole: bool, stop: StopSignal
+        self,
+        teacher: CachingTeacher,
+        collate: Callable[[list[dict]], Any],
+        whole: bool,
+        stop: StopSignal,
     ) -> str | None:
         """Evaluate the teacher and fill in the held-out windows, log what the training windows will take and, if
         `whole`, fill these in too.
@@ -351,7 +356,11 @@ class CacheBuilding:
         """Compute and store the batches of which a window is missing, in all processes."""
         cache = self.cache
         accelerator = self.held_out.accelerator
-        missing = [batch for batch in batches if batch and not cache.holds([keys[i] for i in batch])]
+        missing = []
+        for batch in batches:
+            if not cache.holds([keys[i] for i in batch]):  # an empty batch lacks nothing
+                missing.append(batch)
+
         progress = None
         if accelerator.is_main_process and missing:
             progress = Progress(len(missing), unit="batch")

@@ -35,7 +35,8 @@ STEP_BITS = 6
 """Bits of a step."""
 _GROWTH = 0.07
 _SCALE = 0.2286
-STEPS = (_SCALE * ((1 + _GROWTH) ** np.arange(2**STEP_BITS) - 1)).astype(np.float32)
+_GROWN = (1 + _GROWTH) ** np.arange(2**STEP_BITS)
+STEPS = (_SCALE * (_GROWN - 1)).astype(np.float32)
 """Nats from one log-probability to the next: 0, 0.016, ... 16.0, each spacing 7 % wider than the one before."""
 _BETWEEN = (STEPS[1:] + STEPS[:-1]) / 2
 """Half-way from one step to the next: where rounding goes over to it."""
@@ -72,40 +73,50 @@ class Codec:
         outcomes = ADAPTIVE_MOST if self.top_k == "adaptive" else self.top_k
         return min(outcomes, self.vocabulary)
 
-    def encode(self, said: Said) -> bytes:
+    def encode(self, signal: Said) -> bytes:
         """Return the bytes of one window.
 
         Raises:
             ValueError: rows wider than `most`.
         """
-        if said.ids.shape[1] > self.most:
-            raise ValueError(f"got {said.ids.shape[1]} outcomes per row, expected at most {self.most}")
+        if signal.ids.shape[1] > self.most:
+            raise ValueError(f"got {signal.ids.shape[1]} outcomes per row, expected at most {self.most}")
         if self.top_k == "adaptive":
-            said = self._trimmed(said)
+            signal = self._trimmed(signal)
 
-        is_outcome = said.ids >= 0  # [N, K]
-        is_deep = said.log_mass != 0  # [N]
+        is_outcome = signal.ids >= 0  # [N, K]
+        is_deep = signal.log_mass != 0  # [N]
         counts = is_outcome.sum(1)
 
         # 1. How many rows, positions and outcomes there are.
         parts = [
-            _HEADER.pack(len(counts), len(said.realised)),
+            _HEADER.pack(len(counts), len(signal.realised)),
             pack_bits(counts, self.most.bit_length()),
             np.packbits(is_deep).tobytes(),
         ]
 
         # 2. Numbers.
         if self.storage == "float32":
-            columns = [said.log_probs[is_outcome], said.log_tail, said.log_mass[is_deep], said.realised]
+            columns = [
+                signal.log_probs[is_outcome],
+                signal.log_tail,
+                signal.log_mass[is_deep],
+                signal.realised,
+            ]
             parts += [np.ascontiguousarray(column, "<f4").tobytes() for column in columns]
         else:
-            first, steps = _as_steps(said.log_probs, is_outcome)
-            columns = [first[is_outcome[:, :FIRST]], said.log_tail, said.log_mass[is_deep], said.realised]
+            first, steps = _as_steps(signal.log_probs, is_outcome)
+            columns = [
+                first[is_outcome[:, :FIRST]],
+                signal.log_tail,
+                signal.log_mass[is_deep],
+                signal.realised,
+            ]
             parts += [_half(column).tobytes() for column in columns]
             parts.append(pack_bits(steps[is_outcome[:, FIRST:]], STEP_BITS))
 
         # 3. Ids.
-        parts.append(pack_bits(said.ids[is_outcome], self._id_bits))
+        parts.append(pack_bits(signal.ids[is_outcome], self._id_bits))
         return b"".join(parts)
 
     def decode(self, data: bytes | np.ndarray) -> Said:
@@ -125,8 +136,9 @@ class Codec:
         is_compact = self.storage == "compact"
         dtype = "<f2" if is_compact else "<f4"
         is_number = is_outcome[:, :FIRST] if is_compact else is_outcome
+        numbers = reader.numbers(int(is_number.sum()), dtype)
         log_probs = np.full(is_outcome.shape, -np.inf, dtype=np.float32)
-        log_probs[:, : is_number.shape[1]][is_number] = reader.numbers(int(is_number.sum()), dtype)
+        log_probs[:, : is_number.shape[1]][is_number] = numbers
         log_tail = reader.numbers(rows, dtype)
         log_mass = np.zeros(rows, dtype=np.float32)
         log_mass[is_deep] = reader.numbers(int(is_deep.sum()), dtype)
@@ -135,7 +147,8 @@ class Codec:
         # 3. Steps from one log-probability down to the next.
         if is_compact:
             is_step = is_outcome[:, FIRST:]
-            _add_steps(log_probs, is_step, reader.bits(int(is_step.sum()), STEP_BITS))
+            steps = reader.bits(int(is_step.sum()), STEP_BITS)
+            _add_steps(log_probs, is_step, steps)
             _shift_to_one(log_probs, log_tail)
 
         # 4. Ids.
@@ -149,10 +162,10 @@ class Codec:
         """Bits of an id."""
         return max(1, (self.vocabulary - 1).bit_length())
 
-    def _trimmed(self, said: Said) -> Said:
+    def _trimmed(self, signal: Said) -> Said:
         """Return the fewest outcomes that hold `ADAPTIVE_SHARE` of the mass; that of the others goes to the tail."""
-        is_outcome = said.ids >= 0
-        probs = np.exp(said.log_probs.astype(np.float64))
+        is_outcome = signal.ids >= 0
+        probs = np.exp(signal.log_probs.astype(np.float64))
 
         # an outcome stays while those before it hold too little; the first one always
         mass_before = np.cumsum(probs, axis=1) - probs
@@ -160,15 +173,16 @@ class Codec:
         stays[:, :1] = is_outcome[:, :1]
 
         # a row that loses nothing has its tail bit for bit
-        tail = np.exp(said.log_tail.astype(np.float64)) + np.where(stays, 0, probs).sum(1)
+        tail = np.exp(signal.log_tail.astype(np.float64))
+        tail = tail + np.where(stays, 0, probs).sum(1)
         is_whole = (stays == is_outcome).all(1)
         with np.errstate(divide="ignore"):
-            log_tail = np.where(is_whole, said.log_tail, np.log(tail)).astype(np.float32)
+            log_tail = np.where(is_whole, signal.log_tail, np.log(tail))
 
-        return said._replace(
-            ids=np.where(stays, said.ids, -1),
-            log_probs=np.where(stays, said.log_probs, -np.inf),
-            log_tail=log_tail,
+        return signal._replace(
+            ids=np.where(stays, signal.ids, -1),
+            log_probs=np.where(stays, signal.log_probs, -np.inf),
+            log_tail=log_tail.astype(np.float32),
         )
 
 
@@ -191,8 +205,9 @@ def _as_steps(log_probs: np.ndarray, is_outcome: np.ndarray) -> tuple[np.ndarray
     # the value that the reader will have, so that the next step makes up for the error of this one
     current = _half(first[:, -1]).astype(np.float32)
     for rank in range(further):
+        column = log_probs[:, FIRST + rank]
         with np.errstate(invalid="ignore"):  # rows that have ended
-            falls = np.where(is_outcome[:, FIRST + rank], current - log_probs[:, FIRST + rank], 0)
+            falls = np.where(is_outcome[:, FIRST + rank], current - column, 0)
         steps[:, rank] = np.searchsorted(_BETWEEN, falls)
         current = current - STEPS[steps[:, rank]]
     return first, steps
@@ -230,7 +245,8 @@ def _shift_to_one(log_probs: np.ndarray, log_tail: np.ndarray) -> None:
 def _half(numbers: np.ndarray) -> np.ndarray:
     """Return log-probabilities in float16, in which finite ones stay finite."""
     lowest = np.float32(np.finfo(np.float16).min)
-    return np.where(np.isneginf(numbers), -np.inf, np.maximum(numbers, lowest)).astype("<f2")
+    finite = np.maximum(numbers, lowest)
+    return np.where(np.isneginf(numbers), -np.inf, finite).astype("<f2")
 
 
 # ---------------------------------------------------------------------------------------------------- bits
@@ -238,7 +254,8 @@ def _half(numbers: np.ndarray) -> np.ndarray:
 
 def pack_bits(numbers: np.ndarray, bits: int) -> bytes:
     """Pack numbers below 2**bits, `bits` bits each, the highest first; the last byte is filled up with zeros."""
-    columns = np.ascontiguousarray(numbers, dtype=">u4").view(np.uint8).reshape(-1, 4)
+    columns = np.ascontiguousarray(numbers, dtype=">u4")
+    columns = columns.view(np.uint8).reshape(-1, 4)
     lowest_bits = np.unpackbits(columns, axis=1)[:, 32 - bits :]
     return np.packbits(lowest_bits).tobytes()
 
@@ -246,8 +263,12 @@ def pack_bits(numbers: np.ndarray, bits: int) -> bytes:
 def unpack_bits(data: np.ndarray, count: int, bits: int) -> np.ndarray:
     """Return the first `count` numbers that `pack_bits` packed, uint32."""
     columns = np.zeros((count, 32), dtype=np.uint8)
-    columns[:, 32 - bits :] = np.unpackbits(data, count=count * bits).reshape(count, bits)
-    return np.packbits(columns, axis=1).view(">u4")[:, 0].astype(np.uint32)
+    lowest_bits = np.unpackbits(data, count=count * bits)
+    columns[:, 32 - bits :] = lowest_bits.reshape(count, bits)
+
+    # four bytes each, the highest first
+    numbers = np.packbits(columns, axis=1).view(">u4")
+    return numbers[:, 0].astype(np.uint32)
 
 
 def _bytes_for(bits: int) -> int:

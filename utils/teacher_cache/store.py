@@ -61,7 +61,7 @@ class Written:
     mass: np.ndarray = field(default_factory=lambda: np.zeros(MASS_BINS, dtype=np.int64))
     """Rows, by the mass that is kept of them."""
 
-    def add(self, said: Said, size: int, tokens: float, seconds: float) -> None:
+    def add(self, signal: Said, size: int, tokens: float, seconds: float) -> None:
         """Count a window.
 
         Args:
@@ -74,7 +74,8 @@ class Written:
         self.tokens += tokens
         self.seconds += seconds
 
-        row_mass = np.clip(-np.expm1(said.log_tail.astype(np.float64)), 0, 1)
+        log_tail = signal.log_tail.astype(np.float64)
+        row_mass = np.clip(-np.expm1(log_tail), 0, 1)
         counts, _ = np.histogram(row_mass, MASS_BINS, (0, 1))
         self.mass += counts
 
@@ -196,7 +197,13 @@ class TeacherCache:
             stored = [self._bytes(key) for key in keys]
         return join([self.codec.decode(data) for data in stored])
 
-    def keep(self, keys: Sequence[bytes], windows: Sequence[Sequence[np.ndarray]], tokens: int, seconds: float) -> Said:
+    def keep(
+        self,
+        keys: Sequence[bytes],
+        windows: Sequence[Sequence[np.ndarray]],
+        tokens: int,
+        seconds: float,
+    ) -> Said:
         """Store the teacher's signal on a batch of windows.
 
         Args:
@@ -248,11 +255,13 @@ class TeacherCache:
 
         # 1. The bytes of the shard: keys [windows, bytes of a hash], where each window starts and ends, their data.
         sizes = [len(data) for data in self._waiting.values()]
+        keys = np.frombuffer(b"".join(self._waiting), dtype=np.uint8)
+        data = np.frombuffer(b"".join(self._waiting.values()), dtype=np.uint8)
         content = save(
             {
-                "keys": np.frombuffer(b"".join(self._waiting), dtype=np.uint8).reshape(len(sizes), -1),
+                "keys": keys.reshape(len(sizes), -1),
                 "offsets": np.cumsum([0, *sizes], dtype=np.int64),
-                "data": np.frombuffer(b"".join(self._waiting.values()), dtype=np.uint8),
+                "data": data,
             }
         )
 
@@ -303,7 +312,11 @@ class TeacherCache:
             self._readers[place.shard] = safe_open(place.shard, framework="np").get_slice("data")
         return self._readers[place.shard][place.start : place.end]
 
-    def evaluation(self, fingerprint: Mapping[str, Any], measure: Callable[[], dict] | None = None) -> dict | None:
+    def evaluation(
+        self,
+        fingerprint: Mapping[str, Any],
+        measure: Callable[[], dict] | None = None,
+    ) -> dict | None:
         """Return the teacher's evaluation on a held-out text: read, or measured and stored.
 
         Args:
