@@ -68,8 +68,10 @@ def pair_of(student: str) -> tuple[PretrainedConfig, PretrainedConfig]:
 def forecast_on(device: torch.device, config: train.RunConfig, *models: PretrainedConfig) -> dict[str, int]:
     """Bytes at the peak of a step on a device, by what holds them; models: configs of (student, teacher)."""
     precision = choose_precision(config.training.mixed_precision, device).value
-    demand = step_memory.demand_of(config, *models, config.data.max_length, precision, device, chunk_rows)
-    return demand.memory(config.training.batch_size)
+    setting = step_memory.StepSetting(
+        *models, config.data.max_length, precision=precision, device=device, chunk_rows=chunk_rows
+    )
+    return step_memory.demand_of(config, setting).memory(config.training.batch_size)
 
 
 def main() -> None:

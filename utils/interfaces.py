@@ -66,6 +66,17 @@ class LossSettings(Protocol):
 
     @property
     def temperature(self) -> float | Schedule: ...
+    @property
+    def max_depth(self) -> int: ...
+
+
+class RouterSettings(Protocol):
+    """Sizes of what compares hidden states of student and teacher."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def teacher_layers(self) -> int: ...
 
     @property
     def correction(self) -> str: ...
@@ -130,6 +141,16 @@ class Batch(Protocol):
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         """Return the batch with its tensors on a device."""
+
+
+class ScoredBatch(Batch, Protocol):
+    """A batch that can be evaluated on: both sides score the same bytes of text."""
+
+    bytes: Tensor
+    """[B] bytes of text that each window scores."""
+
+    def scored(self, side: Side) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what the model of a side is called with, each [B, ...], and labels [B, S], already shifted."""
 
 
 class Collator(Protocol):

@@ -19,7 +19,7 @@ from tests.toy import toy_config
 from utils.config.settings import LoraConfig
 from utils.errors import UserError
 from utils.forecast import batch_size, step_memory
-from utils.forecast.step_memory import RUNTIME, Demand
+from utils.forecast.step_memory import RUNTIME, Demand, StepSetting
 from utils.logs.step_logger import StepLogger
 from utils.machine import device_memory
 from utils.parallel.accelerator import build_accelerator, temporary_accelerator
@@ -64,6 +64,14 @@ def demand_of(**case) -> Demand:
         on_gpu=device.type == "cuda",
         **case,
     )
+
+
+def demand_of_run(config, teacher, device="cpu", precision="no", rows=chunk_rows, processes=1) -> Demand:
+    """Of a run with such a student and such a teacher, in windows of 64 tokens."""
+    setting = StepSetting(
+        teacher, teacher, 64, precision=precision, device=torch.device(device), chunk_rows=rows, processes=processes
+    )
+    return step_memory.demand_of(config, setting)
 
 
 def set_up(case: dict):
@@ -177,8 +185,7 @@ def settled(monkeypatch, config, free: float):
 def test_of_a_sharded_teacher_a_process_holds_a_part_of_the_layers_and_two_whole_ones(config):
     model = tiny_llama(600, num_hidden_layers=10)
     sharded = replace(config, teacher=replace(config.teacher, device="sharded"))
-    demands = [step_memory.demand_of(c, model.config, model.config, 64, "no", torch.device("cpu"), chunk_rows, 4)
-               for c in (config, sharded)]  # fmt: skip
+    demands = [demand_of_run(c, model.config, processes=4) for c in (config, sharded)]
     whole, part = (demand.memory(1)["teacher weights"] for demand in demands)
     layers = sum(p.nbytes for p in model.model.layers.parameters())
     assert whole == sum(p.nbytes for p in model.parameters())
@@ -186,11 +193,11 @@ def test_of_a_sharded_teacher_a_process_holds_a_part_of_the_layers_and_two_whole
 
 
 def test_a_teacher_on_the_students_gpu_is_counted_also_where_it_is_named(config):
-    gpu, model = torch.device("cuda:0"), tiny_llama(600).config
+    model = tiny_llama(600).config
 
     def has_teacher(device: str) -> bool:
         asked = replace(config, teacher=replace(config.teacher, device=device, dtype="float16"))
-        demand = step_memory.demand_of(asked, model, model, 64, "fp16", gpu, lambda *_: (128, ""))
+        demand = demand_of_run(asked, model, device="cuda:0", precision="fp16", rows=lambda *_: (128, ""))
         return "teacher weights" in demand.memory(1)
 
     assert has_teacher("cuda:0") and has_teacher("auto") and not has_teacher("cuda:1")
@@ -201,8 +208,7 @@ def test_auto_keeps_the_windows_of_the_recipe_in_an_optimizer_step(monkeypatch, 
     found, told = settled(monkeypatch, config, 2**40)
     assert (found.training.batch_size, found.training.gradient_accumulation_steps) == (16, 1)
     assert "micro-batches of 16" in told
-    configs = [tiny_llama(600).config] * 2
-    demand = step_memory.demand_of(config, *configs, 64, "no", torch.device("cpu"), chunk_rows)
+    demand = demand_of_run(config, tiny_llama(600).config)
     least, more = (demand.memory(windows) for windows in (1, 4))
     assert settled(monkeypatch, config, 2 * sum(more.values()))[0].training.batch_size == 4
     tight = settled(monkeypatch, config, sum(least.values()) + 1)[0].training
@@ -219,9 +225,8 @@ def test_a_run_that_cannot_fit_is_refused_and_one_that_may_not_is_warned_of(monk
 
 
 def test_a_run_that_fits_without_the_teacher_is_not_refused_once_its_cache_is_there(monkeypatch, config, tmp_path):
-    shapes = 2 * [tiny_llama(600).config]
     monkeypatch.setattr(step_memory, "RUNTIME", 0)
-    least = sum(step_memory.demand_of(config, *shapes, 64, "no", torch.device("cpu"), chunk_rows).memory(1).values())
+    least = sum(demand_of_run(config, tiny_llama(600).config).memory(1).values())
     free = 0.99 * least / device_memory.MARGIN
     cached = replace(config, cache=replace(config.cache, folder=str(tmp_path)))
     assert "which a complete cache spares" in settled(monkeypatch, cached, free)[1]

@@ -96,11 +96,11 @@ def test_killed_while_it_writes_its_cache_a_run_ends_as_one_that_was_not(place, 
 KILLED_WHILE_BUILDING = """
 import os, signal, sys
 import train
-from models.teacher import FrozenTeacher
+from models.teacher.frozen import FrozenTeacher
 from tests.gloo import launch
-from utils import cache_building
+from utils.teacher_cache import building
 
-cache_building.FLUSH_EVERY = 0  # every batch, as if each took the teacher half a minute
+building.FLUSH_EVERY = 0  # every batch, as if each took the teacher half a minute
 answer, asked = FrozenTeacher.signal, []
 
 def signal_or_die(*args):

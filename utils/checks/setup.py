@@ -177,8 +177,10 @@ def memory(setup: SetUp) -> tuple:
 def _memory(setup: SetUp) -> tuple:
     device, training = hardware.choose_device().value, setup.config.training
     mixed = hardware.choose_precision(training.mixed_precision, device).value
-    shapes = (setup.student, setup.teacher)
-    demand = plan_memory.demand_of(setup.config, *shapes, setup.window, mixed, device, setup.chunk_rows)
+    setting = plan_memory.StepSetting(
+        setup.student, setup.teacher, setup.window, precision=mixed, device=device, chunk_rows=setup.chunk_rows
+    )
+    demand = plan_memory.demand_of(setup.config, setting)
     spared = plan_memory.spares_teacher(setup.config)
     parts = replace(demand, apart=demand.apart or spared).memory(training.batch_size)
     free = hardware_module.free_memory(device)

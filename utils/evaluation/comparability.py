@@ -1,4 +1,4 @@
-"""Comparability of two models' bits per byte: only if the tokens of both say the whole text."""
+"""Comparability of two models' bits per byte: they compare only if the tokens of both say the whole text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,25 +8,33 @@ MOST_UNSPELT = 0.01
 
 
 def unspelt_share(described: Mapping[str, Any]) -> float:
-    """Share of the text's bytes that a model's tokens do not say, from what `HeldOut.describe` tells of the model.
+    """Return the share of the text's bytes that a model's tokens do not say.
 
-    0 where nothing is known of it, as in reports of older versions.
+    Args:
+        described: the model's metrics, from `HeldOut.describe`; 0 where they do not tell, as in reports of older
+            versions.
     """
     unspelt = described.get("unspelt_bytes", 0)
-    return unspelt / described["bytes"] if unspelt else 0.0
+    if not unspelt:
+        return 0.0
+    return unspelt / described["bytes"]
 
 
 def unspelt_text(models: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Why the bits per byte of models do not compare, or None where they do.
+    """Return the reason why the bits per byte of models do not compare, or None where they do.
 
     A model whose tokens leave text out (unknown words, spaces, line breaks) is not asked to predict it, so that its
     bits per byte are too low.
 
     Args:
-        models: how each is called -> its metrics on one text.
+        models: name of each, as the reason calls it -> its metrics on one text.
     """
-    shares = {name: unspelt_share(described) for name, described in models.items()}
-    lossy = [f"{share:.1%} (by the {name}'s tokens)" for name, share in shares.items() if share > MOST_UNSPELT]
+    lossy = []
+    for name, described in models.items():
+        share = unspelt_share(described)
+        if share > MOST_UNSPELT:
+            lossy.append(f"{share:.1%} (by the {name}'s tokens)")
+
     if not lossy:
         return None
     return (

@@ -1,7 +1,6 @@
 """The text nobody trains on, and everything that is measured on it: before, during and after training.
 
-Models and batches are handed in; a batch has `scored(side)` -> (what the model is called with, labels), `bytes` and
-`to(device)`, and both sides (`student`, `teacher`) of it score the same bytes of text.
+Models and batches are handed in; both sides (`student`, `teacher`) of a batch score the same bytes of text.
 """
 
 import json
@@ -10,30 +9,39 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from ..advice import advice
 from ..config.settings import EvaluationConfig
-from ..data import windows as windows_module
+from ..data.windows import windows_fingerprint
 from ..errors import RunError, UserError
 from ..files import write_json
+from ..interfaces import ScoredBatch, Side
 from ..machine.device_memory import FittingParts
 from ..run_layout import START
-from . import samples as samples_module
-from . import scores as evaluation
+from . import scores as scoring
 from .comparability import MOST_UNSPELT
+from .samples import generate_samples
+from .scores import Counted
 
 log = logging.getLogger(__name__)
 
 METRICS = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
+SAMPLE_SETTINGS = ("samples", "prompt_tokens", "new_tokens")
+"""Settings of an evaluation that samples depend on."""
 GPU_WINDOWS = 16
-"""Windows of a batch to score on a GPU, at least; `evaluation` passes as many of them at once as its logits allow."""
+"""Windows of a batch to score on a GPU, at least; `scores` passes as many of them at once as its logits allow."""
 ROUTING_BATCHES = 4
 """So many batches are enough to see how hidden states are routed."""
+BEGINNING = 2000
+"""Characters of a document that are tokenised for its first tokens."""
 
 
 STARTED_TEXTS, STARTED_TOKENS = 24, 64
@@ -45,7 +53,7 @@ CLEARLY_BETTER = 0.99
 
 @dataclass(frozen=True)
 class TextStart:
-    """What one model reads before a text."""
+    """Tokens that one model reads before a text."""
 
     ids: Sequence[int] = ()
     """Start markers, in order."""
@@ -54,8 +62,43 @@ class TextStart:
 
     @property
     def forced_bos(self) -> int | None:
-        """What a decoder reads between its own start and a text."""
+        """The token that a decoder reads between its own start and a text; None: it reads none."""
         return self.ids[1] if len(self.ids) > 1 else None
+
+
+@dataclass(frozen=True)
+class WindowShare:
+    """Windows that this process measures, and the processes whose sums make the whole."""
+
+    first: int
+    """Index of its first window."""
+    stride: int
+    """From one of its windows to the next."""
+    summed_over: Accelerator | None
+    """Sums are added over its processes; None: this process measures all windows."""
+    survives: bool
+    """A batch that does not fit into memory is halved; False: other processes wait for this one, so that it raises."""
+
+    @classmethod
+    def of_process(cls, accelerator: Accelerator) -> "WindowShare":
+        """Return every n-th window, for this one of n processes."""
+        return cls(accelerator.process_index, accelerator.num_processes, summed_over=accelerator, survives=True)
+
+    @classmethod
+    def everything(cls) -> "WindowShare":
+        """Return all windows, for a model that all processes must ask equally often."""
+        return cls(0, 1, summed_over=None, survives=False)
+
+    def batches(self, count: int, size: int) -> list[list[int]]:
+        """Return the windows of each batch.
+
+        Args:
+            count: windows of the text.
+            size: windows of a batch; the last one may have fewer.
+        """
+        windows = range(self.first, count, self.stride)
+        starts = range(0, len(windows), size)
+        return [list(windows[start : start + size]) for start in starts]
 
 
 @dataclass(frozen=True)
@@ -63,11 +106,11 @@ class HeldOut:
     """The evaluation text of a run."""
 
     config: EvaluationConfig
-    accelerator: Any
+    accelerator: Accelerator
     windows: Sequence[dict]
     documents: list[str]
-    collate: Callable[[list[dict]], Any]
-    tokenizers: Mapping[str, Any]
+    collate: Callable[[list[dict]], ScoredBatch]
+    tokenizers: Mapping[str, PreTrainedTokenizerBase]
     """For `student` and `teacher`."""
     batch_size: int
     prompt: Callable[[str, str], tuple[str, list[int]]] | None = None
@@ -79,113 +122,191 @@ class HeldOut:
     """Every process asks the teacher about all windows, not about its share: a sharded one must be asked equally often
     by all."""
 
-    def indices(self, together: bool = False, size: int | None = None) -> list[list[int]]:
-        """Windows of each batch: of this process's share, or of all.
+    # --- windows and batches ----------------------------------------------------------------------------------------
 
-        Args:
-            size: of a batch; None: `batch_size`.
-        """
-        first, each = (0, 1) if together else (self.accelerator.process_index, self.accelerator.num_processes)
-        mine = range(first, len(self.windows), each)
-        size = size or self.batch_size
-        return [list(mine[start : start + size]) for start in range(0, len(mine), size)]
+    @property
+    def _process_share(self) -> WindowShare:
+        """Windows of this process, where each model is whole in it."""
+        return WindowShare.of_process(self.accelerator)
 
-    def batches(self, together: bool = False) -> Iterator[Any]:
-        """This process's share of the windows, or all of them."""
-        for batch in self.indices(together):
-            yield self._batch(batch)
+    @property
+    def _teacher_share(self) -> WindowShare:
+        """Windows on which this process asks the teacher."""
+        return WindowShare.everything() if self.together else self._process_share
 
-    def _batch(self, indices: Sequence[int]) -> Any:
+    def indices(self) -> list[list[int]]:
+        """Return the windows of each batch of this process's share."""
+        return self._process_share.batches(len(self.windows), self.batch_size)
+
+    def batches(self) -> Iterator[ScoredBatch]:
+        """Yield the batches of this process's share."""
+        for indices in self.indices():
+            yield self._batch(indices)
+
+    def _batch(self, indices: Sequence[int]) -> ScoredBatch:
         return self.collate([self.windows[i] for i in indices])
 
-    def score(self, model: nn.Module, side: str) -> dict[str, Any]:
-        """Metrics of a model, over all processes.
+    # --- metrics of one model ---------------------------------------------------------------------------------------
+
+    def score(self, model: nn.Module, side: Side) -> dict[str, Any]:
+        """Return the metrics of a model, over all processes.
 
         The student computes in float32; of a large teacher a float32 copy may not fit, only its loss is float32.
         """
-        together = self.together and side == "teacher"
-        device = next(model.parameters()).device
-        size = max(self.batch_size, GPU_WINDOWS) if device.type == "cuda" else self.batch_size
+        share = self._teacher_share if side == "teacher" else self._process_share
 
-        batches = (self._batch(windows) for windows in self.indices(together, size))
-        scored = ((*batch.scored(side), int(batch.bytes.sum())) for batch in batches)
-        summed_over = None if together else self.accelerator
-        options = {"float32": side == "student", "survives": not together}
-        return evaluation.evaluate(model, scored, device, summed_over, **options)
+        # a GPU is not kept busy by the few windows of a training batch
+        device = next(model.parameters()).device
+        size = self.batch_size
+        if device.type == "cuda":
+            size = max(size, GPU_WINDOWS)
+
+        return scoring.evaluate(
+            model,
+            self._scored(side, share.batches(len(self.windows), size)),
+            device,
+            share.summed_over,
+            float32=side == "student",
+            survives=share.survives,
+        )
+
+    def _scored(self, side: Side, batches: Sequence[Sequence[int]]) -> Iterator[Counted]:
+        """Yield each batch as `scores.evaluate` takes it."""
+        for indices in batches:
+            batch = self._batch(indices)
+            inputs, labels = batch.scored(side)
+            yield inputs, labels, int(batch.bytes.sum())
+
+    def describe(self, model: nn.Module, side: Side) -> dict[str, Any]:
+        """Return metrics, bytes that the model's tokens do not say, number of parameters and dtype of a model."""
+        metrics = self.score(model, side)
+        unspelt = {"unspelt_bytes": self.unspelt_bytes(side)}
+        return metrics | unspelt | scoring.describe_model(model)
 
     def routing(self, model: nn.Module, measure: Callable[[Any], dict[str, Any] | None]) -> dict[str, Any]:
-        """`{"routing": ...}` for an evaluation record: the mean over the first windows, the same in every process.
+        """Return `{"routing": ...}` for an evaluation record: the mean over the first windows, the same in every
+        process.
 
         Args:
             model: the student; in evaluation mode and float32 meanwhile.
             measure: batch -> `{student_layers, teacher_layers, weights}`, the mean over its windows (`weights`: a row
                 per student layer that sums to 1), or None without a router, and so is the result then: {}.
         """
-        first = range(min(len(self.windows), ROUTING_BATCHES * self.batch_size))
+        first_windows = range(min(len(self.windows), ROUTING_BATCHES * self.batch_size))
         total = torch.zeros((), dtype=torch.float64)
 
         def measured(part: Sequence[int]) -> tuple[int, dict[str, Any] | None]:
             batch = self._batch(part).to(self.accelerator.device)
             return len(part), measure(batch)
 
-        with evaluation.float32_evaluation(model):
-            for windows, routed in FittingParts(self.batch_size).of(first, measured):
-                if routed is None:
+        with scoring.float32_evaluation(model):
+            parts = FittingParts(self.batch_size)
+            for windows, routing in parts.of(first_windows, measured):
+                if routing is None:
                     return {}
-                total = total + windows * torch.tensor(routed["weights"], dtype=torch.float64)
-        return {"routing": {**routed, "weights": (total / len(first)).tolist()}}
+                total = total + windows * torch.tensor(routing["weights"], dtype=torch.float64)
 
-    def describe(self, model: nn.Module, side: str) -> dict[str, Any]:
-        """Metrics, bytes that the model's tokens do not say, number of parameters and dtype of a model."""
-        unspelt = {"unspelt_bytes": self.unspelt_bytes(side)}
-        return self.score(model, side) | unspelt | evaluation.describe_model(model)
+        mean = total / len(first_windows)
+        return {"routing": {**routing, "weights": mean.tolist()}}
 
-    def unspelt_bytes(self, side: str) -> int:
-        """Bytes of the text that a side's tokens do not say: dropped, unknown, or changed by a normaliser."""
+    # --- text that is covered ---------------------------------------------------------------------------------------
+
+    def unspelt_bytes(self, side: Side) -> int:
+        """Return the bytes of the text that a side's tokens do not say: dropped, unknown, or changed by a
+        normaliser."""
         return sum(int(window[f"{side}_unspelt"]) for window in self.windows)
 
     def unspelt_shares(self) -> dict[str, float]:
-        """`unspelt_bytes` of both sides as shares of the text."""
+        """Return `unspelt_bytes` of both sides as shares of the text."""
         size = max(sum(int(window["bytes"]) for window in self.windows), 1)
         return {side: self.unspelt_bytes(side) / size for side in ("student", "teacher")}
 
-    def prompts(self, side: str) -> list[tuple[str, list[int]]]:
-        """Prompts of the samples, from documents spread over the text: as shown, and as a side's model reads them.
+    def coverage(self) -> dict[str, float]:
+        """Count supervised student positions (`lm`), those with an anchor (`kd`) and at depth 0, over all processes."""
+        totals = dict.fromkeys(("lm", "kd", "depth0"), 0)
+        for batch in self.batches():
+            for name in totals:
+                totals[name] += batch.counts[name]
+
+        sums = scoring.sum_over_processes(list(totals.values()), self.accelerator)
+        return dict(zip(totals, sums, strict=True))
+
+    def log_coverage(self) -> None:
+        """Log how much of the text KD reaches."""
+        totals = self.coverage()
+        positions = max(totals["lm"], 1)
+        log.info(
+            "coverage: %.1f %% of student positions have an anchor, %.1f %% at depth 0",
+            100 * totals["kd"] / positions,
+            100 * totals["depth0"] / positions,
+        )
+
+    def log_unspelt(self, sides: Sequence[str]) -> None:
+        """Log how much of the text the tokens of each side leave out."""
+        for side, share in self.unspelt_shares().items():
+            if side not in sides or not share:
+                continue
+
+            level = logging.WARNING if share > MOST_UNSPELT else logging.INFO
+            log.log(
+                level,
+                "the %s's tokens leave out %.1f %% of the bytes of the held-out text (unknown words, dropped spaces or "
+                "line breaks): it is not asked to predict them, so that its bits per byte are too low by about as much",
+                side,
+                100 * share,
+            )
+
+    # --- samples ----------------------------------------------------------------------------------------------------
+
+    def prompts(self, side: Side) -> list[tuple[str, list[int]]]:
+        """Return the prompts of the samples, from documents spread over the text: as shown, and as a side's model
+        reads them.
 
         Of a text its beginning, of a conversation all up to the last answer.
         """
         count = min(self.config.samples, len(self.documents))
-        chosen = [self.documents[i * len(self.documents) // count] for i in range(count)]
+        documents = [self.documents[i * len(self.documents) // count] for i in range(count)]
         if self.prompt is not None:
-            return [self.prompt(document, side) for document in chosen]
-        student, reader = self.tokenizers["student"], self.tokenizers[side]
-        lead = list(self._start(side).ids)
-        # not verbose: only the first tokens are used, whatever the model's context length
-        ids = [student(text[:2000], add_special_tokens=False, verbose=False)["input_ids"] for text in chosen]
-        shown = [student.decode(row[: self.config.prompt_tokens]) for row in ids]
-        return [(text, lead + reader(text, add_special_tokens=False)["input_ids"]) for text in shown]
+            return [self.prompt(document, side) for document in documents]
+
+        # the student's tokens say where the beginning ends, so that both sides go on from the same text
+        student_tokenizer = self.tokenizers["student"]
+        shown = []
+        for document in documents:
+            ids = _beginning(student_tokenizer, document)
+            shown.append(student_tokenizer.decode(ids[: self.config.prompt_tokens]))
+
+        tokenizer = self.tokenizers[side]
+        start = list(self._start(side).ids)
+        return [(text, start + tokenizer(text, add_special_tokens=False)["input_ids"]) for text in shown]
 
     def beginnings(self) -> list[str]:
-        """The prompts of the samples as they are shown."""
+        """Return the prompts of the samples as they are shown."""
         return [text for text, _ in self.prompts("student")]
 
-    def continuations(self, model: nn.Module, side: str) -> list[str | None]:
-        """How a model goes on from each of the prompts; None where it cannot generate, which is logged."""
-        prompts, new_tokens = [ids for _, ids in self.prompts(side)], self.config.new_tokens
+    def continuations(self, model: nn.Module, side: Side) -> list[str | None]:
+        """Return the text with which a model goes on from each prompt; None where it cannot generate, which is
+        logged."""
+        prompts = [ids for _, ids in self.prompts(side)]
         texts: list[str | None] = [None] * len(prompts)
         with advice(f"samples of the {side}"):
-            tokenizer, is_student = self.tokenizers[side], side == "student"
-            forced_bos = self._start(side).forced_bos
-            texts = samples_module.generate_samples(
-                model, tokenizer, prompts, new_tokens, forced_bos=forced_bos, float32=is_student
+            texts = generate_samples(
+                model,
+                self.tokenizers[side],
+                prompts,
+                self.config.new_tokens,
+                forced_bos=self._start(side).forced_bos,
+                float32=side == "student",
             )
         return texts
 
-    def _start(self, side: str) -> TextStart:
+    # --- the start of a text ----------------------------------------------------------------------------------------
+
+    def _start(self, side: Side) -> TextStart:
         return self.starts.get(side, TextStart())
 
-    def compare_starts(self, model: nn.Module, side: str) -> None:
-        """Tell how likely a model finds the text behind each token that a text could start with.
+    def compare_starts(self, model: nn.Module, side: Side) -> None:
+        """Log how likely a model finds the text behind each token that a text could start with.
 
         Windows are made before any model is loaded, behind the token that the tokenizer suggests: so they depend on
         no computation, which might come out otherwise on another machine. Here the model says whether that was right.
@@ -193,99 +314,105 @@ class HeldOut:
         candidates = self._start(side).candidates
         if len(candidates) < 2 or not self.documents:
             return
+
+        # 1. The beginnings of some texts, with their bytes.
         tokenizer = self.tokenizers[side]
         texts = []
         for document in self.documents[:STARTED_TEXTS]:
-            ids = tokenizer(document[:2000], add_special_tokens=False, verbose=False)["input_ids"][:STARTED_TOKENS]
+            ids = _beginning(tokenizer, document)[:STARTED_TOKENS]
             texts.append((ids, len(tokenizer.decode(ids).encode())))
 
+        # 2. Bits per byte of all of them behind each candidate.
         device = next(model.parameters()).device
-        with evaluation.float32_evaluation(model) if side == "student" else nullcontext():
-            bits = evaluation.bits_behind(model, texts, candidates, device)
+        with scoring.float32_evaluation(model) if side == "student" else nullcontext():
+            bits = scoring.bits_behind(model, texts, candidates, device)
+
+        # 3. The figures, and a warning where another token is clearly better than the one in use.
         names = dict(zip(candidates, tokenizer.convert_ids_to_tokens(list(candidates)), strict=True))
         figures = ", ".join(f"{bits[start]:.4f} behind {names[start]}" for start in candidates)
-        in_use, best = candidates[0], min(bits, key=bits.__getitem__)
-        log.info("%s: plain text starts with %s; bits per byte of %d beginnings: %s",
-                 side, names[in_use], len(texts), figures)  # fmt: skip
+        in_use = candidates[0]
+        best = min(bits, key=bits.__getitem__)
+        log.info(
+            "%s: plain text starts with %s; bits per byte of %d beginnings: %s",
+            side,
+            names[in_use],
+            len(texts),
+            figures,
+        )
         if bits[best] < CLEARLY_BETTER * bits[in_use]:
             log.warning(
                 "the %s finds texts likelier behind %s than behind %s, where they start in this run; to start them "
                 "there, in another --output-dir: --set %s.text_start='%s'",
-                side, names[best], names[in_use], side, names[best],
-            )  # fmt: skip
+                side,
+                names[best],
+                names[in_use],
+                side,
+                names[best],
+            )
 
-    def coverage(self) -> dict[str, float]:
-        """Supervised student positions (`lm`), those with an anchor (`kd`) and at depth 0, over all processes."""
-        totals = dict.fromkeys(("lm", "kd", "depth0"), 0)
-        for batch in self.batches():
-            totals = {name: totals[name] + batch.counts[name] for name in totals}
-        return dict(zip(totals, evaluation.sum_over_processes([*totals.values()], self.accelerator), strict=True))
-
-    def log_coverage(self) -> None:
-        """Tell how much of the text KD reaches."""
-        totals = self.coverage()
-        shares = [100 * totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0")]
-        log.info("coverage: %.1f %% of student positions have an anchor, %.1f %% at depth 0", *shares)
-
-    def log_unspelt(self, sides: Sequence[str]) -> None:
-        """Tell how much of the text the tokens of each side leave out."""
-        for side, share in self.unspelt_shares().items():
-            if side not in sides or not share:
-                continue
-            level = logging.WARNING if share > MOST_UNSPELT else logging.INFO
-            log.log(
-                level,
-                "the %s's tokens leave out %.1f %% of the bytes of the held-out text (unknown words, dropped spaces or "
-                "line breaks): it is not asked to predict them, so that its bits per byte are too low by about as much",
-                side, 100 * share,
-            )  # fmt: skip
+    # --- before training --------------------------------------------------------------------------------------------
 
     def fingerprint(self) -> dict[str, Any]:
-        """What `measure_start` depends on besides the models."""
-        settings = {name: getattr(self.config, name) for name in ("samples", "prompt_tokens", "new_tokens")}
-        return {"windows": windows_module.windows_fingerprint(self.windows), **settings}
+        """Return everything that `measure_start` depends on besides the models."""
+        settings = {name: getattr(self.config, name) for name in SAMPLE_SETTINGS}
+        return {"windows": windows_fingerprint(self.windows), **settings}
 
-    def measure(self, model: nn.Module, side: str) -> dict[str, Any]:
-        """`metrics` (see `describe`) and `samples` of a model.
+    def measure(self, model: nn.Module, side: Side) -> dict[str, Any]:
+        """Return `metrics` (see `describe`) and `samples` of a model.
 
         Raises:
             UserError: its loss is not finite.
         """
-        described = self.describe(model, side)
-        _require_finite(described, side)
+        metrics = self.describe(model, side)
+        _require_finite(metrics, side)
         self.compare_starts(model, side)
-        return {"metrics": described, "samples": self.continuations(model, side)}
+        return {"metrics": metrics, "samples": self.continuations(model, side)}
 
     def measure_start(
-        self, student: nn.Module, teacher: Callable[[], dict[str, Any]] | None, folder: Path
+        self,
+        student: nn.Module,
+        teacher: Callable[[], dict[str, Any]] | None,
+        folder: Path,
     ) -> dict[str, Any]:
-        """Teacher and untrained student, metrics and samples.
+        """Measure teacher and untrained student: metrics and samples.
 
-        Measured once a run and kept in `folder`, so that a resumed run has what its first session measured; anew if
+        Measured once a run and stored in `folder`, so that a resumed run has what its first session measured; anew if
         it was measured on something else.
 
         Args:
-            teacher: what `measure` says of the teacher; None: there is none.
+            teacher: returns what `measure` says of the teacher; None: there is none.
 
         Raises:
             UserError: a model's loss is not finite.
         """
-        file, measured_on = folder / START, self.fingerprint()
+        file = folder / START
+        measured_on = self.fingerprint()
         if file.is_file():
-            found = _read_start(file)
-            if found.get("measured_on") == measured_on:
-                return found
+            stored = _read_start(file)
+            if stored.get("measured_on") == measured_on:
+                return stored
             log.info("%s is damaged, or was measured on other windows or samples: measuring again", START)
-        measured: dict[str, Any] = {"measured_on": measured_on, "samples": {"prompt": self.beginnings()}}
-        parts = {} if teacher is None else {"teacher": teacher}
-        for key, measure in (parts | {"initial_student": lambda: self.measure(student, "student")}).items():
-            found = measure()
-            measured[key], measured["samples"][key] = found["metrics"], found["samples"]
-            log.info("%s: %.4f bits per byte on held-out text", key.replace("_", " "), measured[key]["bits_per_byte"])
+
+        # the teacher first: a pair whose teacher is broken need not wait for the student
+        measures: dict[str, Callable[[], dict[str, Any]]] = {}
+        if teacher is not None:
+            measures["teacher"] = teacher
+        measures["initial_student"] = partial(self.measure, student, "student")
+
+        start: dict[str, Any] = {"measured_on": measured_on, "samples": {"prompt": self.beginnings()}}
+        for key, measure in measures.items():
+            measured = measure()
+            start[key] = measured["metrics"]
+            start["samples"][key] = measured["samples"]
+            log.info("%s: %.4f bits per byte on held-out text", key.replace("_", " "), start[key]["bits_per_byte"])
+
+        # written once, and not read by anybody before it is whole
         if self.accelerator.is_main_process:
-            write_json(file, measured)
+            write_json(file, start)
         self.accelerator.wait_for_everyone()
-        return measured
+        return start
+
+    # --- after training ---------------------------------------------------------------------------------------------
 
     def scores(self, student: nn.Module, start: Mapping[str, Any]) -> dict[str, Any]:
         """Return metrics of teacher, untrained and trained student: what must be known before an export.
@@ -320,59 +447,82 @@ class HeldOut:
             student: after training.
             start: from `measure_start`.
             scores: from `scores`.
-            compare: batch -> agreement of student and teacher (see `evaluation.compare`); not used without a teacher.
+            compare: batch -> agreement of student and teacher (see `scores.compare`); not used without a teacher.
         """
         results = dict(scores)
         samples = {**start["samples"], "student": self.continuations(student, "student")}
         if "teacher" in scores:
-            models = (scores["student"], scores["teacher"], scores["initial_student"])
-            results["retention"] = evaluation.retention(*models, self._agreement(student, compare))
-        results["samples"] = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
+            results["retention"] = scoring.retention(
+                scores["student"], scores["teacher"], scores["initial_student"], self._agreement(student, compare)
+            )
+
+        # from a list for each model to a row for each prompt
+        rows = zip(*samples.values(), strict=True)
+        results["samples"] = [dict(zip(samples, row, strict=True)) for row in rows]
         return results
 
     def _agreement(self, student: nn.Module, compare: Callable[[Any], dict[str, float]]) -> dict[str, float | None]:
         """Return how often student and teacher agree on all windows, in batches that fit into memory."""
-        parts = FittingParts(self.batch_size, survives=not self.together)
+        share = self._teacher_share
+        parts = FittingParts(self.batch_size, survives=share.survives)
 
-        def compared(windows: Sequence[int]) -> dict[str, float]:
-            sums = [*parts.of(windows, lambda part: compare(self._batch(part).to(self.accelerator.device)))]
+        def compare_part(indices: Sequence[int]) -> dict[str, float]:
+            return compare(self._batch(indices).to(self.accelerator.device))
+
+        def compare_batch(indices: Sequence[int]) -> dict[str, float]:
+            sums = list(parts.of(indices, compare_part))
             return {name: sum(part[name] for part in sums) for name in sums[0]}
 
-        with evaluation.float32_evaluation(student):
-            summed_over = None if self.together else self.accelerator
-            return evaluation.compare(compared, self.indices(self.together), summed_over)
+        with scoring.float32_evaluation(student):
+            batches = share.batches(len(self.windows), self.batch_size)
+            return scoring.compare(compare_batch, batches, share.summed_over)
 
     def with_baseline(self, results: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
-        """`results`, and beside them the same student trained without the teacher."""
-        rows = zip(results["samples"], self.continuations(model, "student"), strict=True)
-        samples = [{**sample, "baseline": text} for sample, text in rows]
+        """Return `results` with those of the same student trained without the teacher beside them."""
+        texts = self.continuations(model, "student")
+        samples = []
+        for sample, text in zip(results["samples"], texts, strict=True):
+            samples.append({**sample, "baseline": text})
         return {**results, "baseline": self.describe(model, "student"), "samples": samples}
 
 
+def metrics_of(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metrics in a record or in a model's part of a report."""
+    return {key: record[key] for key in METRICS}
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, document: str) -> list[int]:
+    """Return the first tokens of a document, without a start marker."""
+    # not verbose: only the first tokens are used, whatever the model's context length
+    return tokenizer(document[:BEGINNING], add_special_tokens=False, verbose=False)["input_ids"]
+
+
 def _read_start(file: Path) -> dict[str, Any]:
-    """What `measure_start` has kept; {} where it cannot be read."""
+    """Load what `measure_start` has stored; {} where it cannot be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        stored = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return stored if isinstance(stored, dict) else {}
 
 
-def _require_finite(described: Mapping[str, Any], side: str) -> None:
-    if not math.isfinite(described["loss"]):
-        dtype = described["dtype"]
-        overflow = side == "teacher" and "float16" in dtype.split("+")
-        raise UserError(
-            f"the {side}'s loss on the held-out text is {described['loss']}, and nothing can be learnt from that; its "
-            f"weights are in {dtype}. Expected a finite loss. "
-            + (
-                "Probably values overflow in half precision: --set teacher.dtype=float32, or bfloat16 on a GPU with it."
-                if overflow
-                else "Probably the weights are damaged: load the model again, or choose another one."
-            )
+def _require_finite(metrics: Mapping[str, Any], side: Side) -> None:
+    """Check that a loss is finite.
+
+    Raises:
+        UserError: it is not; the message says what is probably wrong.
+    """
+    if math.isfinite(metrics["loss"]):
+        return
+
+    dtype = metrics["dtype"]
+    if side == "teacher" and "float16" in dtype.split("+"):
+        remedy = (
+            "Probably values overflow in half precision: --set teacher.dtype=float32, or bfloat16 on a GPU with it."
         )
-
-
-def metrics_of(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The metrics in a record or in a model's part of a report."""
-    return {key: record[key] for key in METRICS}
+    else:
+        remedy = "Probably the weights are damaged: load the model again, or choose another one."
+    raise UserError(
+        f"the {side}'s loss on the held-out text is {metrics['loss']}, and nothing can be learnt from that; its "
+        f"weights are in {dtype}. Expected a finite loss. {remedy}"
+    )

@@ -1,4 +1,4 @@
-"""How good a model is on text it has not seen, in units that compare across tokenizers.
+"""Scores of a model on text it has not seen, in units that compare across tokenizers.
 
 Perplexity is exp(sum of nll / number of tokens), both summed over everything, never a mean of means; and
 perplexities of different tokenizers do not compare. Bits per byte do: the same text has the same bytes
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import UserError
@@ -24,6 +25,11 @@ from .comparability import unspelt_text
 
 log = logging.getLogger(__name__)
 
+Scored = tuple[dict[str, Tensor], Tensor]
+"""(what the model is called with, each [B, ...], labels [B, S])"""
+Counted = tuple[dict[str, Tensor], Tensor, int]
+"""The same, and the bytes of text that the batch scores."""
+
 IGNORE = -100
 LOGIT_ELEMENTS = 2**24
 """Logits looked at in one go, at most: 64 MiB in float32."""
@@ -31,11 +37,13 @@ GPU_LOGIT_ELEMENTS = 2**27
 """The same on a GPU, which one window of 512 tokens does not keep busy: 512 MiB."""
 
 HALF = (torch.float16, torch.bfloat16)
+LARGEST_EXPONENT = 700
+"""Nats per token from which a perplexity is infinite: exp(710) is more than a float64 can hold."""
 
 
 @contextmanager
 def float32_evaluation(model: nn.Module) -> Iterator[nn.Module]:
-    """The model in float32 and evaluation mode, without autocast and gradients; afterwards exactly as it was.
+    """Keep a model in float32 and evaluation mode, without autocast and gradients; afterwards it is exactly as it was.
 
     Half-precision parameters and buffers are replaced by float32 copies in the modules' tables, and the
     originals are put back. They are not touched, so bits, gradients, hooks and an optimizer's references are
@@ -46,17 +54,15 @@ def float32_evaluation(model: nn.Module) -> Iterator[nn.Module]:
     replaced: list[tuple[dict[str, Any], str, Tensor]] = []
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     try:
-        for module in model.modules():
-            for table in (module._parameters, module._buffers):
-                for name, tensor in table.items():
-                    if tensor is None or tensor.dtype not in HALF:
-                        continue
-                    if id(tensor) not in copies:
-                        copy = tensor.detach().float()
-                        is_parameter = isinstance(tensor, nn.Parameter)
-                        copies[id(tensor)] = nn.Parameter(copy, requires_grad=False) if is_parameter else copy
-                    replaced.append((table, name, tensor))
-                    table[name] = copies[id(tensor)]
+        for table, name, tensor in _half_precision_tensors(model):
+            # tied weights are found once for each module that shares them
+            if id(tensor) not in copies:
+                copies[id(tensor)] = _float32_copy(tensor)
+
+            # noted before it is replaced, so that an exception between the two loses nothing
+            replaced.append((table, name, tensor))
+            table[name] = copies[id(tensor)]
+
         with evaluation_mode(model), torch.autocast(device.type, enabled=False):
             yield model
     finally:
@@ -64,9 +70,27 @@ def float32_evaluation(model: nn.Module) -> Iterator[nn.Module]:
             table[name] = tensor
 
 
+def _half_precision_tensors(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yield (table of its module, name in it, tensor) of half-precision parameters and buffers."""
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and tensor.dtype in HALF:
+                    yield table, name, tensor
+
+
+def _float32_copy(tensor: Tensor) -> Tensor:
+    """Return a copy that is a parameter, without gradients, where the tensor is one."""
+    copy = tensor.detach().float()
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(copy, requires_grad=False)
+    return copy
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """`model.eval()` without gradients; afterwards every module's own training flag is what it was."""
+    """Keep a model in evaluation mode without gradients; afterwards every module's training flag is what it was."""
+    # not one flag for all: a module below a trained one may have been frozen in evaluation mode
     training = {module: module.training for module in model.modules()}
     try:
         model.eval()
@@ -79,13 +103,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 def token_nll(
     model: nn.Module,
-    batches: Iterable[tuple[dict[str, Tensor], Tensor]],
+    batches: Iterable[Scored],
     device: torch.device,
-    accelerator: Any = None,
+    accelerator: Accelerator | None = None,
     *,
     survives: bool = True,
 ) -> tuple[float, int]:
-    """Negative log-likelihood of all supervised tokens, in nats, and their number.
+    """Return the negative log-likelihood of all supervised tokens, in nats, and their number.
 
     Args:
         model: a language model of transformers, in whatever dtype; the losses are float32, their sum float64.
@@ -95,28 +119,31 @@ def token_nll(
         accelerator: if given, both numbers are summed over its processes, which must all call this.
         survives: what does not fit into memory is done again in halves; False raises (see `FittingParts`).
     """
-    total, count = 0.0, 0
+    total = 0.0
+    count = 0
     parts = FittingParts(survives=survives)
     with evaluation_mode(model):
         for inputs, labels in batches:
             score = partial(_part_nll, model, inputs, labels, device)
-            most = _rows_at_once(model, labels.shape[1], device)
-            for nll, scored in parts.of(range(len(labels)), score, most):
-                total, count = total + nll, count + scored
+            rows_at_once = _rows_at_once(model, labels.shape[1], device)
+            for nll, tokens in parts.of(range(len(labels)), score, rows_at_once):
+                total += nll
+                count += tokens
+
     total, count = sum_over_processes([total, count], accelerator)
     return total, round(count)
 
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[dict[str, Tensor], Tensor, int]],
+    batches: Iterable[Counted],
     device: torch.device,
-    accelerator: Any = None,
+    accelerator: Accelerator | None = None,
     *,
     float32: bool = True,
     survives: bool = True,
 ) -> dict[str, float | int]:
-    """`metrics` of a model on batches as for `token_nll`, with the bytes of text that each scores.
+    """Return the `metrics` of a model on batches as for `token_nll`, with the bytes of text that each scores.
 
     Args:
         float32: compute in float32 whatever the model's dtype (see `float32_evaluation`); False for a
@@ -125,7 +152,8 @@ def evaluate(
     """
     num_bytes = 0
 
-    def counted() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    # bytes are counted while the batches pass: they are read once
+    def counted() -> Iterator[Scored]:
         nonlocal num_bytes
         for inputs, labels, size in batches:
             num_bytes += int(size)
@@ -133,11 +161,15 @@ def evaluate(
 
     with float32_evaluation(model) if float32 else nullcontext():
         nll, tokens = token_nll(model, counted(), device, accelerator, survives=survives)
-    return metrics(nll, tokens, round(sum_over_processes([num_bytes], accelerator)[0]))
+    [total_bytes] = sum_over_processes([num_bytes], accelerator)
+    return metrics(nll, tokens, round(total_bytes))
 
 
 def metrics(nll: float, tokens: int, num_bytes: int) -> dict[str, float | int]:
-    """Loss (nats per token), perplexity and bits per byte from sums over a whole text.
+    """Compute loss (nats per token), perplexity and bits per byte from sums over a whole text.
+
+    Args:
+        nll: negative log-likelihood, in nats.
 
     Raises:
         UserError: the text is empty.
@@ -147,10 +179,12 @@ def metrics(nll: float, tokens: int, num_bytes: int) -> dict[str, float | int]:
             f"the evaluation text holds {tokens} tokens and {num_bytes} bytes to score; expected at least one of each. "
             "Give a longer text with --eval-data, or raise data.eval_fraction."
         )
+
     loss = nll / tokens
+    perplexity = math.exp(loss) if loss < LARGEST_EXPONENT else math.inf
     return {
         "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf,
+        "perplexity": perplexity,
         "bits_per_byte": nll / (num_bytes * math.log(2)),
         "tokens": tokens,
         "bytes": num_bytes,
@@ -158,23 +192,34 @@ def metrics(nll: float, tokens: int, num_bytes: int) -> dict[str, float | int]:
 
 
 def describe_model(model: nn.Module) -> dict[str, Any]:
-    """Parameters (shared ones counted once) and dtype, for the report. Quantised weights are integers: `uint8` holds
-    two of 4 bits, and only transformers can count them."""
+    """Return the number of parameters (shared ones counted once) and their dtype, for the report."""
     parameters = list(model.parameters())
-    count = model.num_parameters() if hasattr(model, "num_parameters") else sum(p.numel() for p in parameters)
-    dtype = "+".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters}))
-    return {"parameters": count, "dtype": dtype} | ({"encoder_decoder": True} if has_encoder(model) else {})
+
+    # quantised weights are integers: `uint8` holds two of 4 bits, and only transformers can count them
+    if hasattr(model, "num_parameters"):
+        count = model.num_parameters()
+    else:
+        count = sum(parameter.numel() for parameter in parameters)
+
+    dtypes = {str(parameter.dtype).removeprefix("torch.") for parameter in parameters}
+    description: dict[str, Any] = {"parameters": count, "dtype": "+".join(sorted(dtypes))}
+    if has_encoder(model):
+        description["encoder_decoder"] = True
+    return description
 
 
 def has_encoder(model: nn.Module) -> bool:
-    """Whether it is an encoder-decoder model."""
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+    """Return whether a model has encoder and decoder."""
+    config = getattr(model, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def compare(
-    compare_batch: Callable[[Any], dict[str, float]], batches: Iterable[Any], accelerator: Any = None
+    compare_batch: Callable[[Any], dict[str, float]],
+    batches: Iterable[Any],
+    accelerator: Accelerator | None = None,
 ) -> dict[str, float | None]:
-    """How often student and teacher agree, over all batches.
+    """Compute how often student and teacher agree, over all batches.
 
     Args:
         compare_batch: batch -> `{agree, kl_sum, count}`: positions where the most probable token is the same,
@@ -183,10 +228,15 @@ def compare(
     Returns:
         `{top1_agreement, kl_nats_per_token}`; None where nothing could be compared.
     """
-    agree, kl, count = 0.0, 0.0, 0.0
+    agree = 0.0
+    kl = 0.0
+    count = 0.0
     for batch in batches:
         result = compare_batch(batch)
-        agree, kl, count = agree + result["agree"], kl + result["kl_sum"], count + result["count"]
+        agree += result["agree"]
+        kl += result["kl_sum"]
+        count += result["count"]
+
     agree, kl, count = sum_over_processes([agree, kl, count], accelerator)
     if count == 0:
         return {"top1_agreement": None, "kl_nats_per_token": None}
@@ -194,34 +244,46 @@ def compare(
 
 
 def gap_closed(student: float, initial: float, teacher: float) -> float | None:
-    """(initial - student) / (initial - teacher) in bits per byte: 0 nothing learnt, 1 as good as the teacher.
+    """Return (initial - student) / (initial - teacher) in bits per byte: 0 nothing learnt, 1 as good as the teacher.
 
     None if the teacher is no better than the initial student: there is no gap.
     """
-    return (initial - student) / (initial - teacher) if initial > teacher else None
+    if initial <= teacher:
+        return None
+    return (initial - student) / (initial - teacher)
 
 
 def retention(
-    student: dict[str, Any], teacher: dict[str, Any], initial: dict[str, Any], agreement: dict[str, float | None]
+    student: dict[str, Any],
+    teacher: dict[str, Any],
+    initial: dict[str, Any],
+    agreement: dict[str, float | None],
 ) -> dict[str, float | str | None]:
-    """The report's `retention`, from three `metrics` on one text and a `compare`.
+    """Return the report's `retention`, from three `metrics` on one text and a `compare`.
 
     `bits_per_byte_ratio` is student / teacher: 1 is the teacher's level, above it is worse. It and `gap_closed` are
     None where the bits do not compare, for the reason `not_comparable`.
     """
-    if reason := unspelt_text({"student": student, "teacher": teacher}):
+    reason = unspelt_text({"student": student, "teacher": teacher})
+    if reason:
         return {"bits_per_byte_ratio": None, **agreement, "gap_closed": None, "not_comparable": reason}
-    bits = [model["bits_per_byte"] for model in (student, initial, teacher)]
-    return {"bits_per_byte_ratio": bits[0] / bits[2], **agreement, "gap_closed": gap_closed(*bits)}
+
+    ratio = student["bits_per_byte"] / teacher["bits_per_byte"]
+    share = gap_closed(student["bits_per_byte"], initial["bits_per_byte"], teacher["bits_per_byte"])
+    return {"bits_per_byte_ratio": ratio, **agreement, "gap_closed": share}
 
 
 def bits_behind(
-    model: nn.Module, texts: Sequence[tuple[Sequence[int], int]], starts: Sequence[int], device: torch.device
+    model: nn.Module,
+    texts: Sequence[tuple[Sequence[int], int]],
+    starts: Sequence[int],
+    device: torch.device,
 ) -> dict[int, float]:
-    """Bits per byte of the same texts behind each of some start tokens.
+    """Return the bits per byte of the same texts behind each start token.
 
     Args:
         texts: ids of each without a start, and its bytes.
+        starts: the tokens to try.
     """
     num_bytes = sum(size for _, size in texts)
     bits = {}
@@ -229,15 +291,22 @@ def bits_behind(
         batches = []
         for ids, _ in texts:
             row = torch.tensor([[start, *ids]])
-            labels = torch.cat([row[:, 1:], torch.full((1, 1), IGNORE)], dim=1)
-            batches.append(({"input_ids": row, "attention_mask": torch.ones_like(row)}, labels))
+            inputs = {"input_ids": row, "attention_mask": torch.ones_like(row)}
+
+            # every token of the text is predicted, the first one from the start; nothing follows the last
+            nothing = torch.full((1, 1), IGNORE)
+            labels = torch.cat([row[:, 1:], nothing], dim=1)
+            batches.append((inputs, labels))
+
         nll, _ = token_nll(model, batches, device)
         bits[start] = nll / (num_bytes * math.log(2))
     return bits
 
 
 def _rows_at_once(model: nn.Module, positions: int, device: torch.device) -> int:
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None) or 1
+    """Return the rows of a batch whose logits are made in one go, at least one."""
+    config = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", None) or 1
     return max(1, _logit_elements(device) // (vocabulary * max(positions, 1)))
 
 
@@ -246,9 +315,13 @@ def _logit_elements(device: torch.device) -> int:
 
 
 def _part_nll(
-    model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, device: torch.device, rows: Sequence[int]
+    model: nn.Module,
+    inputs: dict[str, Tensor],
+    labels: Tensor,
+    device: torch.device,
+    rows: Sequence[int],
 ) -> tuple[float, int]:
-    """Return what `_rows_nll` does of neighbouring rows of a batch, moved to the device."""
+    """Compute `_rows_nll` of neighbouring rows of a batch, moved to the device."""
     part = slice(rows[0], rows[-1] + 1)
     inputs = {name: tensor[part].to(device) for name, tensor in inputs.items()}
     return _rows_nll(model, inputs, labels[part])
@@ -261,23 +334,30 @@ def _rows_nll(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tu
         labels: on the host, where they are looked at without waiting for a device.
     """
     labels = labels.flatten()
-    where = (labels != IGNORE).nonzero().flatten()
-    if not len(where):
+    positions = (labels != IGNORE).nonzero().flatten()
+    if not len(positions):
         return 0.0, 0
 
-    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
+    logits = model(**inputs, use_cache=False).logits.flatten(0, 1)  # [B * S, V]
     targets = labels.to(logits.device)
+
+    # a float32 copy of all logits at once might not fit
+    chunk_size = max(1, _logit_elements(logits.device) // logits.shape[1])
     losses = []
-    for chunk in where.to(logits.device).split(max(1, _logit_elements(logits.device) // logits.shape[1])):
+    for chunk in positions.to(logits.device).split(chunk_size):
         losses.append(F.cross_entropy(logits[chunk].float(), targets[chunk], reduction="none"))
 
-    # Float64 on the host: not every device has it. Once: each copy to the host waits for the device
-    return torch.cat(losses).cpu().double().sum().item(), len(where)
+    # float64 on the host: not every device has it. Once: each copy to the host waits for the device
+    nll = torch.cat(losses).cpu().double().sum().item()
+    return nll, len(positions)
 
 
-def sum_over_processes(values: Sequence[float], accelerator: Any) -> list[float]:
-    """Each of the values, summed over the processes of an accelerator, which must all call this."""
+def sum_over_processes(values: Sequence[float], accelerator: Accelerator | None) -> list[float]:
+    """Return each of the values, summed over the processes of an accelerator, which must all call this."""
     if accelerator is None or accelerator.num_processes == 1:
         return list(values)
+
+    # Apple's GPUs have no float64
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    return accelerator.reduce(torch.tensor(values, dtype=dtype, device=accelerator.device), "sum").tolist()
+    sums = torch.tensor(values, dtype=dtype, device=accelerator.device)
+    return accelerator.reduce(sums, "sum").tolist()

@@ -1,8 +1,7 @@
-"""The forecast of a run's memory, and the batch size that fits."""
+"""The choice of a batch size that fits into memory, with the forecast that it rests on."""
 
 import logging
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -10,15 +9,15 @@ from accelerate.utils import DistributedType
 
 from ..advice import advice
 from ..errors import UserError
+from ..interfaces import RunConfig
 from ..machine.device_memory import MARGIN
 from ..machine.hardware import free_memory
 from ..parallel.processes import on_main_process
 from ..pretrained import loading
 from .disk import largest
-from .step_memory import ROOM_ON_CPU, ChunkRows, _gib, demand_of, spares_teacher
+from .step_memory import CPU_MEMORY_SHARE, ChunkRows, Demand, StepSetting, demand_of, in_gib, spares_teacher
 
 log = logging.getLogger(__name__)
-
 
 REMEDY = (
     "Lower --batch-size and raise --gradient-accumulation-steps by the same factor (--batch-size auto does both), or "
@@ -28,15 +27,17 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Forecast:
-    """Of what training takes on the student's device; empty where none is possible."""
+    """Memory that training takes on the student's device; empty where no forecast is possible."""
 
     told: str = ""
-    size: int = 0  # bytes
+    """The forecast as a message."""
+    size: int = 0
+    """Bytes."""
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a run computes on, as far as memory depends on it."""
+    """Device and processes of a run, as far as memory depends on them."""
 
     device: torch.device
     """Of the student."""
@@ -48,17 +49,23 @@ class Machine:
 
     @classmethod
     def of(cls, accelerator: Accelerator) -> "Machine":
-        """What an accelerator was built for."""
+        """Return the machine that an accelerator was built for."""
         sharded = ""
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             sharded = f"zero{accelerator.deepspeed_plugin.zero_stage}"
         elif accelerator.distributed_type == DistributedType.FSDP:
             sharded = "fsdp2"
-        return cls(accelerator.device, accelerator.mixed_precision, accelerator.num_processes, sharded)
+
+        return cls(
+            device=accelerator.device,
+            precision=accelerator.mixed_precision,
+            processes=accelerator.num_processes,
+            sharded=sharded,
+        )
 
 
-def choose_batch_size(config: Any, accelerator: Accelerator, chunk_rows: ChunkRows) -> tuple[Any, Forecast]:
-    """(the RunConfig with a number for `batch_size: auto`, the forecast), logged.
+def choose_batch_size(config: RunConfig, accelerator: Accelerator, chunk_rows: ChunkRows) -> tuple[RunConfig, Forecast]:
+    """Return the RunConfig with a number for `batch_size: auto`, and the forecast, which is logged.
 
     With auto, `gradient_accumulation_steps` is the number of windows per optimizer step and process: they are taken in
     the largest micro-batches that divide it and fit. Where no forecast is possible, micro-batches start as large as
@@ -68,33 +75,42 @@ def choose_batch_size(config: Any, accelerator: Accelerator, chunk_rows: ChunkRo
         UserError: micro-batches of one window need more than is free, by more than the forecast can be wrong.
     """
     machine = Machine.of(accelerator)
-    return on_main_process(accelerator, lambda: _settle(config, machine, chunk_rows))
+
+    # the main process decides for all: free memory differs from one to the other
+    return on_main_process(accelerator, lambda: _choose(config, machine, chunk_rows))
 
 
-def _settle(config: Any, machine: Machine, chunk_rows: ChunkRows) -> tuple[Any, Forecast]:
+def _choose(config: RunConfig, machine: Machine, chunk_rows: ChunkRows) -> tuple[RunConfig, Forecast]:
+    """Choose the batch size in one process, and log why."""
     fit = None
     with advice("forecast of memory"):
-        fit = _what_fits(config, machine, chunk_rows)
+        fit = _fit(config, machine, chunk_rows)
 
     is_auto = config.training.batch_size == "auto"
     if fit is None:
-        return (_without_forecast(config, machine) if is_auto else config), Forecast()
+        if is_auto:
+            config = _without_forecast(config, machine)
+        return config, Forecast()
 
-    told = f"{largest(fit.parts)} in micro-batches of {fit.windows}; {_gib(fit.free)} GiB free on {machine.device}"
+    message = f"{largest(fit.parts)} in micro-batches of {fit.windows}; {in_gib(fit.free)} GiB free on {machine.device}"
     if spares_teacher(config):
-        told += " (teacher included, which a complete cache spares)"
+        message += " (teacher included, which a complete cache spares)"
 
+    # only building a cache trains nothing, so that what training takes is no reason to refuse it
     if fit.least > MARGIN * fit.free and not config.cache.build_only:
         raise UserError(
-            f"training would take about {_gib(fit.least)} GiB even in micro-batches of one window, and "
-            f"{_gib(fit.free)} GiB are free on {machine.device} (forecast: {largest(fit.parts)}). {REMEDY}."
+            f"training would take about {in_gib(fit.least)} GiB even in micro-batches of one window, and "
+            f"{in_gib(fit.free)} GiB are free on {machine.device} (forecast: {largest(fit.parts)}). {REMEDY}."
         )
-    if fit.size > fit.free:
-        log.warning("memory: about %s. Where it does not fit, micro-batches are halved. %s", told, REMEDY)
-    else:
-        log.info("memory: about %s%s", told, " (chosen by --batch-size auto)" if is_auto else "")
 
-    return (_in_micro_batches(config, fit.windows) if is_auto else config), Forecast(told, fit.size)
+    if fit.size > fit.free:
+        log.warning("memory: about %s. Where it does not fit, micro-batches are halved. %s", message, REMEDY)
+    else:
+        log.info("memory: about %s%s", message, " (chosen by --batch-size auto)" if is_auto else "")
+
+    if is_auto:
+        config = _in_micro_batches(config, fit.windows)
+    return config, Forecast(message, fit.size)
 
 
 @dataclass(frozen=True)
@@ -116,53 +132,77 @@ class _Fit:
         return sum(self.parts.values())
 
 
-def _what_fits(config: Any, machine: Machine, chunk_rows: ChunkRows) -> _Fit:
-    """The forecast for the micro-batches that were asked for, or for the largest that fit."""
-    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
-    shapes = loading.load_each(loading.load_config, names)
-    teacher = shapes["teacher"] if config.teacher.name else None
-    length = int(min(config.data.max_length, *map(loading.context_length, shapes.values())))
-    demand = demand_of(
-        config,
-        shapes["student"],
-        teacher,
-        length,
-        machine.precision,
-        machine.device,
-        chunk_rows,
-        machine.processes,
-        machine.sharded,
-    )
+def _fit(config: RunConfig, machine: Machine, chunk_rows: ChunkRows) -> _Fit:
+    """Forecast the micro-batches of the settings, or with `auto` the largest that fit."""
+    demand = _demand(config, machine, chunk_rows)
 
-    free, windows = free_memory(machine.device), config.training.batch_size
+    free = free_memory(machine.device)
+    windows = config.training.batch_size
     if windows == "auto":
-        room = free * (1 if demand.on_gpu else ROOM_ON_CPU)
-        sizes = _divisors(config.training.gradient_accumulation_steps)
-        windows = next((size for size in sizes if sum(demand.memory(size).values()) <= room), 1)
+        budget = free * (1 if demand.on_gpu else CPU_MEMORY_SHARE)
+        windows = _largest_fitting(demand, config.training.gradient_accumulation_steps, budget)
 
     without_spared = replace(demand, apart=demand.apart or spares_teacher(config))
-    return _Fit(windows, demand.memory(windows), sum(without_spared.memory(1).values()), free)
+    return _Fit(
+        windows=windows,
+        parts=demand.memory(windows),
+        least=sum(without_spared.memory(1).values()),
+        free=free,
+    )
 
 
-def _without_forecast(config: Any, machine: Machine) -> Any:
-    """`batch_size: auto` where nothing is known of the memory that it takes."""
-    alone = machine.processes == 1
-    waits = machine.sharded or config.teacher.device == "sharded" or "contr" in config.curriculum.used()
-    can_halve = machine.device.type == "cuda" and (alone or not waits)
+def _demand(config: RunConfig, machine: Machine, chunk_rows: ChunkRows) -> Demand:
+    """Return what the memory of a step depends on, from the models' configs and the machine."""
+    # without a teacher its name stands for nothing: the student's config is read twice and serves once
+    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
+    shapes = loading.load_each(loading.load_config, names)
+    limits = [loading.context_length(shape) for shape in shapes.values()]
 
-    windows = config.training.gradient_accumulation_steps if can_halve else 1
-    why = "they are halved where they do not fit" if can_halve else "too large ones could not be halved here"
-    log.warning("--batch-size auto: without a forecast, micro-batches of %d; %s", windows, why)
+    setting = StepSetting(
+        student=shapes["student"],
+        teacher=shapes["teacher"] if config.teacher.name else None,
+        length=int(min(config.data.max_length, *limits)),
+        precision=machine.precision,
+        device=machine.device,
+        chunk_rows=chunk_rows,
+        processes=machine.processes,
+        sharded=machine.sharded,
+    )
+    return demand_of(config, setting)
+
+
+def _largest_fitting(demand: Demand, step_windows: int, budget: float) -> int:
+    """Return the largest micro-batch that divides the windows of a step and fits into `budget` bytes; at least 1."""
+    for windows in range(step_windows, 0, -1):
+        if step_windows % windows:
+            continue
+        if sum(demand.memory(windows).values()) <= budget:
+            return windows
+    return 1
+
+
+def _without_forecast(config: RunConfig, machine: Machine) -> RunConfig:
+    """Choose for `batch_size: auto` where nothing is known of the memory that it takes."""
+    # micro-batches are halved on CUDA alone: a CPU raises nothing before the system kills
+    can_halve = machine.device.type == "cuda"
+
+    # and not where several processes would have to halve together, or windows are compared with one another
+    if machine.processes > 1:
+        is_bound = machine.sharded or config.teacher.device == "sharded" or "contr" in config.curriculum.used()
+        can_halve = can_halve and not is_bound
+
+    if can_halve:
+        windows = config.training.gradient_accumulation_steps
+        reason = "they are halved where they do not fit"
+    else:
+        windows = 1
+        reason = "too large ones could not be halved here"
+    log.warning("--batch-size auto: without a forecast, micro-batches of %d; %s", windows, reason)
     return _in_micro_batches(config, windows)
 
 
-def _in_micro_batches(config: Any, windows: int) -> Any:
-    """The RunConfig whose optimizer steps, as large as before, are taken in micro-batches of so many windows."""
-    whole = config.training.gradient_accumulation_steps
-    training = replace(config.training, batch_size=windows, gradient_accumulation_steps=whole // windows)
+def _in_micro_batches(config: RunConfig, windows: int) -> RunConfig:
+    """Return the RunConfig whose optimizer steps, as large as before, are taken in micro-batches of so many windows."""
+    step_windows = config.training.gradient_accumulation_steps
+    training = replace(config.training, batch_size=windows, gradient_accumulation_steps=step_windows // windows)
     return replace(config, training=training)
-
-
-def _divisors(number: int) -> list[int]:
-    """From the number itself down to 1."""
-    return [size for size in range(number, 0, -1) if number % size == 0]

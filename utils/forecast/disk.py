@@ -1,5 +1,6 @@
-"""Sizes of models, and how much disk a run will take; see memory.py for what is held while it trains."""
+"""Disk that a run will take, estimated before models are loaded."""
 
+from operator import itemgetter
 from pathlib import Path
 
 from ..config.settings import LoraConfig, TrainingConfig
@@ -9,6 +10,10 @@ from .model_size import Shape, trained_parameters
 
 WINDOW_BYTES_PER_TEXT_BYTE = 9
 """Tokenised windows of both models in the cache of `datasets`."""
+CHECKPOINT_BYTES = 12
+"""Bytes that a checkpoint holds of each trained parameter: the weight and two moments of AdamW, in float32."""
+EXPORT_BYTES = 4
+"""Bytes of an exported parameter, in float32."""
 
 
 def disk(
@@ -20,7 +25,7 @@ def disk(
     runs: int = 1,
     in_memory: int = 0,
 ) -> dict[str, int]:
-    """Bytes that a run writes, by what they are.
+    """Return the bytes that a run writes, by what they are.
 
     Args:
         lora: with an adapter only that is saved, and exported unless it is merged.
@@ -29,12 +34,17 @@ def disk(
         in_memory: up to so many bytes of text, windows are not written.
     """
     # a new checkpoint is whole before the oldest goes; with patience the best one stays besides
-    checkpoints = training.keep_checkpoints + 1 + bool(training.patience)
-    saved = trained_parameters(student, lora)
+    checkpoints = training.keep_checkpoints + 1
+    if training.patience:
+        checkpoints += 1
+
+    trained = trained_parameters(student, lora)
+    exported = student.parameters if lora.merge else trained
+    windows = text_bytes * WINDOW_BYTES_PER_TEXT_BYTE if text_bytes > in_memory else 0
     return {
-        "checkpoints": saved * 12 * checkpoints * runs,  # weights and two moments of AdamW
-        "student": (student.parameters if lora.merge else saved) * 4,
-        "windows": text_bytes * WINDOW_BYTES_PER_TEXT_BYTE if text_bytes > in_memory else 0,
+        "checkpoints": trained * CHECKPOINT_BYTES * checkpoints * runs,
+        "student": exported * EXPORT_BYTES,
+        "windows": windows,
     }
 
 
@@ -45,7 +55,8 @@ def require_disk(folder: Path, parts: dict[str, int]) -> None:
         UserError: the estimate, and how much is free.
     """
     written = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    needed, free = max(0, sum(parts.values()) - written), free_disk(folder)
+    needed = max(0, sum(parts.values()) - written)
+    free = free_disk(folder)
     if needed > free:
         raise UserError(
             f"too little disk for {folder}: this run needs about {needed / 1e6:,.1f} MB more (checkpoints "
@@ -56,7 +67,7 @@ def require_disk(folder: Path, parts: dict[str, int]) -> None:
 
 
 def largest(parts: dict[str, int], count: int = 3) -> str:
-    """The total and its largest parts, such as `5.2 GiB (student logits 2.1, ...)`."""
-    top = sorted(parts.items(), key=lambda part: -part[1])[:count]
+    """Return the total and its largest parts as a message, such as `5.2 GiB (student logits 2.1, ...)`."""
+    top = sorted(parts.items(), key=itemgetter(1), reverse=True)[:count]
     named = ", ".join(f"{name} {size / 2**30:.2g}" for name, size in top if size)
     return f"{sum(parts.values()) / 2**30:.3g} GiB ({named})"

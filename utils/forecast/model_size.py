@@ -1,4 +1,4 @@
-"""Parameters of a model, from its configuration."""
+"""Sizes of a model, from its configuration alone: no weights are read or allocated."""
 
 import copy
 from collections.abc import Sequence
@@ -17,17 +17,21 @@ class Shape:
     """Sizes of a model; of an encoder-decoder model both stacks count, as deep as the deeper one."""
 
     parameters: int
+    """All of them; shared ones count once."""
     hidden: int
+    """Width of the states that enter the head."""
     intermediate: int
+    """Width inside the feed-forward blocks."""
     layers: int
     vocabulary: int
+    """Rows of the head."""
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> "Shape":
-        """From a model's config; no weights are read or allocated.
+        """Return the sizes of a model that is built on the meta device, where weights take no memory.
 
         Raises:
-            UserError: transformers cannot make such a model.
+            UserError: transformers cannot make such a model, or it does not predict tokens.
         """
         try:
             with torch.device("meta"):
@@ -47,22 +51,25 @@ class Shape:
 
         # the config may name its sizes otherwise; what enters the head is in the head's own shape
         vocabulary, hidden = head.weight.shape
+        intermediate = _widest(getattr(config.get_text_config(), "intermediate_size", None))
         return cls(
             parameters=sum(p.numel() for p in model.parameters()),
             hidden=hidden,
-            intermediate=_widest(getattr(config.get_text_config(), "intermediate_size", None)) or 4 * hidden,
+            intermediate=intermediate or 4 * hidden,
             layers=depth(config),
             vocabulary=vocabulary,
         )
 
 
 def _widest(sizes: int | Sequence[int] | None) -> int | None:
-    """The largest of a width for all layers, or of one for each (Gemma 3n)."""
-    return max(sizes) if isinstance(sizes, Sequence) else sizes
+    """Return the width of all layers, or the largest where each has its own (Gemma 3n)."""
+    if isinstance(sizes, Sequence):
+        return max(sizes)
+    return sizes
 
 
 def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
-    """The same architecture with at most so many layers, in encoder and decoder each."""
+    """Return the config of the same architecture with at most so many layers, in encoder and decoder each."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     whole_depth = depth(config)
@@ -78,7 +85,11 @@ def shallow(config: PretrainedConfig, layers: int) -> PretrainedConfig:
 
 
 def trained_parameters(student: Shape, lora: LoraConfig) -> int:
-    """All of a student, or those of its adapter."""
-    # attention has four layers of the hidden width, the rest three between it and the intermediate one
+    """Return the number of parameters that are trained: all of a student, or those of its adapter."""
+    if not lora.enabled:
+        return student.parameters
+
+    # attention has four linear layers of the hidden width, the rest three between it and the intermediate one; an
+    # adapter adds `rank` times input and output width to each
     widths = 8 * student.hidden + 3 * (student.hidden + student.intermediate)
-    return student.layers * lora.rank * widths if lora.enabled else student.parameters
+    return student.layers * lora.rank * widths

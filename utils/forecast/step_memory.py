@@ -1,4 +1,4 @@
-"""How much memory training will take, to find out in seconds what would fail after an hour; and what fits.
+"""Memory of a training step, forecast in seconds: it finds out before the start what would fail after an hour.
 
 What the models themselves take is not guessed: `measure_body` runs them on tensors without content (FakeTensorMode),
 with as few layers as tell how it grows with depth, and counts the bytes that exist at a time. What the losses of
@@ -15,17 +15,18 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from transformers import PretrainedConfig
 
 from ..config.settings import LoraConfig, ModelConfig
+from ..interfaces import RunConfig
 from ..logs.lines import ROUTER_TERMS
-from ..parallel import deepspeed
+from ..parallel.deepspeed import BUCKET
 from ..paths import user_path
-from ..pretrained import precision as precision_module
-from .body_memory import _require_parallel, measure_body
+from ..pretrained.precision import QUANTISED, frozen_dtype
+from .body_memory import Body, BodyRun, measure_body, require_parallel
 from .model_size import Shape, trained_parameters
 
 log = logging.getLogger(__name__)
@@ -33,8 +34,13 @@ log = logging.getLogger(__name__)
 ChunkRows = Callable[[int, torch.device, int], tuple[int, str]]
 """(vocabulary, device, bytes per logit) -> (positions whose logits a head computes at a time, at most, why)."""
 
+Breakdown = dict[str, float]
+"""Bytes by what holds them."""
+
 RUNTIME = 700 * 2**20
 """Bytes of CUDA context and kernels, or of Python with its libraries."""
+FLOAT32, HALF = 4, 2
+"""Bytes of a number."""
 LOGIT = 4
 """Bytes of a logit in a chunk: float32, whatever the head computes in."""
 HALF_BLOCK = 16_384
@@ -48,21 +54,33 @@ ROUTED_KEPT = 10
 """Teacher widths in float32 that the router keeps per student layer and token for the backward pass, all terms used."""
 EVALUATED_LOGIT = 12
 """Bytes for each logit of a window that is scored: the logits, those of supervised positions and their softmax."""
-EXCHANGED = 2 * 4 * deepspeed.BUCKET
+EXCHANGED = 2 * 4 * BUCKET
 """Bytes of gradients on their way to the processes that keep them, where they are sharded."""
 ZERO3_WHOLE = 10**9
 """Weights that ZeRO-3 holds whole before it lets go of any (DeepSpeed's stage3_max_live_parameters)."""
-
-
-# ------------------------------------------------------------------------------------- what a model's body takes
+MOMENTS = 2 * FLOAT32
+"""Bytes of AdamW's two moments of a parameter."""
+QUANTISED_SHARE = {"8bit": 0.5, "4bit": 0.28}
+"""Size of quantised weights beside half precision, scales included."""
+CPU_MEMORY_SHARE = 0.5
+"""Of the free memory of a host that `--batch-size auto` takes: nothing raises there before the system kills."""
 
 
 # ------------------------------------------------------------------------------------------------ a training step
 
 
+class HeldWeights(NamedTuple):
+    """Bytes of the student's weights in one process."""
+
+    always: float
+    """Between steps too."""
+    in_step: float
+    """Besides, during a step: layers that were gathered from other processes."""
+
+
 @dataclass(frozen=True)
 class Demand:
-    """What a training step depends on."""
+    """Everything that the memory of a training step depends on, its batch size apart."""
 
     student: PretrainedConfig
     teacher: PretrainedConfig | None
@@ -95,177 +113,372 @@ class Demand:
 
     @cached_property
     def shapes(self) -> tuple[Shape, Shape | None]:
-        return Shape.of(self.student), None if self.teacher is None else Shape.of(self.teacher)
+        """Sizes of (student, teacher)."""
+        student = Shape.of(self.student)
+        teacher = None if self.teacher is None else Shape.of(self.teacher)
+        return student, teacher
 
     def memory(self, windows: int) -> dict[str, int]:
-        """Bytes at the peak of a step with so many windows a micro-batch, by what holds them.
-
-        A step has several peaks, and the highest is told: the teacher's forward, the student's head (its chunk of
-        logits beside everything that waits for the backward pass), the backward pass through its body, AdamW, and an
-        evaluation between two steps.
+        """Return the bytes at the peak of a step with so many windows a micro-batch, by what holds them.
 
         Raises:
             RuntimeError: see `measure_body`.
         """
-        student, teacher = self.shapes
-        half, tokens = self.precision != "no", windows * self.length
-        body = measure_body(self.student, windows, self.length, torch.float32, half, True, self.on_gpu, self.recomputes)
-        head = 0 if self.lora.enabled else student.vocabulary * student.hidden
-        rows = min(tokens, self.rows(student.vocabulary, LOGIT))
-        learned = trained_parameters(student, self.lora)
-        named = tokens * min(self.top_k, teacher.vocabulary) if teacher else 0
-        chunk_named = min(rows, tokens) * min(self.top_k, teacher.vocabulary) if teacher else 0
-        routed = self._router(tokens)
-        gradients = {"gradients": learned * 4 * (1 + self.gradients) + routed["trained"] * 4}
-        if self.sharded:
-            gradients = {"gradients": gradients["gradients"] // self.processes, "exchange": EXCHANGED}
-        held = {"signal": named * KEPT_OUTCOME, "router": routed["kept"]}
-        waiting = gradients | {"student activations": body.kept} | held
-        logits = rows * student.vocabulary * LOGIT + chunk_named * CHUNK_OUTCOME
-        if half:
-            logits += rows * min(student.vocabulary, HALF_BLOCK) * 2
-        in_head = head * (6 if half else 4) + tokens * student.hidden * (8 if half else 4)
-        peaks = [
-            waiting | {"student logits": logits, "head gradient": in_head},
-            gradients | {"backward": body.backward - 4 * student.parameters} | held,
-            # without a fused kernel, which the scaler of fp16 rules out, one more copy
-            gradients | {"update": learned * 4 * (self.precision == "fp16")},
-        ]
-        peaks += [self._evaluation_peak()]
-        if teacher is not None:
-            peaks += [waiting | {"projection": named * PASSING_OUTCOME}]
-        if teacher is not None and not self.apart:
-            peaks += self._teacher_peaks(windows, gradients, named)
-        learned += routed["trained"]
-        weights = learned * 4 + (student.parameters * self.student_dtype.itemsize if self.lora.enabled else 0)
-        kept, passing = self._student_weights(weights, learned)
-        peaks = [peak | {"student weights": passing} for peak in peaks]
-        if self.sharded:
-            peaks += [{"student, whole for evaluation": weights}]
-        peak = max(peaks, key=lambda parts: sum(parts.values()))
-        peak["student weights"] = peak.get("student weights", 0) + kept
-        fixed = {"optimizer": learned * 8 / (self.processes if self.sharded else 1)}
-        if teacher is not None and not self.apart:
-            fixed["teacher weights"] = teacher.parameters * self.teacher_dtype.itemsize * self.weight_share
-        parts = fixed | peak | {"runtime": RUNTIME}
+        return StepMemory(self, windows).at_the_peak()
+
+    def student_weights(self, size: int, learned: int) -> HeldWeights:
+        """Return what a process holds of the student's weights.
+
+        Args:
+            size: bytes of all weights.
+            learned: parameters that are trained.
+        """
+        student = self.shapes[0]
+        updated_part = FLOAT32 * learned / self.processes
+
+        if self.sharded == "fsdp2":
+            return HeldWeights(size / self.processes, size * _whole_share(self.student, student))
+        if self.sharded == "zero2":  # what it updates is a copy of its part
+            return HeldWeights(size + updated_part, 0)
+        if self.sharded == "zero3":
+            gathered = size * min(1.0, ZERO3_WHOLE / student.parameters)
+            return HeldWeights(size / self.processes + updated_part, gathered)
+        return HeldWeights(size, 0)
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Memory of a step in micro-batches of so many windows: a breakdown for each of its peaks, and the highest."""
+
+    demand: Demand
+    windows: int
+
+    # --- sizes that several peaks need ------------------------------------------------------------------------------
+
+    @property
+    def student(self) -> Shape:
+        """Sizes of the student."""
+        return self.demand.shapes[0]
+
+    @property
+    def teacher(self) -> Shape | None:
+        """Sizes of the teacher; None where there is none."""
+        return self.demand.shapes[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.windows * self.demand.length
+
+    @property
+    def is_half(self) -> bool:
+        """The student computes in half precision."""
+        return self.demand.precision != "no"
+
+    @property
+    def holds_teacher(self) -> bool:
+        """The teacher is on the student's device."""
+        return self.teacher is not None and not self.demand.apart
+
+    @property
+    def head_rows(self) -> int:
+        """Positions whose logits the student's head computes at a time."""
+        return min(self.tokens, self.demand.rows(self.student.vocabulary, LOGIT))
+
+    @property
+    def outcomes_per_token(self) -> int:
+        """Outcomes that the teacher names at a position."""
+        if self.teacher is None:
+            return 0
+        return min(self.demand.top_k, self.teacher.vocabulary)
+
+    @property
+    def outcomes(self) -> int:
+        """Outcomes that the teacher names in a micro-batch."""
+        return self.tokens * self.outcomes_per_token
+
+    @cached_property
+    def learned(self) -> int:
+        """Parameters of the student that are trained, without the router's."""
+        return trained_parameters(self.student, self.demand.lora)
+
+    @cached_property
+    def body(self) -> Body:
+        """Bytes of the student's body in a step."""
+        run = BodyRun(
+            windows=self.windows,
+            length=self.demand.length,
+            dtype=torch.float32,  # of what is trained; autocast makes half-precision copies of it
+            half=self.is_half,
+            trained=True,
+            on_gpu=self.demand.on_gpu,
+            recomputes=self.demand.recomputes,
+        )
+        return measure_body(self.demand.student, run)
+
+    # --- what is held at several peaks ------------------------------------------------------------------------------
+
+    def gradients(self) -> Breakdown:
+        """Gradients of all that is trained, from an earlier micro-batch on."""
+        of_student = self.learned * FLOAT32 * (1 + self.demand.gradients)
+        size = of_student + self._router_parameters() * FLOAT32
+
+        # sharded gradients pass through a bucket on their way to the process that keeps them
+        if not self.demand.sharded:
+            return {"gradients": size}
+        return {"gradients": size // self.demand.processes, "exchange": EXCHANGED}
+
+    def for_backward(self) -> Breakdown:
+        """Tensors that the losses keep from the forward until the end of the backward pass."""
+        return {"signal": self.outcomes * KEPT_OUTCOME, "router": self._router_states()}
+
+    def waiting(self) -> Breakdown:
+        """Everything that waits for the backward pass while the losses are computed."""
+        return self.gradients() | {"student activations": self.body.saved} | self.for_backward()
+
+    def always(self) -> Breakdown:
+        """Memory held from the first step to the last, the student's weights apart."""
+        demand = self.demand
+        moments = (self.learned + self._router_parameters()) * MOMENTS
+        sharers = demand.processes if demand.sharded else 1
+        breakdown = {"optimizer": moments / sharers}
+        if self.holds_teacher:
+            size = self.teacher.parameters * demand.teacher_dtype.itemsize
+            breakdown["teacher weights"] = size * demand.weight_share
+        return breakdown
+
+    # --- the peaks of a step ----------------------------------------------------------------------------------------
+
+    def teacher_forward(self) -> Breakdown:
+        """Peak inside the teacher's body."""
+        return self.gradients() | {"teacher activations": self._teacher_body.forward + self._teacher_states()}
+
+    def teacher_head(self) -> Breakdown:
+        """Peak where the teacher's head makes its signal, a chunk of logits at a time."""
+        rows = min(self.tokens, self.demand.rows(self.teacher.vocabulary, LOGIT))
+        chunk = self.teacher.vocabulary * rows * (LOGIT + PREFIX)
+        logits = chunk + self._teacher_body.saved + self._teacher_states()
+        return self.gradients() | {"teacher logits": logits, "signal": self.outcomes * KEPT_OUTCOME}
+
+    def projection(self) -> Breakdown:
+        """Peak where the teacher's signal becomes the student's target."""
+        return self.waiting() | {"projection": self.outcomes * PASSING_OUTCOME}
+
+    def student_head(self) -> Breakdown:
+        """Peak in the student's head: its chunk of logits beside everything that waits for the backward pass."""
+        # the chunk: all logits of some positions, and the outcomes that the teacher names there
+        logits = self.head_rows * self.student.vocabulary * LOGIT
+        logits += self.head_rows * self.outcomes_per_token * CHUNK_OUTCOME
+        if self.is_half:
+            logits += self.head_rows * min(self.student.vocabulary, HALF_BLOCK) * HALF
+
+        # below an adapter the head is frozen and has no gradient
+        head_weights = 0
+        if not self.demand.lora.enabled:
+            head_weights = self.student.vocabulary * self.student.hidden
+
+        # gradients of the head and of the states that enter it; in half precision a float32 sum stands beside a copy
+        of_weight = FLOAT32 + HALF if self.is_half else FLOAT32
+        of_state = 2 * FLOAT32 if self.is_half else FLOAT32
+        gradient = head_weights * of_weight + self.tokens * self.student.hidden * of_state
+        return self.waiting() | {"student logits": logits, "head gradient": gradient}
+
+    def backward(self) -> Breakdown:
+        """Peak of the backward pass through the student's body."""
+        # `body.backward` holds the gradients of all parameters, which count as such
+        activations = self.body.backward - FLOAT32 * self.student.parameters
+        return self.gradients() | {"backward": activations} | self.for_backward()
+
+    def update(self) -> Breakdown:
+        """Peak of AdamW."""
+        # without a fused kernel, which the scaler of fp16 rules out, one more copy
+        copies = self.learned * FLOAT32 if self.demand.precision == "fp16" else 0
+        return self.gradients() | {"update": copies}
+
+    def evaluation(self) -> Breakdown:
+        """Peak of an evaluation between two steps, window by window: without gradients, with float32 weights."""
+        demand = self.demand
+        breakdown = {"evaluation logits": demand.length * self.student.vocabulary * EVALUATED_LOGIT}
+
+        # `float32_evaluation` copies half-precision weights; those of a full student are float32 already
+        has_half_weights = demand.student_dtype.itemsize < FLOAT32 and demand.lora.base not in QUANTISED
+        if demand.lora.enabled and has_half_weights:
+            breakdown["student in float32 for evaluation"] = self.student.parameters * FLOAT32
+        return breakdown
+
+    # --- the highest ------------------------------------------------------------------------------------------------
+
+    def at_the_peak(self) -> dict[str, int]:
+        """Return the bytes at the highest peak, with what is held all the time.
+
+        Raises:
+            RuntimeError: see `measure_body`.
+        """
+        # without a teacher nothing is projected; on a device of its own it takes nothing here
+        peaks = [self.student_head(), self.backward(), self.update(), self.evaluation()]
+        if self.teacher is not None:
+            peaks.append(self.projection())
+        if self.holds_teacher:
+            peaks += [self.teacher_forward(), self.teacher_head()]
+
+        # a sharded student is gathered layer by layer in a step, and whole for an evaluation
+        size = self._weights_size()
+        learned = self.learned + self._router_parameters()
+        weights = self.demand.student_weights(size, learned)
+        peaks = [peak | {"student weights": weights.in_step} for peak in peaks]
+        if self.demand.sharded:
+            peaks.append({"student, whole for evaluation": size})
+
+        # memory of one peak serves the next, so that only the highest counts
+        highest = max(peaks, key=_total)
+        highest["student weights"] = highest.get("student weights", 0) + weights.always
+        parts = self.always() | highest | {"runtime": RUNTIME}
         return {name: int(size) for name, size in parts.items() if size}
 
-    def _evaluation_peak(self) -> dict[str, int]:
-        """Bytes of an evaluation between two steps, window by window: without gradients, with float32 weights."""
-        student = self.shapes[0]
-        evaluation = {"evaluation logits": self.length * student.vocabulary * EVALUATED_LOGIT}
-        is_half = self.student_dtype.itemsize < 4 and self.lora.base not in precision_module.QUANTISED
-        if self.lora.enabled and is_half:
-            evaluation["student in float32 for evaluation"] = student.parameters * 4
-        return evaluation
+    def _weights_size(self) -> int:
+        """Bytes of the student's weights and the router's: what is trained in float32, and a frozen base below it."""
+        trained = (self.learned + self._router_parameters()) * FLOAT32
+        if not self.demand.lora.enabled:
+            return trained
+        return trained + self.student.parameters * self.demand.student_dtype.itemsize
 
-    def _student_weights(self, size: int, learned: int) -> tuple[float, float]:
-        """Bytes of its weights, of which there are `size`, that a process holds always, and in a step besides."""
-        student, parts = self.shapes[0], 4 * learned / self.processes
-        if self.sharded == "fsdp2":
-            return size / self.processes, size * _whole_share(self.student, student)
-        if self.sharded == "zero2":  # what it updates is a copy of its part
-            return size + parts, 0
-        if self.sharded == "zero3":
-            return size / self.processes + parts, size * min(1.0, ZERO3_WHOLE / student.parameters)
-        return size, 0
+    # --- teacher and router -----------------------------------------------------------------------------------------
 
-    def _teacher_peaks(self, windows: int, gradients: dict, named: int) -> list[dict[str, int]]:
-        teacher, tokens = self.shapes[1], windows * self.length
-        body = measure_body(self.teacher, windows, self.length, self.teacher_dtype, False, False, self.on_gpu)
-        rows = min(tokens, self.rows(teacher.vocabulary, LOGIT))
-        chunk = teacher.vocabulary * rows * (LOGIT + PREFIX)
-        states = self._teacher_states(tokens)
-        return [
-            gradients | {"teacher activations": body.forward + states},
-            gradients | {"teacher logits": chunk + body.kept + states, "signal": named * 24},
-        ]
+    @cached_property
+    def _teacher_body(self) -> Body:
+        """Bytes of the teacher's body in a forward."""
+        run = BodyRun(
+            windows=self.windows,
+            length=self.demand.length,
+            dtype=self.demand.teacher_dtype,
+            half=False,
+            trained=False,
+            on_gpu=self.demand.on_gpu,
+        )
+        return measure_body(self.demand.teacher, run)
 
-    def _teacher_states(self, tokens: int) -> int:
-        if not self.routed_layers:
+    def _teacher_states(self) -> int:
+        """Bytes of the teacher's hidden states, of all its layers once a router asks for any."""
+        if not self.demand.routed_layers:
             return 0
-        teacher = self.shapes[1]
-        return tokens * (teacher.layers + 1) * teacher.hidden * self.teacher_dtype.itemsize  # asked for, all come
+        widths = (self.teacher.layers + 1) * self.teacher.hidden
+        return self.tokens * widths * self.demand.teacher_dtype.itemsize
 
-    def _router(self, tokens: int) -> dict[str, int]:
-        """`kept` bytes of states until the backward pass, and its `trained` parameters."""
-        student, teacher = self.shapes
-        if teacher is None or not self.routed_layers:
-            return {"kept": 0, "trained": 0}
-        ours, theirs = min(self.routed_layers, student.layers), min(self.routed_teacher_layers, teacher.layers)
-        states = ours * (student.hidden + ROUTED_KEPT * teacher.hidden) + theirs * teacher.hidden
-        return {"kept": 4 * tokens * states, "trained": ours * student.hidden * (teacher.hidden + theirs)}
+    @property
+    def _routed(self) -> tuple[int, int]:
+        """Layers of (student, teacher) that the router compares; (0, 0) without one."""
+        if self.teacher is None or not self.demand.routed_layers:
+            return 0, 0
+        student_layers = min(self.demand.routed_layers, self.student.layers)
+        teacher_layers = min(self.demand.routed_teacher_layers, self.teacher.layers)
+        return student_layers, teacher_layers
+
+    def _router_states(self) -> int:
+        """Bytes of the states that the router keeps for the backward pass."""
+        student_layers, teacher_layers = self._routed
+        if not student_layers:
+            return 0
+        per_layer = self.student.hidden + ROUTED_KEPT * self.teacher.hidden
+        widths = student_layers * per_layer + teacher_layers * self.teacher.hidden
+        return FLOAT32 * self.tokens * widths
+
+    def _router_parameters(self) -> int:
+        """Parameters of the router: a projection and a gate for each student layer."""
+        student_layers, teacher_layers = self._routed
+        if not student_layers:
+            return 0
+        return student_layers * self.student.hidden * (self.teacher.hidden + teacher_layers)
 
 
-# --------------------------------------------------------------------------------------------------- what fits
-
-QUANTISED_SHARE = {"8bit": 0.5, "4bit": 0.28}
-"""Size of quantised weights beside half precision, scales included."""
-ROOM_ON_CPU = 0.5
-"""Of the free memory of a host that `--batch-size auto` takes: nothing raises there before the system kills."""
+def _total(parts: Breakdown) -> float:
+    return sum(parts.values())
 
 
-def demand_of(
-    config: Any,
-    student: PretrainedConfig,
-    teacher: PretrainedConfig | None,
-    length: int,
-    precision: str,
-    device: torch.device,
-    chunk_rows: ChunkRows,
-    processes: int = 1,
-    sharded: str = "",
-) -> Demand:
-    """What the junction's RunConfig asks for.
+# -------------------------------------------------------------------------------------------- the demand of a run
+
+
+@dataclass(frozen=True)
+class StepSetting:
+    """Models, lengths and machine of a run, which its RunConfig does not tell."""
+
+    student: PretrainedConfig
+    teacher: PretrainedConfig | None
+    length: int
+    """Tokens per window."""
+    precision: str
+    """`no`, `fp16` or `bf16`."""
+    device: torch.device
+    """Of the student."""
+    chunk_rows: ChunkRows
+    processes: int = 1
+    sharded: str = ""
+    """See `Demand.sharded`."""
+
+
+def demand_of(config: RunConfig, setting: StepSetting) -> Demand:
+    """Return what the memory of a run's steps depends on.
 
     Raises:
         RuntimeError: a model's body would take minutes to be run without content.
     """
-    for shape in (student, teacher):
+    # found out with two short forwards, before a long one that would take minutes
+    for shape in (setting.student, setting.teacher):
         if shape is not None:
-            _require_parallel(shape)
-    router = config.router if config.curriculum.used() & {*ROUTER_TERMS} else None
+            require_parallel(shape)
+
+    def rows(vocabulary: int, bytes_per_logit: int) -> int:
+        return setting.chunk_rows(vocabulary, setting.device, bytes_per_logit)[0]
+
+    device = setting.device
     lora = config.student.lora
+    terms = config.curriculum.used()
+    is_routed = bool(terms & {*ROUTER_TERMS})
     return Demand(
-        student=student,
-        teacher=teacher,
-        length=length,
-        precision=precision,
-        student_dtype=precision_module.frozen_dtype(lora.base, device, precision).value,
-        teacher_dtype=precision_module.frozen_dtype(config.teacher.dtype, device, precision).value,
-        rows=lambda vocabulary, each: chunk_rows(vocabulary, device, each)[0],
+        student=setting.student,
+        teacher=setting.teacher,
+        length=setting.length,
+        precision=setting.precision,
+        student_dtype=frozen_dtype(lora.base, device, setting.precision).value,
+        teacher_dtype=frozen_dtype(config.teacher.dtype, device, setting.precision).value,
+        rows=rows,
         top_k=config.loss.top_k,
         on_gpu=device.type == "cuda",
         lora=lora,
         recomputes=config.training.gradient_checkpointing,
-        routed_layers=router.layers if router else 0,
-        routed_teacher_layers=router.teacher_layers if router else 0,
-        gradients=len(config.curriculum.used()) if config.logging.term_gradients else 0,
+        routed_layers=config.router.layers if is_routed else 0,
+        routed_teacher_layers=config.router.teacher_layers if is_routed else 0,
+        gradients=len(terms) if config.logging.term_gradients else 0,
         apart=config.teacher.device not in ("auto", "sharded", str(device)),
-        weight_share=_share(config.teacher, teacher, processes),
-        sharded=sharded,
-        processes=processes,
+        weight_share=_weight_share(config.teacher, setting.teacher, setting.processes),
+        sharded=setting.sharded,
+        processes=setting.processes,
     )
 
 
-def spares_teacher(config: Any) -> bool:
-    """Whether there is a cache that, where it is complete, is read in place of the teacher."""
-    folder, routed = config.cache.folder, config.curriculum.used() & {*ROUTER_TERMS}
-    return folder is not None and user_path(folder).is_dir() and not routed
+def spares_teacher(config: RunConfig) -> bool:
+    """Return whether there is a cache that, where it is complete, is read in place of the teacher."""
+    folder = config.cache.folder
+    if folder is None or not user_path(folder).is_dir():
+        return False
+
+    # hidden states are not cached: the router's terms need the teacher in every step
+    return not config.curriculum.used() & {*ROUTER_TERMS}
 
 
-def _share(config: ModelConfig, teacher: PretrainedConfig | None, processes: int) -> float:
-    """Of the teacher's weights in half precision, what a process holds."""
+def _weight_share(config: ModelConfig, teacher: PretrainedConfig | None, processes: int) -> float:
+    """Share of the teacher's weights in half precision that a process holds."""
     if config.device != "sharded" or teacher is None:
         return QUANTISED_SHARE.get(config.dtype, 1.0)
+
+    # layers are cut among the processes, and what is outside of them is whole in each
     shape = Shape.of(teacher)
     return min(1.0, _whole_share(teacher, shape) + _in_layers(teacher, shape) / processes)
 
 
 def _in_layers(config: PretrainedConfig, shape: Shape) -> float:
     """Share of a model's weights that is in its layers."""
-    tied = config.get_text_config().tie_word_embeddings
-    return 1 - shape.vocabulary * shape.hidden * (1 if tied else 2) / shape.parameters
+    matrices = 1 if config.get_text_config().tie_word_embeddings else 2  # embeddings and head
+    return 1 - shape.vocabulary * shape.hidden * matrices / shape.parameters
 
 
 def _whole_share(config: PretrainedConfig, shape: Shape) -> float:
@@ -274,5 +487,6 @@ def _whole_share(config: PretrainedConfig, shape: Shape) -> float:
     return 1 - layers + layers * min(1.0, 2 / shape.layers)
 
 
-def _gib(size: int) -> str:
+def in_gib(size: float) -> str:
+    """Return bytes in GiB with three digits."""
     return f"{size / 2**30:.3g}"

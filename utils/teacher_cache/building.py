@@ -1,26 +1,29 @@
-"""What a run needs of a teacher cache, what it will take, and how it is filled beforehand."""
+"""The teacher cache of a run: opened for it, forecast, and filled beforehand where that is asked for."""
 
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial, reduce
+from functools import cached_property, reduce
 from itertools import islice
 from operator import or_
-from typing import Any
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from accelerate.utils import gather_object
+from torch import nn
 
-from ..data import batch_order, loader
+from ..data.batch_order import BatchGeometry, micro_batches_in_step, permutation, step_batches
+from ..data.loader import loader
 from ..errors import UserError
 from ..evaluation.held_out import HeldOut
 from ..files import free_disk
+from ..interfaces import Batch, Collator, Job, RunConfig, Schedule
 from ..logs.progress import Progress, duration
 from ..machine.stop_signals import STOP_REASONS, StopSignal
 from ..parallel.processes import main_process_first
-from ..pretrained import loading as pretrained
-from ..pretrained import precision
+from ..pretrained.loading import weights_fingerprint
+from ..pretrained.precision import QUANTISED
 from ..training.measurements import HostSum
 from ..training.plan import Plan
 from .codec import Codec
@@ -39,72 +42,169 @@ FLUSH_EVERY = 30.0
 shard would be hours. Shorter, and there would be more shards than a later run likes to open."""
 TEMPERED_TOP_K = 256
 """Outcomes per row with which a temperature above 1 does what it does with the running teacher, as measured."""
+ROWS_AT_ONCE = 100
+"""Windows that are read from a data set in one go: five times as fast as one by one."""
 
 
-def open_teacher_cache(job: Any, remember: Callable[..., Any]) -> Any:
-    """The job whose batches come with what its cache knows of them; as it is, where no cache is asked for.
+# ----------------------------------------------------------------------------------------------------- types
+
+
+class CachedJob(Job, Protocol):
+    """A job that may have a cache, as `train.Job` may; a dataclass."""
+
+    @property
+    def cache(self) -> TeacherCache | None: ...
+
+
+JobT = TypeVar("JobT", bound=CachedJob)
+
+
+class Remember(Protocol):
+    """Makes a collator whose batches come with what a cache knows of them (`models.RememberingCollator`)."""
+
+    def __call__(self, collate: Collator, cache: TeacherCache, ahead: bool = True) -> Collator: ...
+
+
+class CachingTeacher(Protocol):
+    """A teacher whose answers go into a cache."""
+
+    model: nn.Module
+
+    def signal(self, batch: Batch) -> Any:
+        """Ask the teacher about a batch, and store the answer."""
+
+
+# ----------------------------------------------------------------------------------------- the cache of a job
+
+
+def open_teacher_cache(job: JobT, remember: Remember) -> JobT:
+    """Return the job whose batches come with what its cache knows of them; as it is, where no cache is asked for.
 
     Args:
         job: a dataclass; `train.Job`.
         remember: (collate, cache, ahead=) -> collate.
+
+    Raises:
+        UserError: the cache was built from something else, or is damaged and may not be written to.
+        RunError: it cannot be made.
     """
-    config, dtype = job.config, str(job.teacher_dtype.value).removeprefix("torch.")
+    config = job.config
     if config.cache.folder is None:
         return job
-    identity = {
-        "teacher": pretrained.weights_fingerprint(config.teacher.name, "teacher"),
-        "teacher_dtype": config.teacher.dtype if config.teacher.dtype in precision.QUANTISED else dtype,
-        "tokenizers_and_length": job.fingerprint["tokenizers_and_length"],
-        "vocabulary_map": job.vocabulary.fingerprint,
-        "max_depth": config.loss.max_depth,
+
+    # fingerprints decide whether a cache fits; names tell a user why it does not
+    identity = _identity(job)
+    codec = Codec(len(job.vocabulary.segments), top_k=config.cache.top_k, storage=config.cache.storage)
+    warn_of_top_k(config, codec)
+    names = {
+        "teacher": config.teacher.name,
+        "student": config.student.name,
+        "max_length": config.data.max_length,
     }
-    if IDENTITY in job.fingerprint:
-        identity[IDENTITY] = job.fingerprint[IDENTITY]
-    codec = Codec(len(job.vocabulary.segments), config.cache.top_k, config.cache.storage)
-    _warn_of_top_k(config, codec)
-    text, main = job.fingerprint["training_text"], job.accelerator.is_main_process
-    names = {"teacher": config.teacher.name, "student": config.student.name, "max_length": config.data.max_length}
-    opened = partial(open_cache, config.cache, codec, identity, text, main=main, asked=names)
+
+    def opened() -> TeacherCache:
+        """Open the cache in this process."""
+        return open_cache(
+            config.cache,
+            codec,
+            identity,
+            job.fingerprint["training_text"],
+            main=job.accelerator.is_main_process,
+            asked=names,
+        )
+
     cache = main_process_first(job.accelerator, opened)
+
+    # the loss gets as many outcomes as are stored; held-out batches are asked for once, and not ahead
+    loss = replace(config.loss, top_k=cache.top_k)
+    held_out = replace(job.held_out, collate=remember(job.collate, cache, ahead=False))
     return replace(
         job,
-        config=replace(config, loss=replace(config.loss, top_k=cache.top_k)),
+        config=replace(config, loss=loss),
         collate=remember(job.collate, cache),
-        held_out=replace(job.held_out, collate=remember(job.collate, cache, ahead=False)),
+        held_out=held_out,
         cache=cache,
     )
 
 
-def _warn_of_top_k(config: Any, codec: Codec) -> None:
-    """Say where the number of outcomes that are kept makes another loss of what was asked for."""
-    asked, kept, hottest = config.loss.top_k, config.cache.top_k, max(_values(config.loss.temperature))
-    if asked != kept:
-        level = logging.INFO if asked == type(config.loss)().top_k else logging.WARNING
-        log.log(level, "cache.top_k %s takes the place of loss.top_k %d (--cache-top-k changes it)", kept, asked)
-    if hottest > 1 and (kept == "adaptive" or codec.most < min(TEMPERED_TOP_K, codec.vocabulary)):
+def _identity(job: Job) -> dict[str, Any]:
+    """Return everything that a teacher's signals depend on."""
+    config = job.config
+    teacher_dtype = str(job.teacher_dtype.value).removeprefix("torch.")
+    if config.teacher.dtype in QUANTISED:
+        teacher_dtype = config.teacher.dtype
+
+    identity = {
+        "teacher": weights_fingerprint(config.teacher.name, "teacher"),
+        "teacher_dtype": teacher_dtype,
+        "tokenizers_and_length": job.fingerprint["tokenizers_and_length"],
+        "vocabulary_map": job.vocabulary.fingerprint,
+        "max_depth": config.loss.max_depth,
+    }
+
+    # only where a chat template writes the date, so that other caches serve on every day
+    if IDENTITY in job.fingerprint:
+        identity[IDENTITY] = job.fingerprint[IDENTITY]
+    return identity
+
+
+def warn_of_top_k(config: RunConfig, codec: Codec) -> None:
+    """Log where the number of outcomes in the cache makes another loss of what was asked for."""
+    loss_top_k = config.loss.top_k
+    cache_top_k = config.cache.top_k
+    if loss_top_k != cache_top_k:
+        is_default = loss_top_k == type(config.loss)().top_k
+        log.log(
+            logging.INFO if is_default else logging.WARNING,
+            "cache.top_k %s takes the place of loss.top_k %d (--cache-top-k changes it)",
+            cache_top_k,
+            loss_top_k,
+        )
+
+    hottest = max(_values_of(config.loss.temperature))
+    is_narrow = cache_top_k == "adaptive" or codec.most < min(TEMPERED_TOP_K, codec.vocabulary)
+    if hottest > 1 and is_narrow:
         log.warning(
             "the temperature rises to %g, and cache.top_k is %s: tempering lifts what is not kept, one outcome here, "
             "so that the KD term is not that of the running teacher (with 64 tokens up to 46 %% larger at "
             "temperature 4, see docs/teacher_cache.md). Give --cache-top-k %d.",
-            hottest, kept, TEMPERED_TOP_K,
-        )  # fmt: skip
+            hottest,
+            cache_top_k,
+            TEMPERED_TOP_K,
+        )
 
 
-def _values(schedule: Any) -> list[float]:
-    """The values of a constant or of a ramp's points."""
-    return [value for _, value in schedule.points] if hasattr(schedule, "points") else [schedule]
+def _values_of(schedule: float | Schedule) -> list[float]:
+    """Return the value of a constant, or those of a ramp's points."""
+    if not hasattr(schedule, "points"):
+        return [schedule]
+    return [value for _, value in schedule.points]
 
 
-def flush_cache(job: Any) -> None:
-    """Put what a cache still holds in memory on the disk, in all processes."""
+def flush_cache(job: CachedJob) -> None:
+    """Write buffered windows to disk, in all processes; called before every checkpoint."""
     if job.cache is not None:
         job.cache.flush()
         job.accelerator.wait_for_everyone()
 
 
-def cache_statistics(job: Any) -> Written:
-    """What all processes have added to the job's cache; they call this together."""
+def cache_statistics(job: CachedJob) -> Written:
+    """Return what all processes have added to the job's cache; they call this together."""
     return reduce(or_, gather_object([job.cache.written]))
+
+
+# ------------------------------------------------------------------------------------------ filling a cache
+
+
+class _Expected(NamedTuple):
+    """Disk and time that missing training windows will take."""
+
+    windows: int
+    bytes: float
+    seconds: float | None
+    """Of the teacher; None: its speed is not known."""
+    bytes_per_token: float
+    """Of the student's tokens that are learned."""
 
 
 @dataclass(frozen=True)
@@ -117,161 +217,279 @@ class CacheBuilding:
     held_out: HeldOut
     plan: Plan
     seed: int
+    """Of the order of the windows."""
     num_workers: int = 0
+    """Processes that collate batches."""
 
     @classmethod
-    def of(cls, job: Any) -> "CacheBuilding":
-        """For a job `with_cache`."""
-        training, workers = job.config.training, job.config.data.num_workers
-        plan = Plan.of(training, len(job.windows), job.accelerator.num_processes)
-        return cls(job.cache, job.windows, job.held_out, plan, training.seed, workers)
+    def of(cls, job: CachedJob) -> "CacheBuilding":
+        """Return the building of the cache that `open_teacher_cache` has given a job."""
+        training = job.config.training
+        return cls(
+            cache=job.cache,
+            windows=job.windows,
+            held_out=job.held_out,
+            plan=Plan.of(training, len(job.windows), job.accelerator.num_processes),
+            seed=training.seed,
+            num_workers=job.config.data.num_workers,
+        )
 
     @cached_property
     def _keys(self) -> list[bytes]:
+        """Keys of all training windows."""
         return self.cache.keys(_rows(self.windows))
 
     @cached_property
     def _held_out_keys(self) -> list[bytes]:
+        """Keys of the held-out windows."""
         return self.cache.keys(_rows(self.held_out.windows))
 
     @property
     def _visited(self) -> list[int]:
         """Training windows that the run comes to."""
-        seen = self.plan.total_steps * self.plan.global_batch
-        return batch_order.permutation(len(self.windows), self.seed, 0)[:seen].tolist()
+        count = self.plan.total_steps * self.plan.global_batch
+        return permutation(len(self.windows), self.seed, 0)[:count].tolist()
+
+    # --- what is missing --------------------------------------------------------------------------------------------
 
     def needs_teacher(self, states_for: set[str]) -> bool:
-        """Whether the teacher must be loaded; the log tells what for.
+        """Return whether the teacher must be loaded; the log tells what for.
 
         Args:
-            states_for: terms that need its hidden states, which are not kept.
+            states_for: terms that need its hidden states, which are not stored.
 
         Raises:
             UserError: something is missing, and the cache cannot be written to.
         """
-        wanted = {"training": [self._keys[i] for i in self._visited], "held-out": self._held_out_keys}
-        found = []
-        for name, keys in wanted.items():
-            if lacking := sum(not self.cache.holds([key]) for key in keys):
-                found.append(f"{lacking:,} of {len(keys):,} {name} windows")
-        if self.cache.evaluation(self.held_out.fingerprint()) is None:
-            found.append("its evaluation on the held-out text")
-        if found and not self.cache.writable:
+        reasons = self._missing()
+        if reasons and not self.cache.writable:
             raise UserError(
-                f"teacher cache {self.cache.folder} lacks {', '.join(found)} and cannot be written to. Copy it to a "
+                f"teacher cache {self.cache.folder} lacks {', '.join(reasons)} and cannot be written to. Copy it to a "
                 "folder that can be, or give the text, windows and evaluation settings that it was built with."
             )
-        found += [f"the hidden states that {', '.join(sorted(states_for))} need in every step"] if states_for else []
-        if found:
-            log.info("the teacher is loaded for %s", "; ".join(found))
-        else:
-            log.info("the teacher is not loaded: all that it says is in %s", self.cache.folder)
-        return bool(found)
 
-    def build(self, teacher: Any, collate: Callable[[list[dict]], Any], whole: bool, stop: StopSignal) -> str | None:
-        """Evaluate the teacher and fill in the held-out windows, say what the training windows will take and, if
+        # hidden states are no reason to refuse: they are never written
+        if states_for:
+            reasons.append(f"the hidden states that {', '.join(sorted(states_for))} need in every step")
+        if not reasons:
+            log.info("the teacher is not loaded: all that it says is in %s", self.cache.folder)
+            return False
+        log.info("the teacher is loaded for %s", "; ".join(reasons))
+        return True
+
+    def _missing(self) -> list[str]:
+        """Return what the cache lacks of this run, a message each."""
+        keys_of = {
+            "training": [self._keys[i] for i in self._visited],
+            "held-out": self._held_out_keys,
+        }
+        messages = []
+        for name, keys in keys_of.items():
+            missing = sum(not self.cache.holds([key]) for key in keys)
+            if missing:
+                messages.append(f"{missing:,} of {len(keys):,} {name} windows")
+
+        if self.cache.evaluation(self.held_out.fingerprint()) is None:
+            messages.append("its evaluation on the held-out text")
+        return messages
+
+    # --- filling in -------------------------------------------------------------------------------------------------
+
+    def build(
+        self,
+        teacher: CachingTeacher,
+        collate: Callable[[list[dict]], Any],
+        whole: bool,
+        stop: StopSignal,
+    ) -> str | None:
+        """Evaluate the teacher and fill in the held-out windows, log what the training windows will take and, if
         `whole`, fill these in too.
 
         Args:
-            teacher: `signal(batch)` puts what it says into the cache; `model` is evaluated.
+            teacher: `signal(batch)` puts its answer into the cache; `model` is evaluated.
             collate: of the training windows.
 
         Returns:
-            why a process was asked to stop, the same in every process; None: none was. What has been computed is kept.
+            why a process was asked to stop, the same in every process; None: none was. What has been computed is
+            stored.
 
         Raises:
             UserError: there is too little disk for the rest.
         """
-        self.cache.evaluation(self.held_out.fingerprint(), lambda: self.held_out.measure(teacher.model, "teacher"))
+        # 1. The held-out text, which is small.
         held_out = self.held_out
-        self._fill(held_out.windows, self._held_out_keys, held_out.indices(), held_out.collate, teacher.signal, stop)
+        self.cache.evaluation(held_out.fingerprint(), lambda: held_out.measure(teacher.model, "teacher"))
+        self._fill(
+            held_out.windows,
+            self._held_out_keys,
+            batches=held_out.indices(),
+            collate=held_out.collate,
+            compute=teacher.signal,
+            stop=stop,
+        )
+
+        # 2. It tells what the training windows will take: refused here, where little is lost.
         self.forecast()
+
+        # 3. The training windows.
         if whole:
-            self._fill(self.windows, self._keys, self._first_epoch(), collate, teacher.signal, stop)
+            self._fill(
+                self.windows,
+                self._keys,
+                batches=self._first_epoch(),
+                collate=collate,
+                compute=teacher.signal,
+                stop=stop,
+            )
         return self._reason_to_stop(stop)
 
+    def _fill(
+        self,
+        windows: Sequence[dict],
+        keys: Sequence[bytes],
+        *,
+        batches: Iterable[list[int]],
+        collate: Callable[[list[dict]], Batch],
+        compute: Callable[[Batch], Any],
+        stop: StopSignal,
+    ) -> None:
+        """Compute and store the batches of which a window is missing, in all processes."""
+        cache = self.cache
+        accelerator = self.held_out.accelerator
+        missing = []
+        for batch in batches:
+            if not cache.holds([keys[i] for i in batch]):  # an empty batch lacks nothing
+                missing.append(batch)
+
+        progress = None
+        if accelerator.is_main_process and missing:
+            progress = Progress(len(missing), unit="batch")
+
+        flushed = time.monotonic()
+        for done, batch in enumerate(loader(windows, missing, collate, self.num_workers), start=1):
+            compute(batch.to(accelerator.device))
+            if stop.requested():
+                break
+
+            # a slow teacher may need hours for a whole shard, and a kill must not cost them
+            if time.monotonic() - flushed >= FLUSH_EVERY:
+                cache.flush()
+                flushed = time.monotonic()
+            if progress is not None:
+                progress.update(done, {"written": f"{cache.written.bytes / 1e6:,.0f} MB"})
+
+        if progress is not None:
+            progress.close()
+
+        # all processes write before any looks what the others have written
+        cache.flush()
+        accelerator.wait_for_everyone()
+        cache.refresh()
+
+    def _first_epoch(self) -> list[list[int]]:
+        """Return this process's batches of the first epoch, as training would meet them: the signals are then the
+        same."""
+        plan = self.plan
+        count = 0
+        for step in range(min(plan.total_steps, plan.steps_per_epoch)):
+            count += micro_batches_in_step(
+                plan.windows,
+                step,
+                global_batch=plan.global_batch,
+                micro_batch=plan.micro_batch,
+                processes=plan.processes,
+            )
+
+        geometry = BatchGeometry(
+            plan.global_batch,
+            plan.micro_batch,
+            plan.processes,
+            rank=self.held_out.accelerator.process_index,
+        )
+        batches = step_batches(plan.windows, geometry, seed=self.seed, epoch=0)
+        return list(islice(batches, count))
+
     def _reason_to_stop(self, stop: StopSignal) -> str | None:
-        """Why a process was asked to stop: a process that ends alone would leave the others waiting for it."""
+        """Return why a process was asked to stop: one that ends alone would leave the others waiting for it."""
         host = HostSum(self.held_out.accelerator, [])
         try:
             return host.any_of(stop.requested(), STOP_REASONS)
         finally:
             host.close()
 
+    # --- the forecast -----------------------------------------------------------------------------------------------
+
     def forecast(self) -> None:
-        """Say what the missing training windows will take, judging by the held-out windows.
+        """Log what the missing training windows will take, judging by the held-out windows.
 
         Raises:
             UserError: there is less free disk than that.
         """
         cache = self.cache
-        lacking = [i for i in self._visited if not cache.holds([self._keys[i]])]
-        if not lacking:
+        missing = [i for i in self._visited if not cache.holds([self._keys[i]])]
+        if not missing:
             return
-        known = [self.held_out.windows[i] for i in range(len(self.held_out.windows))]
-        text = sum(int(window["bytes"]) for window in known)
-        tokens = self.held_out.coverage()["lm"]  # what is learned: of a conversation not all that is read
-        size = cache.size(self._held_out_keys)
-        share = int(np.asarray(self.windows["bytes"][:])[lacking].sum()) / max(text, 1)
-        expected, free = share * size, free_disk(cache.folder)
-        speed = self.plan.processes * cache.written.tokens / cache.written.seconds if cache.written.seconds else 0
+
+        expected = self._expected(missing)
+        free = free_disk(cache.folder)
+        time_of_teacher = ""
+        if expected.seconds is not None:
+            time_of_teacher = f" and {duration(expected.seconds)} of the teacher"
         log.info(
             "teacher cache: %.1f bytes per student token; %s windows are missing and will take %s MB%s; %s MB are free",
-            size / max(tokens, 1), f"{len(lacking):,}", f"{expected / 1e6:,.1f}",
-            f" and {duration(share * tokens / speed)} of the teacher" if speed else "", f"{free / 1e6:,.0f}",
-        )  # fmt: skip
-        if expected > free:
+            expected.bytes_per_token,
+            f"{expected.windows:,}",
+            f"{expected.bytes / 1e6:,.1f}",
+            time_of_teacher,
+            f"{free / 1e6:,.0f}",
+        )
+
+        if expected.bytes > free:
             raise UserError(
-                f"teacher cache {cache.folder}: needs {expected / 1e6:,.1f} MB more, {free / 1e6:,.1f} MB are free. "
-                "Free some space, lower --cache-top-k, or give another --cache-teacher DIR."
+                f"teacher cache {cache.folder}: needs {expected.bytes / 1e6:,.1f} MB more, {free / 1e6:,.1f} MB are "
+                "free. Free some space, lower --cache-top-k, or give another --cache-teacher DIR."
             )
-        if (total := cache.bytes_on_disk() + expected) > NEAR * KAGGLE_OUTPUT:
+
+        total = cache.bytes_on_disk() + expected.bytes
+        if total > NEAR * KAGGLE_OUTPUT:
             log.warning("the teacher cache will hold %.1f GB; Kaggle keeps at most 20 GB of output", total / 1e9)
 
-    def _first_epoch(self) -> list[list[int]]:
-        """This process's batches of the first epoch, as training would meet them: the signals are then the same."""
-        plan, epoch = self.plan, min(self.plan.total_steps, self.plan.steps_per_epoch)
-        sizes = {"global_batch": plan.global_batch, "micro_batch": plan.micro_batch, "processes": plan.processes}
-        count = sum(batch_order.micro_batches_in_step(plan.windows, step, **sizes) for step in range(epoch))
-        rank = self.held_out.accelerator.process_index
-        geometry = batch_order.BatchGeometry(**sizes, rank=rank)
-        return list(islice(batch_order.step_batches(plan.windows, geometry, seed=self.seed, epoch=0), count))
+    def _expected(self, missing: Sequence[int]) -> _Expected:
+        """Estimate what missing training windows will take: what the held-out windows took, by bytes of text."""
+        cache = self.cache
 
-    def _fill(
-        self,
-        windows: Sequence[dict],
-        keys: Sequence[bytes],
-        batches: Iterable[list[int]],
-        collate: Callable[[list[dict]], Any],
-        compute: Callable[[Any], Any],
-        stop: StopSignal,
-    ) -> None:
-        """Compute and store the batches of which a window is missing, in all processes."""
-        cache, accelerator = self.cache, self.held_out.accelerator
-        todo = [batch for batch in batches if batch and not cache.holds([keys[i] for i in batch])]
-        flushed = time.monotonic()
-        progress = Progress(len(todo), unit="batch") if accelerator.is_main_process and todo else None
-        for done, batch in enumerate(loader.loader(windows, todo, collate, self.num_workers), start=1):
-            compute(batch.to(accelerator.device))
-            if stop.requested():
-                break
-            if time.monotonic() - flushed >= FLUSH_EVERY:
-                cache.flush()
-                flushed = time.monotonic()
-            if progress is not None:
-                progress.update(done, {"written": f"{cache.written.bytes / 1e6:,.0f} MB"})
-        if progress is not None:
-            progress.close()
-        cache.flush()
-        accelerator.wait_for_everyone()
-        cache.refresh()
+        # 1. The held-out windows, which are in the cache.
+        windows = self.held_out.windows
+        held_out_bytes = sum(int(windows[i]["bytes"]) for i in range(len(windows)))
+        tokens = self.held_out.coverage()["lm"]  # those that are learned: of a conversation not all that is read
+        size = cache.size(self._held_out_keys)
+
+        # 2. How much more text is missing.
+        missing_bytes = int(np.asarray(self.windows["bytes"][:])[missing].sum())
+        share = missing_bytes / max(held_out_bytes, 1)
+
+        # 3. Tokens per second of all processes together, where any was computed.
+        seconds = None
+        speed = 0.0
+        if cache.written.seconds:
+            speed = self.plan.processes * cache.written.tokens / cache.written.seconds
+        if speed:
+            seconds = share * tokens / speed
+        return _Expected(
+            windows=len(missing),
+            bytes=share * size,
+            seconds=seconds,
+            bytes_per_token=size / max(tokens, 1),
+        )
 
 
 def _rows(windows: Sequence[dict]) -> Iterator[dict]:
-    """The windows one by one; those of a data set are read many at a time, which is five times as fast."""
+    """Yield windows one by one; those of a data set are read many at a time."""
     if not hasattr(windows, "iter"):
         yield from windows
         return
-    for batch in windows.iter(100):
+
+    # a data set gives a batch as columns
+    for batch in windows.iter(ROWS_AT_ONCE):
         for row in zip(*batch.values(), strict=True):
             yield dict(zip(batch, row, strict=True))

@@ -10,6 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..interfaces import RunConfig
 from ..paths import user_path
 from .store import MANIFEST
 
@@ -22,14 +23,16 @@ class Day(NamedTuple):
 
     day: date
     reason: str
+    """Where it comes from, for the log."""
 
 
-def choose(config: Any) -> Day:
+def choose(config: RunConfig) -> Day:
     """Return the day for a run: that of the checkpoint it goes on from, or of its teacher cache, or today.
 
     Args:
         config: `output_dir`, `resume` and `cache.folder`.
     """
+    # a checkpoint comes first: what it goes on from was read on its day
     for state in _checkpoint_states(Path(config.output_dir), config.resume):
         started = _day_in(state, lambda content: content["fingerprint"])
         if started is not None:
@@ -44,10 +47,12 @@ def choose(config: Any) -> Day:
 
 
 def _checkpoint_states(output: Path, resume: str) -> Iterator[Path]:
-    """Files that say what checkpoints were made from: of the run itself, and of where it goes on from."""
+    """Yield the files that say what checkpoints were made from: of the run itself, and of where it goes on from."""
     yield from output.glob("checkpoints/step-*/state.json")
     if resume in ("auto", "never"):
         return
+
+    # `--resume` takes a checkpoint, a folder of checkpoints or a run
     path = user_path(resume)
     yield path / "state.json"
     for pattern in ("step-*/state.json", "checkpoints/step-*/state.json"):
@@ -55,8 +60,12 @@ def _checkpoint_states(output: Path, resume: str) -> Iterator[Path]:
 
 
 def _day_in(file: Path, part: Callable[[Any], Any]) -> date | None:
-    """The day in a part of a JSON file; None where there is none. What is wrong with a file, whoever uses it tells."""
+    """Return the day in a part of a JSON file; None where there is none.
+
+    A damaged file is no error here: whoever uses it tells what is wrong with it.
+    """
     try:
-        return date.fromisoformat(part(json.loads(file.read_text(encoding="utf-8")))[IDENTITY])
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return date.fromisoformat(part(content)[IDENTITY])
     except (OSError, ValueError, KeyError, TypeError):
         return None

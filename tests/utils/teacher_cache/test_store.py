@@ -357,7 +357,7 @@ def test_while_it_is_built_a_cache_is_written_every_while(tmp_path, monkeypatch)
 def test_a_number_of_outcomes_that_changes_the_loss_is_told(loss, codec, told, caplog):
     config = SimpleNamespace(loss=LossConfig(**loss), cache=CacheConfig("x", top_k=codec.top_k))
     with caplog.at_level("INFO", logger="utils"):
-        cache_building._warn_of_top_k(config, codec)
+        cache_building.warn_of_top_k(config, codec)
     said = [f"{record.levelname} {record.getMessage()}" for record in caplog.records]
     assert len(said) == len(told) and all(map(str.startswith, said, told)), said
 
