@@ -17,9 +17,6 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that is not supervised (the convention of `torch.nn.functional.cross_entropy`)."""
 
-LEAST_RELATED = 4
-"""Sampled anchors that a window needs for its relations to be compared: six pairs."""
-
 
 _Self = TypeVar("_Self", bound="_Movable")
 
