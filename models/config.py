@@ -84,7 +84,12 @@ class TermInfo(NamedTuple):
     needs_teacher: bool
 
 
-def _facts(label: str, source: TermSource, *, needs_teacher: bool = True) -> dict[str, Any]:
+def _facts(
+    label: str,
+    source: TermSource,
+    *,
+    needs_teacher: bool = True,
+) -> dict[str, Any]:
     """Return what a field of `CurriculumConfig` says about its term; `TERMS` is made of it."""
     return {"label": label, "source": source, "needs_teacher": needs_teacher}
 

@@ -42,7 +42,12 @@ class CurriculumScheduler:
         TypeError, ValueError: an argument of another kind, or no step.
     """
 
-    def __init__(self, curriculum: CurriculumConfig, loss: LossConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        curriculum: CurriculumConfig,
+        loss: LossConfig,
+        total_steps: int,
+    ) -> None:
         expect("curriculum", curriculum, CurriculumConfig, "a CurriculumConfig")
         expect("loss", loss, LossConfig, "a LossConfig")
         total_steps = expect_count("total_steps", total_steps, 1)

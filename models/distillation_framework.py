@@ -189,7 +189,12 @@ class DistillationFramework(nn.Module):
         total = torch.stack(parts).sum() if parts else self._no_loss()
         return DistillationOutput(total, terms, weights, {**scalars, "top_k": self.loss_config.top_k})
 
-    def ask(self, batch: PairedBatch, step: int | None = None, measure: bool = False) -> TeacherSignal | None:
+    def ask(
+        self,
+        batch: PairedBatch,
+        step: int | None = None,
+        measure: bool = False,
+    ) -> TeacherSignal | None:
         """Return the teacher's signal that `forward` needs for a batch at that step, on the teacher's device.
 
         Asked before the student works on the batches before it, a teacher on another GPU computes at the same time.
@@ -223,7 +228,11 @@ class DistillationFramework(nn.Module):
         return self.teacher.signal(batch, self.loss_config.top_k, layers)
 
     def _terms_to_compute(
-        self, batch: PairedBatch, weights: Mapping[str, float], measure: bool, signal: TeacherSignal | None
+        self,
+        batch: PairedBatch,
+        weights: Mapping[str, float],
+        measure: bool,
+        signal: TeacherSignal | None,
     ) -> set[str]:
         """Return the terms with a weight, and with `measure` also those of the others that can be computed.
 
@@ -331,7 +340,12 @@ class DistillationFramework(nn.Module):
         """Return a zero that backward() accepts."""
         return sum(parameter.sum() * 0 for parameter in self.student.parameters() if parameter.requires_grad)
 
-    def _target(self, batch: PairedBatch, signal: TeacherSignal, corrected: bool = True) -> SparseTarget:
+    def _target(
+        self,
+        batch: PairedBatch,
+        signal: TeacherSignal,
+        corrected: bool = True,
+    ) -> SparseTarget:
         """Return the teacher's distributions on the student's vocabulary."""
         return self.projection.to(batch.student_ids.device)(signal, batch, corrected)
 
@@ -450,7 +464,13 @@ class DistillationFramework(nn.Module):
 # ------------------------------------------------------------------------------------------- checks
 
 
-def _check_kinds(teacher: Any, vocabulary: Any, loss: Any, curriculum: Any, router: Any) -> None:
+def _check_kinds(
+    teacher: Any,
+    vocabulary: Any,
+    loss: Any,
+    curriculum: Any,
+    router: Any,
+) -> None:
     """Check that the arguments are what they are called, before anything is computed with them."""
     if isinstance(teacher, nn.Module) or not (teacher is None or hasattr(teacher, "signal")):
         raise TypeError(f"teacher: got a {type(teacher).__name__}, expected FrozenTeacher(model, vocabulary), or None")
@@ -484,7 +504,11 @@ def _check_precision(student: nn.Module) -> None:
         )
 
 
-def _check_pair(student: nn.Module, teacher: Teacher | None, vocabulary: VocabularyMap | None) -> None:
+def _check_pair(
+    student: nn.Module,
+    teacher: Teacher | None,
+    vocabulary: VocabularyMap | None,
+) -> None:
     """Check that student, teacher and vocabulary map belong together."""
     if vocabulary is None:
         if teacher is not None:
@@ -516,7 +540,11 @@ def _check_pair(student: nn.Module, teacher: Teacher | None, vocabulary: Vocabul
         )
 
 
-def _checked_counts(counts: Any, batch: PairedBatch, terms: set[str]) -> dict[str, int]:
+def _checked_counts(
+    counts: Any,
+    batch: PairedBatch,
+    terms: set[str],
+) -> dict[str, int]:
     """Return the items of some terms in the step, each at least as many as the batch alone has."""
     remedy = "expected the sum of batch.counts over the step"
     expect("counts", counts, Mapping, f"a dict, {remedy.removeprefix('expected ')}")

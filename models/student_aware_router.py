@@ -20,7 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import ROUTER_TERMS, RouterConfig
-from .losses.hidden_state_terms import HIDDEN_STATE_TERMS, ComparedStates, group_means, layer_normalise
+from .losses.hidden_state_terms import (
+    HIDDEN_STATE_TERMS,
+    ComparedStates,
+    at_positions,
+    group_means,
+    layer_normalise,
+)
 from .types import Anchors
 from .validation import expect, expect_count
 
@@ -50,7 +56,12 @@ class StudentAwareRouter(nn.Module):
         ValueError: a shape that is none, or a width that is not a multiple of the heads.
     """
 
-    def __init__(self, config: RouterConfig, student_shape: tuple[int, int], teacher_shape: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        config: RouterConfig,
+        student_shape: tuple[int, int],
+        teacher_shape: tuple[int, int],
+    ) -> None:
         super().__init__()
         expect("config", config, RouterConfig, "a RouterConfig")
         student_depth, student_width = _checked_shape("student_shape", student_shape)
@@ -64,7 +75,8 @@ class StudentAwareRouter(nn.Module):
         relative_depth = torch.tensor(self.student_layers)[:, None] / student_depth
         difference = torch.tensor(self.teacher_layers)[None] / teacher_depth - relative_depth  # [L, M]
         self.partner = difference.abs().argmin(1).tolist()
-        log_prior = (-((difference / config.prior_width) ** 2) / 2).log_softmax(1)
+        bell = -((difference / config.prior_width) ** 2) / 2
+        log_prior = bell.log_softmax(1)
 
         # A gate of zeros: routing starts at the prior.
         layers, teacher_layers = difference.shape
@@ -80,7 +92,11 @@ class StudentAwareRouter(nn.Module):
         self.register_load_state_dict_post_hook(_trust_loaded_statistics)
 
     def forward(
-        self, student: Sequence[Tensor], teacher: Sequence[Tensor], anchors: Anchors, terms: set[str]
+        self,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        anchors: Anchors,
+        terms: set[str],
     ) -> dict[str, Tensor]:
         """Return the sums of some terms over the items that `PairedBatch.counts` counts.
 
@@ -97,7 +113,12 @@ class StudentAwareRouter(nn.Module):
             student = [_at_least_float32(states) for states in student]
             teacher = [states.to(student[0].dtype) for states in teacher]
             states = ComparedStates(self, student, teacher, anchors)
-            return {name: term.loss(states) for name, term in HIDDEN_STATE_TERMS.items() if name in terms}
+
+            sums = {}
+            for name, term in HIDDEN_STATE_TERMS.items():
+                if name in terms:
+                    sums[name] = term.loss(states)
+            return sums
 
     # --- what the terms share -----------------------------------------------------------------------------------------
 
@@ -109,9 +130,17 @@ class StudentAwareRouter(nn.Module):
 
     def standardise(self, layer: int, states: Tensor) -> Tensor:
         """Return states of a teacher layer [..., H_T], standardised per channel and layer-normalised."""
-        return layer_normalise((states - self.mean[layer].to(states)) / self.scale[layer].to(states))
+        mean = self.mean[layer].to(states)
+        scale = self.scale[layer].to(states)
+        return layer_normalise((states - mean) / scale)
 
-    def log_routing(self, layer: int, states: Tensor, window: Tensor, windows: int) -> Tensor:
+    def log_routing(
+        self,
+        layer: int,
+        states: Tensor,
+        window: Tensor,
+        windows: int,
+    ) -> Tensor:
         """Return [A, M] log-probabilities of the teacher's layers, which the gate of a student layer chooses.
 
         Args:
@@ -125,9 +154,12 @@ class StudentAwareRouter(nn.Module):
         prior = self.log_prior[layer].to(gate_input)
 
         if self.config.gate == "position":
-            return (F.linear(gate_input, gate) + prior).log_softmax(1)
-        of_window = group_means(gate_input, window, windows)
-        return (F.linear(of_window, gate) + prior).log_softmax(1)[window]
+            logits = F.linear(gate_input, gate) + prior
+            return logits.log_softmax(1)
+
+        window_input = group_means(gate_input, window, windows)
+        logits = F.linear(window_input, gate) + prior
+        return logits.log_softmax(1)[window]
 
     @torch.no_grad()
     def routing(self, student: Sequence[Tensor], anchors: Anchors) -> Tensor:
@@ -138,8 +170,9 @@ class StudentAwareRouter(nn.Module):
         windows = len(student[0])
         rows = []
         for layer, states in enumerate(student):
-            at_anchors = _at_least_float32(states).flatten(0, 1)[anchors.student]
-            rows.append(self.log_routing(layer, at_anchors, anchors.window, windows).exp().mean(0))
+            student_states = at_positions(_at_least_float32(states), anchors.student)
+            log_routing = self.log_routing(layer, student_states, anchors.window, windows)
+            rows.append(log_routing.exp().mean(0))
         return torch.stack(rows)
 
     # --- before the first step ----------------------------------------------------------------------------------------
@@ -168,10 +201,11 @@ class StudentAwareRouter(nn.Module):
 
     def _take_statistics(self, layer: int, states: Tensor) -> None:
         """Store mean and spread of each channel of a teacher layer, from [A, H_T] states."""
-        spread = states.std(0, correction=0)
         self.mean[layer] = states.mean(0)
         # A channel that never changes says nothing and must not be blown up.
-        self.scale[layer] = spread.clamp_min(1e-3 * spread.mean().clamp_min(1e-6))
+        spread = states.std(0, correction=0)
+        least = 1e-3 * spread.mean().clamp_min(1e-6)
+        self.scale[layer] = spread.clamp_min(least)
 
         if not self.scale[layer].isfinite().all():
             raise ValueError(
@@ -179,14 +213,18 @@ class StudentAwareRouter(nn.Module):
                 "precision; load it in float32 (--set teacher.dtype=float32)"
             )
 
-    def _fit_projection(self, layer: int, batches: Sequence[CalibrationBatch], partner: int) -> None:
+    def _fit_projection(
+        self,
+        layer: int,
+        batches: Sequence[CalibrationBatch],
+        partner: int,
+    ) -> None:
         """Set the projection of a student layer to the ridge regression on its partner's standardised states."""
         student_states = _student_at_anchors(batches, layer)
-        targets = []
-        for batch in batches:
-            targets.append(self.standardise(partner, _teacher_at_anchors([batch], partner)))
+        teacher_states = _teacher_at_anchors(batches, partner)
+        targets = self.standardise(partner, teacher_states)
 
-        weight, offset = _ridge_regression(student_states, torch.cat(targets))
+        weight, offset = _ridge_regression(student_states, targets)
         self.projection[layer] = weight.to(self.projection)
         self.offset[layer] = offset.to(self.offset)
 
@@ -222,13 +260,19 @@ def _at_least_float32(states: Tensor) -> Tensor:
 
 def _student_at_anchors(batches: Sequence[CalibrationBatch], layer: int) -> Tensor:
     """Return [A, H_S] states of a student layer at the anchors of all batches."""
-    rows = [_at_least_float32(student[layer]).flatten(0, 1)[anchors.student] for student, _, anchors in batches]
+    rows = []
+    for student, _, anchors in batches:
+        states = _at_least_float32(student[layer])
+        rows.append(at_positions(states, anchors.student))
     return torch.cat(rows)
 
 
 def _teacher_at_anchors(batches: Sequence[CalibrationBatch], layer: int) -> Tensor:
     """Return [A, H_T] states of a teacher layer at the anchors of all batches."""
-    rows = [_at_least_float32(teacher[layer]).flatten(0, 1)[anchors.teacher] for _, teacher, anchors in batches]
+    rows = []
+    for _, teacher, anchors in batches:
+        states = _at_least_float32(teacher[layer])
+        rows.append(at_positions(states, anchors.teacher))
     return torch.cat(rows)
 
 
@@ -244,8 +288,10 @@ def _ridge_regression(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     x = x - x_mean
     y = y - y_mean
 
+    # The penalty follows the size of the states, so that it means the same for every model.
     covariance = x.T @ x / len(x)
     penalty = RIDGE * covariance.diagonal().mean().clamp_min(1e-12)
     identity = torch.eye(len(covariance), dtype=x.dtype)
-    weight = torch.linalg.solve(covariance + penalty * identity, x.T @ y / len(x)).T
+    cross_covariance = x.T @ y / len(x)
+    weight = torch.linalg.solve(covariance + penalty * identity, cross_covariance).T
     return weight, y_mean - weight @ x_mean

@@ -126,7 +126,13 @@ class HeadTerms:
             slope = torch.autograd.grad(value, leaf)[0] if learns else None
         return SpanResult(value.detach(), slope, log_probs)
 
-    def _run_head(self, lm_weight: float | Tensor, kd_weight: float = 0.0, *, with_target: bool = False) -> HeadLosses:
+    def _run_head(
+        self,
+        lm_weight: float | Tensor,
+        kd_weight: float = 0.0,
+        *,
+        with_target: bool = False,
+    ) -> HeadLosses:
         """Send the supervised positions through the head.
 
         Every call draws the same random numbers: all passes of a head with dropout (an adapter's, for one) see one

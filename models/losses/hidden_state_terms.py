@@ -47,7 +47,13 @@ class Router(Protocol):
     def standardise(self, layer: int, states: Tensor) -> Tensor:
         """Return states of a teacher layer [..., H_T], standardised per channel and layer-normalised."""
 
-    def log_routing(self, layer: int, states: Tensor, window: Tensor, windows: int) -> Tensor:
+    def log_routing(
+        self,
+        layer: int,
+        states: Tensor,
+        window: Tensor,
+        windows: int,
+    ) -> Tensor:
         """Return [A, M] log-probabilities of the teacher's layers, for the anchors of a student layer."""
 
 
@@ -61,7 +67,13 @@ class ComparedStates:
         anchors: places to compare.
     """
 
-    def __init__(self, router: Router, student: Sequence[Tensor], teacher: Sequence[Tensor], anchors: Anchors) -> None:
+    def __init__(
+        self,
+        router: Router,
+        student: Sequence[Tensor],
+        teacher: Sequence[Tensor],
+        anchors: Anchors,
+    ) -> None:
         self.router = router
         self.student = student
         self.teacher = teacher
@@ -79,7 +91,7 @@ class ComparedStates:
     @cached_property
     def at_anchors(self) -> list[Tensor]:
         """L x [A, H_S] states of the student at the anchors."""
-        return [states.flatten(0, 1)[self.anchors.student] for states in self.student]
+        return [at_positions(states, self.anchors.student) for states in self.student]
 
     @cached_property
     def projected(self) -> list[Tensor]:
@@ -89,7 +101,7 @@ class ComparedStates:
     def target(self, layer: int) -> Tensor:
         """Return [A, H_T] states of a teacher layer at the anchors, standardised."""
         if layer not in self._targets:
-            states = self.teacher[layer].flatten(0, 1)[self.anchors.teacher]
+            states = at_positions(self.teacher[layer], self.anchors.teacher)
             self._targets[layer] = self.router.standardise(layer, states)
         return self._targets[layer]
 
@@ -120,19 +132,23 @@ def relation_loss(states: ComparedStates) -> Tensor:
     index = anchors.sampled.clamp_min(0)
 
     # Each pair once, and no anchor with itself: the triangle below the diagonal.
-    pairs = (is_anchor[:, :, None] & is_anchor[:, None]).tril(-1).flatten(1)  # [B, P]
+    is_pair = is_anchor[:, :, None] & is_anchor[:, None]
+    pairs = is_pair.tril(-1).flatten(1)  # [B, P]
     has_enough = is_anchor.sum(1) >= LEAST_RELATED
 
     heads = states.config.heads
+    student_positions = pick(anchors.student, index)  # [B, Q]
+    teacher_positions = pick(anchors.teacher, index)
     sums = []
     for layer, partner in enumerate(states.router.partner):
-        student_rows = states.student[layer].flatten(0, 1)[pick(anchors.student, index)]  # [B, Q, H_S]
+        student_rows = at_positions(states.student[layer], student_positions)  # [B, Q, H_S]
         student_cosines = centred_cosines(student_rows, is_anchor, heads)
-        teacher_rows = states.teacher[partner].flatten(0, 1)[pick(anchors.teacher, index)]
+        teacher_rows = at_positions(states.teacher[partner], teacher_positions)
         teacher_cosines = centred_cosines(teacher_rows, is_anchor, heads)
 
         correlation = masked_correlation(student_cosines, teacher_cosines, pairs[:, None])  # [B, G]
-        sums.append(torch.where(has_enough, (1 - correlation).mean(1), 0).sum())
+        loss = (1 - correlation).mean(1)
+        sums.append(torch.where(has_enough, loss, 0).sum())
     return mean(sums)
 
 
@@ -152,21 +168,28 @@ def attention_loss(states: ComparedStates) -> Tensor:
     is_visible[..., 0] = False
 
     # The target of a query: each visible key's share of its bytes.
-    overlap = torch.minimum(key_end, query_end) - torch.maximum(key_start, query_start)
-    share = (overlap.clamp_min(0) * is_visible).to(states.projected[0])
-    share = share / share.sum(-1, keepdim=True).clamp_min(1)
-    log_visible = is_visible.sum(-1).clamp_min(2).to(share).log()
+    overlap_end = torch.minimum(key_end, query_end)
+    overlap = overlap_end - torch.maximum(key_start, query_start)
+    covered = (overlap.clamp_min(0) * is_visible).to(states.projected[0])
+    share = covered / covered.sum(-1, keepdim=True).clamp_min(1)
+
+    # At least 2 keys, since the log of 1 is 0; a query that sees fewer does not count.
+    visible_keys = is_visible.sum(-1).clamp_min(2)
+    log_visible = visible_keys.to(share).log()
 
     heads = states.config.heads
     index = anchors.sampled.clamp_min(0)
     sums = []
     for layer, partner in enumerate(states.router.partner):
         query = split_heads(pick(states.projected[layer], index), heads)
-        key = split_heads(states.router.standardise(partner, states.teacher[partner]), heads)
-        logits = SHARPNESS * F.normalize(query, dim=-1) @ F.normalize(key, dim=-1).mT  # [B, G, Q, T]
+        query = F.normalize(query, dim=-1)
+        target = states.router.standardise(partner, states.teacher[partner])
+        key = F.normalize(split_heads(target, heads), dim=-1)
 
-        log_attention = logits.masked_fill(~is_visible[:, None], -1e9).log_softmax(-1)
-        loss = -(share[:, None] * log_attention).sum(-1).mean(1) / log_visible
+        logits = SHARPNESS * query @ key.mT  # [B, G, Q, T]
+        logits = logits.masked_fill(~is_visible[:, None], -1e9)
+        cross_entropy = -(share[:, None] * logits.log_softmax(-1)).sum(-1)
+        loss = cross_entropy.mean(1) / log_visible
         sums.append(torch.where(anchors.attends, loss, 0).sum())
     return mean(sums)
 
@@ -178,7 +201,8 @@ def layer_loss(states: ComparedStates) -> Tensor:
     """
     router = states.router
     layers = len(states.teacher)
-    targets = torch.stack([states.target(layer) for layer in range(layers)])  # [M, A, H_T]
+    targets = [states.target(layer) for layer in range(layers)]
+    stacked_targets = torch.stack(targets)  # [M, A, H_T]
 
     sums = []
     for layer, projected in enumerate(states.projected):
@@ -186,12 +210,13 @@ def layer_loss(states: ComparedStates) -> Tensor:
         log_routing = router.log_routing(
             layer, states.at_anchors[layer], states.anchors.window, states.windows
         )  # [A, M]
-        mixture = layer_normalise(torch.einsum("am,mah->ah", log_routing.exp(), targets))
+        mixture = layer_normalise(torch.einsum("am,mah->ah", log_routing.exp(), stacked_targets))
         loss = state_distance(projected, mixture).sum()
 
         # With one layer there is nothing to choose, and its log is 0.
         if layers > 1:
-            divergence = (log_routing.exp() * (log_routing - router.log_prior[layer])).sum()
+            log_ratio = log_routing - router.log_prior[layer]
+            divergence = (log_routing.exp() * log_ratio).sum()
             loss = loss + states.config.prior_weight * divergence / math.log(layers)
         sums.append(loss)
     return mean(sums)
@@ -220,8 +245,10 @@ def contrastive_loss(states: ComparedStates) -> Tensor:
 
         logits = query @ layer_candidates.T / states.config.contrastive_temperature
         logits = logits.masked_fill(is_copy, -torch.inf)
-        log_candidates = (~is_copy).sum(1).clamp_min(2).to(logits).log()
-        sums.append((F.cross_entropy(logits, index, reduction="none") / log_candidates).sum())
+        negatives_and_own = (~is_copy).sum(1).clamp_min(2)
+        log_candidates = negatives_and_own.to(logits).log()
+        loss = F.cross_entropy(logits, index, reduction="none") / log_candidates
+        sums.append(loss.sum())
     return mean(sums)
 
 
@@ -235,7 +262,8 @@ def count_anchors(anchors: Anchors) -> int:
 
 def count_related_windows(anchors: Anchors) -> int:
     """Return the number of windows with enough sampled anchors to compare their relations."""
-    return int(((anchors.sampled >= 0).sum(1) >= LEAST_RELATED).sum())
+    sampled = (anchors.sampled >= 0).sum(1)  # [B]
+    return int((sampled >= LEAST_RELATED).sum())
 
 
 def count_attending(anchors: Anchors) -> int:
@@ -293,42 +321,64 @@ def state_distance(a: Tensor, b: Tensor) -> Tensor:
 def masked_correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     """Return Pearson's correlation over the masked entries of the last dimension; 0 where one side does not vary."""
     count = mask.sum(-1, keepdim=True).clamp_min(1)
-    a = torch.where(mask, a - (a * mask).sum(-1, keepdim=True) / count, 0)
-    b = torch.where(mask, b - (b * mask).sum(-1, keepdim=True) / count, 0)
-    scale = (a.square().sum(-1) * b.square().sum(-1)).clamp_min(1e-12).sqrt()
-    return (a * b).sum(-1) / scale
+    a = _centred(a, mask, count)
+    b = _centred(b, mask, count)
+    square = a.square().sum(-1) * b.square().sum(-1)
+    return (a * b).sum(-1) / square.clamp_min(1e-12).sqrt()
+
+
+def _centred(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
+    """Take off the mean over the masked entries; the other entries become 0."""
+    mean_value = (values * mask).sum(-1, keepdim=True) / count
+    return torch.where(mask, values - mean_value, 0)
 
 
 def centred_cosines(states: Tensor, is_anchor: Tensor, heads: int) -> Tensor:
-    """Return [B, G, P] cosines between the [B, Q, H] states of each window, their mean taken off."""
+    """Return [B, G, P] cosines between the [B, Q, H] states of each window, their mean taken off.
+
+    All states of a model lie in one direction, more or less; their mean would be all that the cosines tell.
+    """
     states = states * is_anchor[..., None]
-    states = states - states.sum(1, keepdim=True) / is_anchor.sum(1).clamp_min(1)[:, None, None]
-    directions = F.normalize(states.unflatten(-1, (heads, -1)), dim=-1).transpose(1, 2)
+    count = is_anchor.sum(1).clamp_min(1)
+    states = states - states.sum(1, keepdim=True) / count[:, None, None]
+
+    parts = states.unflatten(-1, (heads, -1))
+    directions = F.normalize(parts, dim=-1).transpose(1, 2)
     return (directions @ directions.mT).flatten(2)
 
 
 def split_heads(states: Tensor, heads: int) -> Tensor:
     """Return [B, items, H] states as [B, G, items, H / G]."""
-    return states.unflatten(-1, (heads, -1)).transpose(1, 2)
+    parts = states.unflatten(-1, (heads, -1))
+    return parts.transpose(1, 2)
+
+
+def at_positions(states: Tensor, positions: Tensor) -> Tensor:
+    """Return [..., H] the states [B, S, H] at flat positions [...]."""
+    return states.flatten(0, 1)[positions]
 
 
 def pick(rows: Tensor, index: Tensor) -> Tensor:
     """Return rows[index]; where there is no row at all a differentiable 0, which a mask takes out later."""
     if len(rows):
         return rows[index]
-    return rows.new_zeros(*index.shape, *rows.shape[1:]) + rows.sum()
+    shape = [*index.shape, *rows.shape[1:]]
+    return rows.new_zeros(shape) + rows.sum()
 
 
 def group_means(states: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Return [groups, H] the mean of the states of each group; 0 for an empty one."""
-    sums = states.new_zeros(groups, states.shape[1]).index_add(0, group, states)
-    sizes = states.new_zeros(groups).index_add(0, group, states.new_ones(len(states)))
+    """Return [groups, H] the mean of the states [A, H] of each group [A]; 0 for an empty one."""
+    no_sums = states.new_zeros(groups, states.shape[1])
+    sums = no_sums.index_add(0, group, states)
+    no_sizes = states.new_zeros(groups)
+    sizes = no_sizes.index_add(0, group, states.new_ones(len(states)))
     return sums / sizes.clamp_min(1)[:, None]
 
 
 def run_directions(states: Tensor, anchors: Anchors) -> Tensor:
     """Return [R, H] the direction of the mean state of each run of anchors."""
-    return F.normalize(group_means(states, anchors.run, anchors.runs), dim=-1)
+    means = group_means(states, anchors.run, anchors.runs)
+    return F.normalize(means, dim=-1)
 
 
 def mean(values: list[Tensor]) -> Tensor:
@@ -341,16 +391,21 @@ def gather_keys(keys: Tensor) -> tuple[int, Tensor]:
 
     The keys are the teacher's, so that no gradient has to pass between processes.
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    is_distributed = dist.is_available() and dist.is_initialized()
+    if not is_distributed or dist.get_world_size() == 1:
         return 0, keys
 
     # The processes have different numbers of keys, and all_gather wants equal shapes: pad to the most.
-    sizes = [torch.zeros(1, dtype=torch.int64, device=keys.device) for _ in range(dist.get_world_size())]
-    dist.all_gather(sizes, torch.tensor([keys.shape[1]], device=keys.device))
-    counts = [int(size) for size in sizes]
-    padded = F.pad(keys, (0, 0, 0, max(counts) - keys.shape[1])).contiguous()
+    processes = dist.get_world_size()
+    count = torch.tensor([keys.shape[1]], device=keys.device)
+    gathered_counts = [torch.zeros_like(count) for _ in range(processes)]
+    dist.all_gather(gathered_counts, count)
+    counts = [int(number) for number in gathered_counts]
+    padding = max(counts) - keys.shape[1]
+    padded = F.pad(keys, (0, 0, 0, padding)).contiguous()
 
     parts = [torch.empty_like(padded) for _ in counts]
     dist.all_gather(parts, padded)
-    without_padding = [part[:, :count] for part, count in zip(parts, counts, strict=True)]
-    return sum(counts[: dist.get_rank()]), torch.cat(without_padding, 1)
+    without_padding = [part[:, :length] for part, length in zip(parts, counts, strict=True)]
+    first = sum(counts[: dist.get_rank()])
+    return first, torch.cat(without_padding, 1)

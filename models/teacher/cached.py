@@ -38,7 +38,13 @@ class SignalStore(Protocol):
     def read(self, keys: Sequence[bytes]) -> Arrays | None:
         """Return the arrays of a batch of these windows; None if one of the windows is missing."""
 
-    def keep(self, keys: Sequence[bytes], windows: Sequence[Arrays], tokens: int, seconds: float) -> Arrays:
+    def keep(
+        self,
+        keys: Sequence[bytes],
+        windows: Sequence[Arrays],
+        tokens: int,
+        seconds: float,
+    ) -> Arrays:
         """Store the arrays of each window, and return those of the batch as `read` will return them.
 
         Args:
@@ -105,7 +111,12 @@ class CachedTeacher:
         return self.teacher
 
     @torch.no_grad()
-    def signal(self, batch: PairedBatch, top_k: int | None = None, layers: Sequence[int] = ()) -> TeacherSignal:
+    def signal(
+        self,
+        batch: PairedBatch,
+        top_k: int | None = None,
+        layers: Sequence[int] = (),
+    ) -> TeacherSignal:
         """Return what `FrozenTeacher.signal` returns, for a batch from a `RememberingCollator`.
 
         Args:

@@ -58,7 +58,8 @@ class FrozenTeacher:
         # Only now, so that a model that is refused stays as it was.
         self.model = model.eval().requires_grad_(False)
         self.vocabulary_order = vocabulary.order
-        self.order = torch.from_numpy(vocabulary.order).long().to(self.device)
+        order = torch.from_numpy(vocabulary.order).long()
+        self.order = order.to(self.device)
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +75,10 @@ class FrozenTeacher:
 
     @torch.no_grad()
     def states(
-        self, ids: Tensor, layers: Sequence[int], source: Source | None = None
+        self,
+        ids: Tensor,
+        layers: Sequence[int],
+        source: Source | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the model's body outside of autocast, on ids that lie on any device; see `body_layers`.
 
@@ -87,7 +91,12 @@ class FrozenTeacher:
             return body_layers(self.model, ids.to(device), layers, source)
 
     @torch.no_grad()
-    def signal(self, batch: PairedBatch, top_k: int, layers: Sequence[int] = ()) -> TeacherSignal:
+    def signal(
+        self,
+        batch: PairedBatch,
+        top_k: int,
+        layers: Sequence[int] = (),
+    ) -> TeacherSignal:
         """Return the top-k distributions at the anchors of a batch, and the log-probability of the real text.
 
         The signal stays on the teacher's device: a copy to another GPU would make that one wait at once.
@@ -105,9 +114,14 @@ class FrozenTeacher:
         with torch.autocast(device.type, enabled=False):
             states, hidden = self.states(batch.teacher_ids, layers, batch.teacher_source)
             position = batch.teacher_held[batch.asked]
-            following = batch.teacher_ids.flatten().roll(-1)[position, None]
-            states = states.flatten(0, 1).to(device)[position]
-            reading = self._read_head(states, following, batch, min(top_k, len(self.order)))
+            next_ids = batch.teacher_ids.flatten().roll(-1)
+            states = states.flatten(0, 1).to(device)
+            reading = self._read_head(
+                states[position],
+                next_ids[position],
+                batch,
+                top_k=min(top_k, len(self.order)),
+            )
 
             # At depth 0 nothing was read since the anchor: its log mass is 0.
             top = join_top_k(reading.at_anchors).rows(batch.row_asked)
@@ -134,12 +148,18 @@ class FrozenTeacher:
             hidden=hidden if layers else None,
         )
 
-    def _read_head(self, states: Tensor, following: Tensor, batch: PairedBatch, top_k: int) -> HeadReading:
+    def _read_head(
+        self,
+        states: Tensor,
+        next_ids: Tensor,
+        batch: PairedBatch,
+        top_k: int,
+    ) -> HeadReading:
         """Send states through the head, chunk by chunk: the logits of all positions never exist together.
 
         Args:
             states: [M, H_T] in the order of `PairedBatch.asked`.
-            following: [M, 1] the text's next token at each.
+            next_ids: [M] the text's next token at each.
         """
         size = self._chunk_size(states)
         buffer = None
@@ -151,22 +171,27 @@ class FrozenTeacher:
         anchors = len(batch.deep_before) - 1
         reading = HeadReading([], [], [])
         for first in range(0, len(states), size):
-            logits = head_logits(self.model, states[first : first + size], out=buffer)
-            at_text = logits.gather(1, following[first : first + size])[:, 0]
+            chunk = slice(first, first + size)
+            logits = head_logits(self.model, states[chunk], out=buffer)
+            text_logits = logits.gather(1, next_ids[chunk, None])[:, 0]
 
             # Anchors come first in the order. A chunk may hold the last of them and other positions.
-            bounds = [min(first, anchors), min(first + len(logits), anchors)]
-            at_anchors, other = logits.tensor_split([bounds[1] - bounds[0]])
+            first_anchor = min(first, anchors)
+            end_anchor = min(first + len(logits), anchors)
+            at_anchors, other = logits.tensor_split([end_anchor - first_anchor])
 
             # Before the top k are taken, which overwrites the logits.
-            first_deep, last_deep = batch.deep_before[bounds]
-            for start in range(first_deep, last_deep, deep_size):
-                part = slice(start, min(start + deep_size, last_deep))
-                reading.within_prefix.append(self._top_within_prefix(at_anchors, batch, first, part, top_k))
+            first_deep = batch.deep_before[first_anchor]
+            end_deep = batch.deep_before[end_anchor]
+            for start in range(first_deep, end_deep, deep_size):
+                part = slice(start, min(start + deep_size, end_deep))
+                top = self._top_within_prefix(at_anchors, batch, first, part, top_k)
+                reading.within_prefix.append(top)
 
             top = take_top_k(at_anchors, top_k)
             reading.at_anchors.append(top)
-            reading.realised.append(at_text - torch.cat([top.log_sum, other.logsumexp(1)]))
+            log_sums = torch.cat([top.log_sum, other.logsumexp(1)])
+            reading.realised.append(text_logits - log_sums)
         return reading
 
     def _chunk_size(self, states: Tensor) -> int:
@@ -179,7 +204,12 @@ class FrozenTeacher:
         return math.ceil(len(states) / chunks)
 
     def _top_within_prefix(
-        self, logits: Tensor, batch: PairedBatch, first_anchor: int, part: slice, top_k: int
+        self,
+        logits: Tensor,
+        batch: PairedBatch,
+        first_anchor: int,
+        part: slice,
+        top_k: int,
     ) -> TopK:
         """Return the top k of some rows at depth > 0, among the tokens that begin with what the student has read.
 
@@ -193,13 +223,17 @@ class FrozenTeacher:
         high = batch.prefix_hi[rows, None]
 
         # The tokens with a common beginning are neighbours in the vocabulary map's order.
-        width = max(int(batch.deep_width[part].max()), top_k)
+        most_tokens = int(batch.deep_width[part].max())
+        width = max(most_tokens, top_k)
         rank = low + torch.arange(width, device=logits.device)
         token = self.order[rank.clamp_max(len(self.order) - 1)]
+
         anchor = batch.row_asked[rows] - first_anchor
-        restricted = logits[anchor[:, None], token].masked_fill(rank >= high, -torch.inf)
+        restricted = logits[anchor[:, None], token]
+        restricted = restricted.masked_fill(rank >= high, -torch.inf)
+        top = take_top_k(restricted, top_k)
 
         # A prefix may have fewer than k tokens.
-        top = take_top_k(restricted, top_k)
-        ids = token.gather(1, top.ids).masked_fill(top.log_probs == -torch.inf, -1)
+        is_missing = top.log_probs == -torch.inf
+        ids = token.gather(1, top.ids).masked_fill(is_missing, -1)
         return top._replace(ids=ids)

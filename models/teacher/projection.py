@@ -33,7 +33,12 @@ class Projection:
         ValueError: for correction "channel" without a counted channel.
     """
 
-    def __init__(self, vocabulary: VocabularyMap, correction: str, min_prefix_mass: float) -> None:
+    def __init__(
+        self,
+        vocabulary: VocabularyMap,
+        correction: str,
+        min_prefix_mass: float,
+    ) -> None:
         if correction == "channel" and vocabulary.channel_ids is None:
             raise ValueError(
                 "got correction 'channel' and no counts; call VocabularyMap.with_channel on tokenised text"
@@ -58,7 +63,12 @@ class Projection:
         return self
 
     @torch.no_grad()
-    def __call__(self, signal: TeacherSignal, batch: PairedBatch, corrected: bool = True) -> SparseTarget:
+    def __call__(
+        self,
+        signal: TeacherSignal,
+        batch: PairedBatch,
+        corrected: bool = True,
+    ) -> SparseTarget:
         """Return the target of every row; the mass of what has no student token (yet) is in the tail.
 
         Args:
@@ -67,15 +77,18 @@ class Projection:
         correction = self.correction if corrected else "none"
         probs = signal.log_probs.exp()
         is_token = signal.ids >= 0
-        spelled = self._next_in_spelling(signal.ids.clamp_min(0), batch.depth[:, None])
+        token = signal.ids.clamp_min(0)
+        spelled = self._next_in_spelling(token, batch.depth[:, None])
         ids = torch.where(is_token, spelled, -1)
         if correction == "channel":
             ids, probs = self._through_channel(ids, probs, signal, batch)
 
-        tail = signal.log_tail.exp() + torch.where(ids < 0, probs, 0).sum(1)
+        has_no_token = ids < 0
+        tail = signal.log_tail.exp() + torch.where(has_no_token, probs, 0).sum(1)
         if correction == "span":
             ids, probs, tail = self._move_realised(ids, probs, tail, signal, batch)
-        ids, probs = _merge(ids, torch.where(ids < 0, 0, probs))
+        probs = torch.where(ids < 0, 0, probs)
+        ids, probs = _merge(ids, probs)
 
         # A row is nothing to learn from where the teacher hardly expected what was read, or names no student token.
         is_expected = signal.log_mass > math.log(max(self.min_prefix_mass, 1e-30))
@@ -85,10 +98,15 @@ class Projection:
     def _next_in_spelling(self, token: Tensor, depth: Tensor) -> Tensor:
         """Return the student token at `depth` in the spelling of teacher tokens; -1 past its end."""
         longest = self.segments.shape[1]
-        return torch.where(depth < longest, self.segments[token, depth.clamp_max(longest - 1)], -1)
+        spelled = self.segments[token, depth.clamp_max(longest - 1)]
+        return torch.where(depth < longest, spelled, -1)
 
     def _through_channel(
-        self, ids: Tensor, probs: Tensor, signal: TeacherSignal, batch: PairedBatch
+        self,
+        ids: Tensor,
+        probs: Tensor,
+        signal: TeacherSignal,
+        batch: PairedBatch,
     ) -> tuple[Tensor, Tensor]:
         """Return [N, K * C] ids and masses: depth 0 through the counted channel, deeper rows through the spelling.
 
@@ -100,9 +118,11 @@ class Projection:
         token = signal.ids.clamp_min(0)
         is_token = (signal.ids >= 0)[..., None]
         channel_ids = torch.where(is_token, self.channel_ids[token], -1)
-        channel_mass = torch.where(is_token, probs[..., None] * self.channel_probs[token], 0)
+        spread = probs[..., None] * self.channel_probs[token]
+        channel_mass = torch.where(is_token, spread, 0)
         # A teacher token that was never counted keeps its mass, in the tail.
-        channel_mass[..., 0] += torch.where(channel_ids[..., 0] < 0, probs, 0)
+        is_uncounted = channel_ids[..., 0] < 0
+        channel_mass[..., 0] += torch.where(is_uncounted, probs, 0)
 
         # Deeper: all of the mass goes to the one token of the spelling.
         spelled_ids = torch.full_like(channel_ids, -1)
@@ -116,7 +136,12 @@ class Projection:
         return ids.flatten(1), probs.flatten(1)
 
     def _move_realised(
-        self, ids: Tensor, probs: Tensor, tail: Tensor, signal: TeacherSignal, batch: PairedBatch
+        self,
+        ids: Tensor,
+        probs: Tensor,
+        tail: Tensor,
+        signal: TeacherSignal,
+        batch: PairedBatch,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Move the mass of the real next student token to it, from the student token that its first piece begins with.
 
@@ -126,18 +151,23 @@ class Projection:
         is_split = batch.pieces > 1
         anchor = batch.asked[batch.row_asked]
         sums = _running_sums(signal.realised)
-        log_realised = ((sums[anchor + batch.pieces] - sums[anchor]).double() / FIXED_POINT).float()
+        units = sums[anchor + batch.pieces] - sums[anchor]
+        log_realised = (units.double() / FIXED_POINT).float()
         log_mass = log_realised - signal.log_mass
-        mass = torch.where(is_split, log_mass.clamp_max(0).exp(), 0)
+        realised_mass = log_mass.clamp_max(0).exp()
+        mass = torch.where(is_split, realised_mass, 0)
 
         first_piece = batch.teacher_ids.flatten()[batch.row_teacher + 1]
         source = self._next_in_spelling(first_piece, batch.depth)
-        is_listed = (signal.ids == first_piece[:, None]).any(1) & (source >= 0)
-        source_column = torch.where(is_split & is_listed, source, -1)
-        target_column = torch.where(is_split, batch.labels.flatten()[batch.row_student], -1)
+        is_piece = signal.ids == first_piece[:, None]
+        is_listed = is_piece.any(1) & (source >= 0)
+        source_ids = torch.where(is_split & is_listed, source, -1)
+        source_mass = torch.where(is_listed, -mass, 0)
 
-        ids = torch.cat([ids, source_column[:, None], target_column[:, None]], 1)
-        probs = torch.cat([probs, torch.where(is_listed, -mass, 0)[:, None], mass[:, None]], 1)
+        labels = batch.labels.flatten()[batch.row_student]
+        target_ids = torch.where(is_split, labels, -1)
+        ids = torch.cat([ids, source_ids[:, None], target_ids[:, None]], 1)
+        probs = torch.cat([probs, source_mass[:, None], mass[:, None]], 1)
         return ids, probs, tail - torch.where(is_listed, 0, mass)
 
 
@@ -146,8 +176,9 @@ def _running_sums(log_probs: Tensor) -> Tensor:
 
     In whole numbers, whose sum is exact in any order: of floating-point numbers a GPU has no deterministic running sum.
     """
-    numbers = (log_probs.double().clamp_min(LEAST_LOG_PROB) * FIXED_POINT).round().long()
-    return torch.cat([numbers.new_zeros(1), numbers.cumsum(0)])
+    bounded = log_probs.double().clamp_min(LEAST_LOG_PROB)
+    units = (bounded * FIXED_POINT).round().long()
+    return torch.cat([units.new_zeros(1), units.cumsum(0)])
 
 
 def _merge(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,9 +188,10 @@ def _merge(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     group = is_first.cumsum(1) - 1
 
-    merged = torch.zeros_like(probs).scatter_add(1, group, probs.gather(1, order))
-    merged_ids = torch.full_like(ids, -1).scatter(1, group, ids)
-
     # Padding is a group, too; and a mass that was moved away leaves 0, or a little less by rounding.
-    has_mass = (merged_ids >= 0) & (merged > 0)
-    return torch.where(has_mass, merged_ids, -1), torch.where(has_mass, merged, 0)
+    group_mass = torch.zeros_like(probs).scatter_add(1, group, probs.gather(1, order))
+    group_ids = torch.full_like(ids, -1).scatter(1, group, ids)
+    has_mass = (group_ids >= 0) & (group_mass > 0)
+    merged_ids = torch.where(has_mass, group_ids, -1)
+    merged_probs = torch.where(has_mass, group_mass, 0)
+    return merged_ids, merged_probs

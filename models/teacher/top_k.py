@@ -28,7 +28,13 @@ class TopK(NamedTuple):
     """[r] log of the sum of the exponentials of all logits."""
 
     def rows(self, index: Tensor) -> "TopK":
-        return TopK(self.ids[index], self.log_probs[index], self.log_tail[index], self.log_sum[index])
+        """Return a copy of some rows."""
+        return TopK(
+            ids=self.ids[index],
+            log_probs=self.log_probs[index],
+            log_tail=self.log_tail[index],
+            log_sum=self.log_sum[index],
+        )
 
 
 def join_top_k(parts: Sequence[TopK]) -> TopK:
@@ -48,9 +54,11 @@ def take_top_k(logits: Tensor, k: int) -> TopK:
     peak = top[:, 0].clamp_min(least)
 
     # Summed over what is left, not total - sum: exact also where it is tiny.
-    rest = logits.sub_(peak[:, None]).exp_().scatter_(1, columns, 0.0).sum(1)
+    masses = logits.sub_(peak[:, None]).exp_()
+    rest = masses.scatter_(1, columns, 0.0).sum(1)
     top_sum = (top - peak[:, None]).exp().sum(1)
-    log_sum = (peak + (rest + top_sum).log()).clamp_min(least)
+    log_total = (rest + top_sum).log()
+    log_sum = (peak + log_total).clamp_min(least)
 
     return TopK(
         ids=columns,
@@ -77,10 +85,11 @@ def exact_top_k(values: Tensor, k: int) -> tuple[Tensor, Tensor]:
     _, pile = exact_top_k(piles.amax(1), k)
 
     # Candidates: every entry of these piles, and the few columns at the end that lie in no pile.
-    heights = torch.arange(0, BLOCKS * width, width, device=values.device)
-    in_piles = (pile[:, None] + heights[:, None]).flatten(1)
-    leftover = torch.arange(BLOCKS * width, values.shape[1], device=values.device).expand(len(values), -1)
-    columns = torch.cat([in_piles, leftover], 1)
+    in_blocks = BLOCKS * width
+    heights = torch.arange(0, in_blocks, width, device=values.device)
+    in_piles = pile[:, None] + heights[:, None]
+    leftover = torch.arange(in_blocks, values.shape[1], device=values.device)
+    columns = torch.cat([in_piles.flatten(1), leftover.expand(len(values), -1)], 1)
 
     top, index = values.gather(1, columns).topk(k)
     return top, columns.gather(1, index)

@@ -75,7 +75,12 @@ def collect_anchors(
     )
 
 
-def _window_anchors(alignment: Alignment, student: Reading, teacher: Reading, router: RouterConfig) -> WindowAnchors:
+def _window_anchors(
+    alignment: Alignment,
+    student: Reading,
+    teacher: Reading,
+    router: RouterConfig,
+) -> WindowAnchors:
     """Find the anchors of a window, divide them into runs, and sample some of them, spread evenly."""
     # The first position of either model is left out: its state is extreme (massive activations).
     is_anchor = (alignment.depth == 0) & (alignment.student > 0) & (alignment.teacher > 0)
@@ -123,6 +128,10 @@ def _padded(rows: list[np.ndarray], value: int) -> Tensor:
     return torch.from_numpy(pad_rows(rows, value))
 
 
-def _padded_pairs(first: list[np.ndarray], second: list[np.ndarray], value: int) -> Tensor:
+def _padded_pairs(
+    first: list[np.ndarray],
+    second: list[np.ndarray],
+    value: int,
+) -> Tensor:
     """Return [rows, longest, 2] int64 of two numbers for each entry."""
     return torch.stack([_padded(first, value), _padded(second, value)], -1)

@@ -109,7 +109,11 @@ class PairCollator:
         return self._assemble(windows, student, teacher, aligned)
 
     def _assemble(
-        self, windows: Sequence[Window], student: "_PaddedSide", teacher: "_PaddedSide", aligned: list[Alignment]
+        self,
+        windows: Sequence[Window],
+        student: "_PaddedSide",
+        teacher: "_PaddedSide",
+        aligned: list[Alignment],
     ) -> PairedBatch:
         """Return the batch of windows that were padded and aligned."""
         supervised = np.flatnonzero(student.labels != IGNORE)
@@ -193,7 +197,11 @@ def _check_window(number: int, window: Any) -> None:
         raise ValueError(f"windows[{number}]: got a window without {', '.join(lacking)}, expected {expected}")
 
 
-def _check_ids(side: str, ids: Sequence[np.ndarray], rows: int) -> None:
+def _check_ids(
+    side: str,
+    ids: Sequence[np.ndarray],
+    rows: int,
+) -> None:
     """Refuse tokens that the vocabulary map lacks; on a GPU, in the embedding, they would end the process."""
     lowest = min((int(np.min(row)) for row in ids if len(row)), default=0)
     highest = max((int(np.max(row)) for row in ids if len(row)), default=0)
@@ -228,7 +236,11 @@ class _PaddedSide:
         return self.ids.shape[1]
 
 
-def _pad_side(windows: Sequence[Window], side: str, vocabulary_size: int) -> _PaddedSide:
+def _pad_side(
+    windows: Sequence[Window],
+    side: str,
+    vocabulary_size: int,
+) -> _PaddedSide:
     """Pad the windows of one side, after a look at their tokens."""
     readings = [_reading(window, side) for window in windows]
     sources = [window.get(f"{side}_source") for window in windows]
@@ -287,7 +299,12 @@ class _Rows(NamedTuple):
     pieces: np.ndarray
 
 
-def _stack_rows(aligned: list[Alignment], supervised: np.ndarray, student_width: int, teacher_width: int) -> _Rows:
+def _stack_rows(
+    aligned: list[Alignment],
+    supervised: np.ndarray,
+    student_width: int,
+    teacher_width: int,
+) -> _Rows:
     """Return the anchored positions of all windows, as flat indices into the padded batch."""
     row_student = _joined([a.student + window * student_width for window, a in enumerate(aligned)])
     return _Rows(

@@ -54,7 +54,12 @@ class SourceEncoder(PairEncoder):
         content = json.dumps([self.fingerprint, "source", self.starts])
         self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
 
-    def _set_start(self, side: int, tokenizer: PreTrainedTokenizerBase, start: int) -> None:
+    def _set_start(
+        self,
+        side: int,
+        tokenizer: PreTrainedTokenizerBase,
+        start: int,
+    ) -> None:
         """Set the ids that a side's decoder reads before a text."""
         if hasattr(tokenizer, "src_lang"):
             raise ValueError(
@@ -106,7 +111,12 @@ class SourceEncoder(PairEncoder):
             windows[-1]["left_out"] += left_out
         return windows
 
-    def _window(self, name: str, sources: Sequence[np.ndarray], completion: str) -> tuple[dict[str, Any] | None, int]:
+    def _window(
+        self,
+        name: str,
+        sources: Sequence[np.ndarray],
+        completion: str,
+    ) -> tuple[dict[str, Any] | None, int]:
         """Return the window of an example, None if it does not fit, and the bytes of the completion that it has."""
         readings = [table.read([completion])[0] for table in self.tables]
         pieces, _ = self._pieces(name, len(completion.encode()), readings)
