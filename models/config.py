@@ -1,13 +1,16 @@
-"""What the loss is made of: plain, frozen dataclasses, one place for each default.
+"""Settings of what is learned, as frozen dataclasses: `CurriculumConfig`, `LossConfig`, `RouterConfig`.
+
+Every default has its one place here. The fields of `CurriculumConfig` are also the table of the loss terms (`TERMS`):
+their names, their labels for people, and where each comes from.
 
 An instance is checked when it is made (`Validated`): the constraints (`Gt`, `Ge`, `Literal`, ...) hold for whoever
 makes one, in a program or from a file.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -28,19 +31,24 @@ class Ramp(Validated):
     shape: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self) -> None:
-        if isinstance(self.points, list | tuple):  # lists are welcome; tuples can be neither changed nor unhashable
-            points = [
-                tuple(as_plain(number) for number in point) if isinstance(point, list | tuple) else point
-                for point in self.points
-            ]
-            object.__setattr__(self, "points", tuple(points))
+        # Lists are welcome, since YAML has nothing else, but only tuples are hashable and cannot be changed.
+        if isinstance(self.points, list | tuple):
+            object.__setattr__(self, "points", tuple(_as_point(point) for point in self.points))
         super().__post_init__()
 
-        progress = [p for p, _ in self.points]
-        if not progress or any(a >= b for a, b in pairwise(progress)):
+        progress = [at for at, _ in self.points]
+        is_rising = all(earlier < later for earlier, later in pairwise(progress))
+        if not progress or not is_rising:
             raise ValueError(
                 f"a ramp needs points [[progress, value], ...] with rising progress, got {list(self.points)}"
             )
+
+
+def _as_point(point: Any) -> Any:
+    """Return a point as a tuple of plain numbers; anything else as it is, for the check of the fields to refuse."""
+    if isinstance(point, list | tuple):
+        return tuple(as_plain(number) for number in point)
+    return point
 
 
 Schedule = float | Ramp
@@ -48,8 +56,10 @@ Schedule = float | Ramp
 
 
 def values_of(schedule: Schedule) -> list[float]:
-    """The values a schedule takes, those between them apart."""
-    return [value for _, value in schedule.points] if isinstance(schedule, Ramp) else [schedule]
+    """Return the values at a schedule's points; those between two points lie between their values."""
+    if isinstance(schedule, Ramp):
+        return [value for _, value in schedule.points]
+    return [schedule]
 
 
 @dataclass(frozen=True)
@@ -60,25 +70,53 @@ class Term(Validated):
     """Weight in the total. A term whose weight is 0 is not computed."""
 
 
+TermSource = Literal["head", "hidden states"]
+"""Part of the student that a term is computed from."""
+
+
+class TermInfo(NamedTuple):
+    """Facts about a loss term that every part of the program needs to know."""
+
+    name: str
+    """Key of the term in curricula, counts, logs and reports."""
+    label: str
+    """Name of the term for people, in charts and checks."""
+    source: TermSource
+    needs_teacher: bool
+
+
+def _facts(
+    label: str,
+    source: TermSource,
+    *,
+    needs_teacher: bool = True,
+) -> dict[str, Any]:
+    """Return what a field of `CurriculumConfig` says about its term; `TERMS` is made of it."""
+    return {"label": label, "source": source, "needs_teacher": needs_teacher}
+
+
 @dataclass(frozen=True)
 class CurriculumConfig(Validated):
-    """Weight of every loss term over the run."""
+    """Weight of every loss term over the run.
 
-    kd: Term = field(default_factory=lambda: Term(0.7))
+    To add a term on hidden states: a field here, and its row in `models/losses/hidden_state_terms.py`.
+    """
+
+    kd: Term = field(default_factory=lambda: Term(0.7), metadata=_facts("KD", "head"))
     """Knowledge distillation: the teacher's next-token distribution, projected on the student's vocabulary."""
-    span: Term = field(default_factory=Term)
+    span: Term = field(default_factory=Term, metadata=_facts("span", "head"))
     """Span likelihood: the probability of the text between common token boundaries."""
-    lm: Term = field(default_factory=lambda: Term(0.3))
+    lm: Term = field(default_factory=lambda: Term(0.3), metadata=_facts("LM", "head", needs_teacher=False))
     """Next-token cross-entropy on the text."""
-    feat: Term = field(default_factory=Term)
+    feat: Term = field(default_factory=Term, metadata=_facts("feature", "hidden states"))
     """Router: distance of the student's states from the teacher's, at the same relative depth."""
-    rel: Term = field(default_factory=Term)
+    rel: Term = field(default_factory=Term, metadata=_facts("relations", "hidden states"))
     """Router: attention relations, how the states of a text resemble one another."""
-    attn: Term = field(default_factory=Term)
+    attn: Term = field(default_factory=Term, metadata=_facts("alignment", "hidden states"))
     """Router: attention alignment, which teacher state a student's state points at."""
-    layer: Term = field(default_factory=Term)
+    layer: Term = field(default_factory=Term, metadata=_facts("layer", "hidden states"))
     """Router: distance from the mixture of teacher layers that the gate chooses."""
-    contr: Term = field(default_factory=Term)
+    contr: Term = field(default_factory=Term, metadata=_facts("contrastive", "hidden states"))
     """Router: contrastive, which teacher state of a span of text belongs to the student's."""
 
     def __post_init__(self) -> None:
@@ -90,13 +128,29 @@ class CurriculumConfig(Validated):
             raise ValueError(f"weights must be 0 or more, got {wrong}")
 
     def used(self) -> set[str]:
-        """Terms whose weight leaves 0 anywhere in the run."""
+        """Return the names of the terms whose weight leaves 0 anywhere in the run."""
         return {name for name, term in vars(self).items() if any(values_of(term.weight))}
+
+
+TERMS = {term.name: TermInfo(term.name, **term.metadata) for term in fields(CurriculumConfig)}
+"""Every loss term by name, in the order of the curriculum's fields."""
+
+# The sort is stable and False comes first: a message that lists head terms begins with LM, which any run can use.
+HEAD_TERMS = tuple(
+    term.name for term in sorted(TERMS.values(), key=lambda term: term.needs_teacher) if term.source == "head"
+)
+"""Names of the terms that come from the student's head; first those that need no teacher."""
+
+ROUTER_TERMS = tuple(term.name for term in TERMS.values() if term.source == "hidden states")
+"""Names of the terms that come from hidden states, which `StudentAwareRouter` computes."""
+
+TEXT_TERMS = frozenset(term.name for term in TERMS.values() if not term.needs_teacher)
+"""Names of the terms that are learned from the text alone, without a teacher."""
 
 
 @dataclass(frozen=True)
 class LossConfig(Validated):
-    """How the teacher's distribution becomes a loss."""
+    """Settings of the terms that compare next-token distributions."""
 
     divergence: DivergenceName = "forward_kl"
     """Divergence between teacher and student."""
@@ -124,15 +178,15 @@ class LossConfig(Validated):
     def __post_init__(self) -> None:
         super().__post_init__()
 
-        scalars = {name: values_of(getattr(self, name)) for name in ("temperature", "span_temperature")}
-        wrong = {name: v for name, v in scalars.items() if not all(0 < t < math.inf for t in v)}
+        temperatures = {name: values_of(getattr(self, name)) for name in ("temperature", "span_temperature")}
+        wrong = {name: v for name, v in temperatures.items() if not all(0 < t < math.inf for t in v)}
         if wrong:
             raise ValueError(f"temperatures must be greater than 0, got {wrong}; 1 is a good start")
 
 
 @dataclass(frozen=True)
 class RouterConfig(Validated):
-    """How hidden states of student and teacher are compared (`StudentAwareRouter`); the terms' weights say whether."""
+    """Settings of the terms that compare hidden states (`StudentAwareRouter`); a term with weight 0 is not computed."""
 
     layers: Annotated[int, Gt(0)] = 4
     """Student layers that are compared, spread evenly up to the last (capped at the student's layers)."""
@@ -160,7 +214,11 @@ class RouterConfig(Validated):
     """Peak learning rate of projections and gates; it follows the schedule of the student's."""
 
     def check_widths(self, student: int, teacher: int) -> None:
-        """Whether states of these widths can be compared; raises a ValueError that says why not."""
+        """Check that states of these widths can be cut into heads.
+
+        Raises:
+            ValueError: the number of heads does not divide a width.
+        """
         if student % self.heads or teacher % self.heads:
             raise ValueError(
                 f"got router.heads {self.heads} for states of width {student} (student) and {teacher} (teacher), "

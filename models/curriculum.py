@@ -3,45 +3,63 @@
 import math
 import warnings
 from dataclasses import fields
+from itertools import pairwise
 
 from .config import CurriculumConfig, LossConfig, Ramp, Schedule
 from .validation import expect, expect_count
 
 
 def value_at(schedule: Schedule, progress: float) -> float:
-    """The value of a constant or ramp at a progress in [0, 1]."""
+    """Return the value of a constant or a ramp at a progress in [0, 1]."""
     if not isinstance(schedule, Ramp):
         return float(schedule)
-    before = [point for point in schedule.points if point[0] <= progress]
-    after = [point for point in schedule.points if point[0] > progress]
-    if not before or not after:
-        return float((before or after)[-1 if before else 0][1])
-    (p0, v0), (p1, v1) = before[-1], after[0]
-    share = (progress - p0) / (p1 - p0)
+
+    # Outside of its points a ramp is constant.
+    first_progress, first_value = schedule.points[0]
+    last_progress, last_value = schedule.points[-1]
+    if progress < first_progress:
+        return float(first_value)
+    if progress >= last_progress:
+        return float(last_value)
+
+    # A progress that is itself a point begins the stretch to the next one.
+    (start, low), (end, high) = next(pair for pair in pairwise(schedule.points) if progress < pair[1][0])
+    share = (progress - start) / (end - start)
     if schedule.shape == "cosine":
         share = (1 - math.cos(math.pi * share)) / 2
-    return v0 + (v1 - v0) * share
+    return low + (high - low) * share
 
 
 class CurriculumScheduler:
-    """A pure function of the optimizer step: it has no state that a resume could lose.
+    """Weights and scalars as a pure function of the optimizer step: it has no state that a resume could lose.
 
     Args:
         curriculum: the weight of every term.
         loss: the source of the scheduled scalars (temperatures).
         total_steps: optimizer steps of the whole run.
+
+    Raises:
+        TypeError, ValueError: an argument of another kind, or no step.
     """
 
-    def __init__(self, curriculum: CurriculumConfig, loss: LossConfig, total_steps: int) -> None:
+    def __init__(
+        self,
+        curriculum: CurriculumConfig,
+        loss: LossConfig,
+        total_steps: int,
+    ) -> None:
         expect("curriculum", curriculum, CurriculumConfig, "a CurriculumConfig")
         expect("loss", loss, LossConfig, "a LossConfig")
         total_steps = expect_count("total_steps", total_steps, 1)
 
-        self._weights: dict[str, Schedule] = {f.name: getattr(curriculum, f.name).weight for f in fields(curriculum)}
+        self._weights: dict[str, Schedule] = {}
+        for term in fields(curriculum):
+            self._weights[term.name] = getattr(curriculum, term.name).weight
         self._scalars: dict[str, Schedule] = {
             "temperature": loss.temperature,
             "span_temperature": loss.span_temperature,
         }
+
         self.loss = loss
         self.used = curriculum.used()
         self.total_steps = total_steps
@@ -65,9 +83,9 @@ class CurriculumScheduler:
         return min(1.0, step / self.total_steps)
 
     def weights(self, step: int | None) -> dict[str, float]:
-        """Weight of every term at an optimizer step."""
+        """Return the weight of every term at an optimizer step."""
         return {name: value_at(schedule, self.progress(step)) for name, schedule in self._weights.items()}
 
     def scalars(self, step: int | None) -> dict[str, float]:
-        """Every other scheduled scalar at an optimizer step."""
+        """Return every other scheduled scalar at an optimizer step."""
         return {name: value_at(schedule, self.progress(step)) for name, schedule in self._scalars.items()}

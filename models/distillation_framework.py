@@ -3,16 +3,15 @@
 Shapes: B windows, S student positions, n supervised student positions, N KD rows, H student width.
 """
 
-import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import LossConfig, RouterConfig
+from .config import HEAD_TERMS, ROUTER_TERMS, TEXT_TERMS, LossConfig, RouterConfig
 from .curriculum import CurriculumScheduler
 from .language_model import (
     body_layers,
@@ -21,26 +20,25 @@ from .language_model import (
     depth_and_width,
     evaluating,
     head_logits,
-    logit_options,
     vocabulary_size,
 )
-from .losses import head_passes
 from .losses.chunk_size import chunk_rows
-from .losses.fused_head import HeadComputation, HeadTarget, head_losses
-from .losses.losses import outcome_log_probs, span_loss, span_sums
-from .student_aware_router import ROUTER_TERMS, StudentAwareRouter
+from .losses.head_terms import HeadResult, HeadTerms
+from .losses.hidden_state_terms import HIDDEN_STATE_TERMS
+from .losses.losses import outcome_log_probs
+from .student_aware_router import StudentAwareRouter
+from .teacher.cached import CachedTeacher
 from .teacher.frozen import FrozenTeacher
 from .teacher.projection import Projection
 from .text.vocabulary import VocabularyMap
 from .types import A_BATCH, DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
 from .validation import expect, expect_count, expect_number
 
-HEAD_TERMS = ("lm", "kd", "span")
-"""Terms that come from the student's head."""
+Teacher = FrozenTeacher | CachedTeacher
 
 
 class DistillationFramework(nn.Module):
-    """Computes the curriculum's loss of a student on a batch.
+    """The curriculum's loss of a student on a batch.
 
     Parameters, state and training mode are those of the student and, where the curriculum uses one of its terms, of
     the router; the teacher is held outside of them.
@@ -63,7 +61,7 @@ class DistillationFramework(nn.Module):
     def __init__(
         self,
         student: nn.Module,
-        teacher: FrozenTeacher | None,
+        teacher: Teacher | None,
         vocabulary: VocabularyMap | None,
         loss: LossConfig,
         curriculum: CurriculumScheduler,
@@ -76,23 +74,36 @@ class DistillationFramework(nn.Module):
         _check_trainable(student)
         _check_precision(student)
         _check_loss(loss, curriculum.loss)
+
         self.student = student
-        # in a tuple, out of reach of parameters(), state_dict(), train(), to() and DDP
+        # In a tuple, out of reach of parameters(), state_dict(), train(), to() and DDP.
         self._frozen = (teacher,)
-        self.loss_config = loss  # not `config`, which transformers.Trainer takes for a model's own
+        # Not `config`, which transformers.Trainer takes for a model's own.
+        self.loss_config = loss
         self.curriculum = curriculum
-        self.projection = None if vocabulary is None else Projection(vocabulary, loss.correction, loss.min_prefix_mass)
+
+        self.projection = None
         self._student_rows = vocabulary_size(student)
-        self._teacher_rows = None if vocabulary is None else len(vocabulary.order)
-        self.router: StudentAwareRouter | None = None
+        self._teacher_rows = None
+        if vocabulary is not None:
+            self.projection = Projection(vocabulary, loss.correction, loss.min_prefix_mass)
+            self._teacher_rows = len(vocabulary.order)
+
+        self.router = self._make_router(router or RouterConfig())
         self._has_warned = False
-        if routed := curriculum.used & {*ROUTER_TERMS}:
-            if teacher is None:
-                raise ValueError(f"got weights for {', '.join(sorted(routed))} and no teacher, whose states they need")
-            config = router or RouterConfig()
-            self.router = StudentAwareRouter(config, depth_and_width(student), depth_and_width(teacher.model))
-            self.router.to(next(student.parameters()).device)
         self._place_projection()
+
+    def _make_router(self, config: RouterConfig) -> StudentAwareRouter | None:
+        """Return a router on the student's device; None where the curriculum has no term on hidden states."""
+        routed = self.curriculum.used & {*ROUTER_TERMS}
+        if not routed:
+            return None
+
+        teacher = self.teacher
+        if teacher is None:
+            raise ValueError(f"got weights for {', '.join(sorted(routed))} and no teacher, whose states they need")
+        router = StudentAwareRouter(config, depth_and_width(self.student), depth_and_width(teacher.model))
+        return router.to(next(self.student.parameters()).device)
 
     def _apply(self, *args, **options) -> "DistillationFramework":
         """Move or convert parameters, as for any module, and the projection's tables after them."""
@@ -107,8 +118,13 @@ class DistillationFramework(nn.Module):
             self.projection.to(device)
 
     @property
-    def teacher(self) -> FrozenTeacher | None:
+    def teacher(self) -> Teacher | None:
         return self._frozen[0]
+
+    @property
+    def couples_windows(self) -> bool:
+        """A term compares the windows of a micro-batch with one another, so that its size changes what is learned."""
+        return any(HIDDEN_STATE_TERMS[name].couples_windows for name in ROUTER_TERMS if name in self.curriculum.used)
 
     def forward(
         self,
@@ -120,16 +136,16 @@ class DistillationFramework(nn.Module):
         signal: TeacherSignal | None = None,
         term_graphs: bool = False,
     ) -> DistillationOutput:
-        """Loss of a batch under the weights of an optimizer step.
+        """Return the loss of a batch under the weights of an optimizer step, and its terms.
 
         Args:
             batch: windows from `PairCollator`.
             step: optimizer step, counted from 0; None stands for the end of the curriculum. Nothing is logged or
-                kept in either case.
+                stored in either case.
             counts: items of every term in the whole optimizer step, over all micro-batches and processes (the sum of
                 `batch.counts`); None: this batch is the whole step.
             measure: also measure, without gradient, terms whose weight is 0.
-            signal: what the teacher said about this batch, if it is known already (`ask`).
+            signal: the teacher's signal for this batch, if it is there already (`ask`).
             term_graphs: give lm, kd and span graphs of their own, for a look at each one's gradient, at the price of
                 one more pass of the head for each. Without it only the total has a graph with them in it.
 
@@ -137,48 +153,58 @@ class DistillationFramework(nn.Module):
             the weighted total and the raw terms (sum, count).
         """
         self._check_batch(batch)
-        weights, scalars = self.curriculum.weights(step), self.curriculum.scalars(step)
+        weights = self.curriculum.weights(step)
+        scalars = self.curriculum.scalars(step)
         if not self.curriculum.used and not measure:
             raise ValueError(
                 f"curriculum: got 0 for every weight, and nothing is learned; give one of {', '.join(weights)} a "
                 "weight, or ask for the terms alone with measure=True"
             )
-        counts = batch.counts if counts is None else counts
-        wanted = self._wanted(batch, {t for t in weights if weights[t] or measure}, signal, weights)
-        counts = _checked_counts(counts, batch, wanted)
-        routed = wanted & {*ROUTER_TERMS}
+
+        # Every term is divided by its items in the whole step, so that micro-batches add up to one batch.
+        computed = self._terms_to_compute(batch, weights, measure, signal)
+        counts = _checked_counts(batch.counts if counts is None else counts, batch, computed)
+        shares = {name: weights[name] / max(counts[name], 1) for name in computed}
+        head_shares = {name: shares[name] for name in HEAD_TERMS if name in computed}
+        routed = [name for name in ROUTER_TERMS if name in computed]
         if routed:
             self._warn_if_not_calibrated()
+
         if signal is None:
-            signal = self._ask(batch, wanted)
-        signal = None if signal is None else signal.to(batch.student_ids.device)
+            signal = self._ask(batch, computed)
+        if signal is not None:
+            signal = signal.to(batch.student_ids.device)
         layers = self.router.student_layers if routed else ()
         states, hidden = body_layers(self.student, batch.student_ids, layers, batch.student_source)
-        shares = {t: weights[t] / max(counts[t], 1) for t in wanted}
-        head, terms = self._head_terms(batch, states, wanted, shares, scalars, signal)
-        if term_graphs:
-            for t in {t for t in wanted & {*HEAD_TERMS} if weights[t]}:
-                terms[t].sum, _ = self._head_terms(batch, states, {t}, {t: 1.0}, scalars, signal)
-        for taught in (True, False):
-            of = {t for t in routed if bool(weights[t]) == taught}
-            if of:
-                with torch.set_grad_enabled(torch.is_grad_enabled() and taught):
-                    sums = self.router(hidden, signal.hidden, batch.anchors, of)
-                    terms |= {t: LossTerm(sums[t], batch.counts[t]) for t in ROUTER_TERMS if t in of}
-        used = [terms[t].sum * shares[t] for t in ROUTER_TERMS if t in routed and weights[t]]
-        used += [head] if any(weights[t] for t in wanted & {*HEAD_TERMS}) else []
-        loss = torch.stack(used).sum() if used else self._no_loss()
-        return DistillationOutput(loss, terms, weights, {**scalars, "top_k": self.loss_config.top_k})
 
-    def ask(self, batch: PairedBatch, step: int | None = None, measure: bool = False) -> TeacherSignal | None:
-        """What `forward` needs to know of the teacher about a batch at that step, on the teacher's device.
+        terms: dict[str, LossTerm] = {}
+        parts = []
+        if head_shares:
+            loss, terms = self._head_terms(batch, states, signal, head_shares, scalars, term_graphs=term_graphs)
+            parts = [loss] if any(head_shares.values()) else []
+        if routed:
+            terms |= self._hidden_state_terms(batch, hidden, signal, routed, weights)
+            parts = [terms[name].sum * shares[name] for name in routed if weights[name]] + parts
+
+        total = torch.stack(parts).sum() if parts else self._no_loss()
+        return DistillationOutput(total, terms, weights, {**scalars, "top_k": self.loss_config.top_k})
+
+    def ask(
+        self,
+        batch: PairedBatch,
+        step: int | None = None,
+        measure: bool = False,
+    ) -> TeacherSignal | None:
+        """Return the teacher's signal that `forward` needs for a batch at that step, on the teacher's device.
 
         Asked before the student works on the batches before it, a teacher on another GPU computes at the same time.
         None where no term needs the teacher.
         """
         self._check_batch(batch)
         weights = self.curriculum.weights(step)
-        return self._ask(batch, self._wanted(batch, {t for t in weights if weights[t] or measure}, None, weights))
+        return self._ask(batch, self._terms_to_compute(batch, weights, measure, None))
+
+    # --- before a forward ---------------------------------------------------------------------------------------------
 
     def _check_batch(self, batch: Any) -> None:
         """Refuse a batch of another pair by its sizes, which are known without a look at a GPU."""
@@ -186,47 +212,63 @@ class DistillationFramework(nn.Module):
         if batch.vocabulary_sizes is None:
             return
 
-        held = (self._student_rows, self._teacher_rows)
-        for side, size, rows in zip(("student", "teacher"), batch.vocabulary_sizes, held, strict=True):
+        model_rows = (self._student_rows, self._teacher_rows)
+        for side, size, rows in zip(("student", "teacher"), batch.vocabulary_sizes, model_rows, strict=True):
             if rows is not None and size > rows:
                 raise ValueError(
                     f"batch: got tokens of a {side} with {size:,}, and this {side} has {rows:,}; expected a "
                     "PairCollator with the framework's vocabulary map, or are student and teacher swapped?"
                 )
 
-    def _ask(self, batch: PairedBatch, wanted: set[str]) -> TeacherSignal | None:
-        if not wanted - {"lm"}:
+    def _ask(self, batch: PairedBatch, terms: set[str]) -> TeacherSignal | None:
+        """Return the teacher's signal, with hidden states if a term compares them; None if no term needs it."""
+        if not terms - TEXT_TERMS:
             return None
-        layers = self.router.teacher_layers if wanted & {*ROUTER_TERMS} else ()
+        layers = self.router.teacher_layers if terms & {*ROUTER_TERMS} else ()
         return self.teacher.signal(batch, self.loss_config.top_k, layers)
 
-    def _wanted(
-        self, batch: PairedBatch, wanted: set[str], signal: TeacherSignal | None, weights: dict[str, float]
+    def _terms_to_compute(
+        self,
+        batch: PairedBatch,
+        weights: Mapping[str, float],
+        measure: bool,
+        signal: TeacherSignal | None,
     ) -> set[str]:
-        """The terms that can be computed; without a teacher and without its signal that is LM alone.
+        """Return the terms with a weight, and with `measure` also those of the others that can be computed.
+
+        Without a teacher and without its signal that is LM alone.
 
         Raises:
             ValueError: a hidden-state term with a weight cannot, for lack of anchors, states or a router.
         """
+        weighted = {name for name, weight in weights.items() if weight}
+        terms = {*weights} if measure else weighted
+
         if self.teacher is None and signal is None:
-            if needed := [t for t in sorted(weights) if weights[t] and t != "lm"]:
+            impossible = sorted(weighted - TEXT_TERMS)
+            if impossible:
                 warnings.warn(
-                    f"{', '.join(needed)} cannot be computed without a teacher, and LM alone is learned; give "
+                    f"{', '.join(impossible)} cannot be computed without a teacher, and LM alone is learned; give "
                     "DistillationFramework a teacher, or these terms the weight 0",
                     stacklevel=3,
                 )
-            return wanted & {"lm"}
+            return terms & TEXT_TERMS
 
-        lacks = ""
+        obstacle = self._obstacle_to_routing(batch, signal)
+        if not obstacle:
+            return terms
+        impossible = [name for name in ROUTER_TERMS if name in weighted]
+        if impossible:
+            raise ValueError(f"cannot compute {', '.join(impossible)}: {obstacle}")
+        return terms - {*ROUTER_TERMS}
+
+    def _obstacle_to_routing(self, batch: PairedBatch, signal: TeacherSignal | None) -> str:
+        """Return what the terms on hidden states lack, with the remedy; empty where they lack nothing."""
         if batch.anchors is None:
-            lacks = "the batch has no anchors; give PairCollator the RouterConfig"
-        elif signal is not None and signal.hidden is None:
-            lacks = "the signal has no hidden states; ask FrozenTeacher.signal for router.teacher_layers"
-        if self.router is not None and not lacks:
-            return wanted
-        if needed := [t for t in ROUTER_TERMS if weights[t]]:
-            raise ValueError(f"cannot compute {', '.join(needed)}: {lacks or 'there is no router'}")
-        return wanted - {*ROUTER_TERMS}
+            return "the batch has no anchors; give PairCollator the RouterConfig"
+        if signal is not None and signal.hidden is None:
+            return "the signal has no hidden states; ask FrozenTeacher.signal for router.teacher_layers"
+        return "there is no router" if self.router is None else ""
 
     def _warn_if_not_calibrated(self) -> None:
         """Warn once of a router that compares the teacher's states as they are."""
@@ -240,114 +282,103 @@ class DistillationFramework(nn.Module):
             stacklevel=3,
         )
 
-    def _no_loss(self) -> Tensor:
-        """A zero that backward() accepts."""
-        return sum(p.sum() * 0 for p in self.student.parameters() if p.requires_grad)
+    # --- the terms ----------------------------------------------------------------------------------------------------
 
     def _head_terms(
         self,
         batch: PairedBatch,
         states: Tensor,
-        wanted: set[str],
-        shares: dict[str, float],
-        scalars: dict[str, float],
         signal: TeacherSignal | None,
-    ) -> tuple[Tensor, dict[str, LossTerm]]:
-        """(sum over terms of share * sum, the terms) of those that come from the student's head.
+        shares: Mapping[str, float],
+        scalars: Mapping[str, float],
+        *,
+        term_graphs: bool,
+    ) -> HeadResult:
+        """Compute lm, kd and span from the states [B, S, H] that enter the student's head.
 
         Args:
-            states: [B, S, H] what enters the head.
-            shares: weight / count of every term. Its gradient is computed at once, in one pass over the logits.
+            shares: weight / count of each term that is computed.
         """
-        if not wanted & {*HEAD_TERMS}:
-            return states.new_zeros(()), {}
-        labels, states = batch.labels.flatten()[batch.supervised], states.flatten(0, 1)[batch.supervised]
-        head = functools.partial(
-            _same_draw(head_losses, states.device),
-            states,
-            self.student.get_output_embeddings(),
-            labels,
-            computation=HeadComputation(
-                compiled=head_passes.choose(self.loss_config.head_passes, states.device)[0],
-                **logit_options(self.student),
-            ),
+        head = HeadTerms(
+            student=self.student,
+            batch=batch,
+            states=states.flatten(0, 1)[batch.supervised],
+            config=self.loss_config,
+            scalars=scalars,
+            signal=signal,
+            target=self._target(batch, signal) if "kd" in shares else None,
         )
-        lm_share, extra, terms = shares.get("lm", 0.0), 0.0, {}
-        if "span" in wanted:
-            learns = torch.is_grad_enabled() and bool(shares["span"])
-            value, slope, log_probs = self._span_term(batch, signal, head, scalars["span_temperature"], learns)
-            terms["span"] = LossTerm(value, batch.counts["span"])
-            if slope is None:
-                extra = shares["span"] * value
-            else:
-                # log-probabilities are what LM sums: its weight at each position carries the gradient of this term too
-                lm_share = lm_share - shares["span"] * slope
-                extra = shares["span"] * (value - (slope * log_probs).sum())
-        with_kd: dict = {}
-        if "kd" in wanted:
-            target = self._target(batch, signal)
-            options = self._kd_options(scalars["temperature"])
-            with_kd = {"target": HeadTarget(target, rows=batch.row_supervised, **options)}
-        kd_share = shares.get("kd", 0.0)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and any(shares[t] for t in wanted & {*HEAD_TERMS})):
-            found = head(lm_weight=lm_share, kd_weight=kd_share, **(with_kd if kd_share else {}))
-        if "lm" in wanted:
-            terms["lm"] = LossTerm(found.lm_sum, batch.counts["lm"])
-        if "kd" in wanted:
-            kd_sum = found.kd_sum
-            if not kd_share:  # measured apart, afterwards: what is learned must not change by a rounding error
-                with torch.no_grad():
-                    kd_sum = head(lm_weight=0.0, **with_kd).kd_sum
-            terms["kd"] = LossTerm(kd_sum, batch.counts["kd"], skipped=(~target.valid).sum())
-        return found.loss + extra, {t: terms[t] for t in HEAD_TERMS if t in terms}
+        result = head.compute(shares)
 
-    def _target(self, batch: PairedBatch, signal: TeacherSignal, corrected: bool = True) -> SparseTarget:
-        return self.projection.to(batch.student_ids.device)(signal, batch, corrected)
+        if term_graphs:
+            for name, share in shares.items():
+                if share:
+                    result.terms[name].sum = head.compute({name: 1.0}).loss
+        return result
 
-    def _kd_options(self, temperature: float) -> dict:
-        c = self.loss_config
-        return {"temperature": temperature, "kind": c.divergence, "tail": c.tail, "skew": c.skew}
+    def _hidden_state_terms(
+        self,
+        batch: PairedBatch,
+        hidden: Sequence[Tensor],
+        signal: TeacherSignal,
+        names: Sequence[str],
+        weights: Mapping[str, float],
+    ) -> dict[str, LossTerm]:
+        """Compute terms on hidden states: those with a weight, then the others without a gradient."""
+        learned = [name for name in names if weights[name]]
+        measured = [name for name in names if not weights[name]]
 
-    def _span_term(
+        sums: dict[str, Tensor] = {}
+        if learned:
+            sums |= self.router(hidden, signal.hidden, batch.anchors, {*learned})
+        if measured:
+            with torch.no_grad():
+                sums |= self.router(hidden, signal.hidden, batch.anchors, {*measured})
+        return {name: LossTerm(sums[name], batch.counts[name]) for name in [*learned, *measured]}
+
+    def _no_loss(self) -> Tensor:
+        """Return a zero that backward() accepts."""
+        return sum(parameter.sum() * 0 for parameter in self.student.parameters() if parameter.requires_grad)
+
+    def _target(
         self,
         batch: PairedBatch,
         signal: TeacherSignal,
-        head: Callable,
-        temperature: float,
-        learns: bool,
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """(sum over spans, its derivative [n] by the log-probability of each label if it `learns`, these [n])."""
-        with torch.no_grad():
-            log_probs = head(lm_weight=0.0).log_probs
-        teacher = span_sums(signal.realised, batch.teacher_spans.flatten()[batch.teacher_held], batch.counts["span"])
-        c = self.loss_config
-        with torch.set_grad_enabled(learns):
-            leaf = log_probs.clone().requires_grad_(learns)
-            student = span_sums(leaf, batch.student_spans.flatten()[batch.supervised], batch.counts["span"])
-            value = span_loss(student, teacher, temperature=temperature, kind=c.divergence, skew=c.skew)
-            slope = torch.autograd.grad(value, leaf)[0] if learns else None
-        return value.detach(), slope, log_probs
+        corrected: bool = True,
+    ) -> SparseTarget:
+        """Return the teacher's distributions on the student's vocabulary."""
+        return self.projection.to(batch.student_ids.device)(signal, batch, corrected)
+
+    # --- beside training ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def compare(self, batch: PairedBatch, signal: TeacherSignal | None = None) -> dict[str, float]:
-        """How close the student is to the teacher where both have read exactly the same bytes (depth 0).
+        """Compare student and teacher where both have read exactly the same bytes (depth 0).
 
         Returns:
             sums over those positions: `agree` (same most probable token), `kl_sum` (KL in nats, at temperature 1, with
             the tail in one bucket), and their `count`.
         """
         self._check_batch(batch)
-        signal = (signal or self.teacher.signal(batch, self.loss_config.top_k)).to(batch.student_ids.device)
+        if signal is None:
+            signal = self.teacher.signal(batch, self.loss_config.top_k)
+        signal = signal.to(batch.student_ids.device)
+        # Uncorrected: the correction knows the real next token, of which nothing may be told when measuring.
         target = self._target(batch, signal, corrected=False)
-        states = body_states(self.student, batch.student_ids, batch.student_source)
+        states = body_states(self.student, batch.student_ids, batch.student_source).flatten(0, 1)
+
         rows = (target.valid & (batch.depth == 0)).nonzero()[:, 0]
-        agree = kl_sum = 0.0
-        for some in rows.split(chunk_rows(vocabulary_size(self.student), rows.device)[0]):
-            logits = head_logits(self.student, states.flatten(0, 1)[batch.row_student[some]])
-            part = SparseTarget(target.ids[some], target.probs[some], target.tail[some], target.valid[some])
-            best = part.ids.gather(1, part.probs.argmax(1, keepdim=True))[:, 0]
+        most_rows, _ = chunk_rows(vocabulary_size(self.student), rows.device)
+        agree = 0.0
+        kl_sum = 0.0
+        for chunk in rows.split(most_rows):
+            logits = head_logits(self.student, states[batch.row_student[chunk]])
+            part = SparseTarget(
+                ids=target.ids[chunk], probs=target.probs[chunk], tail=target.tail[chunk], valid=target.valid[chunk]
+            )
+            teacher_best = part.ids.gather(1, part.probs.argmax(1, keepdim=True))[:, 0]
             log_p, log_q = outcome_log_probs(logits, part, "bucket")
-            agree += float((logits.argmax(1) == best).sum())
+            agree += float((logits.argmax(1) == teacher_best).sum())
             kl_sum += float((log_p.exp() * (log_p - log_q)).sum())
         return {"agree": agree, "kl_sum": kl_sum, "count": len(rows)}
 
@@ -368,22 +399,24 @@ class DistillationFramework(nn.Module):
                 "calibrate out, or give one of them a weight"
             )
 
-        found = []
+        compared = []
         with evaluating(self.student):
             for batch in batches:
                 self._check_batch(batch)
                 hidden = self._student_layers(batch)
-                signal = self.teacher.signal(batch, 1, self.router.teacher_layers).to(batch.student_ids.device)
-                found.append((hidden, signal.hidden, batch.anchors))
-        self.router.calibrate(found)
+                signal = self.teacher.signal(batch, 1, self.router.teacher_layers)
+                teacher_hidden = signal.to(batch.student_ids.device).hidden
+                compared.append((hidden, teacher_hidden, batch.anchors))
+        self.router.calibrate(compared)
 
     def _student_layers(self, batch: PairedBatch) -> tuple[Tensor, ...]:
-        layers = self.router.student_layers
-        return body_layers(self.student, batch.student_ids, layers, batch.student_source)[1]
+        """Return [B, S, H] the student's states after each layer that the router compares."""
+        _, hidden = body_layers(self.student, batch.student_ids, self.router.student_layers, batch.student_source)
+        return hidden
 
     @torch.no_grad()
     def routing(self, batch: PairedBatch) -> dict[str, list] | None:
-        """Mean share of each teacher layer in the mixture of each student layer; None where no mixture is learned.
+        """Return the mean share of each teacher layer in each student layer's mixture; None where none is learned.
 
         Returns:
             `student_layers` and `teacher_layers` (counted from 1) and `weights`, one row per student layer.
@@ -391,12 +424,16 @@ class DistillationFramework(nn.Module):
         self._check_batch(batch)
         if self.router is None or "layer" not in self.curriculum.used:
             return None
+
         weights = self.router.routing(self._student_layers(batch), batch.anchors)
-        layers = {"student_layers": self.router.student_layers, "teacher_layers": self.router.teacher_layers}
-        return {**layers, "weights": weights.tolist()}
+        return {
+            "student_layers": self.router.student_layers,
+            "teacher_layers": self.router.teacher_layers,
+            "weights": weights.tolist(),
+        }
 
     def parameter_groups(self, learning_rate: float, weight_decay: float) -> list[dict]:
-        """Parameters for the optimizer: the student's, then the router's with their own learning rate.
+        """Return parameters for the optimizer: the student's, then the router's with their own learning rate.
 
         Only matrices decay (biases and norms are vectors), and of these not the gates, whose zero is their prior.
 
@@ -405,20 +442,35 @@ class DistillationFramework(nn.Module):
         """
         learning_rate = expect_number("learning_rate", learning_rate)
         weight_decay = expect_number("weight_decay", weight_decay)
-        student = [p for p in self.student.parameters() if p.requires_grad]
+
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        matrices = [parameter for parameter in trained if parameter.ndim >= 2]
+        vectors = [parameter for parameter in trained if parameter.ndim < 2]
         groups = [
-            ("student", [p for p in student if p.ndim >= 2], learning_rate, weight_decay),
-            ("student", [p for p in student if p.ndim < 2], learning_rate, 0.0),
+            {"name": "student", "params": matrices, "lr": learning_rate, "weight_decay": weight_decay},
+            {"name": "student", "params": vectors, "lr": learning_rate, "weight_decay": 0.0},
         ]
-        if (router := self.router) is not None:
+
+        if self.router is not None:
+            rate = self.router.config.learning_rate
+            gates = [self.router.gate, self.router.offset]
             groups += [
-                ("router", [router.projection], router.config.learning_rate, weight_decay),
-                ("gates", [router.gate, router.offset], router.config.learning_rate, 0.0),
+                {"name": "router", "params": [self.router.projection], "lr": rate, "weight_decay": weight_decay},
+                {"name": "gates", "params": gates, "lr": rate, "weight_decay": 0.0},
             ]
-        return [dict(zip(("name", "params", "lr", "weight_decay"), group, strict=True)) for group in groups]
+        return groups
 
 
-def _check_kinds(teacher: Any, vocabulary: Any, loss: Any, curriculum: Any, router: Any) -> None:
+# ------------------------------------------------------------------------------------------- checks
+
+
+def _check_kinds(
+    teacher: Any,
+    vocabulary: Any,
+    loss: Any,
+    curriculum: Any,
+    router: Any,
+) -> None:
     """Check that the arguments are what they are called, before anything is computed with them."""
     if isinstance(teacher, nn.Module) or not (teacher is None or hasattr(teacher, "signal")):
         raise TypeError(f"teacher: got a {type(teacher).__name__}, expected FrozenTeacher(model, vocabulary), or None")
@@ -432,6 +484,7 @@ def _check_kinds(teacher: Any, vocabulary: Any, loss: Any, curriculum: Any, rout
 
 
 def _check_trainable(student: nn.Module) -> None:
+    """Refuse a student without a single parameter to train."""
     if not any(parameter.requires_grad for parameter in student.parameters()):
         raise ValueError(
             f"the student ({type(student).__name__}) has nothing to train: none of its parameters requires a gradient; "
@@ -441,8 +494,9 @@ def _check_trainable(student: nn.Module) -> None:
 
 def _check_precision(student: nn.Module) -> None:
     """Refuse a student whose trained parameters are in half precision: small changes of them are lost in rounding."""
-    trained = {p.dtype for p in student.parameters() if p.requires_grad}
-    if half := trained & {torch.float16, torch.bfloat16}:
+    dtypes = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
+    half = dtypes & {torch.float16, torch.bfloat16}
+    if half:
         names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
         raise ValueError(
             f"the student's trained parameters are {names}, expected float32: load it with "
@@ -450,7 +504,11 @@ def _check_precision(student: nn.Module) -> None:
         )
 
 
-def _check_pair(student: nn.Module, teacher: FrozenTeacher | None, vocabulary: VocabularyMap | None) -> None:
+def _check_pair(
+    student: nn.Module,
+    teacher: Teacher | None,
+    vocabulary: VocabularyMap | None,
+) -> None:
     """Check that student, teacher and vocabulary map belong together."""
     if vocabulary is None:
         if teacher is not None:
@@ -464,33 +522,40 @@ def _check_pair(student: nn.Module, teacher: FrozenTeacher | None, vocabulary: V
             f"{rows:,}; build the map with student_vocab_size={rows}, or are student and teacher swapped?"
         )
 
-    # One that answers from memory holds the running teacher, or none.
+    # A cached teacher holds the running one, or none.
     running = teacher if isinstance(teacher, FrozenTeacher) else getattr(teacher, "teacher", None)
     if running is None:
         return
+
     if not np.array_equal(running.vocabulary_order, vocabulary.order):
         raise ValueError(
             "the teacher was made with another vocabulary map; expected one map for FrozenTeacher, PairCollator and "
             "DistillationFramework"
         )
-    of_teacher = {id(parameter) for parameter in running.model.parameters()}
-    if any(id(parameter) in of_teacher for parameter in student.parameters()):
+    teacher_ids = {id(parameter) for parameter in running.model.parameters()}
+    if any(id(parameter) in teacher_ids for parameter in student.parameters()):
         raise ValueError(
             "student and teacher share weights, and the teacher's are frozen; load the model a second time for the "
             "teacher"
         )
 
 
-def _checked_counts(counts: Any, batch: PairedBatch, wanted: set[str]) -> dict[str, int]:
-    """Return the items of each wanted term in the step, which are no fewer than the batch alone has."""
+def _checked_counts(
+    counts: Any,
+    batch: PairedBatch,
+    terms: set[str],
+) -> dict[str, int]:
+    """Return the items of some terms in the step, each at least as many as the batch alone has."""
     remedy = "expected the sum of batch.counts over the step"
     expect("counts", counts, Mapping, f"a dict, {remedy.removeprefix('expected ')}")
-    if lacking := sorted(wanted - counts.keys()):
+    lacking = sorted(terms - counts.keys())
+    if lacking:
         raise ValueError(f"counts: got none for {', '.join(lacking)}; {remedy}")
 
     items = {}
-    for term in wanted:
+    for term in terms:
         items[term] = expect_count(f"counts[{term!r}]", counts[term], 0, remedy)
+        # The items of a filler are in no count of the step.
         least = 0 if batch.is_filler else int(batch.counts[term])
         if items[term] < least:
             raise ValueError(f"counts[{term!r}]: got {items[term]}, and this batch alone has {least}; {remedy}")
@@ -500,19 +565,9 @@ def _checked_counts(counts: Any, batch: PairedBatch, wanted: set[str]) -> dict[s
 def _check_loss(loss: LossConfig, of_curriculum: LossConfig) -> None:
     """Refuse two values for one thing: of temperatures those of the curriculum would be taken without a word."""
     differing = []
-    for name, given in vars(loss).items():
-        if given != (taken := getattr(of_curriculum, name)):
-            differing.append(f"loss.{name}: got {given} here and {taken} in CurriculumScheduler")
+    for name, value in vars(loss).items():
+        curriculum_value = getattr(of_curriculum, name)
+        if value != curriculum_value:
+            differing.append(f"loss.{name}: got {value} here and {curriculum_value} in CurriculumScheduler")
     if differing:
         raise ValueError(f"{'; '.join(differing)}; expected one LossConfig for both")
-
-
-def _same_draw(function: Callable, device: torch.device) -> Callable:
-    """`function`, in which every call draws the same random numbers: all passes of a head with dropout (an adapter's,
-    for one) see one mask, however many passes are measured besides."""
-
-    def call(*args, **options):
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            return function(*args, **options)
-
-    return call

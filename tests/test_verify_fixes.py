@@ -12,9 +12,10 @@ import pytest
 import torch
 
 import verify_fixes
-from models import distillation_framework, student_aware_router
+from models import distillation_framework
 from models.config import CurriculumConfig, Term
-from models.losses import fused_head, losses
+from models.losses import fused_head, hidden_state_terms, losses
+from models.losses.hidden_state_terms import HIDDEN_STATE_TERMS
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from models.teacher import frozen as teacher_module
 from models.teacher.frozen import FrozenTeacher
@@ -225,7 +226,7 @@ def test_one_step_runs_in_the_precision_of_the_device_and_leaves_the_accelerator
         assert not verify_fixes.loop.one_step(bench, setup.config).passed
     routed = replace(setup.config, curriculum=CurriculumConfig(**dict.fromkeys(ROUTER_TERMS, Term(0.1))))
     assert verify_fixes.loop.one_step(bench, routed).passed
-    monkeypatch.setattr(student_aware_router, "_distance", lambda a, b: a.sum(-1) * float("nan"))
+    monkeypatch.setattr(hidden_state_terms, "state_distance", lambda a, b: a.sum(-1) * float("nan"))
     assert (
         verify_fixes.loop.one_step(bench, setup.config).passed and not verify_fixes.loop.one_step(bench, routed).passed
     )
@@ -251,15 +252,15 @@ def plant_unshifted_labels(monkeypatch):
 
 
 def plant_labels_shifted_twice(monkeypatch):
-    sound = distillation_framework.DistillationFramework._head_terms
+    sound = distillation_framework.DistillationFramework.forward
 
-    def twice(self, batch, *rest):
+    def twice(self, batch, *rest, **options):
         rolled = batch.labels.roll(-1, 1)
         rolled[:, -1] = IGNORE
         kept = rolled.flatten()[batch.supervised] != IGNORE
-        return sound(self, replace(batch, labels=rolled, supervised=batch.supervised[kept]), *rest)
+        return sound(self, replace(batch, labels=rolled, supervised=batch.supervised[kept]), *rest, **options)
 
-    monkeypatch.setattr(distillation_framework.DistillationFramework, "_head_terms", twice)
+    monkeypatch.setattr(distillation_framework.DistillationFramework, "forward", twice)
 
 
 def plant_no_temperature_squared(monkeypatch):
@@ -354,53 +355,52 @@ def plant_leaking_split(monkeypatch):
 
 
 def plant_summed_channels(monkeypatch):
-    monkeypatch.setattr(student_aware_router, "_distance", lambda a, b: (a - b).square().sum(-1) / 2)
+    monkeypatch.setattr(hidden_state_terms, "state_distance", lambda a, b: (a - b).square().sum(-1) / 2)
 
 
 def plant_raw_states(monkeypatch):
-    monkeypatch.setattr(student_aware_router, "_norm", lambda x: x)
-    monkeypatch.setattr(StudentAwareRouter, "_target", lambda self, layer, states: states)
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, shape: x)
+    monkeypatch.setattr(StudentAwareRouter, "standardise", lambda self, layer, states: states)
 
 
 def plant_items_counted_as_windows(monkeypatch):
-    sound = pairing._anchors
+    sound = pairing.count_items
 
-    def windows(*args):
-        anchors, counts = sound(*args)
-        return anchors, dict.fromkeys(counts, len(anchors.sampled))
+    def windows(anchors):
+        return dict.fromkeys(sound(anchors), len(anchors.sampled))
 
-    monkeypatch.setattr(pairing, "_anchors", windows)
+    monkeypatch.setattr(pairing, "count_items", windows)
 
 
 def plant_relations_summed_over_pairs(monkeypatch):
     def summed(a, b, mask):
         return 1 - ((a - b).square() * mask).sum(-1)
 
-    monkeypatch.setattr(student_aware_router, "_correlation", summed)
+    monkeypatch.setattr(hidden_state_terms, "masked_correlation", summed)
 
 
 def plant_attention_not_divided_by_its_keys(monkeypatch):
-    sound = StudentAwareRouter._attention
+    sound = HIDDEN_STATE_TERMS["attn"]
 
-    def undivided(self, projected, teacher, anchors):
-        return sound(self, projected, teacher, anchors) * math.log(teacher[0].shape[1])
+    def undivided(states):
+        return sound.loss(states) * math.log(states.teacher[0].shape[1])
 
-    monkeypatch.setattr(StudentAwareRouter, "_attention", undivided)
+    monkeypatch.setitem(HIDDEN_STATE_TERMS, "attn", sound._replace(loss=undivided))
 
 
 def plant_products_for_cosines(monkeypatch):
-    monkeypatch.setattr(student_aware_router.F, "normalize", lambda x, dim: x)
-    monkeypatch.setattr(student_aware_router, "SAME_TEXT", math.inf)
+    monkeypatch.setattr(torch.nn.functional, "normalize", lambda x, dim: x)
+    monkeypatch.setattr(hidden_state_terms, "SAME_TEXT", math.inf)
 
 
 def plant_padding_is_a_negative(monkeypatch):
-    sound = pairing._anchors
+    sound = pairing.collect_anchors
 
     def one_more(*args):
-        anchors, counts = sound(*args)
-        return replace(anchors, runs=anchors.runs + int((anchors.sampled < 0).all(1).sum())), counts
+        anchors = sound(*args)
+        return replace(anchors, runs=anchors.runs + int((anchors.sampled < 0).all(1).sum()))
 
-    monkeypatch.setattr(pairing, "_anchors", one_more)
+    monkeypatch.setattr(pairing, "collect_anchors", one_more)
 
 
 def plant_padding_is_averaged_with_weight_0(monkeypatch):
@@ -413,8 +413,8 @@ def plant_padding_is_averaged_with_weight_0(monkeypatch):
 
 
 def plant_student_cut_off(monkeypatch):
-    sound = StudentAwareRouter._project
-    monkeypatch.setattr(StudentAwareRouter, "_project", lambda self, layer, x: sound(self, layer, x.detach()))
+    sound = StudentAwareRouter.project
+    monkeypatch.setattr(StudentAwareRouter, "project", lambda self, layer, x: sound(self, layer, x.detach()))
 
 
 def plant_coarse_teacher_states(monkeypatch):
@@ -438,12 +438,12 @@ def plant_hidden_states_of_every_step(monkeypatch):
 
 
 def plant_terms_of_weight_0_computed(monkeypatch):
-    sound = distillation_framework.DistillationFramework._wanted
+    sound = distillation_framework.DistillationFramework.forward
 
-    def everything(self, batch, wanted, signal, weights):
-        return sound(self, batch, {*weights}, signal, weights)
+    def everything(self, batch, step=None, **options):
+        return sound(self, batch, step, **(options | {"measure": True}))
 
-    monkeypatch.setattr(distillation_framework.DistillationFramework, "_wanted", everything)
+    monkeypatch.setattr(distillation_framework.DistillationFramework, "forward", everything)
 
 
 ON_BENCH = [

@@ -66,24 +66,22 @@ class LossSettings(Protocol):
 
     @property
     def temperature(self) -> float | Schedule: ...
+
     @property
     def max_depth(self) -> int: ...
-
-
-class RouterSettings(Protocol):
-    """Sizes of what compares hidden states of student and teacher."""
-
-    @property
-    def layers(self) -> int: ...
-    @property
-    def teacher_layers(self) -> int: ...
 
     @property
     def correction(self) -> str: ...
 
 
 class RouterSettings(Protocol):
-    """The comparison of hidden states."""
+    """Sizes of the comparison of hidden states."""
+
+    @property
+    def layers(self) -> int: ...
+
+    @property
+    def teacher_layers(self) -> int: ...
 
     @property
     def calibration_windows(self) -> int: ...

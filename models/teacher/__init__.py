@@ -1,1 +1,13 @@
-"""The teacher's side: frozen or from a cache, and its projection on the student's vocabulary."""
+"""The teacher's side: what it says of a batch, how that is stored, and how it reaches the student's vocabulary.
+
+frozen       FrozenTeacher: a language model that is only read; `PairedBatch` -> `TeacherSignal`
+cached       CachedTeacher: the same from a store of signals; RememberingCollator reads the store ahead
+top_k        the largest logits of long rows, and the mass of the others
+projection   Projection: `TeacherSignal` -> `SparseTarget`, the teacher's distribution on the student's vocabulary
+"""
+
+from .cached import CachedTeacher, RememberingCollator
+from .frozen import FrozenTeacher
+from .projection import Projection
+
+__all__ = ["CachedTeacher", "FrozenTeacher", "Projection", "RememberingCollator"]

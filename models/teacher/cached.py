@@ -1,18 +1,14 @@
-"""A teacher whose signals are remembered: for the framework it is a teacher like any other.
+"""CachedTeacher: a teacher whose signals are stored; the framework takes it like any other teacher.
 
-The memory is handed in; the framework does not know what it is. It has `top_k` (outcomes per row) and
-
-    keys(windows) -> one key per window
-    read(keys) -> arrays of the batch's `TeacherSignal`, in its order and without `hidden`, or None
-    keep(keys, [arrays of each window], tokens, seconds) -> as `read` will return it
+The store is handed in; nothing here knows whether it is a folder, or where. See `SignalStore`.
 
 Shapes: B windows, N KD rows, M unpadded teacher positions.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,40 +20,74 @@ from ..validation import expect
 from .frozen import FrozenTeacher
 
 NUMBERS = ("ids", "log_probs", "log_tail", "log_mass", "realised")
+"""Fields of a `TeacherSignal` that are stored, in this order; hidden states are not."""
+
+Arrays = Sequence[np.ndarray]
+"""One array for each of `NUMBERS`."""
+
+
+class SignalStore(Protocol):
+    """Memory of the teacher's signals, window by window."""
+
+    top_k: int
+    """Outcomes of each row."""
+
+    def keys(self, windows: Sequence[Mapping[str, Any]]) -> list[bytes]:
+        """Return one key for each window."""
+
+    def read(self, keys: Sequence[bytes]) -> Arrays | None:
+        """Return the arrays of a batch of these windows; None if one of the windows is missing."""
+
+    def keep(
+        self,
+        keys: Sequence[bytes],
+        windows: Sequence[Arrays],
+        tokens: int,
+        seconds: float,
+    ) -> Arrays:
+        """Store the arrays of each window, and return those of the batch as `read` will return them.
+
+        Args:
+            tokens: supervised student tokens of the batch.
+            seconds: time that the teacher took for it.
+        """
 
 
 @dataclass(frozen=True)
 class RememberingCollator:
-    """Batches that the memory knows, with what it holds of them.
+    """Collates batches with the keys of their windows, and with the stored signal if there is one.
 
     Args:
-        ahead: read it now: in a DataLoader's workers, while the device computes. Else `CachedTeacher` does when asked.
+        ahead: read the signal now: in a DataLoader's workers, while the device computes. Else `CachedTeacher` reads it
+            when it is called.
     """
 
     collate: PairCollator
-    memory: Any
+    memory: SignalStore
     ahead: bool = True
 
     def __call__(self, windows: Sequence[dict[str, Any]]) -> PairedBatch:
         batch = self.collate(windows)
         batch.keys = self.memory.keys(windows)
-        found = self.memory.read(batch.keys) if self.ahead else None
-        batch.signal = None if found is None else _as_signal(found)
+        batch.signal = _read_signal(self.memory, batch.keys) if self.ahead else None
         return batch
 
 
 class CachedTeacher:
-    """Answers from memory where it can, else asks the teacher and remembers.
+    """Answers from a store where it can, else asks the teacher and stores its answer.
 
-    What is returned is always what was remembered, also the first time: a loss does not depend on whether the
-    memory had the batch already.
+    A signal is always what was stored, also the first time: a loss does not depend on whether the store had the batch
+    already.
 
     Args:
-        teacher: None if everything is known and no hidden states are asked for.
-        memory: see the module's text.
+        teacher: None if every window is stored and no hidden states are needed.
+        memory: signals of windows.
+
+    Raises:
+        TypeError: an argument of another kind.
     """
 
-    def __init__(self, teacher: FrozenTeacher | None, memory: Any) -> None:
+    def __init__(self, teacher: FrozenTeacher | None, memory: SignalStore) -> None:
         if teacher is not None:
             expect("teacher", teacher, FrozenTeacher, "FrozenTeacher(model, vocabulary), or None")
         lacking = [name for name in ("top_k", "keys", "read", "keep") if not hasattr(memory, name)]
@@ -68,7 +98,8 @@ class CachedTeacher:
         self.memory = memory
 
     def __deepcopy__(self, memo: dict) -> "CachedTeacher":
-        return self  # as the teacher, and there is one memory
+        # Copies of a framework share it, as they do a teacher: there is one store.
+        return self
 
     @property
     def model(self) -> nn.Module:
@@ -80,42 +111,76 @@ class CachedTeacher:
         return self.teacher
 
     @torch.no_grad()
-    def signal(self, batch: PairedBatch, top_k: int | None = None, layers: Sequence[int] = ()) -> TeacherSignal:
-        """As `FrozenTeacher.signal`, of a batch from a `RememberingCollator`; the memory decides on `top_k`."""
-        device = batch.student_ids.device
-        found, hidden = batch.signal, None
-        if found is None and (read := self.memory.read(batch.keys)) is not None:
-            found = _as_signal(read)
-        if found is None:
-            began = time.monotonic()
-            exact = self._running.signal(batch, self.memory.top_k, layers)
-            windows = _of_each_window(batch, exact)
-            kept = self.memory.keep(batch.keys, windows, batch.counts["lm"], time.monotonic() - began)
-            found, hidden = _as_signal(kept), exact.hidden
+    def signal(
+        self,
+        batch: PairedBatch,
+        top_k: int | None = None,
+        layers: Sequence[int] = (),
+    ) -> TeacherSignal:
+        """Return what `FrozenTeacher.signal` returns, for a batch from a `RememberingCollator`.
+
+        Args:
+            top_k: not used: the store decides on it.
+            layers: teacher layers, counted from 1, whose states are computed by the teacher in any case.
+        """
+        stored = batch.signal
+        if stored is None:
+            stored = _read_signal(self.memory, batch.keys)
+
+        hidden = None
+        if stored is None:
+            stored, hidden = self._compute_and_store(batch, layers)
         elif layers:
             hidden = self._states(batch, layers)
-        return replace(_pinned(found, device).to(device, non_blocking=True), hidden=hidden)
+
+        device = batch.student_ids.device
+        on_device = _pinned(stored, device).to(device, non_blocking=True)
+        return replace(on_device, hidden=hidden)
+
+    def _compute_and_store(
+        self, batch: PairedBatch, layers: Sequence[int]
+    ) -> tuple[TeacherSignal, tuple[Tensor, ...] | None]:
+        """Return the signal as it was stored, and the hidden states of the same forward."""
+        start = time.monotonic()
+        exact = self._running.signal(batch, self.memory.top_k, layers)
+        # Copied to the host first, so that the time includes the GPU's.
+        windows = _split_by_window(batch, exact)
+        seconds = time.monotonic() - start
+        arrays = self.memory.keep(batch.keys, windows, batch.counts["lm"], seconds)
+        return _as_signal(arrays), exact.hidden
 
     def _states(self, batch: PairedBatch, layers: Sequence[int]) -> tuple[Tensor, ...]:
-        states = self._running.states(batch.teacher_ids, layers, batch.teacher_source)[1]
+        """Return [B, T, H_T] the teacher's states after some layers, on the batch's device."""
+        _, states = self._running.states(batch.teacher_ids, layers, batch.teacher_source)
         return tuple(state.to(batch.student_ids.device) for state in states)
 
 
-def _as_signal(arrays: Sequence[np.ndarray]) -> TeacherSignal:
-    return TeacherSignal(*map(torch.from_numpy, arrays))
+def _read_signal(memory: SignalStore, keys: Sequence[bytes]) -> TeacherSignal | None:
+    """Return the stored signal of a batch; None if a window of it is missing."""
+    arrays = memory.read(keys)
+    return None if arrays is None else _as_signal(arrays)
 
 
-def _of_each_window(batch: PairedBatch, signal: TeacherSignal) -> list[tuple[np.ndarray, ...]]:
-    """The arrays of a batch, window by window."""
-    windows, width = batch.student_ids.shape
-    on_host = _to_host([batch.row_student, batch.teacher_mask, *(getattr(signal, name) for name in NUMBERS)])
+def _as_signal(arrays: Arrays) -> TeacherSignal:
+    tensors = [torch.from_numpy(array) for array in arrays]
+    return TeacherSignal(**dict(zip(NUMBERS, tensors, strict=True)))
+
+
+def _split_by_window(batch: PairedBatch, signal: TeacherSignal) -> list[Arrays]:
+    """Return the arrays of a signal, window by window."""
+    numbers = [getattr(signal, name) for name in NUMBERS]
+    on_host = _to_host([batch.row_student, batch.teacher_mask, *numbers])
     row_student, teacher_mask, *arrays = (tensor.numpy() for tensor in on_host)
-    rows = np.bincount(row_student // width, minlength=windows).cumsum()[:-1]
-    positions = teacher_mask.sum(1).cumsum()[:-1]
+
+    # Rows and positions are in the order of the windows: cut where the next window begins.
+    windows, width = batch.student_ids.shape
+    row_cuts = np.bincount(row_student // width, minlength=windows).cumsum()[:-1]
+    position_cuts = teacher_mask.sum(1).cumsum()[:-1]
 
     columns = []
     for name, array in zip(NUMBERS, arrays, strict=True):
-        columns.append(np.split(array, positions if name == "realised" else rows))
+        cuts = position_cuts if name == "realised" else row_cuts
+        columns.append(np.split(array, cuts))
     return list(zip(*columns, strict=True))
 
 
@@ -131,5 +196,9 @@ def _pinned(signal: TeacherSignal, device: torch.device) -> TeacherSignal:
     """Return a signal whose copy to a GPU the host need not wait for."""
     if device.type != "cuda":
         return signal
-    arrays = {name: getattr(signal, name) for name in NUMBERS}
-    return replace(signal, **{name: array if array.is_cuda else array.pin_memory() for name, array in arrays.items()})
+
+    pinned = {}
+    for name in NUMBERS:
+        tensor = getattr(signal, name)
+        pinned[name] = tensor if tensor.is_cuda else tensor.pin_memory()
+    return replace(signal, **pinned)

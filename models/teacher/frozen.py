@@ -1,11 +1,12 @@
-"""The frozen teacher: PairedBatch -> TeacherSignal.
+"""FrozenTeacher: a language model that reads a `PairedBatch` and answers with a `TeacherSignal`.
 
-Shapes: B windows, T teacher positions, M unpadded teacher positions, N KD rows, K tokens kept of each, V teacher
-vocabulary.
+Shapes: B windows, T teacher positions, M unpadded teacher positions, N KD rows, D rows at depth > 0, K tokens of each
+row, V teacher vocabulary.
 """
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,18 @@ from ..losses.chunk_size import chunk_rows
 from ..text.vocabulary import VocabularyMap
 from ..types import A_BATCH, PairedBatch, Source, TeacherSignal
 from ..validation import expect, expect_count
-from .top_k import _top
+from .top_k import TopK, join_top_k, take_top_k
+
+
+class HeadReading(NamedTuple):
+    """Output of the teacher's head for a batch, in the parts in which it was computed."""
+
+    at_anchors: list[TopK]
+    """Rows: the positions that are an anchor, in the order of `PairedBatch.asked`."""
+    within_prefix: list[TopK]
+    """[D] rows: the same, restricted to the tokens that begin with what the student has read."""
+    realised: list[Tensor]
+    """[M] log-probability of the text's next token, in the order of `PairedBatch.asked`."""
 
 
 class FrozenTeacher:
@@ -43,33 +55,49 @@ class FrozenTeacher:
                 f"{rows:,} rows; build the map with teacher_vocab_size={rows}"
             )
 
-        # only now, so that a model that is refused stays as it was
+        # Only now, so that a model that is refused stays as it was.
         self.model = model.eval().requires_grad_(False)
         self.vocabulary_order = vocabulary.order
-        self.order = torch.from_numpy(vocabulary.order).long().to(self.device)
+        order = torch.from_numpy(vocabulary.order).long()
+        self.order = order.to(self.device)
 
     @property
     def device(self) -> torch.device:
-        """The device of what the teacher says: that of its head, also after its model was moved."""
+        """The device of the teacher's signals: that of its head, also after its model was moved."""
         device = self.model.get_output_embeddings().weight.device
-        is_offloaded = device.type == "meta"  # accelerate fetches the weights for each call
+        # Offloaded weights have none of their own: accelerate fetches them for each call.
+        is_offloaded = device.type == "meta"
         return self._first_device if is_offloaded else device
 
     def __deepcopy__(self, memo: dict) -> "FrozenTeacher":
-        return self  # read only: copies of what holds it share it
+        # It is only read, so that copies of a framework share it.
+        return self
 
     @torch.no_grad()
     def states(
-        self, ids: Tensor, layers: Sequence[int], source: Source | None = None
+        self,
+        ids: Tensor,
+        layers: Sequence[int],
+        source: Source | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """`body_layers` of ids on any device, outside of autocast; the states after a layer are where it is."""
+        """Run the model's body outside of autocast, on ids that lie on any device; see `body_layers`.
+
+        The states after a layer lie on the device of that layer.
+        """
         with torch.autocast(self.device.type, enabled=False):
-            there = input_device(self.model)
-            return body_layers(self.model, ids.to(there), layers, source and source.to(there))
+            device = input_device(self.model)
+            if source is not None:
+                source = source.to(device)
+            return body_layers(self.model, ids.to(device), layers, source)
 
     @torch.no_grad()
-    def signal(self, batch: PairedBatch, top_k: int, layers: Sequence[int] = ()) -> TeacherSignal:
-        """The teacher's top-k distributions at the anchors of a batch, and its probability of the real text.
+    def signal(
+        self,
+        batch: PairedBatch,
+        top_k: int,
+        layers: Sequence[int] = (),
+    ) -> TeacherSignal:
+        """Return the top-k distributions at the anchors of a batch, and the log-probability of the real text.
 
         The signal stays on the teacher's device: a copy to another GPU would make that one wait at once.
 
@@ -79,59 +107,133 @@ class FrozenTeacher:
         expect("batch", batch, PairedBatch, A_BATCH)
         top_k = expect_count("top_k", top_k, 1)
         device = self.device
-        if self.order.device != device:  # the model was moved
-            self.order = self.order.to(device)
+        # The model may have been moved since.
+        self.order = self.order.to(device)
         batch = batch.to(device, non_blocking=True)
+
         with torch.autocast(device.type, enabled=False):
             states, hidden = self.states(batch.teacher_ids, layers, batch.teacher_source)
             position = batch.teacher_held[batch.asked]
-            states = states.flatten(0, 1).to(device)[position]
-            following = batch.teacher_ids.flatten().roll(-1)[position, None]
-            anchors, total = len(batch.deep_before) - 1, len(position)
-            top_k = min(top_k, len(self.order))
-            has_plain_head = is_plain_linear(self.model.get_output_embeddings())
-            each = 4 if has_plain_head or states.dtype == torch.float32 else 6  # with a copy in half precision
-            most, _ = chunk_rows(len(self.order), device, each)
-            size = math.ceil(total / math.ceil(total / most))  # a small last chunk would read the whole head again
-            few = math.ceil(size / 4)  # deep rows come with their tokens, which take more than a logit
-            buffer = torch.empty(size, len(self.order), device=device) if has_plain_head else None
-            at_anchors, within, realised = [], [], []
-            for lo in range(0, total, size):
-                logits = head_logits(self.model, states[lo : lo + size], out=buffer)
-                at_text = logits.gather(1, following[lo : lo + size])[:, 0]
-                ends = [min(lo, anchors), min(lo + len(logits), anchors)]
-                asked, other = logits.tensor_split([ends[1] - ends[0]])
-                first, last = batch.deep_before[ends]
-                for start in range(first, last, few):
-                    within.append(self._within(asked, batch, lo, slice(start, min(start + few, last)), top_k))
-                at_anchors.append(_top(asked, top_k))
-                realised.append(at_text - torch.cat([at_anchors[-1][-1], other.logsumexp(1)]))
-            *columns, log_sum = (torch.cat(c)[batch.row_asked] for c in zip(*at_anchors, strict=True))
-            log_mass = torch.zeros_like(log_sum)  # at depth 0 nothing was read since the anchor
-            if within:
-                *parts, part_sum = (torch.cat(c) for c in zip(*within, strict=True))
-                for column, part in zip(columns, parts, strict=True):
-                    column[batch.deep] = part
-                # a prefix without any mass: its row is not used, and must not be NaN
-                log_mass[batch.deep] = (part_sum - log_sum[batch.deep]).clamp_min(torch.finfo(torch.float32).min)
-            columns += [log_mass, torch.empty_like(batch.asked, dtype=torch.float32)]
-            columns[-1][batch.asked] = torch.cat(realised)
-        return TeacherSignal(*columns, hidden if layers else None)
+            next_ids = batch.teacher_ids.flatten().roll(-1)
+            states = states.flatten(0, 1).to(device)
+            reading = self._read_head(
+                states[position],
+                next_ids[position],
+                batch,
+                top_k=min(top_k, len(self.order)),
+            )
 
-    def _within(
-        self, logits: Tensor, batch: PairedBatch, first: int, part: slice, top_k: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What `_top` gives, with tokens for columns, of some rows at depth > 0: of the tokens that begin as was read.
+            # At depth 0 nothing was read since the anchor: its log mass is 0.
+            top = join_top_k(reading.at_anchors).rows(batch.row_asked)
+            log_mass = torch.zeros_like(top.log_sum)
+            if reading.within_prefix:
+                within = join_top_k(reading.within_prefix)
+                log_share = within.log_sum - top.log_sum[batch.deep]
+                top.ids[batch.deep] = within.ids
+                top.log_probs[batch.deep] = within.log_probs
+                top.log_tail[batch.deep] = within.log_tail
+                # The row of a prefix without any mass is not used, and must not be NaN.
+                log_mass[batch.deep] = log_share.clamp_min(torch.finfo(torch.float32).min)
+
+            # Back from the order of computation to that of the text.
+            realised = torch.empty_like(batch.asked, dtype=torch.float32)
+            realised[batch.asked] = torch.cat(reading.realised)
+
+        return TeacherSignal(
+            ids=top.ids,
+            log_probs=top.log_probs,
+            log_tail=top.log_tail,
+            log_mass=log_mass,
+            realised=realised,
+            hidden=hidden if layers else None,
+        )
+
+    def _read_head(
+        self,
+        states: Tensor,
+        next_ids: Tensor,
+        batch: PairedBatch,
+        top_k: int,
+    ) -> HeadReading:
+        """Send states through the head, chunk by chunk: the logits of all positions never exist together.
 
         Args:
-            logits: of neighbouring anchors.
-            first: which anchor the first row of `logits` is.
-            part: which of `batch.deep`.
+            states: [M, H_T] in the order of `PairedBatch.asked`.
+            next_ids: [M] the text's next token at each.
+        """
+        size = self._chunk_size(states)
+        buffer = None
+        if is_plain_linear(self.model.get_output_embeddings()):
+            buffer = torch.empty(size, len(self.order), device=self.device)
+        # Deep rows come with their tokens, which take more than a logit.
+        deep_size = math.ceil(size / 4)
+
+        anchors = len(batch.deep_before) - 1
+        reading = HeadReading([], [], [])
+        for first in range(0, len(states), size):
+            chunk = slice(first, first + size)
+            logits = head_logits(self.model, states[chunk], out=buffer)
+            text_logits = logits.gather(1, next_ids[chunk, None])[:, 0]
+
+            # Anchors come first in the order. A chunk may hold the last of them and other positions.
+            first_anchor = min(first, anchors)
+            end_anchor = min(first + len(logits), anchors)
+            at_anchors, other = logits.tensor_split([end_anchor - first_anchor])
+
+            # Before the top k are taken, which overwrites the logits.
+            first_deep = batch.deep_before[first_anchor]
+            end_deep = batch.deep_before[end_anchor]
+            for start in range(first_deep, end_deep, deep_size):
+                part = slice(start, min(start + deep_size, end_deep))
+                top = self._top_within_prefix(at_anchors, batch, first, part, top_k)
+                reading.within_prefix.append(top)
+
+            top = take_top_k(at_anchors, top_k)
+            reading.at_anchors.append(top)
+            log_sums = torch.cat([top.log_sum, other.logsumexp(1)])
+            reading.realised.append(text_logits - log_sums)
+        return reading
+
+    def _chunk_size(self, states: Tensor) -> int:
+        """Return the rows of a chunk, such that all chunks are about equal: a small last one reads the whole head."""
+        is_plain = is_plain_linear(self.model.get_output_embeddings())
+        # Another head makes a copy in half precision besides.
+        bytes_per_logit = 4 if is_plain or states.dtype == torch.float32 else 6
+        most, _ = chunk_rows(len(self.order), self.device, bytes_per_logit)
+        chunks = math.ceil(len(states) / most)
+        return math.ceil(len(states) / chunks)
+
+    def _top_within_prefix(
+        self,
+        logits: Tensor,
+        batch: PairedBatch,
+        first_anchor: int,
+        part: slice,
+        top_k: int,
+    ) -> TopK:
+        """Return the top k of some rows at depth > 0, among the tokens that begin with what the student has read.
+
+        Args:
+            logits: [anchors, V] of neighbouring anchors.
+            first_anchor: number of the anchor in the first row of `logits`.
+            part: a part of `batch.deep`.
         """
         rows = batch.deep[part]
-        column = torch.arange(max(int(batch.deep_width[part].max()), top_k), device=logits.device)
-        lo, hi = batch.prefix_lo[rows, None], batch.prefix_hi[rows, None]
-        token = self.order[(lo + column).clamp_max(len(self.order) - 1)]
-        restricted = logits[(batch.row_asked[rows] - first)[:, None], token].masked_fill(lo + column >= hi, -torch.inf)
-        at, log_probs, log_tail, log_sum = _top(restricted, top_k)
-        return token.gather(1, at).masked_fill(log_probs == -torch.inf, -1), log_probs, log_tail, log_sum
+        low = batch.prefix_lo[rows, None]
+        high = batch.prefix_hi[rows, None]
+
+        # The tokens with a common beginning are neighbours in the vocabulary map's order.
+        most_tokens = int(batch.deep_width[part].max())
+        width = max(most_tokens, top_k)
+        rank = low + torch.arange(width, device=logits.device)
+        token = self.order[rank.clamp_max(len(self.order) - 1)]
+
+        anchor = batch.row_asked[rows] - first_anchor
+        restricted = logits[anchor[:, None], token]
+        restricted = restricted.masked_fill(rank >= high, -torch.inf)
+        top = take_top_k(restricted, top_k)
+
+        # A prefix may have fewer than k tokens.
+        is_missing = top.log_probs == -torch.inf
+        ids = token.gather(1, top.ids).masked_fill(is_missing, -1)
+        return top._replace(ids=ids)

@@ -1,45 +1,61 @@
-"""Texts -> windows that both models can read -> PairedBatch.
+"""Windows of text -> `PairedBatch`: `PairCollator` aligns the two readings of each window and pads.
 
-`PairEncoder` tokenises documents with both tokenizers and packs them into windows; `PairCollator` aligns the two
-readings of each window and pads. A window starts with each model's start marker and begins and ends on a common
-boundary. Where a document is continued from the window before, its last span is read again, unsupervised, so that
-every byte of text is supervised exactly once.
+A window starts with each model's start marker and begins and ends on a common boundary. Where a document is continued
+from the window before, its last span is read again, unsupervised, so that every byte of text is supervised exactly
+once.
 
 Within a window, byte offsets count text, one pseudo-byte for each end of text, and one slot before each document
 for the space that some tokenizers put there.
+
+Shapes: as in `models.types`.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config import RouterConfig
-from ..types import IGNORE, LEAST_RELATED, Anchors, PairedBatch, Source
+from ..losses.hidden_state_terms import count_items
+from ..types import IGNORE, PairedBatch, Source
 from ..validation import expect, expect_count
 from .alignment import Alignment, align, paired_tokens
+from .anchors import collect_anchors
+from .padding import pad_rows
 from .tokens import MARKER, MISMATCH, WRITTEN, Reading
 from .vocabulary import VocabularyMap
-from .windows import BEHIND, SIDES, _reading
+from .windows import SIDES, _reading
+
+Window = Mapping[str, Any]
+"""A window as `PairEncoder.windows` makes it."""
+
+
+def read_and_learned(window: Window) -> tuple[np.ndarray, np.ndarray]:
+    """Return (tokens that the student reads of a window, those of its encoder first; bool: it learns to predict it)."""
+    source = np.asarray(window.get("student_source", []), dtype=np.int64)
+    ids = np.asarray(window["student_ids"])
+    is_learned = np.asarray(window["student_roles"]) != MARKER
+    return np.append(source, ids), np.append(np.zeros(len(source), dtype=bool), is_learned)
+
+
+def count_channel(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
+    """Return (teacher tokens, student tokens) that start at the same byte, for `VocabularyMap.with_channel`."""
+    teacher_tokens = []
+    student_tokens = []
+    for window in windows:
+        student, teacher = (_comparable(_reading(window, side)) for side in SIDES)
+        of_teacher, of_student = paired_tokens(student, teacher)
+        teacher_tokens.append(of_teacher)
+        student_tokens.append(of_student)
+    return np.concatenate(teacher_tokens), np.concatenate(student_tokens)
 
 
 def _comparable(reading: Reading) -> Reading:
-    """The reading as it is aligned: markup, which one model alone writes, stands for no bytes of the other's text."""
+    """Return a reading as it is aligned: markup, which one model alone writes, is no text of the other."""
     return reading._replace(roles=np.where(reading.roles == WRITTEN, MISMATCH, reading.roles))
-
-
-def read_and_learned(window: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """(tokens that the student reads of a window, those of its encoder first; whether it learns to predict each)."""
-    source = np.asarray(window.get("student_source", []), dtype=np.int64)
-    ids, roles = np.asarray(window["student_ids"]), np.asarray(window["student_roles"])
-    return np.append(source, ids), np.append(np.zeros(len(source), dtype=bool), roles != MARKER)
-
-
-def count_channel(windows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """(teacher tokens, student tokens) that start at the same byte, over windows: for `VocabularyMap.with_channel`."""
-    pairs = [paired_tokens(*(_comparable(_reading(window, side)) for side in SIDES)) for window in windows]
-    return tuple(np.concatenate(side) for side in zip(*pairs, strict=True))
 
 
 class PairCollator:
@@ -63,76 +79,110 @@ class PairCollator:
         router: RouterConfig | None = None,
     ) -> None:
         expect("vocabulary", vocabulary, VocabularyMap, "the pair's VocabularyMap")
-        ids = end_of_text if isinstance(end_of_text, tuple | list) else ()
-        if len(ids) != 2 or not all(i is None or isinstance(i, int) for i in ids):
-            raise TypeError(f"end_of_text: got {end_of_text!r}, expected that of the encoder: PairEncoder.end_of_text")
+        self.vocabulary_sizes = (vocabulary.student_vocab_size, len(vocabulary.order))
+        _check_end_of_text(end_of_text, self.vocabulary_sizes)
         if router is not None:
             expect("router", router, RouterConfig, "a RouterConfig, or None")
-
-        self.vocabulary_sizes = (vocabulary.student_vocab_size, len(vocabulary.order))
-        for side, token, rows in zip(SIDES, ids, self.vocabulary_sizes, strict=True):
-            if token is not None and not 0 <= token < rows:
-                raise ValueError(
-                    f"end_of_text: got {token} for the {side}, expected a token of the vocabulary map, which has "
-                    f"{rows:,}; PairEncoder.end_of_text has the right ones"
-                )
 
         self.vocabulary = vocabulary
         self.end_of_text = end_of_text
         self.max_depth = expect_count("max_depth", max_depth, 0)
         self.router = router
 
-    def __call__(self, windows: Sequence[dict[str, Any]]) -> PairedBatch:
-        if isinstance(windows, Mapping):
-            raise TypeError("windows: got one window, expected a list of windows; put it in brackets: [window]")
-        if not len(windows):
-            raise ValueError("windows: got none, expected at least 1")
-        for number, window in enumerate(windows):
-            _check_window(number, window)
+    def __call__(self, windows: Sequence[Window]) -> PairedBatch:
+        """Return some windows as one batch.
 
-        readings = [[_reading(w, side) for w in windows] for side in SIDES]
-        sources = [[w.get(f"{side}_source") for w in windows] for side in SIDES]
-        for side, rows, of_side, read in zip(SIDES, self.vocabulary_sizes, readings, sources, strict=True):
-            decoded = [reading.ids for reading in of_side]
-            _check_ids(side, [*decoded, *(ids for ids in read if ids is not None)], rows)
+        Raises:
+            TypeError: something else than a list of windows.
+            ValueError: no window, one that no encoder made, or tokens that the vocabulary map does not have.
+        """
+        _check_windows(windows)
+        student = _pad_side(windows, "student", self.vocabulary_sizes[0])
+        teacher = _pad_side(windows, "teacher", self.vocabulary_sizes[1])
 
-        aligned = [
-            align(_comparable(student), _comparable(teacher), self.vocabulary, self.max_depth)
-            for student, teacher in zip(*readings, strict=True)
-        ]
-        padded, markup = {}, {}
-        for side, rows in zip(SIDES, readings, strict=True):
-            padded[f"{side}_ids"] = _pad([r.ids for r in rows], 0)
-            padded[f"{side}_mask"] = _pad([np.ones_like(r.ids) for r in rows], 0)
-            supervised = [np.where(r.roles[1:] != MARKER, r.ids[1:], IGNORE) for r in rows]
-            padded[f"{side}_labels"] = _pad([np.append(labels, IGNORE) for labels in supervised], IGNORE)
-            markup[f"{side}_markup"] = _markup_positions(rows, padded[f"{side}_ids"].shape[1])
-        padded["labels"] = padded.pop("student_labels")
-        rows = _stack(aligned, padded["student_ids"].shape[1], padded["teacher_ids"].shape[1])
-        rows["supervised"] = np.flatnonzero(padded["labels"] != IGNORE)
-        rows["row_supervised"] = np.searchsorted(rows["supervised"], rows["row_student"])
-        asked, host = _asked(rows, padded["teacher_mask"])
+        aligned = []
+        for student_reading, teacher_reading in zip(student.readings, teacher.readings, strict=True):
+            alignment = align(
+                _comparable(student_reading), _comparable(teacher_reading), self.vocabulary, self.max_depth
+            )
+            aligned.append(alignment)
+        return self._assemble(windows, student, teacher, aligned)
+
+    def _assemble(
+        self,
+        windows: Sequence[Window],
+        student: "_PaddedSide",
+        teacher: "_PaddedSide",
+        aligned: list[Alignment],
+    ) -> PairedBatch:
+        """Return the batch of windows that were padded and aligned."""
+        supervised = np.flatnonzero(student.labels != IGNORE)
+        rows = _stack_rows(aligned, supervised, student.width, teacher.width)
+        order = _order_teacher(rows, teacher.mask)
         counts = {
-            "lm": len(rows["supervised"]),
-            "kd": len(rows["row_student"]),
-            "depth0": int((rows["depth"] == 0).sum()),
-            "span": sum(a.spans for a in aligned),
+            "lm": len(supervised),
+            "kd": len(rows.row_student),
+            "depth0": int((rows.depth == 0).sum()),
+            "span": sum(alignment.spans for alignment in aligned),
         }
+
         anchors = None
         if self.router is not None:
-            anchors, compared = _anchors(readings, aligned, padded, self.router)
-            counts |= compared
+            widths = (student.width, teacher.width)
+            anchors = collect_anchors((student.readings, teacher.readings), aligned, widths, self.router)
+            counts |= count_items(anchors)
+
         return PairedBatch(
-            **{name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in (padded | rows | asked | markup).items()},
-            **host,
-            **{f"{side}_source": _source(read) for side, read in zip(SIDES, sources, strict=True)},
+            student_ids=_tensor(student.ids),
+            student_mask=_tensor(student.mask),
+            labels=_tensor(student.labels),
+            supervised=_tensor(supervised),
+            teacher_ids=_tensor(teacher.ids),
+            teacher_mask=_tensor(teacher.mask),
+            teacher_labels=_tensor(teacher.labels),
+            **{name: _tensor(column) for name, column in rows._asdict().items()},
+            **order.fields(),
+            student_spans=_number_spans([alignment.student_spans for alignment in aligned], aligned),
+            teacher_spans=_number_spans([alignment.teacher_spans for alignment in aligned], aligned),
+            student_markup=_tensor(student.markup),
+            teacher_markup=_tensor(teacher.markup),
+            student_source=student.source,
+            teacher_source=teacher.source,
             counts=counts,
             anchors=anchors,
-            bytes=torch.tensor([int(w["bytes"]) for w in windows], dtype=torch.int64),
+            bytes=torch.tensor([int(window["bytes"]) for window in windows], dtype=torch.int64),
             end_of_text=self.end_of_text,
-            documents=[str(w["documents"]) for w in windows],
+            documents=[str(window["documents"]) for window in windows],
             vocabulary_sizes=self.vocabulary_sizes,
         )
+
+
+# ---------------------------------------------------------------------------------- what is handed in
+
+
+def _check_end_of_text(end_of_text: Any, vocabulary_sizes: tuple[int, int]) -> None:
+    """Check that there is a token of each vocabulary, or None, for student and teacher."""
+    is_pair = isinstance(end_of_text, tuple | list) and len(end_of_text) == 2
+    if not is_pair or not all(token is None or isinstance(token, int) for token in end_of_text):
+        raise TypeError(f"end_of_text: got {end_of_text!r}, expected that of the encoder: PairEncoder.end_of_text")
+
+    for side, token, rows in zip(SIDES, end_of_text, vocabulary_sizes, strict=True):
+        if token is not None and not 0 <= token < rows:
+            raise ValueError(
+                f"end_of_text: got {token} for the {side}, expected a token of the vocabulary map, which has "
+                f"{rows:,}; PairEncoder.end_of_text has the right ones"
+            )
+
+
+def _check_windows(windows: Any) -> None:
+    """Refuse what is no list of windows."""
+    if isinstance(windows, Mapping):
+        raise TypeError("windows: got one window, expected a list of windows; put it in brackets: [window]")
+    if not len(windows):
+        raise ValueError("windows: got none, expected at least 1")
+
+    for number, window in enumerate(windows):
+        _check_window(number, window)
 
 
 def _check_window(number: int, window: Any) -> None:
@@ -147,110 +197,174 @@ def _check_window(number: int, window: Any) -> None:
         raise ValueError(f"windows[{number}]: got a window without {', '.join(lacking)}, expected {expected}")
 
 
-def _check_ids(side: str, ids: Sequence[np.ndarray], rows: int) -> None:
+def _check_ids(
+    side: str,
+    ids: Sequence[np.ndarray],
+    rows: int,
+) -> None:
     """Refuse tokens that the vocabulary map lacks; on a GPU, in the embedding, they would end the process."""
-    low = min((int(np.min(some)) for some in ids if len(some)), default=0)
-    high = max((int(np.max(some)) for some in ids if len(some)), default=0)
-    if low < 0 or high >= rows:
+    lowest = min((int(np.min(row)) for row in ids if len(row)), default=0)
+    highest = max((int(np.max(row)) for row in ids if len(row)), default=0)
+    if lowest < 0 or highest >= rows:
         raise ValueError(
-            f"windows: got token {low if low < 0 else high} for the {side}, of which the vocabulary map has {rows:,}; "
-            "expected windows and map of the same pair, or are student and teacher swapped?"
+            f"windows: got token {lowest if lowest < 0 else highest} for the {side}, of which the vocabulary map has "
+            f"{rows:,}; expected windows and map of the same pair, or are student and teacher swapped?"
         )
 
 
+# ------------------------------------------------------------------------------------ one side, padded
+
+
+@dataclass(frozen=True)
+class _PaddedSide:
+    """Windows as one of the models reads them."""
+
+    readings: list[Reading]
+    ids: np.ndarray
+    """[B, S] tokens."""
+    mask: np.ndarray
+    """[B, S] 1 on tokens."""
+    labels: np.ndarray
+    """[B, S] the token that each position predicts, or IGNORE."""
+    markup: np.ndarray
+    """Flat positions that predict markup."""
+    source: Source | None
+    """Input of the encoder, where there is one."""
+
+    @property
+    def width(self) -> int:
+        return self.ids.shape[1]
+
+
+def _pad_side(
+    windows: Sequence[Window],
+    side: str,
+    vocabulary_size: int,
+) -> _PaddedSide:
+    """Pad the windows of one side, after a look at their tokens."""
+    readings = [_reading(window, side) for window in windows]
+    sources = [window.get(f"{side}_source") for window in windows]
+    read_by_encoder = [source for source in sources if source is not None]
+    _check_ids(side, [*(reading.ids for reading in readings), *read_by_encoder], vocabulary_size)
+
+    # Position j predicts token j + 1, and the last position nothing.
+    labels = []
+    for reading in readings:
+        following = np.where(reading.roles[1:] != MARKER, reading.ids[1:], IGNORE)
+        labels.append(np.append(following, IGNORE))
+
+    ids = pad_rows([reading.ids for reading in readings], 0)
+    return _PaddedSide(
+        readings=readings,
+        ids=ids,
+        mask=pad_rows([np.ones_like(reading.ids) for reading in readings], 0),
+        labels=pad_rows(labels, IGNORE),
+        markup=_markup_positions(readings, ids.shape[1]),
+        source=_pad_source(sources),
+    )
+
+
 def _markup_positions(readings: list[Reading], width: int) -> np.ndarray:
-    """Flat positions, in rows of `width`, that predict markup."""
-    empty = np.zeros(0, dtype=np.int64)
-    rows = [np.flatnonzero(reading.roles[1:] == WRITTEN) + row * width for row, reading in enumerate(readings)]
-    return np.concatenate([empty, *rows])
+    """Return flat positions, in rows of `width`, that predict markup."""
+    positions = [np.zeros(0, dtype=np.int64)]
+    for number, reading in enumerate(readings):
+        positions.append(np.flatnonzero(reading.roles[1:] == WRITTEN) + number * width)
+    return np.concatenate(positions)
 
 
-def _pad(rows: list[np.ndarray], value: int) -> np.ndarray:
-    out = np.full((len(rows), max([1, *map(len, rows)])), value, dtype=np.int64)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return out
-
-
-def _source(rows: list[np.ndarray | None]) -> Source | None:
+def _pad_source(rows: list[np.ndarray | None]) -> Source | None:
+    """Return what the encoder of a side reads; None where the model has no encoder."""
     if rows[0] is None:
         return None
-    ids, mask = (torch.from_numpy(_pad(some, 0)) for some in (rows, [np.ones_like(row) for row in rows]))
-    return Source(ids, None if mask.all() else mask)  # decided here, where no device has to be waited for
+
+    ids = torch.from_numpy(pad_rows(rows, 0))
+    mask = torch.from_numpy(pad_rows([np.ones_like(row) for row in rows], 0))
+    # Decided here, on the host: later a GPU would have to be waited for.
+    has_padding = not mask.all()
+    return Source(ids, mask if has_padding else None)
 
 
-def _stack(aligned: list[Alignment], student_width: int, teacher_width: int) -> dict[str, np.ndarray]:
-    """The alignments of all windows as flat indices into the padded batch."""
-    empty = [np.zeros(0, dtype=np.int64)]
-    rows = {
-        "row_student": [a.student + b * student_width for b, a in enumerate(aligned)],
-        "row_teacher": [a.teacher + b * teacher_width for b, a in enumerate(aligned)],
-        **{name: [getattr(a, name) for a in aligned] for name in ("depth", "prefix_lo", "prefix_hi", "pieces")},
-    }
-    flat = {name: np.concatenate([*empty, *parts]).astype(np.int64) for name, parts in rows.items()}
-    first = np.cumsum([0, *(a.spans for a in aligned)])
-    for side in SIDES:
-        spans = [getattr(a, f"{side}_spans") for a in aligned]
-        flat[f"{side}_spans"] = _pad([np.where(s >= 0, s + n, -1) for s, n in zip(spans, first[:-1], strict=True)], -1)
-    return flat | {
-        f"{side}_spans": _widen(flat[f"{side}_spans"], width)
-        for side, width in zip(SIDES, (student_width, teacher_width), strict=True)
-    }
+# ------------------------------------------------------------------------------------ both sides together
 
 
-def _asked(rows: dict[str, np.ndarray], mask: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """In which order the teacher's positions are asked for their distributions: (for the device, for the host)."""
-    held = np.flatnonzero(mask)
-    anchors, row_asked = np.unique(np.searchsorted(held, rows["row_teacher"]), return_inverse=True)
-    others = np.delete(np.arange(len(held)), anchors)
-    deep = np.flatnonzero(rows["depth"])
-    before = np.searchsorted(row_asked[deep], np.arange(len(anchors) + 1))
-    width = (rows["prefix_hi"] - rows["prefix_lo"])[deep]
-    device = {"teacher_held": held, "asked": np.append(anchors, others), "row_asked": row_asked, "deep": deep}
-    return device, {"deep_before": before, "deep_width": width}
+class _Rows(NamedTuple):
+    """KD rows of a batch, under the names that they have in `PairedBatch`."""
+
+    row_student: np.ndarray
+    row_supervised: np.ndarray
+    row_teacher: np.ndarray
+    depth: np.ndarray
+    prefix_lo: np.ndarray
+    prefix_hi: np.ndarray
+    pieces: np.ndarray
 
 
-def _widen(rows: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(rows, ((0, 0), (0, width - rows.shape[1])), constant_values=-1)
-
-
-def _anchors(
-    readings: list[list[Reading]], aligned: list[Alignment], padded: dict[str, np.ndarray], router: RouterConfig
-) -> tuple[Anchors, dict[str, int]]:
-    """What the router compares in a batch, and how many items each of its terms has."""
-    widths = [padded[f"{side}_ids"].shape[1] for side in SIDES]
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in ("student", "teacher", "window", "run")}
-    sampled, queries, attends = [], [], []
-    total = runs = 0
-    for b, (a, s, t) in enumerate(zip(aligned, *readings, strict=True)):
-        at = np.flatnonzero((a.depth == 0) & (a.student > 0) & (a.teacher > 0))
-        in_runs = max(1, round(len(at) / router.span)) if len(at) else 0
-        columns["student"].append(a.student[at] + b * widths[0])
-        columns["teacher"].append(a.teacher[at] + b * widths[1])
-        columns["window"].append(np.full(len(at), b))
-        columns["run"].append(runs + np.arange(len(at)) * in_runs // max(len(at), 1))
-        chosen = np.unique(np.linspace(0, len(at) - 1, min(len(at), router.positions)).round().astype(np.int64))
-        token = a.student[at[chosen]]
-        query = np.stack([s.starts[token], s.ends[token]], 1)
-        seen = t.ends[None, 1:] <= query[:, 1:]
-        overlap = np.minimum(t.ends[None, 1:], query[:, 1:]) - np.maximum(t.starts[None, 1:], query[:, :1])
-        sampled.append(total + chosen)
-        queries.append(query)
-        attends.append((seen.sum(1) > 1) & ((overlap > 0) & seen).any(1))
-        total += len(at)
-        runs += in_runs
-    anchors = Anchors(
-        **{name: torch.from_numpy(np.concatenate(parts).astype(np.int64)) for name, parts in columns.items()},
-        sampled=torch.from_numpy(_pad(sampled, -1)),
-        query_bytes=torch.from_numpy(np.stack([_pad([q[:, i] for q in queries], 0) for i in range(2)], -1)),
-        key_bytes=torch.from_numpy(np.stack([_pad([r[i] for r in readings[1]], BEHIND) for i in (1, 2)], -1)),
-        attends=torch.from_numpy(_pad(attends, 0).astype(bool)),
-        runs=runs,
+def _stack_rows(
+    aligned: list[Alignment],
+    supervised: np.ndarray,
+    student_width: int,
+    teacher_width: int,
+) -> _Rows:
+    """Return the anchored positions of all windows, as flat indices into the padded batch."""
+    row_student = _joined([a.student + window * student_width for window, a in enumerate(aligned)])
+    return _Rows(
+        row_student=row_student,
+        row_supervised=np.searchsorted(supervised, row_student),
+        row_teacher=_joined([a.teacher + window * teacher_width for window, a in enumerate(aligned)]),
+        depth=_joined([a.depth for a in aligned]),
+        prefix_lo=_joined([a.prefix_lo for a in aligned]),
+        prefix_hi=_joined([a.prefix_hi for a in aligned]),
+        pieces=_joined([a.pieces for a in aligned]),
     )
-    return anchors, {
-        "feat": total,
-        "layer": total,
-        "rel": sum(len(chosen) >= LEAST_RELATED for chosen in sampled),
-        "attn": int(anchors.attends.sum()),
-        "contr": runs,
-    }
+
+
+class _TeacherOrder(NamedTuple):
+    """Order in which the teacher's head computes positions, under the names of `PairedBatch`."""
+
+    teacher_held: np.ndarray
+    asked: np.ndarray
+    row_asked: np.ndarray
+    deep: np.ndarray
+    deep_before: np.ndarray
+    deep_width: np.ndarray
+
+    def fields(self) -> dict[str, Tensor | np.ndarray]:
+        """Return the fields of a batch: tensors, but for the two that stay on the host, where chunks are cut."""
+        tensors = {name: _tensor(getattr(self, name)) for name in ("teacher_held", "asked", "row_asked", "deep")}
+        return {**tensors, "deep_before": self.deep_before, "deep_width": self.deep_width}
+
+
+def _order_teacher(rows: _Rows, mask: np.ndarray) -> _TeacherOrder:
+    """Put the teacher's positions that are the anchor of a row first: these alone need a whole distribution."""
+    positions = np.flatnonzero(mask)
+    anchors, row_asked = np.unique(np.searchsorted(positions, rows.row_teacher), return_inverse=True)
+    others = np.delete(np.arange(len(positions)), anchors)
+
+    # Rows at depth > 0 need it restricted besides; how many there are before each anchor tells a chunk its own.
+    deep = np.flatnonzero(rows.depth)
+    return _TeacherOrder(
+        teacher_held=positions,
+        asked=np.append(anchors, others),
+        row_asked=row_asked,
+        deep=deep,
+        deep_before=np.searchsorted(row_asked[deep], np.arange(len(anchors) + 1)),
+        deep_width=(rows.prefix_hi - rows.prefix_lo)[deep],
+    )
+
+
+def _number_spans(spans: list[np.ndarray], aligned: list[Alignment]) -> Tensor:
+    """Return [B, S] the span of each position, numbered through the batch; -1 where there is none."""
+    first = 0
+    rows = []
+    for row, alignment in zip(spans, aligned, strict=True):
+        rows.append(np.where(row >= 0, row + first, -1))
+        first += alignment.spans
+    return torch.from_numpy(pad_rows(rows, -1))
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(parts).astype(np.int64)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array))

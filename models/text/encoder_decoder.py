@@ -1,4 +1,4 @@
-"""Prompts and completions -> windows of encoder-decoder pairs (T5, BART).
+"""Windows of encoder-decoder pairs (T5, BART), made of prompts and completions: `SourceEncoder`, `make_encoder`.
 
 The encoders read the prompt, each in its own tokens, and the decoders the completion: theirs are the positions that are
 aligned, taught and compared. A window is one example. It has the columns of `PairEncoder.windows` for what the decoders
@@ -8,9 +8,11 @@ read (what they begin with, as a marker; the completion; its end of text), and b
 
 import hashlib
 import json
+from collections.abc import Sequence
 from datetime import date
 from typing import Any, Literal
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..validation import expect_texts
@@ -45,22 +47,35 @@ class SourceEncoder(PairEncoder):
         facts: ModelFacts = ANY_MODEL,
     ) -> None:
         super().__init__(student_tokenizer, teacher_tokenizer, max_length, facts)
-        for side, (tokenizer, start) in enumerate(zip((student_tokenizer, teacher_tokenizer), starts, strict=True)):
-            if hasattr(tokenizer, "src_lang"):
-                raise ValueError(
-                    f"the {SIDES[side]}'s tokenizer ({type(tokenizer).__name__}) marks the languages of prompt and "
-                    "completion, which no column names: expected one such as T5's or BART's"
-                )
-            bos = leading_bos(tokenizer)
-            self.starts[side] = [start] if bos is None else [start, bos]
-            self._require_rows(side)
-        own = json.dumps([self.fingerprint, "source", self.starts])
-        self.fingerprint = hashlib.sha256(own.encode()).hexdigest()
+        self._set_start(0, student_tokenizer, starts[0])
+        self._set_start(1, teacher_tokenizer, starts[1])
+
+        # Windows of such a pair have other columns than those of the same tokenizers for causal models.
+        content = json.dumps([self.fingerprint, "source", self.starts])
+        self.fingerprint = hashlib.sha256(content.encode()).hexdigest()
+
+    def _set_start(
+        self,
+        side: int,
+        tokenizer: PreTrainedTokenizerBase,
+        start: int,
+    ) -> None:
+        """Set the ids that a side's decoder reads before a text."""
+        if hasattr(tokenizer, "src_lang"):
+            raise ValueError(
+                f"the {SIDES[side]}'s tokenizer ({type(tokenizer).__name__}) marks the languages of prompt and "
+                "completion, which no column names: expected one such as T5's or BART's"
+            )
+
+        bos = leading_bos(tokenizer)
+        self.starts[side] = [start] if bos is None else [start, bos]
+        self._require_rows(side)
 
     def _require_rows(self, side: int) -> None:
         """Refuse a tokenizer that frames texts with tokens which its model has no row for."""
         table = self.tables[side]
-        beyond = [i for i in [*self.starts[side], *table.framed("a").tolist()] if i >= table.rows]
+        frame = [*self.starts[side], *table.framed("a").tolist()]
+        beyond = [token for token in frame if token >= table.rows]
         if beyond:
             raise ValueError(
                 f"the {SIDES[side]} puts token {beyond[0]:,} around a text, but its model has only {table.rows:,} "
@@ -68,7 +83,7 @@ class SourceEncoder(PairEncoder):
             )
 
     def windows(self, texts: list[str], documents: list[str] | None = None) -> list[dict[str, Any]]:
-        """One window for each example, a conversation of one prompt and one answer; see `PairEncoder.windows`.
+        """Return one window for each example, a conversation of one prompt and one answer; see `PairEncoder.windows`.
 
         `left_out` counts bytes of completions whose prompt, or which themselves, do not fit.
 
@@ -76,34 +91,53 @@ class SourceEncoder(PairEncoder):
             ConversationError: a conversation of something else.
         """
         expect_texts(texts, documents)
-        windows, left_out = [], 0
-        for name, example in zip(documents or [""] * len(texts), texts, strict=True):
+        names = documents or [""] * len(texts)
+
+        # Bytes that are left out are told in the next window, or in the last.
+        windows: list[dict[str, Any]] = []
+        left_out = 0
+        for name, example in zip(names, texts, strict=True):
             with named(name):
                 prompt, completion = self._example(example)
             sources = [table.framed(prompt) for table in self.tables]
-            size = len(completion.encode())
-            pieces, _ = self._pieces(name, size, [table.read([completion])[0] for table in self.tables])
-            whole = pieces and pieces[0].first_byte == -1 and all(0 < len(ids) <= self.max_length for ids in sources)
-            if not whole:
-                left_out += size
-                continue
-            left_out += size - pieces[0].text_bytes
-            windows.append(
-                self._assemble(pieces[:1])
-                | {f"{side}_source": ids for side, ids in zip(SIDES, sources, strict=True)}
-                | {"left_out": left_out}
-            )
-            left_out = 0
+            window, text_bytes = self._window(name, sources, completion)
+
+            left_out += len(completion.encode()) - text_bytes
+            if window is not None:
+                windows.append(window | {"left_out": left_out})
+                left_out = 0
+
         if windows:
             windows[-1]["left_out"] += left_out
         return windows
 
+    def _window(
+        self,
+        name: str,
+        sources: Sequence[np.ndarray],
+        completion: str,
+    ) -> tuple[dict[str, Any] | None, int]:
+        """Return the window of an example, None if it does not fit, and the bytes of the completion that it has."""
+        readings = [table.read([completion])[0] for table in self.tables]
+        pieces, _ = self._pieces(name, len(completion.encode()), readings)
+
+        # The completion has to begin in the first piece, right behind the marker (byte -1).
+        has_start = bool(pieces) and pieces[0].first_byte == -1
+        if not has_start or not all(0 < len(ids) <= self.max_length for ids in sources):
+            return None, 0
+
+        window = self._assemble(pieces[:1])
+        window |= {f"{side}_source": ids for side, ids in zip(SIDES, sources, strict=True)}
+        return window, pieces[0].text_bytes
+
     def prompt(self, example: str, side: str) -> tuple[str, list[int]]:
-        """The prompt of an example, and as a side's encoder reads it."""
+        """Return the prompt of an example, and the ids that a side's encoder reads of it."""
         prompt, _ = self._example(example)
-        return prompt, self.tables[SIDES.index(side)].framed(prompt).tolist()[: self.max_length]
+        table = self.tables[SIDES.index(side)]
+        return prompt, table.framed(prompt).tolist()[: self.max_length]
 
     def _example(self, conversation: str) -> tuple[str, str]:
+        """Return (prompt, completion) of a conversation that has these two messages and no other."""
         messages = json.loads(conversation)
         roles = [message["role"] for message in messages]
         if roles != ["user", "assistant"]:
@@ -112,7 +146,9 @@ class SourceEncoder(PairEncoder):
             raise ConversationError(
                 f"{EXPECTED}. Got thinking (reasoning_content) besides, which would not be learned."
             )
-        return messages[0]["content"], self.canonical(messages[1]["content"])
+
+        question, answer = messages
+        return question["content"], self.canonical(answer["content"])
 
 
 def make_encoder(
@@ -125,18 +161,26 @@ def make_encoder(
     facts: ModelFacts = ANY_MODEL,
     today: date | None = None,
 ) -> PairEncoder:
-    """The encoder for a family of models (`starts` as in `SourceEncoder`, None for causal ones) and a kind of text.
+    """Return the encoder for a family of models and a kind of text.
 
-    `today` is the day for chat templates that write it.
+    Args:
+        pair: tokenizers of student and teacher.
+        conversations: the texts are conversations, as prompts and completions are, too.
+        starts: as in `SourceEncoder`; None for causal models.
+        today: the day for chat templates that write it.
 
     Raises:
         ConversationError: plain text for an encoder-decoder pair.
         ValueError: see the encoders.
     """
-    if starts is None:
-        if conversations:
-            return ChatEncoder(*pair, max_length, learn_from, today, facts)
-        return PairEncoder(*pair, max_length, facts)
+    student, teacher = pair
+    is_causal = starts is None
+
+    if is_causal and conversations:
+        return ChatEncoder(student, teacher, max_length, learn_from, today, facts)
+    if is_causal:
+        return PairEncoder(student, teacher, max_length, facts)
+
     if not conversations:
         raise ConversationError(f"{EXPECTED}. Got plain text.")
-    return SourceEncoder(*pair, max_length, starts, facts)
+    return SourceEncoder(student, teacher, max_length, starts, facts)

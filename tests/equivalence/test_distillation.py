@@ -7,7 +7,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from models.text import collate as pairing
 from models.text.collate import PairCollator
 from models.types import IGNORE
 from tests.models.tiny import (
@@ -18,6 +17,7 @@ from tests.models.tiny import (
     characters,
     gradients,
     metaspace,
+    pad_further,
     pair_of,
     permuted,
     tiny_llama,
@@ -192,16 +192,7 @@ def sums(pair: Pair, batch) -> dict[str, float]:
 def test_padding_changes_no_sum(different, monkeypatch):
     pair, windows = different
     plain = sums(pair, pair.collator()(windows))
-    tight = pairing._pad
-
-    def wide(rows, value):
-        return np.pad(tight(rows, value), ((0, 0), (0, 13)), constant_values=value)
-
-    def fit(rows, width):
-        return np.pad(rows, ((0, 0), (0, max(0, width - rows.shape[1]))), constant_values=-1)[:, :width]
-
-    monkeypatch.setattr(pairing, "_pad", wide)
-    monkeypatch.setattr(pairing, "_widen", fit)
+    pad_further(monkeypatch)
     padded = pair.collator()(windows)
     assert padded.student_ids.shape[1] > max(len(w["student_ids"]) for w in windows)
     assert sums(pair, padded) == pytest.approx(plain, rel=1e-5)

@@ -13,10 +13,9 @@ import torch.distributed as dist
 
 from models.config import RouterConfig
 from models.student_aware_router import ROUTER_TERMS
-from models.text import collate
-from models.text import windows as windows_module
+from models.text.windows import SIDES
 from tests.gloo import launch
-from tests.models.tiny import STORIES, Pair, byte_bpe, pair_of, tiny_llama
+from tests.models.tiny import STORIES, Pair, byte_bpe, pad_further, pair_of, tiny_llama
 
 SPLITTABLE = ("feat", "rel", "attn", "layer")
 CUTS = {
@@ -79,13 +78,8 @@ def test_a_step_cut_into_forwards_is_the_step_in_one(pair, windows, term, cut):
 @pytest.mark.parametrize("term", ROUTER_TERMS)
 def test_padding_changes_nothing(pair, windows, monkeypatch, term):
     framework, counts = framework_of(pair, windows, (term,)), pair.collator()(windows).counts
-    plain, tight = copy.deepcopy(step(framework, pair, [windows], counts)), collate._pad
-
-    def wide(rows, value):
-        return np.pad(tight(rows, value), ((0, 0), (0, 13)), constant_values=value)
-
-    monkeypatch.setattr(collate, "_pad", wide)
-    monkeypatch.setattr(collate, "_widen", lambda rows, width: np.resize(rows, (len(rows), width)))
+    plain = copy.deepcopy(step(framework, pair, [windows], counts))
+    pad_further(monkeypatch)
     assert_equal(step(framework, pair, [windows], counts), plain)
 
 
@@ -109,7 +103,7 @@ def _in_process(windows: list[dict]) -> dict[str, dict]:
 
 
 def _without_anchors(window: dict) -> dict:
-    return window | {f"{side}_roles": np.zeros_like(window[f"{side}_roles"]) for side in windows_module.SIDES}
+    return window | {f"{side}_roles": np.zeros_like(window[f"{side}_roles"]) for side in SIDES}
 
 
 def test_two_processes_compute_what_one_does_with_the_same_negatives(pair, windows):

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.config import RouterConfig
+from models.losses.hidden_state_terms import HIDDEN_STATE_TERMS, contrastive_loss, count_items
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from models.text.alignment import Alignment
-from models.text.collate import _anchors
+from models.text.anchors import collect_anchors
 from models.text.tokens import Reading
 from models.text.windows import BEHIND
 from models.types import Anchors
@@ -41,11 +42,11 @@ def book(blocks: list[int], config: RouterConfig, padding: int = 2) -> tuple[Anc
     for n in blocks:
         m, none = np.arange(1, n), np.zeros(max(n - 1, 0), dtype=np.int64)
         aligned.append(Alignment(2 * m - 1, 3 * m - 1, none, none, none, none, none, none, 0))
-    readings = [[reading(per * n, 6 // per) for n in blocks] for per in TOKENS.values()]
-    lengths = {f"{side}_ids": np.zeros((len(blocks), n * max(blocks) + padding)) for side, n in TOKENS.items()}
-    anchors, counts = _anchors(readings, aligned, lengths, config)
+    student, teacher = ([reading(per * n, 6 // per) for n in blocks] for per in TOKENS.values())
+    widths = tuple(per * max(blocks) + padding for per in TOKENS.values())
+    anchors = collect_anchors((student, teacher), aligned, widths, config)
     anchors.key_bytes = F.pad(anchors.key_bytes, (0, 0, 0, padding), value=BEHIND)
-    return anchors, counts
+    return anchors, count_items(anchors)
 
 
 class Case:
@@ -132,6 +133,14 @@ def test_equal_states_cost_nothing_where_that_is_the_definition(term):
     case.copy_teacher()
     least = {"contr": 0.02, "attn": unrelated}.get(term, 1e-4)
     assert case.values({term})[term] < least
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def test_every_hidden_state_term_of_the_curriculum_has_a_loss_and_a_count():
+    assert {*HIDDEN_STATE_TERMS} == {*ROUTER_TERMS}
+    assert {*Case([9, 12]).counts} == {*ROUTER_TERMS}
 
 
 # --- definitions ------------------------------------------------------------------------------------------------------
@@ -404,7 +413,7 @@ def test_a_step_does_not_wait_for_the_device():
 def routed(case: Case) -> torch.Tensor:
     """[A, M] routing of the first student layer."""
     own = case.student[0].detach().flatten(0, 1)[case.anchors.student]
-    return case.router._log_routing(0, own, case.anchors.window, len(case.student[0])).exp()
+    return case.router.log_routing(0, own, case.anchors.window, len(case.student[0])).exp()
 
 
 @pytest.mark.parametrize("gate", ["window", "position"])
@@ -606,13 +615,13 @@ def as_in_tf32(values: torch.Tensor) -> torch.Tensor:
 def test_copies_of_a_text_are_no_negatives_where_float32_products_are_tf32(monkeypatch):
     """There a state's cosine with itself may be 0.9996; channels of uneven size, as real states have."""
     torch.manual_seed(0)
-    router = StudentAwareRouter(RouterConfig(heads=1), (2, 16), (2, 32))
     scale = torch.logspace(-2, 1, 32)
     text = torch.nn.functional.normalize(torch.randn(4, 32) * scale, dim=1)
     partners = [torch.cat([text, text])]
     projected = [torch.nn.functional.normalize(torch.randn(8, 32), dim=1)]
     anchors = SimpleNamespace(run=torch.arange(8), runs=8)
-    exact = router._contrast(projected, partners, anchors)
+    states = SimpleNamespace(projected=projected, partners=partners, anchors=anchors, config=RouterConfig())
+    exact = contrastive_loss(states)
 
     multiply = torch.Tensor.__matmul__
 
@@ -620,4 +629,4 @@ def test_copies_of_a_text_are_no_negatives_where_float32_products_are_tf32(monke
         return multiply(as_in_tf32(a), as_in_tf32(b)) if a.dtype == torch.float32 else multiply(a, b)
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", rounded)
-    torch.testing.assert_close(router._contrast(projected, partners, anchors), exact, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(contrastive_loss(states), exact, rtol=1e-2, atol=1e-2)

@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors, trainers
@@ -25,6 +26,7 @@ from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.divergences import DIVERGENCES
 from models.teacher.frozen import FrozenTeacher
+from models.text import anchors, collate
 from models.text.collate import PairCollator
 from models.text.vocabulary import VocabularyMap
 from models.text.windows import PairEncoder
@@ -247,6 +249,17 @@ def pair_of(student_tokenizer, teacher_tokenizer, *, max_length: int = 48, stude
         vocabulary=VocabularyMap.build(student_tokenizer, teacher_tokenizer, *sizes),
         **kind,
     )
+
+
+def pad_further(monkeypatch, columns: int = 13) -> None:
+    """Make every padded row of a batch longer than it need be."""
+    pad_rows = collate.pad_rows
+
+    def longer(rows, value):
+        return np.pad(pad_rows(rows, value), ((0, 0), (0, columns)), constant_values=value)
+
+    for module in (anchors, collate):
+        monkeypatch.setattr(module, "pad_rows", longer)
 
 
 def gradients(module: torch.nn.Module) -> list[torch.Tensor]:

@@ -1,0 +1,175 @@
+"""Loss terms on the student's next-token distributions: LM, KD and span likelihood, in one pass over its head.
+
+Shapes: n supervised student positions, H student width.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..config import LossConfig
+from ..language_model import logit_options
+from ..types import LossTerm, PairedBatch, SparseTarget, TeacherSignal
+from . import head_passes
+from .fused_head import HeadComputation, HeadLosses, HeadTarget, head_losses
+from .losses import span_loss, span_sums
+
+
+class HeadResult(NamedTuple):
+    """Terms of a batch that were computed together."""
+
+    loss: Tensor
+    """Scalar with the gradient of all terms: sum over terms of share * sum."""
+    terms: dict[str, LossTerm]
+    """Each term on its own, without a gradient."""
+
+
+class SpanResult(NamedTuple):
+    """Span likelihood of a batch, as a function of the log-probability of each label."""
+
+    value: Tensor
+    """Scalar: sum over the spans."""
+    slope: Tensor | None
+    """[n] derivative of `value` by the log-probabilities; None where nothing is learned from them."""
+    log_probs: Tensor
+    """[n] log-probability of each label."""
+
+
+@dataclass(frozen=True)
+class HeadTerms:
+    """LM, KD and span likelihood of one batch.
+
+    All terms with a share go through the head together, so that the logits of a position are computed once and their
+    gradient is too. Span likelihood, and a KD that is only measured, need one pass more each.
+    """
+
+    student: nn.Module
+    batch: PairedBatch
+    states: Tensor
+    """[n, H] what enters the student's head at supervised positions."""
+    config: LossConfig
+    scalars: Mapping[str, float]
+    """Temperatures of this step: `temperature` and `span_temperature`."""
+    signal: TeacherSignal | None
+    """Needed for span likelihood."""
+    target: SparseTarget | None
+    """Teacher's distributions on the student's vocabulary; needed for KD."""
+
+    def compute(self, shares: Mapping[str, float]) -> HeadResult:
+        """Compute some terms, and the gradient of their weighted sum.
+
+        Args:
+            shares: at least one term, each with its weight / count; one with share 0 is measured and teaches nothing.
+        """
+        # The span term is a function of the log-probabilities that LM sums. So its slope, taken off LM's weight at each
+        # position, gives the gradient of both in one pass.
+        lm_weight: float | Tensor = shares.get("lm", 0.0)
+        span = None
+        if "span" in shares:
+            span = self.span(learns=bool(shares["span"]))
+            if span.slope is not None:
+                lm_weight = lm_weight - shares["span"] * span.slope
+
+        kd_weight = shares.get("kd", 0.0)
+        is_learning = torch.is_grad_enabled() and any(shares.values())
+        with torch.set_grad_enabled(is_learning):
+            head = self._run_head(lm_weight, kd_weight, with_target=bool(kd_weight))
+
+        terms = {}
+        if "lm" in shares:
+            terms["lm"] = self.language_model(head)
+        if "kd" in shares:
+            terms["kd"] = self.distillation(head)
+        loss = head.loss
+        if span is not None:
+            terms["span"] = LossTerm(span.value, self.batch.counts["span"])
+            loss = loss + _beyond_the_head(span, shares["span"])
+        return HeadResult(loss, terms)
+
+    def language_model(self, head: HeadLosses) -> LossTerm:
+        """Return the next-token cross-entropy that a pass of the head has summed."""
+        return LossTerm(head.lm_sum, self.batch.counts["lm"])
+
+    def distillation(self, head: HeadLosses) -> LossTerm:
+        """Return the KD that a pass of the head has summed; measure it apart if that pass left it out.
+
+        A KD that teaches nothing must not change what is learned by a rounding error: it has its own pass.
+        """
+        kd_sum = head.kd_sum
+        if kd_sum is None:
+            with torch.no_grad():
+                kd_sum = self._run_head(0.0, with_target=True).kd_sum
+        return LossTerm(kd_sum, self.batch.counts["kd"], skipped=(~self.target.valid).sum())
+
+    def span(self, learns: bool) -> SpanResult:
+        """Compute span likelihood, and its slope if it `learns`, from the log-probabilities of the labels."""
+        batch = self.batch
+        spans = batch.counts["span"]
+        with torch.no_grad():
+            log_probs = self._run_head(0.0).log_probs
+        teacher = span_sums(self.signal.realised, batch.teacher_spans.flatten()[batch.teacher_held], spans)
+
+        learns = learns and torch.is_grad_enabled()
+        with torch.set_grad_enabled(learns):
+            leaf = log_probs.clone().requires_grad_(learns)
+            student = span_sums(leaf, batch.student_spans.flatten()[batch.supervised], spans)
+            value = span_loss(
+                student,
+                teacher,
+                temperature=self.scalars["span_temperature"],
+                kind=self.config.divergence,
+                skew=self.config.skew,
+            )
+            slope = torch.autograd.grad(value, leaf)[0] if learns else None
+        return SpanResult(value.detach(), slope, log_probs)
+
+    def _run_head(
+        self,
+        lm_weight: float | Tensor,
+        kd_weight: float = 0.0,
+        *,
+        with_target: bool = False,
+    ) -> HeadLosses:
+        """Send the supervised positions through the head.
+
+        Every call draws the same random numbers: all passes of a head with dropout (an adapter's, for one) see one
+        mask, however many terms are measured besides.
+        """
+        device = self.states.device
+        compiled, _ = head_passes.choose(self.config.head_passes, device)
+        computation = HeadComputation(compiled=compiled, **logit_options(self.student))
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            return head_losses(
+                self.states,
+                self.student.get_output_embeddings(),
+                self.batch.labels.flatten()[self.batch.supervised],
+                lm_weight=lm_weight,
+                kd_weight=kd_weight,
+                target=self._head_target() if with_target else None,
+                computation=computation,
+            )
+
+    def _head_target(self) -> HeadTarget:
+        """Return the teacher's distributions with the divergence that this step compares them by."""
+        return HeadTarget(
+            self.target,
+            rows=self.batch.row_supervised,
+            temperature=self.scalars["temperature"],
+            kind=self.config.divergence,
+            tail=self.config.tail,
+            skew=self.config.skew,
+        )
+
+
+def _beyond_the_head(span: SpanResult, share: float) -> Tensor:
+    """Return what the head's pass lacks of the share of span likelihood in the loss.
+
+    With a slope, that pass has summed -slope * log-probability as if it were LM: this is corrected here, without a
+    gradient, since that of the pass is right already.
+    """
+    if span.slope is None:
+        return share * span.value
+    return share * (span.value - (span.slope * span.log_probs).sum())
