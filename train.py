@@ -89,6 +89,7 @@ from utils.training import dry_run
 from utils.training.checkpoint_files import step_of
 from utils.training.checkpoints import CheckpointStore
 from utils.training.loop import FitResult, fit
+from utils.training.options import LoopOptions
 from utils.training.plan import Plan
 from utils.training.red_flags import RedFlags
 
@@ -432,19 +433,21 @@ def train_student(
         job.collate,
         config.training,
         accelerator=accelerator,
-        logger=logger,
-        evaluate=evaluate,
-        evaluate_every=config.evaluation.every,
-        checkpoints=store,
-        resume_from=resume_from,
-        flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=main),
-        stop=stop,
-        num_workers=config.data.num_workers,
-        term_gradients=config.logging.term_gradients,
-        settle=partial(flush_cache, job),
-        ask=framework.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
-        waits=teacher is not None and config.teacher.device == teachers.SHARDED,
-        forecast=job.needed.told,
+        options=LoopOptions(
+            logger=logger,
+            evaluate=evaluate,
+            evaluate_every=config.evaluation.every,
+            checkpoints=store,
+            resume_from=resume_from,
+            flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=main),
+            stop=stop,
+            num_workers=config.data.num_workers,
+            term_gradients=config.logging.term_gradients,
+            forecast=job.needed.told,
+            before_checkpoint=partial(flush_cache, job),
+            prefetch_teacher=framework.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
+            forward_communicates=teacher is not None and config.teacher.device == teachers.SHARDED,
+        ),
     )
     if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
         of = f"{result.steps} of {plan.total_steps} steps"

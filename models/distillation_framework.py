@@ -110,6 +110,14 @@ class DistillationFramework(nn.Module):
     def teacher(self) -> FrozenTeacher | None:
         return self._frozen[0]
 
+    @property
+    def couples_windows(self) -> bool:
+        """The contrastive term is computed: it compares the windows of a forward, over all processes.
+
+        A router computes it also with a weight of 0, wherever terms are measured.
+        """
+        return self.router is not None
+
     def forward(
         self,
         batch: PairedBatch,

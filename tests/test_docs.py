@@ -30,6 +30,7 @@ from utils.logs.records import read_metrics
 from utils.logs.step_logger import StepLogger
 from utils.parallel.accelerator import build_accelerator
 from utils.training.loop import fit
+from utils.training.options import LoopOptions
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -262,7 +263,8 @@ def test_the_trainer_of_the_docs_does_what_the_own_loop_does(pair, tmp_path):
     )
     own = fresh_framework(pair, 3)
     logger = StepLogger(tmp_path / "own", 3, 1)
-    fit(own, windows, pair.collator(), config, accelerator=build_accelerator("no", cpu=True), logger=logger)
+    accelerator = build_accelerator("no", cpu=True)
+    fit(own, windows, pair.collator(), config, accelerator=accelerator, options=LoopOptions(logger=logger))
     logger.close()
     records = [record["loss"] for record in read_metrics(tmp_path / "own" / "metrics.jsonl")]
     assert len(records) == 3
