@@ -19,7 +19,7 @@ from .loader import loader
 
 
 class StepPlan(Protocol):
-    """How windows are divided into optimizer steps and micro-batches (`utils.training.plan.Plan`)."""
+    """Division of the windows into optimizer steps and micro-batches, such as `utils.training.plan.Plan`."""
 
     @property
     def windows(self) -> int: ...
@@ -60,37 +60,23 @@ class StepBatches:
         return [micro_batch.batch for micro_batch in self.micro_batches if micro_batch.batch is not None]
 
 
+@dataclass(frozen=True)
 class BatchSource:
-    """Makes the batches of one process of a run.
+    """Makes the batches of one process of a run."""
 
-    Args:
-        windows: by index.
-        collate: list of windows -> batch.
-        seed: of the order.
-        rank: number of this process.
-        device: that the batches are for; they are pinned for a GPU.
-        num_workers: processes that prepare batches; 0: a thread of this process.
-        after_epoch: called when an epoch has been delivered.
-    """
-
-    def __init__(
-        self,
-        windows: Sequence[Any],
-        collate: Callable[[list[Any]], Batch],
-        *,
-        seed: int,
-        rank: int,
-        device: torch.device,
-        num_workers: int,
-        after_epoch: Callable[[], None],
-    ) -> None:
-        self.windows = windows
-        self.collate = collate
-        self.seed = seed
-        self.rank = rank
-        self.is_for_gpu = device.type == "cuda"
-        self.num_workers = num_workers
-        self.after_epoch = after_epoch
+    windows: Sequence[Any]
+    """By index."""
+    collate: Callable[[list[Any]], Batch]
+    seed: int
+    """Of the order of windows."""
+    rank: int
+    """Number of this process."""
+    device: torch.device
+    """That the batches are for; for a GPU they are pinned."""
+    num_workers: int
+    """Processes that prepare batches; 0: a thread of this process."""
+    after_epoch: Callable[[], None]
+    """Called when an epoch has been delivered."""
 
     def steps(self, plan: StepPlan, first_step: int) -> Iterator[StepBatches]:
         """Yield the batches of step `first_step`, of the step after it, and so on without end."""
@@ -101,7 +87,9 @@ class BatchSource:
             self.after_epoch()
             epoch += 1
             step_of_epoch = 0
-            if self.is_for_gpu:
+
+            # Batches of many shapes leave unused blocks of many sizes in the allocator.
+            if self.device.type == "cuda":
                 device_memory.release()
 
     def filler(self) -> Batch:
@@ -129,10 +117,11 @@ class BatchSource:
             order,
             self.collate,
             num_workers=self.num_workers,
-            pin=self.is_for_gpu,
+            pin=self.device.type == "cuda",
             at_once=plan.accumulation,
         )
 
+        # The last step of an epoch may have fewer micro-batches, but the same number in every process.
         for step in range(first_step, plan.steps_per_epoch):
             count = micro_batches_in_step(
                 plan.windows,
@@ -166,6 +155,7 @@ def with_signals(
             pairs = [(batch, None if batch is None else ask(batch, step.step)) for batch, _ in step.micro_batches]
             answered = replace(step, micro_batches=[MicroBatch(batch, signal) for batch, signal in pairs])
 
+        # One step late: the questions about this one are already on their way.
         if waiting is not None:
             yield waiting
         waiting = answered

@@ -1,4 +1,4 @@
-"""What a run of `fit` may have beside a module, data and settings: log, evaluation, checkpoints, a way to stop."""
+"""Options of `fit`: log, evaluation, checkpoints, a way to stop, and what a teacher elsewhere needs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ def do_nothing() -> None:
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """What `fit` does beside training. Every field can be left out.
+    """Everything that `fit` does beside training. Every field can be left out.
 
     Raises:
         ValueError: a number is negative.
