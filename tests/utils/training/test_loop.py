@@ -177,7 +177,7 @@ def test_red_flags_see_every_batch_and_every_record(tmp_path):
     flags = RedFlags(6, 12, warn=lambda _: None)
     train(ToyModule(), toy_config(), tmp_path, windows=[toy_windows()[0]] * 11, flags=flags)
     assert "duplicate_batch" in flags.warned
-    assert flags._last_lr is not None
+    assert flags.state_dict()["last_lr"] is not None
 
 
 # --- optimizer and schedule -----------------------------------------------------------------------------------------
