@@ -61,6 +61,7 @@ from utils.forecast import batch_size, model_size
 from utils.forecast import disk as forecast
 from utils.logs.console import setup_logging
 from utils.logs.lines import learned_lines
+from utils.logs.progress import Progress
 from utils.logs.step_logger import StepLogger
 from utils.logs.streams import make_streams_safe
 from utils.logs.trackers import Tracking
@@ -396,9 +397,8 @@ def train_student(
     done = 0 if resume_from is None else step_of(resume_from)
     every, main = config.logging.every, accelerator.is_main_process
     tracker = Tracking(accelerator, output, to_plain(config), done) if main and config.logging.track else None
-    logger = StepLogger(
-        output, plan.total_steps, every, start_step=done, main_process=main, tracker=tracker, deadline=stop.deadline
-    )
+    progress = Progress(plan.total_steps, done, deadline=stop.deadline)
+    logger = StepLogger(output, plan.total_steps, every, main_process=main, tracker=tracker, progress=progress)
     if resume_from is None and main:
         logger.truncate_after(-1)
         (output / START).unlink(missing_ok=True)
