@@ -84,6 +84,7 @@ class BatchSource:
         while True:
             yield from self._epoch(plan, epoch, step_of_epoch)
 
+            # What was buffered in this epoch is written before the next one begins.
             self.after_epoch()
             epoch += 1
             step_of_epoch = 0
@@ -112,6 +113,7 @@ class BatchSource:
             epoch=epoch,
             start_step=first_step,
         )
+        # One loader an epoch: it prepares the batches of the next step while this one is computed.
         batches = loader(
             self.windows,
             order,
@@ -150,6 +152,7 @@ def with_signals(
     """
     waiting = None
     for step in steps:
+        # The source has no end, but the run has.
         answered = step
         if step.step < total_steps:
             pairs = [(batch, None if batch is None else ask(batch, step.step)) for batch, _ in step.micro_batches]

@@ -104,7 +104,7 @@ class CheckpointStore:
         start = time.monotonic()
         final = self.folder / folder_name(step)
 
-        # Before anything is written: a disk that is full also stops the log and the cache.
+        # Compared before anything is written: a disk that is full stops the log and the cache as well.
         needed = _size_of(tensors) + _size_of(objects) + OVERHEAD
         if free_disk(self.folder) < needed:
             raise self._cannot_save(final, needed, "there is too little disk")
@@ -140,6 +140,7 @@ class CheckpointStore:
                 checkpoint_files.save_tensors(staging / "rehearsal.safetensors", {"weight": torch.zeros(1)})
                 checkpoint_files.save_object(staging / "rehearsal.pt", {"number": 1})
                 checkpoint_files.write_manifest(staging, 0)
+
             remove_folder(trial)
             with suppress(OSError):  # not empty: there are checkpoints
                 self.folder.rmdir()
@@ -187,6 +188,7 @@ class CheckpointStore:
         """Return every checkpoint folder by its step, whole or not, newest first. Other folders are not looked at."""
         if not self.folder.is_dir():
             return {}
+
         folders = {}
         for path in self.folder.iterdir():
             match = FOLDER_NAME.fullmatch(path.name)
@@ -241,6 +243,7 @@ class CheckpointStore:
             return None
 
         path = self.newest_whole() if resume == "auto" else self._checkpoint_at(user_path(resume))
+        # Settings, text and tokenizers must be those of the checkpoint.
         if path is not None:
             saved = checkpoint_files.read_state(path).get("fingerprint", {})
             check_same_run(str(path), _flat(saved), _flat(self.fingerprint), self.changed)
@@ -275,6 +278,7 @@ class CheckpointStore:
         Raises:
             UserError: there is none, it is damaged, or it is outside this run, which has checkpoints of its own.
         """
+        # A damaged checkpoint may lack its manifest, and a copied one its name.
         is_checkpoint = (path / checkpoint_files.MANIFEST).exists() or FOLDER_NAME.fullmatch(path.name)
         if not is_checkpoint:
             path = _newest_in(path)
@@ -295,6 +299,7 @@ class CheckpointStore:
         """Return why a checkpoint cannot be trusted; None if it is whole. Hashes are computed once a checkpoint."""
         if path in self._verified:
             return None
+
         damage = checkpoint_files.verify(path)
         if damage is None:
             self._verified.add(path)
@@ -314,6 +319,7 @@ class CheckpointStore:
 
         tensors = {}
         objects = {}
+
         # Whole files can still hold what this program never wrote.
         try:
             content = checkpoint_files.read_state(path)

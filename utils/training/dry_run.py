@@ -42,6 +42,7 @@ def try_modes(module: Any, student: nn.Module, batch: Any, accelerator: Accelera
         UserError: a mode fails, or the student changes its own weights in evaluation mode.
     """
     batch = batch.to(accelerator.device)
+
     with _without_trace(module):
         _try_mode(
             "trained: its forward or backward fails in training mode",
@@ -76,6 +77,8 @@ def _evaluate(module: Any, student: nn.Module, batch: Any, compares: bool) -> No
     """Score a batch, and compare student and teacher on it, as an evaluation does."""
     inputs, labels = batch.scored("student")
     device = next(student.parameters()).device
+
+    # As an evaluation does: in float32, whatever the run trains in.
     with scores.float32_evaluation(student):
         scores.token_nll(student, [(inputs, labels)], device)
         if compares:
@@ -93,6 +96,7 @@ def _try_mode(failure: str, student: nn.Module, mode: Callable[[], None]) -> Non
     """
     try:
         mode()
+    # These say themselves what is wrong.
     except (UserError, RunError):
         raise
     except Exception as error:  # each architecture fails in its own way
@@ -101,6 +105,7 @@ def _try_mode(failure: str, student: nn.Module, mode: Callable[[], None]) -> Non
             log.info("for lack of memory not tried beforehand whether the student can be %s", participle)
             device_memory.release()
             return
+
         raise UserError(
             f"the student (a {type(student).__name__}, transformers {transformers.__version__}) cannot be {failure}. "
             f"{REMEDY}\n  {reason(error)}"
@@ -123,6 +128,8 @@ def _without_trace(module: nn.Module) -> Iterator[None]:
     parameters = list(module.parameters())
     gradients = [parameter.grad for parameter in parameters]
     buffers = _buffers_of(module)
+
+    # A gradient that is there already would be added to.
     for parameter in parameters:
         parameter.grad = None
 
@@ -132,6 +139,8 @@ def _without_trace(module: nn.Module) -> Iterator[None]:
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
+
+        # Both ways: a forward may change a buffer in place, or put another one there.
         with torch.no_grad():
             for buffer in buffers:
                 buffer.tensor.copy_(buffer.content)

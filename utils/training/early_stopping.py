@@ -18,12 +18,14 @@ class EarlyStopping:
 
     def update(self, step: int, bits_per_byte: float) -> bool:
         """Take note of an evaluation; True if it is the best so far (NaN never is)."""
+        # A student that diverged is never the best, not even the first.
         is_first = self.best is None
         if math.isfinite(bits_per_byte) and (is_first or bits_per_byte < self.best):
             self.best = bits_per_byte
             self.best_step = step
             self.waited = 0
             return True
+
         self.waited += 1
         return False
 

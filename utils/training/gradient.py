@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.batch_source import BatchSource, MicroBatch, StepBatches
-from ..interfaces import Batch
+from ..interfaces import Batch, StepOutput
 from ..parallel.engine import Engine
 from ..seeding import seed_forward
 from .measurements import HostSum, Measured
@@ -77,6 +77,7 @@ class StepGradient:
             is_last = index == len(micro_batches) - 1
             with nullcontext() if is_last else self.engine.no_sync():
                 loss = attempt(self._forward, work, index, micro_batch)
+                # From here on processes wait for one another, and nobody may leave alone.
                 if is_last:
                     attempt.failed = self._any_failed(attempt)
                     attempt.survive = is_single
@@ -98,11 +99,13 @@ class StepGradient:
         if is_idle:
             batch = self.source.filler()
 
+        # Everything random in a forward depends on these alone, so that a step can be done again.
         device = self.accelerator.device
         step = work.batches.step
         seed_forward(device, self.source.seed, step, index, self.accelerator.process_index)
         batch = batch.to(device, non_blocking=True)
 
+        # Only what is needed: a module need not know the options that it is never given.
         options: dict[str, Any] = {}
         if work.measured is not None and work.measured.gradients is not None:
             options["term_graphs"] = True
@@ -116,7 +119,7 @@ class StepGradient:
         factor = 0 if is_idle else self.accelerator.num_processes
         return loss * factor
 
-    def _take_notes(self, work: StepWork, output: Any, batch: Batch | None) -> None:
+    def _take_notes(self, work: StepWork, output: StepOutput, batch: Batch | None) -> None:
         """Note what an output says, before the backward frees its graph; `batch` is None for an idle process."""
         measured = work.measured
         if batch is not None:

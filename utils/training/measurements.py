@@ -18,6 +18,10 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..interfaces import StepOutput
+
+# ---------------------------------------------------------------------------- sums over processes
+
 
 class HostSum:
     """Sums of small host-side numbers over all processes, without touching the accelerator's device.
@@ -29,7 +33,10 @@ class HostSum:
     def __init__(self, accelerator: Accelerator, names: list[str]) -> None:
         self.names = names
         self._has_others = accelerator.num_processes > 1
-        self._group = torch.distributed.new_group(backend="gloo") if self._has_others else None
+        self._group = None
+        # Of its own: NCCL would take the numbers by way of the GPU, for which the host would wait.
+        if self._has_others:
+            self._group = torch.distributed.new_group(backend="gloo")
 
     def __call__(self, values: list[float]) -> list[float]:
         """Return the sum of each value over all processes, which must all call this."""
@@ -43,12 +50,16 @@ class HostSum:
 
     def sum_counts(self, counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
         """Return the counts of the whole optimizer step, from those of this process's micro-batches."""
-        sums = [sum(int(count.get(name, 0)) for count in counts) for name in self.names]
-        totals = self(sums)
-        return {name: int(total) for name, total in zip(self.names, totals, strict=True)}
+        sums = []
+        for name in self.names:
+            sums.append(sum(int(count.get(name, 0)) for count in counts))
+
+        # float64 is exact up to 2**53.
+        totals = [int(total) for total in self(sums)]
+        return dict(zip(self.names, totals, strict=True))
 
     def any_of(self, value: str | None, values: Sequence[str]) -> str | None:
-        """Return the first of `values` that some process has."""
+        """Return the first of `values` that some process has, the same in all of them."""
         counts = self([float(value == candidate) for candidate in values])
         for candidate, count in zip(values, counts, strict=True):
             if count:
@@ -59,6 +70,9 @@ class HostSum:
         """Give the processes' group back."""
         if self._group is not None:
             torch.distributed.destroy_process_group(self._group)
+
+
+# ---------------------------------------------------------------------------------- a logged step
 
 
 @dataclass
@@ -79,13 +93,14 @@ class Measured:
     gradients: "TermGradients | None" = None
     """Only where they are to be logged."""
 
-    def add(self, output: Any, *, is_idle: bool) -> None:
+    def add(self, output: StepOutput, *, is_idle: bool) -> None:
         """Take a micro-batch's output; of an idle one only what is the same for all."""
         self.weights = dict(output.weights)
         self.scalars = dict(output.scalars)
         if is_idle:
             return
 
+        # Detached: the graph must go with the backward pass, not with the record.
         self.losses.append(output.loss.detach())
         for name, term in output.terms.items():
             self.sums.setdefault(name, []).append(term.sum.detach())
@@ -109,18 +124,29 @@ class Measured:
         # One row a term: its sum, processes that computed it, its items. One exchange for all of them.
         rows = [(loss, 0.0, 0.0)]
         for name, value in zip(names, sums, strict=True):
-            rows.append((value, float(name in self.sums), float(self.counts.get(name, 0))))
-        loss_row, *term_rows = host.of_tensor(torch.tensor(rows, dtype=torch.float64)).tolist()
+            is_computed = float(name in self.sums)
+            items = float(self.counts.get(name, 0))
+            rows.append((value, is_computed, items))
+        table = host.of_tensor(torch.tensor(rows, dtype=torch.float64))
+        (loss, _, _), *term_rows = table.tolist()
 
+        # In the order of the curriculum, without terms that no process has computed.
+        totals = dict(zip(names, term_rows, strict=True))
         terms = {}
-        for name, (value, processes, items) in zip(names, term_rows, strict=True):
-            if processes:
-                # The step's own count divides, where it is known: an item may be counted and not measured.
-                count = counts.get(name, int(items))
-                raw = value / max(count, 1)
-                weight = self.weights[name]
-                terms[name] = {"raw": raw, "weight": weight, "weighted": weight * raw, "count": int(count)}
-        return loss_row[0], {name: terms[name] for name in self.weights if name in terms}
+        for name, weight in self.weights.items():
+            value, processes, items = totals[name]
+            if not processes:
+                continue
+            # The collator's count, which the loss was divided by; a term that it does not count says it itself.
+            count = counts.get(name, int(items))
+            raw = value / max(count, 1)
+            terms[name] = {
+                "raw": raw,
+                "weight": weight,
+                "weighted": weight * raw,
+                "count": int(count),
+            }
+        return loss, terms
 
     def _sums_on_host(self, names: Sequence[str]) -> list[float]:
         """Return the sums over this process's micro-batches: of the loss, then of each term."""
@@ -128,10 +154,12 @@ class Measured:
             return [0.0] * (1 + len(names))
 
         # One copy from the device for all of them, and exact sums of what was copied.
-        columns = [self.losses, *(self.sums.get(name, []) for name in names)]
+        columns = [self.losses]
+        for name in names:
+            columns.append(self.sums.get(name, []))
         values = torch.stack([value for column in columns for value in column]).cpu()
-        parts = values.split([len(column) for column in columns])
-        return [math.fsum(part.tolist()) for part in parts]
+        lengths = [len(column) for column in columns]
+        return [math.fsum(part.tolist()) for part in values.split(lengths)]
 
     def record(self, host: HostSum, counts: Mapping[str, int], accelerator: Accelerator) -> dict[str, Any]:
         """Return what a record of `metrics.jsonl` says of the loss: terms, coverage, scheduled scalars.
@@ -158,13 +186,17 @@ class Measured:
 
     def _coverage(self, host: HostSum, counts: Mapping[str, int]) -> dict[str, float]:
         """Return the shares of the student's tokens that have an anchor, and one at depth 0."""
-        coverage = {}
+        # KD rows that turned out to say nothing are no anchors.
         skipped = self.skips("kd", host)
+        coverage = {}
         if "kd" in counts:
             coverage["anchored"] = (counts["kd"] - skipped) / counts["lm"]
         if "depth0" in counts:
             coverage["depth0"] = counts["depth0"] / counts["lm"]
         return coverage
+
+
+# ------------------------------------------------------------------------------ gradients of terms
 
 
 class TermGradients:
@@ -178,7 +210,7 @@ class TermGradients:
         self.parameters = list(parameters)
         self._sums: dict[str, list[Tensor]] = {}
 
-    def add(self, output: Any, counts: Mapping[str, int], scale: float = 1.0) -> None:
+    def add(self, output: StepOutput, counts: Mapping[str, int], scale: float = 1.0) -> None:
         """Take a micro-batch's output, before the backward pass that frees its graph.
 
         Args:
@@ -190,6 +222,7 @@ class TermGradients:
             if weight <= 0 or not term.sum.requires_grad:
                 continue
 
+            # Its part of the loss of the whole step, as the module weighs it.
             count = max(int(counts.get(name, term.count)), 1)
             share = term.sum * (weight * scale / count)
             gradients = torch.autograd.grad(share, self.parameters, retain_graph=True, allow_unused=True)
@@ -207,9 +240,14 @@ class TermGradients:
             if weight <= 0:
                 continue
             is_computed = torch.tensor(float(name in self._sums), device=accelerator.device)
-            if accelerator.reduce(is_computed, "sum").item():
-                parts = [accelerator.reduce(total, "sum").norm() for total in self._sums_of(name)]
-                norms[name] = torch.stack(parts).norm().item()
+            if not accelerator.reduce(is_computed, "sum").item():
+                continue
+
+            # A process without it takes part with zeros.
+            parts = []
+            for total in self._sums_of(name):
+                parts.append(accelerator.reduce(total, "sum").norm())
+            norms[name] = torch.stack(parts).norm().item()
         return norms
 
     def _sums_of(self, name: str) -> list[Tensor]:
@@ -217,6 +255,9 @@ class TermGradients:
         if name not in self._sums:
             self._sums[name] = [torch.zeros_like(parameter) for parameter in self.parameters]
         return self._sums[name]
+
+
+# -------------------------------------------------------------------------------------------- time
 
 
 class Clock:

@@ -30,6 +30,8 @@ def build_optimizer(module: nn.Module, config: TrainingConfig, *, fused: bool = 
         groups = module.parameter_groups(config.learning_rate, config.weight_decay)
     else:
         groups = _matrices_and_vectors(module, config.weight_decay)
+
+    # A checkpoint numbers its moments through the groups, where frozen parameters are not counted.
     groups = _trained(groups)
 
     # A parameter in no group would stay as it is, without a word.

@@ -56,6 +56,8 @@ def halve_micro_batches(plan: Plan, step: int, *, couples_windows: bool) -> Plan
         couples_windows: a term compares the texts of a micro-batch.
     """
     smaller = plan.halved()
+
+    # The one case in which the smaller micro-batches change what is learned.
     consequence = "; a contrastive term has fewer texts to choose from in them" if couples_windows else ""
     log.warning(
         "out of memory in optimizer step %d with micro-batches of %d windows: the step is done again, and the run goes "

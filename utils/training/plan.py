@@ -24,7 +24,9 @@ class Plan:
     @classmethod
     def of(cls, config: TrainingConfig, windows: int, processes: int = 1) -> "Plan":
         """Return the plan of a configuration for so many windows."""
+        # Also with several processes a micro-batch is that of each.
         global_batch = config.batch_size * config.gradient_accumulation_steps * processes
+        # max_steps replaces epochs.
         total_steps = config.max_steps
         if not total_steps:
             total_steps = config.epochs * batch_order.steps_per_epoch(windows, global_batch)

@@ -81,6 +81,7 @@ class RedFlags:
         cls, total_steps: int, warmup_ratio: float, student: nn.Module, start: Mapping[str, Any], *, main: bool
     ) -> "RedFlags":
         """Return those of a run that starts from `HeldOut.measure_start`; only those of the main process warn."""
+        # The head has a row for every token, also for those that a tokenizer never makes.
         flags = cls(
             total_steps,
             student.get_output_embeddings().weight.shape[0],
@@ -103,6 +104,7 @@ class RedFlags:
             epoch: number of the epoch; batches of different epochs may be equal.
             documents: named in the warning.
         """
+        # A window is seen again in every epoch.
         if epoch != self._epoch:
             self._epoch = epoch
             self._batches = {}
@@ -112,6 +114,7 @@ class RedFlags:
         if "duplicate_batch" in self.warned or not is_supervised:
             return
 
+        # 8 bytes: two of 65,536 are equal by chance with a probability of 1e-10.
         digest = hashlib.blake2b(labels.contiguous().numpy().tobytes(), digest_size=8).digest()
         key = int.from_bytes(digest, "big")
         if key in self._batches:
@@ -136,6 +139,7 @@ class RedFlags:
             return
 
         terms = record["terms"]
+        # KD has no such floor: a student may come as close to its teacher as it can.
         if "lm" in terms:
             self._check_loss(record["step"], terms["lm"]["raw"], "LM loss", epoch=record.get("epoch"))
         self._check_gradient(record)
@@ -177,6 +181,7 @@ class RedFlags:
         self.warned = list(state["warned"])
         self.initial_loss = state["initial_loss"]
         self._epoch = state["epoch"]
+        # Checkpoints that were written with a larger limit stay readable.
         self._batches = dict.fromkeys(islice(state["batches"], REMEMBERED_BATCHES))
         self._last_lr = state["last_lr"]
 
@@ -255,6 +260,8 @@ class RedFlags:
     def _check_kd(self, record: Mapping[str, Any]) -> None:
         """Look for KD that reaches few tokens, or that does not fall."""
         step = record["step"]
+
+        # Tokens without an anchor learn from the text alone, which is no error, but seldom what is wanted.
         anchored = (record.get("coverage") or {}).get("anchored")
         if anchored is not None and anchored < LEAST_COVERAGE:
             self._raise_flag(

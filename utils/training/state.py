@@ -52,6 +52,7 @@ class RunState:
 
         Call it in every process: the random generators of each are in it.
         """
+        # Weights may be spread over the processes.
         self.engine.gather()
 
         objects = {
@@ -81,10 +82,12 @@ class RunState:
         state = saved.state
         self._check_plan(state["plan"], path)
 
+        # The engine's weights first: moments are those of its parameters.
         self.load_weights(saved)
         self.engine.scatter()
         self.engine.load_moments(saved.objects["optimizer"])
         self.scheduler.load_state_dict(saved.objects["scheduler"])
+        # Only a session with fp16 has a scale to continue with.
         if self.scaler is not None and "scaler" in saved.objects:
             self.scaler.load_state_dict(saved.objects["scaler"])
 
@@ -107,6 +110,7 @@ class RunState:
         module = self.engine.module
         if differing := sorted(tensors.keys() ^ learned(module).keys()):
             raise RuntimeError(f"the checkpoint holds other tensors than are trained here, such as {differing[0]}")
+        # Not strict: frozen parameters are not in a checkpoint.
         module.load_state_dict(tensors, strict=False)
 
     def _check_plan(self, saved: dict[str, Any], path: Path) -> None:
@@ -130,6 +134,7 @@ class RunState:
 
 def learned(module: nn.Module) -> dict[str, Tensor]:
     """Return the state of a module without its frozen parameters, which a run has from where it had them at first."""
+    # Duplicates too: a tied weight has several names in a state dict.
     names = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
     names |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
     return {name: tensor for name, tensor in module.state_dict().items() if name in names}

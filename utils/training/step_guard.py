@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..interfaces import StepOutput
+
 log = logging.getLogger(__name__)
 
 
@@ -67,6 +69,7 @@ class Spikes:
     def _compare(self, step: int, loss: float) -> None:
         """Count a loss that is a spike beside the recent ones, and warn of the 1st, 2nd, 4th, 8th, ..."""
         middle = median(self.recent)
+        # Medians, not mean and standard deviation: one spike would hide the next.
         deviation = 1.4826 * median(abs(value - middle) for value in self.recent)
         threshold = max(SPIKE_DEVIATIONS * deviation, SPIKE_SHARE * abs(middle))
         if loss - middle <= threshold:
@@ -135,7 +138,7 @@ class StepGuard:
 
     # --- at every step, on the device -------------------------------------------------------------------------------
 
-    def look(self, output: Any, documents: Sequence[str]) -> None:
+    def look(self, output: StepOutput, documents: Sequence[str]) -> None:
         """Take note of a micro-batch: its loss, and which of the terms that weigh something are finite."""
         loss = output.loss.detach()
         names = [name for name in output.terms if output.weights[name]]
@@ -177,7 +180,7 @@ class StepGuard:
 
     @property
     def must_read(self) -> bool:
-        """So many outcomes wait on the device that `read` is due."""
+        """Reading is due: many outcomes wait on the device."""
         return len(self._pending) >= MOST_PENDING
 
     def read(self) -> None:
@@ -187,6 +190,7 @@ class StepGuard:
         if not pending:
             return
 
+        # One copy from the device for all of them.
         outcomes = torch.stack([step.outcome for step in pending]).tolist()
         for step, (loss, is_bad) in zip(pending, outcomes, strict=True):
             if is_bad:
@@ -216,6 +220,7 @@ class StepGuard:
 
     def _report_skipped(self, step: _Step, loss: float) -> None:
         """Log why a step was left out, with its documents; all processes call it, as they gather what they know."""
+        # Other processes may have met what this one has not.
         notes = []
         for micro_batch in step.micro_batches:
             notes.append((_first_bad_term(micro_batch), list(micro_batch.documents)))
