@@ -63,6 +63,7 @@ from utils.seeding import seed_everything
 from utils.training import dry_run
 from utils.training.checkpoints import CheckpointStore
 from utils.training.loop import FitResult, fit
+from utils.training.options import LoopOptions
 
 LENGTH = miniature.CONTEXT
 """Tokens per window of the tiny models."""
@@ -125,10 +126,12 @@ class Bench:
         return module
 
     def fit(self, module: nn.Module, windows: Sequence[dict], options: dict[str, Any] | None = None, **training: Any):
-        """The real loop; `training` are settings, `options` are arguments of `fit`. Returns its FitResult."""
+        """The real loop; `training` are settings, `options` LoopOptions, or an accelerator. Returns its FitResult."""
         config, logger = replace(self.job.config.training, **training), StepLogger(None, 10**6, main_process=False)
-        options = {"accelerator": self.accelerator, "logger": logger, **(options or {})}
-        return fit(module, windows, self.job.collate, config, **options)
+        options = {"logger": logger, **(options or {})}
+        accelerator = options.pop("accelerator", self.accelerator)
+        loop_options = LoopOptions(**options)
+        return fit(module, windows, self.job.collate, config, accelerator=accelerator, options=loop_options)
 
     @cached_property
     def whole_run(self) -> tuple[DistillationFramework, FitResult, dict[str, Any]]:

@@ -123,8 +123,11 @@ class DistillationFramework(nn.Module):
 
     @property
     def couples_windows(self) -> bool:
-        """A term compares the windows of a micro-batch with one another, so that its size changes what is learned."""
-        return any(HIDDEN_STATE_TERMS[name].couples_windows for name in ROUTER_TERMS if name in self.curriculum.used)
+        """True if a term compares the windows of a forward with one another, over all processes.
+
+        A router computes such a term also with a weight of 0, wherever terms are measured.
+        """
+        return self.router is not None and any(term.couples_windows for term in HIDDEN_STATE_TERMS.values())
 
     def forward(
         self,

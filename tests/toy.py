@@ -14,12 +14,15 @@ from utils.config.settings import TrainingConfig
 from utils.logs.step_logger import StepLogger
 from utils.parallel.accelerator import build_accelerator
 from utils.training.loop import fit
+from utils.training.options import LoopOptions
 
 VOCABULARY, WIDTH, LENGTH = 12, 8, 6
 
 
 class ToyModule(nn.Module):
     """Tied embedding and head, dropout, a norm; two terms, of which `kd` rises and `span` weighs nothing."""
+
+    couples_windows = False
 
     def __init__(self, dropout: float = 0.0, dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         super().__init__()
@@ -106,8 +109,7 @@ def train(module: nn.Module, config: TrainingConfig, folder=None, *, windows=Non
             toy_collate,
             config,
             accelerator=build_accelerator("no", cpu=True),
-            logger=logger,
-            **options,
+            options=LoopOptions(logger=logger, **options),
         )
     finally:
         logger.close()

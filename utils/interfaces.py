@@ -134,6 +134,8 @@ class Batch(Protocol):
 
     counts: Mapping[str, int]
     """Items of every loss term, known before any forward."""
+    labels: Tensor
+    """[B, S] token to predict at each position of the student, -100 where none is."""
     documents: Sequence[str]
     """Where each window's text comes from, for messages."""
 
@@ -164,10 +166,22 @@ class Teacher(Protocol):
         """Return top-k distributions, tail and text probabilities of a batch (`models.types.TeacherSignal`)."""
 
 
+class TermSum(Protocol):
+    """A loss term of one micro-batch, summed over its items."""
+
+    sum: Tensor
+    count: int
+
+
 class StepOutput(Protocol):
     """The loss of one micro-batch, and the sums it is made of."""
 
     loss: Tensor
+    """Scalar: the sum over terms of weight * sum / count in the whole optimizer step."""
+    terms: Mapping[str, TermSum]
+    weights: Mapping[str, float]
+    scalars: Mapping[str, float]
+    """Scheduled values, such as the temperature."""
 
 
 class StepModule(Protocol):

@@ -53,8 +53,9 @@ def _train(bench: Bench, precision: str, weights: dict[str, float], watched: boo
     from utils.logs.step_logger import StepLogger
     from utils.parallel.accelerator import temporary_accelerator
     from utils.training.loop import TrainingLoop, fit
+    from utils.training.options import LoopOptions
 
-    advance = TrainingLoop._advance
+    advance = TrainingLoop.advance
 
     def under_watch(loop: TrainingLoop, *arguments: object) -> object:
         torch.cuda.set_sync_debug_mode("error" if watched and loop.step else "default")
@@ -73,9 +74,9 @@ def _train(bench: Bench, precision: str, weights: dict[str, float], watched: boo
         framework.calibrate([collate(windows[:WINDOWS]).to(bench.device)])
 
     config = TrainingConfig(batch_size=2, gradient_accumulation_steps=2, max_steps=4, epochs=1)
-    logger = StepLogger(None, 10**6, 100, main_process=False)
-    with mock.patch.object(TrainingLoop, "_advance", under_watch), temporary_accelerator(precision, cpu=False) as where:
-        return fit(framework, windows, collate, config, accelerator=where, logger=logger).steps
+    options = LoopOptions(logger=StepLogger(None, 10**6, 100, main_process=False))
+    with mock.patch.object(TrainingLoop, "advance", under_watch), temporary_accelerator(precision, cpu=False) as where:
+        return fit(framework, windows, collate, config, accelerator=where, options=options).steps
 
 
 def _framework(

@@ -221,7 +221,7 @@ def tight(bench: Bench) -> Iterator[dict]:
 
     precision = next(name for name in bench.precisions())
     settings = [*_precision_settings(precision), *_small_settings(6)]
-    advance = TrainingLoop._advance
+    advance = TrainingLoop.advance
     limited = []
 
     def with_less_memory(loop: TrainingLoop, *arguments: object) -> object:
@@ -231,7 +231,7 @@ def tight(bench: Bench) -> Iterator[dict]:
             limited.append(_leave_less_memory(bench.device))
         return advance(loop, *arguments)
 
-    with mock.patch.object(TrainingLoop, "_advance", with_less_memory):
+    with mock.patch.object(TrainingLoop, "advance", with_less_memory):
         run = _in_this_process(small_pair(bench), bench.work / "tight", settings)
 
     yield {

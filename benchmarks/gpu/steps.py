@@ -171,10 +171,11 @@ def _train_two_steps(
     from utils.logs.step_logger import StepLogger
     from utils.parallel.accelerator import temporary_accelerator
     from utils.training.loop import fit
+    from utils.training.options import LoopOptions
 
     config = TrainingConfig(batch_size=windows, gradient_accumulation_steps=2, epochs=1, max_steps=2)
     collate = PairCollator(vocabulary, (None, None), LossConfig().max_depth)
-    logger = StepLogger(None, 10**6, 100, main_process=False)
+    options = LoopOptions(logger=StepLogger(None, 10**6, 100, main_process=False))
     with temporary_accelerator(precision, cpu=False) as accelerator:
         fit(
             framework,
@@ -182,7 +183,7 @@ def _train_two_steps(
             collate,
             config,
             accelerator=accelerator,
-            logger=logger,
+            options=options,
         )
 
 

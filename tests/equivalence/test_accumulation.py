@@ -49,7 +49,7 @@ def test_gradient_of_a_step_is_that_of_one_forward_over_its_windows(monkeypatch,
         seen.update({name: parameter.grad.clone() for name, parameter in module.named_parameters()})
         seen["norm"] = norm.clone()
 
-    monkeypatch.setattr(TrainingLoop, "_update", spy)
+    monkeypatch.setattr(TrainingLoop, "update", spy)
     config = toy_config(batch_size=cut[0], gradient_accumulation_steps=cut[1], max_steps=1, max_grad_norm=1e9)
     train(module, config, windows=windows)
     expected = _reference_gradient(windows)

@@ -23,6 +23,7 @@ from utils.parallel.processes import on_main_process
 from utils.pretrained.loading import recompute_layers
 from utils.training.checkpoints import CheckpointStore
 from utils.training.loop import fit
+from utils.training.options import LoopOptions
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install '.[deepspeed]'")
 
@@ -75,9 +76,10 @@ def unlucky(folder: Path, how: str, mixed_precision: str = "no") -> dict:
         config = toy_config(gradient_accumulation_steps=2, epochs=3, max_grad_norm=0.3, save_every=1)
         if how != "whole":
             with pytest.raises(UserError, match="needs whole weights"):
-                fit(module, [], toy_collate, config, accelerator=accelerator, logger=logger, term_gradients=True)
-        options = {"evaluate": evaluate, "evaluate_every": 1, "checkpoints": store}
-        result = fit(module, toy_windows(7), toy_collate, config, accelerator=accelerator, logger=logger, **options)
+                options = LoopOptions(logger=logger, term_gradients=True)
+                fit(module, [], toy_collate, config, accelerator=accelerator, options=options)
+        options = LoopOptions(logger=logger, evaluate=evaluate, evaluate_every=1, checkpoints=store)
+        result = fit(module, toy_windows(7), toy_collate, config, accelerator=accelerator, options=options)
         logger.close()
         accelerator.wait_for_everyone()
         told = accelerator.mixed_precision
@@ -102,9 +104,9 @@ def again(folder: Path, how: str) -> dict:
         store, module, left = CheckpointStore(folder), ToyModule(), []
         for stop in (StopAfter(1), StopAfter(2), None):
             resume_from = on_main_process(accelerator, store.resume_point)
-            options = {"checkpoints": store, "resume_from": resume_from, "stop": stop}
-            options |= {"accelerator": accelerator, "logger": StepLogger(None, 10**6, 1, main_process=False)}
-            fit(module, toy_windows(7), toy_collate, toy_config(), **options)
+            logger = StepLogger(None, 10**6, 1, main_process=False)
+            options = LoopOptions(logger=logger, checkpoints=store, resume_from=resume_from, stop=stop)
+            fit(module, toy_windows(7), toy_collate, toy_config(), accelerator=accelerator, options=options)
             storages = (o.untyped_storage() for o in gc.get_objects() if isinstance(o, torch.Tensor))
             left.append(sum({storage._cdata: storage.nbytes() for storage in storages}.values()))
         inner = build_accelerator("no")

@@ -25,6 +25,7 @@ from utils.machine import device_memory
 from utils.parallel.accelerator import build_accelerator, temporary_accelerator
 from utils.pretrained.loading import recompute_layers
 from utils.training.loop import fit
+from utils.training.options import LoopOptions
 
 WITHIN = 0.2
 EVERYTHING = ("feat", "rel", "attn", "layer", "contr")
@@ -139,11 +140,11 @@ def peak_of(framework, windows, collate, config, precision: str) -> int:
             for module in kept:  # what holds the teacher follows its model
                 module.to("cuda")
             torch.cuda.reset_peak_memory_stats()
-            fit(framework, windows, collate, config, accelerator=accelerator, logger=logger)
+            fit(framework, windows, collate, config, accelerator=accelerator, options=LoopOptions(logger=logger))
             return torch.cuda.max_memory_allocated()
         weights = sum(p.nbytes for module in kept for p in module.parameters())
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
-            fit(framework, windows, collate, config, accelerator=accelerator, logger=logger)
+            fit(framework, windows, collate, config, accelerator=accelerator, options=LoopOptions(logger=logger))
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     now = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

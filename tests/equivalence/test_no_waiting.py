@@ -16,6 +16,7 @@ from tests.toy import toy_config
 from utils.logs.step_logger import StepLogger
 from utils.parallel.accelerator import build_accelerator
 from utils.training.loop import TrainingLoop, fit
+from utils.training.options import LoopOptions
 from utils.training.step_guard import StepGuard
 
 WAITING = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "unique_dim"}
@@ -88,7 +89,7 @@ def steps_of(kind: str, monkeypatch, device: str = "cpu", every: int = 100) -> l
     windows, framework = pair.encoder.windows(texts), pair.framework(weights)
     if framework.router is not None:
         framework.calibrate([pair.collator()(windows).to(device)])
-    waits, advance = [], TrainingLoop._advance
+    waits, advance = [], TrainingLoop.advance
 
     def watched(loop, *args):
         if device == "cuda":
@@ -101,7 +102,7 @@ def steps_of(kind: str, monkeypatch, device: str = "cpu", every: int = 100) -> l
                 torch.cuda.set_sync_debug_mode("default")
             waits.append(seen.found)
 
-    monkeypatch.setattr(TrainingLoop, "_advance", watched)
+    monkeypatch.setattr(TrainingLoop, "advance", watched)
     if device == "cpu" and every > 3:  # a CPU has computed everything: there the guard may look at every step
         monkeypatch.setattr(StepGuard, "read", lambda guard: None)
     fit(
@@ -110,7 +111,7 @@ def steps_of(kind: str, monkeypatch, device: str = "cpu", every: int = 100) -> l
         pair.collator(),
         toy_config(batch_size=2, gradient_accumulation_steps=2, max_steps=3, epochs=1),
         accelerator=build_accelerator("no", cpu=device == "cpu"),
-        logger=StepLogger(None, 10**6, every, main_process=False),
+        options=LoopOptions(logger=StepLogger(None, 10**6, every, main_process=False)),
     )
     return waits
 

@@ -25,6 +25,7 @@ from utils.parallel.accelerator import build_accelerator
 from utils.parallel.processes import main_process_first, on_main_process
 from utils.training.checkpoints import CheckpointStore
 from utils.training.loop import TrainingLoop, fit
+from utils.training.options import LoopOptions
 
 WINDOWS, GLOBAL_BATCH = 7, 4
 """Steps of 4 and 3 windows: of four processes one has nothing to do in the second step of an epoch."""
@@ -80,7 +81,7 @@ def _distil(accelerator: Accelerator, folder: Path, dtype: torch.dtype, stop_aft
         learning_rate=1e-3,
     )
     seen: list[dict] = []
-    update = TrainingLoop._update
+    update = TrainingLoop.update
 
     def spy(loop, norm):
         seen.append({name: p.grad.numpy().copy() for name, p in framework.named_parameters() if p.grad is not None})
@@ -88,13 +89,14 @@ def _distil(accelerator: Accelerator, folder: Path, dtype: torch.dtype, stop_aft
 
     logger = StepLogger(folder, 10**6, 1, main_process=accelerator.is_main_process)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "_update", spy)
+        patch.setattr(TrainingLoop, "update", spy)
         if rows is not None:
             patch.setattr(fused_head, "chunk_rows", lambda *_: (rows[accelerator.process_index], ""))
         store = CheckpointStore(folder / "checkpoints")
         state = {"checkpoints": store, "resume_from": on_main_process(accelerator, store.resume_point)}
         state |= {"stop": None if stop_after is None else StopAfter(stop_after)}
-        result = fit(framework, windows, collate, config, accelerator=accelerator, logger=logger, **state)
+        options = LoopOptions(logger=logger, **state)
+        result = fit(framework, windows, collate, config, accelerator=accelerator, options=options)
     logger.close()
     accelerator.wait_for_everyone()
     terms = [{n: t["raw"] for n, t in record["terms"].items()} for record in read_metrics(folder / "metrics.jsonl")]

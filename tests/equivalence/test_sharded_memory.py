@@ -15,6 +15,7 @@ from tests.toy import toy_config
 from utils.forecast.step_memory import Demand
 from utils.logs.step_logger import StepLogger
 from utils.training.loop import TrainingLoop, fit
+from utils.training.options import LoopOptions
 
 DTYPES = (torch.float32, torch.float32)
 KINDS = ("fsdp2", *(("zero2", "zero3") if is_deepspeed_available() else ()))
@@ -33,7 +34,7 @@ def bytes_of(*values) -> int:
 def held(folder: Path, how: str) -> dict[str, float]:
     """Bytes of weights, gradients and moments in this process, and what is expected of a student alone."""
     found = {}
-    update = TrainingLoop._update
+    update = TrainingLoop.update
 
     def measured(loop, norm):
         update(loop, norm)
@@ -43,10 +44,10 @@ def held(folder: Path, how: str) -> dict[str, float]:
         found["held"] = bytes_of(inner, twin, list(engine.optimizer.state.values()))
 
     with launched(how) as accelerator, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TrainingLoop, "_update", measured)
+        patch.setattr(TrainingLoop, "update", measured)
         framework, windows, collate = whole_framework(torch.float32)
-        options = {"accelerator": accelerator, "logger": StepLogger(None, 10**6, 1, main_process=False)}
-        fit(framework, windows, collate, toy_config(batch_size=2), **options)
+        options = LoopOptions(logger=StepLogger(None, 10**6, 1, main_process=False))
+        fit(framework, windows, collate, toy_config(batch_size=2), accelerator=accelerator, options=options)
         student = framework.student.config
         demand = Demand(student, None, 64, "no", *DTYPES, lambda *_: 16, 8, False, sharded=how, processes=2)
         learned = sum(p.numel() for p in framework.parameters() if p.requires_grad)

@@ -14,6 +14,7 @@ from utils.logs.records import read_metrics
 from utils.logs.step_logger import StepLogger
 from utils.parallel.accelerator import build_accelerator
 from utils.training.loop import fit
+from utils.training.options import LoopOptions
 
 CHANGING = {"tokens_per_second", "peak_memory_mb"}
 
@@ -27,9 +28,10 @@ def distil(folder, ahead: bool) -> tuple[list[dict], dict]:
     windows = pair.encoder.windows([*STORIES, *(story[::-1] for story in STORIES)])[:7]
     framework.calibrate([pair.collator()(windows)])
     logger = StepLogger(folder, 10**6, 2)  # every other step also measures the terms without a weight
-    options = {"accelerator": build_accelerator("no", cpu=True), "logger": logger}
+    options = LoopOptions(logger=logger, prefetch_teacher=framework.ask if ahead else None)
     config = toy_config(batch_size=1, gradient_accumulation_steps=2, epochs=2)
-    fit(framework, windows, pair.collator(), config, ask=framework.ask if ahead else None, **options)
+    accelerator = build_accelerator("no", cpu=True)
+    fit(framework, windows, pair.collator(), config, accelerator=accelerator, options=options)
     logger.close()
     records = [{k: v for k, v in record.items() if k not in CHANGING} for record in read_metrics(folder / logger.path)]
     return records, copy.deepcopy(framework.state_dict())
@@ -62,7 +64,7 @@ def test_the_next_step_is_asked_for_before_this_one_is_worked_on():
         return SimpleNamespace(of=tuple(batch.documents), measured=measured)
 
     config = toy_config(batch_size=1, gradient_accumulation_steps=2, epochs=2)
-    train(Told(events), config, windows=toy_windows(3), ask=ask, every=3)
+    train(Told(events), config, windows=toy_windows(3), prefetch_teacher=ask, every=3)
     assert [event[:2] for event in events] == [
         *2 * [("ask", 0)], ("ask", 1), *2 * [("work", 0)], *2 * [("ask", 2)], ("work", 1),
         ("ask", 3), *2 * [("work", 2)], ("work", 3),
@@ -79,7 +81,7 @@ def test_a_resumed_run_asks_about_the_steps_that_are_left(tmp_path, stop_at):
 
     asked: list[int] = []
     config = toy_config(batch_size=1, gradient_accumulation_steps=2, epochs=2)
-    options = {"windows": toy_windows(3), "ask": lambda batch, step, measured: asked.append(step)}
+    options = {"windows": toy_windows(3), "prefetch_teacher": lambda batch, step, measured: asked.append(step)}
     store = CheckpointStore(tmp_path / "checkpoints")
     train(ToyModule(), config, checkpoints=store, stop=StopAfter(stop_at), **options)
     asked.clear()

@@ -40,23 +40,23 @@ def run_training(device: Any, arguments: list[str], log: Path) -> dict[str, Any]
 
     kernels._launch = lambda *_: None  # starts another Python, which would not pretend
     AcceleratorState._reset_state(reset_partial_state=True)
-    advance, steps = TrainingLoop._advance, []
+    advance, steps = TrainingLoop.advance, []
 
-    def watched(loop, *window):
+    def watched(loop, batches):
         is_logged = loop.logger.due(loop.step + 1)
         with device.watched() as waits:
-            advanced = advance(loop, *window)
+            advanced = advance(loop, batches)
         steps.append((is_logged, waits))
         return advanced
 
-    TrainingLoop._advance = watched
+    TrainingLoop.advance = watched
     held_before = [device.held(index) for index in range(2)]
     for index in range(2):
         device.reset_peak(index)
     try:
         code = train.main(arguments)
     finally:
-        TrainingLoop._advance = advance
+        TrainingLoop.advance = advance
 
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
     unlogged = [waits for is_logged, waits in steps if not is_logged]
@@ -106,21 +106,21 @@ def out_of_memory(device: Any, card: str, arguments: list[str], output: str, sha
     from utils.training.loop import TrainingLoop
 
     device.become(card)
-    advance, known = TrainingLoop._advance, {}
+    advance, known = TrainingLoop.advance, {}
 
-    def tight(loop, *window):
+    def tight(loop, batches):
         if loop.step == 2 and "base" not in known:
             device.reset_peak(0)
             known["base"] = device.held(0)
         if loop.step == 3 and "limit" not in known:
             known["limit"] = device.held(0) + int(share * (known["peak"] - known["base"]))
             device.limit(known["limit"])
-        advanced = advance(loop, *window)
+        advanced = advance(loop, batches)
         if loop.step == 3 and "peak" not in known:
             known["peak"] = device.peak(0)
         return advanced
 
-    TrainingLoop._advance = tight
+    TrainingLoop.advance = tight
     result = run_training(device, arguments, Path(output) / "train.log")
     return {**result, "is_exported": (Path(output) / "student" / "config.json").exists(), "limit": known.get("limit")}
 

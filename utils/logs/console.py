@@ -1,4 +1,4 @@
-"""Console and log file."""
+"""Console and log file of a run: one record, one line, never through the progress bar."""
 
 import logging
 import re
@@ -17,16 +17,14 @@ from ..parallel.processes import rank
 from ..run_layout import LOG
 from .progress import person_may_watch
 
-log = logging.getLogger(__name__)
-
-
 OWN_LOGGERS = ("curriculum_distillation", "models", "utils", "train", "verify_fixes", "__main__")
 """Loggers of this project, which speak from INFO on; everybody else only from WARNING on."""
-
 
 REPEATS = 3
 """A library's warning is shown this often, however often it is raised."""
 
+DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
+"""Of a line of train.log; `records.read_warnings` reads it."""
 
 _TAG_STYLES = {
     "[CURRICULUM]": "cyan",
@@ -60,21 +58,23 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
     Calling it again replaces the earlier set-up, for instance to move from one run to the next.
     """
     root = logging.getLogger()
-    for handler in [h for h in root.handlers if getattr(h, "_of_this_project", False)]:
-        root.removeHandler(handler)
-        handler.close()
-    file = Path(output_dir) / LOG if output_dir is not None and main_process else None
-    handlers: list[logging.Handler] = [_ConsoleHandler(file, "" if main_process else f"process {rank()}: ")]
-    if file is not None:
+    _remove_handlers(root)
+
+    file = None
+    if output_dir is not None and main_process:
+        file = Path(output_dir) / LOG
         file.parent.mkdir(parents=True, exist_ok=True)
-        # A file name that is no UTF-8 has characters that UTF-8 lacks.
-        to_file = _File(file, encoding="utf-8", errors="backslashreplace")
-        to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%Y-%m-%d %H:%M:%S"))
-        handlers.append(to_file)
+    prefix = "" if main_process else f"process {rank()}: "
+
+    handlers: list[logging.Handler] = [_ConsoleHandler(file, prefix)]
+    if file is not None:
+        handlers.append(_file_handler(file))
     for handler in handlers:
         handler._of_this_project = True  # type: ignore[attr-defined]
         handler.addFilter(_LimitRepeats())
         root.addHandler(handler)
+
+    # The root's level holds for libraries.
     root.setLevel(logging.WARNING if main_process else logging.ERROR)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(level if main_process else logging.ERROR)
@@ -82,12 +82,30 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
     _join_libraries()
 
 
+def _remove_handlers(root: logging.Logger) -> None:
+    """Remove what an earlier set-up added, and nothing of a notebook's or a test's."""
+    handlers = [handler for handler in root.handlers if getattr(handler, "_of_this_project", False)]
+    for handler in handlers:
+        root.removeHandler(handler)
+        handler.close()
+
+
+def _file_handler(file: Path) -> logging.Handler:
+    # A file name that is no UTF-8 has characters that UTF-8 lacks.
+    handler = _File(file, encoding="utf-8", errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", DATE_FORMAT))
+    return handler
+
+
 def _join_libraries() -> None:
-    """transformers logs through our handlers; no library draws progress bars where a bar would be kept."""
+    """Let transformers log through our handlers, and no library draw progress bars where a bar would be kept."""
+    # Heavy imports, only where a run begins.
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
+
+    # A notebook keeps every state of a bar.
     if not person_may_watch(sys.stdout):
         import datasets
 
@@ -105,43 +123,58 @@ class _ConsoleHandler(logging.Handler):
 
     def __init__(self, file: Path | None, prefix: str = "") -> None:
         super().__init__()
-        self.file, self.prefix = file, prefix
+        self.file = file
+        self.prefix = prefix
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
+            # Takes a bar away while the line is written, and draws it again below.
             with tqdm.external_write_mode(file=console().file):
                 console().print(self._render(record), soft_wrap=True)
         except Exception:
             self.handleError(record)
 
     def _render(self, record: logging.LogRecord) -> Text:
+        """Return the line of a record: time, level if it is a warning or worse, message."""
         text = Text()
         text.append(time.strftime("%H:%M:%S ", time.localtime(record.created)), "dim")
         if record.levelno >= logging.WARNING:
             style = "bold red" if record.levelno >= logging.ERROR else "yellow"
             text.append(f"{record.levelname.capitalize()}: {self.prefix}", style)
-        unexpected = (
-            record.exc_info and record.exc_info[1] and not isinstance(record.exc_info[1], (UserError, RunError))
-        )
-        message = _without_traceback(record.getMessage()) if unexpected and self.file else record.getMessage()
+
+        message = record.getMessage()
+        is_unexpected = _is_unexpected(record)
+        if is_unexpected and self.file:
+            message = _without_traceback(message)
         tag, space, rest = message.partition(" ")
         text.append(tag, _TAG_STYLES.get(tag, ""))
         text.append(space + rest)
-        if unexpected and self.file:
+
+        # A person needs to know where the traceback is; without a file it would be lost.
+        if is_unexpected and self.file:
             text.append(f"\n  The traceback is in {self.file}")
-        elif unexpected:
+        elif is_unexpected:
             text.append("\n" + logging.Formatter().formatException(record.exc_info))
         return text
 
 
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """Return whether a record tells of an exception that is not one of this project, which says itself what to do."""
+    error = record.exc_info[1] if record.exc_info else None
+    return error is not None and not isinstance(error, UserError | RunError)
+
+
 def _without_traceback(message: str) -> str:
-    """A data worker's error has the worker's traceback in its text: the lines around it say what happened."""
-    before, found, after = message.partition("Original Traceback (most recent call last):")
-    return f"{before.strip()} {after.strip().splitlines()[-1]}" if found and after.strip() else message
+    """Return a message without the traceback of a data worker, which a worker's error has in its text."""
+    before, heading, after = message.partition("Original Traceback (most recent call last):")
+    if not heading or not after.strip():
+        return message
+    # The lines around it say what happened.
+    return f"{before.strip()} {after.strip().splitlines()[-1]}"
 
 
 class _File(logging.FileHandler):
-    """A log that cannot be written, on a full disk, does not fill the console with tracebacks of its own."""
+    """A log file; if it cannot be written, on a full disk, the console is not filled with tracebacks about that."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         pass
@@ -161,6 +194,8 @@ class _LimitRepeats(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         if record.name.split(".", 1)[0] in OWN_LOGGERS:
             return True
+
+        # Numbers in it, such as a step or an address, make no other message.
         key = (record.name, re.sub(r"\d+", "#", record.getMessage()[:200]))
         self.seen[key] = self.seen.get(key, 0) + 1
         return self.seen[key] <= REPEATS

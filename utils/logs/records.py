@@ -1,4 +1,4 @@
-"""metrics.jsonl and warnings, read back."""
+"""Records of a run, read back: lines of metrics.jsonl, and warnings of train.log."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """All whole records of a `metrics.jsonl`; a line cut short by a kill is left out."""
+    """Return all whole records of a `metrics.jsonl`; a line cut short by a kill is left out."""
     return [record for record in read_lines(path) if record is not None]
 
 
@@ -24,15 +24,18 @@ def read_lines(path: str | Path) -> list[dict[str, Any] | None]:
     Empty lines are left out, and so is a last line that was cut short by a kill.
     """
     text = Path(path).read_text(encoding="utf-8", errors="replace")
-    *ended, last = text.split("\n")
-    records = [_record_of(line) for line in ended if line.strip()]
+    *complete, last = text.split("\n")
+    records = [_record_of(line) for line in complete if line.strip()]
 
-    if (unended := _record_of(last)) is not None:
-        records.append(unended)
+    # A line without an end was cut short by a kill, or is whole but for its end.
+    last_record = _record_of(last)
+    if last_record is not None:
+        records.append(last_record)
     return records
 
 
 def _record_of(line: str) -> dict[str, Any] | None:
+    """Return the record that a line holds, None if it is not one."""
     try:
         record = json.loads(line)
     except (ValueError, RecursionError):  # ValueError: no JSON, or a number of thousands of digits
@@ -41,17 +44,23 @@ def _record_of(line: str) -> dict[str, Any] | None:
 
 
 def read_warnings(folder: Path) -> list[str]:
-    """First lines of what the sessions of a run warned of in its train.log, each once."""
+    """Return the first lines of what the sessions of a run warned of in its train.log, each once."""
     file = folder / LOG
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    found = re.findall(r"^[\d-]{10} [\d:]{8} (?:WARNING|ERROR|CRITICAL) +(.*)$", text, flags=re.MULTILINE)
-    return list(dict.fromkeys(found))
+    if not file.is_file():
+        return []
+
+    # The date and level in front are those of `console.setup_logging`.
+    text = file.read_text(encoding="utf-8", errors="replace")
+    messages = re.findall(r"^[\d-]{10} [\d:]{8} (?:WARNING|ERROR|CRITICAL) +(.*)$", text, flags=re.MULTILINE)
+    return list(dict.fromkeys(messages))
 
 
 def json_safe(value: Any) -> Any:
-    """`value` with NaN and infinity, which are not JSON, as None; tuples and the like become lists."""
+    """Return `value` with NaN and infinity, which are not JSON, as None; tuples and the like become lists."""
     if isinstance(value, Mapping):
         return {str(key): json_safe(item) for key, item in value.items()}
     if isinstance(value, Iterable) and not isinstance(value, str):
         return [json_safe(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

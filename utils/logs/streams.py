@@ -1,4 +1,4 @@
-"""The standard streams: whatever becomes of the console, it does not decide how a command ends."""
+"""Standard output and error that never raise: whatever becomes of the console, a command ends by its own result."""
 
 import io
 import os
@@ -17,17 +17,22 @@ def make_streams_safe() -> None:
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
 
+        # Python has no stream at all where there is no console.
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115  open until the end
         elif type(stream) is io.TextIOWrapper:
-            stream.reconfigure(errors=_replacing(stream.errors))
+            stream.reconfigure(errors=_error_handler(stream.errors))
+            # What it still holds must come before what its successor writes.
             stream.flush()
             setattr(sys, name, _SafeStream(stream))
 
 
-def _replacing(errors: str | None) -> str:
-    """The way to encode what an encoding lacks: standard error has one of its own, which loses nothing."""
-    return errors if errors == "backslashreplace" else "replace"
+def _error_handler(errors: str | None) -> str:
+    """Return how to encode what an encoding lacks."""
+    # Standard error has a way of its own, which loses nothing.
+    if errors == "backslashreplace":
+        return errors
+    return "replace"
 
 
 class _SafeStream(io.TextIOWrapper):
@@ -60,6 +65,7 @@ class _SafeStream(io.TextIOWrapper):
 
     def _go_silent(self) -> None:
         """Send what is still in the buffer, and all that follows, nowhere."""
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())
-        os.close(nowhere)
+        # Under the descriptor, not in Python: child processes and C libraries write there too.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)

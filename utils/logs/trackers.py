@@ -1,10 +1,10 @@
-"""The records of metrics.jsonl, sent to experiment trackers as well: those that accelerate knows."""
+"""Experiment trackers: the records of metrics.jsonl, sent to those that accelerate knows."""
 
 import json
 import logging
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,9 @@ def require(names: Sequence[str]) -> None:
     Raises:
         UserError: a package is not installed.
     """
-    here = {str(tracker) for tracker in get_available_trackers()}
-    if missing := [name for name in names if name not in here]:
+    available = {str(tracker) for tracker in get_available_trackers()}
+    missing = [name for name in names if name not in available]
+    if missing:
         raise UserError(
             f"--track {' '.join(missing)}: not installed. Expected packages that are; "
             f"install with: pip install {' '.join(missing)}"
@@ -55,16 +56,29 @@ class Tracking:
 
     def __init__(self, accelerator: Accelerator, folder: Path, settings: Mapping[str, Any], done: int = 0) -> None:
         self.accelerator = accelerator
-        place = folder / TRACKERS
-        place.mkdir(exist_ok=True)
-        is_new = not (place / RUN_ID).is_file()
+        trackers_folder = folder / TRACKERS
+        trackers_folder.mkdir(exist_ok=True)
+        accelerator.project_configuration.logging_dir = str(trackers_folder)
+
+        # The name of the run is kept, so that its next session goes on in the same place.
+        run_id = trackers_folder / RUN_ID
+        is_new = not run_id.is_file()
         if is_new:
-            write_text(place / RUN_ID, uuid.uuid4().hex)
-        account = {"id": (place / RUN_ID).read_text(encoding="utf-8"), "resume": "allow", "name": str(folder)}
-        options = {"wandb": {**account, "dir": str(place)}, "tensorboard": {"purge_step": done + 1 if done else 0}}
-        accelerator.project_configuration.logging_dir = str(place)
+            write_text(run_id, uuid.uuid4().hex)
+        options = {
+            "wandb": {
+                "id": run_id.read_text(encoding="utf-8"),
+                "resume": "allow",
+                "name": str(folder),
+                "dir": str(trackers_folder),
+            },
+            "tensorboard": {"purge_step": done + 1 if done else 0},
+        }
+
+        # Hyperparameters are those of the run, not of each session.
+        hyperparameters = _hyperparameters(settings) if is_new else None
         try:
-            accelerator.init_trackers(PROJECT, _hyperparameters(settings) if is_new else None, options)
+            accelerator.init_trackers(PROJECT, hyperparameters, options)
         except Exception as error:  # each library has errors of its own
             raise UserError(
                 f"--track {' '.join(map(str, accelerator.log_with))}: cannot be started. {type(error).__name__}: "
@@ -81,7 +95,10 @@ class Tracking:
 
     def close(self) -> None:
         """End the trackers' runs."""
-        trackers, self.accelerator.trackers = self.accelerator.trackers, []
+        # Without trackers accelerate logs to nobody, which is what is wanted from now on.
+        trackers = self.accelerator.trackers
+        self.accelerator.trackers = []
+
         for tracker in trackers:
             try:
                 tracker.finish()
@@ -90,25 +107,30 @@ class Tracking:
 
 
 def flat_record(record: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a record by path: `train/terms/kd/raw`, `eval/bits_per_byte`; what is not finite is left out."""
+    """Return a record's numbers by path: `train/terms/kd/raw`, `eval/bits_per_byte`; only those that are finite."""
     group = "train" if "terms" in record else record.get("split", "eval")
-    found: dict[str, float] = {}
+    values = {key: value for key, value in record.items() if key not in ("step", "split")}
+    return dict(_numbers(group, values))
 
-    def collect(path: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key, inner in value.items():
-                collect(f"{path}/{key}", inner)
-        elif isinstance(value, list | tuple):
-            for place, inner in enumerate(value):
-                collect(f"{path}/{place}", inner)
-        elif isinstance(value, int | float) and math.isfinite(value):
-            found[path] = value
 
-    collect(group, {key: value for key, value in record.items() if key not in ("step", "split")})
-    return found
+def _numbers(path: str, value: Any) -> Iterator[tuple[str, float]]:
+    """Yield (path, number) of all finite numbers in nested containers."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _numbers(f"{path}/{key}", inner)
+    elif isinstance(value, list | tuple):
+        for index, inner in enumerate(value):
+            yield from _numbers(f"{path}/{index}", inner)
+    elif isinstance(value, int | float) and math.isfinite(value):
+        yield path, value
 
 
 def _hyperparameters(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Flat, and lists and ramps as text: trackers take numbers, words and truth values only."""
-    plain = {key: value for key, value in flatten(settings).items() if value is not None}
-    return {key: value if isinstance(value, str | int | float) else json.dumps(value) for key, value in plain.items()}
+    """Return settings flat, with lists and ramps as text: trackers take numbers, words and truth values only."""
+    hyperparameters: dict[str, Any] = {}
+    for key, value in flatten(settings).items():
+        if isinstance(value, str | int | float):
+            hyperparameters[key] = value
+        elif value is not None:
+            hyperparameters[key] = json.dumps(value)
+    return hyperparameters

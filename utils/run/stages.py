@@ -18,6 +18,7 @@ from ..evaluation.held_out import metrics_of
 from ..forecast.batch_size import Forecast
 from ..interfaces import Method, RunConfig, Teacher
 from ..logs.lines import learned_lines
+from ..logs.progress import Progress
 from ..logs.step_logger import StepLogger
 from ..logs.trackers import Tracking
 from ..machine import hardware
@@ -32,6 +33,7 @@ from ..training import dry_run
 from ..training.checkpoint_files import step_of
 from ..training.checkpoints import CheckpointStore
 from ..training.loop import FitResult, fit
+from ..training.options import LoopOptions
 from ..training.plan import Plan
 from ..training.red_flags import RedFlags
 from . import export, upload
@@ -188,19 +190,21 @@ def train_student(
         job.collate,
         config.training,
         accelerator=accelerator,
-        logger=logger,
-        evaluate=evaluate,
-        evaluate_every=config.evaluation.every,
-        checkpoints=store,
-        resume_from=resume_from,
-        flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=session.is_main),
-        stop=session.stop,
-        num_workers=config.data.num_workers,
-        term_gradients=config.logging.term_gradients,
-        settle=partial(flush_cache, job),
-        ask=module.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
-        waits=teacher is not None and config.teacher.device == teachers.SHARDED,
-        forecast=job.needed.told,
+        options=LoopOptions(
+            logger=logger,
+            evaluate=evaluate,
+            evaluate_every=config.evaluation.every,
+            checkpoints=store,
+            resume_from=resume_from,
+            flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=session.is_main),
+            stop=session.stop,
+            num_workers=config.data.num_workers,
+            term_gradients=config.logging.term_gradients,
+            forecast=job.needed.told,
+            before_checkpoint=partial(flush_cache, job),
+            prefetch_teacher=module.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
+            forward_communicates=teacher is not None and config.teacher.device == teachers.SHARDED,
+        ),
     )
 
     if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
@@ -251,10 +255,9 @@ def open_logger(job: Job, plan: Plan, output: Path, session: Session, resume_fro
         output,
         plan.total_steps,
         job.config.logging.every,
-        start_step=done,
         main_process=session.is_main,
         tracker=tracker,
-        deadline=session.stop.deadline,
+        progress=Progress(plan.total_steps, done, deadline=session.stop.deadline),
     )
     if resume_from is None and session.is_main:
         logger.truncate_after(-1)

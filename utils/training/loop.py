@@ -5,29 +5,22 @@
         .terms      {name: object with .sum (scalar tensor) and .count (int)}
         .weights    {name: float}      .scalars    {name: float}
     With term_graphs=True (only where `fit` got `term_gradients`) every .sum of a term with a weight has a graph.
+    module.couples_windows: bool, a term compares the windows of a forward with one another, over all processes
     batch: .counts {name: int}, .labels, .documents, .to(device, non_blocking=...), and .as_filler() where a batch
     that only keeps other processes company must differ from one that is learned from
-
-A term is divided by its count in the whole optimizer step, over all micro-batches and processes. The loop
-knows these counts before the first forward, so accelerate is kept from dividing by the number of
-micro-batches (wrong for a short last window) and DDP's average over processes is undone. Hence 8x1, 4x2, 1x8
-accumulation and one or two processes give the same gradient.
 
 A step is numbered by how many were done before it: the module sees 0 .. N-1, records and checkpoints carry
 1 .. N. Everything random in it is a function of (seed, step, micro-batch, process), and the data order one of
 (seed, epoch): what a run computes depends neither on how often it is interrupted, nor logged, nor evaluated.
+How the gradient of a step is made of its micro-batches: `gradient`.
 """
 
-import gc
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,31 +30,33 @@ from torch import Tensor, nn
 
 from ..advice import advice
 from ..config.settings import TrainingConfig
-from ..data import batch_order, loader
+from ..data.batch_source import BatchSource, StepBatches, with_signals
 from ..errors import RunError, UserError
+from ..interfaces import Batch
 from ..logs.step_logger import StepLogger
 from ..machine import device_memory, hardware
-from ..machine.stop_signals import STOP_REASONS, StopSignal
+from ..machine.stop_signals import STOP_REASONS
 from ..parallel.accelerator import engine_kind
 from ..parallel.processes import on_main_process
-from ..seeding import preserve_rng_and_mode, seed_forward
-from . import out_of_memory
-from .checkpoints import CheckpointStore
+from ..seeding import preserve_rng_and_mode
 from .early_stopping import EarlyStopping
+from .gradient import StepGradient, StepWork
 from .measurements import Clock, HostSum, Measured, TermGradients
 from .optimizer import build_optimizer, build_scheduler, taught_parameters
-from .out_of_memory import Attempt, OutOfMemory
+from .options import LoopOptions
+from .out_of_memory import OutOfMemory, explain_out_of_memory, halve_micro_batches
 from .plan import Plan
-from .red_flags import RedFlags
 from .state import RunState
 from .step_guard import StepGuard
 
 log = logging.getLogger(__name__)
 
+_STEP_PROTOCOL = "a DistillationFramework, or another module with the step protocol"
+
 
 @dataclass(frozen=True)
 class FitResult:
-    """How a run ended."""
+    """The end of a run."""
 
     steps: int
     """Optimizer steps done, those before a resume included."""
@@ -75,6 +70,7 @@ class FitResult:
     evaluation: dict[str, Any] | None = None
     """The last evaluation record of this session, if there was one."""
     resumed_from: int | None = None
+    """Steps done at the checkpoint that was continued."""
     skipped_steps: int = 0
     """Steps not taken because loss or gradient were not finite."""
     loss_spikes: int = 0
@@ -85,23 +81,11 @@ class FitResult:
 def fit(
     module: nn.Module,
     dataset: Sequence[Any],
-    collate: Callable[[list[Any]], Any],
+    collate: Callable[[list[Any]], Batch],
     config: TrainingConfig,
     *,
     accelerator: Accelerator,
-    logger: StepLogger,
-    evaluate: Callable[[int], dict[str, Any] | None] | None = None,
-    evaluate_every: int = 0,
-    checkpoints: CheckpointStore | None = None,
-    resume_from: Path | None = None,
-    flags: RedFlags | None = None,
-    stop: StopSignal | None = None,
-    num_workers: int = 0,
-    term_gradients: bool = False,
-    forecast: str = "",
-    settle: Callable[[], None] = lambda: None,
-    ask: Callable[[Any, int, bool], Any] | None = None,
-    waits: bool = False,
+    options: LoopOptions | None = None,
 ) -> FitResult:
     """Train `module` on `dataset` for the steps that `Plan.of(config, len(dataset), processes)` says.
 
@@ -110,60 +94,33 @@ def fit(
         dataset: windows by index.
         collate: list of windows -> batch.
         accelerator: from `build_accelerator`. Nothing may be prepared with it while the loop runs.
-        logger: decides which steps are logged; records go to it.
-        evaluate: (steps done) -> evaluation record or None. Called in every process; must return the same in all.
-        evaluate_every: steps between its calls; 0: never.
-        checkpoints: None saves nothing.
-        resume_from: a checkpoint that `checkpoints.resume_point` returned.
-        flags: red flags to watch for.
-        stop: asks the loop to stop at the next step boundary.
-        num_workers: processes that prepare batches.
-        term_gradients: log the norm of the gradient that each term contributes to the student (`TermGradients`).
-        ask: (batch, step, measured) -> `signal` for the module's forward, or None. Called for a step's batches before
-            those of the step before are worked on: a teacher on another GPU computes meanwhile. None: the module asks.
-        forecast: of the memory that this takes, for the message where it does not fit.
-        waits: forwards of different processes wait for each other: one that does not fit into memory ends the run.
-        settle: called in every process before a checkpoint and before an epoch: what waits is to be on the disk then.
+        options: what is done beside training; None: steps are logged on the console, nothing else.
 
     Raises:
-        TypeError, ValueError: an argument of another kind, or a negative number.
+        TypeError: an argument of another kind.
         UserError: no windows, nothing to train, a batch size that is not known yet, or a checkpoint of another plan.
-        RunError: loss or gradient were not finite `guards.MOST_SKIPPED` times in a row (a checkpoint is saved), or a
-            checkpoint could not be written.
+        RunError: loss or gradient were not finite `step_guard.MOST_SKIPPED` times in a row (a checkpoint is saved), or
+            a checkpoint could not be written.
         OutOfMemory: also in micro-batches of one window.
     """
+    options = options or LoopOptions()
     _check_arguments(module, dataset, collate, config, accelerator)
-    for name, count in {"evaluate_every": evaluate_every, "num_workers": num_workers}.items():
-        if count < 0:
-            raise ValueError(f"{name}: got {count}, expected 0 or more")
-
-    sharded = engine_kind(accelerator).sharded
-    if term_gradients and sharded:
+    if options.term_gradients and engine_kind(accelerator).sharded:
         raise UserError("logging.term_gradients needs whole weights, and they are sharded: leave one of the two out.")
     if not len(dataset):
         raise UserError("got 0 training windows, expected at least 1. Give more text, or a smaller data.max_length.")
+
     loop = TrainingLoop(
         module=module,
         dataset=dataset,
         collate=collate,
         config=config,
         accelerator=accelerator,
-        logger=logger,
-        evaluate=evaluate,
-        evaluate_every=evaluate_every,
-        checkpoints=checkpoints,
-        flags=flags,
-        stop=stop,
-        num_workers=num_workers,
-        term_gradients=term_gradients,
-        settle=settle,
-        ask=ask,
-        waits=waits or sharded,
+        options=options,
     )
     try:
-        with out_of_memory.explained(forecast):
-            if resume_from is not None:
-                loop.resume(resume_from)
+        with explain_out_of_memory(options.forecast):
+            loop.resume()
             return loop.run()
     finally:
         loop.close()
@@ -172,7 +129,7 @@ def fit(
 def _check_arguments(module: Any, dataset: Any, collate: Any, config: Any, accelerator: Any) -> None:
     """Check that the arguments of `fit` are what they are called, before anything is prepared with them."""
     kinds = {
-        "module": (module, nn.Module, "a DistillationFramework, or another module with the step protocol"),
+        "module": (module, nn.Module, _STEP_PROTOCOL),
         "dataset": (dataset, Sized, "windows by index, such as the list that PairEncoder.windows returns"),
         "collate": (collate, Callable, "a function that makes a batch of windows, such as a PairCollator"),
         "config": (config, TrainingConfig, "a TrainingConfig"),
@@ -182,8 +139,13 @@ def _check_arguments(module: Any, dataset: Any, collate: Any, config: Any, accel
         if not isinstance(value, kind):
             raise TypeError(f"{name}: got a {type(value).__name__}, expected {expected}")
 
+    # Text and mappings have a length too, and would be read letter by letter, or by key.
     if isinstance(dataset, str | Mapping):
         raise TypeError(f"dataset: got a {type(dataset).__name__}, expected {kinds['dataset'][2]}")
+
+    if not hasattr(module, "couples_windows"):
+        raise TypeError(f"module: got a {type(module).__name__} without couples_windows, expected {_STEP_PROTOCOL}")
+
     if config.batch_size == "auto":
         raise UserError(
             "batch_size: got auto, expected a number: what fits into memory is found before training, by "
@@ -193,59 +155,85 @@ def _check_arguments(module: Any, dataset: Any, collate: Any, config: Any, accel
 
 
 class TrainingLoop:
-    """One run of `fit`, whose arguments it takes."""
+    """One run of `fit`, whose arguments it takes.
+
+    A step can be watched from outside through `advance` (a whole step) and `update` (its gradient, just before it is
+    used).
+
+    Attributes:
+        step: optimizer steps done.
+        plan: how windows become steps; its micro-batches shrink where they do not fit into memory.
+        engine: the module as it is trained.
+        logger: says which steps are logged.
+    """
 
     def __init__(
         self,
         *,
         module: nn.Module,
         dataset: Sequence[Any],
-        collate: Callable[[list[Any]], Any],
+        collate: Callable[[list[Any]], Batch],
         config: TrainingConfig,
         accelerator: Accelerator,
-        logger: StepLogger,
-        evaluate: Callable[[int], dict[str, Any] | None] | None,
-        evaluate_every: int,
-        checkpoints: CheckpointStore | None,
-        flags: RedFlags | None,
-        stop: StopSignal | None,
-        num_workers: int,
-        term_gradients: bool,
-        settle: Callable[[], None],
-        ask: Callable[[Any, int, bool], Any] | None,
-        waits: bool,
+        options: LoopOptions,
     ) -> None:
-        self.module, self.dataset, self.collate, self.config = module, dataset, collate, config
-        self.accelerator, self.logger, self.checkpoints = accelerator, logger, checkpoints
-        self.evaluate, self.evaluate_every = evaluate, evaluate_every if evaluate is not None else 0
-        self.flags, self.stop, self.num_workers = flags, stop, num_workers
-        self.term_gradients, self.settle, self.ask, self.waits = term_gradients, settle, ask, waits
+        self.module = module
+        self.config = config
+        self.accelerator = accelerator
+        self.options = options
         self.plan = Plan.of(config, len(dataset), accelerator.num_processes)
+        self.logger = options.logger or _console_logger(self.plan.total_steps, accelerator)
+        self.flags = options.flags
+
         self.evaluation: dict[str, Any] | None = None
         self.resumed_from: int | None = None
         self._saved_step: int | None = None
+
         self._prepare()
         self._host = HostSum(accelerator, sorted(collate([dataset[0]]).counts))
+        self._source = BatchSource(
+            dataset,
+            collate,
+            seed=config.seed,
+            rank=accelerator.process_index,
+            device=accelerator.device,
+            num_workers=options.num_workers,
+            after_epoch=options.before_checkpoint,
+        )
+        self._gradient = StepGradient(
+            self.engine,
+            accelerator,
+            self._source,
+            guard=self.guard,
+            host=self._host,
+            forward_communicates=options.forward_communicates or self.engine.sharded or module.couples_windows,
+        )
 
     def _prepare(self) -> None:
+        """Give module and optimizer to accelerate, and gather what a checkpoint holds."""
         accelerator = self.accelerator
         accelerator.gradient_accumulation_steps = 1  # `accelerate launch` may have set it; the loop counts itself
+
         # With fp16 the scaler must decide on the host whether to step: accelerate cannot see it on the device.
-        self.scaler = accelerator.scaler
+        scaler = accelerator.scaler
         self.engine = engine_kind(accelerator)(self.module, accelerator)
-        optimizer = build_optimizer(self.engine.twin, self.config, fused=self.scaler is None)
+        optimizer = build_optimizer(self.engine.twin, self.config, fused=scaler is None)
         self.scheduler = build_scheduler(optimizer, self.config, self.plan.total_steps)
         self._taught = taught_parameters(optimizer.param_groups)
         self.engine.wrap(optimizer)
-        if self.scaler is not None:  # an accelerator that served another run before has its scale
-            self.scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
-        self.early, self._clock = EarlyStopping(self.config.patience), Clock()
+
+        # An accelerator that served another run before has its scale.
+        if scaler is not None:
+            scaler.load_state_dict(torch.amp.GradScaler(accelerator.device.type).state_dict())
+
+        self.early = EarlyStopping(self.config.patience)
+        self._clock = Clock()
         total = partial(accelerator.reduce, reduction="sum")
-        self.guard = StepGuard(total, gather_object, scaled=self.scaler is not None)
+        self.guard = StepGuard(total, gather_object, scaled=scaler is not None)
         self.state = RunState(
             engine=self.engine,
             scheduler=self.scheduler,
-            scaler=self.scaler,
+            scaler=scaler,
             plan=self.plan,
             early=self.early,
             guard=self.guard,
@@ -261,30 +249,82 @@ class TrainingLoop:
     # --- the run ----------------------------------------------------------------------------------------------------
 
     def run(self) -> FitResult:
-        """Steps until something stops the run; saves at the end."""
+        """Take steps until something stops the run; save at the end."""
         self.logger.truncate_after(self.step)
         log.info("%s, from step %d", self.plan, self.step)
         self.engine.model.train()
-        windows = self._one_ahead()
-        while (reason := self._reason_to_stop()) is None and not self.guard.exhausted:
-            if self._advance(*self._clock.delivered(windows)):
-                self._at_boundary()
-            else:
-                windows.close()
-                self._halve()
-                windows = self._one_ahead()
-        windows.close()
+        reason = self._take_steps()
+
+        # Save before anything can raise: whatever ended the run, the next session continues from here.
         self.guard.read()
         self._save()
         self.engine.gather()
         self.module.to(self.accelerator.device)
+
         if self.guard.exhausted:
             raise RunError(self.guard.explanation(self.step))
         if reason == "early_stopping":
             self._take_best()
+        self._log_end(reason)
+        return self._result(reason)
+
+    def _take_steps(self) -> str | None:
+        """Take optimizer steps until there is a reason to stop; None: too many steps were not finite."""
+        batches = self._batches()
+        while (reason := self._reason_to_stop()) is None and not self.guard.exhausted:
+            if self.advance(self._clock.delivered(batches)):
+                self._at_boundary()
+            else:
+                # The batches that are prepared are too large as well.
+                batches.close()
+                self._halve_micro_batches()
+                batches = self._batches()
+        batches.close()
+        return reason
+
+    def _batches(self) -> Generator[StepBatches, None, None]:
+        """Yield the batches of each step from the current one on, with the teacher's signals if it is asked ahead."""
+        steps = self._source.steps(self.plan, self.step)
+        if self.options.prefetch_teacher is None:
+            return steps
+        return with_signals(steps, self._ask_teacher, self.plan.total_steps)
+
+    def _ask_teacher(self, batch: Batch, step: int) -> Any:
+        return self.options.prefetch_teacher(batch, step, self.logger.due(step + 1))
+
+    def _reason_to_stop(self) -> str | None:
+        """Return why no further step is taken, one of `STOP_REASONS`, or None; the same in every process."""
+        if self.step >= self.plan.total_steps:
+            return "finished"
+        if self.early.exhausted:
+            return "early_stopping"
+
+        # A signal may have reached only one process, and all must stop at the same step.
+        stop = self.options.stop
+        requested = None if stop is None else stop.requested()
+        return self._host.any_of(requested, STOP_REASONS)
+
+    def _at_boundary(self) -> None:
+        """Show progress, evaluate and save between two steps, where that is due."""
+        self.logger.progress(self.step)
+
+        improved = False
+        every = self.options.evaluate_every
+        if self.options.evaluate is not None and every and self.step % every == 0:
+            improved = self._evaluate()
+
+        # Early stopping goes back to the best weights, so they must be on the disk.
+        is_best = improved and self.config.patience
+        if self.step % self.config.save_every == 0 or is_best:
+            self._save()
+
+    def _log_end(self, reason: str) -> None:
         log.info("training ended after step %d of %d: %s", self.step, self.plan.total_steps, reason)
         share = 100 * self._clock.waited / max(self._clock.total() - self._clock.before, 1e-9)
-        log.info("%.1f %% of this session was spent waiting for batches (data.num_workers %d)", share, self.num_workers)
+        workers = self.options.num_workers
+        log.info("%.1f %% of this session was spent waiting for batches (data.num_workers %d)", share, workers)
+
+    def _result(self, reason: str) -> FitResult:
         return FitResult(
             steps=self.step,
             seconds=self._clock.total(),
@@ -298,106 +338,55 @@ class TrainingLoop:
             micro_batch=self.plan.micro_batch,
         )
 
-    def _one_ahead(self) -> Iterator[tuple[int, list[tuple[Any, Any]]]]:
-        """(epoch, micro-batches of one step, each with its signal), the next step's signals already asked for."""
-        waiting = None
-        for step, (epoch, window) in enumerate(self._windows(), start=self.step):
-            asks = self.ask if step < self.plan.total_steps else None
-            measured = self.logger.due(step + 1)
-            pairs = [(b, None if asks is None or b is None else asks(b, step, measured)) for b in window]
-            now, waiting = ((epoch, pairs), None) if self.ask is None else (waiting, (epoch, pairs))
-            if now is not None:
-                yield now
-
-    def _windows(self) -> Iterator[tuple[int, list[Any]]]:
-        """(epoch, this process's micro-batches of one optimizer step), from the current step on, without end.
-
-        A micro-batch is None where a short last step leaves this process nothing.
-        """
-        plan, sizes = self.plan, {"global_batch": self.plan.global_batch, "micro_batch": self.plan.micro_batch}
-        epoch, first = divmod(self.step, plan.steps_per_epoch)
-        while True:
-            order = batch_order.step_batches(
-                plan.windows,
-                batch_order.BatchGeometry(**sizes, processes=plan.processes, rank=self.accelerator.process_index),
-                seed=self.config.seed,
-                epoch=epoch,
-                start_step=first,
-            )
-            pin = self.accelerator.device.type == "cuda"
-            batches = loader.loader(self.dataset, order, self.collate, self.num_workers, pin, plan.accumulation)
-            for step in range(first, plan.steps_per_epoch):
-                count = batch_order.micro_batches_in_step(plan.windows, step, **sizes, processes=plan.processes)
-                yield epoch, list(islice(batches, count))
-            del batches
-            self.settle()
-            epoch, first = epoch + 1, 0
-            if self.accelerator.device.type == "cuda":
-                gc.collect()
-                torch.cuda.empty_cache()
-
-    def _reason_to_stop(self) -> str | None:
-        """Why no further step is taken; the same in every process."""
-        if self.step >= self.plan.total_steps:
-            return "finished"
-        if self.early.exhausted:
-            return "early_stopping"
-        requested = self.stop.requested() if self.stop is not None else None
-        return self._host.any_of(requested, STOP_REASONS)
-
-    def _at_boundary(self) -> None:
-        """What happens between two steps: evaluation, checkpoint, progress."""
-        self.logger.progress(self.step)
-        improved = False
-        if self.evaluate_every and self.step % self.evaluate_every == 0:
-            improved = self._evaluate()
-        if self.step % self.config.save_every == 0 or (improved and self.config.patience):
-            self._save()
-
     # --- one optimizer step -----------------------------------------------------------------------------------------
 
-    def _advance(self, epoch: int, window: list[tuple[Any, Any]]) -> bool:
-        """One optimizer step on a window of micro-batches. False, in every process: it does not fit into memory."""
-        counts = self._host.sum_counts([batch.counts for batch, _ in window if batch is not None])
-        measured = Measured() if self.logger.due(self.step + 1) else None
-        if measured is not None and self.term_gradients:
-            measured.gradients = TermGradients(self._taught)
-        if not self._differentiate(window, counts, measured):
+    def advance(self, batches: StepBatches) -> bool:
+        """Take one optimizer step. False, in every process: it does not fit into memory, and nothing was changed."""
+        counts = self._host.sum_counts([batch.counts for batch in batches.batches])
+        measured = self._measurement()
+        if not self._gradient.add_up(StepWork(batches, counts, measured)):
             return False
-        for batch, _ in window:
-            if batch is not None:
-                self._watch(lambda flags, batch=batch: flags.batch(batch.labels, epoch + 1, batch.documents))
+
+        # Only now: a step that is done again must not look like text that repeats itself.
+        self._check_batches(batches)
+
+        # The rate of this step, before the schedule moves on.
         lr = self.engine.optimizer.param_groups[0]["lr"]
         norm = self.engine.clip(self.config.max_grad_norm)
-        self._update(norm)
+        self.update(norm)
         self.state.step += 1
         self._clock.tokens += counts.get("lm", 0)
+
         if measured is not None:
-            self._log_step(measured, counts, lr, norm)
+            self._log_step(measured, counts, lr=lr, norm=norm)
+        # Reading waits for the device. A logged step waits anyway, and a CPU has computed everything.
         if measured is not None or self.accelerator.device.type == "cpu" or self.guard.must_read:
             self.guard.read()
         return True
 
-    def _differentiate(self, window: list[tuple[Any, Any]], counts: dict[str, int], measured: Measured | None) -> bool:
-        """The gradient of a step, micro-batch by micro-batch. False, in every process: one does not fit into memory.
+    def update(self, norm: Tensor) -> None:
+        """Take the step, unless the gradient is not finite; that is decided without waiting for the device.
 
-        Processes agree once all forwards are done, before the backward in which they exchange gradients: whoever
-        fails later, or in a forward in which they already wait for each other (the contrastive term), ends the run.
+        Args:
+            norm: scalar, of the whole gradient before clipping.
         """
-        alone = self.accelerator.num_processes == 1
-        attempt = Attempt(survive=alone or not (counts.get("contr") or self.waits))
-        for index, (batch, signal) in enumerate(window):
-            is_last = index == len(window) - 1
-            with nullcontext() if is_last else self.engine.no_sync():
-                loss = attempt(self._forward, batch, signal, index, counts, measured)
-                if is_last:
-                    attempt.failed = bool(self._host([float(attempt.failed)])[0])
-                    attempt.survive = alone
-                attempt(self.engine.backward, loss, is_last)
-            del loss
-        return not attempt.failed
+        is_bad = self.guard.decide(self.step + 1, norm.detach())
+        self.engine.update(is_bad)
 
-    def _halve(self) -> None:
+        with warnings.catch_warnings():
+            # torch takes a first step that the scaler of fp16 leaves out for a wrong order of calls
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            # also after a step that was left out, in every precision: the schedule is one over steps, as the curriculum
+            self.scheduler.step()
+
+    def _measurement(self) -> Measured | None:
+        """Return what takes the sums of the step that begins, None if it is not logged."""
+        if not self.logger.due(self.step + 1):
+            return None
+        gradients = TermGradients(self._taught) if self.options.term_gradients else None
+        return Measured(gradients=gradients)
+
+    def _halve_micro_batches(self) -> None:
         """Take back a step that does not fit into memory, and go on in micro-batches of half the size.
 
         Raises:
@@ -406,70 +395,53 @@ class TrainingLoop:
         self.engine.forget()
         self.guard.forget()
         device_memory.release()
+
         if self.plan.micro_batch == 1:
             self._save()
             raise OutOfMemory(f"out of memory in optimizer step {self.step + 1}, in micro-batches of one window")
         if self.plan.processes > 1:
             # DDP cannot take back a forward: some processes would exchange gradients that others do not have
             self.engine.wrap_again()
-        self.plan = out_of_memory.halved(self.plan, self.step, "contr" in self._host.names)
+        self.plan = halve_micro_batches(self.plan, self.step, couples_windows=self.module.couples_windows)
 
-    def _forward(
-        self, batch: Any, signal: Any, index: int, counts: dict[str, int], measured: Measured | None
-    ) -> Tensor:
-        """What to differentiate of one micro-batch."""
-        rank, device = self.accelerator.process_index, self.accelerator.device
-        idle = batch is None
-        if idle:  # DDP waits for every process: take part with a loss of 0
-            batch = self.collate([self.dataset[0]])
-            batch = batch.as_filler() if hasattr(batch, "as_filler") else batch
-        seed_forward(device, self.config.seed, self.step, index, rank)
-        batch = batch.to(device, non_blocking=True)
-        looked_at = measured is not None and measured.gradients is not None
-        extra = ({"term_graphs": True} if looked_at else {}) | ({} if signal is None else {"signal": signal})
-        loss, hidden = self.engine.model(batch, self.step, counts=counts, measure=measured is not None, **extra)
-        if looked_at and not idle:
-            measured.gradients.add(hidden.output, counts, 1.0 if self.scaler is None else self.scaler.get_scale())
-        if not idle:
-            self.guard.look(hidden.output, batch.documents)
-        if measured is not None:
-            measured.add(hidden.output, idle)
-        # DDP averages gradients over processes; counts are global, so the sum is wanted
-        return loss * (0 if idle else self.plan.processes)
-
-    def _update(self, norm: Tensor) -> None:
-        """Take the step, unless the gradient is not finite; that is decided without waiting for the device."""
-        is_bad = self.guard.decide(self.step + 1, norm.detach())
-        self.engine.update(is_bad)
-        with warnings.catch_warnings():
-            # torch takes a first step that the scaler of fp16 leaves out for a wrong order of calls
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
-            # also after a step that was left out, in every precision: the schedule is one over steps, as the curriculum
-            self.scheduler.step()
-
-    def _log_step(self, measured: Measured, counts: dict[str, int], lr: float, norm: Tensor) -> None:
-        told = measured.record(self._host, counts, self.accelerator)
+    def _log_step(self, measured: Measured, counts: Mapping[str, int], *, lr: float, norm: Tensor) -> None:
+        """Write the record of the step that was just taken."""
+        terms = measured.record(self._host, counts, self.accelerator)
         record = {
             "step": self.step,
             "epoch": self.step / self.plan.steps_per_epoch,
             "progress": self.step / self.plan.total_steps,
-            "loss": told["loss"],
+            "loss": terms["loss"],
             "lr": lr,
             "grad_norm": norm.item(),
             "tokens_per_second": self._clock.tokens_per_second(),
             **hardware.memory_use(self.accelerator.device),
-            **told,
+            **terms,
         }
         self.logger.training(record, measured.weights)
-        self._watch(lambda flags: flags.check(record))
+        self._check_record(record)
 
-    def _watch(self, look: Callable[[RedFlags], None]) -> None:
-        """Look for red flags; where that fails, no more of them are looked for."""
+    # --- red flags --------------------------------------------------------------------------------------------------
+
+    def _check_batches(self, batches: StepBatches) -> None:
+        """Look for red flags in a step's batches; where that fails, no more of them are looked for."""
         if self.flags is None:
             return
-        flags, self.flags = self.flags, None
+        flags = self.flags
+        self.flags = None
         with advice("further red flags"):
-            look(flags)
+            for batch in batches.batches:
+                flags.batch(batch.labels, batches.epoch + 1, batch.documents)
+            self.flags = flags
+
+    def _check_record(self, record: Mapping[str, Any]) -> None:
+        """Look for red flags in a record; where that fails, no more of them are looked for."""
+        if self.flags is None:
+            return
+        flags = self.flags
+        self.flags = None
+        with advice("further red flags"):
+            flags.check(record)
             self.flags = flags
 
     # --- evaluation -------------------------------------------------------------------------------------------------
@@ -477,58 +449,89 @@ class TrainingLoop:
     def _evaluate(self) -> bool:
         """Evaluate without leaving a trace in the training; True if it is the best so far."""
         with self._clock.paused(), preserve_rng_and_mode(self.module), self.engine.evaluation():
-            record = self.evaluate(self.step)
+            record = self.options.evaluate(self.step)
         if record is None:
             return False
+
         self.evaluation = record
         self.logger.evaluation(record)
-        self._watch(lambda flags: flags.check(record))
+        self._check_record(record)
+
         improved = self.early.update(self.step, record["bits_per_byte"])
         if self.early.exhausted:
+            best = math.nan if self.early.best is None else self.early.best
             log.info(
                 "no better evaluation than %.4f bits per byte (step %s) in %d in a row",
-                self.early.best if self.early.best is not None else math.nan, self.early.best_step, self.early.waited,
-            )  # fmt: skip
+                best,
+                self.early.best_step,
+                self.early.waited,
+            )
         return improved
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 
     def _save(self) -> None:
         """Write a checkpoint of this step boundary, once."""
-        if self.checkpoints is None or self._saved_step == self.step:
+        store = self.options.checkpoints
+        if store is None or self._saved_step == self.step:
             return
-        self.settle()
+
+        self.options.before_checkpoint()
         with self._clock.paused():
             self.guard.read()
-            protect, parts = [] if self.early.best_step is None else [self.early.best_step], self.state.parts()
-            on_main_process(self.accelerator, lambda: self.checkpoints.save(self.step, **parts, protect=protect))
+            parts = self.state.parts()
+            best_step = self.early.best_step
+            save = partial(
+                store.save,
+                self.step,
+                tensors=parts.tensors,
+                objects=parts.objects,
+                state=parts.state,
+                protect=[] if best_step is None else [best_step],
+            )
+            on_main_process(self.accelerator, save)
         self._saved_step = self.step
 
-    def resume(self, path: Path) -> None:
-        """Take up a checkpoint: afterwards everything is as it was at that step boundary.
+    def resume(self) -> None:
+        """Take up the checkpoint `resume_from`, if there is one: everything is then as it was at that step boundary.
 
         Raises:
             UserError: it is damaged, or its steps are cut differently.
         """
-        if self.checkpoints is None:
+        path = self.options.resume_from
+        if path is None:
+            return
+        if self.options.checkpoints is None:
             raise ValueError("resume_from was given without checkpoints")
-        self.state.load(self.checkpoints.load(path), path)
-        self.resumed_from = self._saved_step = self.step
+
+        self.state.load(self.options.checkpoints.load(path), path)
+        self.resumed_from = self.step
+        self._saved_step = self.step
         log.info("resumed from %s at step %d of %d", path, self.step, self.plan.total_steps)
 
     def _take_best(self) -> None:
-        """After early stopping: put back the weights of the best evaluation."""
-        if self.early.best_step in (None, self.step):
+        """Put back the weights of the best evaluation, after early stopping."""
+        best_step = self.early.best_step
+        if best_step is None or best_step == self.step:
             return
-        path = None if self.checkpoints is None else self.checkpoints.steps().get(self.early.best_step)
+
+        store = self.options.checkpoints
+        path = None if store is None else store.steps().get(best_step)
         if path is None:
-            log.warning("there is no checkpoint of the best step %d: the last weights stay", self.early.best_step)
+            log.warning("there is no checkpoint of the best step %d: the last weights stay", best_step)
             return
-        self.state.load_weights(self.checkpoints.load(path))
-        log.info("weights of step %d, the best evaluation, put back", self.early.best_step)
+        self.state.load_weights(store.load(path))
+        log.info("weights of step %d, the best evaluation, put back", best_step)
 
     def close(self) -> None:
         """Let go of everything, so that the accelerator can serve another run."""
+        if self.options.logger is None:
+            self.logger.close()
         self._host.close()
         self.engine.close()
-        self.engine = self.scheduler = self.state = None
+        self.engine = self.scheduler = self.state = self._gradient = None
+
+
+def _console_logger(total_steps: int, accelerator: Accelerator) -> StepLogger:
+    """Return a logger for a run without a folder."""
+    return StepLogger(None, total_steps, main_process=accelerator.is_main_process)

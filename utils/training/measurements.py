@@ -1,11 +1,16 @@
-"""What the loop counts while it runs, without making the host wait for the device more than it must."""
+"""Numbers that the loop collects while it runs; the host waits for the device only where a step is logged.
+
+HostSum        sums over processes, of numbers on the host
+Measured       losses and terms of one logged step
+TermGradients  norm of the gradient of each term, for debugging
+Clock          seconds and tokens
+"""
 
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import torch
@@ -13,35 +18,61 @@ import torch.distributed
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..interfaces import StepOutput
+
+# ---------------------------------------------------------------------------- sums over processes
+
 
 class HostSum:
-    """Sums of small host-side numbers over all processes, without touching the accelerator's device."""
+    """Sums of small host-side numbers over all processes, without touching the accelerator's device.
+
+    Args:
+        names: of the terms that `sum_counts` adds up, in the same order in all processes.
+    """
 
     def __init__(self, accelerator: Accelerator, names: list[str]) -> None:
         self.names = names
-        self._many = accelerator.num_processes > 1
-        self._group = torch.distributed.new_group(backend="gloo") if self._many else None
+        self._has_others = accelerator.num_processes > 1
+        self._group = None
+        # Of its own: NCCL would take the numbers by way of the GPU, for which the host would wait.
+        if self._has_others:
+            self._group = torch.distributed.new_group(backend="gloo")
 
     def __call__(self, values: list[float]) -> list[float]:
-        if not self._many:
-            return values
-        total = torch.tensor(values, dtype=torch.float64)
-        torch.distributed.all_reduce(total, group=self._group)
-        return total.tolist()
+        """Return the sum of each value over all processes, which must all call this."""
+        return self.of_tensor(torch.tensor(values, dtype=torch.float64)).tolist()
+
+    def of_tensor(self, values: Tensor) -> Tensor:
+        """Return the sum over all processes of a tensor on the CPU; `values` itself may be changed."""
+        if self._has_others:
+            torch.distributed.all_reduce(values, group=self._group)
+        return values
 
     def sum_counts(self, counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
-        """Counts of the whole optimizer step."""
-        own = [sum(int(count.get(name, 0)) for count in counts) for name in self.names]
-        return {name: int(total) for name, total in zip(self.names, self(own), strict=True)}
+        """Return the counts of the whole optimizer step, from those of this process's micro-batches."""
+        sums = []
+        for name in self.names:
+            sums.append(sum(int(count.get(name, 0)) for count in counts))
+
+        # float64 is exact up to 2**53.
+        totals = [int(total) for total in self(sums)]
+        return dict(zip(self.names, totals, strict=True))
 
     def any_of(self, value: str | None, values: Sequence[str]) -> str | None:
-        """The first of `values` that some process has."""
-        given = self([float(value == candidate) for candidate in values])
-        return next((candidate for candidate, count in zip(values, given, strict=True) if count), None)
+        """Return the first of `values` that some process has, the same in all of them."""
+        counts = self([float(value == candidate) for candidate in values])
+        for candidate, count in zip(values, counts, strict=True):
+            if count:
+                return candidate
+        return None
 
     def close(self) -> None:
+        """Give the processes' group back."""
         if self._group is not None:
             torch.distributed.destroy_process_group(self._group)
+
+
+# ---------------------------------------------------------------------------------- a logged step
 
 
 @dataclass
@@ -49,19 +80,27 @@ class Measured:
     """Sums of one logged optimizer step; they stay on the device until `read`."""
 
     losses: list[Tensor] = field(default_factory=list)
+    """By micro-batch."""
     sums: dict[str, list[Tensor]] = field(default_factory=dict)
+    """By term and micro-batch."""
     counts: dict[str, int] = field(default_factory=dict)
+    """Items of each term in this process."""
     weights: dict[str, float] = field(default_factory=dict)
     scalars: dict[str, float] = field(default_factory=dict)
+    """Scheduled values: temperature, top-k."""
     skipped: dict[str, list[Tensor]] = field(default_factory=dict)
+    """By term and micro-batch: items that turned out to say nothing."""
     gradients: "TermGradients | None" = None
-    """Only where they were asked for."""
+    """Only where they are to be logged."""
 
-    def add(self, output: Any, idle: bool) -> None:
+    def add(self, output: StepOutput, *, is_idle: bool) -> None:
         """Take a micro-batch's output; of an idle one only what is the same for all."""
-        self.weights, self.scalars = dict(output.weights), dict(output.scalars)
-        if idle:
+        self.weights = dict(output.weights)
+        self.scalars = dict(output.scalars)
+        if is_idle:
             return
+
+        # Detached: the graph must go with the backward pass, not with the record.
         self.losses.append(output.loss.detach())
         for name, term in output.terms.items():
             self.sums.setdefault(name, []).append(term.sum.detach())
@@ -70,31 +109,60 @@ class Measured:
                 self.skipped.setdefault(name, []).append(term.skipped)
 
     def skips(self, name: str, host: HostSum) -> int:
-        """Items of a term that turned out to say nothing, over all processes."""
-        return int(host([float(torch.stack(self.skipped[name]).sum()) if name in self.skipped else 0.0])[0])
+        """Return the items of a term that turned out to say nothing, over all processes."""
+        skipped = 0.0
+        if name in self.skipped:
+            skipped = float(torch.stack(self.skipped[name]).sum())
+        [total] = host([skipped])
+        return int(total)
 
     def read(self, host: HostSum, counts: Mapping[str, int]) -> tuple[float, dict[str, dict[str, float]]]:
-        """(loss, terms) of the step over all processes; the one place that waits for the device."""
+        """Return (loss, terms) of the step over all processes; the one place that waits for the device."""
         names = sorted(self.weights)
-        columns = [self.losses, *(self.sums.get(name, []) for name in names)]
-        flat = torch.stack([value for column in columns for value in column]).tolist() if self.losses else []
-        values = iter(flat)
-        sums = [math.fsum(islice(values, len(column))) for column in columns]
-        seen = [float(name in self.sums) for name in names]
-        own = [float(self.counts.get(name, 0)) for name in names]
-        total = host([*sums, *seen, *own])
-        loss, sums = total[0], total[1 : 1 + len(names)]
-        seen, own = total[1 + len(names) : 1 + 2 * len(names)], total[1 + 2 * len(names) :]
+        loss, *sums = self._sums_on_host(names)
+
+        # One row a term: its sum, processes that computed it, its items. One exchange for all of them.
+        rows = [(loss, 0.0, 0.0)]
+        for name, value in zip(names, sums, strict=True):
+            is_computed = float(name in self.sums)
+            items = float(self.counts.get(name, 0))
+            rows.append((value, is_computed, items))
+        table = host.of_tensor(torch.tensor(rows, dtype=torch.float64))
+        (loss, _, _), *term_rows = table.tolist()
+
+        # In the order of the curriculum, without terms that no process has computed.
+        totals = dict(zip(names, term_rows, strict=True))
         terms = {}
-        for name, value, present, count in zip(names, sums, seen, own, strict=True):
-            if present:
-                count = counts.get(name, int(count))
-                raw, weight = value / max(count, 1), self.weights[name]
-                terms[name] = {"raw": raw, "weight": weight, "weighted": weight * raw, "count": int(count)}
-        return loss, {name: terms[name] for name in self.weights if name in terms}
+        for name, weight in self.weights.items():
+            value, processes, items = totals[name]
+            if not processes:
+                continue
+            # The collator's count, which the loss was divided by; a term that it does not count says it itself.
+            count = counts.get(name, int(items))
+            raw = value / max(count, 1)
+            terms[name] = {
+                "raw": raw,
+                "weight": weight,
+                "weighted": weight * raw,
+                "count": int(count),
+            }
+        return loss, terms
+
+    def _sums_on_host(self, names: Sequence[str]) -> list[float]:
+        """Return the sums over this process's micro-batches: of the loss, then of each term."""
+        if not self.losses:
+            return [0.0] * (1 + len(names))
+
+        # One copy from the device for all of them, and exact sums of what was copied.
+        columns = [self.losses]
+        for name in names:
+            columns.append(self.sums.get(name, []))
+        values = torch.stack([value for column in columns for value in column]).cpu()
+        lengths = [len(column) for column in columns]
+        return [math.fsum(part.tolist()) for part in values.split(lengths)]
 
     def record(self, host: HostSum, counts: Mapping[str, int], accelerator: Accelerator) -> dict[str, Any]:
-        """What a record of `metrics.jsonl` tells of the loss: terms, coverage, scheduled scalars.
+        """Return what a record of `metrics.jsonl` says of the loss: terms, coverage, scheduled scalars.
 
         Args:
             counts: of the whole optimizer step.
@@ -102,18 +170,33 @@ class Measured:
         loss, terms = self.read(host, counts)
         if self.gradients is not None:
             norms = self.gradients.norms(self.weights, accelerator)
-            terms = {name: term | ({"grad_norm": norms[name]} if name in norms else {}) for name, term in terms.items()}
+            for name in terms.keys() & norms.keys():
+                terms[name]["grad_norm"] = norms[name]
+
         record: dict[str, Any] = {"loss": loss, "terms": terms}
         if "kd" in terms:
+            # The loss of KD is multiplied by the temperature squared, nats are not.
             record["kd_nats_per_token"] = terms["kd"]["raw"] / self.scalars.get("temperature", 1.0) ** 2
         if counts.get("lm"):
-            skipped = {"kd": self.skips("kd", host)}
-            record["coverage"] = {
-                key: (counts[name] - skipped.get(name, 0)) / counts["lm"]
-                for key, name in {"anchored": "kd", "depth0": "depth0"}.items()
-                if name in counts
-            }
-        return record | {key: self.scalars[key] for key in ("top_k", "temperature") if key in self.scalars}
+            record["coverage"] = self._coverage(host, counts)
+        for key in ("top_k", "temperature"):
+            if key in self.scalars:
+                record[key] = self.scalars[key]
+        return record
+
+    def _coverage(self, host: HostSum, counts: Mapping[str, int]) -> dict[str, float]:
+        """Return the shares of the student's tokens that have an anchor, and one at depth 0."""
+        # KD rows that turned out to say nothing are no anchors.
+        skipped = self.skips("kd", host)
+        coverage = {}
+        if "kd" in counts:
+            coverage["anchored"] = (counts["kd"] - skipped) / counts["lm"]
+        if "depth0" in counts:
+            coverage["depth0"] = counts["depth0"] / counts["lm"]
+        return coverage
+
+
+# ------------------------------------------------------------------------------ gradients of terms
 
 
 class TermGradients:
@@ -127,7 +210,7 @@ class TermGradients:
         self.parameters = list(parameters)
         self._sums: dict[str, list[Tensor]] = {}
 
-    def add(self, output: Any, counts: Mapping[str, int], scale: float = 1.0) -> None:
+    def add(self, output: StepOutput, counts: Mapping[str, int], scale: float = 1.0) -> None:
         """Take a micro-batch's output, before the backward pass that frees its graph.
 
         Args:
@@ -136,27 +219,45 @@ class TermGradients:
         """
         for name, term in output.terms.items():
             weight = output.weights[name]
-            if weight > 0 and term.sum.requires_grad:
-                share = term.sum * (weight * scale / max(int(counts.get(name, term.count)), 1))
-                gradients = torch.autograd.grad(share, self.parameters, retain_graph=True, allow_unused=True)
-                for total, gradient in zip(self._of(name), gradients, strict=True):
-                    if gradient is not None:
-                        total.add_(gradient, alpha=1 / scale)
+            if weight <= 0 or not term.sum.requires_grad:
+                continue
+
+            # Its part of the loss of the whole step, as the module weighs it.
+            count = max(int(counts.get(name, term.count)), 1)
+            share = term.sum * (weight * scale / count)
+            gradients = torch.autograd.grad(share, self.parameters, retain_graph=True, allow_unused=True)
+            for total, gradient in zip(self._sums_of(name), gradients, strict=True):
+                if gradient is not None:
+                    total.add_(gradient, alpha=1 / scale)
 
     def norms(self, weights: Mapping[str, float], accelerator: Accelerator) -> dict[str, float]:
-        """Norm of each term's gradient, summed over micro-batches and processes, which must all call this."""
+        """Return the norm of each term's gradient, summed over micro-batches and processes, which must all call this.
+
+        A term that no process has computed is left out.
+        """
         norms = {}
-        for name in (name for name, weight in weights.items() if weight > 0):
-            found = torch.tensor(float(name in self._sums), device=accelerator.device)
-            if accelerator.reduce(found, "sum").item():
-                parts = [accelerator.reduce(total, "sum").norm() for total in self._of(name)]
-                norms[name] = torch.stack(parts).norm().item()
+        for name, weight in weights.items():
+            if weight <= 0:
+                continue
+            is_computed = torch.tensor(float(name in self._sums), device=accelerator.device)
+            if not accelerator.reduce(is_computed, "sum").item():
+                continue
+
+            # A process without it takes part with zeros.
+            parts = []
+            for total in self._sums_of(name):
+                parts.append(accelerator.reduce(total, "sum").norm())
+            norms[name] = torch.stack(parts).norm().item()
         return norms
 
-    def _of(self, name: str) -> list[Tensor]:
+    def _sums_of(self, name: str) -> list[Tensor]:
+        """Return the gradients of a term so far, one a parameter; zeros at first."""
         if name not in self._sums:
             self._sums[name] = [torch.zeros_like(parameter) for parameter in self.parameters]
         return self._sums[name]
+
+
+# -------------------------------------------------------------------------------------------- time
 
 
 class Clock:
@@ -164,31 +265,36 @@ class Clock:
 
     def __init__(self) -> None:
         self.before = 0.0
+        """Seconds of the sessions before a resume."""
         self.tokens = 0
+        """Supervised tokens since the last logged step."""
         self.waited = 0.0
         """Seconds in which there was no batch to work on."""
-        self._began = self._since = time.monotonic()
+        self._began = time.monotonic()
+        self._since = self._began
 
     def total(self) -> float:
-        """Seconds, sessions before a resume included."""
+        """Return the seconds of the run, sessions before a resume included."""
         return self.before + time.monotonic() - self._began
 
     def tokens_per_second(self) -> float:
+        """Return the speed since the last call, and begin to count anew."""
         now = time.monotonic()
         speed = self.tokens / max(now - self._since, 1e-9)
-        self._since, self.tokens = now, 0
+        self._since = now
+        self.tokens = 0
         return speed
 
     def delivered(self, batches: Iterator[Any]) -> Any:
-        """The next of `batches`; what it takes is time in which nothing is computed."""
+        """Return the next of `batches`; what it takes is time in which nothing is computed."""
         start = time.monotonic()
-        found = next(batches)
+        batch = next(batches)
         self.waited += time.monotonic() - start
-        return found
+        return batch
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Time for evaluation and checkpoints does not count as time for tokens."""
+        """Let time pass, for evaluation and checkpoints, that does not count as time for tokens."""
         start = time.monotonic()
         yield
         self._since += time.monotonic() - start

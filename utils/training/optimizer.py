@@ -13,7 +13,7 @@ from ..errors import UserError
 
 
 def build_optimizer(module: nn.Module, config: TrainingConfig, *, fused: bool = True) -> torch.optim.AdamW:
-    """AdamW over the trained parameters.
+    """Return AdamW over the trained parameters.
 
     The module's own `parameter_groups(learning_rate, weight_decay)` are used if it has them: dicts of `name`,
     `params`, `lr` and `weight_decay`, those named "student" first. Otherwise all parameters have one learning rate,
@@ -29,26 +29,61 @@ def build_optimizer(module: nn.Module, config: TrainingConfig, *, fused: bool = 
     if hasattr(module, "parameter_groups"):
         groups = module.parameter_groups(config.learning_rate, config.weight_decay)
     else:
-        groups = [
-            {"params": [p for p in module.parameters() if p.ndim >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in module.parameters() if p.ndim < 2], "weight_decay": 0.0},
-        ]
-    groups = [{**group, "params": [p for p in group["params"] if p.requires_grad]} for group in groups]
-    groups = [group for group in groups if group["params"]]
+        groups = _matrices_and_vectors(module, config.weight_decay)
+
+    # A checkpoint numbers its moments through the groups, where frozen parameters are not counted.
+    groups = _trained(groups)
+
+    # A parameter in no group would stay as it is, without a word.
     grouped = {p for group in groups for p in group["params"]}
-    assert grouped == {p for p in module.parameters() if p.requires_grad}, "parameter_groups() differ from parameters()"
+    trained = {p for p in module.parameters() if p.requires_grad}
+    assert grouped == trained, "parameter_groups() differ from parameters()"
+
     if not taught_parameters(groups):
         raise UserError("no parameter of the student is trained. Expected at least one that requires a gradient.")
-    betas = tuple(config.betas)
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=betas, fused=fused, foreach=not fused)
+    return torch.optim.AdamW(
+        groups,
+        lr=config.learning_rate,
+        betas=tuple(config.betas),
+        fused=fused,
+        foreach=not fused,
+    )
+
+
+def _matrices_and_vectors(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return two groups: parameters that decay, and biases and norms, which do not."""
+    matrices = [p for p in module.parameters() if p.ndim >= 2]
+    vectors = [p for p in module.parameters() if p.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+
+
+def _trained(groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the groups without frozen parameters, and without groups that are empty then."""
+    trained = []
+    for group in groups:
+        parameters = [p for p in group["params"] if p.requires_grad]
+        if parameters:
+            trained.append({**group, "params": parameters})
+    return trained
 
 
 def taught_parameters(groups: Sequence[Mapping[str, Any]]) -> list[nn.Parameter]:
-    """The student's parameters in an optimizer's groups: of those named "student", or of all where none has a name."""
+    """Return the student's parameters in an optimizer's groups: those of groups that are named "student" or nothing."""
     return [p for group in groups if group.get("name", "student") == "student" for p in group["params"]]
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, config: TrainingConfig, total_steps: int) -> Any:
-    """Warm-up, then cosine or linear to 0, over optimizer steps. Not for `prepare()`, which would hurry it."""
+    """Return a schedule over optimizer steps: warm-up, then cosine or linear to 0.
+
+    Do not give it to `Accelerator.prepare`, which would step it once for each process.
+    """
     warmup = math.ceil(config.warmup_ratio * total_steps)
-    return get_scheduler(config.scheduler, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
+    return get_scheduler(
+        config.scheduler,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=total_steps,
+    )

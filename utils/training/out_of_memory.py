@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class OutOfMemory(RunError):
-    """Training does not fit into memory, and why nothing can be done about it here."""
+    """Training does not fit into memory; says why nothing can be done about it in the run."""
 
 
 class Attempt:
@@ -22,6 +22,9 @@ class Attempt:
 
     Args:
         survive: False: what does not fit raises, because other processes already wait for this one.
+
+    Attributes:
+        failed: a part did not fit; those after it are not done.
     """
 
     def __init__(self, survive: bool) -> None:
@@ -29,39 +32,49 @@ class Attempt:
         self.failed = False
 
     def __call__(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """What `action` returns; None where it, or an earlier one, does not fit."""
+        """Return what `action` returns; None where it, or an earlier one, does not fit."""
         if self.failed:
             return None
+
         try:
             return action(*arguments)
         except RuntimeError as error:
-            if not (self.survive and is_out_of_memory(error)):
+            if not self.survive or not is_out_of_memory(error):
                 raise
             log.debug("out of memory: %s", error)
-        self.failed = True  # here, where the traceback no longer holds what was computed
+
+        # Not in the handler, where the traceback still holds what was computed.
+        self.failed = True
         return None
 
 
-def halved(plan: Plan, step: int, contrastive: bool) -> Plan:
-    """The same optimizer steps in smaller micro-batches, and says so.
+def halve_micro_batches(plan: Plan, step: int, *, couples_windows: bool) -> Plan:
+    """Return a plan with the same optimizer steps in smaller micro-batches, and say so in the log.
 
     Args:
         step: optimizer steps done.
-        contrastive: whether there is a term that compares the texts of a micro-batch.
+        couples_windows: a term compares the texts of a micro-batch.
     """
     smaller = plan.halved()
+
+    # The one case in which the smaller micro-batches change what is learned.
+    consequence = "; a contrastive term has fewer texts to choose from in them" if couples_windows else ""
     log.warning(
         "out of memory in optimizer step %d with micro-batches of %d windows: the step is done again, and the run goes "
         "on, in micro-batches of %d (accumulation %d); the effective batch stays %d windows%s",
-        step + 1, plan.micro_batch, smaller.micro_batch, smaller.accumulation, smaller.global_batch,
-        "; a contrastive term has fewer texts to choose from in them" if contrastive else "",
-    )  # fmt: skip
+        step + 1,
+        plan.micro_batch,
+        smaller.micro_batch,
+        smaller.accumulation,
+        smaller.global_batch,
+        consequence,
+    )
     return smaller
 
 
 @contextmanager
-def explained(forecast: str) -> Iterator[None]:
-    """Turns an error of torch about memory into one that says what was expected and what to do.
+def explain_out_of_memory(forecast: str) -> Iterator[None]:
+    """Turn an error of torch about memory into one that says what was expected and what to do.
 
     Args:
         forecast: what the run was expected to take; may be empty.
@@ -72,8 +85,10 @@ def explained(forecast: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if not (isinstance(error, OutOfMemory) or is_out_of_memory(error)):
+        if not isinstance(error, OutOfMemory) and not is_out_of_memory(error):
             raise
-        told = str(error).partition("\n")[0].rstrip(". ")
+
+        # torch's first line says how much was missing; those after it are about its allocator.
+        message = str(error).partition("\n")[0].rstrip(". ")
         expected = f" Forecast before the start: {forecast}." if forecast else ""
-        raise OutOfMemory(f"{told}.{expected} {REMEDY}. The checkpoints of this run stay.") from error
+        raise OutOfMemory(f"{message}.{expected} {REMEDY}. The checkpoints of this run stay.") from error

@@ -1,4 +1,4 @@
-"""How windows become optimizer steps, and what takes them: plan, accelerator, optimizer, schedule."""
+"""The plan of a run: how its windows are divided into optimizer steps and micro-batches."""
 
 import math
 from dataclasses import dataclass, replace
@@ -9,35 +9,49 @@ from ..data import batch_order
 
 @dataclass(frozen=True)
 class Plan:
-    """How the windows become optimizer steps."""
+    """The windows of a run, divided into optimizer steps."""
 
     windows: int
+    """Of one epoch."""
     micro_batch: int
     """Windows per forward pass, at most."""
     global_batch: int
     """Windows per optimizer step."""
     processes: int
     total_steps: int
+    """Optimizer steps of the whole run."""
 
     @classmethod
     def of(cls, config: TrainingConfig, windows: int, processes: int = 1) -> "Plan":
-        """The plan of a configuration for so many windows."""
+        """Return the plan of a configuration for so many windows."""
+        # Also with several processes a micro-batch is that of each.
         global_batch = config.batch_size * config.gradient_accumulation_steps * processes
-        steps = config.max_steps or config.epochs * batch_order.steps_per_epoch(windows, global_batch)
-        return cls(windows, config.batch_size, global_batch, processes, steps)
+        # max_steps replaces epochs.
+        total_steps = config.max_steps
+        if not total_steps:
+            total_steps = config.epochs * batch_order.steps_per_epoch(windows, global_batch)
+
+        return cls(
+            windows=windows,
+            micro_batch=config.batch_size,
+            global_batch=global_batch,
+            processes=processes,
+            total_steps=total_steps,
+        )
 
     @property
     def accumulation(self) -> int:
         """Forward passes per optimizer step and process."""
         return math.ceil(self.global_batch / (self.micro_batch * self.processes))
 
-    def halved(self) -> "Plan":
-        """The same optimizer steps, in micro-batches of half the windows, rounded up."""
-        return replace(self, micro_batch=(self.micro_batch + 1) // 2)
-
     @property
     def steps_per_epoch(self) -> int:
+        """Optimizer steps in which every window is seen once; the last one may be short."""
         return batch_order.steps_per_epoch(self.windows, self.global_batch)
+
+    def halved(self) -> "Plan":
+        """Return the same optimizer steps, in micro-batches of half the windows, rounded up."""
+        return replace(self, micro_batch=(self.micro_batch + 1) // 2)
 
     def __str__(self) -> str:
         return (
@@ -47,5 +61,5 @@ class Plan:
         )
 
     def identity(self) -> dict[str, int]:
-        """What may not change between a checkpoint and its continuation."""
+        """Return the numbers that may not change between a checkpoint and its continuation."""
         return {"windows": self.windows, "windows_per_step": self.global_batch, "total_steps": self.total_steps}

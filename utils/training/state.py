@@ -1,4 +1,4 @@
-"""What survives from one session of a run to the next: all that a step depends on, as a checkpoint holds it."""
+"""The state of a run: all that a step depends on, written to a checkpoint and taken up again in the next session."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,18 @@ from .red_flags import RedFlags
 from .step_guard import StepGuard
 
 
+@dataclass(frozen=True)
+class StateParts:
+    """The state of a run as `CheckpointStore.save` takes it."""
+
+    tensors: dict[str, dict[str, Tensor]]
+    """By group."""
+    objects: dict[str, Any]
+    """Plain containers by name, for `torch.save`."""
+    state: dict[str, Any]
+    """JSON values."""
+
+
 @dataclass
 class RunState:
     """The parts of a run that change while it runs, and how many optimizer steps it has done."""
@@ -35,12 +47,14 @@ class RunState:
     clock: Clock
     step: int = 0
 
-    def parts(self) -> dict[str, Any]:
-        """What `CheckpointStore.save` takes: tensors, objects for `torch.save`, and plain values.
+    def parts(self) -> StateParts:
+        """Return the state as a checkpoint holds it.
 
         Call it in every process: the random generators of each are in it.
         """
+        # Weights may be spread over the processes.
         self.engine.gather()
+
         objects = {
             "optimizer": self.engine.moments(),
             "scheduler": self.scheduler.state_dict(),
@@ -48,6 +62,7 @@ class RunState:
         }
         if self.scaler is not None:
             objects["scaler"] = self.scaler.state_dict()
+
         state = {
             "step": self.step,
             "plan": self.plan.identity(),
@@ -56,7 +71,7 @@ class RunState:
             "guard": self.guard.state_dict(),
             "flags": None if self.flags is None else self.flags.state_dict(),
         }
-        return {"tensors": {"module": learned(self.engine.module)}, "objects": objects, "state": state}
+        return StateParts(tensors={"module": learned(self.engine.module)}, objects=objects, state=state)
 
     def load(self, saved: Checkpoint, path: Path) -> None:
         """Make everything as it was when `parts` was saved. `path` is for messages.
@@ -65,29 +80,29 @@ class RunState:
             UserError: that run is cut into other optimizer steps.
         """
         state = saved.state
-        plan, here = state["plan"], self.plan.identity()
-        if differing := [key for key in here if plan.get(key) != here[key]]:
-            lines = "".join(f"  - {key}: {plan.get(key)} -> {here[key]}\n" for key in differing)
-            raise UserError(
-                f"{path} was written by a run that is cut into other optimizer steps (checkpoint -> now):\n{lines}"
-                "Expected the same text, epochs or max_steps, and batch_size x gradient_accumulation_steps x "
-                "processes. Put them back to continue it, or start a new run in another --output-dir."
-            )
+        self._check_plan(state["plan"], path)
+
+        # The engine's weights first: moments are those of its parameters.
         self.load_weights(saved)
         self.engine.scatter()
         self.engine.load_moments(saved.objects["optimizer"])
         self.scheduler.load_state_dict(saved.objects["scheduler"])
+        # Only a session with fp16 has a scale to continue with.
         if self.scaler is not None and "scaler" in saved.objects:
             self.scaler.load_state_dict(saved.objects["scaler"])
+
+        # A run may be continued by more processes than wrote it, which then share generators.
         generators = saved.objects["rng"]
         set_rng_state(generators[PartialState().process_index % len(generators)])
+
         self.step = state["step"]
-        kept = state["early_stopping"]
-        self.early.best, self.early.best_step, self.early.waited = kept["best"], kept["best_step"], kept["waited"]
+        self.clock.before = state["seconds"]
+        self.early.best = state["early_stopping"]["best"]
+        self.early.best_step = state["early_stopping"]["best_step"]
+        self.early.waited = state["early_stopping"]["waited"]
         self.guard.load_state_dict(state["guard"])
         if self.flags is not None and state["flags"] is not None:
             self.flags.load_state_dict(state["flags"])
-        self.clock.before = state["seconds"]
 
     def load_weights(self, saved: Checkpoint) -> None:
         """Give the module, and not yet the engine, the weights of a checkpoint."""
@@ -95,11 +110,31 @@ class RunState:
         module = self.engine.module
         if differing := sorted(tensors.keys() ^ learned(module).keys()):
             raise RuntimeError(f"the checkpoint holds other tensors than are trained here, such as {differing[0]}")
+        # Not strict: frozen parameters are not in a checkpoint.
         module.load_state_dict(tensors, strict=False)
+
+    def _check_plan(self, saved: dict[str, Any], path: Path) -> None:
+        """Check that a checkpoint was written between the same optimizer steps.
+
+        Raises:
+            UserError: with every difference.
+        """
+        current = self.plan.identity()
+        differing = [key for key in current if saved.get(key) != current[key]]
+        if not differing:
+            return
+
+        lines = "".join(f"  - {key}: {saved.get(key)} -> {current[key]}\n" for key in differing)
+        raise UserError(
+            f"{path} was written by a run that is cut into other optimizer steps (checkpoint -> now):\n{lines}"
+            "Expected the same text, epochs or max_steps, and batch_size x gradient_accumulation_steps x "
+            "processes. Put them back to continue it, or start a new run in another --output-dir."
+        )
 
 
 def learned(module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module without its frozen parameters: a run has them from where it had them at its start."""
-    kept = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
-    kept |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
-    return {name: tensor for name, tensor in module.state_dict().items() if name in kept}
+    """Return the state of a module without its frozen parameters, which a run has from where it had them at first."""
+    # Duplicates too: a tied weight has several names in a state dict.
+    names = {name for name, p in module.named_parameters(remove_duplicate=False) if p.requires_grad}
+    names |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    return {name: tensor for name, tensor in module.state_dict().items() if name in names}

@@ -168,7 +168,7 @@ def test_resume_drops_later_records_and_a_line_cut_by_a_kill(tmp_path):
     path = tmp_path / "metrics.jsonl"
     whole = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole) + '{"step": 150, "lo')
-    resumed = StepLogger(tmp_path, 1000, 100, start_step=200, progress=Progress(1000, 200, stream=io.StringIO()))
+    resumed = StepLogger(tmp_path, 1000, 100, progress=Progress(1000, 200, stream=io.StringIO()))
     resumed.truncate_after(200)
     assert path.read_text() == "".join(whole[:4])
     resumed.training(record_at(300, 1000))

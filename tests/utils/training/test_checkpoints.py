@@ -138,7 +138,7 @@ def test_code_in_a_pickle_is_refused_even_with_a_right_hash(tmp_path, monkeypatc
     for bomb in ((tmp_path / "new style.pt").read_bytes(), pickle.dumps(Bomb(), protocol=2)):
         (path / "optimizer.pt").write_bytes(bomb)
         (path / "manifest.json").unlink()
-        checkpoint_files._write_manifest(path, 1)
+        checkpoint_files.write_manifest(path, 1)
         with pytest.raises(UserError, match="cannot be used"):
             CheckpointStore(store.folder).load(path)
     assert not (tmp_path / "EXECUTED").exists()
@@ -211,7 +211,7 @@ def test_the_newest_and_the_protected_stay(tmp_path):
 
 def test_nothing_is_pruned_before_the_new_one_is_whole(tmp_path, monkeypatch):
     store = filled(tmp_path, [1], keep=1)
-    monkeypatch.setattr(checkpoints, "_write_manifest", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    monkeypatch.setattr(checkpoint_files, "write_manifest", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(RunError, match="disk full"):
         store.save(2, **content(2))
     assert list(store.steps()) == [1] and verify(store.newest_whole()) is None

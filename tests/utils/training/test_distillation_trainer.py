@@ -22,6 +22,7 @@ from utils.logs.step_logger import StepLogger
 from utils.parallel.accelerator import build_accelerator
 from utils.training.distillation_trainer import DistillationTrainer
 from utils.training.loop import fit
+from utils.training.options import LoopOptions
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,8 @@ def test_it_does_what_the_own_loop_does(pair, windows, tmp_path):
     )
     by_loop = fresh_framework(pair, 3)
     logger = StepLogger(tmp_path / "loop", 3, 1)
-    fit(by_loop, windows, pair.collator(), config, accelerator=build_accelerator("no", cpu=True), logger=logger)
+    accelerator = build_accelerator("no", cpu=True)
+    fit(by_loop, windows, pair.collator(), config, accelerator=accelerator, options=LoopOptions(logger=logger))
     logger.close()
     losses = [record["loss"] for record in read_metrics(tmp_path / "loop" / "metrics.jsonl")]
     assert len(losses) == 3

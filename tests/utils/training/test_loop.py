@@ -23,6 +23,7 @@ from utils.training.checkpoints import CheckpointStore
 from utils.training.early_stopping import EarlyStopping
 from utils.training.loop import fit
 from utils.training.optimizer import build_optimizer, build_scheduler
+from utils.training.options import LoopOptions
 from utils.training.plan import Plan
 from utils.training.red_flags import RedFlags
 
@@ -99,8 +100,8 @@ def test_one_accelerator_serves_several_runs():
     accelerator, results = build_accelerator("no", cpu=True), []
     for _ in range(2):
         module = ToyModule(dropout=0.3)
-        logger = StepLogger(None, 6, main_process=False)
-        fit(module, toy_windows(), toy_collate, toy_config(), accelerator=accelerator, logger=logger)
+        options = LoopOptions(logger=StepLogger(None, 6, main_process=False))
+        fit(module, toy_windows(), toy_collate, toy_config(), accelerator=accelerator, options=options)
         results.append(digest(module))
         assert "forward" not in vars(module)
     assert results[0] == results[1]
@@ -176,7 +177,7 @@ def test_red_flags_see_every_batch_and_every_record(tmp_path):
     flags = RedFlags(6, 12, warn=lambda _: None)
     train(ToyModule(), toy_config(), tmp_path, windows=[toy_windows()[0]] * 11, flags=flags)
     assert "duplicate_batch" in flags.warned
-    assert flags._last_lr is not None
+    assert flags.state_dict()["last_lr"] is not None
 
 
 # --- optimizer and schedule -----------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ def test_no_windows_is_a_mistake_of_the_user():
 
 def arguments(**changed) -> dict:
     usual = {"module": ToyModule(), "dataset": toy_windows(4), "collate": toy_collate, "config": toy_config()}
-    return usual | {"accelerator": build_accelerator("no", cpu=True), "logger": None} | changed
+    return usual | {"accelerator": build_accelerator("no", cpu=True)} | changed
 
 
 @pytest.mark.parametrize(
@@ -238,7 +239,18 @@ def test_an_argument_of_another_kind_is_refused_by_name(name, wrong, expected):
 @pytest.mark.parametrize("name", ["evaluate_every", "num_workers"])
 def test_negative_numbers_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"{name}: got -1, expected 0 or more"):
-        fit(**arguments(**{name: -1}))
+        LoopOptions(**{name: -1})
+
+
+def test_a_module_that_does_not_say_whether_it_couples_windows_is_refused():
+    with pytest.raises(TypeError, match="module: got a Linear without couples_windows, expected a DistillationFram"):
+        fit(**arguments(module=nn.Linear(2, 2)))
+
+
+def test_without_options_steps_are_logged_on_the_console(caplog):
+    with caplog.at_level("INFO", "utils"):
+        result = fit(**arguments(config=toy_config(max_steps=2)))
+    assert result.steps == 2 and "[TOTAL] step 2 " in caplog.text
 
 
 def test_a_batch_size_that_is_not_known_yet_is_refused():
@@ -452,7 +464,8 @@ def test_bfloat16_computes_in_half_and_keeps_float32_weights(tmp_path):
     module.hidden.register_forward_hook(lambda *call: dtypes.add(call[-1].dtype))
     logger = StepLogger(tmp_path, 6, 1)
     accelerator = build_accelerator("bf16", cpu=True)
-    fit(module, toy_windows(), toy_collate, toy_config(), accelerator=accelerator, logger=logger)
+    options = LoopOptions(logger=logger)
+    fit(module, toy_windows(), toy_collate, toy_config(), accelerator=accelerator, options=options)
     logger.close()
     assert dtypes == {torch.bfloat16}
     assert all(parameter.dtype == torch.float32 for parameter in module.parameters())
@@ -479,8 +492,9 @@ def test_search_for_a_scale_steps_the_schedule_and_not_the_weights(tmp_path):
     module = OverflowsFirst()
     module.scaler = accelerator.scaler
     store, logger = CheckpointStore(tmp_path / "checkpoints"), StepLogger(tmp_path, 12, 1)
-    options = {"accelerator": accelerator, "logger": logger, "checkpoints": store}
-    result = fit(module, toy_windows(), toy_collate, toy_config(max_steps=12, warmup_ratio=0.25), **options)
+    config = toy_config(max_steps=12, warmup_ratio=0.25)
+    options = LoopOptions(logger=logger, checkpoints=store)
+    result = fit(module, toy_windows(), toy_collate, config, accelerator=accelerator, options=options)
     logger.close()
     assert result.skipped_steps == 8
     rates = [record["lr"] for record in read_metrics(tmp_path / "metrics.jsonl")]
@@ -493,8 +507,9 @@ def test_search_for_a_scale_steps_the_schedule_and_not_the_weights(tmp_path):
     assert (saved.state["guard"]["in_a_row"], saved.state["guard"]["skipped"]) == (0, 8)
     continued = torch.amp.GradScaler("cpu")
     accelerator.scaler = module.scaler = continued
-    options["logger"], options["resume_from"] = StepLogger(None, 12, 1, main_process=False), store.newest_whole()
-    result = fit(module, toy_windows(), toy_collate, toy_config(max_steps=12, warmup_ratio=0.25), **options)
+    silent = StepLogger(None, 12, 1, main_process=False)
+    options = LoopOptions(logger=silent, checkpoints=store, resume_from=store.newest_whole())
+    result = fit(module, toy_windows(), toy_collate, config, accelerator=accelerator, options=options)
     assert result.steps == result.resumed_from == 12 and continued.get_scale() == 256
 
 

@@ -14,6 +14,7 @@ from utils.logs.step_logger import StepLogger
 from utils.parallel.accelerator import build_accelerator
 from utils.training.loop import fit
 from utils.training.measurements import Clock
+from utils.training.options import LoopOptions
 
 STEP = 2
 """Of a module that weighs `kd` 0.05 * step; the record is one further."""
@@ -116,10 +117,10 @@ def test_the_scale_of_fp16_is_divided_out(tmp_path):
         accelerator.state._mixed_precision = "fp16"
         logger = StepLogger(tmp_path / "scaled", 1, 1)
         config = toy_config(batch_size=2, gradient_accumulation_steps=4, max_steps=1)
-        module, options = InFloat32(), {"accelerator": accelerator, "logger": logger, "term_gradients": True}
+        module, options = InFloat32(), LoopOptions(logger=logger, term_gradients=True)
         scales = []
         hook = module.embed.weight.register_hook(lambda gradient: scales.append(gradient.abs().max().item()))
-        fit(module, toy_windows(8), toy_collate, config, **options)
+        fit(module, toy_windows(8), toy_collate, config, accelerator=accelerator, options=options)
         hook.remove()
         logger.close()
     finally:

@@ -1,0 +1,60 @@
+"""Options of `fit`: log, evaluation, checkpoints, a way to stop, and what a teacher elsewhere needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..interfaces import Batch
+from ..logs.step_logger import StepLogger
+from ..machine.stop_signals import StopSignal
+from .checkpoints import CheckpointStore
+from .red_flags import RedFlags
+
+
+def do_nothing() -> None:
+    """Return at once."""
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """Everything that `fit` does beside training. Every field can be left out.
+
+    Raises:
+        ValueError: a number is negative.
+    """
+
+    logger: StepLogger | None = None
+    """Decides which steps are logged, and takes their records. None: every 100th step, on the console alone."""
+    evaluate: Callable[[int], dict[str, Any] | None] | None = None
+    """(steps done) -> evaluation record or None. Called in every process; must return the same in all."""
+    evaluate_every: int = 0
+    """Steps between evaluations; 0: never."""
+    checkpoints: CheckpointStore | None = None
+    """Where checkpoints are saved; None: nowhere."""
+    resume_from: Path | None = None
+    """A checkpoint that `checkpoints.resume_point` returned."""
+    flags: RedFlags | None = None
+    """Red flags to watch for."""
+    stop: StopSignal | None = None
+    """Asks the loop to stop at the next step boundary."""
+    num_workers: int = 0
+    """Processes that prepare batches; 0: a thread."""
+    term_gradients: bool = False
+    """Log the norm of the gradient that each term contributes to the student (`measurements.TermGradients`)."""
+    forecast: str = ""
+    """Memory that the run is expected to take, for the message where it does not fit."""
+    before_checkpoint: Callable[[], None] = do_nothing
+    """Called in every process before a checkpoint and after an epoch; must write whatever is buffered to the disk."""
+    prefetch_teacher: Callable[[Batch, int, bool], Any] | None = None
+    """(batch, step, measured) -> `signal` for the module's forward, or None. Called for a step's batches before those
+    of the step before are computed: a teacher on another GPU works meanwhile. None: the module asks its teacher."""
+    forward_communicates: bool = False
+    """Processes exchange data within a forward, so one that does not fit into memory cannot be done again: the other
+    processes wait in it. It ends the run."""
+
+    def __post_init__(self) -> None:
+        for name in ("evaluate_every", "num_workers"):
+            number = getattr(self, name)
+            if number < 0:
+                raise ValueError(f"{name}: got {number}, expected 0 or more")
