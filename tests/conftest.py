@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, settings
 
 from utils.logs.console import OWN_LOGGERS
 
-BEHIND_THE_FACE = ("models", "utils.config.build", "utils.errors", "utils.training.loop")
+BEHIND_THE_FACE = ("models", "utils.config", "utils.errors", "utils.training", "utils.training.distillation_trainer")
 """Modules that the names of the package `curriculum_distillation` come from."""
 
 if hasattr(signal, "SIGHUP"):  # ignored by whoever starts the suite with nohup, and then by every process of it

@@ -169,7 +169,7 @@ def test_the_library_page_runs_from_top_to_bottom(scope, tmp_path):
         exec(code, scope)
         trained.append(before is not None and digest(scope["pair"].student) != before)
 
-    assert trained == [False, True, True, False]
+    assert trained == [False, True, True, True, False]
     assert scope["trainer"].state.global_step == scope["steps"] >= 2
     assert scope["framework"].router is not None and scope["output"].terms.keys() >= {"kd", "lm", "feat", "attn"}
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "student")

@@ -39,7 +39,7 @@ LEARNING = [
     "VocabularyMap",
 ]
 """Names of `curriculum_distillation.models`: a promise to those who import them."""
-PUBLIC = sorted([*LEARNING, "DistillationTrainer", "TrainingConfig", "UserError", "fit"])
+PUBLIC = sorted([*LEARNING, "DistillationTrainer", "LoopOptions", "TrainingConfig", "UserError", "fit"])
 """Names of `curriculum_distillation`."""
 
 

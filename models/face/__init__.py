@@ -27,10 +27,10 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not call __getattr_
         Term,
         VocabularyMap,
     )
-    from .utils.config.build import TrainingConfig
+    from .utils.config import TrainingConfig
     from .utils.errors import UserError
+    from .utils.training import LoopOptions, fit
     from .utils.training.distillation_trainer import DistillationTrainer
-    from .utils.training.loop import fit
 
 __all__ = [
     "CachedTeacher",
@@ -40,6 +40,7 @@ __all__ = [
     "DistillationFramework",
     "DistillationTrainer",
     "FrozenTeacher",
+    "LoopOptions",
     "LossConfig",
     "Method",
     "PairCollator",
@@ -55,10 +56,11 @@ __all__ = [
 ]
 
 _MODULES = {
-    "TrainingConfig": ".utils.config.build",
-    "UserError": ".utils.errors",
     "DistillationTrainer": ".utils.training.distillation_trainer",
-    "fit": ".utils.training.loop",
+    "LoopOptions": ".utils.training",
+    "TrainingConfig": ".utils.config",
+    "UserError": ".utils.errors",
+    "fit": ".utils.training",
 }
 """Modules of the names that do not come from `.models`."""
 
@@ -73,4 +75,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """Name what can be asked for, for completion in an editor."""
     return sorted({*globals(), *__all__})

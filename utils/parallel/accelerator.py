@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
+from typing import Literal
 
 import torch
 from accelerate import Accelerator
@@ -69,6 +70,13 @@ def _number_device(accelerator: Accelerator) -> None:
     device = accelerator.device
     if device.type == "cuda" and device.index is None:
         accelerator.state.device = torch.device("cuda", torch.cuda.current_device())
+
+
+def accelerator_for(mixed_precision: Literal["auto", "no", "fp16", "bf16"]) -> Accelerator:
+    """Make an Accelerator for the device that is there, in the precision that was asked for where it can be met."""
+    device = choose_device().value
+    precision = choose_precision(mixed_precision, device).value
+    return build_accelerator(precision, cpu=device.type == "cpu")
 
 
 def engine_kind(accelerator: Accelerator) -> type[Engine]:

@@ -14,6 +14,7 @@ red_flags          `RedFlags`: signs that something is wrong, with the likely ca
 out_of_memory      go on in smaller micro-batches, or explain
 measurements       numbers of a logged step, seconds
 dry_run            try training and evaluation once in small, before a run
+distillation_trainer   `DistillationTrainer`: the same steps in a `transformers.Trainer`
 """
 
 from .checkpoints import CheckpointStore

@@ -36,7 +36,7 @@ from ..interfaces import Batch
 from ..logs.step_logger import StepLogger
 from ..machine import device_memory, hardware
 from ..machine.stop_signals import STOP_REASONS
-from ..parallel.accelerator import engine_kind
+from ..parallel.accelerator import accelerator_for, engine_kind
 from ..parallel.processes import on_main_process
 from ..seeding import preserve_rng_and_mode
 from .early_stopping import EarlyStopping
@@ -84,7 +84,7 @@ def fit(
     collate: Callable[[list[Any]], Batch],
     config: TrainingConfig,
     *,
-    accelerator: Accelerator,
+    accelerator: Accelerator | None = None,
     options: LoopOptions | None = None,
 ) -> FitResult:
     """Train `module` on `dataset` for the steps that `Plan.of(config, len(dataset), processes)` says.
@@ -93,7 +93,8 @@ def fit(
         module: see the step protocol above; its `state_dict()` is what checkpoints hold.
         dataset: windows by index.
         collate: list of windows -> batch.
-        accelerator: from `build_accelerator`. Nothing may be prepared with it while the loop runs.
+        accelerator: from `build_accelerator`. Nothing may be prepared with it while the loop runs. None: one for this
+            machine, in the precision of `config`.
         options: what is done beside training; None: steps are logged on the console, nothing else.
 
     Raises:
@@ -105,6 +106,8 @@ def fit(
     """
     options = options or LoopOptions()
     _check_arguments(module, dataset, collate, config, accelerator)
+    if accelerator is None:
+        accelerator = accelerator_for(config.mixed_precision)
     if options.term_gradients and engine_kind(accelerator).sharded:
         raise UserError("logging.term_gradients needs whole weights, and they are sharded: leave one of the two out.")
     if not len(dataset):
@@ -133,7 +136,11 @@ def _check_arguments(module: Any, dataset: Any, collate: Any, config: Any, accel
         "dataset": (dataset, Sized, "windows by index, such as the list that PairEncoder.windows returns"),
         "collate": (collate, Callable, "a function that makes a batch of windows, such as a PairCollator"),
         "config": (config, TrainingConfig, "a TrainingConfig"),
-        "accelerator": (accelerator, Accelerator, "an Accelerator, from utils.parallel.accelerator.build_accelerator"),
+        "accelerator": (
+            accelerator,
+            Accelerator | None,
+            "an Accelerator, from utils.parallel.accelerator.build_accelerator",
+        ),
     }
     for name, (value, kind, expected) in kinds.items():
         if not isinstance(value, kind):
