@@ -16,6 +16,7 @@ from accelerate.utils import (
     ProjectConfiguration,
 )
 
+from ..machine.hardware import choose_device, choose_precision
 from .deepspeed import Zero, plugin
 from .engine import Engine, FullySharded
 from .sharding import check_launcher

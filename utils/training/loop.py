@@ -139,7 +139,7 @@ def _check_arguments(module: Any, dataset: Any, collate: Any, config: Any, accel
         "accelerator": (
             accelerator,
             Accelerator | None,
-            "an Accelerator, from utils.parallel.accelerator.build_accelerator",
+            "an Accelerator, from build_accelerator",
         ),
     }
     for name, (value, kind, expected) in kinds.items():
