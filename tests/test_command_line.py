@@ -170,6 +170,15 @@ def test_epochs_on_the_command_line_overrule_the_steps_of_a_recipe(tmp_path):
     assert train.configure(["--config", str(recipe)])[0].output_dir == "runs/own"
 
 
+@pytest.mark.parametrize("training", ["null", "5"])
+def test_automatic_batch_size_beside_a_section_that_is_none(tmp_path, training):
+    """A section without content is the defaults; one that is no mapping is a mistake, and told as one."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"student: {{name: s}}\nteacher: {{name: t}}\ndata: {{train: [x]}}\ntraining: {training}\n")
+    with pytest.raises(UserError, match="training"):
+        train.configure(["--config", str(recipe), "--batch-size", "auto"])
+
+
 def test_of_epochs_and_steps_together_the_steps_count_and_it_is_said():
     config, told = train.configure([*PAIR, "--epochs", "2", "--max-steps", "5"])
     assert config.training.max_steps == 5 and "max_steps 5 replaces epochs 2" in told

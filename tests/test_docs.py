@@ -112,7 +112,7 @@ def test_every_recipe_it_asks_for_exists(page):
 
 
 def strings_in_the_source() -> list[str]:
-    files = [ROOT / "train.py", *(file for tower in ("models", "utils") for file in (ROOT / tower).glob("*.py"))]
+    files = [ROOT / "train.py", *(file for tower in ("models", "utils") for file in (ROOT / tower).rglob("*.py"))]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 

@@ -102,8 +102,8 @@ def _launch(index: int, timeout: float) -> str | None:
         return None
 
     # warnings may follow the line that matters
-    lines = process.stderr.splitlines()
+    lines = [line.strip() for line in process.stderr.splitlines() if line.strip()]
     errors = [line for line in lines if "Error" in line]
     if errors:
-        return errors[-1].strip()
-    return lines[-1].strip() if lines else f"exit status {process.returncode}"
+        return errors[-1]
+    return lines[-1] if lines else f"exit status {process.returncode}"

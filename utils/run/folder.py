@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout
 from ..config.resume_rules import check_same_run, identity
 from ..config.yaml_files import get_dotted, load_yaml
 from ..errors import UserError
-from ..files import clean_leftovers, write_text
+from ..files import clean_leftovers, nearest_existing, write_text
 from ..machine import hardware
 from ..paths import user_path
 from ..run_layout import CHECKPOINTS, CONFIG, FILES, FOLDERS, LOCK, LOG, STUDENT
@@ -152,7 +152,7 @@ def _nearest_folder(what: str, folder: Path, flag: str) -> Path:
     Raises:
         UserError: that is a file.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    existing = nearest_existing(folder)
     if not existing.is_dir():
         raise UserError(f"{what} {folder}: {existing} is a file. Expected a folder; choose another {flag}.")
     return existing

@@ -5,6 +5,7 @@ import subprocess
 import pytest
 import torch
 
+from utils.machine import kernels
 from utils.machine.kernels import check_kernels, covers, remedy
 
 CU126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -76,3 +77,9 @@ def test_a_launch_that_hangs_is_reported(gpu, monkeypatch):
     gpu("RTX 4090", (8, 9))
     monkeypatch.setattr(subprocess, "run", hang)
     assert check_kernels(5.0).endswith("failed at a first matrix product: no answer within 5 s")
+
+
+def test_a_failure_whose_last_line_is_blank_is_still_a_failure(monkeypatch):
+    failed = subprocess.CompletedProcess([], returncode=1, stdout="", stderr="a warning\nkilled\n \n")
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *_, **__: failed)
+    assert kernels._launch(0, timeout=1.0) == "killed"
