@@ -44,5 +44,5 @@ def repeat_grouped_heads_where_needed() -> None:
         return original(mask, key, *arguments) and reads_grouped_heads(key)
 
     # The mark by which a second call knows the replacement.
-    hands_grouped_heads_on.repeats_where_needed = True
+    setattr(hands_grouped_heads_on, "repeats_where_needed", True)  # noqa: B010 - a function has no such attribute
     setattr(sdpa_attention, GROUPED_TEST, hands_grouped_heads_on)

@@ -32,7 +32,7 @@ class Validated:
             object.__setattr__(self, name, as_plain(value))
 
         try:
-            _model_of(kind).model_validate(vars(self))
+            _model_of(kind).model_validate(vars(self))  # type: ignore[arg-type]
         except ValidationError as error:
             raise ValueError(f"{kind.__name__}: {_describe_wrong_fields(error)}") from None
 
@@ -144,7 +144,7 @@ def expect_number(name: str, value: Any) -> float:
     number = as_plain(value)
     if isinstance(number, bool) or not isinstance(number, Real):
         raise TypeError(f"{name}: got {value!r}, expected a number of at least 0")
-    if not (math.isfinite(number) and number >= 0):
+    if not (math.isfinite(number) and float(number) >= 0):
         raise ValueError(f"{name}: got {number}, expected a finite number of at least 0")
     return float(number)
 

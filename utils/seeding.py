@@ -67,7 +67,7 @@ def rng_state() -> dict[str, Any]:
     name, keys, position, has_gauss, cached_gauss = np.random.get_state(legacy=True)
     numpy_state = [
         str(name),
-        torch.from_numpy(keys.astype(np.int64)),
+        torch.from_numpy(np.asarray(keys).astype(np.int64)),
         int(position),
         int(has_gauss),
         float(cached_gauss),

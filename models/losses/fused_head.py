@@ -17,7 +17,7 @@ A plain linear head can have this elementwise work compiled (`head_passes`, `hea
 float32's rounding.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -299,7 +299,7 @@ class _HeadPass:
         # All dtypes were chosen before; autocast would choose those of the products anew.
         with torch.autocast(states.device.type, enabled=False):
             head = self._chunked_head(states, params, needs)
-            compute_chunk = self._compiled_chunk if self._is_compiled else self._eager_chunk
+            compute_chunk: Callable[..., Any] = self._compiled_chunk if self._is_compiled else self._eager_chunk
             for first in range(0, len(states), self.rows_at_once):
                 part = slice(first, first + self.rows_at_once)
                 weights = _ChunkWeights(lm=lm_weight[part, None], kd=kd_weight)

@@ -140,7 +140,8 @@ class HeadTerms:
         """
         device = self.states.device
         compiled, _ = head_passes.choose(self.config.head_passes, device)
-        computation = HeadComputation(compiled=compiled, **logit_options(self.student))
+        scaling = logit_options(self.student)
+        computation = HeadComputation(scaling["scale"], scaling["softcap"], compiled=compiled)
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             return head_losses(
                 self.states,

@@ -36,7 +36,7 @@ def build(schema: type[T], values: dict[str, Any], *, source: str) -> T:
     # values are taken out, their defaults stand in, and the rest is checked again until nothing new is wrong.
     while True:
         try:
-            instance = _adapter(schema).validate_python(remaining)
+            instance = _adapter(schema).validate_python(remaining)  # type: ignore[arg-type]
             break
         except ValidationError as error:
             problems += [line for line in describe(error, remaining) if line not in problems]

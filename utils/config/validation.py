@@ -26,7 +26,7 @@ class Validated:
     def __post_init__(self) -> None:
         kind = type(self)
         try:
-            _fields_of(kind).model_validate(vars(self))
+            _fields_of(kind).model_validate(vars(self))  # type: ignore[arg-type]
         except ValidationError as error:
             problems = "; ".join(describe(error, vars(self)))
             raise ValueError(f"{kind.__name__}: {problems}") from None

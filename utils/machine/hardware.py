@@ -150,14 +150,18 @@ def choose_precision(requested: Literal["auto", "no", "fp16", "bf16"], device: t
     return Choice("no", reason=f"{requested} was asked for, but on {device.type} training is in float32 only")
 
 
-def _choose_on_cuda(requested: str, capability: tuple[int, int], name: str) -> Choice[Precision]:
+def _choose_on_cuda(
+    requested: Literal["auto", "no", "fp16", "bf16"], capability: tuple[int, int], name: str
+) -> Choice[Precision]:
     """Return the mixed precision for an NVIDIA GPU of this compute capability."""
     version = f"compute capability {capability[0]}.{capability[1]}"
     has_bf16 = capability >= BF16_CAPABILITY
 
     # A request is met wherever the GPU can, fp16 also where it is slow.
-    if requested in ("no", "fp16"):
-        return Choice(requested, reason="asked for")
+    if requested == "no":
+        return Choice("no", reason="asked for")
+    if requested == "fp16":
+        return Choice("fp16", reason="asked for")
     if requested == "bf16" and has_bf16:
         return Choice("bf16", reason="asked for")
     if requested == "bf16":

@@ -139,7 +139,7 @@ def find_conflicts(requirements: Iterable[str], packages: Iterable[Package]) -> 
         requirements: of the project.
         packages: what is installed.
     """
-    by_name = {canonicalize_name(package.name): package for package in packages}
+    by_name: dict[str, Package] = {canonicalize_name(package.name): package for package in packages}
     project = Package(name="", version="", requires=tuple(requirements))
     project_demands = _applicable(project, extras=frozenset())
     extras_of_loaded = _loaded_packages(project_demands, by_name)

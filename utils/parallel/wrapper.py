@@ -36,7 +36,7 @@ class Shell(nn.Module):
 def _layer_classes(module: nn.Module) -> list[str]:
     """Return the class names of transformers' layers in a module: accelerate shards each layer apart."""
     classes = set()
-    declared = set()
+    declared: set[str] = set()
     for part in module.modules():
         classes.add(type(part).__name__)
         declared.update(getattr(part, "_no_split_modules", None) or ())

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerControl
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..errors import UserError
@@ -84,6 +84,9 @@ class DistillationTrainer(Trainer):
         # DDP averages over processes, and the sum is wanted
         loss = output.loss * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
+
+    optimizer: torch.optim.Optimizer | None
+    control: TrainerControl
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer that `args.optim` names, on the framework's parameter groups."""
