@@ -43,9 +43,11 @@ def locate(name: str, role: str) -> str:
         return str(_only_model(path, f"{role} {name}"))
     if path.is_file():
         raise UserError(f"{role} {name}: this is a file. {model_folders.what_the_file_is(path)}")
+    # A hub id is `name` or `owner/name`; anything else was meant as a path.
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{role} {name}: no such folder. Expected one with config.json.{attached_models()}\n  {ATTACH}")
 
+    # Before the hub: whoever attaches a model to a notebook wants that copy, and may have no network.
     candidates = model_folders.attached(name, ATTACHED)
     if len(candidates) > 1:
         raise UserError(
@@ -115,6 +117,7 @@ def hub_is_reachable() -> bool:
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
 
+    # One short connection, remembered for the process, in place of retries for each file.
     host = urlsplit(constants.ENDPOINT)
     try:
         socket.create_connection((host.hostname, host.port or 443), timeout=5).close()
