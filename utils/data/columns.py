@@ -354,7 +354,7 @@ class Columns:
     unread: Unread = field(default_factory=Unread, compare=False)
     """Takes note of columns that are met and not read."""
 
-    def among(self, place: str, names: Iterable[str]) -> list[str]:
+    def document_columns(self, place: str, names: Iterable[str]) -> list[str]:
         """Return the columns of a table that hold a document.
 
         Args:
@@ -379,17 +379,17 @@ class Columns:
             "--set data.text_column=NAME (or data.messages_column, data.prompt_column and data.completion_column)."
         )
 
-    def to_read(self, place: str, names: Iterable[str]) -> list[str]:
-        """Return the columns to read: those of `among`, and what belongs to a conversation beside them.
+    def columns_to_read(self, place: str, names: Iterable[str]) -> list[str]:
+        """Return the columns to read: those of `document_columns`, and what belongs to a conversation beside them.
 
         Args:
             names: of all columns of the table.
 
         Raises:
-            UserError: see `among`.
+            UserError: see `document_columns`.
         """
         names = list(names)
-        columns = list(self.among(place, names))
+        columns = list(self.document_columns(place, names))
         checked: list[str] = []
         if self._is_conversation(columns):
             beside = [SYSTEM, *UNSUPPORTED_BESIDE]
@@ -407,12 +407,12 @@ class Columns:
         """Return the document of a row: a text, a `Conversation`, or None for an empty one.
 
         Args:
-            names: of the columns that `to_read` chose.
+            names: of the columns that `columns_to_read` chose.
             values: of the row in these columns.
         """
         row = dict(zip(names, values, strict=True))
         # A prompt without its completion, or the other way round, teaches nothing.
-        columns = self.among("", names)
+        columns = self.document_columns("", names)
         if any(row[name] is None for name in columns):
             return None
         if not self._is_conversation(columns):

@@ -117,6 +117,7 @@ def make_windows(
         "features": features,
         "new_fingerprint": key,
     }
+
     # A small corpus is packed so quickly that no file needs to be kept for the next run.
     with _no_progress_bars():
         if byte_count(texts) <= IN_MEMORY_BYTES:
