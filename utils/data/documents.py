@@ -73,7 +73,7 @@ def load_documents(config: DataConfig) -> Corpus:
 
     # A variable would keep the generator open: it logs the columns that were not read when it is closed.
     documents = _clean(
-        _read(config, config.train, config.split, places),
+        _read(config, config.train, split=config.split, places=places),
         report,
         deduplicate=config.deduplicate,
         limit=config.max_documents,
@@ -93,7 +93,7 @@ def load_documents(config: DataConfig) -> Corpus:
     for name, texts in (("train", train), ("eval", held_out)):
         report[name] = len(texts)
         report[f"{name}_bytes"] = byte_count(map(text_of_messages, texts) if conversations else texts)
-    return Corpus(train, held_out, conversations, report)
+    return Corpus(train=train, eval=held_out, conversations=conversations, report=report)
 
 
 def _load_held_out(config: DataConfig, places: _FirstPlaces) -> list[str]:
@@ -125,15 +125,20 @@ def _without(documents: Sequence[str], held_out: Sequence[str], evaluation_data:
     return train
 
 
-def _read(config: DataConfig, names: Sequence[str], split: str, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
+def _read(config: DataConfig, names: Sequence[str], *, split: str, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of every document, and log at the end which columns and keys were not read.
 
     Args:
         places: of the first document of each kind, which are noted there.
     """
-    columns = Columns(config.text_column, config.messages_column, config.prompt_column, config.completion_column)
+    columns = Columns(
+        text=config.text_column,
+        messages=config.messages_column,
+        prompt=config.prompt_column,
+        completion=config.completion_column,
+    )
     try:
-        yield from _documents(config, names, split, places=places, columns=columns)
+        yield from _documents(config, names, split=split, places=places, columns=columns)
     finally:  # also where `max_documents` ends the reading
         unread = str(columns.unread)
         if unread:
@@ -144,11 +149,11 @@ def _read_eval(config: DataConfig, places: _FirstPlaces) -> Iterator[tuple[str, 
     """Return documents of the evaluation text, read without what describes the training text alone."""
     defaults = DataConfig()
     settings = {name: getattr(defaults, name) for name in config.train_only}
-    return _read(replace(config, **settings), [config.eval], "validation", places)
+    return _read(replace(config, **settings), [config.eval], split="validation", places=places)
 
 
 def _documents(
-    config: DataConfig, names: Sequence[str], split: str, *, places: _FirstPlaces, columns: Columns
+    config: DataConfig, names: Sequence[str], *, split: str, places: _FirstPlaces, columns: Columns
 ) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of every document.
 
@@ -212,7 +217,7 @@ def errors_name_their_document(config: DataConfig) -> Iterator[None]:
 def place_of_document(config: DataConfig, name: str) -> str:
     """Return the place of the document with this name, by reading the sources once more."""
     # Lazily, so that reading ends at the document.
-    rows = _read(config, config.train, config.split, _FirstPlaces())
+    rows = _read(config, config.train, split=config.split, places=_FirstPlaces())
     if config.eval is not None:
         rows = chain(rows, _read_eval(config, _FirstPlaces()))
     return next(place for place, text in rows if document_name(text) == name)

@@ -287,15 +287,24 @@ def _lines(file: Path) -> Iterator[str]:
             for number, line in enumerate(stream, 1):
                 if number == 1:
                     line = line.removeprefix(BYTE_ORDER_MARK)
-                try:
-                    yield line.decode()
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{file}:{number}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}). "
-                        "Convert the file to UTF-8; bytes are not replaced silently."
-                    ) from None
+                yield _decode(line, file, number)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}.") from error
+
+
+def _decode(line: bytes, file: Path, number: int) -> str:
+    """Return a line of a file as text.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}:{number}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}). "
+            "Convert the file to UTF-8; bytes are not replaced silently."
+        ) from None
 
 
 # ---------------------------------------------------------------- text

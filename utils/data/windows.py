@@ -104,7 +104,7 @@ def make_windows(
         TooLong: every document is longer than a window before anything of it is learned.
         UserError: no document yields a window for another reason.
     """
-    features = _features(texts, encode, kind, room)
+    features = _features(texts, encode, kind=kind, room=room)
     key = blake2b(f"{fingerprint} {corpus_fingerprint(texts)} {features}".encode(), digest_size=16).hexdigest()
     table = _grouped(texts)
 
@@ -123,7 +123,7 @@ def make_windows(
         if byte_count(texts) <= IN_MEMORY_BYTES:
             windows = table.map(keep_in_memory=True, load_from_cache_file=False, writer_batch_size=1, **options)
         else:
-            windows = _map_on_disk(table, key, num_proc, options)
+            windows = _map_on_disk(table, key, processes=min(num_proc or 1, len(table)), options=options)
     return windows.with_format("numpy")
 
 
@@ -136,7 +136,7 @@ def _grouped(texts: Sequence[str]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"group": groups}, features=datasets.Features(group=group))
 
 
-def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, options: dict[str, Any]) -> datasets.Dataset:
+def _map_on_disk(table: datasets.Dataset, key: str, *, processes: int, options: dict[str, Any]) -> datasets.Dataset:
     """Make windows in the cache folder of `datasets`, or take those that are there under this key.
 
     Raises:
@@ -144,7 +144,6 @@ def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, option
     """
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "curriculum_distillation"
     options = {**options, "cache_file_name": str(cache / f"{key}.arrow"), "load_from_cache_file": True}
-    processes = min(num_proc or 1, len(table))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if processes == 1:
@@ -161,7 +160,7 @@ def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, option
         ) from error
 
 
-def _features(texts: Sequence[str], encode: Encode, kind: str, room: Room | None) -> datasets.Features:
+def _features(texts: Sequence[str], encode: Encode, *, kind: str, room: Room | None) -> datasets.Features:
     """Return columns and types of windows, from the first document that gives one: a later group may have none.
 
     Raises:

@@ -65,7 +65,7 @@ def base_name(folder: Path, label: str) -> str:
     )
 
 
-def merge_into(base: nn.Module, source: str, label: str, allow_pickle: bool, offline: bool) -> nn.Module:
+def merge_into(base: nn.Module, source: str, *, label: str, allow_pickle: bool, offline: bool) -> nn.Module:
     """Return a plain model, without peft: `base` with the adapter added to its weights.
 
     Args:
