@@ -123,6 +123,7 @@ def _try_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
         "(%s)",
         problem,
     )
+
     # Nothing but ids: the model may still write with them, and a text must end somewhere.
     generation.reset(model.generation_config)
     _put_generation_right(model, tokenizer)
