@@ -33,6 +33,9 @@ KNOWN_KEYS = frozenset(("role", "content", *LEARNED_KEYS, LOSS, *TOOL_CALLS, *RE
 """Keys of a message that are read, or refused where they say something."""
 
 
+# ---------------------------------------------------------------- texts
+
+
 def as_text(place: str, value: Any) -> str:
     """Return a value that should be a text; None is an empty one.
 
@@ -54,6 +57,9 @@ def as_text(place: str, value: Any) -> str:
             f"{place}: character {error.start} is half of a surrogate pair, which is no text. Repair the file."
         ) from None
     return value
+
+
+# ---------------------------------------------------------------- conversations
 
 
 @dataclass
@@ -133,6 +139,7 @@ class Conversation(NamedTuple):
                     "rows out, or the column, if the conversations are to be learned without it."
                 )
 
+        # Alpaca's format: "Translate this" in one column, the text to translate in this one.
         question = self.beside.get(INPUT)
         if question is not None and str(question).strip():
             raise UserError(
@@ -166,6 +173,7 @@ class Conversation(NamedTuple):
         if not system.strip():
             return []
 
+        # A table may repeat the column in the first message: the same text is one message.
         if messages[0]["role"] != SYSTEM:
             return [{"role": SYSTEM, "content": system}]
         if messages[0]["content"].strip() == system.strip():
@@ -173,6 +181,9 @@ class Conversation(NamedTuple):
         raise UserError(
             f"{place}: column {SYSTEM!r} and the first message are different system messages. Expected one of them."
         )
+
+
+# ---------------------------------------------------------------- messages
 
 
 def _teaches(message: Mapping[str, Any], learn_from: str) -> bool:
@@ -310,6 +321,7 @@ def _sharegpt_hint(message: Any) -> str:
 
 def _as_messages(role: str, value: Any) -> list[Any]:
     """Return a prompt or a completion as messages: those that it is a list of, or one of this role."""
+    # A list of anything else is one content, in parts.
     is_list = isinstance(value, list) and bool(value)
     if is_list and all(isinstance(item, dict) and "role" in item for item in value):
         return value
@@ -322,6 +334,9 @@ def text_of_messages(conversation: str) -> str:
     for message in json.loads(conversation):
         texts += [message.get("reasoning_content", ""), message["content"]]
     return "".join(texts)
+
+
+# ---------------------------------------------------------------- columns of a table
 
 
 @dataclass(frozen=True)
@@ -339,7 +354,7 @@ class Columns:
     unread: Unread = field(default_factory=Unread, compare=False)
     """Takes note of columns that are met and not read."""
 
-    def among(self, place: str, names: Iterable[str]) -> list[str]:
+    def document_columns(self, place: str, names: Iterable[str]) -> list[str]:
         """Return the columns of a table that hold a document.
 
         Args:
@@ -364,17 +379,17 @@ class Columns:
             "--set data.text_column=NAME (or data.messages_column, data.prompt_column and data.completion_column)."
         )
 
-    def to_read(self, place: str, names: Iterable[str]) -> list[str]:
-        """Return the columns to read: those of `among`, and what belongs to a conversation beside them.
+    def columns_to_read(self, place: str, names: Iterable[str]) -> list[str]:
+        """Return the columns to read: those of `document_columns`, and what belongs to a conversation beside them.
 
         Args:
             names: of all columns of the table.
 
         Raises:
-            UserError: see `among`.
+            UserError: see `document_columns`.
         """
         names = list(names)
-        columns = list(self.among(place, names))
+        columns = list(self.document_columns(place, names))
         checked: list[str] = []
         if self._is_conversation(columns):
             beside = [SYSTEM, *UNSUPPORTED_BESIDE]
@@ -392,11 +407,12 @@ class Columns:
         """Return the document of a row: a text, a `Conversation`, or None for an empty one.
 
         Args:
-            names: of the columns that `to_read` chose.
+            names: of the columns that `columns_to_read` chose.
             values: of the row in these columns.
         """
         row = dict(zip(names, values, strict=True))
-        columns = self.among("", names)
+        # A prompt without its completion, or the other way round, teaches nothing.
+        columns = self.document_columns("", names)
         if any(row[name] is None for name in columns):
             return None
         if not self._is_conversation(columns):

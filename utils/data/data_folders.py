@@ -90,6 +90,8 @@ def choose_files(folder: Path, split: str) -> list[Path]:
     """
     contents = Contents()
     _sort(folder, contents, visited=set())
+
+    # The error lists what is there in place of data.
     if not contents.data:
         inside = _named(folder, [*contents.unread, *contents.aside]) or "nothing"
         raise UserError(
@@ -105,6 +107,7 @@ def choose_files(folder: Path, split: str) -> list[Path]:
 
     _log_left_out(folder, contents.aside, "no data: caches, metadata, hidden files, files of a model")
     if contents.unread:
+        # Not an info as above: these may be data that the user believes to be read.
         log.warning(
             "%s: not read, of another type or a link to nothing: %s. Read are %s; unpack or convert what is data",
             folder,
@@ -152,6 +155,7 @@ def _sort(folder: Path, contents: Contents, visited: set[Path]) -> None:
         return
     visited.add(real)
 
+    # Sorted: the order of documents is then the same on every file system.
     try:
         children = sorted(folder.iterdir())
     except OSError as error:

@@ -44,6 +44,7 @@ def delivery(
     epoch: int = 0,
 ) -> Delivery:
     """Run an epoch of the loader, for every process with so many workers, and count what comes out."""
+    # The loader collates with `list`: a batch is then its numbered rows.
     rows = _NumberedRows(windows)
     delivered: list[tuple[int, bytes]] = []
     for rank in range(processes):

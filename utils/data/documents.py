@@ -73,7 +73,7 @@ def load_documents(config: DataConfig) -> Corpus:
 
     # A variable would keep the generator open: it logs the columns that were not read when it is closed.
     documents = _clean(
-        _read(config, config.train, config.split, places),
+        _read(config, config.train, split=config.split, places=places),
         report,
         deduplicate=config.deduplicate,
         limit=config.max_documents,
@@ -81,6 +81,7 @@ def load_documents(config: DataConfig) -> Corpus:
     conversations = places.conversation is not None
     _require_text(documents, config.train, report, conversations=conversations)
 
+    # A text that is evaluated on is never trained on, wherever it comes from.
     if config.eval is None:
         train, held_out = _split(documents, config.eval_fraction)
     else:
@@ -88,10 +89,11 @@ def load_documents(config: DataConfig) -> Corpus:
         train = _without(documents, held_out, evaluation_data=config.eval)
         report["in_eval"] = len(documents) - len(train)
 
+    # Of conversations only what is said counts, not the JSON around it.
     for name, texts in (("train", train), ("eval", held_out)):
         report[name] = len(texts)
         report[f"{name}_bytes"] = byte_count(map(text_of_messages, texts) if conversations else texts)
-    return Corpus(train, held_out, conversations, report)
+    return Corpus(train=train, eval=held_out, conversations=conversations, report=report)
 
 
 def _load_held_out(config: DataConfig, places: _FirstPlaces) -> list[str]:
@@ -112,6 +114,7 @@ def _without(documents: Sequence[str], held_out: Sequence[str], evaluation_data:
     Raises:
         UserError: evaluation has all of them.
     """
+    # Up to whitespace: copies of a text differ in their line breaks.
     keys = {_key(text) for text in held_out}
     train = [text for text in documents if _key(text) not in keys]
     if not train:
@@ -122,15 +125,20 @@ def _without(documents: Sequence[str], held_out: Sequence[str], evaluation_data:
     return train
 
 
-def _read(config: DataConfig, names: Sequence[str], split: str, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
+def _read(config: DataConfig, names: Sequence[str], *, split: str, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of every document, and log at the end which columns and keys were not read.
 
     Args:
         places: of the first document of each kind, which are noted there.
     """
-    columns = Columns(config.text_column, config.messages_column, config.prompt_column, config.completion_column)
+    columns = Columns(
+        text=config.text_column,
+        messages=config.messages_column,
+        prompt=config.prompt_column,
+        completion=config.completion_column,
+    )
     try:
-        yield from _documents(config, names, split, places=places, columns=columns)
+        yield from _documents(config, names, split=split, places=places, columns=columns)
     finally:  # also where `max_documents` ends the reading
         unread = str(columns.unread)
         if unread:
@@ -141,11 +149,11 @@ def _read_eval(config: DataConfig, places: _FirstPlaces) -> Iterator[tuple[str, 
     """Return documents of the evaluation text, read without what describes the training text alone."""
     defaults = DataConfig()
     settings = {name: getattr(defaults, name) for name in config.train_only}
-    return _read(replace(config, **settings), [config.eval], "validation", places)
+    return _read(replace(config, **settings), [config.eval], split="validation", places=places)
 
 
 def _documents(
-    config: DataConfig, names: Sequence[str], split: str, *, places: _FirstPlaces, columns: Columns
+    config: DataConfig, names: Sequence[str], *, split: str, places: _FirstPlaces, columns: Columns
 ) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of every document.
 
@@ -157,6 +165,7 @@ def _documents(
         located = _join_lines(located, config.document_start)
 
     for place, value in located:
+        # An empty document (None) is of no kind.
         is_conversation = isinstance(value, Conversation)
         if value is not None:
             _require_one_kind(config, place, places, is_conversation=is_conversation)
@@ -207,7 +216,8 @@ def errors_name_their_document(config: DataConfig) -> Iterator[None]:
 
 def place_of_document(config: DataConfig, name: str) -> str:
     """Return the place of the document with this name, by reading the sources once more."""
-    rows = _read(config, config.train, config.split, _FirstPlaces())
+    # Lazily, so that reading ends at the document.
+    rows = _read(config, config.train, split=config.split, places=_FirstPlaces())
     if config.eval is not None:
         rows = chain(rows, _read_eval(config, _FirstPlaces()))
     return next(place for place, text in rows if document_name(text) == name)
@@ -266,6 +276,7 @@ def _clean(
             counts["empty"] += 1
             continue
 
+        # Exact copies only: a text with other whitespace is a document of its own, on the same side of the split.
         if deduplicate:
             digest = _digest(text)
             if digest in seen:
@@ -321,6 +332,7 @@ def _split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]
     Raises:
         UserError: there is only one text.
     """
+    # 64 bits of a hash that is the same on every machine.
     positions = [int.from_bytes(_key(text)[:8], "big") / 2**64 for text in documents]
     lowest = min(positions)
     highest = max(positions)
@@ -431,6 +443,7 @@ class DocumentSizes:
     @property
     def is_doubtful(self) -> bool:
         """Sign of a text that was not cut into documents (a book looks like that too)."""
+        # Of a text of three short notes one may well be most of it.
         is_one_document = self.longest_share > MOST_OF_TEXT and self.longest_windows > SHORT_DOCUMENT
         return is_one_document or self.long_share > MOST_IN_LONG_DOCUMENTS
 

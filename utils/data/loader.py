@@ -63,7 +63,7 @@ class _PackedBatch:
     def __init__(self, batch: Any) -> None:
         packed = io.BytesIO()
 
-        # Of this pickler alone: torch's own way of pickling tensors passes them by files.
+        # Tensors go as arrays, by a rule of this pickler alone: their own pickling makes an archive for each.
         pickler = pickle.Pickler(packed, pickle.HIGHEST_PROTOCOL)
         pickler.dispatch_table = copyreg.dispatch_table | {torch.Tensor: _as_array}
         pickler.dump(batch)
@@ -119,7 +119,7 @@ def loader(
     while `at_once` batches are worked on, those that are taken in one go. Does not draw from the global random
     generators, so that the number of loaders a run has used up does not change what it computes.
     """
-    # Workers together hold at least the batches of a step; two each, torch's default, keep them busy.
+    # Workers together hold at least the batches that are taken in one go; two each is torch's default.
     prefetch = max(2, ceil(at_once / num_workers)) if num_workers else None
 
     data_loader = DataLoader(
@@ -157,6 +157,7 @@ def _from_thread(data_loader: DataLoader, at_once: int) -> Iterator[Any]:
     thread = ThreadPoolExecutor(1, "batches")
 
     try:
+        # One comes for each that is taken, so `at_once` batches are always in the making.
         waiting = deque(thread.submit(next, arriving, _END) for _ in range(at_once))
 
         while (batch := waiting.popleft().result()) is not _END:
@@ -178,5 +179,6 @@ def _kill_workers() -> None:
     Left to itself, `multiprocessing` sends them SIGTERM at that point, which they ignore, and waits for them for ever.
     """
     for process in multiprocessing.active_children():
+        # The workers of a `DataLoader` are daemons; other children are not this module's to kill.
         if process.daemon:
             process.kill()

@@ -61,6 +61,7 @@ def _topics() -> Iterator[str]:
 
 def _docstrings(library: Path) -> Iterator[str]:
     """Yield one document per module, function and class; a class comes with its methods."""
+    # Sorted: file systems list their files in different orders.
     for file in sorted(library.rglob("*.py")):
         parts = file.relative_to(library).with_suffix("").parts
         if LEFT_OUT.intersection(parts):

@@ -217,7 +217,7 @@ def _read_hub(source: str, columns: Columns, split: str) -> Iterator[Located]:
 
 def _read_rows(rows: datasets.Dataset, place: str, columns: Columns) -> Iterator[Located]:
     """Yield the documents of a table of `datasets`, some rows at once: row by row it is many times slower."""
-    names = columns.to_read(place, rows.column_names)
+    names = columns.columns_to_read(place, rows.column_names)
     rows = rows.select_columns(names)
 
     for start in range(0, len(rows), BATCH):
@@ -287,15 +287,24 @@ def _lines(file: Path) -> Iterator[str]:
             for number, line in enumerate(stream, 1):
                 if number == 1:
                     line = line.removeprefix(BYTE_ORDER_MARK)
-                try:
-                    yield line.decode()
-                except UnicodeDecodeError as error:
-                    raise UserError(
-                        f"{file}:{number}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}). "
-                        "Convert the file to UTF-8; bytes are not replaced silently."
-                    ) from None
+                yield _decode(line, file, number)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}.") from error
+
+
+def _decode(line: bytes, file: Path, number: int) -> str:
+    """Return a line of a file as text.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file}:{number}: not UTF-8 (byte 0x{line[error.start]:02x} at column {error.start + 1}). "
+            "Convert the file to UTF-8; bytes are not replaced silently."
+        ) from None
 
 
 # ---------------------------------------------------------------- text
@@ -429,7 +438,7 @@ def _from_record(place: str, record: Any, columns: Columns) -> Located:
     """
     if not isinstance(record, dict):
         raise UserError(f"{place}: expected an object whose keys are columns, got {type(record).__name__}.")
-    names = columns.to_read(place, record)
+    names = columns.columns_to_read(place, record)
     return place, columns.document(names, [record[name] for name in names])
 
 
@@ -446,7 +455,7 @@ def _read_csv(file: Path, columns: Columns) -> Iterator[Located]:
     rows = csv.reader(_lines(file), strict=True)
     try:
         header = next(rows, [])
-        names = columns.to_read(f"{file}:1", header)
+        names = columns.columns_to_read(f"{file}:1", header)
         positions = [header.index(name) for name in names]
 
         for row in rows:
@@ -471,7 +480,7 @@ def _read_parquet(file: Path, columns: Columns) -> Iterator[Located]:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
-            names = columns.to_read(str(file), table.schema_arrow.names)
+            names = columns.columns_to_read(str(file), table.schema_arrow.names)
             for batch in table.iter_batches(BATCH, columns=names):
                 value_lists = [batch.column(name).to_pylist() for name in names]
                 for values in zip(*value_lists, strict=True):

@@ -61,6 +61,7 @@ class Room:
 
         Of many documents those of the fewest characters are measured.
         """
+        # Characters tell which texts may be the shortest, and cost nothing; tokens have to be counted.
         needs: list[tuple[int, str]] = []
         for text in sorted(texts, key=len)[:MOST_MEASURED]:
             length = self.least_length(text)
@@ -103,7 +104,7 @@ def make_windows(
         TooLong: every document is longer than a window before anything of it is learned.
         UserError: no document yields a window for another reason.
     """
-    features = _features(texts, encode, kind, room)
+    features = _features(texts, encode, kind=kind, room=room)
     key = blake2b(f"{fingerprint} {corpus_fingerprint(texts)} {features}".encode(), digest_size=16).hexdigest()
     table = _grouped(texts)
 
@@ -116,11 +117,13 @@ def make_windows(
         "features": features,
         "new_fingerprint": key,
     }
+
+    # A small corpus is packed so quickly that no file needs to be kept for the next run.
     with _no_progress_bars():
         if byte_count(texts) <= IN_MEMORY_BYTES:
             windows = table.map(keep_in_memory=True, load_from_cache_file=False, writer_batch_size=1, **options)
         else:
-            windows = _map_on_disk(table, key, num_proc, options)
+            windows = _map_on_disk(table, key, processes=min(num_proc or 1, len(table)), options=options)
     return windows.with_format("numpy")
 
 
@@ -133,7 +136,7 @@ def _grouped(texts: Sequence[str]) -> datasets.Dataset:
     return datasets.Dataset.from_dict({"group": groups}, features=datasets.Features(group=group))
 
 
-def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, options: dict[str, Any]) -> datasets.Dataset:
+def _map_on_disk(table: datasets.Dataset, key: str, *, processes: int, options: dict[str, Any]) -> datasets.Dataset:
     """Make windows in the cache folder of `datasets`, or take those that are there under this key.
 
     Raises:
@@ -141,7 +144,6 @@ def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, option
     """
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "curriculum_distillation"
     options = {**options, "cache_file_name": str(cache / f"{key}.arrow"), "load_from_cache_file": True}
-    processes = min(num_proc or 1, len(table))
     try:
         cache.mkdir(parents=True, exist_ok=True)
         if processes == 1:
@@ -158,13 +160,14 @@ def _map_on_disk(table: datasets.Dataset, key: str, num_proc: int | None, option
         ) from error
 
 
-def _features(texts: Sequence[str], encode: Encode, kind: str, room: Room | None) -> datasets.Features:
+def _features(texts: Sequence[str], encode: Encode, *, kind: str, room: Room | None) -> datasets.Features:
     """Return columns and types of windows, from the first document that gives one: a later group may have none.
 
     Raises:
         TooLong: every document is longer than a window before anything of it is learned.
         UserError: no document yields a window for another reason.
     """
+    # Not left to `datasets`, which infers types from the first group: that may have no window.
     for text in texts:
         windows = encode([text], [document_name(text)])
         if windows:
@@ -200,6 +203,7 @@ class _Pack:
 @contextmanager
 def _no_progress_bars() -> Iterator[None]:
     """Switch the bars of `datasets` off: every carriage return of theirs is saved in a notebook."""
+    # Where they were off already, they stay off afterwards.
     disabled = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -223,6 +227,7 @@ def windows_fingerprint(windows: Iterable[Window]) -> str:
 def window_key(window: Window) -> bytes:
     """Hash of a window's content, 16 bytes."""
     content = blake2b(digest_size=16)
+    # Sorted: the order of its columns is not part of a window.
     for key, value in sorted(window.items()):
         value_bytes = value.encode() if isinstance(value, str) else np.asarray(value).tobytes()
         content.update(key.encode() + value_bytes)

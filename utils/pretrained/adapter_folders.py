@@ -47,11 +47,11 @@ def _hub_has(repository: str, name: str, offline: bool) -> bool:
     return file_exists(repository, name)
 
 
-def base_name(folder: Path, shown: str) -> str:
+def base_name(folder: Path, label: str) -> str:
     """Return the hub id or the folder of the model that an adapter belongs to.
 
     Args:
-        shown: role and name of the adapter, for messages.
+        label: role and name of the adapter, for messages.
 
     Raises:
         UserError: its adapter_config.json does not say.
@@ -60,17 +60,17 @@ def base_name(folder: Path, shown: str) -> str:
     if isinstance(base, str) and base:
         return base
     raise UserError(
-        f"{shown}: this is an adapter, and its {ADAPTER_CONFIG} does not name the model that it belongs to. Expected "
+        f"{label}: this is an adapter, and its {ADAPTER_CONFIG} does not name the model that it belongs to. Expected "
         "base_model_name_or_path with a hub id or a folder: write it there."
     )
 
 
-def merge_into(base: nn.Module, source: str, shown: str, allow_pickle: bool, offline: bool) -> nn.Module:
+def merge_into(base: nn.Module, source: str, *, label: str, allow_pickle: bool, offline: bool) -> nn.Module:
     """Return a plain model, without peft: `base` with the adapter added to its weights.
 
     Args:
         source: a local folder, or a hub id.
-        shown: role and name of the adapter, for messages.
+        label: role and name of the adapter, for messages.
         allow_pickle: take the adapter's weights from a pickle file where there are no safetensors.
         offline: read from the hub's cache alone.
 
@@ -78,12 +78,12 @@ def merge_into(base: nn.Module, source: str, shown: str, allow_pickle: bool, off
         UserError: the adapter's weights are not there, belong to another model, or cannot be added to weights.
     """
     if not allow_pickle:
-        _refuse_pickle_only(Path(source), shown)
+        _refuse_pickle_only(Path(source), label)
 
-    adapted = _load_adapter(base, source, shown, offline=offline)
+    adapted = _load_adapter(base, source, label, offline=offline)
     if adapted.active_peft_config.is_prompt_learning:
         raise UserError(
-            f"{shown}: this is an adapter of the kind {adapted.active_peft_config.peft_type.value}, which is not added "
+            f"{label}: this is an adapter of the kind {adapted.active_peft_config.peft_type.value}, which is not added "
             "to weights. Expected LoRA or its kin; give the base model instead."
         )
 
@@ -91,7 +91,7 @@ def merge_into(base: nn.Module, source: str, shown: str, allow_pickle: bool, off
     return merged.requires_grad_(True)  # peft had frozen it
 
 
-def _refuse_pickle_only(folder: Path, shown: str) -> None:
+def _refuse_pickle_only(folder: Path, label: str) -> None:
     """Refuse a local folder whose adapter is a pickle file only, which can carry code.
 
     Raises:
@@ -101,12 +101,12 @@ def _refuse_pickle_only(folder: Path, shown: str) -> None:
     has_pickle = (folder / PICKLED_WEIGHTS).is_file()
     if has_pickle and not has_safetensors:
         raise UserError(
-            f"{shown}: the adapter's weights are a pickle file only ({PICKLED_WEIGHTS}), which can carry code. "
-            f"Expected {ADAPTER_WEIGHTS}. If you trust its author: --set {shown.partition(' ')[0]}.allow_pickle=true."
+            f"{label}: the adapter's weights are a pickle file only ({PICKLED_WEIGHTS}), which can carry code. "
+            f"Expected {ADAPTER_WEIGHTS}. If you trust its author: --set {label.partition(' ')[0]}.allow_pickle=true."
         )
 
 
-def _load_adapter(base: nn.Module, source: str, shown: str, *, offline: bool) -> "peft.PeftModel":
+def _load_adapter(base: nn.Module, source: str, label: str, *, offline: bool) -> "peft.PeftModel":
     """Load an adapter around its base.
 
     Raises:
@@ -122,6 +122,6 @@ def _load_adapter(base: nn.Module, source: str, shown: str, *, offline: bool) ->
     except Exception as error:  # whatever peft, torch and safetensors raise for what is damaged or does not fit
         words = " ".join(str(error).split())
         raise UserError(
-            f"{shown}: its adapter does not fit a {type(base).__name__} of these sizes, or is damaged. Expected the "
+            f"{label}: its adapter does not fit a {type(base).__name__} of these sizes, or is damaged. Expected the "
             f"adapter of the model that its {ADAPTER_CONFIG} names.\n  {type(error).__name__}: {words}"
         ) from error

@@ -84,7 +84,7 @@ def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, merges
     plain = model.get_base_model() if hasattr(model, "peft_config") else model
     try:
         with tempfile.TemporaryDirectory() as name:
-            _write_for_trial(model, tokenizer, Path(name), merges)
+            _write_for_trial(model, tokenizer, Path(name), merges=merges)
     except Exception as error:  # whatever transformers minds in files of others
         raise UserError(
             f"the student (a {type(plain).__name__}, transformers {transformers.__version__}) could not be exported "
@@ -95,7 +95,7 @@ def rehearse_export(model: nn.Module, tokenizer: PreTrainedTokenizerBase, merges
     _try_generation(plain, tokenizer)
 
 
-def _write_for_trial(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, merges: bool) -> None:
+def _write_for_trial(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Path, *, merges: bool) -> None:
     """Write what `export` will write, but for large weights, and load it again."""
     if not hasattr(model, "peft_config"):
         _write(model, tokenizer, folder, state_dict={})
@@ -123,6 +123,7 @@ def _try_generation(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> Non
         "(%s)",
         problem,
     )
+
     # Nothing but ids: the model may still write with them, and a text must end somewhere.
     generation.reset(model.generation_config)
     _put_generation_right(model, tokenizer)

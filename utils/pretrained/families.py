@@ -42,6 +42,7 @@ def depth(config: PretrainedConfig) -> int:
     Raises:
         ValueError: the config names no number of layers.
     """
+    # A config of several towers (images, text) has the layers of the text in a config of its own.
     text = config.get_text_config()
     counts = [getattr(text, name) for name in layer_counts(text)]
     if not counts:
@@ -51,6 +52,7 @@ def depth(config: PretrainedConfig) -> int:
 
 def layer_counts(config: PretrainedConfig) -> list[str]:
     """Return the names of the settings that say how many layers a model has."""
+    # num_hidden_layers is the encoder's where there is one; T5 and BART have one of the others for the decoder.
     names = ("num_hidden_layers", "num_decoder_layers", "decoder_layers")
     return [name for name in names if getattr(config, name, None)]
 
@@ -77,6 +79,7 @@ def decoder_starts(config: RunConfig, shapes: Mapping[str, PretrainedConfig]) ->
         )
     _refuse_causal_settings(config, pair)
 
+    # The decoder's input cannot be made without it; found out here, before any text is read.
     for role, shape in shapes.items():
         if not isinstance(getattr(shape, "decoder_start_token_id", None), int):
             raise UserError(
@@ -109,6 +112,7 @@ def _refuse_causal_settings(config: RunConfig, pair: str) -> None:
 @contextmanager
 def exportable_config(config: PretrainedConfig, original: PretrainedConfig) -> Iterator[None]:
     """Undo `keep_weights` within the block, so that a model is exported with the config that it came with."""
+    # Most architectures have none of these settings.
     before = {name: getattr(config, name) for name in REWRITING if hasattr(original, name)}
     try:
         for name in before:

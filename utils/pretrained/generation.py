@@ -37,14 +37,14 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_toke
 """Settings that name tokens; they stay where all others are dropped."""
 
 
-def replacement_for_broken(source: str, described: str, offline: bool) -> GenerationConfig | None:
+def replacement_for_broken(source: str, label: str, offline: bool) -> GenerationConfig | None:
     """Return what a model is to be loaded with in place of a generation_config.json that transformers cannot load.
 
     None: the file can be loaded, or there is none. What the file says is kept as far as it can be put right.
 
     Args:
         source: a folder, or a hub id.
-        described: role and name of the model, for the log.
+        label: role and name of the model, for the log.
         offline: read from the hub's cache alone.
     """
     try:
@@ -64,16 +64,16 @@ def replacement_for_broken(source: str, described: str, offline: bool) -> Genera
     log.warning(
         "%s: its %s cannot be loaded (%s); the model is taken with what is left of the settings when they are put "
         "right: correct that file, or delete it, where they matter",
-        described,
+        label,
         GENERATION_CONFIG,
         problem,
     )
     return settings
 
 
-def load(folder: Path, described: str) -> GenerationConfig | None:
+def load(folder: Path, label: str) -> GenerationConfig | None:
     """Return the generation settings in a folder, put right where they must be; None where it holds none."""
-    replacement = replacement_for_broken(str(folder), described, offline=True)
+    replacement = replacement_for_broken(str(folder), label, offline=True)
     if replacement is not None:
         return replacement
     try:

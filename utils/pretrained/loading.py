@@ -204,7 +204,7 @@ def load_model(
 
     # transformers reads the generation settings with the weights, and would fail where they contradict each other.
     offline = not folder.is_dir() and not hub_is_reachable()
-    settings = generation.replacement_for_broken(locate(name, role), f"{role} {name}", offline)
+    settings = generation.replacement_for_broken(locate(name, role), f"{role} {name}", offline=offline)
     if settings is not None:
         options["generation_config"] = settings
 
@@ -251,11 +251,13 @@ def _load_adapted(
             "asked for. Expected auto, float32, float16 or bfloat16; or give a model in which the two are merged."
         )
     with _loading_base(name, base, role):
-        model = load_model(base, role, dtype, device, weights=weights, allow_pickle=allow_pickle)
+        model = load_model(base, role, dtype=dtype, device=device, weights=weights, allow_pickle=allow_pickle)
 
     source = locate(name, role)
     offline = not Path(source).is_dir() and not hub_is_reachable()
-    model = adapter_folders.merge_into(model, source, f"{role} {name}", allow_pickle, offline)
+    model = adapter_folders.merge_into(
+        model, source, label=f"{role} {name}", allow_pickle=allow_pickle, offline=offline
+    )
 
     # An adapter may end texts elsewhere than its base: one trained on conversations does.
     folder = _adapter_folder(name, role)

@@ -42,10 +42,12 @@ def locate(name: str, role: str) -> str:
     if path.is_dir():
         return str(_only_model(path, f"{role} {name}"))
     if path.is_file():
-        raise UserError(f"{role} {name}: this is a file. {model_folders.what_the_file_is(path)}")
+        raise UserError(f"{role} {name}: this is a file. {model_folders.describe_file(path)}")
+    # A hub id is `name` or `owner/name`; anything else was meant as a path.
     if name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise UserError(f"{role} {name}: no such folder. Expected one with config.json.{attached_models()}\n  {ATTACH}")
 
+    # Before the hub: whoever attaches a model to a notebook wants that copy, and may have no network.
     candidates = model_folders.attached(name, ATTACHED)
     if len(candidates) > 1:
         raise UserError(
@@ -58,7 +60,7 @@ def locate(name: str, role: str) -> str:
     return name
 
 
-def _only_model(folder: Path, shown: str) -> Path:
+def _only_model(folder: Path, label: str) -> Path:
     """Return the folder itself if it is a model's, or the only model folder below it.
 
     Raises:
@@ -68,26 +70,26 @@ def _only_model(folder: Path, shown: str) -> Path:
         models = model_folders.models_below(folder, model_folders.MOST_FOLDERS)
     except model_folders.TooManyFolders as error:
         raise UserError(
-            f"{shown}: this folder holds no config.json, and {error} are below it, too many to look for a model in. "
+            f"{label}: this folder holds no config.json, and {error} are below it, too many to look for a model in. "
             "Expected the folder of the model itself."
         ) from None
 
     if len(models) > 1:
         raise UserError(
-            f"{shown}: this folder holds {len(models)} models (folders with a config.json). Expected one."
+            f"{label}: this folder holds {len(models)} models (folders with a config.json). Expected one."
             + "".join(f"\n  - {model}" for model in models[:MOST_LISTED])
         )
     if not models:
-        explanation = model_folders.what_it_is(folder)
+        explanation = model_folders.describe_folder(folder)
         raise UserError(
-            f"{shown}: this folder holds no models (folders with a config.json). "
+            f"{label}: this folder holds no models (folders with a config.json). "
             + (explanation or "Expected one.")
             + f"\n  It holds: {model_folders.listing(folder)}"
         )
 
     problem = model_folders.wrong_kind(models[0])
     if problem is not None:
-        raise UserError(f"{shown}: {problem}")
+        raise UserError(f"{label}: {problem}")
     return models[0]
 
 
@@ -115,6 +117,7 @@ def hub_is_reachable() -> bool:
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
         return True
 
+    # One short connection, remembered for the process, in place of retries for each file.
     host = urlsplit(constants.ENDPOINT)
     try:
         socket.create_connection((host.hostname, host.port or 443), timeout=5).close()

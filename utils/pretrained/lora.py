@@ -60,6 +60,7 @@ def add_lora(base: nn.Module, name: str, settings: LoraConfig) -> nn.Module:
         target_modules=ALL_LINEAR if is_all_linear else settings.targets,
     )
 
+    # Wrong names fail in peft or before it; the message lists the right ones.
     try:
         if not is_all_linear:
             _require_layers(base, settings.targets)
@@ -71,6 +72,7 @@ def add_lora(base: nn.Module, name: str, settings: LoraConfig) -> nn.Module:
             f"such as {', '.join(sorted(layers))}.\n  {error}"
         ) from error
 
+    # The head is called once a chunk, as often as a process needs, and ZeRO waits for all processes in each call.
     head_has_adapter = hasattr(base.get_output_embeddings(), "base_layer")
     if head_has_adapter and deepspeed.is_requested():
         raise UserError(
@@ -78,6 +80,7 @@ def add_lora(base: nn.Module, name: str, settings: LoraConfig) -> nn.Module:
             "processes would have to call equally often; expected other layers, or FSDP2"
         )
 
+    # peft took the name from the model: perhaps a relative folder, which would be wrong elsewhere.
     lora_config.base_model_name_or_path = where_from(name)
     trained, total = student.get_nb_trainable_parameters()
     log.info("LoRA of rank %d: %s of %s parameters are trained", settings.rank, f"{trained:,}", f"{total:,}")

@@ -4,7 +4,7 @@ A model is a folder with config.json, or an adapter: a folder with adapter_confi
 
 - `models_below`, `is_model`, `is_adapter`: folders that hold a model
 - `attached`: which attached model a name such as `Qwen/Qwen2.5-1.5B` stands for
-- `what_it_is`: advice about a folder of another kind (a checkpoint, a GGUF file, ...)
+- `describe_folder`: advice about a folder of another kind (a checkpoint, a GGUF file, ...)
 - `wrong_kind`, `wrong_weights`: why a model cannot be taken, found out with no weights loaded
 """
 
@@ -160,7 +160,7 @@ def _readings(parts: list[str]) -> list[tuple[str, ...]]:
 class Layout(NamedTuple):
     """A kind of folder that is given in place of a model."""
 
-    is_it: Callable[[Path], bool]
+    matches: Callable[[Path], bool]
     """Folder -> it is of this kind."""
     explanation: str
     """Name of the kind, and the way from there to a model; `{folder}` stands for its path."""
@@ -233,15 +233,15 @@ NO_MODELS = (
 """Folders without a config.json. The first that fits counts, so that kinds with rare files come before common ones."""
 
 
-def what_it_is(folder: Path) -> str | None:
+def describe_folder(folder: Path) -> str | None:
     """Describe a folder that holds no model, and the way from there; None for one of no known kind."""
     for layout in NO_MODELS:
-        if layout.is_it(folder):
+        if layout.matches(folder):
             return layout.explanation.format(folder=folder)
     return None
 
 
-def what_the_file_is(file: Path) -> str:
+def describe_file(file: Path) -> str:
     """Name what is to be given in place of a file."""
     if file.suffix == ".gguf":
         return "A GGUF file is for llama.cpp, and its weights are not trained. Give the model that it was made from."

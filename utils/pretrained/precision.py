@@ -78,6 +78,7 @@ def frozen_dtype(requested: str, device: torch.device, precision: str) -> Choice
         device: that they are on.
         precision: what the student computes in (no, fp16, bf16).
     """
+    # The half precision that was chosen for the student on this device.
     half = torch.bfloat16 if precision == "bf16" else torch.float16
 
     if requested in QUANTISED:

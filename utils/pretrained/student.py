@@ -50,6 +50,7 @@ def make(config: StudentConfig, training: TrainingConfig, accelerator: Accelerat
     seed_everything(training.seed)
 
     if config.init == "random":
+        # Of its namesake only the config is read: no weights need to be there.
         student = loading.random_model(loading.load_config(config.name, "student")).to(accelerator.device)
     elif config.lora.enabled:
         student = _with_adapter(config, accelerator)
@@ -58,6 +59,7 @@ def make(config: StudentConfig, training: TrainingConfig, accelerator: Accelerat
             config.name, "student", torch.float32, accelerator.device, allow_pickle=config.allow_pickle
         )
 
+    # Before the first evaluation, which would change the weights of some architectures.
     keep_weights(student.config)
     if training.gradient_checkpointing:
         loading.recompute_layers(student)

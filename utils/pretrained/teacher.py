@@ -159,6 +159,7 @@ def places(model: nn.Module) -> str:
     # transformers leaves no map on a model that one device holds whole
     device_map = getattr(model, "hf_device_map", {"": model.device})
 
+    # accelerate calls GPUs by their numbers, and other places by their names.
     modules: Counter[str] = Counter()
     for place in device_map.values():
         modules[f"cuda:{place}" if isinstance(place, int) else str(place)] += 1
@@ -175,6 +176,7 @@ def room(student: torch.device, needed: int) -> dict[int | str, int]:
         student: its device.
         needed: bytes that training takes there without the teacher; 0: unknown, and the teacher gets nothing there.
     """
+    # Free memory now, before the student is loaded: what that will need is taken off below.
     free = {device: int(ROOM * size) for device, size in get_max_memory().items()}
     if student.type == "cuda":
         gpu = student.index or 0

@@ -286,7 +286,7 @@ def test_nothing_is_said_where_all_is_read(tmp_path, caplog):
 
 def test_the_order_of_what_is_looked_for():
     columns, everything = Columns(), ["text", "completion", "prompt", "messages"]
-    assert columns.among("", everything) == ["messages"]
-    assert columns.among("", everything[:3]) == ["prompt", "completion"]
-    assert columns.among("", ["text", "prompt"]) == ["text"]
-    assert Columns("prompt").among("", everything) == ["prompt"]
+    assert columns.document_columns("", everything) == ["messages"]
+    assert columns.document_columns("", everything[:3]) == ["prompt", "completion"]
+    assert columns.document_columns("", ["text", "prompt"]) == ["text"]
+    assert Columns("prompt").document_columns("", everything) == ["prompt"]
