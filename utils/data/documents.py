@@ -182,18 +182,19 @@ def _require_one_kind(config: DataConfig, place: str, places: _FirstPlaces, *, i
     Raises:
         UserError: both kinds were met.
     """
-    if is_conversation and places.conversation is None:
-        places.conversation = place
-    if not is_conversation and places.plain_text is None:
-        places.plain_text = place
-
-    if places.conversation is not None and places.plain_text is not None:
+    conversation = place if is_conversation else places.conversation
+    plain_text = places.plain_text if is_conversation else place
+    # refused before it is noted: documents that are only counted, behind `max_documents`, decide on nothing
+    if conversation is not None and plain_text is not None:
         raise UserError(
-            f"Conversations and plain text cannot be mixed: {places.conversation} is a conversation (columns "
-            f"{config.messages_column!r}, or {config.prompt_column!r} and {config.completion_column!r}), "
-            f"{places.plain_text} is plain text. Give one kind, for training and for evaluation; to read a column as "
+            f"Conversations and plain text cannot be mixed: {conversation} is a conversation "
+            f"(columns {config.messages_column!r}, or {config.prompt_column!r} and {config.completion_column!r}), "
+            f"{plain_text} is plain text. Give one kind, for training and for evaluation; to read a column as "
             "plain text, name it: --set data.text_column=NAME."
         )
+
+    places.conversation = places.conversation or conversation
+    places.plain_text = places.plain_text or plain_text
 
 
 @contextmanager

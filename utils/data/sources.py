@@ -465,7 +465,7 @@ def _read_csv(file: Path, columns: Columns) -> Iterator[Located]:
                     f"{file}:{rows.line_num}: expected {len(header)} fields as in the first line, got {len(row)}. "
                     "Quote fields that contain commas."
                 )
-            values = [row[position] for position in positions] if row else [None]
+            values = [row[position] if row else None for position in positions]
             yield f"{file}:{rows.line_num}", columns.document(names, values)
     except csv.Error as error:
         raise UserError(f"{file}:{rows.line_num}: not valid CSV: {error}.") from None

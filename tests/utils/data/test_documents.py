@@ -459,3 +459,18 @@ def test_conversations_are_never_called_uncut(caplog):
     corpus = data.Corpus(["x" * 9000], ["y"], conversations=True, report={})
     data.warn_of_long_documents(corpus, windows_of([9000]), windows_of([8]))
     assert not caplog.text
+
+
+def test_documents_behind_the_limit_do_not_decide_what_the_others_are(tmp_path):
+    (tmp_path / "a.txt").write_text("The first story.\n\nThe second story.\n\nThe third one.\n")
+    (tmp_path / "b.jsonl").write_text(json.dumps({"prompt": "Who?", "completion": "A bird."}) + "\n")
+    config = DataConfig(train=[str(tmp_path / "a.txt"), str(tmp_path / "b.jsonl")], max_documents=2, eval_fraction=0.4)
+    corpus = load_documents(config)
+    assert not corpus.conversations and len(corpus.train) + len(corpus.eval) == 2
+
+
+def test_a_blank_line_in_a_table_of_two_columns_is_an_empty_document(tmp_path):
+    rows = [f"Say {number}.,Number {number}." for number in range(40)]
+    (tmp_path / "a.csv").write_text("\n".join(["prompt,completion", *rows[:20], "", *rows[20:]]) + "\n")
+    corpus = load_documents(DataConfig(train=[str(tmp_path / "a.csv")], eval_fraction=0.2))
+    assert corpus.report["train"] + corpus.report["eval"] == 40
