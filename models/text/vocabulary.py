@@ -133,7 +133,11 @@ class VocabularyMap:
         exists[exists] = self.edges[edge[exists]] == key[exists]
         return np.where(exists, edge + 1, -1)
 
-    def with_channel(self, pairs: tuple[np.ndarray, np.ndarray], width: int = 4) -> "VocabularyMap":
+    def with_channel(
+        self,
+        pairs: tuple[np.ndarray, np.ndarray],
+        width: int = 4,
+    ) -> "VocabularyMap":
         """Add P(next student token | teacher token), counted at common boundaries of tokenised text.
 
         Args:
@@ -147,14 +151,16 @@ class VocabularyMap:
         spelt = np.flatnonzero(self.segments[:, 0] >= 0)
         teacher = np.concatenate([teacher, spelt])
         student = np.concatenate([student, self.segments[spelt, 0]])
-        key, count = np.unique(teacher * self.student_vocab_size + student, return_counts=True)
+        keys = teacher * self.student_vocab_size + student
+        key, count = np.unique(keys, return_counts=True)
         teacher = key // self.student_vocab_size
         student = key % self.student_vocab_size
 
         # The most frequent student tokens of each teacher token, commonest first.
         best_first = np.lexsort((-count, teacher))
         teacher = teacher[best_first]
-        place = np.arange(len(teacher)) - np.searchsorted(teacher, teacher)
+        first = np.searchsorted(teacher, teacher)  # entry of the same teacher token
+        place = np.arange(len(teacher)) - first
         is_kept = place < width
         entries = (teacher[is_kept], place[is_kept])
 
@@ -168,6 +174,7 @@ class VocabularyMap:
 
     def _save(self, file: Path) -> None:
         """Write the map; another process that reads the file meanwhile sees the old one or none."""
+        # A map without a channel is stored without its columns.
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays = {}
         for field in fields(self):
@@ -247,11 +254,16 @@ def _spelling_tree(ranked: np.ndarray, student_vocab_size: int) -> _SpellingTree
         lo.append(rows[first])
         hi.append(rows[last - 1] + 1)
 
-        node[rows] = count + np.repeat(np.arange(len(first)), last - first)
+        edge = np.repeat(np.arange(len(first)), last - first)
+        node[rows] = count + edge
         count += len(first)
 
     all_edges = np.concatenate(edges) if edges else np.zeros(0, dtype=np.int64)
-    return _SpellingTree(all_edges, np.concatenate(lo), np.concatenate(hi))
+    return _SpellingTree(
+        all_edges,
+        np.concatenate(lo),
+        np.concatenate(hi),
+    )
 
 
 # ---------------------------------------------------------------- spellings
@@ -295,7 +307,8 @@ def _spell_vocabulary(student: TokenTable, teacher: TokenTable) -> np.ndarray:
         spellings[teacher.end_of_text] = [student.end_of_text]
 
     longest = max(map(len, spellings))
-    segments = np.full((teacher.rows, max(1, longest)), -1, dtype=np.int32)
+    shape = (teacher.rows, max(1, longest))
+    segments = np.full(shape, -1, dtype=np.int32)
     for token, ids in enumerate(spellings):
         segments[token, : len(ids)] = ids
     return segments
