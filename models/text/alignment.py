@@ -136,9 +136,9 @@ class _Anchors(NamedTuple):
 
     def select(self, rows: np.ndarray) -> "_Anchors":
         return _Anchors(
-            self.student[rows],
-            self.teacher[rows],
-            self.depth[rows],
+            student=self.student[rows],
+            teacher=self.teacher[rows],
+            depth=self.depth[rows],
         )
 
 
@@ -221,9 +221,9 @@ def _prefix_ranks(
     is_in_range = (lo <= rank) & (rank < hi)
     agrees = is_in_range | (anchors.depth == 0)
     return _PrefixRanks(
-        lo,
-        hi,
-        (node >= 0) & agrees,
+        lo=lo,
+        hi=hi,
+        holds_teacher=(node >= 0) & agrees,
     )
 
 
@@ -267,9 +267,9 @@ def _spans(student: Reading, teacher: Reading) -> _Spans:
     )
     if len(boundaries) < 2:
         return _Spans(
-            np.full(len(student.ids), -1),
-            np.full(len(teacher.ids), -1),
-            0,
+            student=np.full(len(student.ids), -1),
+            teacher=np.full(len(teacher.ids), -1),
+            count=0,
         )
 
     # A stretch between two boundaries is a span if neither side leaves bytes of it out or changes them.
@@ -291,9 +291,9 @@ def _spans(student: Reading, teacher: Reading) -> _Spans:
     numbers = np.where(is_span, np.cumsum(is_span) - 1, -1)
     numbers = np.append(numbers, -1)
     return _Spans(
-        numbers[stretches[0]],
-        numbers[stretches[1]],
-        int(is_span.sum()),
+        student=numbers[stretches[0]],
+        teacher=numbers[stretches[1]],
+        count=int(is_span.sum()),
     )
 
 

@@ -576,9 +576,9 @@ class ChatEncoder(PairEncoder):
         pair = [on_date(tokenizer, day) for tokenizer in (student_tokenizer, teacher_tokenizer)]
         self.sides = [
             _Side(
-                name,
-                tokenizer,
-                table,
+                name=name,
+                tokenizer=tokenizer,
+                table=table,
             )
             for name, tokenizer, table in zip(SIDES, pair, self.tables, strict=True)
         ]

@@ -140,14 +140,12 @@ class Message(NamedTuple):
 
         if reasoning is not None:
             fields = (*fields, reasoning)
-        return cls(
-            Shape(
-                role,
-                literals,
-                has_reasoning=reasoning is not None,
-            ),
-            fields,
+        shape = Shape(
+            role=role,
+            literals=literals,
+            has_reasoning=reasoning is not None,
         )
+        return cls(shape, fields)
 
     def as_dict(self) -> dict[str, str]:
         """Return the message, as templates read it."""
@@ -306,8 +304,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
         if tokens:
             token = _last_of_run(tokens)
             return EndOfTurn(
-                text[: token.end()],
-                token[0],
+                text=text[: token.end()],
+                token=token[0],
                 begins_next=False,
             )
 
@@ -316,8 +314,8 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
     if token is None or followed[: token.start()].strip() or token[0] == tokenizer.bos_token:
         return None
     return EndOfTurn(
-        followed[: token.end()],
-        token[0],
+        text=followed[: token.end()],
+        token=token[0],
         begins_next=True,
     )
 
@@ -640,9 +638,9 @@ class ChatTemplate:
         if is_last and self.end is not None and self.end.begins_next:
             text = text[:content_end] + self.end.text
         return Rendering(
-            shapes,
-            text,
-            (self._stretch(text, message, begin),),
+            shapes=shapes,
+            text=text,
+            stretches=(self._stretch(text, message, begin),),
         )
 
     def remains(self, answer: Rendering, shapes: tuple[Shape, ...]) -> bool:
@@ -670,9 +668,9 @@ class ChatTemplate:
         for answer in answers:
             stretches += answer.stretches
         return Rendering(
-            shapes,
-            text,
-            tuple(sorted(stretches)),
+            shapes=shapes,
+            text=text,
+            stretches=tuple(sorted(stretches)),
         )
 
     def _ended(self, shapes: tuple[Shape, ...]) -> str:
@@ -717,17 +715,17 @@ class ChatTemplate:
             if place_end < 0:
                 place_end = end
             return Difference(
-                mark.message,
-                content,
-                written[begin:place_end],
+                message=mark.message,
+                expected=content,
+                written=written[begin:place_end],
             )
 
         # All contents are written: the text around them depends on them.
         filled_end = len(filled) - same_at_end
         return Difference(
-            None,
-            filled[word:filled_end],
-            written[word:end],
+            message=None,
+            expected=filled[word:filled_end],
+            written=written[word:end],
         )
 
     def _filled(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> str:
@@ -756,9 +754,9 @@ class ChatTemplate:
         if self.end is not None and content_end >= 0 and text.startswith(self.end.text, content_end):
             end = content_end + len(self.end.text)
             return Stretch(
-                message,
-                begin,
-                end,
+                message=message,
+                begin=begin,
+                end=end,
                 end_token=self.end.token,
             )
         return Stretch(message, begin, content_end, end_token="")
@@ -791,9 +789,9 @@ def segments(rendering: Rendering, fields: Sequence[Sequence[str]]) -> list[Segm
             field = (mark.message, mark.number)
         pieces.append(
             Segment(
-                text,
-                field,
-                _stretch_at(rendering, begin, end),
+                text=text,
+                field=field,
+                stretch=_stretch_at(rendering, begin, end),
             )
         )
     return pieces

@@ -42,10 +42,10 @@ class Reading(NamedTuple):
     def select(self, tokens: np.ndarray | slice) -> "Reading":
         """Return the tokens of these indices, or where a mask is true."""
         return Reading(
-            self.ids[tokens],
-            self.starts[tokens],
-            self.ends[tokens],
-            self.roles[tokens],
+            ids=self.ids[tokens],
+            starts=self.starts[tokens],
+            ends=self.ends[tokens],
+            roles=self.roles[tokens],
         )
 
     def shifted(self, count: int) -> "Reading":

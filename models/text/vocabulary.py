@@ -260,9 +260,9 @@ def _spelling_tree(ranked: np.ndarray, student_vocab_size: int) -> _SpellingTree
 
     all_edges = np.concatenate(edges) if edges else np.zeros(0, dtype=np.int64)
     return _SpellingTree(
-        all_edges,
-        np.concatenate(lo),
-        np.concatenate(hi),
+        edges=all_edges,
+        lo=np.concatenate(lo),
+        hi=np.concatenate(hi),
     )
 
 

@@ -242,10 +242,10 @@ class PairEncoder:
         """Cut a document of `size` bytes into pieces that fill a window each; count the bytes left out at its end."""
         readings = [self._with_end(reading, size, side) for side, reading in enumerate(pair)]
         document = _Document(
-            name,
-            size,
-            readings,
-            _common_cuts(readings, size),
+            name=name,
+            size=size,
+            readings=readings,
+            cuts=_common_cuts(readings, size),
         )
         end = len(document.cuts) - 1
 
