@@ -177,7 +177,7 @@ def _markup(stretch: Sequence[Segment], common: set[Field]) -> _Markup:
 class Edge(NamedTuple):
     """A character of a text that no token may lie across."""
 
-    at: int
+    position: int
     after_space: bool
     """True if a token may begin with the space before it."""
 
@@ -207,13 +207,13 @@ class Tokens(NamedTuple):
     def _is_crossed(self, edge: Edge, table: TokenTable) -> bool:
         """Return whether a token lies across an edge."""
         # offsets are in the order of the text: earlier tokens end before the edge
-        first = bisect.bisect_right(self.offsets, edge.at, key=_end_of)
+        first = bisect.bisect_right(self.offsets, edge.position, key=_end_of)
         for token_id, (begin, end) in zip(self.ids[first:], self.offsets[first:], strict=True):
-            if begin >= edge.at:
+            if begin >= edge.position:
                 return False
-            follows_space = edge.after_space and begin == edge.at - 1 and self.text[begin] == " "
+            follows_space = edge.after_space and begin == edge.position - 1 and self.text[begin] == " "
             writes_space = follows_space and table.bytes[token_id][:1] == b" "
-            if end > edge.at and not writes_space:
+            if end > edge.position and not writes_space:
                 return True
         return False
 
@@ -406,7 +406,7 @@ class _Writer:
         self.ends = np.zeros(count, dtype=np.int64)
         self.roles = np.full(count, MARKER, dtype=np.int8)
 
-        self.done = 0
+        self.placed = 0
         """Tokens that have their role and bytes."""
         self.byte = 0
         """Byte of the stream behind them."""
@@ -462,26 +462,28 @@ class _Writer:
             begin: its first byte in the stream.
         """
         # a token may begin with the space before the content
-        offsets = [(max(lo - first, 0), hi - first) for lo, hi in self.tokens.offsets[inside]]
+        offsets = []
+        for token_begin, token_end in self.tokens.offsets[inside]:
+            offsets.append((max(token_begin - first, 0), token_end - first))
         reading = self.table.place(text, self.tokens.ids[inside], offsets)
         self.starts[inside] = reading.starts + begin
         self.ends[inside] = reading.ends + begin
         self.roles[inside] = reading.roles
-        self.done = inside.stop
+        self.placed = inside.stop
 
     def _place_end(self, span: Span, place: Place) -> None:
         """Place the tokens behind the last content of a stretch: markup and, last of all, the end of the turn."""
         inside = self.tokens.within(span)
         is_empty = inside.stop <= inside.start
         if is_empty or self.tokens.ids[inside.stop - 1] != self.table.end_of_text or not place.ends_alike:
-            self._fill_up_to(max(inside.stop, self.done), WRITTEN, self.byte)
+            self._fill_up_to(max(inside.stop, self.placed), WRITTEN, self.byte)
             return
 
         self._fill_up_to(inside.stop - 1, WRITTEN, self.byte)
-        self.starts[self.done] = place.end
-        self.ends[self.done] = place.end + 1
-        self.roles[self.done] = END
-        self.done += 1
+        self.starts[self.placed] = place.end
+        self.ends[self.placed] = place.end + 1
+        self.roles[self.placed] = END
+        self.placed += 1
 
     def _fill_up_to(
         self,
@@ -490,11 +492,11 @@ class _Writer:
         byte: int,
     ) -> None:
         """Give the tokens before `stop` that have no place yet this role, and no bytes."""
-        rest = slice(self.done, max(stop, self.done))
+        rest = slice(self.placed, max(stop, self.placed))
         self.starts[rest] = byte
         self.ends[rest] = byte
         self.roles[rest] = role
-        self.done = rest.stop
+        self.placed = rest.stop
 
     def reading(self) -> Reading:
         """Return all tokens; those behind the last stretch are read, and no targets."""
@@ -545,6 +547,29 @@ class Unwritten(NamedTuple):
         )
 
 
+class _Way(NamedTuple):
+    """A way of taking the messages of a conversation apart; see `Message.of`."""
+
+    strip: bool
+    cut: bool
+
+
+_AS_IT_IS = _Way(strip=False, cut=False)
+
+
+def _take_apart(messages: Sequence[dict[str, Any]], way: _Way) -> list[Message]:
+    return [Message.of(message, strip=way.strip, cut=way.cut) for message in messages]
+
+
+class _Cut(NamedTuple):
+    """The end of a piece."""
+
+    byte: int
+    """Of the stream."""
+    counts: list[int]
+    """Tokens of student and teacher before it."""
+
+
 class ChatEncoder(PairEncoder):
     """Conversations -> windows, as `PairEncoder` for documents.
 
@@ -574,19 +599,15 @@ class ChatEncoder(PairEncoder):
         if reads_clock(student_tokenizer) or reads_clock(teacher_tokenizer):
             self.day = day
         pair = [on_date(tokenizer, day) for tokenizer in (student_tokenizer, teacher_tokenizer)]
-        self.sides = [
-            _Side(
-                name=name,
-                tokenizer=tokenizer,
-                table=table,
-            )
-            for name, tokenizer, table in zip(SIDES, pair, self.tables, strict=True)
-        ]
+        self.sides = []
+        for name, tokenizer, table in zip(SIDES, pair, self.tables, strict=True):
+            self.sides.append(_Side(name, tokenizer, table))
         self._tags_are_tokens = any("</think>" in side.aliases for side in self.sides)
         self._messages_left_out: dict[tuple, list[tuple[int, Unwritten]]] = {}
 
-        depends_on = [FORMAT, self.fingerprint, learn_from, *(tokenizer.chat_template for tokenizer in pair)]
-        self.fingerprint = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+        templates = [tokenizer.chat_template for tokenizer in pair]
+        depends_on = json.dumps([FORMAT, self.fingerprint, learn_from, *templates])
+        self.fingerprint = hashlib.sha256(depends_on.encode()).hexdigest()
 
     def windows(
         self,
@@ -603,7 +624,8 @@ class ChatEncoder(PairEncoder):
         expect_texts(texts, documents)
         pieces = []
         left_out = 0
-        for name, text in zip(documents or [""] * len(texts), texts, strict=True):
+        names = documents or [""] * len(texts)
+        for name, text in zip(names, texts, strict=True):
             with named(name):
                 conversation = self._understood(json.loads(text))
                 for renderings in conversation.renderings:
@@ -657,7 +679,8 @@ class ChatEncoder(PairEncoder):
                 unwritten.update(self._unwritten(messages))
                 # only thinking can get lost otherwise; most conversations have none, and need no renderings
                 if "reasoning_content" in text or "</think>" in text:
-                    losses.update(set(self._losses(self._understood(messages))))
+                    conversation = self._understood(messages)
+                    losses.update(set(self._losses(conversation)))
             except ConversationError:
                 continue
 
@@ -671,21 +694,16 @@ class ChatEncoder(PairEncoder):
 
         Where answers are learned in pieces of their own, a message is left out only if no piece has it.
         """
-        taken = [
-            Message.of(
-                message,
-                strip=False,
-                cut=False,
-            )
-            for message in messages
-        ]
+        parsed = _take_apart(messages, _AS_IT_IS)
         learned = self._learned(messages)
 
         # Whether a message is written does not depend on what it says: one rendering for all with these roles.
-        key = (tuple(message.shape for message in taken), tuple(learned))
+        key = (tuple(message.shape for message in parsed), tuple(learned))
         if key not in self._messages_left_out:
-            self._messages_left_out[key] = self._left_out_of(taken, learned)
-        return {kind for number, kind in self._messages_left_out[key] if messages[number]["content"].strip()}
+            self._messages_left_out[key] = self._left_out_of(parsed, learned)
+
+        left_out = self._messages_left_out[key]
+        return {kind for number, kind in left_out if messages[number]["content"].strip()}
 
     def _left_out_of(
         self,
@@ -703,6 +721,7 @@ class ChatEncoder(PairEncoder):
 
         left_out = []
         for index, side in enumerate(self.sides):
+            # a message may be in the whole conversation or in one that ends with an answer
             written = {message for pair in pairs for message, _ in pair[index].places()}
             for number, shape in enumerate(shapes):
                 if number not in written:
@@ -743,26 +762,19 @@ class ChatEncoder(PairEncoder):
             learned = self._learned(messages)
 
         for way in self._ways(clean):
-            taken = [
-                Message.of(
-                    message,
-                    strip=way.strip,
-                    cut=way.cut,
-                )
-                for message in clean
-            ]
-            renderings, changed = self._renderings(taken, learned)
+            parsed = _take_apart(clean, way)
+            renderings, changed = self._renderings(parsed, learned)
             if changed is None:
-                return Understood(taken, renderings)
+                return Understood(parsed, renderings)
 
         # In every way one of the templates changes something: the error shows what it does in the last one.
-        raise self._changed(changed, taken)
+        raise self._changed(changed, parsed)
 
-    def _ways(self, messages: Sequence[dict[str, str]]) -> list["_Way"]:
+    def _ways(self, messages: Sequence[dict[str, str]]) -> list[_Way]:
         """Return ways of taking messages apart, the preferred one first."""
-        whole = [_Way(strip=False, cut=False), _Way(strip=True, cut=False)]
-        thinks = any("</think>" in message["content"] for message in messages if message["role"] == "assistant")
-        if not thinks:
+        whole = [_AS_IT_IS, _Way(strip=True, cut=False)]
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        if not any("</think>" in answer for answer in answers):
             return whole
 
         # In contents the tags would be text: where they are tokens, the template's part must hold them.
@@ -789,7 +801,8 @@ class ChatEncoder(PairEncoder):
         return [number for number, message in enumerate(messages) if self._is_learned(message)]
 
     def _is_learned(self, message: dict[str, Any]) -> bool:
-        return message_is_learned(message) and (message["role"] == "assistant" or self.learn_from == "all")
+        is_of_kind = message["role"] == "assistant" or self.learn_from == "all"
+        return is_of_kind and message_is_learned(message)
 
     def _clean(self, message: dict[str, Any]) -> dict[str, str]:
         """Return the message with texts that both models are given alike."""
@@ -840,6 +853,7 @@ class ChatEncoder(PairEncoder):
             for number, answer in as_last[side.name].items():
                 if not side.template.remains(answer, shapes):
                     remaining.discard(number)
+
         together = []
         for side in self.sides:
             in_place = [as_last[side.name][number] for number in sorted(remaining)]
@@ -907,6 +921,7 @@ class ChatEncoder(PairEncoder):
                 f"{_roles(messages)}; expected each once and in order. It begins: {_beginning(messages)}. {REMEDY}"
             )
 
+        # The student must write the thinking to learn it; of a teacher that does not, `notes` warns.
         with_thinking = {(number, 0) for number in learned if len(rendering.shapes[number].literals) > 2}
         if with_thinking - set(answers) and side is self.sides[0]:
             raise ConversationError(
@@ -939,7 +954,9 @@ class ChatEncoder(PairEncoder):
         sizes = np.array([content.size for content in contents], dtype=np.int64)
         size = int(sizes.sum())
 
-        pair = [side.read(side_pieces, places) for side, side_pieces in zip(self.sides, pieces, strict=True)]
+        pair = []
+        for side, side_pieces in zip(self.sides, pieces, strict=True):
+            pair.append(side.read(side_pieces, places))
         if any(reading.roles[:1] != MARKER for reading in pair):
             return None, size  # a template that puts nothing before what is learned to predict it from
 
@@ -972,7 +989,7 @@ class ChatEncoder(PairEncoder):
         )
         return piece, 0
 
-    def _last_cut(self, pair: Sequence[Reading]) -> "_Cut | None":
+    def _last_cut(self, pair: Sequence[Reading]) -> _Cut | None:
         """Return the last common end of both readings that fits into a window; None where none does."""
         cuts = _common_ends(pair)
         cuts = cuts[(cuts[:, 1:] <= self.max_length).all(1)]
@@ -980,22 +997,6 @@ class ChatEncoder(PairEncoder):
             return None
         byte, *counts = cuts[-1].tolist()
         return _Cut(byte, counts)
-
-
-class _Way(NamedTuple):
-    """A way of taking the messages of a conversation apart; see `Message.of`."""
-
-    strip: bool
-    cut: bool
-
-
-class _Cut(NamedTuple):
-    """The end of a piece."""
-
-    byte: int
-    """Of the stream."""
-    counts: list[int]
-    """Tokens of student and teacher before it."""
 
 
 def message_is_learned(message: dict[str, Any]) -> bool:
@@ -1009,9 +1010,15 @@ def _common_ends(pair: Sequence[Reading]) -> np.ndarray:
     Returns:
         [C, 3] byte of the stream, student tokens and teacher tokens up to it.
     """
-    student, teacher = (np.flatnonzero(reading.roles != MARKER) for reading in pair)
-    ends, i, j = np.intersect1d(pair[0].ends[student], pair[1].ends[teacher], return_indices=True)
-    return np.stack([ends, student[i] + 1, teacher[j] + 1], axis=1).astype(np.int64)
+    student, teacher = pair
+    student_tokens = np.flatnonzero(student.roles != MARKER)
+    teacher_tokens = np.flatnonzero(teacher.roles != MARKER)
+
+    student_ends = student.ends[student_tokens]
+    teacher_ends = teacher.ends[teacher_tokens]
+    ends, i, j = np.intersect1d(student_ends, teacher_ends, return_indices=True)
+    columns = [ends, student_tokens[i] + 1, teacher_tokens[j] + 1]
+    return np.stack(columns, axis=1).astype(np.int64)
 
 
 # ---------------------------------------------------------------- words for messages

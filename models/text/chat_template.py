@@ -58,7 +58,7 @@ class ConversationError(ValueError):
     """A conversation that a chat template refuses, or changes so that its contents cannot be found."""
 
     document: str | None = None
-    """Its name, where it has one."""
+    """Name of the document that the conversation is, where it has one."""
 
 
 @contextmanager

@@ -26,6 +26,19 @@ LONGEST_SPELLING = 32
 """Student tokens kept of one teacher token; later ones have no target (runs of 100 spaces and the like)."""
 
 
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+)
+"""Errors that a damaged file, or one of another program, can raise in NumPy's loader."""
+
+
 @dataclass(frozen=True)
 class VocabularyMap:
     """Every teacher token spelt in student tokens, and those spellings in lexicographic order.
@@ -125,7 +138,8 @@ class VocabularyMap:
 
     def descend(self, node: np.ndarray, token: np.ndarray) -> np.ndarray:
         """Return the nodes one student token further; -1 where no teacher token continues so (or the node is -1)."""
-        key = node.astype(np.int64) * self.student_vocab_size + token
+        parent = node.astype(np.int64)
+        key = parent * self.student_vocab_size + token
         edge = np.searchsorted(self.edges, key)
 
         exists = (node >= 0) & (edge < len(self.edges))
@@ -198,7 +212,7 @@ class VocabularyMap:
                 "equal_tokenizers": bool(arrays["equal_tokenizers"]),
             }
             return cls(**arrays | scalars)
-        except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile):
+        except _UNREADABLE:
             return None
 
 
@@ -258,7 +272,8 @@ def _spelling_tree(ranked: np.ndarray, student_vocab_size: int) -> _SpellingTree
         node[rows] = count + edge
         count += len(first)
 
-    all_edges = np.concatenate(edges) if edges else np.zeros(0, dtype=np.int64)
+    no_edges = np.zeros(0, dtype=np.int64)  # NumPy cannot join an empty list
+    all_edges = np.concatenate([no_edges, *edges])
     return _SpellingTree(
         edges=all_edges,
         lo=np.concatenate(lo),
@@ -284,7 +299,11 @@ def _spell_vocabulary(student: TokenTable, teacher: TokenTable) -> np.ndarray:
 
     # Tokens that the student has, too, by their bytes.
     spellings: list[list[int]] = [[] for _ in range(teacher.rows)]
-    student_ids = {name: i for i, name in enumerate(student.tokens) if name is not None}
+    student_ids = {}
+    for token_id, name in enumerate(student.tokens):
+        if name is not None:
+            student_ids[name] = token_id
+
     to_spell = []
     for token, data in enumerate(teacher.bytes):
         if data is None:
@@ -321,7 +340,9 @@ def _same_ids(student: TokenTable, teacher: TokenTable) -> np.ndarray:
         [V_T, 1] -1 for tokens of another name.
     """
     segments = np.full((teacher.rows, 1), -1, dtype=np.int32)
-    for token_id, (name, teacher_name) in enumerate(zip(student.tokens, teacher.tokens, strict=False)):
+    # a head with more rows than the other, or a tokenizer with more special tokens, has a rest without a like
+    pairs = zip(student.tokens, teacher.tokens, strict=False)
+    for token_id, (name, teacher_name) in enumerate(pairs):
         if name is not None and name == teacher_name:
             segments[token_id] = token_id
 
