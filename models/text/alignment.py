@@ -46,13 +46,19 @@ class Alignment:
     """Number of spans."""
 
 
-def align(student: Reading, teacher: Reading, vocabulary: VocabularyMap, max_depth: int) -> Alignment:
+def align(
+    student: Reading,
+    teacher: Reading,
+    vocabulary: VocabularyMap,
+    max_depth: int,
+) -> Alignment:
     """Anchor every student position of a window that can be anchored.
 
     A position has no anchor where the last teacher boundary is no student boundary, where a normaliser or an
     unknown token changed the bytes, deeper than `max_depth`, and where no teacher token (or not the real one)
     begins with what the student has read.
     """
+    # Where one side predicts nothing, nothing is compared.
     student_tokens = _predicted(student)
     teacher_tokens = _predicted(teacher)
     if not (len(student_tokens) and len(teacher_tokens)):
@@ -93,12 +99,16 @@ def _same_tokens(student: Reading, teacher: Reading) -> bool:
 
     student_ends = student.roles == END
     teacher_ends = teacher.roles == END
-    same_ids = student.ids == teacher.ids
-    return bool((student_ends == teacher_ends).all() and same_ids[~student_ends].all())
+    if not (student_ends == teacher_ends).all():
+        return False
+
+    is_text = ~student_ends
+    return bool((student.ids[is_text] == teacher.ids[is_text]).all())
 
 
 def _one_by_one(tokens: int, teacher_vocabulary: int) -> Alignment:
     """Match every predicted token with its like, as a span of its own; rows are tokens, not positions."""
+    # at depth 0 nothing is read since the anchor: the range of ranks is the whole vocabulary
     token = np.arange(tokens)
     zero = np.zeros(tokens, dtype=np.int64)
     return Alignment(
@@ -125,10 +135,19 @@ class _Anchors(NamedTuple):
     """[N] student tokens between the two starts."""
 
     def select(self, rows: np.ndarray) -> "_Anchors":
-        return _Anchors(self.student[rows], self.teacher[rows], self.depth[rows])
+        return _Anchors(
+            student=self.student[rows],
+            teacher=self.teacher[rows],
+            depth=self.depth[rows],
+        )
 
 
-def _by_bytes(student: Reading, teacher: Reading, vocabulary: VocabularyMap, max_depth: int) -> Alignment:
+def _by_bytes(
+    student: Reading,
+    teacher: Reading,
+    vocabulary: VocabularyMap,
+    max_depth: int,
+) -> Alignment:
     """Match predicted tokens of both sides that start at the same bytes; rows are tokens, not positions."""
     anchors = _anchors(student, teacher, max_depth)
     prefix = _prefix_ranks(student.ids, teacher.ids, anchors, vocabulary)
@@ -157,16 +176,18 @@ def _anchors(student: Reading, teacher: Reading, max_depth: int) -> _Anchors:
     teacher_token = teacher_token[is_text]
 
     # It must reach to the student token: behind it there may be text that the teacher does not read.
-    reaches = (student.starts[row] < teacher.ends[teacher_token]) & (teacher.roles[teacher_token] != MISMATCH)
+    reaches = student.starts[row] < teacher.ends[teacher_token]
+    reaches &= teacher.roles[teacher_token] != MISMATCH
     row = row[reaches]
     teacher_token = teacher_token[reaches]
 
     # A student token must start where the teacher's does; the depth is counted from it.
-    first = np.searchsorted(student.starts, teacher.starts[teacher_token])
+    anchor_bytes = teacher.starts[teacher_token]
+    first = np.searchsorted(student.starts, anchor_bytes)
     depth = row - first
     is_anchored = (depth >= 0) & (depth <= max_depth)
     # indexed by the mask, since `first` may lie behind the last token elsewhere
-    is_anchored[is_anchored] = student.starts[first[is_anchored]] == teacher.starts[teacher_token[is_anchored]]
+    is_anchored[is_anchored] = student.starts[first[is_anchored]] == anchor_bytes[is_anchored]
     return _Anchors(row, teacher_token, depth).select(is_anchored)
 
 
@@ -186,17 +207,24 @@ def _prefix_ranks(
 ) -> _PrefixRanks:
     """Walk down the tree of spellings, one student token since the anchor after another."""
     node = np.zeros(len(anchors.student), dtype=np.int64)
-    for step in range(int(anchors.depth.max(initial=0))):
+    first = anchors.student - anchors.depth
+    deepest = int(anchors.depth.max(initial=0))
+    for step in range(deepest):
         deeper = np.flatnonzero(anchors.depth > step)
-        token = student_ids[anchors.student[deeper] - anchors.depth[deeper] + step]
+        token = student_ids[first[deeper] + step]
         node[deeper] = vocabulary.descend(node[deeper], token)
 
     lo = vocabulary.node_lo[node]
     hi = vocabulary.node_hi[node]
     rank = vocabulary.rank[teacher_ids[anchors.teacher]]
     # At depth 0 nothing is read since the anchor, so that every token of the teacher agrees with it.
-    agrees = ((lo <= rank) & (rank < hi)) | (anchors.depth == 0)
-    return _PrefixRanks(lo, hi, (node >= 0) & agrees)
+    is_in_range = (lo <= rank) & (rank < hi)
+    agrees = is_in_range | (anchors.depth == 0)
+    return _PrefixRanks(
+        lo=lo,
+        hi=hi,
+        holds_teacher=(node >= 0) & agrees,
+    )
 
 
 def _pieces(student: Reading, teacher: Reading, anchors: _Anchors) -> np.ndarray:
@@ -209,13 +237,16 @@ def _pieces(student: Reading, teacher: Reading, anchors: _Anchors) -> np.ndarray
         return np.zeros(0, dtype=np.int64)
     first = anchors.teacher
     end = student.ends[anchors.student]
-    last = np.minimum(np.searchsorted(teacher.ends, end), len(teacher.ends) - 1)
+    last = np.searchsorted(teacher.ends, end)
+    last = np.minimum(last, len(teacher.ends) - 1)
 
     # Two tokens with the same number of breaks up to them have none in between.
     ends_before = np.append(teacher.starts[:1], teacher.ends[:-1])
-    breaks = np.cumsum((teacher.roles == MISMATCH) | (ends_before != teacher.starts))
-    is_unbroken = (last >= first) & (teacher.ends[last] == end) & (breaks[last] == breaks[first])
-    return np.where(is_unbroken, last - first + 1, 0)
+    is_break = (teacher.roles == MISMATCH) | (ends_before != teacher.starts)
+    breaks = np.cumsum(is_break)
+    is_unbroken = (last >= first) & (breaks[last] == breaks[first])
+    ends_alike = teacher.ends[last] == end
+    return np.where(is_unbroken & ends_alike, last - first + 1, 0)
 
 
 class _Spans(NamedTuple):
@@ -235,7 +266,11 @@ def _spans(student: Reading, teacher: Reading) -> _Spans:
         np.intersect1d(student.ends, teacher.ends),
     )
     if len(boundaries) < 2:
-        return _Spans(np.full(len(student.ids), -1), np.full(len(teacher.ids), -1), 0)
+        return _Spans(
+            student=np.full(len(student.ids), -1),
+            teacher=np.full(len(teacher.ids), -1),
+            count=0,
+        )
 
     # A stretch between two boundaries is a span if neither side leaves bytes of it out or changes them.
     stretches = []
@@ -245,21 +280,33 @@ def _spans(student: Reading, teacher: Reading) -> _Spans:
         inside = (stretch >= 0) & (stretch < len(is_span))
         stretches.append(np.where(inside, stretch, -1))
 
-        lengths = (side.ends - side.starts)[inside]
-        covered = np.bincount(stretch[inside], lengths, minlength=len(is_span))
-        changed = np.bincount(stretch[inside], side.roles[inside] == MISMATCH, minlength=len(is_span))
-        is_span &= (changed == 0) & (covered == np.diff(boundaries))
+        lengths = side.ends - side.starts
+        is_changed = side.roles == MISMATCH
+        covered = np.bincount(stretch[inside], lengths[inside], minlength=len(is_span))
+        changed = np.bincount(stretch[inside], is_changed[inside], minlength=len(is_span))
+        is_span &= covered == np.diff(boundaries)
+        is_span &= changed == 0
 
     # The last entry is what index -1 finds: tokens of no stretch are in no span.
     numbers = np.where(is_span, np.cumsum(is_span) - 1, -1)
     numbers = np.append(numbers, -1)
-    return _Spans(numbers[stretches[0]], numbers[stretches[1]], int(is_span.sum()))
+    return _Spans(
+        student=numbers[stretches[0]],
+        teacher=numbers[stretches[1]],
+        count=int(is_span.sum()),
+    )
 
 
 def paired_tokens(student: Reading, teacher: Reading) -> tuple[np.ndarray, np.ndarray]:
     """Return (teacher tokens, student tokens) that start at the same byte: the channel is counted on them."""
-    student_text = student.select((student.roles != MARKER) & (student.roles != MISMATCH))
-    teacher_text = teacher.select((teacher.roles != MARKER) & (teacher.roles != MISMATCH))
-
+    student_text = _unchanged_text(student)
+    teacher_text = _unchanged_text(teacher)
     _, i, j = np.intersect1d(teacher_text.starts, student_text.starts, return_indices=True)
     return teacher_text.ids[i], student_text.ids[j]
+
+
+def _unchanged_text(reading: Reading) -> Reading:
+    """Return the tokens that are predicted and whose bytes are those of the text, ends of text included."""
+    is_supervised = reading.roles != MARKER
+    is_unchanged = reading.roles != MISMATCH
+    return reading.select(is_supervised & is_unchanged)

@@ -11,6 +11,9 @@ targets.
 
 Where a template writes an answer otherwise once it has become history (without its thinking), the answer is learned in
 a piece of its own that ends with it.
+
+In this file: `Place` (a learned stretch in the stream of bytes), `_Side` (one model's tokens of a conversation),
+`_Writer` (their roles and bytes), `ChatEncoder` (conversations -> windows).
 """
 
 import bisect
@@ -56,8 +59,45 @@ FORMAT = 2
 Field = tuple[int, int]
 """(message, number) of something that is said in a conversation."""
 
+Span = tuple[int, int]
+"""(begin, end) in characters of a text."""
 
-class Markup(NamedTuple):
+
+# ---------------------------------------------------------------- places in the stream of bytes
+
+
+class PlacedContent(NamedTuple):
+    """A content that both models write, in the stream of bytes."""
+
+    field: Field
+    size: int
+    """Bytes of the content."""
+    lead: int
+    """First byte of the slots before it."""
+    begin: int
+    """First byte of the content itself."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Place of a learned stretch in the stream of bytes, for both models."""
+
+    contents: tuple[PlacedContent, ...]
+    """Contents that both models write, in order."""
+    end: int
+    """The pseudo-byte of the turn's end."""
+    ends_alike: bool
+    """True if the end of one model's turn tells about the other's: both write the same before it."""
+
+    def slots(self) -> list[int]:
+        """Return the bytes before the contents, where a space that a token has in front of a content may lie."""
+        slots = []
+        for content in self.contents:
+            slots += range(content.lead, content.begin)
+        return slots
+
+
+class _Markup(NamedTuple):
     """Markup of one model beside the contents of a stretch that both models write."""
 
     before: tuple[str, ...]
@@ -66,137 +106,80 @@ class Markup(NamedTuple):
     """Behind the last one, up to the end of the turn."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Place of a learned stretch in the stream of bytes, for both models."""
-
-    contents: tuple[Field, ...]
-    """What both models write, in order."""
-    sizes: tuple[int, ...]
-    """Their bytes."""
-    leads: tuple[int, ...]
-    """First byte of the slots before each."""
-    begins: tuple[int, ...]
-    """First byte of each."""
-    end: int
-    """The pseudo-byte of the turn's end."""
-    ends_alike: bool
-    """Whether the end of one model's turn tells about the other's: both write the same before it."""
-
-    def slots(self) -> list[int]:
-        """Return the bytes before the contents, where a space that a token has in front of a content may lie."""
-        return [byte for lead, begin in zip(self.leads, self.begins, strict=True) for byte in range(lead, begin)]
+def _places(sides: Sequence[Sequence[Segment]], count: int) -> list[Place]:
+    """Lay the `count` learned stretches of a pair of renderings out as one stream of bytes."""
+    places = []
+    byte = 0
+    for number in range(count):
+        stretches = [[piece for piece in pieces if piece.stretch == number] for pieces in sides]
+        place = _place(stretches, byte)
+        places.append(place)
+        byte = place.end + 1
+    return places
 
 
-class _Side:
-    """One model's reading of conversations."""
+def _place(stretches: Sequence[Sequence[Segment]], byte: int) -> Place:
+    """Lay out a stretch, as both models write it, from this byte of the stream on."""
+    student_fields, teacher_fields = ({piece.field for piece in stretch} for stretch in stretches)
+    common = student_fields & teacher_fields
+    common.discard(None)  # the templates' own text
+    markup = [_markup(stretch, common) for stretch in stretches]
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase, table: TokenTable) -> None:
-        self.name, self.tokenizer, self.table = name, tokenizer, table
-        self.template = ChatTemplate(name, tokenizer)
-        self.aliases = {token: f"{MARK}{n}{MARK}" for n, token in enumerate(control_tokens(tokenizer))}
+    contents = []
+    for piece in stretches[0]:
+        if piece.field not in common:
+            continue
 
-    def __getstate__(self) -> dict:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_backend", "_break", "_controls")}
+        # One slot for a space in front of the content, one for markup of either model.
+        lead = byte
+        byte += 1
+        if any(side.before[len(contents)] for side in markup):
+            byte += 1
+        size = len(piece.text.encode())
+        content = PlacedContent(
+            field=piece.field,
+            size=size,
+            lead=lead,
+            begin=byte,
+        )
+        contents.append(content)
+        byte += size
 
-    @functools.cached_property
-    def _backend(self) -> tokenizers.Tokenizer:
-        """The tokenizer with other names for its control tokens, so that in contents the usual names are text."""
-        spec, renamed = self.table.spec, lambda token: self.aliases.get(token, token)
-        vocab = spec["model"]["vocab"]
-        if isinstance(vocab, dict):
-            vocab = {renamed(token): i for token, i in vocab.items()}
+    if any(side.behind for side in markup):
+        byte += 1
+    return Place(
+        contents=tuple(contents),
+        end=byte,
+        ends_alike=markup[0].behind == markup[1].behind,
+    )
+
+
+def _markup(stretch: Sequence[Segment], common: set[Field]) -> _Markup:
+    """Return the markup beside the contents that both models write."""
+    before = []
+    text = ""
+    for piece in stretch:
+        if piece.field in common:
+            before.append(text)
+            text = ""
         else:
-            vocab = [[renamed(token), score] for token, score in vocab]
-        added = [token | {"content": renamed(token["content"])} for token in spec["added_tokens"]]
-        model = spec["model"] | {"vocab": vocab}
-        if model.get("unk_token"):
-            model["unk_token"] = renamed(model["unk_token"])
-        other = {"model": model, "added_tokens": added, "post_processor": None}
-        backend = tokenizers.Tokenizer.from_str(json.dumps(spec | other))
-        backend.add_tokens([tokenizers.AddedToken(BREAK, normalized=False)])
-        return backend
+            text += piece.text
 
-    @functools.cached_property
-    def _break(self) -> int:
-        return self._backend.token_to_id(BREAK)
+    # The last segment is the end of the turn, if there is one.
+    if stretch and stretch[-1].field is None:
+        text = text.removesuffix(stretch[-1].text)
+    return _Markup(tuple(before), behind=text)
 
-    @functools.cached_property
-    def _controls(self) -> re.Pattern:
-        return re.compile("|".join(map(re.escape, self.aliases)) or "(?!)")
 
-    def tokenise(self, pieces: Sequence[Segment], contents: Iterable[Field]) -> "Tokens":
-        """Tokenise a rendering as the tokenizer reads the whole text.
-
-        Only where a token would lie across the begin or the end of what is learned, or of a content (but for one space
-        in front that the model writes itself), these are read apart, as they are when the model answers.
-        """
-        for apart in (False, True):
-            tokens = self._tokenise(pieces, set(contents), apart)
-            self._require_rows(tokens.ids)
-            if not tokens.joined(self.table):
-                break
-        return tokens
-
-    def _require_rows(self, ids: list[int]) -> None:
-        """Refuse a template that writes special tokens which the model has no row for."""
-        beyond = [i for i in ids if i >= self.table.rows]
-        if beyond:
-            raise ConversationError(
-                f"the {self.name}'s chat template writes {self.tokenizer.convert_ids_to_tokens(beyond[0])!r}, token "
-                f"{beyond[0]:,}, but its model has only {self.table.rows:,} rows. Expected a template of tokens that "
-                "the model has; give the model rows with resize_token_embeddings, or another template."
-            )
-
-    def _tokenise(self, pieces: Sequence[Segment], contents: set[Field], apart: bool) -> "Tokens":
-        text, spans, edges = "", [], []
-        for number, piece in enumerate(pieces):
-            before = pieces[number - 1] if number else piece
-            after = pieces[number + 1] if number + 1 < len(pieces) else piece
-            aligned = piece.field in contents
-            at_begin = aligned or (piece.stretch is not None and piece.stretch != before.stretch)
-            at_end = aligned and (after.stretch != piece.stretch or after.field not in contents)
-
-            text += BREAK * (apart and at_begin)
-            begin = len(text)
-            text += self._controls.sub(lambda m: self.aliases[m[0]], piece.text) if piece.field is None else piece.text
-            spans.append((begin, len(text)))
-            if at_begin:
-                edges.append(Edge(begin, _may_begin_with_space(piece, before, aligned)))
-            if at_end:
-                edges.append(Edge(len(text), False))
-                text += BREAK * apart
-
-        encoding = self._backend.encode(text, add_special_tokens=False)
-        ids, offsets = [], []
-        for i, span in zip(encoding.ids, encoding.offsets, strict=True):
-            if i != self._break:
-                ids.append(i)
-                offsets.append(span)
-        return Tokens(text, ids, offsets, spans, edges)
-
-    def read(self, pieces: Sequence[Segment], places: Sequence[Place]) -> Reading:
-        """All tokens of a rendering, what is learned of it on the stream's bytes."""
-        tokens = self.tokenise(pieces, [field for place in places for field in place.contents])
-        writer = _Writer(self.table, tokens)
-        for number, place in enumerate(places):
-            indices = [n for n, piece in enumerate(pieces) if piece.stretch == number]
-            writer.stretch(pieces, indices, place)
-        return writer.reading()
-
-    def prompt(self, pieces: Sequence[Segment], contents: Sequence[Field], stretch: int) -> list[int]:
-        """The ids of all that stands before a stretch."""
-        tokens = self.tokenise(pieces, contents)
-        first = next(n for n, piece in enumerate(pieces) if piece.stretch == stretch)
-        return tokens.ids[: _within(tokens.offsets, *tokens.spans[first]).start]
+# ---------------------------------------------------------------- one model's tokens of a conversation
 
 
 class Edge(NamedTuple):
-    """A place in a text that no token may lie across."""
+    """A character of a text that no token may lie across."""
 
-    at: int
+    position: int
     after_space: bool
-    """But one may begin with the space before it."""
+    """True if a token may begin with the space before it."""
 
 
 class Tokens(NamedTuple):
@@ -204,112 +187,327 @@ class Tokens(NamedTuple):
 
     text: str
     ids: list[int]
-    offsets: list[tuple[int, int]]
-    spans: list[tuple[int, int]]
+    offsets: list[Span]
+    """Of the tokens."""
+    spans: list[Span]
     """Of the segments that the text is made of."""
     edges: list[Edge]
 
+    def within(self, span: Span) -> slice:
+        """Return the tokens of a span of the text."""
+        begin, end = span
+        first = bisect.bisect_right(self.offsets, begin, key=_end_of)
+        last = bisect.bisect_left(self.offsets, end, key=_begin_of)
+        return slice(first, max(first, last))
+
     def joined(self, table: TokenTable) -> bool:
-        """Tell whether a token lies across one of the edges."""
-        for edge in self.edges:
-            first = bisect.bisect_right(self.offsets, edge.at, key=lambda token: token[1])
-            for i, (begin, end) in zip(self.ids[first:], self.offsets[first:], strict=True):
-                if begin >= edge.at:
-                    break
-                spaced = edge.after_space and begin == edge.at - 1 and self.text[begin] == " "
-                if end > edge.at and not (spaced and table.bytes[i][:1] == b" "):
-                    return True
+        """Return whether a token lies across one of the edges."""
+        return any(self._is_crossed(edge, table) for edge in self.edges)
+
+    def _is_crossed(self, edge: Edge, table: TokenTable) -> bool:
+        """Return whether a token lies across an edge."""
+        # offsets are in the order of the text: earlier tokens end before the edge
+        first = bisect.bisect_right(self.offsets, edge.position, key=_end_of)
+        for token_id, (begin, end) in zip(self.ids[first:], self.offsets[first:], strict=True):
+            if begin >= edge.position:
+                return False
+            follows_space = edge.after_space and begin == edge.position - 1 and self.text[begin] == " "
+            writes_space = follows_space and table.bytes[token_id][:1] == b" "
+            if end > edge.position and not writes_space:
+                return True
         return False
 
 
-def _may_begin_with_space(piece: Segment, before: Segment, aligned: bool) -> bool:
-    """Tell whether the first token of a segment may begin with the last character before it.
+def _begin_of(span: Span) -> int:
+    return span[0]
+
+
+def _end_of(span: Span) -> int:
+    return span[1]
+
+
+class _Side:
+    """One model's reading of conversations."""
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        table: TokenTable,
+    ) -> None:
+        self.name = name
+        self.tokenizer = tokenizer
+        self.table = table
+        self.template = ChatTemplate(name, tokenizer)
+        self.aliases = {token: f"{MARK}{n}{MARK}" for n, token in enumerate(control_tokens(tokenizer))}
+        """Other names of the control tokens, which no content holds."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        cached = ("_backend", "_break", "_controls")
+        return {name: value for name, value in self.__dict__.items() if name not in cached}
+
+    # ------------------------------------------------------------ the tokenizer
+
+    @functools.cached_property
+    def _backend(self) -> tokenizers.Tokenizer:
+        """The tokenizer with other names for its control tokens, so that in contents the usual names are text."""
+        spec = self.table.spec
+        vocab = spec["model"]["vocab"]
+
+        # The names in all places where a tokenizer has them; Unigram's vocabulary is a list with scores.
+        if isinstance(vocab, dict):
+            vocab = {self._renamed(token): token_id for token, token_id in vocab.items()}
+        else:
+            vocab = [[self._renamed(token), score] for token, score in vocab]
+
+        model = spec["model"] | {"vocab": vocab}
+        if model.get("unk_token"):
+            model["unk_token"] = self._renamed(model["unk_token"])
+        added = [token | {"content": self._renamed(token["content"])} for token in spec["added_tokens"]]
+
+        # A template writes everything that stands around a text: the tokenizer adds nothing.
+        renamed = spec | {"model": model, "added_tokens": added, "post_processor": None}
+        backend = tokenizers.Tokenizer.from_str(json.dumps(renamed))
+        backend.add_tokens([tokenizers.AddedToken(BREAK, normalized=False)])
+        return backend
+
+    def _renamed(self, token: str) -> str:
+        return self.aliases.get(token, token)
+
+    @functools.cached_property
+    def _break(self) -> int:
+        """Token between texts that no token may join; it is left out of what the model reads."""
+        return self._backend.token_to_id(BREAK)
+
+    @functools.cached_property
+    def _controls(self) -> re.Pattern:
+        """Pattern of the control tokens; of nothing where there are none."""
+        return re.compile("|".join(map(re.escape, self.aliases)) or "(?!)")
+
+    def _with_aliases(self, piece: Segment) -> str:
+        """Return the text of a segment, in which control tokens are tokens only where the template writes them."""
+        if piece.field is not None:
+            return piece.text
+        return self._controls.sub(lambda match: self.aliases[match[0]], piece.text)
+
+    # ------------------------------------------------------------ renderings -> tokens
+
+    def tokenise(self, pieces: Sequence[Segment], contents: Iterable[Field]) -> Tokens:
+        """Tokenise a rendering as the tokenizer reads the whole text.
+
+        Only where a token would lie across the begin or the end of what is learned, or of a content (but for one space
+        in front that the model writes itself), these are read apart, as they are when the model answers.
+        """
+        fields = set(contents)
+        tokens = self._tokenise(pieces, fields, apart=False)
+        self._require_rows(tokens.ids)
+        if tokens.joined(self.table):
+            tokens = self._tokenise(pieces, fields, apart=True)
+            self._require_rows(tokens.ids)
+        return tokens
+
+    def _require_rows(self, ids: list[int]) -> None:
+        """Refuse a template that writes special tokens which the model has no row for."""
+        beyond = [token_id for token_id in ids if token_id >= self.table.rows]
+        if beyond:
+            raise ConversationError(
+                f"the {self.name}'s chat template writes {self.tokenizer.convert_ids_to_tokens(beyond[0])!r}, token "
+                f"{beyond[0]:,}, but its model has only {self.table.rows:,} rows. Expected a template of tokens that "
+                "the model has; give the model rows with resize_token_embeddings, or another template."
+            )
+
+    def _tokenise(
+        self,
+        pieces: Sequence[Segment],
+        contents: set[Field],
+        *,
+        apart: bool,
+    ) -> Tokens:
+        """Tokenise a rendering; `apart`: no token joins the texts on both sides of an edge."""
+        text = ""
+        spans = []
+        edges = []
+        for number, piece in enumerate(pieces):
+            before = pieces[number - 1] if number > 0 else piece
+            after = pieces[number + 1] if number + 1 < len(pieces) else piece
+
+            # Edges lie before contents and stretches, and behind contents that no other content follows.
+            is_aligned = piece.field in contents
+            begins_stretch = piece.stretch is not None and piece.stretch != before.stretch
+            has_edge_before = is_aligned or begins_stretch
+            has_edge_behind = is_aligned and (after.stretch != piece.stretch or after.field not in contents)
+
+            if has_edge_before and apart:
+                text += BREAK
+            begin = len(text)
+            text += self._with_aliases(piece)
+            spans.append((begin, len(text)))
+
+            if has_edge_before:
+                edges.append(Edge(begin, after_space=_may_begin_with_space(piece, before, is_aligned)))
+            if has_edge_behind:
+                edges.append(Edge(len(text), after_space=False))
+                if apart:
+                    text += BREAK
+
+        # The model does not read the breaks, but its tokens lie between them.
+        encoding = self._backend.encode(text, add_special_tokens=False)
+        ids = []
+        offsets = []
+        for token_id, span in zip(encoding.ids, encoding.offsets, strict=True):
+            if token_id != self._break:
+                ids.append(token_id)
+                offsets.append(span)
+        return Tokens(
+            text=text,
+            ids=ids,
+            offsets=offsets,
+            spans=spans,
+            edges=edges,
+        )
+
+    def read(self, pieces: Sequence[Segment], places: Sequence[Place]) -> Reading:
+        """Return all tokens of a rendering; those that are learned lie on the stream's bytes."""
+        fields = [content.field for place in places for content in place.contents]
+        writer = _Writer(self.table, self.tokenise(pieces, fields))
+        for number, place in enumerate(places):
+            indices = [index for index, piece in enumerate(pieces) if piece.stretch == number]
+            writer.stretch(pieces, indices, place)
+        return writer.reading()
+
+    def prompt(
+        self,
+        pieces: Sequence[Segment],
+        contents: Sequence[Field],
+        stretch: int,
+    ) -> list[int]:
+        """Return the ids of all that stands before a stretch."""
+        tokens = self.tokenise(pieces, contents)
+        first = next(index for index, piece in enumerate(pieces) if piece.stretch == stretch)
+        return tokens.ids[: tokens.within(tokens.spans[first]).start]
+
+
+def _may_begin_with_space(piece: Segment, before: Segment, is_aligned: bool) -> bool:
+    """Return whether the first token of a segment may begin with the last character before it.
 
     A space of the generation prompt is a token of its own when a model is asked; one that the model writes is not.
     """
-    return aligned and bool(piece.text) and piece.stretch == before.stretch
+    return is_aligned and bool(piece.text) and piece.stretch == before.stretch
 
 
 class _Writer:
     """Roles and bytes of the tokens of a rendering, stretch by stretch."""
 
     def __init__(self, table: TokenTable, tokens: Tokens) -> None:
-        self.table, self.tokens = table, tokens
         count = len(tokens.ids)
+        self.table = table
+        self.tokens = tokens
         self.starts = np.zeros(count, dtype=np.int64)
         self.ends = np.zeros(count, dtype=np.int64)
         self.roles = np.full(count, MARKER, dtype=np.int8)
-        self.done = 0
+
+        self.placed = 0
+        """Tokens that have their role and bytes."""
         self.byte = 0
+        """Byte of the stream behind them."""
 
-    def stretch(self, pieces: Sequence[Segment], indices: Sequence[int], place: Place) -> None:
-        """Place the tokens of a learned stretch, and those between it and the one before."""
+    def stretch(
+        self,
+        pieces: Sequence[Segment],
+        indices: Sequence[int],
+        place: Place,
+    ) -> None:
+        """Place the tokens of a learned stretch, and those between it and the one before.
+
+        Args:
+            pieces: all segments of the rendering.
+            indices: those of the stretch.
+            place: of the stretch in the stream of bytes.
+        """
         spans = self.tokens.spans
-        self._upto(_within(self.tokens.offsets, *spans[indices[0]]).start, MARKER, self.byte)
-        where = dict(zip(place.contents, zip(place.leads, place.begins, place.sizes, strict=True), strict=True))
 
+        # Before the stretch: tokens that are read and not learned.
+        begin = self.tokens.within(spans[indices[0]]).start
+        self._fill_up_to(begin, MARKER, self.byte)
+
+        # Its contents, each behind markup that is learned and has no bytes.
+        contents = {content.field: content for content in place.contents}
         for index in indices:
-            piece = pieces[index]
-            if piece.field not in where:
-                continue
-            lead, begin, size = where[piece.field]
-            held = _within(self.tokens.offsets, *spans[index])
-            self._upto(held.start, WRITTEN, lead)
-            self._content(piece.text, held, spans[index][0], begin)
-            self.byte = begin + size
+            content = contents.get(pieces[index].field)
+            if content is not None:
+                inside = self.tokens.within(spans[index])
+                self._fill_up_to(inside.start, WRITTEN, content.lead)
+                self._place_content(pieces[index].text, inside, spans[index][0], content.begin)
+                self.byte = content.begin + content.size
 
+        # A stretch without an end of the turn ends with a content.
         last = indices[-1]
         if pieces[last].field is None:
-            self._end(spans[last], place)
+            self._place_end(spans[last], place)
         self.byte = place.end + 1
 
-    def _content(self, text: str, held: slice, first: int, begin: int) -> None:
-        """Place the tokens of a content that lies at `begin` in the stream."""
-        inside = [(max(lo - first, 0), hi - first) for lo, hi in self.tokens.offsets[held]]
-        reading = self.table.place(text, self.tokens.ids[held], inside)
-        self.starts[held], self.ends[held] = reading.starts + begin, reading.ends + begin
-        self.roles[held] = reading.roles
-        self.done = held.stop
+    def _place_content(
+        self,
+        text: str,
+        inside: slice,
+        first: int,
+        begin: int,
+    ) -> None:
+        """Place the tokens of a content.
 
-    def _end(self, span: tuple[int, int], place: Place) -> None:
-        """Place what stands behind the last content of a stretch: markup and, last of all, the end of the turn."""
-        held = _within(self.tokens.offsets, *span)
-        if held.stop > held.start and self.tokens.ids[held.stop - 1] == self.table.end_of_text and place.ends_alike:
-            self._upto(held.stop - 1, WRITTEN, self.byte)
-            self.starts[self.done], self.ends[self.done], self.roles[self.done] = place.end, place.end + 1, END
-            self.done += 1
-        else:
-            self._upto(max(held.stop, self.done), WRITTEN, self.byte)
+        Args:
+            text: the content.
+            inside: its tokens.
+            first: its first character in the whole text.
+            begin: its first byte in the stream.
+        """
+        # a token may begin with the space before the content
+        offsets = []
+        for token_begin, token_end in self.tokens.offsets[inside]:
+            offsets.append((max(token_begin - first, 0), token_end - first))
+        reading = self.table.place(text, self.tokens.ids[inside], offsets)
+        self.starts[inside] = reading.starts + begin
+        self.ends[inside] = reading.ends + begin
+        self.roles[inside] = reading.roles
+        self.placed = inside.stop
 
-    def _upto(self, stop: int, role: int, byte: int) -> None:
+    def _place_end(self, span: Span, place: Place) -> None:
+        """Place the tokens behind the last content of a stretch: markup and, last of all, the end of the turn."""
+        inside = self.tokens.within(span)
+        is_empty = inside.stop <= inside.start
+        if is_empty or self.tokens.ids[inside.stop - 1] != self.table.end_of_text or not place.ends_alike:
+            self._fill_up_to(max(inside.stop, self.placed), WRITTEN, self.byte)
+            return
+
+        self._fill_up_to(inside.stop - 1, WRITTEN, self.byte)
+        self.starts[self.placed] = place.end
+        self.ends[self.placed] = place.end + 1
+        self.roles[self.placed] = END
+        self.placed += 1
+
+    def _fill_up_to(
+        self,
+        stop: int,
+        role: int,
+        byte: int,
+    ) -> None:
         """Give the tokens before `stop` that have no place yet this role, and no bytes."""
-        rest = slice(self.done, max(stop, self.done))
-        self.starts[rest] = self.ends[rest] = byte
+        rest = slice(self.placed, max(stop, self.placed))
+        self.starts[rest] = byte
+        self.ends[rest] = byte
         self.roles[rest] = role
-        self.done = rest.stop
+        self.placed = rest.stop
 
     def reading(self) -> Reading:
-        self._upto(len(self.tokens.ids), MARKER, self.byte)
-        return Reading(np.array(self.tokens.ids, dtype=np.int64), self.starts, self.ends, self.roles)
-
-
-def _beginning(contents: Sequence[str]) -> str:
-    """By which a conversation is found in a file."""
-    return repr(" ".join(contents)[:80])
-
-
-def _shortened(text: str, length: int = 120) -> str:
-    """Return a text in quotes; of a long one both ends, because a change may be at either."""
-    if len(text) <= length:
-        return repr(text)
-    half = length // 2
-    return f"{text[:half]!r} ... {text[-half:]!r}"
-
-
-def _within(offsets: list[tuple[int, int]], begin: int, end: int) -> slice:
-    """The tokens of the text's characters from `begin` to `end`."""
-    first = bisect.bisect_right(offsets, begin, key=lambda token: token[1])
-    return slice(first, max(first, bisect.bisect_left(offsets, end, key=lambda token: token[0])))
+        """Return all tokens; those behind the last stretch are read, and no targets."""
+        self._fill_up_to(len(self.tokens.ids), MARKER, self.byte)
+        ids = np.array(self.tokens.ids, dtype=np.int64)
+        return Reading(
+            ids=ids,
+            starts=self.starts,
+            ends=self.ends,
+            roles=self.roles,
+        )
 
 
 # ---------------------------------------------------------------- encoder
@@ -324,6 +522,7 @@ class Understood(NamedTuple):
 
     @property
     def fields(self) -> list[tuple[str, ...]]:
+        """Texts that are said, by message."""
         return [message.fields for message in self.messages]
 
 
@@ -346,6 +545,29 @@ class Unwritten(NamedTuple):
             f"the {self.side}'s chat template does not write {self.role} messages: {times:,} of {count:,} "
             "conversations are read without them"
         )
+
+
+class _Way(NamedTuple):
+    """A way of taking the messages of a conversation apart; see `Message.of`."""
+
+    strip: bool
+    cut: bool
+
+
+_AS_IT_IS = _Way(strip=False, cut=False)
+
+
+def _take_apart(messages: Sequence[dict[str, Any]], way: _Way) -> list[Message]:
+    return [Message.of(message, strip=way.strip, cut=way.cut) for message in messages]
+
+
+class _Cut(NamedTuple):
+    """The end of a piece."""
+
+    byte: int
+    """Of the stream."""
+    counts: list[int]
+    """Tokens of student and teacher before it."""
 
 
 class ChatEncoder(PairEncoder):
@@ -372,18 +594,26 @@ class ChatEncoder(PairEncoder):
         self.learn_from = learn_from
         self._end_is_start = (False, False)  # a conversation starts as its template says
 
+        # Without a clock in the templates nothing depends on the day.
         day = today or date.today()
-        if any(map(reads_clock, (student_tokenizer, teacher_tokenizer))):
+        if reads_clock(student_tokenizer) or reads_clock(teacher_tokenizer):
             self.day = day
         pair = [on_date(tokenizer, day) for tokenizer in (student_tokenizer, teacher_tokenizer)]
-        self.sides = [_Side(*of) for of in zip(SIDES, pair, self.tables, strict=True)]
-        self._messages_left_out: dict[tuple, list[tuple[int, Unwritten]]] = {}
+        self.sides = []
+        for name, tokenizer, table in zip(SIDES, pair, self.tables, strict=True):
+            self.sides.append(_Side(name, tokenizer, table))
         self._tags_are_tokens = any("</think>" in side.aliases for side in self.sides)
+        self._messages_left_out: dict[tuple, list[tuple[int, Unwritten]]] = {}
 
-        depends_on = [FORMAT, self.fingerprint, learn_from, *(tokenizer.chat_template for tokenizer in pair)]
-        self.fingerprint = hashlib.sha256(json.dumps(depends_on).encode()).hexdigest()
+        templates = [tokenizer.chat_template for tokenizer in pair]
+        depends_on = json.dumps([FORMAT, self.fingerprint, learn_from, *templates])
+        self.fingerprint = hashlib.sha256(depends_on.encode()).hexdigest()
 
-    def windows(self, texts: list[str], documents: list[str] | None = None) -> list[dict[str, Any]]:
+    def windows(
+        self,
+        texts: list[str],
+        documents: list[str] | None = None,
+    ) -> list[dict[str, Any]]:
         """Pack conversations into windows; see `PairEncoder.windows`.
 
         `left_out` counts bytes to learn from that lie behind a window's length.
@@ -392,39 +622,54 @@ class ChatEncoder(PairEncoder):
             ConversationError: a template refuses a conversation, or what it makes of it is not understood.
         """
         expect_texts(texts, documents)
-        pieces, left_out = [], 0
-        for name, text in zip(documents or [""] * len(texts), texts, strict=True):
+        pieces = []
+        left_out = 0
+        names = documents or [""] * len(texts)
+        for name, text in zip(names, texts, strict=True):
             with named(name):
                 conversation = self._understood(json.loads(text))
                 for renderings in conversation.renderings:
-                    piece, lost = self._piece(name, conversation, renderings)
-                    left_out += lost
+                    piece, bytes_behind = self._piece(name, conversation, renderings)
+                    left_out += bytes_behind
                     if piece is not None:
                         pieces.append(piece)
         return self.packed(pieces, left_out)
 
-    def prompt(self, conversation: str, side: str) -> tuple[str, list[int]]:
-        """Find the last answer (or other message) of a conversation: return the content before it, and the token ids
-        of all before it, as a model is asked to answer."""
+    def prompt(
+        self,
+        conversation: str,
+        side: str,
+    ) -> tuple[str, list[int]]:
+        """Return the question that a conversation ends with, as a model is asked to answer it.
+
+        Returns:
+            the content before the last answer (or other message), and the token ids of all before that answer.
+        """
+        # The answer to ask for: the last one that is learned, or the last one, or the last message.
         messages = json.loads(conversation)
-        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
-        learned = [n for n in answers if message_is_learned(messages[n])]
+        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+        learned = [number for number in answers if message_is_learned(messages[number])]
         last = max(learned or answers, default=len(messages) - 1)
 
+        # All that is learned of the conversation is this answer: the prompt is what stands before it.
         understood = self._understood(messages, [last])
         index = SIDES.index(side)
         renderings = next(pair for pair in understood.renderings if pair[0].stretches)
         pieces = segments(renderings[index], understood.fields)
-        ids = self.sides[index].prompt(pieces, [(last, n) for n in range(len(understood.fields[last]))], 0)
-        asked = understood.messages[last - 1].as_dict()["content"] if last else ""
-        return asked, ids
+        answer = [(last, number) for number in range(len(understood.fields[last]))]
+        ids = self.sides[index].prompt(pieces, answer, stretch=0)
+
+        question = understood.messages[last - 1].as_dict()["content"] if last else ""
+        return question, ids
+
+    # ------------------------------------------------------------ warnings
 
     def notes(self, texts: Iterable[str]) -> list[str]:
-        """List what is worth knowing of conversations before they are learned from, in words, each once.
+        """Return warnings about conversations, each once: parts of them that a template does not write.
 
         Conversations that a template does not take are left to `windows`, which tells where they are.
         """
-        lost: Counter[str] = Counter()
+        losses: Counter[str] = Counter()
         unwritten: Counter[Unwritten] = Counter()
         count = 0
         for text in texts:
@@ -432,63 +677,81 @@ class ChatEncoder(PairEncoder):
             messages = json.loads(text)
             try:
                 unwritten.update(self._unwritten(messages))
+                # only thinking can get lost otherwise; most conversations have none, and need no renderings
                 if "reasoning_content" in text or "</think>" in text:
-                    lost.update(set(self._losses(self._understood(messages))))
+                    conversation = self._understood(messages)
+                    losses.update(set(self._losses(conversation)))
             except ConversationError:
                 continue
 
-        left_out = [f"{loss} (in {times:,} of {count:,} conversations)" for loss, times in sorted(lost.items())]
-        return [kind.note(times, count) for kind, times in sorted(unwritten.items())] + left_out
+        notes = [kind.note(times, count) for kind, times in sorted(unwritten.items())]
+        for loss, times in sorted(losses.items()):
+            notes.append(f"{loss} (in {times:,} of {count:,} conversations)")
+        return notes
 
     def _unwritten(self, messages: list[dict[str, Any]]) -> set[Unwritten]:
         """Return what a template leaves out of a conversation, of the messages that say something.
 
         Where answers are learned in pieces of their own, a message is left out only if no piece has it.
         """
-        taken = [Message.of(message, strip=False, cut=False) for message in messages]
-        learned = [n for n, message in enumerate(messages) if self._is_learned(message)]
+        parsed = _take_apart(messages, _AS_IT_IS)
+        learned = self._learned(messages)
 
         # Whether a message is written does not depend on what it says: one rendering for all with these roles.
-        key = (tuple(message.shape for message in taken), tuple(learned))
+        key = (tuple(message.shape for message in parsed), tuple(learned))
         if key not in self._messages_left_out:
-            self._messages_left_out[key] = self._left_out_of(taken, learned)
-        return {kind for number, kind in self._messages_left_out[key] if messages[number]["content"].strip()}
+            self._messages_left_out[key] = self._left_out_of(parsed, learned)
 
-    def _left_out_of(self, messages: Sequence[Message], learned: Sequence[int]) -> list[tuple[int, Unwritten]]:
+        left_out = self._messages_left_out[key]
+        return {kind for number, kind in left_out if messages[number]["content"].strip()}
+
+    def _left_out_of(
+        self,
+        messages: Sequence[Message],
+        learned: Sequence[int],
+    ) -> list[tuple[int, Unwritten]]:
         """List the messages that no rendering of a side has.
 
         Raises:
             ConversationError: a template refuses these messages.
         """
         shapes = tuple(message.shape for message in messages)
-        for side in self.sides:
-            with self._refusing(side, messages):
-                side.template.marked(shapes)
+        self._require_taken(shapes, messages)
         pairs = self._layout(shapes, messages, learned)
 
         left_out = []
-        for number, side in enumerate(self.sides):
-            written = {message for pair in pairs for message, _ in pair[number].places()}
-            for message, shape in enumerate(shapes):
-                if message not in written:
-                    left_out.append((message, Unwritten(side.name, shape.role)))
+        for index, side in enumerate(self.sides):
+            # a message may be in the whole conversation or in one that ends with an answer
+            written = {message for pair in pairs for message, _ in pair[index].places()}
+            for number, shape in enumerate(shapes):
+                if number not in written:
+                    left_out.append((number, Unwritten(side.name, shape.role)))
         return left_out
 
     def _losses(self, conversation: Understood) -> Iterable[str]:
-        """Name the parts of learned messages that the templates leave out."""
+        """Yield a warning for each part of a learned message that a template leaves out."""
         for renderings in conversation.renderings:
             for side, rendering in zip(self.sides, renderings, strict=True):
                 written = set(rendering.places())
                 for stretch in rendering.stretches:
-                    fields = conversation.fields[stretch.message]
-                    if any((stretch.message, n) not in written for n in range(len(fields))):
-                        yield _left_out(side.name)
+                    count = len(conversation.fields[stretch.message])
+                    if any((stretch.message, number) not in written for number in range(count)):
+                        yield _thinking_left_out(side.name)
 
-    def _understood(self, messages: list[dict], learned: Sequence[int] | None = None) -> Understood:
-        """The conversation; without the white space around contents where a template drops it, and with thinking as a
-        field of its own where a template moves it or has tokens for its tags.
+    # ------------------------------------------------------------ conversation -> renderings
+
+    def _understood(
+        self,
+        messages: list[dict[str, Any]],
+        learned: Sequence[int] | None = None,
+    ) -> Understood:
+        """Return a conversation in the first way of reading it that both templates write as it is.
+
+        The white space around contents goes where a template drops it; thinking becomes a field of its own where a
+        template moves it or has tokens for its tags.
 
         Args:
+            messages: of the conversation.
             learned: the messages to learn; by default as they and `learn_from` say.
 
         Raises:
@@ -496,58 +759,71 @@ class ChatEncoder(PairEncoder):
         """
         clean = [self._clean(message) for message in messages]
         if learned is None:
-            learned = [n for n, message in enumerate(messages) if self._is_learned(message)]
+            learned = self._learned(messages)
 
-        thinks = any("</think>" in message["content"] for message in clean if message["role"] == "assistant")
-        ways = [(False, False), (True, False)]
-        if thinks:
-            cut = [(False, True), (True, True)]
-            ways = [*cut, *ways] if self._tags_are_tokens else [*ways, *cut]
-
-        for strip, cut in ways:
-            taken = [Message.of(message, strip=strip, cut=cut) for message in clean]
-            renderings, changed = self._renderings(taken, learned)
+        for way in self._ways(clean):
+            parsed = _take_apart(clean, way)
+            renderings, changed = self._renderings(parsed, learned)
             if changed is None:
-                return Understood(taken, renderings)
+                return Understood(parsed, renderings)
 
-        raise self._changed(changed, taken)
+        # In every way one of the templates changes something: the error shows what it does in the last one.
+        raise self._changed(changed, parsed)
+
+    def _ways(self, messages: Sequence[dict[str, str]]) -> list[_Way]:
+        """Return ways of taking messages apart, the preferred one first."""
+        whole = [_AS_IT_IS, _Way(strip=True, cut=False)]
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        if not any("</think>" in answer for answer in answers):
+            return whole
+
+        # In contents the tags would be text: where they are tokens, the template's part must hold them.
+        cut = [_Way(strip=False, cut=True), _Way(strip=True, cut=True)]
+        return cut + whole if self._tags_are_tokens else whole + cut
 
     @staticmethod
     def _changed(changed: Changed, messages: Sequence[Message]) -> ConversationError:
         """Return an error that shows what a template makes of what is said."""
         fields = [message.fields for message in messages]
         difference = changed.side.template.difference(changed.rendering, fields)
-        roles = ", ".join(message.shape.role for message in messages)
 
-        name = changed.side.name
         whose = "the text around the contents"
         if difference.message is not None:
             whose = f"message {difference.message} ({messages[difference.message].shape.role})"
         return ConversationError(
-            f"the {name}'s chat template changes what is said in a conversation of {roles}: expected {whose} "
-            f"to be written {_shortened(difference.expected)}, got {_shortened(difference.written)}. "
-            f"The conversation begins: {_beginning([message.fields[0] for message in messages])}. {REMEDY}"
+            f"the {changed.side.name}'s chat template changes what is said in a conversation of {_roles(messages)}: "
+            f"expected {whose} to be written {_shortened(difference.expected)}, got {_shortened(difference.written)}. "
+            f"The conversation begins: {_beginning(messages)}. {REMEDY}"
         )
 
+    def _learned(self, messages: Sequence[dict[str, Any]]) -> list[int]:
+        """Return the numbers of the messages that are learned from."""
+        return [number for number, message in enumerate(messages) if self._is_learned(message)]
+
     def _is_learned(self, message: dict[str, Any]) -> bool:
-        return message_is_learned(message) and (message["role"] == "assistant" or self.learn_from == "all")
+        is_of_kind = message["role"] == "assistant" or self.learn_from == "all"
+        return is_of_kind and message_is_learned(message)
 
     def _clean(self, message: dict[str, Any]) -> dict[str, str]:
-        """The message with texts that both models are given alike."""
-        texts = {key: message[key] for key in ("content", "reasoning_content") if key in message}
-        clean = {key: re.sub(f"[{MARK}{BREAK}]", "\ufffd", self.canonical(text)) for key, text in texts.items()}
-        return {"role": message["role"], **clean}
+        """Return the message with texts that both models are given alike."""
+        clean = {"role": message["role"]}
+        for key in ("content", "reasoning_content"):
+            if key in message:
+                text = self.canonical(message[key])
+                clean[key] = re.sub(f"[{MARK}{BREAK}]", "\ufffd", text)
+        return clean
 
     def _renderings(
         self, messages: Sequence[Message], learned: Sequence[int]
     ) -> tuple[list[list[Rendering]], Changed | None]:
-        """Pairs of renderings in which all that is learned is learned once; and the one in which a template changes
-        what is said, if one does."""
+        """Return pairs of renderings in which all that is learned is learned once.
+
+        Returns:
+            the pairs, and None; or [], and the rendering in which a template changes what is said.
+        """
         shapes = tuple(message.shape for message in messages)
         fields = [message.fields for message in messages]
-        for side in self.sides:  # that both take the messages comes first
-            with self._refusing(side, messages):
-                side.template.marked(shapes)
+        self._require_taken(shapes, messages)
 
         pairs = self._layout(shapes, messages, learned)
         for pair in pairs:
@@ -555,109 +831,172 @@ class ChatEncoder(PairEncoder):
                 with self._refusing(side, messages):
                     if not side.template.writes(rendering, fields):
                         return [], Changed(side, rendering)
-                self._check(side, rendering, messages)
+                self._require_all_once(side, rendering, messages)
         return pairs, None
 
     def _layout(
         self, shapes: tuple[Shape, ...], messages: Sequence[Message], learned: Sequence[int]
     ) -> list[list[Rendering]]:
-        """Pairs of renderings: the whole conversation, and up to each answer that is learned alone."""
-        answers = [n for n in learned if shapes[n].role == "assistant"]
-        others = [n for n in learned if shapes[n].role != "assistant"]
-        alone = {}
+        """Return pairs of renderings: the whole conversation, and up to each answer that is learned alone."""
+        answers = [number for number in learned if shapes[number].role == "assistant"]
+        others = [number for number in learned if shapes[number].role != "assistant"]
+
+        # Per side, each answer as a model is asked for it: as the last message.
+        as_last: dict[str, dict[int, Rendering]] = {}
         for side in self.sides:
             with self._refusing(side, messages):
-                alone[side.name] = {n: side.template.answer(shapes[: n + 1]) for n in answers}
+                as_last[side.name] = {number: side.template.answer(shapes[: number + 1]) for number in answers}
 
-        in_place = set(answers)
+        # Answers that stay as they are when the conversation goes on are learned in one rendering of it.
+        remaining = set(answers)
         for side in self.sides:
-            in_place &= {n for n, answer in alone[side.name].items() if side.template.remains(answer, shapes)}
-        together = [
-            side.template.whole(shapes, [alone[side.name][n] for n in sorted(in_place)], others) for side in self.sides
-        ]
-        pairs = [[alone[side.name][n] for side in self.sides] for n in answers if n not in in_place]
-        return pairs if pairs and not together[0].stretches else [together, *pairs]
+            for number, answer in as_last[side.name].items():
+                if not side.template.remains(answer, shapes):
+                    remaining.discard(number)
+
+        together = []
+        for side in self.sides:
+            in_place = [as_last[side.name][number] for number in sorted(remaining)]
+            together.append(side.template.whole(shapes, in_place, others))
+
+        # Every other answer needs a rendering that ends with it.
+        pairs = []
+        for number in answers:
+            if number not in remaining:
+                pairs.append([as_last[side.name][number] for side in self.sides])
+        if pairs and not together[0].stretches:
+            return pairs  # nothing is learned of the whole conversation
+        return [together, *pairs]
+
+    def _require_taken(
+        self,
+        shapes: tuple[Shape, ...],
+        messages: Sequence[Message],
+    ) -> None:
+        """Refuse messages that one of the templates does not take, before anything is made of them."""
+        for side in self.sides:
+            with self._refusing(side, messages):
+                side.template.marked(shapes)
 
     @contextmanager
     def _refusing(self, side: _Side, messages: Sequence[Message]) -> Iterator[None]:
-        """Tell what a template refuses as an error about these messages."""
+        """Raise what a template refuses inside as an error about these messages."""
         try:
             yield
         except jinja2.TemplateError as error:
-            raise self._refused(side, messages, error) from error
+            raise ConversationError(
+                f"the {side.name}'s chat template refuses a conversation of {_roles(messages)}: {error}. "
+                f"It begins: {_beginning(messages)}. {REMEDY}"
+            ) from error
 
-    def _refused(self, side: _Side, messages: Sequence[Message], error: Exception) -> ConversationError:
-        roles = ", ".join(message.shape.role for message in messages)
-        begins = _beginning([message.fields[0] for message in messages])
-        return ConversationError(
-            f"the {side.name}'s chat template refuses a conversation of {roles}: {error}. It begins: {begins}. {REMEDY}"
-        )
-
-    def _check(self, side: _Side, rendering: Rendering, messages: Sequence[Message]) -> None:
-        """Make sure that a rendering has the messages once and in order, and of what is learned all that is said.
+    def _require_all_once(
+        self,
+        side: _Side,
+        rendering: Rendering,
+        messages: Sequence[Message],
+    ) -> None:
+        """Check that a rendering has the messages once and in order, and of what is learned all that is said.
 
         Raises:
             ConversationError: it has not.
         """
-        roles = ", ".join(message.shape.role for message in messages)
-        begins = _beginning([message.fields[0] for message in messages])
         learned = [stretch.message for stretch in rendering.stretches]
         places = rendering.places()
-        order = [n for n, _ in places if n in learned or rendering.shapes[n].role != "system"]
         answers = [place for place in places if place[0] in learned]
-        missing = {(n, len(rendering.shapes[n].literals) - 2) for n in learned} - set(answers)
-        if missing or order != sorted(order) or len(answers) != len(set(answers)):
+        is_repeated = len(answers) != len(set(answers))
+
+        # The answer itself is the last field of a content; thinking may stand before it.
+        contents = {(number, len(rendering.shapes[number].literals) - 2) for number in learned}
+        missing = contents - set(answers)
+
+        # A template may move a system message, unless it is learned.
+        order = []
+        for number, _ in places:
+            if number in learned or rendering.shapes[number].role != "system":
+                order.append(number)
+
+        if missing or is_repeated or order != sorted(order):
             raise ConversationError(
-                f"the {side.name}'s chat template leaves out, repeats or moves messages of a conversation of {roles}; "
-                f"expected each once and in order. It begins: {begins}. {REMEDY}"
+                f"the {side.name}'s chat template leaves out, repeats or moves messages of a conversation of "
+                f"{_roles(messages)}; expected each once and in order. It begins: {_beginning(messages)}. {REMEDY}"
             )
 
-        thought = {(n, 0) for n in learned if len(rendering.shapes[n].literals) > 2} - set(answers)
-        if thought and side is self.sides[0]:
+        # The student must write the thinking to learn it; of a teacher that does not, `notes` warns.
+        with_thinking = {(number, 0) for number in learned if len(rendering.shapes[number].literals) > 2}
+        if with_thinking - set(answers) and side is self.sides[0]:
             raise ConversationError(
                 f"the {side.name}'s chat template leaves out the thinking (<think>...</think>) of an answer in a "
-                f"conversation of {roles}, which would not be learned. It begins: {begins}. Take the thinking out of "
-                "the answers, or give the tokenizer a template that writes it."
+                f"conversation of {_roles(messages)}, which would not be learned. It begins: {_beginning(messages)}. "
+                "Take the thinking out of the answers, or give the tokenizer a template that writes it."
             )
 
-    def _piece(self, name: str, conversation: Understood, renderings: Sequence[Rendering]) -> tuple[Piece | None, int]:
-        """Cut a rendering to a window; return the piece, and the number of bytes to learn from that do not fit."""
-        fields = conversation.fields
-        pieces = [segments(rendering, fields) for rendering in renderings]
-        places = _places(pieces, [stretch.message for stretch in renderings[0].stretches])
-        begins = np.array([begin for place in places for begin in place.begins], dtype=np.int64)
-        sizes = np.array([size for place in places for size in place.sizes], dtype=np.int64)
-        size = int(sizes.sum())
+    # ------------------------------------------------------------ renderings -> piece of a window
+
+    def _piece(
+        self,
+        name: str,
+        conversation: Understood,
+        renderings: Sequence[Rendering],
+    ) -> tuple[Piece | None, int]:
+        """Cut a rendering to a window.
+
+        Returns:
+            the piece, and 0; or None, and the number of bytes to learn from that do not fit.
+        """
+        pieces = [segments(rendering, conversation.fields) for rendering in renderings]
+        places = _places(pieces, len(renderings[0].stretches))
         if not places:
             return None, 0
 
-        pair = [side.read(of, places) for side, of in zip(self.sides, pieces, strict=True)]
-        keep = [len(reading.ids) for reading in pair]
+        # Contents in the stream of bytes.
+        contents = [content for place in places for content in place.contents]
+        begins = np.array([content.begin for content in contents], dtype=np.int64)
+        sizes = np.array([content.size for content in contents], dtype=np.int64)
+        size = int(sizes.sum())
+
+        pair = []
+        for side, side_pieces in zip(self.sides, pieces, strict=True):
+            pair.append(side.read(side_pieces, places))
         if any(reading.roles[:1] != MARKER for reading in pair):
             return None, size  # a template that puts nothing before what is learned to predict it from
 
-        end, whole = places[-1].end + 1, max(keep) <= self.max_length
+        # A conversation that is longer than a window loses its end.
+        cut = _Cut(places[-1].end + 1, [len(reading.ids) for reading in pair])
+        whole = max(cut.counts) <= self.max_length
         if not whole:
-            cuts = _common_ends(pair)
-            cuts = cuts[(cuts[:, 1:] <= self.max_length).all(1)]
-            if not len(cuts):
+            cut = self._last_cut(pair)
+            if cut is None:
                 return None, size
-            end, *keep = cuts[-1].tolist()
-        text_bytes = int((end - begins).clip(0, sizes).sum())
-        readings = [reading.part(0, count) for reading, count in zip(pair, keep, strict=True)]
+
+        # Bytes of contents before the cut; a content may be cut in its middle.
+        text_bytes = int((cut.byte - begins).clip(0, sizes).sum())
         slots = [byte for place in places for byte in place.slots()]
-        spelt = [self._spelt_bytes(side, reading, slots) for side, reading in enumerate(readings)]
+        readings = []
+        unspelt = []
+        for side, reading in enumerate(pair):
+            readings.append(reading.part(0, cut.counts[side]))
+            unspelt.append(text_bytes - self._spelt_bytes(side, readings[side], slots))
+
         piece = Piece(
             document=name,
             readings=readings,
             first_byte=0,
-            last_byte=end,
+            last_byte=cut.byte,
             text_bytes=text_bytes,
-            unspelt=(text_bytes - spelt[0], text_bytes - spelt[1]),
+            unspelt=(unspelt[0], unspelt[1]),
             left_out=size - text_bytes,
             whole=whole,
         )
         return piece, 0
+
+    def _last_cut(self, pair: Sequence[Reading]) -> _Cut | None:
+        """Return the last common end of both readings that fits into a window; None where none does."""
+        cuts = _common_ends(pair)
+        cuts = cuts[(cuts[:, 1:] <= self.max_length).all(1)]
+        if not len(cuts):
+            return None
+        byte, *counts = cuts[-1].tolist()
+        return _Cut(byte, counts)
 
 
 def message_is_learned(message: dict[str, Any]) -> bool:
@@ -665,54 +1004,48 @@ def message_is_learned(message: dict[str, Any]) -> bool:
     return message.get("weight", 1) != 0
 
 
-def _left_out(name: str) -> str:
+def _common_ends(pair: Sequence[Reading]) -> np.ndarray:
+    """Return the places where a conversation can end.
+
+    Returns:
+        [C, 3] byte of the stream, student tokens and teacher tokens up to it.
+    """
+    student, teacher = pair
+    student_tokens = np.flatnonzero(student.roles != MARKER)
+    teacher_tokens = np.flatnonzero(teacher.roles != MARKER)
+
+    student_ends = student.ends[student_tokens]
+    teacher_ends = teacher.ends[teacher_tokens]
+    ends, i, j = np.intersect1d(student_ends, teacher_ends, return_indices=True)
+    columns = [ends, student_tokens[i] + 1, teacher_tokens[j] + 1]
+    return np.stack(columns, axis=1).astype(np.int64)
+
+
+# ---------------------------------------------------------------- words for messages
+
+
+def _roles(messages: Sequence[Message]) -> str:
+    return ", ".join(message.shape.role for message in messages)
+
+
+def _beginning(messages: Sequence[Message]) -> str:
+    """Return the begin of a conversation in quotes, by which it is found in a file."""
+    contents = [message.fields[0] for message in messages]
+    return repr(" ".join(contents)[:80])
+
+
+def _shortened(text: str, length: int = 120) -> str:
+    """Return a text in quotes; of a long one both ends, because a change may be at either."""
+    if len(text) <= length:
+        return repr(text)
+    half = length // 2
+    return f"{text[:half]!r} ... {text[-half:]!r}"
+
+
+def _thinking_left_out(name: str) -> str:
+    """Return the warning that a model's conversations are written without thinking."""
     learned = "without the teacher" if name == "teacher" else "without it"
     return (
         f"thinking before answers (reasoning_content, <think>) is not written in the {name}'s conversations: answers "
         f"are learned {learned}"
     )
-
-
-def _places(sides: Sequence[Sequence[Segment]], messages: Sequence[int]) -> list[Place]:
-    """Lay the learned stretches of a pair of renderings out as one stream of bytes."""
-    places, byte = [], 0
-    for number in range(len(messages)):
-        stretches = [[piece for piece in pieces if piece.stretch == number] for pieces in sides]
-        common = set.intersection(*({piece.field for piece in stretch} for stretch in stretches)) - {None}
-        contents = [piece for piece in stretches[0] if piece.field in common]
-        markup = [_markup(stretch, common) for stretch in stretches]
-
-        leads, begins, sizes = [], [], []
-        for n, piece in enumerate(contents):
-            leads.append(byte)
-            byte += 1 + any(of.before[n] for of in markup)
-            begins.append(byte)
-            sizes.append(len(piece.text.encode()))
-            byte += sizes[-1]
-        byte += any(of.behind for of in markup)
-        fields = tuple(piece.field for piece in contents)
-        alike = markup[0].behind == markup[1].behind
-        places.append(Place(fields, tuple(sizes), tuple(leads), tuple(begins), byte, alike))
-        byte += 1
-    return places
-
-
-def _markup(stretch: Sequence[Segment], common: set[Field]) -> Markup:
-    """Return the markup beside the contents that both models write; the last segment is the end of the turn, if
-    there is one."""
-    texts, text = [], ""
-    for piece in stretch:
-        if piece.field in common:
-            texts.append(text)
-            text = ""
-        else:
-            text += piece.text
-    ended = len(stretch) > 0 and stretch[-1].field is None
-    return Markup(tuple(texts), text.removesuffix(stretch[-1].text) if ended else text)
-
-
-def _common_ends(pair: list[Reading]) -> np.ndarray:
-    """[C, 3] places where a conversation can end: byte of the stream, student tokens and teacher tokens up to it."""
-    at = [np.flatnonzero(reading.roles != MARKER) for reading in pair]
-    ends, i, j = np.intersect1d(*(reading.ends[a] for reading, a in zip(pair, at, strict=True)), return_indices=True)
-    return np.stack([ends, at[0][i] + 1, at[1][j] + 1], axis=1).astype(np.int64)

@@ -1,8 +1,12 @@
-"""Chat templates as text: what a model is asked with, and what it has to write behind that.
+"""Chat templates as text: the generation prompt that asks a model, and all that the model has to write behind it.
 
 A conversation is rendered with a mark in place of everything that its messages say. The marks show where contents lie
 in a model's text, and a comparison with the rendering that ends in the generation prompt shows what the model itself
 writes: markup such as an empty block of thinking, the contents, and the end of its turn.
+
+In this file: messages taken apart (`Message`), the date in templates (`on_date`), the end of turns (`end_of_turn`),
+generation prompts that fit a template's answers, tokenizers prepared for conversations (`chat_tokenizer`), and
+renderings with all that is learned of them (`ChatTemplate`, `segments`).
 """
 
 import copy
@@ -24,17 +28,20 @@ PLAIN_TEMPLATE = (
 )
 """For a tokenizer without a chat template: role names in plain words, end of text after the assistant's."""
 
-MARK, BREAK = "\U0010fffd", "\U0010fffc"
-"""Private characters: around the alias of a control token or the number of a content, and between texts that no token
-may join. In contents they become U+FFFD."""
+MARK = "\U0010fffd"
+"""Private character around the alias of a control token or the number of a content; in contents it becomes U+FFFD."""
+
+BREAK = "\U0010fffc"
+"""Private character between texts that no token may join; in contents it becomes U+FFFD."""
 
 PLACEHOLDER = re.compile(f"{MARK}(\\d+)\\.(\\d+){MARK}")
+"""Text in place of a content: the number of its message, and its own in the message."""
 
 CLOCK = "strftime_now"
 """The function by which a chat template reads the clock."""
 
 DIRECTIVES = [*"aAbBcdDeFgGhHIjmMpPrRSTuUVwWxXyYzZ", "-d", "-m", "-y", "-H", "-I", "-M", "-S", "-j", "%"]
-"""What may follow a % in a format of `strftime`; not every platform knows all of them."""
+"""Directives that may follow a % in a format of `strftime`; not every platform knows all of them."""
 
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates turn the thinking before an answer on or off."""
@@ -51,12 +58,12 @@ class ConversationError(ValueError):
     """A conversation that a chat template refuses, or changes so that its contents cannot be found."""
 
     document: str | None = None
-    """Its name, where it has one."""
+    """Name of the document that the conversation is, where it has one."""
 
 
 @contextmanager
 def named(document: str) -> Iterator[None]:
-    """A `ConversationError` raised inside is about this document."""
+    """Give a `ConversationError` raised inside the name of its document."""
     try:
         yield
     except ConversationError as error:
@@ -79,6 +86,7 @@ class Shape(NamedTuple):
     def message(self, fields: Sequence[str]) -> dict[str, str]:
         """Return the message with these fields, as templates read it."""
         content = self.literals[0]
+        # a field behind those of the content is the thinking
         for field, literal in zip(fields, self.literals[1:], strict=False):
             content += field + literal
 
@@ -89,40 +97,84 @@ class Shape(NamedTuple):
 
     def marked(self, number: int) -> dict[str, str]:
         """Return the message with marks as its fields, `number` being its place in the conversation."""
-        count = len(self.literals) - 1 + self.has_reasoning
+        count = len(self.literals) - 1
+        if self.has_reasoning:
+            count += 1
         return self.message([f"{MARK}{number}.{field}{MARK}" for field in range(count)])
 
 
 class Message(NamedTuple):
-    """A message, taken apart."""
+    """A message, taken apart into the texts that are said in it and the shape around them."""
 
     shape: Shape
     fields: tuple[str, ...]
 
     @classmethod
-    def of(cls, message: dict[str, Any], *, strip: bool, cut: bool) -> "Message":
+    def of(
+        cls,
+        message: dict[str, Any],
+        *,
+        strip: bool,
+        cut: bool,
+    ) -> "Message":
         """Take a message apart.
 
         Args:
             strip: leave out the white space around its content.
             cut: make the thinking in an assistant's content, and the answer behind it, fields of their own.
         """
-        content = message["content"].strip() if strip else message["content"]
-        literals, fields = ("", ""), (content,)
+        role = message["role"]
+        content = message["content"]
+        reasoning = message.get("reasoning_content")
+        if strip:
+            content = content.strip()
+            reasoning = None if reasoning is None else reasoning.strip()
 
-        thought = THOUGHT.fullmatch(content) if cut and message["role"] == "assistant" else None
+        literals: tuple[str, ...] = ("", "")
+        fields: tuple[str, ...] = (content,)
+        thought = THOUGHT.fullmatch(content) if cut and role == "assistant" else None
         if thought is not None:
             opening, thinking, closing, answer = thought.groups()
-            literals, fields = (opening, closing, ""), (thinking, answer)
+            literals = (opening, closing, "")
+            fields = (thinking, answer)
 
-        reasoning = message.get("reasoning_content")
         if reasoning is not None:
-            fields = (*fields, reasoning.strip() if strip else reasoning)
-        return cls(Shape(message["role"], literals, reasoning is not None), fields)
+            fields = (*fields, reasoning)
+        shape = Shape(
+            role=role,
+            literals=literals,
+            has_reasoning=reasoning is not None,
+        )
+        return cls(shape, fields)
 
     def as_dict(self) -> dict[str, str]:
         """Return the message, as templates read it."""
         return self.shape.message(self.fields)
+
+
+class _Placeholder(NamedTuple):
+    """A mark in a rendering, in place of a field."""
+
+    message: int
+    number: int
+    """Of the field in the message."""
+    begin: int
+    """Its first character in the rendering."""
+    end: int
+
+
+def _placeholders(rendered: str) -> list[_Placeholder]:
+    """Return the marks of a rendering in the order of its text."""
+    placeholders = []
+    for match in PLACEHOLDER.finditer(rendered):
+        placeholder = _Placeholder(
+            message=int(match[1]),
+            number=int(match[2]),
+            begin=match.start(),
+            end=match.end(),
+        )
+        placeholders.append(placeholder)
+    return placeholders
 
 
 # ---------------------------------------------------------------- the clock
@@ -137,26 +189,27 @@ def on_date(tokenizer: PreTrainedTokenizerBase, today: date) -> PreTrainedTokeni
     """Return a tokenizer for which it is always this day: itself, where its chat template reads no clock."""
     if not reads_clock(tokenizer):
         return tokenizer
+    # a copy, because the student is handed on with its clock
     dated = copy.deepcopy(tokenizer)
     dated.chat_template = _with_prelude(_clock_of(today), _template(tokenizer))
     return dated
 
 
 def _clock_of(today: date) -> str:
-    """A macro that stands in for the clock; a template can be given values, but no functions."""
-    replaced = ""
+    """Return a macro that stands in for the clock; a template can be given values, but no functions."""
+    filters = ""
     for name in DIRECTIVES:
         directive = f"%{name}"
-        with suppress(ValueError):
-            replaced += f" | replace({directive!r}, {today.strftime(directive)!r})"
-    return f"{{% macro {CLOCK}(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}"
+        with suppress(ValueError):  # a directive that this platform does not know
+            filters += f" | replace({directive!r}, {today.strftime(directive)!r})"
+    return f"{{% macro {CLOCK}(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}"
 
 
 # ---------------------------------------------------------------- templates
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template that conversations without tools are written in."""
+    """Return the template that conversations without tools are written in."""
     return tokenizer.get_chat_template()
 
 
@@ -165,7 +218,8 @@ def _with_prelude(prelude: str, template: str) -> str:
 
 
 def _with_generation_prompt(template: str, prompt: str) -> str:
-    """The template with another generation prompt behind its messages."""
+    """Return the template with another generation prompt behind its messages."""
+    # The messages are rendered into a variable without a prompt of the template's own.
     return (
         "{% set asked_to_answer = add_generation_prompt %}{% set add_generation_prompt = false %}{% set said %}\n"
         + template.removesuffix("\n")
@@ -175,23 +229,30 @@ def _with_generation_prompt(template: str, prompt: str) -> str:
     )
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], *, ask: bool = False) -> str:
+def _render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, str]],
+    *,
+    ask: bool = False,
+) -> str:
+    """Return a conversation as the template writes it; `ask`: with the generation prompt behind it."""
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
 
 
-def _example(*roles: str) -> list[dict[str, str]]:
-    """A conversation of marks."""
+def _example(roles: Sequence[str]) -> list[dict[str, str]]:
+    """Return a conversation of marks."""
     return [Shape(role, ("", "")).marked(number) for number, role in enumerate(roles)]
 
 
 def _field_end(rendered: str, message: int) -> int:
-    """Find the end of a message's last field in a rendering with marks, -1 if there is none."""
-    ends = [match.end() for match in PLACEHOLDER.finditer(rendered) if int(match[1]) == message]
+    """Return the end of a message's last field in a rendering with marks, -1 if there is none."""
+    ends = [mark.end for mark in _placeholders(rendered) if mark.message == message]
     return max(ends, default=-1)
 
 
 def _field_begin(rendered: str, message: int) -> int:
-    begins = [match.start() for match in PLACEHOLDER.finditer(rendered) if int(match[1]) == message]
+    """Return the begin of a message's first field in a rendering with marks, -1 if there is none."""
+    begins = [mark.begin for mark in _placeholders(rendered) if mark.message == message]
     return min(begins, default=-1)
 
 
@@ -200,11 +261,16 @@ def control_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     template = str(tokenizer.chat_template)
     added = tokenizer.added_tokens_decoder.values()
     tokens = {token.content for token in added if token.special or token.content in template}
+
+    # in a pattern of alternatives the first that matches wins, so a token goes before its own beginnings
     return sorted(tokens, key=lambda token: (-len(token), token))
 
 
+# ---------------------------------------------------------------- ends of turns
+
+
 class EndOfTurn(NamedTuple):
-    """Return the text behind what the assistant says."""
+    """Text behind the assistant's content."""
 
     text: str
     """Up to the end of `token`; white space or other markup may come before it."""
@@ -216,38 +282,47 @@ class EndOfTurn(NamedTuple):
 
 def _common_length(one: str, other: str) -> int:
     """Count the characters with which both texts begin."""
-    for index, (left, right) in enumerate(zip(one, other, strict=False)):
-        if left != right:
+    for index, (first, second) in enumerate(zip(one, other, strict=False)):
+        if first != second:
             return index
     return min(len(one), len(other))
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> EndOfTurn | None:
-    """Return how the assistant's turns end; None where the template puts no control token behind them."""
+    """Return the end of the assistant's turns; None where the template puts no control token behind them."""
     last = _behind_answer(tokenizer)
     try:
         followed = _behind_answer(tokenizer, followed=True)
     except jinja2.TemplateError:
         followed = last
+    pattern = _control_pattern(tokenizer)
 
     # Some templates write more behind the very last message, and some end it in another way.
     common = _common_length(last, followed)
-
-    for text, begins_next in ((last[:common], False), (last, False), (followed, True)):
-        tokens = list(_control_pattern(tokenizer).finditer(text))
-        if not tokens:
-            continue
-        if not begins_next:
+    for text in (last[:common], last):
+        tokens = list(pattern.finditer(text))
+        if tokens:
             token = _last_of_run(tokens)
-            return EndOfTurn(text[: token.end()], token[0], begins_next)
-        token = tokens[0]
-        if not text[: token.start()].strip() and token[0] != tokenizer.bos_token:
-            return EndOfTurn(text[: token.end()], token[0], begins_next)
-    return None
+            return EndOfTurn(
+                text=text[: token.end()],
+                token=token[0],
+                begins_next=False,
+            )
+
+    # Others write nothing behind an answer: the model stops at the token that begins the next message.
+    token = pattern.search(followed)
+    if token is None or followed[: token.start()].strip() or token[0] == tokenizer.bos_token:
+        return None
+    return EndOfTurn(
+        text=followed[: token.end()],
+        token=token[0],
+        begins_next=True,
+    )
 
 
 def _last_of_run(tokens: list[re.Match]) -> re.Match:
-    """The last of the control tokens that follow each other directly."""
+    """Return the last of the control tokens that follow each other directly."""
+    # with white space in between, a token belongs to what comes after the turn
     last = tokens[0]
     for token in tokens[1:]:
         if token.start() != last.end():
@@ -257,47 +332,66 @@ def _last_of_run(tokens: list[re.Match]) -> re.Match:
 
 
 def _control_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern:
+    """Return a pattern of all control tokens; of nothing where there are none."""
     return re.compile("|".join(map(re.escape, control_tokens(tokenizer))) or "(?!)")
 
 
 def _behind_answer(tokenizer: PreTrainedTokenizerBase, *, followed: bool = False) -> str:
     """Return the text behind an answer: up to the end, or up to what the user says next."""
     roles = ["user", "assistant", "user"] if followed else ["user", "assistant"]
-    rendered = _render(tokenizer, _example(*roles))
-    end = _field_begin(rendered, 2) if followed else len(rendered)
+    rendered = _render(tokenizer, _example(roles))
+
     begin = _field_end(rendered, 1)
-    return rendered[begin:end] if begin >= 0 and end >= 0 else ""
+    end = _field_begin(rendered, 2) if followed else len(rendered)
+    if begin < 0 or end < 0:
+        return ""  # the template leaves one of the messages out
+    return rendered[begin:end]
 
 
 # ---------------------------------------------------------------- generation prompts
 
 
 class Asking(NamedTuple):
-    """Return the text with which a model is asked to answer."""
+    """Template with which a model is asked to answer."""
 
     template: str
     """The chat template to ask with."""
     note: str | None
-    """What was changed for it, or what does not fit."""
+    """Changes that were made for it, or a warning that it does not fit."""
 
 
-def _openings(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str, str]]:
-    """(messages, messages and generation prompt, messages and an answer) of conversations that the template takes."""
+class _Opening(NamedTuple):
+    """A short conversation in three renderings."""
+
+    messages: str
+    """The messages alone."""
+    prompted: str
+    """The messages and the generation prompt."""
+    answered: str
+    """The messages and an answer."""
+
+
+def _openings(tokenizer: PreTrainedTokenizerBase) -> list[_Opening]:
+    """Return the openings that the template takes."""
     openings = []
     for roles in (["user"], ["system", "user"], ["user", "assistant", "user"]):
-        asked = _example(*roles)
-        answered = _example(*roles, "assistant")
+        question = _example(roles)
+        answer = _example([*roles, "assistant"])
         try:
-            openings.append(
-                (_render(tokenizer, asked), _render(tokenizer, asked, ask=True), _render(tokenizer, answered))
+            opening = _Opening(
+                messages=_render(tokenizer, question),
+                prompted=_render(tokenizer, question, ask=True),
+                answered=_render(tokenizer, answer),
             )
         except jinja2.TemplateError:
             continue
+        openings.append(opening)
     return openings
 
 
 def _asks_as_it_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return all(answered.startswith(asked) for _, asked, answered in _openings(tokenizer))
+    """Return whether the template's answers begin with its generation prompt."""
+    return all(opening.answered.startswith(opening.prompted) for opening in _openings(tokenizer))
 
 
 def _choose_asking(tokenizer: PreTrainedTokenizerBase) -> Asking:
@@ -306,52 +400,74 @@ def _choose_asking(tokenizer: PreTrainedTokenizerBase) -> Asking:
     if _asks_as_it_answers(tokenizer):
         return Asking(template, None)
 
-    trial = copy.deepcopy(tokenizer)
-    switches = [name for name in THINKING_SWITCHES if name in template]
-    for name, value in ((name, value) for name in switches for value in ("false", "true")):
-        trial.chat_template = _with_prelude(f"{{% set {name} = {value} %}}", template)
-        if _asks_as_it_answers(trial):
-            note = f"its chat template asks for answers in the way that it writes them with {name}={value}: so set"
-            return Asking(trial.chat_template, note)
+    # The usual cause: the template asks for thinking, but writes answers without.
+    asking = _with_thinking_switched(tokenizer)
+    if asking is not None:
+        return asking
 
-    prompts = set()
-    for messages, _, answered in _openings(tokenizer):
-        begin = _field_begin(answered, max(int(match[1]) for match in PLACEHOLDER.finditer(answered)))
-        prompts.add(answered[len(messages) : begin] if answered.startswith(messages) else None)
-    asked = _generation_prompts(tokenizer)
-
-    if len(prompts) == 1 and None not in prompts:
-        (prompt,) = prompts
-        trial.chat_template = _with_generation_prompt(template, prompt)
-        if _asks_as_it_answers(trial) and _openings_without_asking(trial) == _openings_without_asking(tokenizer):
+    # Else ask with the text that answers do begin with, if there is one for all openings.
+    openings = _openings(tokenizer)
+    prompts = sorted({opening.prompted.removeprefix(opening.messages) for opening in openings})
+    shown = " or ".join(map(repr, prompts))
+    beginning = _answers_beginning(openings)
+    if beginning is not None:
+        trial = copy.deepcopy(tokenizer)
+        trial.chat_template = _with_generation_prompt(template, beginning)
+        if _asks_as_it_answers(trial) and _write_alike(_openings(trial), openings):
             note = (
-                f"its generation prompt is {' or '.join(map(repr, asked))}, but its answers begin behind {prompt!r}: "
+                f"its generation prompt is {shown}, but its answers begin behind {beginning!r}: "
                 "so asked here, and by the exported template"
             )
             return Asking(trial.chat_template, note)
 
     note = (
-        f"its generation prompt is {' or '.join(map(repr, asked))}, but its chat template does not begin answers so: "
+        f"its generation prompt is {shown}, but its chat template does not begin answers so: "
         "learned behind something else than what a model is asked with, so that it may answer worse. Give the "
         "tokenizer a chat template whose answers begin with its generation prompt"
     )
     return Asking(template, note)
 
 
-def _generation_prompts(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The generation prompts of a template, without the messages before them."""
-    return sorted({asked.removeprefix(messages) for messages, asked, _ in _openings(tokenizer)})
+def _with_thinking_switched(tokenizer: PreTrainedTokenizerBase) -> Asking | None:
+    """Try the template with its thinking turned off or on for good; return the first that fits its answers."""
+    template = _template(tokenizer)
+    trial = copy.deepcopy(tokenizer)
+    for name in THINKING_SWITCHES:
+        if name not in template:
+            continue
+        for value in ("false", "true"):
+            trial.chat_template = _with_prelude(f"{{% set {name} = {value} %}}", template)
+            if _asks_as_it_answers(trial):
+                note = f"its chat template asks for answers in the way that it writes them with {name}={value}: so set"
+                return Asking(trial.chat_template, note)
+    return None
 
 
-def _openings_without_asking(tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
-    return [(messages, answered) for messages, _, answered in _openings(tokenizer)]
+def _answers_beginning(openings: Sequence[_Opening]) -> str | None:
+    """Return the template's text before the content of every answer; None where it differs, or cannot be told."""
+    beginnings: set[str | None] = set()
+    for opening in openings:
+        answer = max(mark.message for mark in _placeholders(opening.answered))
+        content = _field_begin(opening.answered, answer)
+        if opening.answered.startswith(opening.messages):
+            beginnings.add(opening.answered[len(opening.messages) : content])
+        else:
+            beginnings.add(None)
+
+    return beginnings.pop() if len(beginnings) == 1 else None
+
+
+def _write_alike(openings: Sequence[_Opening], others: Sequence[_Opening]) -> bool:
+    """Return whether the openings are the same but for their generation prompts."""
+    without_prompts = [opening._replace(prompted="") for opening in openings]
+    return without_prompts == [other._replace(prompted="") for other in others]
 
 
 # ---------------------------------------------------------------- tokenizers for conversations
 
 
 def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A copy that can be talked with: it has a chat template, and its end of text is the end of the assistant's turn.
+    """Return a copy for conversations: with a chat template, and the end of the assistant's turn as end of text.
 
     So generation stops there, and the ends of turn of two models are each other's counterparts as ends of text are.
     Where the template puts no control token behind the assistant's text, the end of text stays what it is. Where its
@@ -366,6 +482,7 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
     except jinja2.TemplateError:  # what a template refuses is told of a conversation, by its place in the data
         return tokenizer
 
+    # A template is only written anew where it changes: a tokenizer may have several by name.
     if asking.template != _template(tokenizer):
         tokenizer.chat_template = asking.template
     if end is not None:
@@ -374,7 +491,7 @@ def chat_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBas
 
 
 def ends_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether the tokenizer's end of text is how the assistant's turns end."""
+    """Return whether the assistant's turns end with the tokenizer's end of text."""
     end = end_of_turn(tokenizer)
     return end is not None and end.token == tokenizer.eos_token
 
@@ -382,29 +499,38 @@ def ends_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
 def tokenizers_for_chat(
     tokenizers: dict[str, PreTrainedTokenizerBase],
 ) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
-    """`chat_tokenizer` of each, by role; and what their own templates lack, in words."""
-    prepared, lacking = {}, []
+    """Prepare tokenizers for conversations.
+
+    Args:
+        tokenizers: by role (student, teacher), as they were loaded.
+
+    Returns:
+        `chat_tokenizer` of each, by role; and warnings about their own templates.
+    """
+    prepared = {}
+    warnings = []
     for role, tokenizer in tokenizers.items():
         if not tokenizer.chat_template:
-            lacking.append(f'{role}: no chat template, so conversations are written with "User:" and "Assistant:"')
+            warnings.append(f'{role}: no chat template, so conversations are written with "User:" and "Assistant:"')
         prepared[role] = chat_tokenizer(tokenizer)
+
         try:
             note = _choose_asking(tokenizer).note if tokenizer.chat_template else None
-            ends = ends_turns(prepared[role])
-        except jinja2.TemplateError:
+            marks_end = ends_turns(prepared[role])
+        except jinja2.TemplateError:  # told of a conversation later, as in `chat_tokenizer`
             continue
         if note is not None:
-            lacking.append(f"{role}: {note}")
-        if not ends:
-            lacking.append(f"{role}: its chat template marks no end of the assistant's turn: no model learns to stop")
-    return prepared, lacking
+            warnings.append(f"{role}: {note}")
+        if not marks_end:
+            warnings.append(f"{role}: its chat template marks no end of the assistant's turn: no model learns to stop")
+    return prepared, warnings
 
 
 # ---------------------------------------------------------------- renderings
 
 
 class Stretch(NamedTuple):
-    """A part of a rendering that is learned: what a model writes of one message."""
+    """A part of a rendering that is learned: the text that a model writes of one message."""
 
     message: int
     begin: int
@@ -416,7 +542,7 @@ class Stretch(NamedTuple):
 
 @dataclass(frozen=True)
 class Rendering:
-    """The first messages of a conversation, with marks, and what is learned of it."""
+    """The first messages of a conversation, with marks, and the parts of it that are learned."""
 
     shapes: tuple[Shape, ...]
     text: str
@@ -425,7 +551,7 @@ class Rendering:
 
     def places(self) -> list[tuple[int, int]]:
         """Return (message, number) of all that is said, in the order of the text."""
-        return [(int(mark[1]), int(mark[2])) for mark in PLACEHOLDER.finditer(self.text)]
+        return [(mark.message, mark.number) for mark in _placeholders(self.text)]
 
 
 class Segment(NamedTuple):
@@ -444,7 +570,9 @@ class Difference(NamedTuple):
     message: int | None
     """Its number; None where the contents are as they are, and the text around them depends on them."""
     expected: str
+    """The content, or the text around it."""
     written: str
+    """The text that the template writes in its place."""
 
 
 class ChatTemplate:
@@ -456,25 +584,33 @@ class ChatTemplate:
     """
 
     def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.name, self.tokenizer = name, tokenizer
+        self.name = name
+        self.tokenizer = tokenizer
         self._renderings: dict[tuple, str] = {}
-        self._end: list[EndOfTurn | None] = []
+        self._end: list[EndOfTurn | None] = []  # empty until it is looked for, since the end may be None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_renderings": {}, "_end": []}
 
     @property
     def end(self) -> EndOfTurn | None:
-        """Return the end of turns, as far as the tokenizer's end of text says so, too."""
+        """End of turns; None where it is not the tokenizer's end of text, too."""
         if not self._end:
             try:
                 end = end_of_turn(self.tokenizer)
             except jinja2.TemplateError:
                 end = None
-            self._end.append(end if end is not None and end.token == self.tokenizer.eos_token else None)
+            if end is not None and end.token != self.tokenizer.eos_token:
+                end = None
+            self._end.append(end)
         return self._end[0]
 
-    def marked(self, shapes: tuple[Shape, ...], *, ask: bool = False) -> str:
+    def marked(
+        self,
+        shapes: tuple[Shape, ...],
+        *,
+        ask: bool = False,
+    ) -> str:
         """Return a rendering with marks in place of what is said."""
         key = (shapes, ask)
         if key not in self._renderings:
@@ -483,21 +619,29 @@ class ChatTemplate:
         return self._renderings[key]
 
     def answer(self, shapes: tuple[Shape, ...]) -> Rendering:
-        """Return a conversation up to an answer, of which the answer is learned: what follows the generation prompt.
+        """Return a conversation up to an answer, of which all behind the generation prompt is learned.
 
         Where the answer does not begin with the generation prompt (`chat_tokenizer` has looked for one), the content
         and the end of the turn are learned.
         """
-        text, message = self.marked(shapes), len(shapes) - 1
+        text = self.marked(shapes)
+        message = len(shapes) - 1
         begin = _field_begin(text, message)
-        prompt = self.marked(shapes[:-1], ask=True) if message else ""  # nobody can ask for an answer to nothing
-        if message and text.startswith(prompt):
-            begin = len(prompt)
+        if message > 0:  # nobody can ask for an answer to nothing
+            prompt = self.marked(shapes[:-1], ask=True)
+            if text.startswith(prompt):
+                begin = len(prompt)
 
-        said = _field_end(text, message)
-        if self.end is not None and self.end.begins_next and said >= 0 and not text[said:].strip():
-            text = text[:said] + self.end.text
-        return Rendering(shapes, text, (self._stretch(text, message, begin),))
+        # Behind the last answer a template does not write an end that belongs to the next message.
+        content_end = _field_end(text, message)
+        is_last = content_end >= 0 and not text[content_end:].strip()
+        if is_last and self.end is not None and self.end.begins_next:
+            text = text[:content_end] + self.end.text
+        return Rendering(
+            shapes=shapes,
+            text=text,
+            stretches=(self._stretch(text, message, begin),),
+        )
 
     def remains(self, answer: Rendering, shapes: tuple[Shape, ...]) -> bool:
         """Return whether an answer is written alike when the conversation has gone on."""
@@ -505,7 +649,12 @@ class ChatTemplate:
         upto_end = answer.text[: stretch.end]
         return 0 <= stretch.begin <= stretch.end and self._ended(shapes).startswith(upto_end)
 
-    def whole(self, shapes: tuple[Shape, ...], answers: Sequence[Rendering], others: Sequence[int]) -> Rendering:
+    def whole(
+        self,
+        shapes: tuple[Shape, ...],
+        answers: Sequence[Rendering],
+        others: Sequence[int],
+    ) -> Rendering:
         """Return a whole conversation.
 
         Args:
@@ -513,13 +662,21 @@ class ChatTemplate:
             others: messages of which the contents are learned.
         """
         text = self._ended(shapes)
-        stretches = [self._stretch(text, n, _field_begin(text, n)) for n in others]
-        stretches += [stretch for answer in answers for stretch in answer.stretches]
-        return Rendering(shapes, text, tuple(sorted(stretches)))
+        stretches = []
+        for message in others:
+            stretches.append(self._stretch(text, message, _field_begin(text, message)))
+        for answer in answers:
+            stretches += answer.stretches
+        return Rendering(
+            shapes=shapes,
+            text=text,
+            stretches=tuple(sorted(stretches)),
+        )
 
     def _ended(self, shapes: tuple[Shape, ...]) -> str:
-        """The whole conversation; an answer that is last has an end of its turn."""
-        if shapes and shapes[-1].role == "assistant" and self.end is not None and self.end.begins_next:
+        """Return the whole conversation; an answer that is last has an end of its turn."""
+        ends_with_answer = bool(shapes) and shapes[-1].role == "assistant"
+        if ends_with_answer and self.end is not None and self.end.begins_next:
             return self.answer(shapes).text
         return self.marked(shapes)
 
@@ -527,68 +684,122 @@ class ChatTemplate:
         """Return whether the template writes these fields as they are, where the marks are."""
         return self._filled(rendering, fields) == self._written(rendering, fields)
 
-    def difference(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> "Difference":
-        """Return what the template makes of the first content that it does not write as it is."""
+    def difference(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> Difference:
+        """Return the first content that the template does not write as it is, and the text in its place."""
         filled = self._filled(rendering, fields)
         written = self._written(rendering, fields)
+
+        # Both texts begin and end alike; in between they differ from the begin of a word on.
         same = _common_length(filled, written)
         same_at_end = _common_length(filled[same:][::-1], written[same:][::-1])
         end = len(written) - same_at_end
-        word = 1 + max(filled.rfind(space, 0, same) for space in " \n")  # begin of the one that differs
+        word = 1 + max(filled.rfind(space, 0, same) for space in " \n")
 
         marked = self.marked(rendering.shapes)
-        marks = list(PLACEHOLDER.finditer(marked))
-        ends = [mark.start() for mark in marks[1:]] + [len(marked)]
+        marks = _placeholders(marked)
+        next_begins = [mark.begin for mark in marks[1:]]
+        next_begins.append(len(marked))
         longer = 0  # characters that the contents so far have more than their marks
-        for mark, next_begin in zip(marks, ends, strict=True):
-            content = fields[int(mark[1])][int(mark[2])]
-            begin = mark.start() + longer
+        for mark, next_begin in zip(marks, next_begins, strict=True):
+            content = fields[mark.message][mark.number]
+            begin = mark.begin + longer
             if begin > same:
-                begin = word
-            longer += len(content) - len(mark[0])
+                begin = word  # behind the first difference, characters of both texts no longer correspond
+            longer += len(content) - (mark.end - mark.begin)
             if content in written:
                 continue
 
-            # What stands in the content's place reaches to the template's own text behind it, where that is there.
-            behind = marked[mark.end() : next_begin]
-            place = written.find(behind, begin) if behind else -1
-            return Difference(int(mark[1]), content, written[begin : place if place >= 0 else end])
-        return Difference(None, filled[word : len(filled) - same_at_end], written[word:end])
+            # The text in the content's place reaches to the template's own text behind it, where that is written.
+            behind = marked[mark.end : next_begin]
+            place_end = written.find(behind, begin) if behind else -1
+            if place_end < 0:
+                place_end = end
+            return Difference(
+                message=mark.message,
+                expected=content,
+                written=written[begin:place_end],
+            )
+
+        # All contents are written: the text around them depends on them.
+        filled_end = len(filled) - same_at_end
+        return Difference(
+            message=None,
+            expected=filled[word:filled_end],
+            written=written[word:end],
+        )
 
     def _filled(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> str:
-        """The rendering with marks, with what is said in their places."""
-        marked = self.marked(rendering.shapes)
-        return PLACEHOLDER.sub(lambda mark: fields[int(mark[1])][int(mark[2])], marked)
+        """Return the rendering with the fields in place of their marks."""
+
+        def field_of(mark: re.Match) -> str:
+            return fields[int(mark[1])][int(mark[2])]
+
+        return PLACEHOLDER.sub(field_of, self.marked(rendering.shapes))
 
     def _written(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> str:
-        """What the template makes of the messages."""
-        messages = [shape.message(of) for shape, of in zip(rendering.shapes, fields, strict=False)]
+        """Return the messages as the template writes them."""
+        messages = []
+        for shape, message_fields in zip(rendering.shapes, fields, strict=False):
+            messages.append(shape.message(message_fields))
         return _render(self.tokenizer, messages)
 
-    def _stretch(self, text: str, message: int, begin: int) -> Stretch:
+    def _stretch(
+        self,
+        text: str,
+        message: int,
+        begin: int,
+    ) -> Stretch:
         """Return the learned part of a message from `begin` on, with the end of the turn where it has one."""
-        said = _field_end(text, message)
-        if self.end is not None and said >= 0 and text.startswith(self.end.text, said):
-            return Stretch(message, begin, said + len(self.end.text), self.end.token)
-        return Stretch(message, begin, said, "")
+        content_end = _field_end(text, message)
+        if self.end is not None and content_end >= 0 and text.startswith(self.end.text, content_end):
+            end = content_end + len(self.end.text)
+            return Stretch(
+                message=message,
+                begin=begin,
+                end=end,
+                end_token=self.end.token,
+            )
+        return Stretch(message, begin, content_end, end_token="")
 
 
 def segments(rendering: Rendering, fields: Sequence[Sequence[str]]) -> list[Segment]:
-    """Cut a rendering at the edges of what is said and of what is learned, and fill the fields in."""
+    """Cut a rendering at the edges of contents and of learned stretches, and fill the fields in.
+
+    Args:
+        rendering: with marks.
+        fields: by message; they take the places of the marks.
+    """
     edges = {0, len(rendering.text)}
-    marks = {match.start(): match for match in PLACEHOLDER.finditer(rendering.text)}
-    for match in marks.values():
-        edges |= {match.start(), match.end()}
+    marks = {mark.begin: mark for mark in _placeholders(rendering.text)}
+    for mark in marks.values():
+        edges.add(mark.begin)
+        edges.add(mark.end)
     for stretch in rendering.stretches:
-        edges |= {stretch.begin, stretch.end, stretch.end - len(stretch.end_token)}
+        edges.add(stretch.begin)
+        edges.add(stretch.end)
+        edges.add(stretch.end - len(stretch.end_token))  # the end of the turn is a segment of its own
 
     pieces = []
-    ordered = sorted(edges)
-    for begin, end in pairwise(ordered):
-        stretch = next((n for n, s in enumerate(rendering.stretches) if s.begin <= begin and end <= s.end), None)
-        if begin in marks:
-            field = (int(marks[begin][1]), int(marks[begin][2]))
-            pieces.append(Segment(fields[field[0]][field[1]], field, stretch))
-        else:
-            pieces.append(Segment(rendering.text[begin:end], None, stretch))
+    for begin, end in pairwise(sorted(edges)):
+        text = rendering.text[begin:end]
+        field = None
+        mark = marks.get(begin)
+        if mark is not None:
+            text = fields[mark.message][mark.number]
+            field = (mark.message, mark.number)
+        pieces.append(
+            Segment(
+                text=text,
+                field=field,
+                stretch=_stretch_at(rendering, begin, end),
+            )
+        )
     return pieces
+
+
+def _stretch_at(rendering: Rendering, begin: int, end: int) -> int | None:
+    """Return the index of the stretch that holds these characters; None where none does."""
+    for index, stretch in enumerate(rendering.stretches):
+        if stretch.begin <= begin and end <= stretch.end:
+            return index
+    return None

@@ -57,6 +57,7 @@ def start_candidates(
     if leading is not None and _has_row(leading, rows):
         return [leading]
 
+    # By convention; no field of a tokenizer names the separator of pretraining.
     special = {token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     separators = [special[separator] for separator in SEPARATORS if separator in special]
     eos = tokenizer.eos_token_id
@@ -86,7 +87,12 @@ def _ends_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.eos_token in template or "eos_token" in template
 
 
-def _chosen_id(tokenizer: PreTrainedTokenizerBase, rows: int | None, chosen: str, name: str) -> int:
+def _chosen_id(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: int | None,
+    chosen: str,
+    name: str,
+) -> int:
     """Return the id of the token that the user wants plain text to start with."""
     token_id = tokenizer.get_vocab().get(chosen)
     if token_id is None or not _has_row(token_id, rows):

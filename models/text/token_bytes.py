@@ -28,7 +28,11 @@ _TEXT_NORMALISERS = (
 
 _SENTENCEPIECE_SPACE = "\u2581"
 
-_EMPTY = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}, "added_tokens": []}
+_EMPTY = {
+    "version": "1.0",
+    "model": {"type": "BPE", "vocab": {}, "merges": []},
+    "added_tokens": [],
+}
 """A tokenizer without tokens: the library's own loader for a serialised normaliser or pre-tokenizer."""
 
 
@@ -37,7 +41,11 @@ def byte_alphabet() -> dict[str, int]:
 
     Printable bytes stand for themselves, the others have the characters from U+0100 on.
     """
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    printable = [
+        *range(0x21, 0x7F),
+        *range(0xA1, 0xAD),
+        *range(0xAE, 0x100),
+    ]
     alphabet = {chr(byte): byte for byte in printable}
 
     others = [byte for byte in range(256) if byte not in printable]
@@ -185,13 +193,16 @@ def token_bytes(spec: dict, rules: SpellingRules) -> list[bytes | None]:
         table[token_id] = rules.bytes_of(token)
 
     # The unknown token stands for any text. Most models give its name, Unigram its number.
-    for unknown in (vocab.get(model.get("unk_token")), model.get("unk_id")):
+    named_unknown = vocab.get(model.get("unk_token"))
+    numbered_unknown = model.get("unk_id")
+    for unknown in (named_unknown, numbered_unknown):
         if unknown is not None:
             table[unknown] = None
 
     # Added tokens go last: they are found in a text before the model reads it, and their content is plain text.
     for token_id, token in added.items():
-        table[token_id] = None if token["special"] else token["content"].encode("utf-8", "replace")
+        content = token["content"].encode("utf-8", "replace")
+        table[token_id] = None if token["special"] else content
     return [data or None for data in table]
 
 
@@ -227,6 +238,7 @@ def _space_mark(spec: dict) -> str:
 
 def _drops_spaces(spec: dict) -> bool:
     """Return, by a trial, whether nothing stands between two words once the tokenizer has cut a text into words."""
+    # Where spaces are dropped, "a a" is cut into "a" and "a"; elsewhere a word or a piece of its own holds the space.
     tool = _loaded({"normalizer": spec["normalizer"], "pre_tokenizer": spec["pre_tokenizer"]})
     text = "a a"
     if tool.normalizer is not None:
@@ -236,7 +248,8 @@ def _drops_spaces(spec: dict) -> bool:
         words = [word for word, _ in tool.pre_tokenizer.pre_tokenize_str(text)]
 
     # any character between the two counts, such as a mark; a normaliser may have changed the case
-    return re.search("a.+a", "".join(words), re.DOTALL | re.IGNORECASE) is None
+    between = re.search("a.+a", "".join(words), re.DOTALL | re.IGNORECASE)
+    return between is None
 
 
 def _loaded(parts: dict[str, Any]) -> tokenizers.Tokenizer:

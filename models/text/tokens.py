@@ -41,7 +41,12 @@ class Reading(NamedTuple):
 
     def select(self, tokens: np.ndarray | slice) -> "Reading":
         """Return the tokens of these indices, or where a mask is true."""
-        return Reading(self.ids[tokens], self.starts[tokens], self.ends[tokens], self.roles[tokens])
+        return Reading(
+            ids=self.ids[tokens],
+            starts=self.starts[tokens],
+            ends=self.ends[tokens],
+            roles=self.roles[tokens],
+        )
 
     def shifted(self, count: int) -> "Reading":
         """Return the same tokens, `count` bytes further on."""
@@ -90,7 +95,12 @@ class TokenTable:
         self.rules = SpellingRules.of(self.spec)
 
         self.end_of_text: int | None = tokenizer.eos_token_id
-        self.start_candidates = start_candidates(tokenizer, rows, chosen=text_start, name=name)
+        self.start_candidates = start_candidates(
+            tokenizer,
+            rows,
+            chosen=text_start,
+            name=name,
+        )
         """Tokens that a plain text could start with, the one that it does start with first."""
         self.start_marker: int | None = next(iter(self.start_candidates), None)
 
@@ -104,6 +114,7 @@ class TokenTable:
             if token_id is not None and token_id < len(self.bytes):
                 self.bytes[token_id] = None
 
+        # The names by which a token of one tokenizer is found among equal ones of the other.
         self.tokens: list[str | None] = [None] * len(self.bytes)
         for token, token_id in tokenizer.get_vocab().items():
             self.tokens[token_id] = token
@@ -113,7 +124,8 @@ class TokenTable:
         """Special tokens that the model has no row for."""
 
         roles = json.dumps([FORMAT, self.end_of_text, self.start_marker])
-        self.fingerprint = hashlib.sha256((json.dumps(self.spec, sort_keys=True) + roles).encode()).hexdigest()
+        described = json.dumps(self.spec, sort_keys=True) + roles
+        self.fingerprint = hashlib.sha256(described.encode()).hexdigest()
 
     def __getstate__(self) -> dict[str, Any]:
         # Cached values are left behind; a process that receives the table makes them again.
@@ -122,9 +134,12 @@ class TokenTable:
 
     def _leave_out_beyond_rows(self, name: str) -> list[str]:
         """Cut the tables to the model's rows, and return the special tokens that are cut off."""
-        beyond = {i: token for i, token in enumerate(self.tokens) if token is not None and i >= self.rows}
         special = {token["id"] for token in self.spec["added_tokens"] if token["special"]}
-        ordinary = [token for i, token in beyond.items() if i not in special]
+        beyond: dict[int, str] = {}
+        for token_id, token in enumerate(self.tokens):
+            if token is not None and token_id >= self.rows:
+                beyond[token_id] = token
+        ordinary = [token for token_id, token in beyond.items() if token_id not in special]
 
         if ordinary:
             raise ValueError(
@@ -132,6 +147,7 @@ class TokenTable:
                 "another model, or are student and teacher swapped? expected at most as many tokens as rows, special "
                 f"ones aside; a text can yield {ordinary[0]!r}"
             )
+        # An end of text is special, but every window has one.
         if self.end_of_text in beyond:
             raise ValueError(
                 f"{name} ends a text with {beyond[self.end_of_text]!r}, token {self.end_of_text:,}, but its model "
@@ -149,9 +165,11 @@ class TokenTable:
 
         Special tokens do not count, because in a text they are text.
         """
+        # A decoder, a post-processor or a special token does not change how plain text is cut.
         decisive = {name: self.spec[name] for name in ("normalizer", "pre_tokenizer", "model")}
         decisive["added_tokens"] = [token for token in self.spec["added_tokens"] if not token["special"]]
-        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+        described = json.dumps(decisive, sort_keys=True)
+        return hashlib.sha256(described.encode()).hexdigest()
 
     @functools.cached_property
     def by_bytes(self) -> dict[bytes, int]:
@@ -178,7 +196,8 @@ class TokenTable:
     @functools.cached_property
     def _backend(self) -> tokenizers.Tokenizer:
         """The tokenizer of text alone: nothing is put around it, and special tokens written in it are text."""
-        backend = tokenizers.Tokenizer.from_str(json.dumps(self.spec | {"post_processor": None}))
+        spec = self.spec | {"post_processor": None}
+        backend = tokenizers.Tokenizer.from_str(json.dumps(spec))
         backend.encode_special_tokens = True
         return backend
 
@@ -204,7 +223,8 @@ class TokenTable:
 
         Special tokens written in the text are text.
         """
-        return np.array(self._framing.encode(text).ids, dtype=np.int32)
+        encoding = self._framing.encode(text)
+        return np.array(encoding.ids, dtype=np.int32)
 
     def read(self, texts: list[str]) -> list[Reading]:
         """Tokenise texts and locate every token in the text's UTF-8 bytes.
@@ -212,11 +232,19 @@ class TokenTable:
         A space that the tokenizer puts before the text lies at byte -1.
         """
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
-        return [self.place(text, encoding.ids) for text, encoding in zip(texts, encodings, strict=True)]
+        readings = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            readings.append(self.place(text, encoding.ids))
+        return readings
 
     # ------------------------------------------------------------ tokens -> bytes of the text
 
-    def place(self, text: str, ids: list[int], offsets: list[tuple[int, int]] | None = None) -> Reading:
+    def place(
+        self,
+        text: str,
+        ids: list[int],
+        offsets: list[tuple[int, int]] | None = None,
+    ) -> Reading:
         """Locate the tokens of a text in its UTF-8 bytes.
 
         Args:
@@ -233,19 +261,32 @@ class TokenTable:
         # The usual case: the tokens' bytes, one after another, are the text, perhaps behind a space.
         tokens = np.array(ids, dtype=np.int64)
         lengths = self._lengths[tokens]
-        ends = np.cumsum(lengths) - (len(spelt) - len(data))
+        space = len(spelt) - len(data)
+        ends = np.cumsum(lengths) - space
         roles = np.where(lengths > 0, TEXT, MISMATCH).astype(np.int8)
-        return Reading(ids=tokens, starts=ends - lengths, ends=ends, roles=roles)
+        return Reading(
+            ids=tokens,
+            starts=ends - lengths,
+            ends=ends,
+            roles=roles,
+        )
 
     def _join(self, ids: Sequence[int]) -> bytes:
         return b"".join([self.bytes[token_id] or b"" for token_id in ids])
 
-    def _locate(self, text: str, ids: list[int], offsets: list[tuple[int, int]] | None) -> Reading:
+    def _locate(
+        self,
+        text: str,
+        ids: list[int],
+        offsets: list[tuple[int, int]] | None,
+    ) -> Reading:
         """Locate token by token, where the tokens do not spell the text; resume where the tokenizer's offsets say."""
         if offsets is None:
             offsets = self._backend.encode(text, add_special_tokens=False).offsets
+        # The tokenizer's offsets count characters, a reading counts bytes.
         data = text.encode()
-        byte_of = np.cumsum([0, *(len(character.encode()) for character in text)])
+        sizes = [len(character.encode()) for character in text]
+        byte_of = np.cumsum([0, *sizes])
 
         spans = []
         roles = []
@@ -254,8 +295,8 @@ class TokenTable:
             token = self.bytes[token_id]
             span = self._span_of(token, data, position, begin=int(byte_of[first]))
             role = TEXT
-            if span is None and number == 0 and token and token[:1] == b" " and data.startswith(token[1:]):
-                span = (-1, len(token) - 1)  # a space that the tokenizer put before the text
+            if span is None and number == 0:
+                span = _span_behind_space(token, data)
             if span is None:
                 span = (position, max(position, int(byte_of[last])))
                 role = MISMATCH
@@ -271,7 +312,14 @@ class TokenTable:
             roles=np.array(roles, dtype=np.int8),
         )
 
-    def _span_of(self, token: bytes | None, data: bytes, position: int, *, begin: int) -> tuple[int, int] | None:
+    def _span_of(
+        self,
+        token: bytes | None,
+        data: bytes,
+        position: int,
+        *,
+        begin: int,
+    ) -> tuple[int, int] | None:
         """Return first byte and end of a token in a text, or None where the text has other bytes there.
 
         Args:
@@ -283,6 +331,7 @@ class TokenTable:
         if not token:
             return None
 
+        # Most tokens begin where the one before ends.
         end = self._end_of(token, data, position)
         if end is not None:
             return position, end
@@ -296,7 +345,12 @@ class TokenTable:
         end = self._end_of(token, data, begin)
         return None if end is None else (begin, end)
 
-    def _end_of(self, token: bytes, data: bytes, begin: int) -> int | None:
+    def _end_of(
+        self,
+        token: bytes,
+        data: bytes,
+        begin: int,
+    ) -> int | None:
         """Return the end of a token that begins at a byte of a text; None where the text goes on otherwise.
 
         Where a tokenizer hides spaces, a token may have a space more or less in front than the text has.
@@ -330,6 +384,7 @@ class TokenTable:
         By the tokenizer's own rules where these spell the bytes; by longest match over bytes elsewhere
         (not valid UTF-8, bytes it drops). Stops at a byte that no token covers.
         """
+        # A piece of a character becomes U+FFFD, whose tokens do not spell it: the longest match does.
         texts = [piece.decode("utf-8", "replace") for piece in pieces]
         encodings = self._without_edges().encode_batch_fast(texts, add_special_tokens=False)
 
@@ -388,6 +443,16 @@ class TokenTable:
             ids.append(self.by_bytes[piece[begin:end]])
             begin = end
         return ids
+
+
+def _span_behind_space(token: bytes | None, data: bytes) -> tuple[int, int] | None:
+    """Return first byte and end of a text's first token that begins with a space which the tokenizer has put there.
+
+    None: it begins otherwise, or the text has other bytes.
+    """
+    if not token or token[:1] != b" ":
+        return None
+    return (-1, len(token) - 1) if data.startswith(token[1:]) else None
 
 
 def _specification(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

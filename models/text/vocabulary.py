@@ -26,6 +26,19 @@ LONGEST_SPELLING = 32
 """Student tokens kept of one teacher token; later ones have no target (runs of 100 spaces and the like)."""
 
 
+_UNREADABLE = (
+    OSError,
+    ValueError,
+    KeyError,
+    EOFError,
+    TypeError,
+    RuntimeError,
+    MemoryError,
+    zipfile.BadZipFile,
+)
+"""Errors that a damaged file, or one of another program, can raise in NumPy's loader."""
+
+
 @dataclass(frozen=True)
 class VocabularyMap:
     """Every teacher token spelt in student tokens, and those spellings in lexicographic order.
@@ -125,7 +138,8 @@ class VocabularyMap:
 
     def descend(self, node: np.ndarray, token: np.ndarray) -> np.ndarray:
         """Return the nodes one student token further; -1 where no teacher token continues so (or the node is -1)."""
-        key = node.astype(np.int64) * self.student_vocab_size + token
+        parent = node.astype(np.int64)
+        key = parent * self.student_vocab_size + token
         edge = np.searchsorted(self.edges, key)
 
         exists = (node >= 0) & (edge < len(self.edges))
@@ -133,7 +147,11 @@ class VocabularyMap:
         exists[exists] = self.edges[edge[exists]] == key[exists]
         return np.where(exists, edge + 1, -1)
 
-    def with_channel(self, pairs: tuple[np.ndarray, np.ndarray], width: int = 4) -> "VocabularyMap":
+    def with_channel(
+        self,
+        pairs: tuple[np.ndarray, np.ndarray],
+        width: int = 4,
+    ) -> "VocabularyMap":
         """Add P(next student token | teacher token), counted at common boundaries of tokenised text.
 
         Args:
@@ -147,14 +165,16 @@ class VocabularyMap:
         spelt = np.flatnonzero(self.segments[:, 0] >= 0)
         teacher = np.concatenate([teacher, spelt])
         student = np.concatenate([student, self.segments[spelt, 0]])
-        key, count = np.unique(teacher * self.student_vocab_size + student, return_counts=True)
+        keys = teacher * self.student_vocab_size + student
+        key, count = np.unique(keys, return_counts=True)
         teacher = key // self.student_vocab_size
         student = key % self.student_vocab_size
 
         # The most frequent student tokens of each teacher token, commonest first.
         best_first = np.lexsort((-count, teacher))
         teacher = teacher[best_first]
-        place = np.arange(len(teacher)) - np.searchsorted(teacher, teacher)
+        first = np.searchsorted(teacher, teacher)  # entry of the same teacher token
+        place = np.arange(len(teacher)) - first
         is_kept = place < width
         entries = (teacher[is_kept], place[is_kept])
 
@@ -168,6 +188,7 @@ class VocabularyMap:
 
     def _save(self, file: Path) -> None:
         """Write the map; another process that reads the file meanwhile sees the old one or none."""
+        # A map without a channel is stored without its columns.
         file.parent.mkdir(parents=True, exist_ok=True)
         arrays = {}
         for field in fields(self):
@@ -191,7 +212,7 @@ class VocabularyMap:
                 "equal_tokenizers": bool(arrays["equal_tokenizers"]),
             }
             return cls(**arrays | scalars)
-        except (OSError, ValueError, KeyError, EOFError, TypeError, RuntimeError, MemoryError, zipfile.BadZipFile):
+        except _UNREADABLE:
             return None
 
 
@@ -247,11 +268,17 @@ def _spelling_tree(ranked: np.ndarray, student_vocab_size: int) -> _SpellingTree
         lo.append(rows[first])
         hi.append(rows[last - 1] + 1)
 
-        node[rows] = count + np.repeat(np.arange(len(first)), last - first)
+        edge = np.repeat(np.arange(len(first)), last - first)
+        node[rows] = count + edge
         count += len(first)
 
-    all_edges = np.concatenate(edges) if edges else np.zeros(0, dtype=np.int64)
-    return _SpellingTree(all_edges, np.concatenate(lo), np.concatenate(hi))
+    no_edges = np.zeros(0, dtype=np.int64)  # NumPy cannot join an empty list
+    all_edges = np.concatenate([no_edges, *edges])
+    return _SpellingTree(
+        edges=all_edges,
+        lo=np.concatenate(lo),
+        hi=np.concatenate(hi),
+    )
 
 
 # ---------------------------------------------------------------- spellings
@@ -272,7 +299,11 @@ def _spell_vocabulary(student: TokenTable, teacher: TokenTable) -> np.ndarray:
 
     # Tokens that the student has, too, by their bytes.
     spellings: list[list[int]] = [[] for _ in range(teacher.rows)]
-    student_ids = {name: i for i, name in enumerate(student.tokens) if name is not None}
+    student_ids = {}
+    for token_id, name in enumerate(student.tokens):
+        if name is not None:
+            student_ids[name] = token_id
+
     to_spell = []
     for token, data in enumerate(teacher.bytes):
         if data is None:
@@ -295,7 +326,8 @@ def _spell_vocabulary(student: TokenTable, teacher: TokenTable) -> np.ndarray:
         spellings[teacher.end_of_text] = [student.end_of_text]
 
     longest = max(map(len, spellings))
-    segments = np.full((teacher.rows, max(1, longest)), -1, dtype=np.int32)
+    shape = (teacher.rows, max(1, longest))
+    segments = np.full(shape, -1, dtype=np.int32)
     for token, ids in enumerate(spellings):
         segments[token, : len(ids)] = ids
     return segments
@@ -308,7 +340,9 @@ def _same_ids(student: TokenTable, teacher: TokenTable) -> np.ndarray:
         [V_T, 1] -1 for tokens of another name.
     """
     segments = np.full((teacher.rows, 1), -1, dtype=np.int32)
-    for token_id, (name, teacher_name) in enumerate(zip(student.tokens, teacher.tokens, strict=False)):
+    # a head with more rows than the other, or a tokenizer with more special tokens, has a rest without a like
+    pairs = zip(student.tokens, teacher.tokens, strict=False)
+    for token_id, (name, teacher_name) in enumerate(pairs):
         if name is not None and name == teacher_name:
             segments[token_id] = token_id
 

@@ -85,7 +85,8 @@ class _Document:
 
     def text_bytes(self, first: int, last: int) -> int:
         """Count the bytes of text between two cuts: neither the slot in front nor the pseudo-byte at the end."""
-        begin, end = np.clip(self.cuts[[first, last], 0], 0, self.size)
+        bytes_of_cuts = self.cuts[[first, last], 0]
+        begin, end = np.clip(bytes_of_cuts, 0, self.size)
         return int(end - begin)
 
 
@@ -130,8 +131,9 @@ class PairEncoder:
             table.start_marker is not None and table.start_marker == table.end_of_text for table in self.tables
         )
 
-        parts = [str(FORMAT), *(table.fingerprint for table in self.tables), str(max_length)]
-        self.fingerprint = hashlib.sha256(" ".join(parts).encode()).hexdigest()
+        tables = [table.fingerprint for table in self.tables]
+        depends_on = " ".join([str(FORMAT), *tables, str(max_length)])
+        self.fingerprint = hashlib.sha256(depends_on.encode()).hexdigest()
 
     def canonical(self, text: str) -> str:
         """Return the text that both models are given: valid Unicode, normalised where one of the tokenizers would."""
@@ -140,7 +142,11 @@ class PairEncoder:
             text = table.normalise(text)
         return text
 
-    def windows(self, texts: list[str], documents: list[str] | None = None) -> list[dict[str, Any]]:
+    def windows(
+        self,
+        texts: list[str],
+        documents: list[str] | None = None,
+    ) -> list[dict[str, Any]]:
         """Pack documents into windows.
 
         A document is cut only where it is longer than a window: a model that meets the middle of a text after
@@ -160,18 +166,25 @@ class PairEncoder:
             TypeError: a single text in place of a list, or something in the list that is no text.
         """
         expect_texts(texts, documents)
+        if not documents:
+            documents = [""] * len(texts)
+
+        # Normalising may leave nothing of a text.
         names = []
         contents = []
-        for name, text in zip(documents or [""] * len(texts), map(self.canonical, texts), strict=True):
+        for name, text in zip(documents, texts, strict=True):
+            text = self.canonical(text)
             if text:
                 names.append(name)
                 contents.append(text)
 
+        # Each tokenizer reads all texts in one batch, which it does in parallel.
         student, teacher = (table.read(contents) for table in self.tables)
         pieces = []
         left_out = 0
-        for name, text, pair in zip(names, contents, zip(student, teacher, strict=True), strict=True):
-            document_pieces, left_out_at_end = self._pieces(name, len(text.encode()), pair)
+        for name, text, *pair in zip(names, contents, student, teacher, strict=True):
+            size = len(text.encode())
+            document_pieces, left_out_at_end = self._pieces(name, size, pair)
             pieces += document_pieces
             left_out += left_out_at_end
         return self.packed(pieces, left_out)
@@ -181,6 +194,7 @@ class PairEncoder:
 
         It counts tokens of the model that needs more of them. None: nothing can be learned, however long windows are.
         """
+        # In a window without a limit the whole document is one piece.
         boundless = copy.copy(self)
         boundless.max_length = BEHIND
         windows = boundless.windows([text])
@@ -198,14 +212,19 @@ class PairEncoder:
         # A window must hold the tokens up to there; an encoder's input must fit as a whole.
         lengths = [len(window.get(f"{side}_source", [])) for side in SIDES]
         for ends in (student, teacher):
-            lengths.append(int(np.flatnonzero(ends == common[0])[0]) + 1)
+            token = np.flatnonzero(ends == common[0])[0]
+            lengths.append(int(token) + 1)
         return max(lengths)
 
     def notes(self, texts: Iterable[str]) -> list[str]:
         """Return warnings about documents, for the user to read before a training; none for plain text."""
         return []
 
-    def packed(self, pieces: list[Piece], left_out: int) -> list[dict[str, Any]]:
+    def packed(
+        self,
+        pieces: list[Piece],
+        left_out: int,
+    ) -> list[dict[str, Any]]:
         """Return the windows of pieces; `left_out` counts bytes that are in none of them."""
         windows = [self._assemble(group) for group in self._group(pieces)]
         if windows:
@@ -214,10 +233,20 @@ class PairEncoder:
 
     # ------------------------------------------------------------ a document -> pieces
 
-    def _pieces(self, name: str, size: int, pair: Sequence[Reading]) -> tuple[list[Piece], int]:
+    def _pieces(
+        self,
+        name: str,
+        size: int,
+        pair: Sequence[Reading],
+    ) -> tuple[list[Piece], int]:
         """Cut a document of `size` bytes into pieces that fill a window each; count the bytes left out at its end."""
         readings = [self._with_end(reading, size, side) for side, reading in enumerate(pair)]
-        document = _Document(name, size, readings, _common_cuts(readings, size))
+        document = _Document(
+            name=name,
+            size=size,
+            readings=readings,
+            cuts=_common_cuts(readings, size),
+        )
         end = len(document.cuts) - 1
 
         # Without a start marker nothing stands before the first span of a document: it is read, not predicted.
@@ -239,23 +268,40 @@ class PairEncoder:
 
     def _last_cut_that_fits(self, cuts: np.ndarray, first: int) -> int:
         """Return the last cut at which a piece from cut `first` on can end; `first` if no piece fits."""
+        # A piece reads the span before it, too, behind the start markers.
         context = max(first - 1, 0)
         free = [self.max_length - len(start) for start in self.starts]
-        fits = ((cuts[first:, 1:] - cuts[context, 1:]) <= free).all(1)
-        return first + int(np.flatnonzero(fits).max(initial=0))
+        lengths = cuts[first:, 1:] - cuts[context, 1:]
+        fitting = np.flatnonzero((lengths <= free).all(1))
+        return first + int(fitting.max(initial=0))
 
-    def _piece(self, document: _Document, first: int, last: int, *, left_out: int) -> Piece:
+    def _piece(
+        self,
+        document: _Document,
+        first: int,
+        last: int,
+        *,
+        left_out: int,
+    ) -> Piece:
         """Return the part of a document between two cuts, behind the span before it as context."""
         cuts = document.cuts
         context = max(first - 1, 0)
         text_bytes = document.text_bytes(first, last)
 
+        # Columns of the cuts are the byte, the student's tokens, the teacher's.
         readings = []
         unspelt = []
         for side, reading in enumerate(document.readings):
             begin, middle, end = cuts[[context, first, last], 1 + side]
-            readings.append(self._behind_start(reading.part(begin, end), side, middle - begin, cuts[context, 0]))
-            unspelt.append(text_bytes - self._spelt_bytes(side, reading.part(middle, end), [-1]))
+            behind_start = self._behind_start(
+                reading.part(begin, end),
+                side,
+                context=middle - begin,
+                first_byte=cuts[context, 0],
+            )
+            spelt = self._spelt_bytes(side, reading.part(middle, end), slots=[-1])
+            readings.append(behind_start)
+            unspelt.append(text_bytes - spelt)
 
         return Piece(
             document=document.name,
@@ -268,7 +314,12 @@ class PairEncoder:
             whole=last == len(cuts) - 1,
         )
 
-    def _spelt_bytes(self, side: int, reading: Reading, slots: Sequence[int] | np.ndarray) -> int:
+    def _spelt_bytes(
+        self,
+        side: int,
+        reading: Reading,
+        slots: Sequence[int] | np.ndarray,
+    ) -> int:
         """Count the bytes of a text that a side's tokens say.
 
         A token that begins in a slot before a text says a space that is no part of the text.
@@ -277,17 +328,33 @@ class PairEncoder:
         begins_in_slot = np.isin(reading.starts, slots) & (spelt > 0)
         return int(spelt.sum() - begins_in_slot.sum())
 
-    def _behind_start(self, reading: Reading, side: int, context: int, first_byte: int) -> Reading:
+    def _behind_start(
+        self,
+        reading: Reading,
+        side: int,
+        context: int,
+        first_byte: int,
+    ) -> Reading:
         """Return a reading behind the side's start markers; its first `context` tokens become unsupervised, too."""
         is_context = np.arange(len(reading.ids)) < context
         reading = reading._replace(roles=np.where(is_context, MARKER, reading.roles))
 
         ids = np.array(self.starts[side], dtype=np.int64)
         byte = np.full(len(ids), first_byte)
-        start = Reading(ids=ids, starts=byte, ends=byte, roles=np.full(len(ids), MARKER, dtype=np.int8))
+        start = Reading(
+            ids=ids,
+            starts=byte,
+            ends=byte,
+            roles=np.full(len(ids), MARKER, dtype=np.int8),
+        )
         return Reading.joined([start, reading])
 
-    def _with_end(self, reading: Reading, size: int, side: int) -> Reading:
+    def _with_end(
+        self,
+        reading: Reading,
+        size: int,
+        side: int,
+    ) -> Reading:
         """Return a reading with an end-of-text token, one pseudo-byte after the text."""
         end_of_text = self.tables[side].end_of_text
         if end_of_text is None:
@@ -305,7 +372,11 @@ class PairEncoder:
         """Return the pieces of each window: largest first, into the fullest window with space for them."""
         groups: list[list[Piece]] = []
         free = np.empty((len(pieces), 2), dtype=np.int64)  # tokens, per window and side
-        for piece in sorted(pieces, key=lambda piece: piece.size.max(), reverse=True):
+        for piece in sorted(
+            pieces,
+            key=lambda piece: piece.size.max(),
+            reverse=True,
+        ):
             free_after = free[: len(groups)] - piece.size
             fitting = np.flatnonzero((free_after >= 0).all(1))
 
@@ -361,7 +432,9 @@ def _common_cuts(readings: Sequence[Reading], size: int) -> np.ndarray:
     student, teacher = readings
     _, i, j = np.intersect1d(student.starts, teacher.starts, return_indices=True)
 
-    inner = np.stack([student.starts[i], i, j], axis=1)
+    # Before the first token of either side there is nothing to cut off.
+    bytes_of_cuts = student.starts[i]
+    inner = np.stack([bytes_of_cuts, i, j], axis=1)
     inner = inner[(i > 0) & (j > 0)]
     begin = [[-1, 0, 0]]
     end = [[size + 1, len(student.ids), len(teacher.ids)]]
@@ -375,5 +448,8 @@ def _supervised_ends(reading: Reading) -> np.ndarray:
 
 def _reading(window: dict[str, Any], side: str) -> Reading:
     """Return one side of a window."""
-    columns = {column: np.asarray(window[f"{side}_{column}"], dtype=np.int64) for column in Reading._fields}
+    # int64, since differences of bytes and indices are made of the columns
+    columns = {}
+    for column in Reading._fields:
+        columns[column] = np.asarray(window[f"{side}_{column}"], dtype=np.int64)
     return Reading(**columns)
