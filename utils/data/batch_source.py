@@ -5,7 +5,7 @@
 They are a function of the seed and the step alone, so a resumed run sees the batches of an uninterrupted one.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -78,7 +78,7 @@ class BatchSource:
     after_epoch: Callable[[], None]
     """Called when an epoch has been delivered."""
 
-    def steps(self, plan: StepPlan, first_step: int) -> Iterator[StepBatches]:
+    def steps(self, plan: StepPlan, first_step: int) -> Generator[StepBatches, None, None]:
         """Yield the batches of step `first_step`, of the step after it, and so on without end."""
         epoch, step_of_epoch = divmod(first_step, plan.steps_per_epoch)
         while True:
@@ -134,7 +134,7 @@ class BatchSource:
 
 def with_signals(
     steps: Iterator[StepBatches], ask: Callable[[Batch, int], Any], total_steps: int
-) -> Iterator[StepBatches]:
+) -> Generator[StepBatches, None, None]:
     """Yield the steps with the teacher's signals, which are asked for while the step before has still to be computed.
 
     A teacher on another GPU answers while the student learns from the step before.

@@ -190,13 +190,15 @@ class TrainingLoop:
         self.options = options
         self.plan = Plan.of(config, len(dataset), accelerator.num_processes)
         self.logger = options.logger or _console_logger(self.plan.total_steps, accelerator)
-        self.flags = options.flags
+        self.flags = options.flags  # None from the moment on at which looking for them fails
 
         self.evaluation: dict[str, Any] | None = None
         self.resumed_from: int | None = None
         self._saved_step: int | None = None
 
         self._prepare()
+
+        # All processes must add up the same terms: those of any batch.
         self._host = HostSum(accelerator, sorted(collate([dataset[0]]).counts))
         self._source = BatchSource(
             dataset,
@@ -290,7 +292,7 @@ class TrainingLoop:
         return reason
 
     def _batches(self) -> Generator[StepBatches, None, None]:
-        """Yield the batches of each step from the current one on, with the teacher's signals if it is asked ahead."""
+        """Return the batches of each step from the current one on, with the teacher's signals if it is asked ahead."""
         steps = self._source.steps(self.plan, self.step)
         if self.options.prefetch_teacher is None:
             return steps
@@ -326,12 +328,14 @@ class TrainingLoop:
             self._save()
 
     def _log_end(self, reason: str) -> None:
+        """Log why the run ended, and whether it was the data that it waited for."""
         log.info("training ended after step %d of %d: %s", self.step, self.plan.total_steps, reason)
         share = 100 * self._clock.waited / max(self._clock.total() - self._clock.before, 1e-9)
         workers = self.options.num_workers
         log.info("%.1f %% of this session was spent waiting for batches (data.num_workers %d)", share, workers)
 
     def _result(self, reason: str) -> FitResult:
+        """Return the end of the run for the caller."""
         return FitResult(
             steps=self.step,
             seconds=self._clock.total(),
