@@ -1,4 +1,4 @@
-"""What the speed and memory benchmarks share: seconds, peak memory, interleaved variants, the machine, the table.
+"""Measurement shared by the benchmarks: seconds, peak memory, interleaved variants, the machine, the tables.
 
 Peak memory is read where the kernel keeps it, not in PyTorch's allocator, which does not see what a library of matrix
 products takes. On Linux the high-water mark (VmHWM) is set back before each run through /proc/self/clear_refs; where
@@ -26,7 +26,8 @@ import psutil
 import torch
 
 MB = 1e6
-STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+RESET = Path("/proc/self/clear_refs")
 
 
 @dataclass
@@ -38,19 +39,25 @@ class Run:
     kernel: float
     """CPU seconds in the kernel: nearly all of it hands out pages of memory."""
     wall: float
+    """Seconds of the clock."""
     peak: int
-    """Bytes at the peak, above what was there before the run; -1: not known."""
+    """Bytes at the peak, above those in use before the run; -1: unknown."""
     host: float
     """Seconds of the clock until the host had nothing left to do; a GPU may then still be computing."""
 
 
+# ----------------------------------------------------------------------------- peak memory
+
+
 def _resident(field: str) -> int:
+    """Return a field of /proc/self/status in bytes: VmRSS, in use now, or VmHWM, at the peak."""
     return int(re.search(rf"{field}:\s+(\d+) kB", STATUS.read_text())[1]) * 1024
 
 
 def _reset_peak() -> str:
-    """Set the high-water mark back; returns how the peak can be read."""
+    """Set the high-water mark back; return the name of the number that tells the peak."""
     try:
+        # 5 is the kernel's code for the high-water mark.
         RESET.write_text("5")
         return "VmHWM"
     except OSError:
@@ -58,38 +65,77 @@ def _reset_peak() -> str:
 
 
 def _maxrss() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    """Return the process's peak since it began, in bytes."""
+    # macOS counts it in bytes, Linux in kilobytes.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class _PeakMemory:
+    """Peak of the memory on a device since this object was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            self.source = "torch.cuda"
+            self.before = torch.cuda.memory_allocated(device)
+            return
+
+        # Memory that glibc has in reserve would hide as much of the peak.
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
+
+        self.source = _reset_peak()
+        self.before = _resident("VmRSS") if self.source == "VmHWM" else _maxrss()
+
+    def read(self) -> int:
+        """Return the bytes at the peak above those in use at the start; -1: unknown."""
+        if self.source == "torch.cuda":
+            return torch.cuda.max_memory_allocated(self.device) - self.before
+        if self.source == "VmHWM":
+            return _resident("VmHWM") - self.before
+
+        # This mark never goes down: no growth says that an earlier run took more, not that this one took nothing.
+        return _maxrss() - self.before or -1
+
+
+# ----------------------------------------------------------------------------- one run, and rounds of runs
 
 
 def measure(work: Callable[[], object], device: torch.device) -> Run:
-    """Run once; what the work returns is kept until the peak was read."""
+    """Measure one call of a work on a device."""
     gc.collect()
-    cuda = device.type == "cuda"
-    if cuda:
+    memory = _PeakMemory(device)
+    is_gpu = device.type == "cuda"
+
+    cpu_before = resource.getrusage(resource.RUSAGE_SELF)
+    began = time.perf_counter()
+    result = work()
+    host = time.perf_counter() - began
+
+    # The host only queues a GPU's work.
+    if is_gpu:
         torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    else:
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):
-            libc.malloc_trim(0)  # memory that glibc holds in reserve would hide as much of the peak
-        how = _reset_peak()
-        before = _resident("VmRSS") if how == "VmHWM" else _maxrss()
-    wall, cpu = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF)
-    kept = work()
-    host = time.perf_counter() - wall
-    if cuda:
-        torch.cuda.synchronize(device)
-    wall, now = time.perf_counter() - wall, resource.getrusage(resource.RUSAGE_SELF)
-    if cuda:
-        peak = torch.cuda.max_memory_allocated(device) - before
-    elif how == "VmHWM":
-        peak = _resident("VmHWM") - before
-    else:
-        peak = _maxrss() - before or -1
-    del kept
-    user, kernel = now.ru_utime - cpu.ru_utime, now.ru_stime - cpu.ru_stime
-    return Run(wall if cuda else user + kernel, kernel, wall, peak, host)
+    wall = time.perf_counter() - began
+    cpu_after = resource.getrusage(resource.RUSAGE_SELF)
+
+    # The result has to exist until the peak is read: it is part of it.
+    peak = memory.read()
+    del result
+
+    user = cpu_after.ru_utime - cpu_before.ru_utime
+    kernel = cpu_after.ru_stime - cpu_before.ru_stime
+    return Run(
+        seconds=wall if is_gpu else user + kernel,
+        kernel=kernel,
+        wall=wall,
+        peak=peak,
+        host=host,
+    )
 
 
 def alternate(
@@ -117,29 +163,43 @@ def alternate(
     return runs
 
 
+# ----------------------------------------------------------------------------- variants in processes of their own
+
+
 class Worker:
-    """A variant in a process of its own, which runs when it is told to."""
+    """A variant in a process of its own, which runs on request."""
 
     def __init__(self, command: Sequence[str], threads: int) -> None:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
         self.process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         self.runs: list[Run] = []
+
+        # The first answer says that the variant is prepared, or why it cannot be.
         self.skipped = self._answer().get("skipped", "")
 
     def _answer(self) -> dict:
+        """Return the next answer of the process; a process that ends without one counts as skipped."""
         for line in self.process.stdout:
-            if line.startswith("{"):  # a library may print
+            # Libraries print lines of their own.
+            if line.startswith("{"):
                 return json.loads(line)
+
         return {"skipped": f"its process ended with status {self.process.wait()}"}
 
-    def ask(self, what: str) -> dict:
-        self.process.stdin.write(what + "\n")
+    def ask(self, question: str) -> dict:
+        """Send a line to the process and return its answer."""
+        self.process.stdin.write(question + "\n")
         self.process.stdin.flush()
         return self._answer()
 
     def run(self) -> None:
+        """Run the variant once and add the measurement to `runs`, or the reason why not to `skipped`."""
         answer = self.ask("run")
         if "skipped" in answer:
             self.skipped = answer["skipped"]
@@ -147,93 +207,126 @@ class Worker:
             self.runs.append(Run(**answer))
 
     def close(self) -> None:
+        """End the process, which stops at the end of its input."""
         self.process.stdin.close()
         self.process.wait()
 
 
 def serve(prepare: Callable[[], tuple[Callable[[], object], Callable[[], object]]], device: torch.device) -> None:
-    """The other end of a `Worker`.
+    """Answer a `Worker`, in its process, until it closes.
 
     Args:
-        prepare: returns (what is measured, what is done before each run, unmeasured).
+        prepare: returns (the work to measure, a call before each run that is not measured). A line other than "run"
+            goes to the work's method `answer`.
     """
+    # A peer that is missing, or has another version than the benchmark knows, is left out of the table.
     try:
         work, before = prepare()
     except (ImportError, AttributeError) as error:
         print(json.dumps({"skipped": f"{type(error).__name__}: {error}"}), flush=True)
         return
     print("{}", flush=True)
+
     for line in sys.stdin:
-        if line.strip() == "run":
+        question = line.strip()
+        if question == "run":
             before()
-            print(json.dumps(asdict(measure(work, device))), flush=True)
+            answer = asdict(measure(work, device))
         else:
-            print(json.dumps(work.answer(line.strip())), flush=True)
+            answer = work.answer(question)
+        print(json.dumps(answer), flush=True)
+
+
+def _seconds_of(worker: Worker) -> float:
+    """Return the CPU seconds of a worker's runs."""
+    return sum(run.seconds for run in worker.runs)
 
 
 def interleave(workers: dict[str, Worker], repeats: int, limit: float) -> None:
-    """One unmeasured round, then rounds in which every variant runs once: noise of the machine hits all alike.
+    """Run all variants in rounds in which each runs once, after one round that is not measured.
 
-    A variant that has taken more than `limit` CPU seconds runs no more; its unmeasured run counts if it alone did.
+    Noise of the machine hits all alike. A variant that has taken more than `limit` CPU seconds runs no more; its
+    unmeasured run counts if it alone took as many.
     """
     for number in range(repeats + 1):
         for worker in workers.values():
-            if not worker.skipped and sum(r.seconds for r in worker.runs) < limit:
+            if not worker.skipped and _seconds_of(worker) < limit:
                 worker.run()
+
+        # The first round warms up, but a variant so slow that it has no second run needs it as its only figure.
         if number == 0:
             for worker in workers.values():
-                if sum(r.seconds for r in worker.runs) < limit:
+                if _seconds_of(worker) < limit:
                     worker.runs.clear()
 
 
 def summary(runs: Sequence[Run]) -> dict:
-    """Medians of seconds, kernel seconds and peak, the range of seconds, the number of runs."""
-    seconds = [r.seconds for r in runs]
+    """Return medians of seconds, kernel seconds and peak, the range of seconds, the number of runs."""
+    seconds = [run.seconds for run in runs]
     return {
         "seconds": median(seconds),
         "least": min(seconds),
         "most": max(seconds),
-        "kernel": median(r.kernel for r in runs),
-        "wall": median(r.wall for r in runs),
-        "peak": median(r.peak for r in runs),
+        "kernel": median(run.kernel for run in runs),
+        "wall": median(run.wall for run in runs),
+        "peak": median(run.peak for run in runs),
         "runs": len(runs),
     }
 
 
+# ----------------------------------------------------------------------------- reports
+
+
+def _processor() -> str:
+    """Return the name of the CPU."""
+    # Linux knows the model, which `platform` does not tell.
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        models = re.findall(r"model name\s*: (.*)", info.read_text())
+        if models and models[0]:
+            return models[0]
+
+    return platform.processor() or platform.machine()
+
+
 def machine(device: torch.device, threads: int) -> dict:
-    """Where and when, for the JSON file and the line above the table."""
-    model = ""
-    if (info := Path("/proc/cpuinfo")).exists():
-        model = (re.findall(r"model name\s*: (.*)", info.read_text()) or [""])[0]
-    found = {
+    """Return facts about the machine and the time, for the JSON file and the line above the table."""
+    is_gpu = device.type == "cuda"
+    facts = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "cpu": model or platform.processor() or platform.machine(),
+        "cpu": _processor(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "load": [round(x, 1) for x in os.getloadavg()],
+        "load": [round(load, 1) for load in os.getloadavg()],
         "memory": psutil.virtual_memory().total,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "peak memory": "torch.cuda" if device.type == "cuda" else _reset_peak(),
+        "peak memory": "torch.cuda" if is_gpu else _reset_peak(),
     }
-    if device.type == "cuda":
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+    if is_gpu:
+        facts["gpu"] = torch.cuda.get_device_name(device)
+    return facts
 
 
-def describe(found: dict) -> str:
-    gpu = f", {found['gpu']}" if "gpu" in found else ""
+def describe(facts: dict) -> str:
+    """Return the line above a table: facts from `machine` in words."""
+    gpu = f", {facts['gpu']}" if "gpu" in facts else ""
     return (
-        f"{found['date']}; {found['cpu']}{gpu}, {found['cores']} cores (load {found['load'][0]} at the start), "
-        f"{found['threads']} thread(s), torch {found['torch']}; peak memory from {found['peak memory']}"
+        f"{facts['date']}; {facts['cpu']}{gpu}, {facts['cores']} cores (load {facts['load'][0]} at the start), "
+        f"{facts['threads']} thread(s), torch {facts['torch']}; peak memory from {facts['peak memory']}"
     )
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    """Return a table in Markdown."""
+    rule = ["---"] * len(header)
+    lines = []
+    for cells in (header, rule, *rows):
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
 
 
 def write(file: Path, content: dict) -> None:
+    """Write content as JSON, and print where it is."""
     file.write_text(json.dumps(content, indent=1) + "\n")
     print(f"\nwritten: {file}")

@@ -1,4 +1,4 @@
-"""Whether a long run grows or slows: memory, open files and time per step of `train.py`, by windows of steps.
+"""Memory, open files and time per step of a long run of `train.py`, by windows of steps: does it grow or slow down?
 
     python -m benchmarks.soak                     3,000 steps of a tiny pair, about five minutes on one core
     python -m benchmarks.soak --steps 600
@@ -29,11 +29,17 @@ from utils.checks import miniature
 
 ROOT = Path(__file__).resolve().parent.parent
 WINDOWS = 6
+CHECKPOINTS = 60
+LOGS_A_CHECKPOINT = 5
+INTERVAL = 0.2
+"""Seconds between two samples."""
+END_OF_LOG = 20_000
+"""Bytes at the end of metrics.jsonl in which the last record is looked for."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What was seen of the process at a moment."""
+    """Resources of the process at a moment."""
 
     step: int
     cpu: float
@@ -45,15 +51,21 @@ class Sample:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Watch a run, print the table of its windows and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--json", type=Path, default=Path("soak.json"))
     args = parser.parse_args(argv)
+
     with tempfile.TemporaryDirectory() as folder:
-        samples = watch(command(Path(folder), args.steps), Path(folder) / "run" / "metrics.jsonl")
+        words = command(Path(folder), args.steps)
+        samples = watch(words, Path(folder) / "run" / "metrics.jsonl")
+
     rows = by_window(samples, args.steps)
-    result = {"machine": machine(torch.device("cpu"), 1), "steps": args.steps, "windows": rows, **drift(rows)}
-    print(f"{describe(result['machine'])}\n\n{table(rows[0], [row.values() for row in rows])}\n")
+    facts = machine(torch.device("cpu"), 1)
+    result = {"machine": facts, "steps": args.steps, "windows": rows, **drift(rows)}
+
+    print(f"{describe(facts)}\n\n{table(rows[0], [row.values() for row in rows])}\n")
     print(
         f"from the second window to the last: memory {result['memory_growth_mb']:+.1f} MB, open files "
         f"{result['files_growth']:+d}, CPU time per step {result['time_drift']:+.1%}"
@@ -62,47 +74,98 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def command(folder: Path, steps: int) -> list[str]:
-    """`python train.py` on a tiny pair with different tokenizers, whose files are written to `folder`."""
-    tiny = miniature.build(folder)
+    """Return `python train.py` on a tiny pair with different tokenizers, whose files are written to `folder`."""
+    pair = miniature.build(folder)
+
+    # The miniature comes without weights; train.py gives the student some, but not the teacher.
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tiny.teacher)).save_pretrained(tiny.teacher)
-    often = max(steps // 60, 1)
-    return [
-        sys.executable, "train.py", "--teacher", str(tiny.teacher), "--student", str(tiny.student),
-        "--student-init", "random", "--train-data", str(tiny.text), "--output-dir", str(folder / "run"),
-        "--max-length", str(miniature.CONTEXT), "--max-steps", str(steps), "--batch-size", "2",
-        "--gradient-accumulation-steps", "1", "--log-every", str(max(often // 5, 1)), "--save-every", str(often),
-        "--eval-every", str(often), "--set", "evaluation.max_windows=8", "data.num_workers=1",
-        "curriculum.feat.weight=0.1", "curriculum.rel.weight=0.1",
-    ]  # fmt: skip
+    teacher = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pair.teacher))
+    teacher.save_pretrained(pair.teacher)
+
+    steps_a_checkpoint = max(steps // CHECKPOINTS, 1)
+    steps_a_log = max(steps_a_checkpoint // LOGS_A_CHECKPOINT, 1)
+    flags = {
+        "--teacher": pair.teacher,
+        "--student": pair.student,
+        "--student-init": "random",
+        "--train-data": pair.text,
+        "--output-dir": folder / "run",
+        "--max-length": miniature.CONTEXT,
+        "--max-steps": steps,
+        "--batch-size": 2,
+        "--gradient-accumulation-steps": 1,
+        "--log-every": steps_a_log,
+        "--save-every": steps_a_checkpoint,
+        "--eval-every": steps_a_checkpoint,
+    }
+    settings = {
+        "evaluation.max_windows": 8,
+        "data.num_workers": 1,
+        # Terms on hidden states, so that the router's part of a run is watched, too.
+        "curriculum.feat.weight": 0.1,
+        "curriculum.rel.weight": 0.1,
+    }
+
+    words = [sys.executable, "train.py"]
+    for flag, value in flags.items():
+        words += [flag, str(value)]
+    words.append("--set")
+    words += [f"{key}={value}" for key, value in settings.items()]
+    return words
 
 
 def watch(words: Sequence[str], metrics: Path) -> list[Sample]:
-    """Run a command to its end; what was seen of it meanwhile."""
+    """Run a command to its end; return samples of its resources in the order of time.
+
+    Args:
+        metrics: the file in which the command logs its steps.
+
+    Raises:
+        SystemExit: the command failed.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    seen, samples = psutil.Process(process.pid), []
+    training = psutil.Process(process.pid)
+
+    samples = []
     while process.poll() is None:
-        time.sleep(0.2)
+        time.sleep(INTERVAL)
         try:
-            family = [seen, *seen.children(recursive=True)]
-            times = seen.cpu_times()
-            rss, files = sum(p.memory_info().rss for p in family), sum(p.num_fds() for p in family)
+            samples.append(take_sample(training, metrics))
         except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
             continue  # a worker, or the process itself, ended in between
-        samples.append(Sample(last_step(metrics), times.user + times.system, rss, files))
+
     if process.returncode:
         raise SystemExit(f"the run ended with exit code {process.returncode}")
     return samples
 
 
+def take_sample(training: psutil.Process, metrics: Path) -> Sample:
+    """Return the resources that a training process and its workers have now."""
+    family = [training, *training.children(recursive=True)]
+    times = training.cpu_times()
+    rss = sum(process.memory_info().rss for process in family)
+    files = sum(process.num_fds() for process in family)
+
+    return Sample(
+        step=last_step(metrics),
+        cpu=times.user + times.system,
+        rss=rss,
+        files=files,
+    )
+
+
 def last_step(metrics: Path) -> int:
-    """Of the last whole record; 0 before there is one."""
+    """Return the step of the last whole record; 0 before there is one."""
     if not metrics.exists():
         return 0
+
+    # Only the end, since the file grows and is read five times a second.
     with metrics.open("rb") as file:
-        file.seek(max(0, metrics.stat().st_size - 20_000))
+        file.seek(max(0, metrics.stat().st_size - END_OF_LOG))
         lines = file.read().splitlines()
+
+    # The last line may be half written, and not every record is of a step.
     for line in reversed(lines):
         try:
             return int(json.loads(line)["step"])
@@ -112,26 +175,31 @@ def last_step(metrics: Path) -> int:
 
 
 def by_window(samples: Sequence[Sample], steps: int) -> list[dict[str, float]]:
-    """Largest memory and number of files, and CPU milliseconds per step, of equal windows of steps."""
+    """Return largest memory and number of files, and CPU milliseconds per step, of equal windows of steps."""
     rows = []
     for index in range(WINDOWS):
-        first, last = steps * index // WINDOWS, steps * (index + 1) // WINDOWS
-        inside = [s for s in samples if max(first, 1) <= s.step < last]
-        done = inside[-1].step - inside[0].step
+        first = steps * index // WINDOWS
+        last = steps * (index + 1) // WINDOWS
+
+        # Before step 1 the program loads: that is no training.
+        inside = [sample for sample in samples if max(first, 1) <= sample.step < last]
+        trained_steps = inside[-1].step - inside[0].step
+        cpu_seconds = inside[-1].cpu - inside[0].cpu
         rows.append(
             {
                 "steps": f"{first + 1}-{last}",
-                "memory MB": round(max(s.rss for s in inside) / 2**20, 1),
-                "open files": max(s.files for s in inside),
-                "CPU ms per step": round(1000 * (inside[-1].cpu - inside[0].cpu) / max(done, 1), 2),
+                "memory MB": round(max(sample.rss for sample in inside) / 2**20, 1),
+                "open files": max(sample.files for sample in inside),
+                "CPU ms per step": round(1000 * cpu_seconds / max(trained_steps, 1), 2),
             }
         )
     return rows
 
 
 def drift(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The last window against the second."""
-    second, last = rows[1], rows[-1]
+    """Return the change from the second window to the last."""
+    second = rows[1]
+    last = rows[-1]
     return {
         "memory_growth_mb": last["memory MB"] - second["memory MB"],
         "files_growth": last["open files"] - second["open files"],

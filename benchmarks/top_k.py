@@ -8,46 +8,84 @@ threads, seconds of the clock).
 """
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.measure import alternate, describe, machine, table, write
 from models.teacher.top_k import exact_top_k
 
 
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--top-k", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path, default=Path("top-k.json"))
+    return parser.parse_args()
+
+
+def works_on(logits: Tensor, top_k: int) -> dict[str, Callable[[], object]]:
+    """Return the operations to time, by their titles in the table.
+
+    Args:
+        logits: [rows, vocabulary] float32.
+    """
+    peak = logits.amax(1, keepdim=True)
+    buffer = torch.empty_like(logits)
+
+    def sum_exponentials() -> Tensor:
+        # Fresh pages for a temporary of this size cost the kernel as much time as the exponentials.
+        return torch.sub(logits, peak, out=buffer).exp_().sum(1)
+
+    return {
+        "torch.topk": lambda: logits.topk(top_k),
+        "exact_top_k (in use)": lambda: exact_top_k(logits, top_k),
+        "log_softmax": lambda: logits.log_softmax(1),
+        "exponentials and their sum, in memory that is there (in use)": sum_exponentials,
+    }
+
+
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--rows", type=int, default=256)
-    p.add_argument("--vocabulary", type=int, default=151_936)
-    p.add_argument("--top-k", type=int, default=256)
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--repeats", type=int, default=9)
-    p.add_argument("--json", type=Path, default=Path("top-k.json"))
-    args = p.parse_args()
+    """Time the operations, print the table and write the seconds of every run."""
+    args = parse_arguments()
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    logits = 3 * torch.randn(args.rows, args.vocabulary, generator=torch.Generator().manual_seed(0)).to(device)
-    peak, buffer = logits.amax(1, keepdim=True), torch.empty_like(logits)
-    works = {
-        "torch.topk": lambda: logits.topk(args.top_k),
-        "exact_top_k (in use)": lambda: exact_top_k(logits, args.top_k),
-        "log_softmax": lambda: logits.log_softmax(1),
-        "exponentials and their sum, in memory that is there (in use)": lambda: (
-            torch.sub(logits, peak, out=buffer).exp_().sum(1)
-        ),
-    }
-    assert torch.equal(works["torch.topk"]()[0], works["exact_top_k (in use)"]()[0])
-    clock = args.threads > 1 or device.type == "cuda"
-    runs = alternate(works, device, args.repeats)
-    found = {name: [run.wall if clock else run.seconds for run in of_work] for name, of_work in runs.items()}
-    where = machine(device, args.threads)
-    rows = [[name, f"{1e3 * np.median(t):.1f} ({1e3 * min(t):.1f} to {1e3 * max(t):.1f})"] for name, t in found.items()]
+
+    # Drawn on the CPU, so that every device works on the same values.
+    random = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(args.rows, args.vocabulary, generator=random).to(device)
+    works = works_on(logits, args.top_k)
+
+    # A faster search is worth nothing unless it is exact.
+    expected, _ = works["torch.topk"]()
+    values, _ = works["exact_top_k (in use)"]()
+    assert torch.equal(expected, values)
+
+    # CPU seconds would add up the threads; a GPU has none.
+    uses_clock = args.threads > 1 or device.type == "cuda"
+    seconds = {}
+    for name, runs in alternate(works, device, args.repeats).items():
+        seconds[name] = [run.wall if uses_clock else run.seconds for run in runs]
+
+    facts = machine(device, args.threads)
+    rows = []
+    for name, times in seconds.items():
+        median = 1e3 * np.median(times)
+        least = 1e3 * min(times)
+        most = 1e3 * max(times)
+        rows.append([name, f"{median:.1f} ({least:.1f} to {most:.1f})"])
+
     header = [f"{args.rows} rows of {args.vocabulary:,}, top {args.top_k}", "ms, median (range)"]
-    print(f"{describe(where)}\n\n{table(header, rows)}")
-    write(args.json, {"machine": where, "settings": {**vars(args), "json": None}, "seconds": found})
+    print(f"{describe(facts)}\n\n{table(header, rows)}")
+    write(args.json, {"machine": facts, "settings": {**vars(args), "json": None}, "seconds": seconds})
 
 
 if __name__ == "__main__":
