@@ -10,12 +10,16 @@ makes one, in a program or from a file.
 import math
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
+from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt
 
 from .divergences import DivergenceName
 from .validation import Validated, as_plain
+
+Progress = Annotated[float, Ge(0), Le(1)]
+"""Share of the optimizer steps of a run."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +31,17 @@ class Ramp(Validated):
     point it is constant.
     """
 
-    points: tuple[tuple[Annotated[float, Ge(0), Le(1)], float], ...]
+    points: tuple[tuple[Progress, float], ...]
     shape: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self) -> None:
         # Lists are welcome, since YAML has nothing else, but only tuples are hashable and cannot be changed.
         if isinstance(self.points, list | tuple):
-            object.__setattr__(self, "points", tuple(_as_point(point) for point in self.points))
+            points = tuple(_as_point(point) for point in self.points)
+            object.__setattr__(self, "points", points)
         super().__post_init__()
 
-        progress = [at for at, _ in self.points]
+        progress = [share for share, _ in self.points]
         is_rising = all(earlier < later for earlier, later in pairwise(progress))
         if not progress or not is_rising:
             raise ValueError(
@@ -122,23 +127,27 @@ class CurriculumConfig(Validated):
     def __post_init__(self) -> None:
         super().__post_init__()
 
-        weights = {name: values_of(term.weight) for name, term in vars(self).items()}
-        wrong = {f"{name}.weight": v for name, v in weights.items() if not all(0 <= w < math.inf for w in v)}
+        wrong = {}
+        for name, term in vars(self).items():
+            weights = values_of(term.weight)
+            if not all(0 <= weight < math.inf for weight in weights):
+                wrong[f"{name}.weight"] = weights
         if wrong:
             raise ValueError(f"weights must be 0 or more, got {wrong}")
 
     def used(self) -> set[str]:
         """Return the names of the terms whose weight leaves 0 anywhere in the run."""
+        # Between two points a ramp lies between their values: it leaves 0 only if one of them does.
         return {name for name, term in vars(self).items() if any(values_of(term.weight))}
 
 
-TERMS = {term.name: TermInfo(term.name, **term.metadata) for term in fields(CurriculumConfig)}
+TERMS = {column.name: TermInfo(column.name, **column.metadata) for column in fields(CurriculumConfig)}
 """Every loss term by name, in the order of the curriculum's fields."""
 
+_on_head = [term for term in TERMS.values() if term.source == "head"]
 # The sort is stable and False comes first: a message that lists head terms begins with LM, which any run can use.
-HEAD_TERMS = tuple(
-    term.name for term in sorted(TERMS.values(), key=lambda term: term.needs_teacher) if term.source == "head"
-)
+_on_head.sort(key=attrgetter("needs_teacher"))
+HEAD_TERMS = tuple(term.name for term in _on_head)
 """Names of the terms that come from the student's head; first those that need no teacher."""
 
 ROUTER_TERMS = tuple(term.name for term in TERMS.values() if term.source == "hidden states")
@@ -178,8 +187,12 @@ class LossConfig(Validated):
     def __post_init__(self) -> None:
         super().__post_init__()
 
-        temperatures = {name: values_of(getattr(self, name)) for name in ("temperature", "span_temperature")}
-        wrong = {name: v for name, v in temperatures.items() if not all(0 < t < math.inf for t in v)}
+        # Logits are divided by a temperature.
+        wrong = {}
+        for name in ("temperature", "span_temperature"):
+            temperatures = values_of(getattr(self, name))
+            if not all(0 < temperature < math.inf for temperature in temperatures):
+                wrong[name] = temperatures
         if wrong:
             raise ValueError(f"temperatures must be greater than 0, got {wrong}; 1 is a good start")
 
@@ -219,6 +232,7 @@ class RouterConfig(Validated):
         Raises:
             ValueError: the number of heads does not divide a width.
         """
+        # A head is an equal part of a state.
         if student % self.heads or teacher % self.heads:
             raise ValueError(
                 f"got router.heads {self.heads} for states of width {student} (student) and {teacher} (teacher), "

@@ -68,6 +68,7 @@ class DistillationFramework(nn.Module):
         router: RouterConfig | None = None,
     ) -> None:
         super().__init__()
+        # Cheap checks with a remedy each: what does not fit here trains to nonsense, or fails hours later.
         _check_kinds(teacher, vocabulary, loss, curriculum, router)
         check_head(student, "student")
         _check_pair(student, teacher, vocabulary)
@@ -82,6 +83,7 @@ class DistillationFramework(nn.Module):
         self.loss_config = loss
         self.curriculum = curriculum
 
+        # A batch of another pair is told by tokens beyond these rows.
         self.projection = None
         self._student_rows = vocabulary_size(student)
         self._teacher_rows = None
@@ -99,10 +101,11 @@ class DistillationFramework(nn.Module):
         if not routed:
             return None
 
-        teacher = self.teacher
-        if teacher is None:
+        if self.teacher is None:
             raise ValueError(f"got weights for {', '.join(sorted(routed))} and no teacher, whose states they need")
-        router = StudentAwareRouter(config, depth_and_width(self.student), depth_and_width(teacher.model))
+        student_shape = depth_and_width(self.student)
+        teacher_shape = depth_and_width(self.teacher.model)
+        router = StudentAwareRouter(config, student_shape, teacher_shape)
         return router.to(next(self.student.parameters()).device)
 
     def _apply(self, *args, **options) -> "DistillationFramework":
@@ -173,6 +176,7 @@ class DistillationFramework(nn.Module):
         if routed:
             self._warn_if_not_calibrated()
 
+        # One forward of either body serves all terms; hidden states are only asked for where a term compares them.
         if signal is None:
             signal = self._ask(batch, computed)
         if signal is not None:
@@ -180,17 +184,21 @@ class DistillationFramework(nn.Module):
         layers = self.router.student_layers if routed else ()
         states, hidden = body_layers(self.student, batch.student_ids, layers, batch.student_source)
 
+        # A term that is only measured is no part of the total. The order of the parts fixes the total's rounding.
         terms: dict[str, LossTerm] = {}
         parts = []
         if head_shares:
-            loss, terms = self._head_terms(batch, states, signal, head_shares, scalars, term_graphs=term_graphs)
-            parts = [loss] if any(head_shares.values()) else []
+            head = self._head_terms(batch, states, signal, head_shares, scalars, term_graphs=term_graphs)
+            terms |= head.terms
         if routed:
             terms |= self._hidden_state_terms(batch, hidden, signal, routed, weights)
-            parts = [terms[name].sum * shares[name] for name in routed if weights[name]] + parts
+            parts += [terms[name].sum * shares[name] for name in routed if weights[name]]
+        if any(head_shares.values()):
+            parts.append(head.loss)
+        loss = torch.stack(parts).sum() if parts else self._no_loss()
 
-        total = torch.stack(parts).sum() if parts else self._no_loss()
-        return DistillationOutput(total, terms, weights, {**scalars, "top_k": self.loss_config.top_k})
+        scalars["top_k"] = self.loss_config.top_k
+        return DistillationOutput(loss, terms, weights, scalars)
 
     def ask(
         self,
@@ -205,13 +213,15 @@ class DistillationFramework(nn.Module):
         """
         self._check_batch(batch)
         weights = self.curriculum.weights(step)
-        return self._ask(batch, self._terms_to_compute(batch, weights, measure, None))
+        terms = self._terms_to_compute(batch, weights, measure, signal=None)
+        return self._ask(batch, terms)
 
     # --- before a forward ---------------------------------------------------------------------------------------------
 
     def _check_batch(self, batch: Any) -> None:
         """Refuse a batch of another pair by its sizes, which are known without a look at a GPU."""
         expect("batch", batch, PairedBatch, A_BATCH)
+        # A batch that no collator made may not know its vocabularies.
         if batch.vocabulary_sizes is None:
             return
 
@@ -257,6 +267,7 @@ class DistillationFramework(nn.Module):
                 )
             return terms & TEXT_TERMS
 
+        # A hidden-state term that cannot be computed is an error if it is to teach, and else left unmeasured.
         obstacle = self._obstacle_to_routing(batch, signal)
         if not obstacle:
             return terms
@@ -313,6 +324,7 @@ class DistillationFramework(nn.Module):
         )
         result = head.compute(shares)
 
+        # The terms of one pass share one graph; each with a graph of its own takes one pass more.
         if term_graphs:
             for name, share in shares.items():
                 if share:
@@ -331,17 +343,23 @@ class DistillationFramework(nn.Module):
         learned = [name for name in names if weights[name]]
         measured = [name for name in names if not weights[name]]
 
+        # Apart, so that a measured term leaves no graph and changes no gradient of a learned one.
         sums: dict[str, Tensor] = {}
         if learned:
             sums |= self.router(hidden, signal.hidden, batch.anchors, {*learned})
         if measured:
             with torch.no_grad():
                 sums |= self.router(hidden, signal.hidden, batch.anchors, {*measured})
-        return {name: LossTerm(sums[name], batch.counts[name]) for name in [*learned, *measured]}
+
+        terms = {}
+        for name in [*learned, *measured]:
+            terms[name] = LossTerm(sums[name], batch.counts[name])
+        return terms
 
     def _no_loss(self) -> Tensor:
         """Return a zero that backward() accepts."""
-        return sum(parameter.sum() * 0 for parameter in self.student.parameters() if parameter.requires_grad)
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        return sum(parameter.sum() * 0 for parameter in trained)
 
     def _target(
         self,
@@ -350,7 +368,8 @@ class DistillationFramework(nn.Module):
         corrected: bool = True,
     ) -> SparseTarget:
         """Return the teacher's distributions on the student's vocabulary."""
-        return self.projection.to(batch.student_ids.device)(signal, batch, corrected)
+        projection = self.projection.to(batch.student_ids.device)
+        return projection(signal, batch, corrected)
 
     # --- beside training ----------------------------------------------------------------------------------------------
 
@@ -368,21 +387,31 @@ class DistillationFramework(nn.Module):
         signal = signal.to(batch.student_ids.device)
         # Uncorrected: the correction knows the real next token, of which nothing may be told when measuring.
         target = self._target(batch, signal, corrected=False)
-        states = body_states(self.student, batch.student_ids, batch.student_source).flatten(0, 1)
+        states = body_states(self.student, batch.student_ids, batch.student_source)
+        states = states.flatten(0, 1)
 
-        rows = (target.valid & (batch.depth == 0)).nonzero()[:, 0]
+        # Chunk by chunk: the logits of all positions may not fit into memory together.
+        is_compared = target.valid & (batch.depth == 0)
+        rows = is_compared.nonzero()[:, 0]
         most_rows, _ = chunk_rows(vocabulary_size(self.student), rows.device)
         agree = 0.0
         kl_sum = 0.0
         for chunk in rows.split(most_rows):
             logits = head_logits(self.student, states[batch.row_student[chunk]])
             part = SparseTarget(
-                ids=target.ids[chunk], probs=target.probs[chunk], tail=target.tail[chunk], valid=target.valid[chunk]
+                ids=target.ids[chunk],
+                probs=target.probs[chunk],
+                tail=target.tail[chunk],
+                valid=target.valid[chunk],
             )
-            teacher_best = part.ids.gather(1, part.probs.argmax(1, keepdim=True))[:, 0]
-            log_p, log_q = outcome_log_probs(logits, part, "bucket")
+
+            best = part.probs.argmax(1, keepdim=True)
+            teacher_best = part.ids.gather(1, best)[:, 0]
             agree += float((logits.argmax(1) == teacher_best).sum())
-            kl_sum += float((log_p.exp() * (log_p - log_q)).sum())
+
+            log_p, log_q = outcome_log_probs(logits, part, "bucket")
+            kl = log_p.exp() * (log_p - log_q)
+            kl_sum += float(kl.sum())
         return {"agree": agree, "kl_sum": kl_sum, "count": len(rows)}
 
     @torch.no_grad()
@@ -407,6 +436,7 @@ class DistillationFramework(nn.Module):
             for batch in batches:
                 self._check_batch(batch)
                 hidden = self._student_layers(batch)
+                # Its hidden states alone are needed: as few tokens as there can be.
                 signal = self.teacher.signal(batch, 1, self.router.teacher_layers)
                 teacher_hidden = signal.to(batch.student_ids.device).hidden
                 compared.append((hidden, teacher_hidden, batch.anchors))
@@ -414,7 +444,8 @@ class DistillationFramework(nn.Module):
 
     def _student_layers(self, batch: PairedBatch) -> tuple[Tensor, ...]:
         """Return [B, S, H] the student's states after each layer that the router compares."""
-        _, hidden = body_layers(self.student, batch.student_ids, self.router.student_layers, batch.student_source)
+        layers = self.router.student_layers
+        _, hidden = body_layers(self.student, batch.student_ids, layers, batch.student_source)
         return hidden
 
     @torch.no_grad()
@@ -475,7 +506,9 @@ def _check_kinds(
     router: Any,
 ) -> None:
     """Check that the arguments are what they are called, before anything is computed with them."""
-    if isinstance(teacher, nn.Module) or not (teacher is None or hasattr(teacher, "signal")):
+    # The likely mistake is a bare model.
+    is_teacher = hasattr(teacher, "signal") and not isinstance(teacher, nn.Module)
+    if teacher is not None and not is_teacher:
         raise TypeError(f"teacher: got a {type(teacher).__name__}, expected FrozenTeacher(model, vocabulary), or None")
 
     expect("loss", loss, LossConfig, "a LossConfig")
@@ -500,7 +533,8 @@ def _check_precision(student: nn.Module) -> None:
     dtypes = {parameter.dtype for parameter in student.parameters() if parameter.requires_grad}
     half = dtypes & {torch.float16, torch.bfloat16}
     if half:
-        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in half))
+        short_names = sorted(str(dtype).removeprefix("torch.") for dtype in half)
+        names = " and ".join(short_names)
         raise ValueError(
             f"the student's trained parameters are {names}, expected float32: load it with "
             "from_pretrained(..., dtype=torch.float32); half precision comes from autocast"

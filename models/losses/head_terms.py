@@ -73,6 +73,7 @@ class HeadTerms:
             if span.slope is not None:
                 lm_weight = lm_weight - shares["span"] * span.slope
 
+        # A term without a share gives no gradient; without any share the whole pass is a measurement.
         kd_weight = shares.get("kd", 0.0)
         is_learning = torch.is_grad_enabled() and any(shares.values())
         with torch.set_grad_enabled(is_learning):
@@ -102,7 +103,8 @@ class HeadTerms:
         if kd_sum is None:
             with torch.no_grad():
                 kd_sum = self._run_head(0.0, with_target=True).kd_sum
-        return LossTerm(kd_sum, self.batch.counts["kd"], skipped=(~self.target.valid).sum())
+        skipped = (~self.target.valid).sum()
+        return LossTerm(kd_sum, self.batch.counts["kd"], skipped)
 
     def span(self, learns: bool) -> SpanResult:
         """Compute span likelihood, and its slope if it `learns`, from the log-probabilities of the labels."""
@@ -110,12 +112,15 @@ class HeadTerms:
         spans = batch.counts["span"]
         with torch.no_grad():
             log_probs = self._run_head(0.0).log_probs
-        teacher = span_sums(self.signal.realised, batch.teacher_spans.flatten()[batch.teacher_held], spans)
+        student_spans = batch.student_spans.flatten()[batch.supervised]
+        teacher_spans = batch.teacher_spans.flatten()[batch.teacher_held]
+        teacher = span_sums(self.signal.realised, teacher_spans, spans)
 
+        # The log-probabilities are a leaf here: the head itself is differentiated once, in the pass of all terms.
         learns = learns and torch.is_grad_enabled()
         with torch.set_grad_enabled(learns):
             leaf = log_probs.clone().requires_grad_(learns)
-            student = span_sums(leaf, batch.student_spans.flatten()[batch.supervised], spans)
+            student = span_sums(leaf, student_spans, spans)
             value = span_loss(
                 student,
                 teacher,
@@ -142,11 +147,15 @@ class HeadTerms:
         compiled, _ = head_passes.choose(self.config.head_passes, device)
         scaling = logit_options(self.student)
         computation = HeadComputation(scaling["scale"], scaling["softcap"], compiled=compiled)
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        labels = self.batch.labels.flatten()[self.batch.supervised]
+
+        # The CPU's generator is forked in any case.
+        gpus = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(gpus):
             return head_losses(
                 self.states,
                 self.student.get_output_embeddings(),
-                self.batch.labels.flatten()[self.batch.supervised],
+                labels,
                 lm_weight=lm_weight,
                 kd_weight=kd_weight,
                 target=self._head_target() if with_target else None,

@@ -188,7 +188,8 @@ def attention_loss(states: ComparedStates) -> Tensor:
 
         logits = SHARPNESS * query @ key.mT  # [B, G, Q, T]
         logits = logits.masked_fill(~is_visible[:, None], -1e9)
-        cross_entropy = -(share[:, None] * logits.log_softmax(-1)).sum(-1)
+        log_attention = logits.log_softmax(-1)
+        cross_entropy = -(share[:, None] * log_attention).sum(-1)
         loss = cross_entropy.mean(1) / log_visible
         sums.append(torch.where(anchors.attends, loss, 0).sum())
     return mean(sums)
@@ -206,11 +207,11 @@ def layer_loss(states: ComparedStates) -> Tensor:
 
     sums = []
     for layer, projected in enumerate(states.projected):
-        # [A, M]
         log_routing = router.log_routing(
             layer, states.at_anchors[layer], states.anchors.window, states.windows
         )  # [A, M]
-        mixture = layer_normalise(torch.einsum("am,mah->ah", log_routing.exp(), stacked_targets))
+        mixture = torch.einsum("am,mah->ah", log_routing.exp(), stacked_targets)
+        mixture = layer_normalise(mixture)
         loss = state_distance(projected, mixture).sum()
 
         # With one layer there is nothing to choose, and its log is 0.
@@ -292,17 +293,36 @@ class HiddenStateTerm(NamedTuple):
 
 # In the order of computation, which fixes the order in which gradients of a state are summed: rel stays the first.
 HIDDEN_STATE_TERMS = {
-    "rel": HiddenStateTerm(relation_loss, count_related_windows),
-    "feat": HiddenStateTerm(feature_loss, count_anchors),
-    "attn": HiddenStateTerm(attention_loss, count_attending),
-    "layer": HiddenStateTerm(layer_loss, count_anchors),
-    "contr": HiddenStateTerm(contrastive_loss, count_runs, couples_windows=True),
+    "rel": HiddenStateTerm(
+        loss=relation_loss,
+        count=count_related_windows,
+    ),
+    "feat": HiddenStateTerm(
+        loss=feature_loss,
+        count=count_anchors,
+    ),
+    "attn": HiddenStateTerm(
+        loss=attention_loss,
+        count=count_attending,
+    ),
+    "layer": HiddenStateTerm(
+        loss=layer_loss,
+        count=count_anchors,
+    ),
+    "contr": HiddenStateTerm(
+        loss=contrastive_loss,
+        count=count_runs,
+        couples_windows=True,
+    ),
 }
 
 
 def count_items(anchors: Anchors) -> dict[str, int]:
     """Return the items of every term in a batch whose anchors are in the host's memory."""
-    return {name: term.count(anchors) for name, term in HIDDEN_STATE_TERMS.items()}
+    counts = {}
+    for name, term in HIDDEN_STATE_TERMS.items():
+        counts[name] = term.count(anchors)
+    return counts
 
 
 # ---------------------------------------------------------------------------------- what the losses share
@@ -323,8 +343,9 @@ def masked_correlation(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
     count = mask.sum(-1, keepdim=True).clamp_min(1)
     a = _centred(a, mask, count)
     b = _centred(b, mask, count)
-    square = a.square().sum(-1) * b.square().sum(-1)
-    return (a * b).sum(-1) / square.clamp_min(1e-12).sqrt()
+    squared_scale = a.square().sum(-1) * b.square().sum(-1)
+    scale = squared_scale.clamp_min(1e-12).sqrt()
+    return (a * b).sum(-1) / scale
 
 
 def _centred(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
@@ -368,10 +389,10 @@ def pick(rows: Tensor, index: Tensor) -> Tensor:
 
 def group_means(states: Tensor, group: Tensor, groups: int) -> Tensor:
     """Return [groups, H] the mean of the states [A, H] of each group [A]; 0 for an empty one."""
-    no_sums = states.new_zeros(groups, states.shape[1])
-    sums = no_sums.index_add(0, group, states)
-    no_sizes = states.new_zeros(groups)
-    sizes = no_sizes.index_add(0, group, states.new_ones(len(states)))
+    width = states.shape[1]
+    ones = states.new_ones(len(states))
+    sums = states.new_zeros(groups, width).index_add(0, group, states)
+    sizes = states.new_zeros(groups).index_add(0, group, ones)
     return sums / sizes.clamp_min(1)[:, None]
 
 

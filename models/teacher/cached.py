@@ -69,7 +69,8 @@ class RememberingCollator:
     def __call__(self, windows: Sequence[dict[str, Any]]) -> PairedBatch:
         batch = self.collate(windows)
         batch.keys = self.memory.keys(windows)
-        batch.signal = _read_signal(self.memory, batch.keys) if self.ahead else None
+        if self.ahead:
+            batch.signal = _read_signal(self.memory, batch.keys)
         return batch
 
 
@@ -90,7 +91,8 @@ class CachedTeacher:
     def __init__(self, teacher: FrozenTeacher | None, memory: SignalStore) -> None:
         if teacher is not None:
             expect("teacher", teacher, FrozenTeacher, "FrozenTeacher(model, vocabulary), or None")
-        lacking = [name for name in ("top_k", "keys", "read", "keep") if not hasattr(memory, name)]
+        members = ("top_k", "keys", "read", "keep")
+        lacking = [name for name in members if not hasattr(memory, name)]
         if lacking:
             raise TypeError(f"memory: got a {type(memory).__name__}, expected one that has {', '.join(lacking)} too")
 
@@ -123,6 +125,7 @@ class CachedTeacher:
             top_k: not used: the store decides on it.
             layers: teacher layers, counted from 1, whose states are computed by the teacher in any case.
         """
+        # The collator may have read it already.
         stored = batch.signal
         if stored is None:
             stored = _read_signal(self.memory, batch.keys)
@@ -133,6 +136,7 @@ class CachedTeacher:
         elif layers:
             hidden = self._states(batch, layers)
 
+        # Numbers are on the host, whatever device the teacher is on; hidden states are never stored.
         device = batch.student_ids.device
         on_device = _pinned(stored, device).to(device, non_blocking=True)
         return replace(on_device, hidden=hidden)
@@ -146,7 +150,8 @@ class CachedTeacher:
         # Copied to the host first, so that the time includes the GPU's.
         windows = _split_by_window(batch, exact)
         seconds = time.monotonic() - start
-        arrays = self.memory.keep(batch.keys, windows, batch.counts["lm"], seconds)
+        tokens = batch.counts["lm"]
+        arrays = self.memory.keep(batch.keys, windows, tokens, seconds)
         return _as_signal(arrays), exact.hidden
 
     def _states(self, batch: PairedBatch, layers: Sequence[int]) -> tuple[Tensor, ...]:
@@ -162,6 +167,7 @@ def _read_signal(memory: SignalStore, keys: Sequence[bytes]) -> TeacherSignal | 
 
 
 def _as_signal(arrays: Arrays) -> TeacherSignal:
+    """Return a signal on the host that shares the arrays' memory."""
     tensors = [torch.from_numpy(array) for array in arrays]
     return TeacherSignal(**dict(zip(NUMBERS, tensors, strict=True)))
 
@@ -174,8 +180,10 @@ def _split_by_window(batch: PairedBatch, signal: TeacherSignal) -> list[Arrays]:
 
     # Rows and positions are in the order of the windows: cut where the next window begins.
     windows, width = batch.student_ids.shape
-    row_cuts = np.bincount(row_student // width, minlength=windows).cumsum()[:-1]
-    position_cuts = teacher_mask.sum(1).cumsum()[:-1]
+    rows = np.bincount(row_student // width, minlength=windows)
+    row_cuts = rows.cumsum()[:-1]
+    positions = teacher_mask.sum(1)
+    position_cuts = positions.cumsum()[:-1]
 
     columns = []
     for name, array in zip(NUMBERS, arrays, strict=True):

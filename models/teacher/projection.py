@@ -83,15 +83,17 @@ class Projection:
         if correction == "channel":
             ids, probs = self._through_channel(ids, probs, signal, batch)
 
-        has_no_token = ids < 0
-        tail = signal.log_tail.exp() + torch.where(has_no_token, probs, 0).sum(1)
+        # The tail is whatever falls to no student token: what the teacher's top k leave out, and spellings that end.
+        without_token = torch.where(ids < 0, probs, 0)
+        tail = signal.log_tail.exp() + without_token.sum(1)
         if correction == "span":
             ids, probs, tail = self._move_realised(ids, probs, tail, signal, batch)
         probs = torch.where(ids < 0, 0, probs)
         ids, probs = _merge(ids, probs)
 
         # A row is nothing to learn from where the teacher hardly expected what was read, or names no student token.
-        is_expected = signal.log_mass > math.log(max(self.min_prefix_mass, 1e-30))
+        least_mass = max(self.min_prefix_mass, 1e-30)
+        is_expected = signal.log_mass > math.log(least_mass)
         valid = is_expected & (ids >= 0).any(1)
         return SparseTarget(ids=ids, probs=probs, tail=tail.clamp_min(0), valid=valid)
 
@@ -149,6 +151,7 @@ class Projection:
         changes are appended as columns of ids and masses; from a piece that is not listed it comes out of the tail.
         """
         is_split = batch.pieces > 1
+        # The signal's numbers are in the order of the text.
         anchor = batch.asked[batch.row_asked]
         sums = _running_sums(signal.realised)
         units = sums[anchor + batch.pieces] - sums[anchor]
@@ -183,13 +186,15 @@ def _running_sums(log_probs: Tensor) -> Tensor:
 
 def _merge(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     """Add the masses of equal ids; each id once per row, in rising order, -1 where nothing is left."""
+    # Equal ids become neighbours; each such group is numbered by its rank.
     ids, order = ids.sort(1)
     is_first = torch.ones_like(ids, dtype=torch.bool)
     is_first[:, 1:] = ids[:, 1:] != ids[:, :-1]
     group = is_first.cumsum(1) - 1
 
     # Padding is a group, too; and a mass that was moved away leaves 0, or a little less by rounding.
-    group_mass = torch.zeros_like(probs).scatter_add(1, group, probs.gather(1, order))
+    sorted_probs = probs.gather(1, order)
+    group_mass = torch.zeros_like(probs).scatter_add(1, group, sorted_probs)
     group_ids = torch.full_like(ids, -1).scatter(1, group, ids)
     has_mass = (group_ids >= 0) & (group_mass > 0)
     merged_ids = torch.where(has_mass, group_ids, -1)

@@ -30,8 +30,10 @@ class WindowAnchors(NamedTuple):
     runs: int
     sampled: np.ndarray
     """[Q] indices into the A anchors."""
-    query_bytes: np.ndarray
-    """[Q, 2] first byte and end of the student's last token read at each sampled anchor."""
+    query_start: np.ndarray
+    """[Q] first byte of the student's last token read at each sampled anchor."""
+    query_end: np.ndarray
+    """[Q] end of that token."""
     attends: np.ndarray
     """[Q] bool."""
 
@@ -51,27 +53,46 @@ def collect_anchors(
         router: how many anchors are sampled, and how long a run is.
     """
     student_readings, teacher_readings = readings
+    student_width, teacher_width = widths
     parts = []
-    for alignment, student, teacher in zip(aligned, student_readings, teacher_readings, strict=True):
-        parts.append(_window_anchors(alignment, student, teacher, router))
+    windows = []
+    anchors = 0
+    runs = 0
 
-    # Anchors and runs of a window are numbered on from those of the windows before it.
-    first_anchor = np.cumsum([0, *(len(part.student) for part in parts)])
-    first_run = np.cumsum([0, *(part.runs for part in parts)])
-    numbered = list(enumerate(parts))
+    # Positions are flat in the batch; anchors and runs of a window are numbered on from those of the windows before it.
+    for number, alignment in enumerate(aligned):
+        part = _window_anchors(alignment, student_readings[number], teacher_readings[number], router)
+        parts.append(
+            part._replace(
+                student=part.student + number * student_width,
+                teacher=part.teacher + number * teacher_width,
+                run=part.run + runs,
+                sampled=part.sampled + anchors,
+            )
+        )
+        windows.append(np.full(len(part.student), number))
+        anchors += len(part.student)
+        runs += part.runs
 
     return Anchors(
-        student=_joined([part.student + number * widths[0] for number, part in numbered]),
-        teacher=_joined([part.teacher + number * widths[1] for number, part in numbered]),
-        window=_joined([np.full(len(part.student), number) for number, part in numbered]),
-        run=_joined([part.run + first_run[number] for number, part in numbered]),
-        sampled=_padded([part.sampled + first_anchor[number] for number, part in numbered], -1),
-        query_bytes=_padded_pairs(
-            [part.query_bytes[:, 0] for part in parts], [part.query_bytes[:, 1] for part in parts], 0
+        student=_joined([part.student for part in parts]),
+        teacher=_joined([part.teacher for part in parts]),
+        window=_joined(windows),
+        run=_joined([part.run for part in parts]),
+        sampled=_padded([part.sampled for part in parts], -1),
+        query_bytes=_padded_ranges(
+            [part.query_start for part in parts],
+            [part.query_end for part in parts],
+            0,
         ),
-        key_bytes=_padded_pairs([r.starts for r in teacher_readings], [r.ends for r in teacher_readings], BEHIND),
+        # Padding lies behind every text, where no query sees it.
+        key_bytes=_padded_ranges(
+            [reading.starts for reading in teacher_readings],
+            [reading.ends for reading in teacher_readings],
+            BEHIND,
+        ),
         attends=_padded([part.attends for part in parts], 0).bool(),
-        runs=int(first_run[-1]),
+        runs=runs,
     )
 
 
@@ -83,18 +104,20 @@ def _window_anchors(
 ) -> WindowAnchors:
     """Find the anchors of a window, divide them into runs, and sample some of them, spread evenly."""
     # The first position of either model is left out: its state is extreme (massive activations).
-    is_anchor = (alignment.depth == 0) & (alignment.student > 0) & (alignment.teacher > 0)
-    rows = np.flatnonzero(is_anchor)
+    is_first = (alignment.student == 0) | (alignment.teacher == 0)
+    rows = np.flatnonzero((alignment.depth == 0) & ~is_first)
     positions = alignment.student[rows]
     count = len(rows)
 
     runs = max(1, round(count / router.span)) if count else 0
     run = np.arange(count) * runs // max(count, 1)
 
-    sampled = np.linspace(0, count - 1, min(count, router.positions)).round().astype(np.int64)
-    sampled = np.unique(sampled)
-    tokens = positions[sampled]
-    query_bytes = np.stack([student.starts[tokens], student.ends[tokens]], 1)
+    # From the first to the last; position j has read the tokens up to j.
+    spread = np.linspace(0, count - 1, min(count, router.positions))
+    sampled = np.unique(spread.round().astype(np.int64))
+    last_read = positions[sampled]
+    query_start = student.starts[last_read]
+    query_end = student.ends[last_read]
 
     return WindowAnchors(
         student=positions,
@@ -102,25 +125,27 @@ def _window_anchors(
         run=run,
         runs=runs,
         sampled=sampled,
-        query_bytes=query_bytes,
-        attends=_attends(query_bytes, teacher),
+        query_start=query_start,
+        query_end=query_end,
+        attends=_attends(query_start, query_end, teacher),
     )
 
 
-def _attends(query_bytes: np.ndarray, teacher: Reading) -> np.ndarray:
+def _attends(query_start: np.ndarray, query_end: np.ndarray, teacher: Reading) -> np.ndarray:
     """Return [Q] bool: the query sees at least two teacher tokens after the first, and overlaps one of these."""
-    query_start = query_bytes[:, :1]
-    query_end = query_bytes[:, 1:]
+    query_start = query_start[:, None]
+    query_end = query_end[:, None]
     key_start = teacher.starts[None, 1:]
     key_end = teacher.ends[None, 1:]
 
-    is_visible = key_end <= query_end
+    is_visible = key_end <= query_end  # [Q, T - 1]
     overlap = np.minimum(key_end, query_end) - np.maximum(key_start, query_start)
-    overlaps = ((overlap > 0) & is_visible).any(1)
-    return (is_visible.sum(1) > 1) & overlaps
+    overlaps = (overlap > 0) & is_visible
+    return (is_visible.sum(1) > 1) & overlaps.any(1)
 
 
 def _joined(parts: list[np.ndarray]) -> Tensor:
+    """Return the numbers of all windows, one behind the other."""
     return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
@@ -128,10 +153,7 @@ def _padded(rows: list[np.ndarray], value: int) -> Tensor:
     return torch.from_numpy(pad_rows(rows, value))
 
 
-def _padded_pairs(
-    first: list[np.ndarray],
-    second: list[np.ndarray],
-    value: int,
-) -> Tensor:
-    """Return [rows, longest, 2] int64 of two numbers for each entry."""
-    return torch.stack([_padded(first, value), _padded(second, value)], -1)
+def _padded_ranges(starts: list[np.ndarray], ends: list[np.ndarray], value: int) -> Tensor:
+    """Return [rows, longest, 2] int64: start and end of each entry."""
+    columns = [_padded(starts, value), _padded(ends, value)]
+    return torch.stack(columns, -1)

@@ -37,8 +37,12 @@ def read_and_learned(window: Window) -> tuple[np.ndarray, np.ndarray]:
     """Return (tokens that the student reads of a window, those of its encoder first; bool: it learns to predict it)."""
     source = np.asarray(window.get("student_source", []), dtype=np.int64)
     ids = np.asarray(window["student_ids"])
-    is_learned = np.asarray(window["student_roles"]) != MARKER
-    return np.append(source, ids), np.append(np.zeros(len(source), dtype=bool), is_learned)
+    roles = np.asarray(window["student_roles"])
+
+    # Nothing of a prompt is learned that an encoder reads.
+    source_learned = np.zeros(len(source), dtype=bool)
+    is_learned = np.append(source_learned, roles != MARKER)
+    return np.append(source, ids), is_learned
 
 
 def count_channel(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
@@ -46,16 +50,18 @@ def count_channel(windows: Sequence[Window]) -> tuple[np.ndarray, np.ndarray]:
     teacher_tokens = []
     student_tokens = []
     for window in windows:
-        student, teacher = (_comparable(_reading(window, side)) for side in SIDES)
-        of_teacher, of_student = paired_tokens(student, teacher)
-        teacher_tokens.append(of_teacher)
-        student_tokens.append(of_student)
+        student = _comparable(_reading(window, "student"))
+        teacher = _comparable(_reading(window, "teacher"))
+        teacher_ids, student_ids = paired_tokens(student, teacher)
+        teacher_tokens.append(teacher_ids)
+        student_tokens.append(student_ids)
     return np.concatenate(teacher_tokens), np.concatenate(student_tokens)
 
 
 def _comparable(reading: Reading) -> Reading:
     """Return a reading as it is aligned: markup, which one model alone writes, is no text of the other."""
-    return reading._replace(roles=np.where(reading.roles == WRITTEN, MISMATCH, reading.roles))
+    is_markup = reading.roles == WRITTEN
+    return reading._replace(roles=np.where(is_markup, MISMATCH, reading.roles))
 
 
 class PairCollator:
@@ -100,6 +106,7 @@ class PairCollator:
         student = _pad_side(windows, "student", self.vocabulary_sizes[0])
         teacher = _pad_side(windows, "teacher", self.vocabulary_sizes[1])
 
+        # Window by window; the alignment knows nothing of padding.
         aligned = []
         for student_reading, teacher_reading in zip(student.readings, teacher.readings, strict=True):
             alignment = align(
@@ -116,9 +123,11 @@ class PairCollator:
         aligned: list[Alignment],
     ) -> PairedBatch:
         """Return the batch of windows that were padded and aligned."""
+        # Positions are flat from here on, so that a loss takes what it needs with one index.
         supervised = np.flatnonzero(student.labels != IGNORE)
         rows = _stack_rows(aligned, supervised, student.width, teacher.width)
         order = _order_teacher(rows, teacher.mask)
+        # Losses are divided by the items of a whole step, which have to be known before its first forward.
         counts = {
             "lm": len(supervised),
             "kd": len(rows.row_student),
@@ -128,10 +137,15 @@ class PairCollator:
 
         anchors = None
         if self.router is not None:
-            widths = (student.width, teacher.width)
-            anchors = collect_anchors((student.readings, teacher.readings), aligned, widths, self.router)
+            anchors = collect_anchors(
+                readings=(student.readings, teacher.readings),
+                aligned=aligned,
+                widths=(student.width, teacher.width),
+                router=self.router,
+            )
             counts |= count_items(anchors)
 
+        text_bytes = [int(window["bytes"]) for window in windows]
         return PairedBatch(
             student_ids=_tensor(student.ids),
             student_mask=_tensor(student.mask),
@@ -150,7 +164,7 @@ class PairCollator:
             teacher_source=teacher.source,
             counts=counts,
             anchors=anchors,
-            bytes=torch.tensor([int(window["bytes"]) for window in windows], dtype=torch.int64),
+            bytes=torch.tensor(text_bytes, dtype=torch.int64),
             end_of_text=self.end_of_text,
             documents=[str(window["documents"]) for window in windows],
             vocabulary_sizes=self.vocabulary_sizes,
@@ -163,7 +177,7 @@ class PairCollator:
 def _check_end_of_text(end_of_text: Any, vocabulary_sizes: tuple[int, int]) -> None:
     """Check that there is a token of each vocabulary, or None, for student and teacher."""
     is_pair = isinstance(end_of_text, tuple | list) and len(end_of_text) == 2
-    if not is_pair or not all(token is None or isinstance(token, int) for token in end_of_text):
+    if not is_pair or not all(isinstance(token, int | None) for token in end_of_text):
         raise TypeError(f"end_of_text: got {end_of_text!r}, expected that of the encoder: PairEncoder.end_of_text")
 
     for side, token, rows in zip(SIDES, end_of_text, vocabulary_sizes, strict=True):
@@ -192,7 +206,8 @@ def _check_window(number: int, window: Any) -> None:
         raise TypeError(f"windows[{number}]: got a {type(window).__name__}, expected {expected}")
 
     columns = [f"{side}_{column}" for side in SIDES for column in Reading._fields]
-    lacking = [name for name in [*columns, "bytes", "documents"] if name not in window]
+    columns += ["bytes", "documents"]
+    lacking = [name for name in columns if name not in window]
     if lacking:
         raise ValueError(f"windows[{number}]: got a window without {', '.join(lacking)}, expected {expected}")
 
@@ -203,12 +218,14 @@ def _check_ids(
     rows: int,
 ) -> None:
     """Refuse tokens that the vocabulary map lacks; on a GPU, in the embedding, they would end the process."""
-    lowest = min((int(np.min(row)) for row in ids if len(row)), default=0)
-    highest = max((int(np.max(row)) for row in ids if len(row)), default=0)
+    tokens = np.concatenate([np.zeros(1, dtype=np.int64), *ids])
+    lowest = int(tokens.min())
+    highest = int(tokens.max())
     if lowest < 0 or highest >= rows:
+        token = lowest if lowest < 0 else highest
         raise ValueError(
-            f"windows: got token {lowest if lowest < 0 else highest} for the {side}, of which the vocabulary map has "
-            f"{rows:,}; expected windows and map of the same pair, or are student and teacher swapped?"
+            f"windows: got token {token} for the {side}, of which the vocabulary map has {rows:,}; expected windows "
+            "and map of the same pair, or are student and teacher swapped?"
         )
 
 
@@ -242,22 +259,25 @@ def _pad_side(
     vocabulary_size: int,
 ) -> _PaddedSide:
     """Pad the windows of one side, after a look at their tokens."""
+    # The decoder's tokens, which are aligned, and the encoder's, where there is one, which are only read.
     readings = [_reading(window, side) for window in windows]
     sources = [window.get(f"{side}_source") for window in windows]
-    read_by_encoder = [source for source in sources if source is not None]
-    _check_ids(side, [*(reading.ids for reading in readings), *read_by_encoder], vocabulary_size)
+    decoder_ids = [reading.ids for reading in readings]
+    encoder_ids = [source for source in sources if source is not None]
+    _check_ids(side, [*decoder_ids, *encoder_ids], vocabulary_size)
 
     # Position j predicts token j + 1, and the last position nothing.
     labels = []
     for reading in readings:
-        following = np.where(reading.roles[1:] != MARKER, reading.ids[1:], IGNORE)
-        labels.append(np.append(following, IGNORE))
+        is_supervised = reading.roles[1:] != MARKER
+        next_ids = np.where(is_supervised, reading.ids[1:], IGNORE)
+        labels.append(np.append(next_ids, IGNORE))
 
-    ids = pad_rows([reading.ids for reading in readings], 0)
+    ids = pad_rows(decoder_ids, 0)
     return _PaddedSide(
         readings=readings,
         ids=ids,
-        mask=pad_rows([np.ones_like(reading.ids) for reading in readings], 0),
+        mask=pad_rows([np.ones_like(row) for row in decoder_ids], 0),
         labels=pad_rows(labels, IGNORE),
         markup=_markup_positions(readings, ids.shape[1]),
         source=_pad_source(sources),
@@ -268,7 +288,8 @@ def _markup_positions(readings: list[Reading], width: int) -> np.ndarray:
     """Return flat positions, in rows of `width`, that predict markup."""
     positions = [np.zeros(0, dtype=np.int64)]
     for number, reading in enumerate(readings):
-        positions.append(np.flatnonzero(reading.roles[1:] == WRITTEN) + number * width)
+        predicts_markup = reading.roles[1:] == WRITTEN
+        positions.append(np.flatnonzero(predicts_markup) + number * width)
     return np.concatenate(positions)
 
 
@@ -306,15 +327,22 @@ def _stack_rows(
     teacher_width: int,
 ) -> _Rows:
     """Return the anchored positions of all windows, as flat indices into the padded batch."""
-    row_student = _joined([a.student + window * student_width for window, a in enumerate(aligned)])
+    student_positions = []
+    teacher_positions = []
+    for number, alignment in enumerate(aligned):
+        student_positions.append(alignment.student + number * student_width)
+        teacher_positions.append(alignment.teacher + number * teacher_width)
+
+    row_student = _joined(student_positions)
     return _Rows(
         row_student=row_student,
+        # Every anchored position has a label, so that it is among the supervised ones.
         row_supervised=np.searchsorted(supervised, row_student),
-        row_teacher=_joined([a.teacher + window * teacher_width for window, a in enumerate(aligned)]),
-        depth=_joined([a.depth for a in aligned]),
-        prefix_lo=_joined([a.prefix_lo for a in aligned]),
-        prefix_hi=_joined([a.prefix_hi for a in aligned]),
-        pieces=_joined([a.pieces for a in aligned]),
+        row_teacher=_joined(teacher_positions),
+        depth=_joined([alignment.depth for alignment in aligned]),
+        prefix_lo=_joined([alignment.prefix_lo for alignment in aligned]),
+        prefix_hi=_joined([alignment.prefix_hi for alignment in aligned]),
+        pieces=_joined([alignment.pieces for alignment in aligned]),
     )
 
 
@@ -330,24 +358,32 @@ class _TeacherOrder(NamedTuple):
 
     def fields(self) -> dict[str, Tensor | np.ndarray]:
         """Return the fields of a batch: tensors, but for the two that stay on the host, where chunks are cut."""
-        tensors = {name: _tensor(getattr(self, name)) for name in ("teacher_held", "asked", "row_asked", "deep")}
-        return {**tensors, "deep_before": self.deep_before, "deep_width": self.deep_width}
+        return {
+            "teacher_held": _tensor(self.teacher_held),
+            "asked": _tensor(self.asked),
+            "row_asked": _tensor(self.row_asked),
+            "deep": _tensor(self.deep),
+            "deep_before": self.deep_before,
+            "deep_width": self.deep_width,
+        }
 
 
 def _order_teacher(rows: _Rows, mask: np.ndarray) -> _TeacherOrder:
     """Put the teacher's positions that are the anchor of a row first: these alone need a whole distribution."""
     positions = np.flatnonzero(mask)
-    anchors, row_asked = np.unique(np.searchsorted(positions, rows.row_teacher), return_inverse=True)
+    row_positions = np.searchsorted(positions, rows.row_teacher)
+    anchors, row_asked = np.unique(row_positions, return_inverse=True)
     others = np.delete(np.arange(len(positions)), anchors)
 
-    # Rows at depth > 0 need it restricted besides; how many there are before each anchor tells a chunk its own.
+    # Rows at depth > 0 need it restricted besides. Their number before each anchor tells a chunk which are its own.
     deep = np.flatnonzero(rows.depth)
+    boundaries = np.arange(len(anchors) + 1)
     return _TeacherOrder(
         teacher_held=positions,
         asked=np.append(anchors, others),
         row_asked=row_asked,
         deep=deep,
-        deep_before=np.searchsorted(row_asked[deep], np.arange(len(anchors) + 1)),
+        deep_before=np.searchsorted(row_asked[deep], boundaries),
         deep_width=(rows.prefix_hi - rows.prefix_lo)[deep],
     )
 
@@ -357,12 +393,14 @@ def _number_spans(spans: list[np.ndarray], aligned: list[Alignment]) -> Tensor:
     first = 0
     rows = []
     for row, alignment in zip(spans, aligned, strict=True):
-        rows.append(np.where(row >= 0, row + first, -1))
+        in_span = row >= 0
+        rows.append(np.where(in_span, row + first, -1))
         first += alignment.spans
     return torch.from_numpy(pad_rows(rows, -1))
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    """Return the rows of all windows, one behind the other."""
     return np.concatenate(parts).astype(np.int64)
 
 
