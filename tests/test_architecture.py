@@ -21,6 +21,7 @@ FLOORS = {
         {"teacher"},
         {"student_aware_router"},
         {"distillation_framework"},
+        {"self_check"},
     ],
     "utils": [
         {"errors", "git_lfs", "run_layout"},

@@ -1,7 +1,7 @@
 """Types between the towers: what a run expects of what is learned, which models/ fulfils without importing from here.
 
-The settings, the batch, the teacher and the module that is trained are seen from utils/ through these protocols alone. A
-teacher of another kind (behind a server, or a second one) and a module with other terms need no change there.
+The settings, the batch, the teacher and the module that is trained are seen from utils/ through these protocols alone.
+A teacher of another kind (behind a server, or a second one) and a module with other terms need no change there.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,6 +25,7 @@ from .machine.hardware import Choice
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["student", "teacher"]
@@ -157,6 +158,15 @@ class HeldOutText(Protocol):
     def collate(self) -> Collator: ...
     @property
     def batch_size(self) -> int: ...
+
+    def score(self, model: "nn.Module", side: str) -> dict[str, Any]:
+        """Return loss, perplexity and bits per byte of a model, with the tokens and bytes they are of."""
+
+    def coverage(self) -> dict[str, float]:
+        """Return the items of every loss term, summed over the windows."""
+
+    def unspelt_shares(self) -> dict[str, float]:
+        """Return the share of the text's bytes that the tokens of each side leave out."""
 
 
 class Job(Protocol):
