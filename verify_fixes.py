@@ -148,6 +148,7 @@ def router_at_start(setup: SetUp, job: train.Job) -> Measured:
 
 # ------------------------------------------------------------------------------- the table of checks
 
+# The machine comes first: where it cannot compute, or has other packages, nothing below is worth a look.
 MACHINE = (
     Row(
         "Python and packages",
@@ -196,6 +197,7 @@ def normalisation_row(label: str, term: str) -> Row:
     )
 
 
+# This code, without models: numbers that are known beforehand.
 CODE = (
     Row(
         "curriculum table",
@@ -219,6 +221,7 @@ CODE = (
         wording="equal to 1e-5, its gradient 0",
         hint="a window without anchors teaches, or is a negative of the others; report it",
     ),
+    # A weight means the same in every run only if unrelated states give about 1 at any width and length.
     normalisation_row("feature", "feat"),
     normalisation_row("attention relations", "rel"),
     normalisation_row("attention alignment", "attn"),
@@ -226,7 +229,9 @@ CODE = (
     normalisation_row("contrastive", "contr"),
 )
 
+# This code, on tiny models that are trained by the real loop.
 TINY = (
+    # Labels: without a shift the student learns to copy its input, with two it learns to skip a token.
     Row(
         "label shift: fresh student",
         self_check.fresh_loss,
@@ -254,6 +259,7 @@ TINY = (
         wording="0.95 or more; on purpose below 0.5",
         hint="labels are not shifted: the student would learn to copy its input",
     ),
+    # KD: under a copy of itself a student has nothing to learn.
     Row(
         "KD of equal models",
         self_check.equal_models,
@@ -271,6 +277,7 @@ TINY = (
         allowed={"ratio": within(0.8, 1.25)},
         hint="KD is not multiplied by the square of its temperature: it fades as T grows",
     ),
+    # What costs memory, and what half precision loses.
     Row(
         "hidden states at weight 0",
         hidden_states,
@@ -289,6 +296,7 @@ TINY = (
         allowed={"value_error": below(1e-2), "least_gradient": above(0), "gradient_error": below(1e-2)},
         hint="set teacher.dtype=float32, or the weights of the hidden-state terms to 0",
     ),
+    # The evaluation: a model that knows nothing has a perplexity of V, and is the same model afterwards.
     Row(
         "perplexity of a random model",
         evaluation.random_perplexity,
@@ -304,6 +312,7 @@ TINY = (
         on=("bench",),
         hint="the evaluation in float32 changes the student: the final report would crash",
     ),
+    # The loop: the same result however a run is cut into micro-batches and sessions.
     Row(
         "gradient accumulation",
         loop.accumulation,
@@ -335,6 +344,7 @@ TINY = (
     ),
 )
 
+# Three checks of text, carried out on the tiny models' and on the user's.
 DUPLICATES = Row(
     "duplicates",
     run_setup.duplicates,
@@ -354,6 +364,7 @@ COVERAGE = Row(
     hint="the tokenizers share few boundaries, so KD reaches little text; choose a closer pair",
 )
 
+# The run to come: its models, its text, and what it needs of the machine.
 MODELS = (
     Row(
         "models",
@@ -435,6 +446,7 @@ def tiny_subjects(folder: Path) -> dict[str, Any]:
     with miniature.cache_in(folder):
         job = train.prepare(config, build_accelerator("no", cpu=True))
 
+    # A run calibrates its router before the first step, too.
     def join(student: nn.Module, teacher: nn.Module, weights: Mapping[str, Schedule]) -> DistillationFramework:
         frozen = FrozenTeacher(teacher, job.vocabulary)
         module = self_check.assemble(student, frozen, job.vocabulary, **weights)
@@ -485,6 +497,7 @@ def own_setup(config: train.RunConfig) -> tuple[SetUp, train.Job]:
     if resolved.teacher.name:
         teacher = loading.load_config(resolved.teacher.name, "teacher")
 
+    # Only the beginning of a large text is read here, so its files say more about its size.
     files = [user_path(name) for name in resolved.data.train]
     size_on_disk = sum(file.stat().st_size for file in files if file.is_file())
     size_as_read = sum(int(size) for size in job.windows["bytes"])

@@ -98,6 +98,7 @@ def random_batches(
         router: of batches with anchors; every token is one byte for both sides.
         start: what the decoder of an encoder-decoder model begins with; its encoder then reads random tokens, too.
     """
+    # The identity map: on the other side every token is spelt by itself.
     generator = np.random.default_rng(seed)
     segments = np.arange(vocabulary)[:, None]
     collate = PairCollator(VocabularyMap.from_segments(segments, vocabulary), (None, None), 0, router)
@@ -239,6 +240,7 @@ def architecture_losses(models: Mapping[str, nn.Module], start: int | None) -> A
     for role, model in models.items():
         check_head(model, role)
 
+    # In evaluation mode: dropout would make the two losses differ.
     student = models["student"].eval()
     size = vocabulary_size(student)
     losses = language_losses(student, next(random_batches(size, [64] * 4, 0, start=start)))
@@ -272,6 +274,7 @@ class KdGradient(NamedTuple):
 
 def kd_gradient(twins: Twins, loss: LossConfig, teacher_seed: int) -> KdGradient:
     """Compute KD of a student under a teacher of its own architecture; seed 0 gives the student itself."""
+    # The weight of KD stays at its default, so that its gradient alone is measured.
     student = twins.make(0)
     teacher = FrozenTeacher(twins.make(teacher_seed), twins.vocabulary)
     module = assemble(student, teacher, twins.vocabulary, loss, lm=0.0)
@@ -313,6 +316,7 @@ class TemperatureSquared(NamedTuple):
 
 def temperature_squared(twins: Twins) -> TemperatureSquared:
     """Compare the gradients of KD at two temperatures (Hinton et al., arXiv 1503.02531, section 2)."""
+    # The gradient of a divergence of tempered distributions shrinks with 1 / T squared, which the factor makes up for.
     cold, warm = (kd_gradient(twins, LossConfig(top_k=512, temperature=t), teacher_seed=1) for t in (1.0, 4.0))
     return TemperatureSquared(warm.norm / cold.norm)
 
@@ -354,6 +358,7 @@ def other_weights(curriculum: CurriculumConfig, loss: LossConfig) -> list[OtherW
 
 def unrelated_states(layers: int, batch: PairedBatch, width: int, seed: int) -> list[Tensor]:
     """Return random states of some layers: large, and one channel of them huge, as real models have it."""
+    # An offset and a huge channel are what standardisation is for; plain noise would hide its absence.
     generator = torch.Generator().manual_seed(seed)
     states = 10 * torch.randn(layers, *batch.student_ids.shape, width, generator=generator) + 3
     states[..., 0] *= 100
@@ -472,6 +477,7 @@ def hidden_states(routed: DistillationFramework, plain: DistillationFramework, b
     def record(module: nn.Module, args: tuple, output: Any) -> None:
         is_kept.append(output.hidden_states is not None)
 
+    # The body's output has the hidden states only if it was asked for them.
     for model in (routed.student, routed.teacher.model):
         model.base_model.register_forward_hook(record)
 

@@ -80,6 +80,7 @@ class Bench:
             weights: weights or ramps of terms; those that are not given are the curriculum's defaults.
             device, dtype: where, and as what, the teacher computes.
         """
+        # Making the student seeds anew, so its weights do not depend on what is drawn for the teacher.
         seed_everything(TEACHER_SEED)
         teacher = loading.random_model(loading.load_config(str(self.models.teacher), "teacher"))
         teacher = teacher.to(device=device, dtype=dtype)
@@ -101,13 +102,15 @@ class Bench:
             accelerator: by default that of the job.
             training: settings that differ from those of the job.
         """
+        # A logger without a folder: training for a check writes and prints nothing.
+        logger = StepLogger(None, NEVER, main_process=False)
         return fit(
             module,
             windows,
             self.job.collate,
             replace(self.job.config.training, **training),
             accelerator=accelerator or self.accelerator,
-            logger=StepLogger(None, NEVER, main_process=False),
+            logger=logger,
             **(options or {}),
         )
 

@@ -66,6 +66,7 @@ class Range:
         if isinstance(measured, Sequence):
             return all(self.admits(number) for number in measured)
 
+        # Comparisons, not their negation: NaN must fail.
         above_low = measured >= self.low if self.low_is_in else measured > self.low
         below_high = measured <= self.high if self.high_is_in else measured < self.high
         return bool(above_low and below_high)
@@ -184,6 +185,7 @@ def run(items: Iterable[str | Check]) -> int:
     Raises:
         UserError: as `items` does.
     """
+    # Printed as they come: the last line on the screen names what takes so long, or what crashed.
     start = time.monotonic()
     checks: list[Check] = []
     try:

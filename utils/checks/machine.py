@@ -21,6 +21,7 @@ def versions() -> Measured:
     """Compare Python and the installed packages with what the project requires."""
     installed = packages.installed_packages()
     requirements = packages.own_requirements()
+    # A conflict without a package is a requirement of the project itself.
     conflicts = packages.find_conflicts(requirements, installed)
     unmet = [str(conflict) for conflict in conflicts if not conflict.package]
 
@@ -40,6 +41,7 @@ def conflicts() -> Measured:
     harmful = [str(conflict) for conflict in every if conflict.harmful]
     harmless = [str(conflict) for conflict in every if not conflict.harmful]
 
+    # Hosted notebooks come with many packages that training never loads, so these are a note only.
     value = "; ".join(harmful) or "none that matters to training"
     if harmless:
         rest = len(harmless) - MOST_HARMLESS
@@ -74,6 +76,7 @@ def precision(config: RunConfig) -> ProductError:
     choice = hardware.choose_precision(config.training.mixed_precision, device)
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[choice.value]
 
+    # A generator of its own, so that what later checks draw does not depend on this one.
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = a @ b
     product = (a.to(device, dtype) @ b.to(device, dtype)).cpu().float()

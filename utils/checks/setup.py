@@ -66,6 +66,7 @@ class SetUp:
 
 def duplicates(job: Job) -> Measured:
     """Pass windows through the loader, for one process and for two, and count those that are repeated or missing."""
+    # Two processes share every step, which is where windows can be repeated or lost.
     windows = job.windows.select(range(min(len(job.windows), MOST_WINDOWS)))
     deliveries = [
         delivery.delivery(
@@ -91,6 +92,7 @@ def duplicates(job: Job) -> Measured:
 
 def documents(job: Job) -> Measured:
     """Look for texts that were read as one document although they are many."""
+    # Conversations are one a row by their format; plain text may have any separator, or none.
     corpus = text_documents.load_documents(job.config.data)
     if corpus.conversations:
         return Measured(f"{len(corpus.train):,} conversations to learn from", "one a row", passed=True)
@@ -108,6 +110,7 @@ def leakage(job: Job) -> Measured:
     corpus = text_documents.load_documents(job.config.data)
     share = text_documents.leakage(corpus.train, corpus.eval)
 
+    # Two faults: equal content in both texts, and one document whose windows are on both sides.
     in_both = _document_names(job.windows) & _document_names(job.held_out.windows)
     repeated = corpus.report["duplicate"]
     held_out = corpus.report["in_eval"]
@@ -152,6 +155,7 @@ def spelt_text(job: Job, sides: Sequence[str]) -> Measured:
 
 def models(setup: SetUp) -> Measured:
     """Look for the weights of the models, and load those that are small enough."""
+    # A student that starts at random needs no weights.
     roles = []
     if setup.config.student.init == "pretrained":
         roles.append(("student", setup.config.student, setup.student))
@@ -177,6 +181,7 @@ def models(setup: SetUp) -> Measured:
 
 def _examine_weights(role: str, model: ModelConfig, shape: PretrainedConfig) -> tuple[bool, str]:
     """Load a small model, and look at the folder of a large one; returns (it can be loaded, a note about it)."""
+    # Loading is the sure test, but takes too long for a large model, of which only the files are looked at.
     folder = Path(locate.locate(model.name, role))
     is_here = folder.is_dir()
     if is_here and not too_large(shape):
@@ -239,6 +244,7 @@ def router_batches(job: Job) -> RouterBatches:
     size = min(training.batch_size, ROUTED_WINDOWS)
     count = ROUTED_WINDOWS // size
 
+    # A random order, that of the run's first epoch.
     order = permutation(len(job.windows), training.seed, 0).tolist()
     starts = range(0, len(order), size)[: 2 * count]
     batches = [job.collate([job.windows[number] for number in order[start : start + size]]) for start in starts]
@@ -306,7 +312,7 @@ def _disk(setup: SetUp) -> Measured:
         config.training,
         config.student.lora,
         text_bytes=setup.text_bytes,
-        runs=1 + config.evaluation.without_teacher,
+        runs=1 + config.evaluation.without_teacher,  # the comparison keeps checkpoints of its own
         in_memory=IN_MEMORY_BYTES,
     )
 
@@ -331,6 +337,7 @@ def _forecast_or_reason(forecast: Callable[[SetUp], Measured], setup: SetUp) -> 
 def output_directory(setup: SetUp) -> Measured:
     """Try to write into the output folder, without leaving anything in it."""
     folder = Path(setup.config.output_dir)
+    # The trial makes the folder and those above it, and none of them may stay.
     new_folders = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         run_folder.check(folder, to_plain(setup.config), setup.config.resume)

@@ -117,6 +117,7 @@ def compare(folders: Sequence[str], output: Path) -> None:
         UserError: a folder that is not a run's, or an `output` where nothing can be written.
     """
     runs = read_runs(folders)
+    # Before anything is printed: a folder that cannot be made ends the command with one message.
     _make_folder(output)
 
     console().print(result_table(runs))
@@ -201,6 +202,7 @@ def _json(file: Path, form: type[BaseModel], damaged: list[str]) -> dict[str, An
 
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
+        # Strict: a number in quotes is damage, and would fail later in arithmetic.
         form.model_validate(content, strict=True)
     except (OSError, ValueError, RecursionError) as error:  # ValueError of pydantic, json and UTF-8
         damaged.append(f"{file.name} ({_reason(error)})")
@@ -210,6 +212,7 @@ def _json(file: Path, form: type[BaseModel], damaged: list[str]) -> dict[str, An
 
 def _records(file: Path, damaged: list[str]) -> list[dict[str, Any]]:
     """Read the records that can be used; a last line that a kill cut short is no damage."""
+    # A line that is no JSON is None, but for the last one, which is left out.
     records = read_lines(file)
     usable = [record for record in records if record is not None and _is_record(record)]
 
@@ -329,6 +332,7 @@ def result_table(runs: Sequence[Run]) -> Table:
     for column in ("step", "student", "change", "teacher", "closed", "time"):
         table.add_column(column, justify="right", no_wrap=True)
 
+    # Bits per byte compare only on the same text.
     first = runs[0].bits("student")
     measured = [run.bits("student") for run in runs if run.bits("student") is not None]
     least = min(measured, default=None)
@@ -378,6 +382,7 @@ def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
     Returns:
         dotted key -> its value in each run; `?` for a run that does not have it, which alone makes no difference.
     """
+    # A dict as an ordered set: the order of the settings in config.yaml.
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in OWN_TO_A_RUN)
 
     differing = {}
@@ -483,6 +488,7 @@ def _draw_run(over_steps: Axes, over_tokens: Axes, run: Run, colour: str) -> lis
         label += f" ({run.state})"
         dashes = (0, (4, 2))
 
+    # A run without a logged step has no count of tokens, and is drawn over steps alone.
     style = {"color": colour, "linestyle": dashes, "marker": "o", "markersize": 3.5}
     steps = [record["step"] for record in run.evaluations]
     bits = [record["bits_per_byte"] for record in run.evaluations]
@@ -499,6 +505,7 @@ def _finish(panel: Axes, runs: Sequence[Run], name: str) -> None:
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
 
+    # Levels that look the same in the picture share a line, and a label.
     levels: dict[float, list[Run]] = {}
     for run in runs:
         bits = run.bits("teacher")

@@ -152,6 +152,7 @@ def _text(value: Any) -> str:
 
 def _header(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     """Return the facts of the run, its result in words, and cards with the most important figures."""
+    # Without a teacher the student's name is alone, without an arrow.
     names = [(settings.get(role) or {}).get("name") for role in ("teacher", "student")]
     models = " → ".join(str(name) for name in names if name)
     facts = [models, *(f"{key} {value}" for key, value in run_lines(results))]
@@ -172,6 +173,7 @@ def _figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     student = bits["student"]
     figures = [(f"bits per byte, {model_name('student', results).lower()}", figure(student))]
 
+    # A figure that was not finite is null, and then nothing is compared with it.
     others = {"initial_student": "before training", "baseline": "the same student without the teacher"}
     for key, description in others.items():
         if bits[key] and student is not None:
@@ -207,6 +209,7 @@ def _model_table(results: Mapping[str, Any]) -> str:
 
     rows = []
     for key, model in models.items():
+        # The bar of the model with the most bits per byte is as wide as its cell.
         bits = model.get("bits_per_byte") or 0
         width = 100 * bits / most if most else 0
         name = f'{_text(model_name(key, results))}<div class="bar" style="width: {width:.1f}%"></div>'
@@ -296,6 +299,7 @@ def _groups(values: Mapping[str, Any]) -> str:
     """Return a card for each section of nested values, and one for those that are in no section."""
     groups: dict[str, list[tuple[str, Any]]] = {}
     for path, value in flatten(values).items():
+        # A value that is in no section comes under no heading.
         section, dot, name = path.partition(".")
         if not dot:
             section, name = "", path

@@ -16,6 +16,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     Args:
         results: see `utils.report.results`.
     """
+    # Parts that do not apply to this run are empty, and left out at the end.
     parts = [
         "# Evaluation report",
         headline(results),
