@@ -79,6 +79,7 @@ def hidden_states(bench: Bench) -> self_check.HiddenStates:
 
 def label_shift_of_architecture(setup: SetUp) -> Measured:
     """Compare losses of the user's architecture with random weights; a fresh model knows nothing of random tokens."""
+    # Random logits cost a little more than ln V, and hardly ever less.
     start = None
     ratios = within(0.95, 1.25, "ln V")
     if setup.student.is_encoder_decoder:
@@ -127,12 +128,14 @@ def router_at_start(setup: SetUp, job: train.Job) -> Measured:
     if obstacle := run_setup.router_obstacle(setup):
         return Measured(f"not measured: {obstacle}", limit.text, passed=True)
 
+    # Real weights on both sides: the terms depend on how much the two models have in common.
     config = job.config
     student = make_student(config.student, config.training, job.accelerator).eval()
     teacher = train.load_teacher(job)
     scheduler = CurriculumScheduler(config.curriculum, config.loss, 1)
     module = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)
 
+    # Calibrated on some windows, measured on others: on its own windows a fit looks better than it is.
     drawn = run_setup.router_batches(job)
     module.calibrate(drawn.calibration)
     used = config.curriculum.used()
@@ -549,6 +552,7 @@ def all_checks(argv: Sequence[str], folder: Path) -> Iterator[str | Check]:
 
 def run_checks(setup: SetUp, job: train.Job) -> Iterator[str | Check]:
     """Yield the checks of the user's models and text, and an example of what is learned from."""
+    # Without a teacher there are no anchors to count, and only the student's tokens matter.
     has_teacher = setup.teacher is not None
     sides = ("student", "teacher") if has_teacher else ("student",)
     subjects = {"setup": setup, "job": job, "sides": sides}
@@ -560,6 +564,7 @@ def run_checks(setup: SetUp, job: train.Job) -> Iterator[str | Check]:
     for row in rows:
         yield row.check(subjects)
 
+    # No check, but something that only a person can judge: a decoded window.
     yield "  " + "\n  ".join(train.learned_from(job))
     if job.collate.router is not None:
         yield ROUTER.check(subjects)

@@ -115,6 +115,7 @@ def _random_window(generator: np.random.Generator, vocabulary: int, length: int,
         "ends": places + 1,
         "roles": np.where(places == 0, MARKER, TEXT),
     }
+    # The decoder of an encoder-decoder model reads its own start first; the prompt is as random.
     if start is not None:
         reading["ids"][:1] = start
         reading["source"] = generator.integers(0, vocabulary, length)
@@ -279,6 +280,7 @@ def kd_gradient(twins: Twins, loss: LossConfig, teacher_seed: int) -> KdGradient
     teacher = FrozenTeacher(twins.make(teacher_seed), twins.vocabulary)
     module = assemble(student, teacher, twins.vocabulary, loss, lm=0.0)
 
+    # One number for the whole gradient: its norm over all parameters.
     output = module(twins.batch, 0)
     output.loss.backward()
     norms = [parameter.grad.norm() for parameter in module.parameters() if parameter.grad is not None]
@@ -344,6 +346,7 @@ class OtherWeight(NamedTuple):
 def other_weights(curriculum: CurriculumConfig, loss: LossConfig) -> list[OtherWeight]:
     """Return the weights of a curriculum that differ from the reference run's in three decimals."""
     scheduler = CurriculumScheduler(curriculum, loss, TABLE_STEPS)
+    # The reference is known to three decimals.
     differing = []
     for step, row in REFERENCE_WEIGHTS.items():
         weights = scheduler.weights(step)
@@ -448,6 +451,7 @@ def _contrast_of_windows(windows: int) -> tuple[float, Tensor]:
     states[3:] = torch.nan
     targets[3:] = torch.nan
 
+    # Only what is trained needs a gradient: the teacher's states are a fixed target.
     value = router([states.requires_grad_()], [targets], batch.anchors, {"contr"})["contr"]
     value.backward()
     return value.item() / batch.counts["contr"], states.grad
@@ -483,7 +487,9 @@ def hidden_states(routed: DistillationFramework, plain: DistillationFramework, b
 
     loss_change = routed(batch, 0).loss.item() - plain(batch, 0).loss.item()
     at_start = list(is_kept)
-    routed(batch, None)  # the end of the curriculum
+
+    # Without a step the weights are those at the end of the curriculum.
+    routed(batch, None)
     return HiddenStates(
         models=len(at_start),
         at_zero=sum(at_start),

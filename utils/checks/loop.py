@@ -34,10 +34,12 @@ def one_step(bench: Bench, config: RunConfig) -> Measured:
     mixed = hardware.choose_precision(config.training.mixed_precision, device).value
     dtype = precision.frozen_dtype(config.teacher.dtype, device, mixed).value
 
+    # Only terms that the run uses: others may fail on this device without doing harm.
     used = config.curriculum.used()
     weights = {name: 0.1 for name in ROUTER_TERMS if name in used}
     module = bench.distillation(weights=weights, device=device, dtype=dtype)
 
+    # The accelerator's precision is a global state, so the one of the run is put back afterwards.
     before = [parameter.detach().clone() for parameter in module.parameters()]
     with temporary_accelerator(mixed, cpu=device.type == "cpu") as accelerator:
         result = bench.fit(module, bench.windows, accelerator=accelerator, max_steps=FEW_STEPS)

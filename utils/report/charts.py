@@ -127,6 +127,7 @@ def draw_curves(
         ):
             draw(panel)
 
+        # Some space between the panels: one has a second axis on its right.
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
         save(figure, path)
 
@@ -157,6 +158,7 @@ class _Panels(NamedTuple):
 
 def _panels(records: Records, results: Mapping[str, Any], baseline: Records) -> _Panels:
     """Return the functions that draw the panels, all over the same range of steps."""
+    # Records of evaluations have no terms.
     steps = [record for record in records if "terms" in record]
     last = max([1, *(record["step"] for record in [*records, *baseline])])
 
@@ -288,6 +290,7 @@ def _draw_evaluation(panel: Axes, records: Records, results: Mapping[str, Any], 
     """Draw bits per byte of the student with and without the teacher, and the levels of the other models."""
     panel.set_title("Evaluation, bits per byte")
 
+    # The baseline first, so that the student's curve lies above it.
     curves = {}
     for key, run in (("baseline", baseline), ("student", records)):
         points = [(record["step"], record["bits_per_byte"]) for record in run if _is_of_student(record)]

@@ -425,6 +425,7 @@ def _table(title: str) -> Table:
 
 def notes(runs: Sequence[Run]) -> Iterable[str]:
     """Yield a sentence for everything that makes figures of these runs incomparable."""
+    # The size of the text stands for the text: other text has hardly ever the same number of bytes.
     sizes = _sizes(runs)
     if len(set(sizes.values())) > 1:
         named = ", ".join(f"{name} {size:,}" for name, size in sizes.items())

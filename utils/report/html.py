@@ -234,6 +234,7 @@ def _tasks(results: Mapping[str, Any]) -> str:
     if not rows:
         return ""
 
+    # Names of tasks and metrics come from elsewhere, so they are text, too.
     head_cells = "".join(f"<th>{_text(head)}</th>" for head in heads)
     body = ""
     for row in rows:
@@ -261,6 +262,7 @@ def _samples(results: Mapping[str, Any]) -> str:
     if not samples:
         return ""
 
+    # A plain text has a beginning, a conversation or an example has a prompt.
     prompt = "Prompt" if results.get("prompted") else "Beginning"
     cards = []
     for sample in samples:

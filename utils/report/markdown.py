@@ -39,6 +39,7 @@ def _model_table(results: Mapping[str, Any]) -> str:
         "| | bits per byte | perplexity | tokens | bytes | parameters | dtype |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
+    # Not every run has a teacher, or a comparison without it.
     for key in MODELS:
         if model := results.get(key):
             cells = [

@@ -29,6 +29,7 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         settings: of the run, nested, with the names that the user gave.
         results: see `utils.report.results`.
     """
+    # The folder in the example is for the reader to fill in.
     usage = how_to_use('"path/to/this/folder"', settings, results)
     adapter = ""
     if is_adapter(settings):

@@ -42,6 +42,7 @@ def write_report(
     records = _records(folder / METRICS if metrics is None else metrics)
     baseline = _records(baseline_metrics)
 
+    # How layers are matched changes during the run; the report shows how it ended.
     routed = [record for record in records if record.get("routing")]
     if routed:
         results["routing"] = {"step": routed[-1]["step"], **routed[-1]["routing"]}
@@ -108,6 +109,7 @@ def summary_table(results: Mapping[str, Any]) -> Table:
     for column in ("bits/byte", "perplexity", "parameters"):
         table.add_column(column, justify="right", no_wrap=True)
 
+    # Not every run has a teacher, or a comparison without it.
     for key in MODELS:
         if model := results.get(key):
             table.add_row(

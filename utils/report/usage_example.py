@@ -54,6 +54,7 @@ def how_to_use(folder: str, settings: Mapping[str, Any], results: Mapping[str, A
     is_seq2seq = results["student"].get("encoder_decoder")
     answers_messages = results.get("prompted") and not is_seq2seq
 
+    # The class that loads the student, and the library that has it.
     model_class = "ModelForSeq2SeqLM" if is_seq2seq else "ModelForCausalLM"
     if is_adapter(settings):
         loader = f"AutoPeft{model_class}"
@@ -64,6 +65,7 @@ def how_to_use(folder: str, settings: Mapping[str, Any], results: Mapping[str, A
         imports = _MODEL_IMPORTS
         inputs = ""
 
+    # Of an answer the prompt is cut off; an encoder-decoder model does not repeat it.
     if answers_messages:
         inputs += _MESSAGES
         written = 'written[inputs["input_ids"].shape[1] :], skip_special_tokens=True'
