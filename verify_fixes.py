@@ -115,7 +115,8 @@ def step_and_export(setup: SetUp, job: train.Job) -> Measured:
         student.generation_config = settings or student.generation_config
 
     module = self_check.assemble(student, None, job.vocabulary, kd=0.0, lm=1.0)
-    dry_run.try_modes(module, student, job.collate([job.windows[0]]), job.accelerator, compares=False)
+    batch = job.collate([job.windows[0]])
+    dry_run.try_modes(module, student, batch, job.accelerator, compares=False)
     export.rehearse_export(student, job.tokenizer)
     return Measured(
         f"trained, evaluated and saved on trial: {type(student).__name__} of few layers", allowed, passed=True
@@ -139,7 +140,8 @@ def router_at_start(setup: SetUp, job: train.Job) -> Measured:
     drawn = run_setup.router_batches(job)
     module.calibrate(drawn.calibration)
     used = config.curriculum.used()
-    values = {name: value for name, value in self_check.router_values(module, drawn.measured).items() if name in used}
+    every_value = self_check.router_values(module, drawn.measured)
+    values = {name: value for name, value in every_value.items() if name in used}
 
     named = ", ".join(f"{name} {value:.3g}" for name, value in values.items())
     return Measured(

@@ -205,7 +205,8 @@ def _learn_random(twins: Twins, change: Callable[[PairedBatch], PairedBatch] | N
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-2)
 
     losses = []
-    for batch in islice(random_batches(twins.size, [twins.length] * 8, seed=0), steps):
+    batches = random_batches(twins.size, [twins.length] * 8, seed=0)
+    for batch in islice(batches, steps):
         loss = module(change(batch) if change else batch, 0).loss
         optimizer.zero_grad()
         loss.backward()
@@ -284,8 +285,9 @@ def kd_gradient(twins: Twins, loss: LossConfig, teacher_seed: int) -> KdGradient
     output = module(twins.batch, 0)
     output.loss.backward()
     norms = [parameter.grad.norm() for parameter in module.parameters() if parameter.grad is not None]
+    norm = torch.stack(norms).norm().item()
     kd = output.terms["kd"]
-    return KdGradient(kd.sum.item() / kd.count, torch.stack(norms).norm().item())
+    return KdGradient(kd.sum.item() / kd.count, norm)
 
 
 class EqualModels(NamedTuple):
@@ -319,7 +321,8 @@ class TemperatureSquared(NamedTuple):
 def temperature_squared(twins: Twins) -> TemperatureSquared:
     """Compare the gradients of KD at two temperatures (Hinton et al., arXiv 1503.02531, section 2)."""
     # The gradient of a divergence of tempered distributions shrinks with 1 / T squared, which the factor makes up for.
-    cold, warm = (kd_gradient(twins, LossConfig(top_k=512, temperature=t), teacher_seed=1) for t in (1.0, 4.0))
+    cold = kd_gradient(twins, LossConfig(top_k=512, temperature=1.0), teacher_seed=1)
+    warm = kd_gradient(twins, LossConfig(top_k=512, temperature=4.0), teacher_seed=1)
     return TemperatureSquared(warm.norm / cold.norm)
 
 
@@ -443,7 +446,8 @@ def _contrast_of_windows(windows: int) -> tuple[float, Tensor]:
     """Return the contrastive term per item and the gradient of its student states; the fourth window is empty."""
     torch.manual_seed(0)
     router = StudentAwareRouter(RouterConfig(layers=1, teacher_layers=1), (1, 32), (1, 48))
-    batch = next(random_batches(2, [64, 64, 64, 0][:windows], 0, router.config))
+    lengths = [64, 64, 64, 0][:windows]
+    batch = next(random_batches(2, lengths, 0, router.config))
 
     [states] = unrelated_states(1, batch, 32, 0)
     [targets] = unrelated_states(1, batch, 48, 1)
@@ -485,7 +489,8 @@ def hidden_states(routed: DistillationFramework, plain: DistillationFramework, b
     for model in (routed.student, routed.teacher.model):
         model.base_model.register_forward_hook(record)
 
-    loss_change = routed(batch, 0).loss.item() - plain(batch, 0).loss.item()
+    routed_loss = routed(batch, 0).loss.item()
+    plain_loss = plain(batch, 0).loss.item()
     at_start = list(is_kept)
 
     # Without a step the weights are those at the end of the curriculum.
@@ -494,7 +499,7 @@ def hidden_states(routed: DistillationFramework, plain: DistillationFramework, b
         models=len(at_start),
         at_zero=sum(at_start),
         at_weight=sum(is_kept) - sum(at_start),
-        loss_change=loss_change,
+        loss_change=routed_loss - plain_loss,
     )
 
 

@@ -143,7 +143,8 @@ class Row:
             subjects: what there is to be measured, by the names in `on`.
         """
         try:
-            measured = self._judge(self.measure(*((subjects or {})[name] for name in self.on)))
+            arguments = [(subjects or {})[name] for name in self.on]
+            measured = self._judge(self.measure(*arguments))
         except Exception as error:
             # A user's mistake says itself what it is; of any other error the class is half of the message.
             prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
@@ -164,10 +165,12 @@ class Row:
             return result
 
         numbers = result._asdict()
+        verdicts = [limits.admits(numbers[name]) for name, limits in self.allowed.items()]
+        texts = [limits.text for limits in self.allowed.values()]
         return Measured(
             value=self.shows.format(**numbers),
-            allowed=self.wording or ", ".join(limits.text for limits in self.allowed.values()),
-            passed=all(limits.admits(numbers[name]) for name, limits in self.allowed.items()),
+            allowed=self.wording or ", ".join(texts),
+            passed=all(verdicts),
         )
 
 

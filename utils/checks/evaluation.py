@@ -39,7 +39,10 @@ def weighted_perplexity() -> TextScores:
     """
     easy = torch.zeros(1, 3, dtype=torch.long)
     hard = torch.ones(1, 9, dtype=torch.long)
-    batches = [({"input_ids": ids}, torch.zeros_like(ids), 5 * ids.shape[1] // 6) for ids in (easy, hard)]
+    batches = []
+    for ids, text_bytes in ((easy, 2), (hard, 7)):
+        labels = torch.zeros_like(ids)
+        batches.append(({"input_ids": ids}, labels, text_bytes))
 
     metrics = scores.evaluate(_HandMade(), batches, torch.device("cpu"))
     return TextScores(metrics["perplexity"], metrics["bits_per_byte"])
@@ -95,4 +98,5 @@ def _same_objects(first: list[nn.Parameter], second: list[nn.Parameter]) -> bool
 
 def _same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
     """Return True if two lists hold equal tensors of equal dtypes."""
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    pairs = zip(first, second, strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)

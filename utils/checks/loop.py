@@ -78,7 +78,7 @@ def accumulation(bench: Bench) -> GradientDifference:
     differences = []
     for batch_size in (8, 4, 1):
         gradient = _accumulated_gradient(bench, windows, batch_size)
-        differences.append(((gradient - whole).norm() / whole.norm()).item())
+        differences.append(_relative_error(gradient, whole))
     return GradientDifference(max(differences))
 
 
@@ -115,12 +115,13 @@ def half_teacher(bench: Bench) -> HalfPrecision:
     half_values, half_gradients = _terms_and_gradients(bench, torch.float16)
     values, gradients = _terms_and_gradients(bench, torch.float32)
 
-    pairs = zip(half_gradients, gradients, strict=True)
+    value_errors = (half_values - values).abs() / values.abs()
+    gradient_errors = [_relative_error(half, full) for half, full in zip(half_gradients, gradients, strict=True)]
     return HalfPrecision(
         terms=len(half_values),
-        value_error=((half_values - values).abs() / values.abs()).max().item(),
+        value_error=value_errors.max().item(),
         least_gradient=min(gradient.norm().item() for gradient in half_gradients),
-        gradient_error=max(((half - full).norm() / full.norm()).item() for half, full in pairs),
+        gradient_error=max(gradient_errors),
     )
 
 
@@ -136,8 +137,14 @@ def _terms_and_gradients(bench: Bench, dtype: torch.dtype) -> tuple[Tensor, list
         parts = torch.autograd.grad(terms[name].sum, parameters, retain_graph=True, materialize_grads=True)
         gradients.append(torch.cat([part.flatten() for part in parts]))
 
-    values = torch.stack([term.sum.detach() / max(term.count, 1) for term in terms.values()])
-    return values, gradients
+    values = [term.sum.detach() / max(term.count, 1) for term in terms.values()]
+    return torch.stack(values), gradients
+
+
+def _relative_error(measured: Tensor, exact: Tensor) -> float:
+    """Return the norm of the difference over the norm of what is exact."""
+    difference = measured - exact
+    return (difference.norm() / exact.norm()).item()
 
 
 # --------------------------------------------------------------------------------- the whole run
@@ -209,8 +216,11 @@ def early_stopping(bench: Bench) -> Measured:
     result = bench.fit(module, bench.windows, options, patience=2)
 
     # The best weights are those of step 2, and the module must end with them.
-    best = store.load(store.steps()[2]).tensors["module"] if 2 in store.steps() else {}
-    is_back = bool(best) and _same_weights(module, best)
+    is_back = False
+    checkpoints = store.steps()
+    if 2 in checkpoints:
+        best = store.load(checkpoints[2]).tensors["module"]
+        is_back = _same_weights(module, best)
 
     put_back = "put back" if is_back else "lost"
     outcome = (result.stopped_by, result.steps, result.best_step)

@@ -79,5 +79,6 @@ def precision(config: RunConfig) -> ProductError:
     # A generator of its own, so that what later checks draw does not depend on this one.
     a, b = torch.randn(2, 256, 256, generator=torch.Generator().manual_seed(0))
     exact = a @ b
-    product = (a.to(device, dtype) @ b.to(device, dtype)).cpu().float()
-    return ProductError(choice, ((product - exact).norm() / exact.norm()).item())
+    product = a.to(device, dtype) @ b.to(device, dtype)
+    difference = product.cpu().float() - exact
+    return ProductError(choice, (difference.norm() / exact.norm()).item())

@@ -212,10 +212,16 @@ def build_shallow(setup: SetUp, roles: Sequence[str]) -> dict[str, nn.Module]:
         role -> model; without those whose embeddings alone are too large.
     """
     shapes = {"student": setup.student, "teacher": setup.teacher}
-    shallow = [(role, model_size.shallow(shapes[role], REPRESENTATIVE)) for role in roles if shapes[role]]
-
     seed_everything(setup.config.training.seed)
-    return {role: loading.random_model(shape) for role, shape in shallow if not too_large(shape)}
+
+    models = {}
+    for role in roles:
+        if shapes[role] is None:
+            continue
+        shape = model_size.shallow(shapes[role], REPRESENTATIVE)
+        if not too_large(shape):
+            models[role] = loading.random_model(shape)
+    return models
 
 
 def router_obstacle(setup: SetUp) -> str | None:
@@ -246,8 +252,12 @@ def router_batches(job: Job) -> RouterBatches:
 
     # A random order, that of the run's first epoch.
     order = permutation(len(job.windows), training.seed, 0).tolist()
-    starts = range(0, len(order), size)[: 2 * count]
-    batches = [job.collate([job.windows[number] for number in order[start : start + size]]) for start in starts]
+    starts = range(0, len(order), size)
+    batches = []
+    for start in starts[: 2 * count]:
+        numbers = order[start : start + size]
+        batches.append(job.collate([job.windows[number] for number in numbers]))
+
     # A text too short for two lists is measured on windows that it was calibrated on.
     return RouterBatches(batches[:count], batches[-count:], count * size)
 

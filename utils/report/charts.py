@@ -220,7 +220,7 @@ def _draw_losses(panel: Axes, steps: Records) -> None:
         is_learned = _weighs_anything(steps, name)
         look = _marker(x) if is_learned else _MEASURED_ONLY
         raw = _series(steps, "terms", name, "raw")
-        panel.plot(x, raw, color=_COLOURS.get(name), label=_TERM_NAMES.get(name, name), **look)
+        panel.plot(x, raw, **_term_style(name), **look)
         has_unlearned |= not is_learned
 
         # A comparison with NaN is False, so gaps count as nothing.
@@ -228,7 +228,8 @@ def _draw_losses(panel: Axes, steps: Records) -> None:
         if any(value > 0 for value in weighted):
             panel.plot(x, weighted, color=_COLOURS.get(name), **_WEIGHTED)
 
-    panel.plot(x, _series(steps, "loss"), color="#222222", linewidth=2.2, label="total", **_marker(x))
+    total = _series(steps, "loss")
+    panel.plot(x, total, color="#222222", linewidth=2.2, label="total", **_marker(x))
 
     # Two lines without points, for the legend.
     panel.plot([], [], color="#777777", label="weighted", **_WEIGHTED)
@@ -253,7 +254,7 @@ def _draw_weights(panel: Axes, steps: Records) -> None:
         y = _series(steps, "terms", name, "weight")
         # Later lines are thinner, so that of two equal ones both are seen.
         width = max(3.6 - 0.7 * order, 1.4)
-        panel.plot(x, y, color=_COLOURS.get(name), label=_TERM_NAMES.get(name, name), linewidth=width)
+        panel.plot(x, y, **_term_style(name), linewidth=width)
 
     panel.set_ylim(0, 1.18 * max(panel.get_ylim()[1], 1e-3))
     panel.legend(ncols=4, loc="upper right")
@@ -271,8 +272,10 @@ def _draw_optimisation(panel: Axes, steps: Records) -> None:
     right.grid(False)
 
     x = [record["step"] for record in steps]
-    (norm,) = right.plot(x, _series(steps, "grad_norm"), color="#B0B0B0", linewidth=1.2, label="gradient norm (right)")
-    (rate,) = panel.plot(x, _series(steps, "lr"), color="#0072B2", linewidth=2.0, label="learning rate", **_marker(x))
+    norms = _series(steps, "grad_norm")
+    rates = _series(steps, "lr")
+    [norm] = right.plot(x, norms, color="#B0B0B0", linewidth=1.2, label="gradient norm (right)")
+    [rate] = panel.plot(x, rates, color="#0072B2", linewidth=2.0, label="learning rate", **_marker(x))
 
     # The learning rate in front; its panel's background would hide the norm.
     panel.set_zorder(right.get_zorder() + 1)
@@ -339,7 +342,8 @@ def _magnify_end(panel: Axes, curves: Mapping[str, tuple[Sequence[int], Sequence
     last = max(x[-1] for x, _ in curves.values())
     ends = {}
     for key, (x, y) in curves.items():
-        ends[key] = [(step, bits) for step, bits in zip(x, y, strict=True) if step >= last / 2]
+        points = zip(x, y, strict=True)
+        ends[key] = [(step, bits) for step, bits in points if step >= last / 2]
 
     # One curve has nothing to differ from, and two points make no curve.
     if len(curves) < 2 or min(len(points) for points in ends.values()) < 3:
@@ -376,6 +380,11 @@ def _terms(steps: Records) -> list[str]:
     names = {name for record in steps for name in record["terms"]}
     labelled = [name for name in _TERM_NAMES if name in names]
     return labelled + sorted(names - _TERM_NAMES.keys())
+
+
+def _term_style(name: str) -> dict[str, Any]:
+    """Return colour and label of a term's line; a term unknown here is called by its name."""
+    return {"color": _COLOURS.get(name), "label": _TERM_NAMES.get(name, name)}
 
 
 def _weighs_anything(steps: Records, name: str) -> bool:

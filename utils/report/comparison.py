@@ -102,8 +102,11 @@ class Run:
     @property
     def tokens_per_step(self) -> float | None:
         """Student tokens that a step learns from: the median of the logged steps, of which the last may be short."""
-        lm_terms = [record["terms"]["lm"] for record in self.records if "lm" in record.get("terms", {})]
-        counts = [term["count"] for term in lm_terms if "count" in term]
+        counts = []
+        for record in self.records:
+            lm_term = record.get("terms", {}).get("lm", {})
+            if "count" in lm_term:
+                counts.append(lm_term["count"])
         return statistics.median(counts) if counts else None
 
 
@@ -447,7 +450,10 @@ def notes(runs: Sequence[Run]) -> Iterable[str]:
 
 def _lossy_students(runs: Sequence[Run]) -> list[str]:
     """Return the runs whose student's tokens leave out too much of the text, with the share."""
-    shares = {run.name: unspelt_share(run.report["student"]) for run in runs if run.report.get("student")}
+    shares = {}
+    for run in runs:
+        if student := run.report.get("student"):
+            shares[run.name] = unspelt_share(student)
     return [f"{name} {share:.1%}" for name, share in shares.items() if share > MOST_UNSPELT]
 
 

@@ -143,7 +143,12 @@ def run_lines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     seconds = summary.pop("seconds", None)
     if isinstance(seconds, int | float):
         summary["duration"] = duration(seconds)
-    return [(str(key).replace("_", " "), _plain(value)) for key, value in summary.items()]
+
+    lines = []
+    for key, value in summary.items():
+        label = str(key).replace("_", " ")
+        lines.append((label, _plain(value)))
+    return lines
 
 
 # ------------------------------------------------------------------------------------------ numbers
