@@ -107,7 +107,7 @@ def step_and_export(setup: SetUp, job: train.Job) -> Measured:
     if student is None:
         return Measured(TOO_LARGE, allowed, passed=True)
 
-    # What is saved beside the weights comes from the student's folder, and may be what cannot be saved.
+    # The generation settings in the student's folder are exported too, and not all of them can be saved.
     keep_weights(student.config)
     folder = Path(locate.locate(setup.config.student.name, "student"))
     if folder.is_dir():
