@@ -22,6 +22,7 @@ FLOORS = {
         {"student_aware_router"},
         {"distillation_framework"},
         {"distillation"},
+        {"self_check"},
     ],
     "utils": [
         {"errors", "git_lfs", "run_layout"},

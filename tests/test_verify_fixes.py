@@ -12,17 +12,17 @@ import pytest
 import torch
 
 import verify_fixes
-from models import distillation_framework
+from models import distillation_framework, student_aware_router
 from models.config import CurriculumConfig, Term
-from models.losses import fused_head, hidden_state_terms, losses
-from models.losses.hidden_state_terms import HIDDEN_STATE_TERMS
+from models.curriculum import CurriculumScheduler
+from models.losses import fused_head, losses
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from models.teacher import frozen as teacher_module
 from models.teacher.frozen import FrozenTeacher
 from models.text import collate as pairing
 from models.types import IGNORE
 from utils import files
-from utils.checks import checklist, evaluation, loop, machine
+from utils.checks import checklist, miniature
 from utils.checks import setup as preflight
 from utils.data import delivery as delivery_module
 from utils.data import documents as data
@@ -51,8 +51,31 @@ NAMES = [
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
-    return verify_fixes.Bench(tmp_path_factory.mktemp("bench"))
+def tiny(tmp_path_factory):
+    """What the checks on tiny models are measured on."""
+    return verify_fixes.tiny_subjects(tmp_path_factory.mktemp("bench"))
+
+
+ROWS = {
+    row.name: row
+    for row in (
+        *verify_fixes.MACHINE,
+        verify_fixes.ONE_STEP,
+        *verify_fixes.CODE,
+        *verify_fixes.TINY,
+        verify_fixes.DUPLICATES,
+        verify_fixes.LEAKAGE,
+        verify_fixes.COVERAGE,
+        *verify_fixes.MODELS,
+        verify_fixes.ROUTER,
+        *verify_fixes.RESOURCES,
+    )
+}
+
+
+def check(name: str, subjects: dict | None = None) -> checklist.Check:
+    """Carry out one check of the table."""
+    return ROWS[name].check(subjects)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +104,7 @@ def test_everything_is_ticked_in_order_and_nothing_is_left_behind(tmp_path):
 
 def own_flags(folder: Path) -> list[str]:
     """A set-up of the user's: the miniature, with random start and text of its own."""
-    tiny = verify_fixes.miniature.build(folder)
+    tiny = miniature.build(folder)
     return [
         *("--student", str(tiny.student), "--student-init", "random", "--teacher", str(tiny.teacher)),
         *("--train-data", str(tiny.text), "--output-dir", str(folder / "run")),
@@ -181,55 +204,59 @@ def test_router_of_the_users_pair_is_measured_where_the_curriculum_uses_it(pair,
 
 def test_router_that_starts_too_large_or_is_not_a_number_is_found(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path))
-    made = prepared([*pair, *ROUTED])
+    setup, job = prepared([*pair, *ROUTED])
+    subjects = {"setup": setup, "job": job}
     with monkeypatch.context() as patch:
-        patch.setattr(StudentAwareRouter, "_contrast", lambda self, projected, *_: projected[0].sum() * float("nan"))
-        found = verify_fixes.own_router(*made)
-        assert not found.passed and "contr nan" in found.value
+        scale_router_terms(patch, contr=lambda *_: math.nan)
+        done = check("router at the start", subjects)
+        assert not done.passed and "contr nan" in done.value
     plant_summed_channels(monkeypatch)
-    found = verify_fixes.own_router(*made)
-    assert not found.passed and found.allowed == "2 or less"
+    done = check("router at the start", subjects)
+    assert not done.passed and done.allowed == "2 or less"
 
 
 def test_router_is_not_measured_where_a_model_is_not_there_yet_or_too_large(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path))
     setup, job = prepared([*pair, *ROUTED])
     later = replace(setup, built_later=frozenset({setup.config.teacher.name}))
-    assert verify_fixes.own_router(later, job).value == "not measured: the teacher is built by the first run"
+    done = check("router at the start", {"setup": later, "job": job})
+    assert done.passed and done.value == "not measured: the teacher is built by the first run"
     monkeypatch.setattr(preflight, "LARGEST_BUILT", 10)
-    assert "too large" in verify_fixes.own_router(setup, job).value
+    assert "too large" in check("router at the start", {"setup": setup, "job": job}).value
 
 
 def test_without_flags_what_train_would_take_is_checked(tmp_path, monkeypatch, capsys):
     quiet(monkeypatch, tmp_path)
-    own = verify_fixes.train.configure(own_flags(tmp_path))
-    monkeypatch.setattr(verify_fixes.train, "configure", lambda argv: own)
-    monkeypatch.setattr(verify_fixes, "curriculum_table", verify_fixes.machine.versions)
+    sound = verify_fixes.train.configure
+    default = sound(own_flags(tmp_path))
+    monkeypatch.setattr(verify_fixes.train, "configure", lambda argv: sound(argv) if argv else default)
     assert verify_fixes.main([]) == 1
     out = capsys.readouterr().out
     assert "The default of this machine" in out and "✗ models: teacher" in out
 
 
-def test_one_step_runs_in_the_precision_of_the_device_and_leaves_the_accelerator_as_it_was(bench, setup, monkeypatch):
-    found = verify_fixes.loop.one_step(bench, setup.config)
-    assert found.passed and "4 of 4 taken on cpu, as there is no GPU" in found.value, found
+def test_one_step_runs_in_the_precision_of_the_device_and_leaves_the_accelerator_as_it_was(tiny, setup, monkeypatch):
+    def one_step(config) -> checklist.Check:
+        return check("one step on this device", {**tiny, "config": config})
+
+    done = one_step(setup.config)
+    assert done.passed and "4 of 4 taken on cpu, as there is no GPU" in done.value, done
     half = replace(
         setup.config,
         training=replace(setup.config.training, mixed_precision="bf16"),
         teacher=replace(setup.config.teacher, dtype="bfloat16"),
     )
-    found = verify_fixes.loop.one_step(bench, half)
-    assert found.passed and "mixed precision bf16, teacher in bfloat16" in found.value
-    assert bench.accelerator.mixed_precision == "no" and bench.accelerator.device.type == "cpu"
+    done = one_step(half)
+    assert done.passed and "mixed precision bf16, teacher in bfloat16" in done.value
+    accelerator = tiny["bench"].accelerator
+    assert accelerator.mixed_precision == "no" and accelerator.device.type == "cpu"
     with monkeypatch.context() as patch:
         patch.setattr(fused_head, "kd_loss", lambda logits, *_, **__: logits.sum() * float("nan"))
-        assert not verify_fixes.loop.one_step(bench, setup.config).passed
+        assert not one_step(setup.config).passed
     routed = replace(setup.config, curriculum=CurriculumConfig(**dict.fromkeys(ROUTER_TERMS, Term(0.1))))
-    assert verify_fixes.loop.one_step(bench, routed).passed
-    monkeypatch.setattr(hidden_state_terms, "state_distance", lambda a, b: a.sum(-1) * float("nan"))
-    assert (
-        verify_fixes.loop.one_step(bench, setup.config).passed and not verify_fixes.loop.one_step(bench, routed).passed
-    )
+    assert one_step(routed).passed
+    scale_router_terms(monkeypatch, feat=lambda *_: math.nan)
+    assert one_step(setup.config).passed and not one_step(routed).passed
 
 
 def test_help_is_that_of_the_training_flags_under_its_own_name(capsys):
@@ -241,24 +268,41 @@ def test_help_is_that_of_the_training_flags_under_its_own_name(capsys):
 # --- planted faults -------------------------------------------------------------------------------------------------
 
 
-def plant_unshifted_labels(monkeypatch):
+def change_batches(monkeypatch, change):
+    """Let every batch that the collator makes pass through `change`."""
     collate = pairing.PairCollator.__call__
+    monkeypatch.setattr(pairing.PairCollator, "__call__", lambda self, windows: change(collate(self, windows)))
 
-    def unshifted(self, windows):
-        batch = collate(self, windows)
+
+def scale_router_terms(monkeypatch, **factors):
+    """Multiply terms of the router by what `factors` make of its student states, teacher states and anchors."""
+    sound = StudentAwareRouter.forward
+
+    def scaled(self, student, teacher, anchors, terms):
+        sums = sound(self, student, teacher, anchors, terms)
+        return {
+            name: value * factors.get(name, lambda *_: 1)(student, teacher, anchors) for name, value in sums.items()
+        }
+
+    monkeypatch.setattr(StudentAwareRouter, "forward", scaled)
+
+
+def plant_unshifted_labels(monkeypatch):
+    def unshifted(batch):
         return replace(batch, labels=torch.where(batch.labels == IGNORE, IGNORE, batch.student_ids))
 
-    monkeypatch.setattr(pairing.PairCollator, "__call__", unshifted)
+    change_batches(monkeypatch, unshifted)
 
 
 def plant_labels_shifted_twice(monkeypatch):
     sound = distillation_framework.DistillationFramework.forward
 
-    def twice(self, batch, *rest, **options):
+    def twice(self, batch, *args, **options):
         rolled = batch.labels.roll(-1, 1)
         rolled[:, -1] = IGNORE
-        kept = rolled.flatten()[batch.supervised] != IGNORE
-        return sound(self, replace(batch, labels=rolled, supervised=batch.supervised[kept]), *rest, **options)
+        is_label = rolled.flatten()[batch.supervised] != IGNORE
+        batch = replace(batch, labels=rolled, supervised=batch.supervised[is_label])
+        return sound(self, batch, *args, **options)
 
     monkeypatch.setattr(distillation_framework.DistillationFramework, "forward", twice)
 
@@ -295,7 +339,11 @@ def plant_mean_of_means(monkeypatch):
 
 
 def plant_evaluation_sees_the_future(monkeypatch):
-    monkeypatch.setattr(scores, "_rows_nll", lambda model, inputs, labels: (0.1 * len(labels), len(labels)))
+    def leaking(model, batches, device, accelerator=None, **options):
+        tokens = sum(int((labels != IGNORE).sum()) for _, labels in batches)
+        return 0.1 * tokens, tokens
+
+    monkeypatch.setattr(scores, "token_nll", leaking)
 
 
 def plant_student_cast_for_evaluation(monkeypatch):
@@ -325,13 +373,7 @@ def plant_endless_patience(monkeypatch):
 
 
 def plant_no_anchors(monkeypatch):
-    collate = pairing.PairCollator.__call__
-
-    def bare(self, windows):
-        batch = collate(self, windows)
-        return replace(batch, counts={**batch.counts, "kd": 0, "depth0": 0})
-
-    monkeypatch.setattr(pairing.PairCollator, "__call__", bare)
+    change_batches(monkeypatch, lambda batch: replace(batch, counts={**batch.counts, "kd": 0, "depth0": 0}))
 
 
 def plant_repeating_loader(monkeypatch):
@@ -345,62 +387,67 @@ def plant_repeating_loader(monkeypatch):
 
 
 def plant_leaking_split(monkeypatch):
-    sound = data._split
+    sound = data.load_documents
 
-    def leaking(documents, fraction):
-        train, held_out = sound(documents, fraction)
-        return [*train, f"  {held_out[0]}\n"], held_out
+    def leaking(config):
+        corpus = sound(config)
+        return replace(corpus, train=[*corpus.train, f"  {corpus.eval[0]}\n"])
 
-    monkeypatch.setattr(data, "_split", leaking)
+    monkeypatch.setattr(data, "load_documents", leaking)
 
 
 def plant_summed_channels(monkeypatch):
-    monkeypatch.setattr(hidden_state_terms, "state_distance", lambda a, b: (a - b).square().sum(-1) / 2)
+    """The distance of two states, a mean over their channels, becomes a sum."""
+
+    def channels(student, teacher, anchors):
+        return teacher[0].shape[-1]
+
+    scale_router_terms(monkeypatch, feat=channels, layer=channels)
 
 
 def plant_raw_states(monkeypatch):
-    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda x, shape: x)
-    monkeypatch.setattr(StudentAwareRouter, "standardise", lambda self, layer, states: states)
+    """States are neither standardised with the teacher's statistics nor normalised."""
+    sound = StudentAwareRouter.calibrate
+
+    def forgetful(self, batches):
+        sound(self, batches)
+        self.mean.zero_()
+        self.scale.fill_(1)
+
+    monkeypatch.setattr(StudentAwareRouter, "calibrate", forgetful)
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", lambda states, shape: states)
 
 
 def plant_items_counted_as_windows(monkeypatch):
-    sound = pairing.count_items
+    def by_window(batch):
+        return replace(batch, counts={**batch.counts, **dict.fromkeys(ROUTER_TERMS, len(batch.student_ids))})
 
-    def windows(anchors):
-        return dict.fromkeys(sound(anchors), len(anchors.sampled))
-
-    monkeypatch.setattr(pairing, "count_items", windows)
+    change_batches(monkeypatch, by_window)
 
 
 def plant_relations_summed_over_pairs(monkeypatch):
-    def summed(a, b, mask):
-        return 1 - ((a - b).square() * mask).sum(-1)
+    def pairs(student, teacher, anchors):
+        sampled = anchors.sampled.shape[1]
+        return sampled * (sampled - 1) / 2
 
-    monkeypatch.setattr(hidden_state_terms, "masked_correlation", summed)
+    scale_router_terms(monkeypatch, rel=pairs)
 
 
 def plant_attention_not_divided_by_its_keys(monkeypatch):
-    sound = HIDDEN_STATE_TERMS["attn"]
-
-    def undivided(states):
-        return sound.loss(states) * math.log(states.teacher[0].shape[1])
-
-    monkeypatch.setitem(HIDDEN_STATE_TERMS, "attn", sound._replace(loss=undivided))
+    scale_router_terms(monkeypatch, attn=lambda student, teacher, anchors: math.log(teacher[0].shape[1]))
 
 
 def plant_products_for_cosines(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "normalize", lambda x, dim: x)
-    monkeypatch.setattr(hidden_state_terms, "SAME_TEXT", math.inf)
+    monkeypatch.setattr(student_aware_router, "SAME_TEXT", math.inf)
 
 
 def plant_padding_is_a_negative(monkeypatch):
-    sound = pairing.collect_anchors
+    def one_more(batch):
+        empty = int((batch.anchors.sampled < 0).all(1).sum())
+        return replace(batch, anchors=replace(batch.anchors, runs=batch.anchors.runs + empty))
 
-    def one_more(*args):
-        anchors = sound(*args)
-        return replace(anchors, runs=anchors.runs + int((anchors.sampled < 0).all(1).sum()))
-
-    monkeypatch.setattr(pairing, "collect_anchors", one_more)
+    change_batches(monkeypatch, one_more)
 
 
 def plant_padding_is_averaged_with_weight_0(monkeypatch):
@@ -413,8 +460,15 @@ def plant_padding_is_averaged_with_weight_0(monkeypatch):
 
 
 def plant_student_cut_off(monkeypatch):
-    sound = StudentAwareRouter.project
-    monkeypatch.setattr(StudentAwareRouter, "project", lambda self, layer, x: sound(self, layer, x.detach()))
+    """All terms but the relations look at the student's states without teaching it."""
+    sound = StudentAwareRouter.forward
+
+    def cut_off(self, student, teacher, anchors, terms):
+        relations = sound(self, student, teacher, anchors, terms & {"rel"})
+        others = sound(self, [states.detach() for states in student], teacher, anchors, terms - {"rel"})
+        return {**relations, **others}
+
+    monkeypatch.setattr(StudentAwareRouter, "forward", cut_off)
 
 
 def plant_coarse_teacher_states(monkeypatch):
@@ -441,117 +495,108 @@ def plant_terms_of_weight_0_computed(monkeypatch):
     sound = distillation_framework.DistillationFramework.forward
 
     def everything(self, batch, step=None, **options):
-        return sound(self, batch, step, **(options | {"measure": True}))
+        return sound(self, batch, step, **{**options, "measure": True})
 
     monkeypatch.setattr(distillation_framework.DistillationFramework, "forward", everything)
 
 
-ON_BENCH = [
-    (plant_unshifted_labels, verify_fixes.copying),
-    (plant_unshifted_labels, verify_fixes.shifted_once),
-    (plant_labels_shifted_twice, verify_fixes.shifted_once),
-    (plant_no_temperature_squared, verify_fixes.temperature_squared),
-    (plant_teacher_renormalised_alone, verify_fixes.equal_models),
-    (plant_evaluation_sees_the_future, evaluation.random_perplexity),
-    (plant_student_cast_for_evaluation, evaluation.dtype_round_trip),
-    (plant_mean_per_micro_batch, loop.accumulation),
-    (plant_optimizer_not_restored, loop.resume),
-    (plant_endless_patience, loop.early_stopping),
-    (plant_student_cut_off, loop.half_teacher),
-    (plant_coarse_teacher_states, loop.half_teacher),
-    (plant_hidden_states_of_every_step, verify_fixes.hidden_states),
-    (plant_terms_of_weight_0_computed, verify_fixes.hidden_states),
+ON_TINY_MODELS = [
+    (plant_unshifted_labels, "label shift: copying"),
+    (plant_unshifted_labels, "label shift: exactly once"),
+    (plant_labels_shifted_twice, "label shift: exactly once"),
+    (plant_no_temperature_squared, "T squared in the gradient"),
+    (plant_teacher_renormalised_alone, "KD of equal models"),
+    (plant_evaluation_sees_the_future, "perplexity of a random model"),
+    (plant_student_cast_for_evaluation, "evaluation leaves fp16 as it was"),
+    (plant_mean_per_micro_batch, "gradient accumulation"),
+    (plant_optimizer_not_restored, "resume"),
+    (plant_endless_patience, "early stopping"),
+    (plant_student_cut_off, "fp16 teacher, fp32 student"),
+    (plant_coarse_teacher_states, "fp16 teacher, fp32 student"),
+    (plant_hidden_states_of_every_step, "hidden states at weight 0"),
+    (plant_terms_of_weight_0_computed, "hidden states at weight 0"),
+    (plant_repeating_loader, "duplicates"),
+    (plant_leaking_split, "leakage"),
+    (plant_no_anchors, "alignment coverage"),
 ]
 
 
-@pytest.mark.parametrize("plant, measure", ON_BENCH, ids=lambda f: f.__name__)
-def test_a_planted_fault_fails_its_check(plant, measure, bench, monkeypatch, capsys):
-    _ = bench.whole_run  # from sound code
+def case_name(value) -> str:
+    return value if isinstance(value, str) else value.__name__
+
+
+@pytest.mark.parametrize("plant, name", ON_TINY_MODELS, ids=case_name)
+def test_a_planted_fault_fails_its_check(plant, name, tiny, monkeypatch, capsys):
+    _ = tiny["bench"].whole_run  # from sound code
     plant(monkeypatch)
-    assert checklist.run([measure(bench)]) == 1
+    assert checklist.run([check(name, tiny)]) == 1
     out = capsys.readouterr().out
     assert "✗" in out and "no error" not in out and "→" in out and "Ready" not in out
 
 
-ON_JOB = [
-    (plant_repeating_loader, preflight.duplicates),
-    (plant_leaking_split, preflight.leakage),
-    (plant_no_anchors, preflight.coverage),
-]
-
-
-@pytest.mark.parametrize("plant, measure", ON_JOB, ids=lambda f: f.__name__)
-def test_a_planted_fault_in_the_data_fails_its_check(plant, measure, bench, monkeypatch):
-    plant(monkeypatch)
-    found = measure(bench.job)
-    assert not found.passed and found.allowed != "no error"
-
-
-FEATURE, RELATIONS, ALIGNMENT, LAYER, CONTRASTIVE = verify_fixes.NORMALISED
 ON_STATES = [
-    (plant_summed_channels, FEATURE),
-    (plant_raw_states, FEATURE),
-    (plant_items_counted_as_windows, FEATURE),
-    (plant_relations_summed_over_pairs, RELATIONS),
-    (plant_attention_not_divided_by_its_keys, ALIGNMENT),
-    (plant_products_for_cosines, ALIGNMENT),
-    (plant_summed_channels, LAYER),
-    (plant_raw_states, LAYER),
-    (plant_products_for_cosines, CONTRASTIVE),
-    (plant_padding_is_a_negative, verify_fixes.padding_row),
-    (plant_padding_is_averaged_with_weight_0, verify_fixes.padding_row),
+    (plant_summed_channels, "normalisation: feature"),
+    (plant_raw_states, "normalisation: feature"),
+    (plant_items_counted_as_windows, "normalisation: feature"),
+    (plant_relations_summed_over_pairs, "normalisation: attention relations"),
+    (plant_attention_not_divided_by_its_keys, "normalisation: attention alignment"),
+    (plant_products_for_cosines, "normalisation: attention alignment"),
+    (plant_summed_channels, "normalisation: layer"),
+    (plant_raw_states, "normalisation: layer"),
+    (plant_products_for_cosines, "normalisation: contrastive"),
+    (plant_padding_is_a_negative, "contrastive: a row of padding"),
+    (plant_padding_is_averaged_with_weight_0, "contrastive: a row of padding"),
 ]
 
 
-@pytest.mark.parametrize("plant, measure", ON_STATES, ids=lambda f: f.__name__)
-def test_a_planted_fault_in_a_hidden_state_term_fails_its_check(plant, measure, monkeypatch):
-    assert measure().passed
+@pytest.mark.parametrize("plant, name", ON_STATES, ids=case_name)
+def test_a_planted_fault_in_a_hidden_state_term_fails_its_check(plant, name, monkeypatch):
+    assert check(name).passed
     plant(monkeypatch)
-    found = measure()
-    assert not found.passed and found.allowed != "no error", found
+    done = check(name)
+    assert not done.passed and done.allowed != "no error", done
 
 
 def test_a_schedule_that_does_not_end_with_the_run_is_found(tmp_path, monkeypatch):
     plant_schedule_of_twice_the_length(monkeypatch)
-    assert not loop.optimizer_steps(verify_fixes.Bench(tmp_path)).passed
+    assert not check("optimizer steps and schedule", verify_fixes.tiny_subjects(tmp_path)).passed
 
 
 def test_a_mean_of_batch_means_is_found(monkeypatch):
     plant_mean_of_means(monkeypatch)
-    found = evaluation.weighted_perplexity()
-    assert not found.passed and found.value.startswith("4.000")
+    done = check("perplexity by tokens")
+    assert not done.passed and done.value.startswith("4.000")
 
 
 def test_a_changed_curriculum_is_found_and_named(monkeypatch):
-    sound = verify_fixes.CurriculumScheduler.weights
-    changed = lambda self, step: sound(self, step) | {"feat": 0.05}  # noqa: E731
-    monkeypatch.setattr(verify_fixes.CurriculumScheduler, "weights", changed)
-    found = verify_fixes.curriculum_table()
-    assert not found.passed and "feat 0.0500 instead of 0.1 at 50.2 %" in found.value
+    sound = CurriculumScheduler.weights
+    monkeypatch.setattr(CurriculumScheduler, "weights", lambda self, step: sound(self, step) | {"feat": 0.05})
+    done = check("curriculum table")
+    assert not done.passed and "feat 0.0500 instead of 0.1 at 50.2 %" in done.value
 
 
 def test_harmful_and_harmless_conflicts_are_told_apart(monkeypatch):
     installed = packages.installed_packages()
     notebook = [Package("google-colab", "1.0", ("numpy<2", "pandas==2.2.2")), Package("numpy", "2.4.6")]
     monkeypatch.setattr(packages, "installed_packages", lambda: installed + notebook)
-    found = machine.conflicts()
-    assert found.passed and "google-colab wants numpy<2, 2.4.6 is installed" in found.value
+    done = check("package conflicts")
+    assert done.passed and "google-colab wants numpy<2, 2.4.6 is installed" in done.value
     old = [replace(p, version="0.20.0") if p.name == "tokenizers" else p for p in installed]
     monkeypatch.setattr(packages, "installed_packages", lambda: old)
-    found = machine.conflicts()
-    assert not found.passed and "transformers wants tokenizers" in found.value
+    done = check("package conflicts")
+    assert not done.passed and "transformers wants tokenizers" in done.value
 
 
 def test_machine_that_cannot_hold_the_run_is_found(setup, tmp_path, monkeypatch):
     monkeypatch.setattr(hardware_module, "free_memory", lambda device: 2**20)
     monkeypatch.setattr(files, "free_disk", lambda folder: 2**20)
-    assert not preflight.memory(setup).passed and not preflight.disk(setup).passed
+    assert not check("memory", {"setup": setup}).passed and not check("disk", {"setup": setup}).passed
     monkeypatch.setattr(kernels, "check_kernels", lambda: "install another torch")
-    found = machine.kernels()
-    assert not found.passed and found.hint == "install another torch"
+    done = check("device and kernels")
+    assert not done.passed and done.hint == "install another torch"
     (tmp_path / "file").write_text("")
     in_the_way = replace(setup, config=replace(setup.config, output_dir=str(tmp_path / "file" / "run")))
-    assert "is a file" in preflight.output_directory(in_the_way).value
+    assert "is a file" in check("output directory", {"setup": in_the_way}).value
 
 
 def test_where_there_is_a_cache_memory_is_asked_for_without_the_teacher(setup, tmp_path, monkeypatch):
@@ -562,12 +607,12 @@ def test_where_there_is_a_cache_memory_is_asked_for_without_the_teacher(setup, t
     assert "teacher weights" not in found and found.endswith("if the teacher cache is complete")
 
 
-def test_an_exception_is_a_failed_check_and_not_a_crash(bench, monkeypatch, capsys):
+def test_an_exception_is_a_failed_check_and_not_a_crash(tiny, monkeypatch, capsys):
     def broken(*_, **__):
         raise ZeroDivisionError("by zero,\nof all things")
 
     monkeypatch.setattr(fused_head, "kd_loss", broken)
-    assert checklist.run([verify_fixes.equal_models(bench)]) == 1
+    assert checklist.run([check("KD of equal models", tiny)]) == 1
     assert "KD of equal models: ZeroDivisionError: by zero, of all things" in capsys.readouterr().out
 
 
@@ -575,7 +620,7 @@ def test_a_crash_between_checks_is_a_failed_one(monkeypatch, capsys):
     def broken(folder):
         raise OSError("no space left")
 
-    monkeypatch.setattr(verify_fixes, "Bench", broken)
+    monkeypatch.setattr(miniature, "build", broken)
     assert verify_fixes.main([]) == 1
     out = capsys.readouterr().out
     assert "all further checks: OSError: no space left" in out and "Ready" not in out

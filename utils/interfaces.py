@@ -25,6 +25,7 @@ from .machine.hardware import Choice
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
+    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["student", "teacher"]
@@ -265,6 +266,15 @@ class HeldOutText(Protocol):
     def collate(self) -> Collator: ...
     @property
     def batch_size(self) -> int: ...
+
+    def score(self, model: "nn.Module", side: str) -> dict[str, Any]:
+        """Return loss, perplexity and bits per byte of a model, with the tokens and bytes they are of."""
+
+    def coverage(self) -> dict[str, float]:
+        """Return the items of every loss term, summed over the windows."""
+
+    def unspelt_shares(self) -> dict[str, float]:
+        """Return the share of the text's bytes that the tokens of each side leave out."""
 
 
 class MemoryForecast(Protocol):

@@ -311,5 +311,5 @@ def test_rows_joined_into_one_document_are_found_by_run_and_checklist(home, capl
     joined = ["--eval-data", "held_out.jsonl", "--max-length", "64", "--set", "data.document_start=^ = [^=]"]
     job = prepared([*own_text_command(), *joined])
     assert "[RED FLAG] training text: 1 documents; the longest holds 100% of the text" in caplog.text
-    check = setup.documents(job)
+    check = verify_fixes.DOCUMENTS.check({"job": job})
     assert check.passed and check.doubtful and "--document-separator" in check.hint

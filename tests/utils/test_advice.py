@@ -46,7 +46,7 @@ def test_a_report_without_what_cannot_be_drawn_is_still_written(function, lost, 
 
 
 def test_a_page_that_cannot_be_made_leaves_the_other_files(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(html, "page", lambda *args: 1 / 0)
+    monkeypatch.setattr(html, "page", lambda *args, **options: 1 / 0)
     report.write_report(tmp_path, RESULTS)
     assert (tmp_path / REPORT_MD).is_file() and "no report.html, because of ZeroDivisionError" in caplog.text
 

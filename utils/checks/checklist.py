@@ -1,13 +1,20 @@
-"""A checklist: what was measured, what is allowed, and what to do about a difference."""
+"""The checklist: rows of what is checked, the ranges that are allowed, and how the results are printed.
 
+A `Row` names a check, the function that measures, what it is measured on, what is allowed and what to do when it
+fails. A measuring function returns numbers (a NamedTuple), which the row's ranges judge and its template shows; or it
+returns `Measured`, judged already, where what is allowed is known only after the measurement.
+"""
+
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import wraps
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
+
+# ------------------------------------------------------------------------------------------- results
 
 
 @dataclass(frozen=True)
@@ -25,47 +32,165 @@ class Check:
     """It passed, and somebody should look at it: it may be meant so."""
 
 
-DOUBTFUL = "doubtful"
-"""In place of `passed`: what may be meant so, and may be a mistake."""
+@dataclass(frozen=True)
+class Measured:
+    """A measurement and its verdict."""
+
+    value: str
+    """The measured value, for people."""
+    allowed: str
+    """The allowed range, for people."""
+    passed: bool
+    doubtful: bool = False
+    """It passed, and may be meant so or be a mistake: the hint is shown."""
+    hint: str | None = None
+    """Shown instead of the row's, where the measurement knows better what to do."""
 
 
-def check(name: str, hint: str) -> Callable:
-    """Turn a function that returns (value, allowed, passed[, hint]) into one that returns a `Check`.
+# -------------------------------------------------------------------------------------------- ranges
 
-    `passed` can be `DOUBTFUL`. An exception in it is a failed check with its message.
-    """
 
-    def decorate(measure: Callable[..., tuple]) -> Callable[..., Check]:
-        @wraps(measure)
-        def run(*args: Any) -> Check:
-            try:
-                value, allowed, passed, *own_hint = measure(*args)
-            except Exception as error:
-                prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-                return Check(name, prefix + " ".join(str(error).split()), "no error", False, hint)
-            return Check(
-                name,
-                value,
-                allowed,
-                passed=bool(passed),
-                hint=own_hint[0] if own_hint else hint,
-                doubtful=passed is DOUBTFUL,
-            )
+@dataclass(frozen=True)
+class Range:
+    """An allowed range of numbers. NaN lies in none."""
 
-        return run
+    text: str
+    """The range, for people."""
+    low: float = -math.inf
+    high: float = math.inf
+    low_is_in: bool = True
+    high_is_in: bool = True
 
-    return decorate
+    def admits(self, measured: float | Sequence[float]) -> bool:
+        """Return True if a number lies in the range; of several, if all do."""
+        if isinstance(measured, Sequence):
+            return all(self.admits(number) for number in measured)
+
+        # Comparisons, not their negation: NaN must fail.
+        above_low = measured >= self.low if self.low_is_in else measured > self.low
+        below_high = measured <= self.high if self.high_is_in else measured < self.high
+        return bool(above_low and below_high)
+
+
+def within(low: float, high: float, unit: str = "") -> Range:
+    """Return the range from `low` to `high`, both included."""
+    return Range(f"{_short(low)} to {_short(high)} {unit}".rstrip(), low, high)
+
+
+def near(expected: float, tolerance: float) -> Range:
+    """Return the range of numbers closer to `expected` than `tolerance`."""
+    text = f"within {_short(tolerance)} of {_short(expected)}"
+    return Range(text, expected - tolerance, expected + tolerance, low_is_in=False, high_is_in=False)
+
+
+def below(limit: float) -> Range:
+    """Return the range below `limit`, which is not in it."""
+    return Range(f"below {_short(limit)}", high=limit, high_is_in=False)
+
+
+def above(limit: float) -> Range:
+    """Return the range above `limit`, which is not in it."""
+    return Range(f"above {_short(limit)}", low=limit, low_is_in=False)
+
+
+def at_least(limit: float, unit: str = "") -> Range:
+    """Return the range from `limit` upwards."""
+    return Range(f"{_short(limit)} {unit}".rstrip() + " or more", low=limit)
+
+
+def at_most(limit: float) -> Range:
+    """Return the range up to `limit`."""
+    return Range(f"{_short(limit)} or less", high=limit)
+
+
+def equal_to(expected: float) -> Range:
+    """Return the range that holds one number."""
+    return Range(_short(expected), expected, expected)
+
+
+def _short(number: float) -> str:
+    """Return a limit as people write it: 0.95 and 2, but 1e-4."""
+    if number == 0 or abs(number) > 0.01:
+        return f"{number:g}"
+    return f"{number:.0e}".replace("e-0", "e-")
+
+
+# ---------------------------------------------------------------------------------------------- rows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One check of the checklist, as data."""
+
+    name: str
+    measure: Callable[..., Any]
+    """Returns a NamedTuple of numbers, or `Measured`."""
+    on: tuple[str, ...] = ()
+    """Names of the subjects that are the arguments of `measure`."""
+    shows: str = ""
+    """Template of the value, with the fields of the NamedTuple."""
+    allowed: Mapping[str, Range] = field(default_factory=dict)
+    """Field of the NamedTuple -> its allowed range; the check passes if every one is kept."""
+    wording: str = ""
+    """The allowed ranges, for people; by default their own texts."""
+    hint: str = ""
+    """What to do when the check fails."""
+
+    def check(self, subjects: Mapping[str, Any] | None = None) -> Check:
+        """Measure and judge. An exception is a failed check with its message.
+
+        Args:
+            subjects: what there is to be measured, by the names in `on`.
+        """
+        try:
+            arguments = [(subjects or {})[name] for name in self.on]
+            measured = self._judge(self.measure(*arguments))
+        except Exception as error:
+            # A user's mistake says itself what it is; of any other error the class is half of the message.
+            prefix = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            measured = Measured(prefix + _one_line(error), "no error", passed=False)
+
+        return Check(
+            self.name,
+            measured.value,
+            measured.allowed,
+            passed=bool(measured.passed),
+            hint=self.hint if measured.hint is None else measured.hint,
+            doubtful=measured.doubtful,
+        )
+
+    def _judge(self, result: Any) -> Measured:
+        """Return a verdict on the numbers of a measurement; one that is judged already as it is."""
+        if isinstance(result, Measured):
+            return result
+
+        numbers = result._asdict()
+        verdicts = [limits.admits(numbers[name]) for name, limits in self.allowed.items()]
+        texts = [limits.text for limits in self.allowed.values()]
+        return Measured(
+            value=self.shows.format(**numbers),
+            allowed=self.wording or ", ".join(texts),
+            passed=all(verdicts),
+        )
+
+
+# ------------------------------------------------------------------------------------------ printing
 
 
 def run(items: Iterable[str | Check]) -> int:
-    """Print titles and checks as they come, then a summary; returns the exit code, 1 if a check failed.
+    """Print titles and checks as they come, then a summary.
 
-    What goes wrong between two checks is a failed one and the last.
+    An error between two checks becomes a failed check, the last one.
+
+    Returns:
+        the exit code: 1 if a check failed, else 0.
 
     Raises:
         UserError: as `items` does.
     """
-    began, checks = time.monotonic(), []
+    # Printed as they come: the last line on the screen names what takes so long, or what crashed.
+    start = time.monotonic()
+    checks: list[Check] = []
     try:
         for item in items:
             if isinstance(item, Check):
@@ -76,15 +201,20 @@ def run(items: Iterable[str | Check]) -> int:
     except UserError:
         raise
     except Exception as error:
-        message = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        checks.append(
-            Check("all further checks", message, "no error", False, "this is a fault of the program: report it")
-        )
+        message = f"{type(error).__name__}: {_one_line(error)}"
+        hint = "this is a fault of the program: report it"
+        checks.append(Check("all further checks", message, "no error", passed=False, hint=hint))
         _show(checks[-1])
 
-    failed = [done.name for done in checks if not done.passed]
-    doubtful = [done.name for done in checks if done.doubtful]
-    print(f"{len(checks) - len(failed)} of {len(checks)} checks passed in {time.monotonic() - began:.0f} s.")
+    return _summarise(checks, time.monotonic() - start)
+
+
+def _summarise(checks: Sequence[Check], seconds: float) -> int:
+    """Print how many checks passed and whether a run can start; returns the exit code."""
+    failed = [check.name for check in checks if not check.passed]
+    doubtful = [check.name for check in checks if check.doubtful]
+
+    print(f"{len(checks) - len(failed)} of {len(checks)} checks passed in {seconds:.0f} s.")
     if failed:
         print(f"Not ready: {'; '.join(failed)}.")
     elif doubtful:
@@ -94,24 +224,30 @@ def run(items: Iterable[str | Check]) -> int:
     return 1 if failed else 0
 
 
-def _show(done: Check) -> None:
+def _show(check: Check) -> None:
     """Print one line, and a second one where there is something to do."""
     if _can_print("✓✗→"):
         passed, failed, arrow = "✓", "✗", "→"
     else:
         passed, failed, arrow = "ok", "FAILED", "->"
 
-    mark = passed if done.passed else failed
-    if done.doubtful:
+    mark = passed if check.passed else failed
+    if check.doubtful:
         mark = "?"
-    print(f"  {mark} {done.name}: {done.value}  [{done.allowed}]", flush=True)
-    if done.doubtful or not done.passed:
-        print(f"      {arrow} {done.hint}", flush=True)
+    print(f"  {mark} {check.name}: {check.value}  [{check.allowed}]", flush=True)
+    if check.doubtful or not check.passed:
+        print(f"      {arrow} {check.hint}", flush=True)
 
 
 def _can_print(text: str) -> bool:
+    """Return True if the terminal's encoding has all characters of a text."""
     try:
         text.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _one_line(error: Exception) -> str:
+    """Return the message of an error with all white space as single spaces."""
+    return " ".join(str(error).split())

@@ -1,53 +1,102 @@
-"""Checks of the evaluation on models whose perplexity is known."""
+"""Checks of the evaluation, on models whose perplexity is known."""
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from ..evaluation import scores
-from .checklist import check
+from .bench import Bench
+from .checklist import Measured
 
 
 class _HandMade(nn.Module):
-    """Predicts its input's successor with probability 1/2 after token 0, and with 1/8 after token 1."""
+    """A model that predicts its input's successor with probability 1/2 after token 0, and with 1/8 after token 1."""
 
-    def forward(self, input_ids: Tensor, **_: Any) -> Any:
-        p = torch.tensor([[0.5, 0.5 / 8], [0.125, 0.875 / 8]])[input_ids]
-        logits = torch.cat([p[..., :1], p[..., 1:].expand(*p.shape[:-1], 8)], -1).log()
-        return CausalLMOutput(logits=logits)
+    def forward(self, input_ids: Tensor, **_: Any) -> CausalLMOutput:
+        # Nine outcomes: token 0, and eight others that share the rest evenly.
+        after_0 = [0.5, 0.5 / 8]
+        after_1 = [0.125, 0.875 / 8]
+        pairs = torch.tensor([after_0, after_1])[input_ids]
 
-
-@check("perplexity by tokens", "perplexity is a mean of batch means: it depends on how text is cut into batches")
-def weighted_perplexity() -> tuple:
-    rows = [torch.zeros(1, 3, dtype=torch.long), torch.ones(1, 9, dtype=torch.long)]
-    batches = [({"input_ids": ids}, torch.zeros_like(ids), 5 * ids.shape[1] // 6) for ids in rows]
-    found = scores.evaluate(_HandMade(), batches, torch.device("cpu"))
-    right = abs(found["perplexity"] - 2**2.5) < 1e-3 and abs(found["bits_per_byte"] - 30 / 9) < 1e-3
-    value = f"{found['perplexity']:.3f}, bits per byte {found['bits_per_byte']:.3f}, of 3 and 9 tokens"
-    return value, "5.657 (mean of means: 4) and 3.333", right
+        others = pairs[..., 1:].expand(*pairs.shape[:-1], 8)
+        probabilities = torch.cat([pairs[..., :1], others], -1)
+        return CausalLMOutput(logits=probabilities.log())
 
 
-@check("perplexity of a random model", "the evaluation leaks what it should predict, or scores the wrong tokens")
-def random_perplexity(bench: Any) -> tuple:
-    found = bench.job.held_out.score(bench.student(), "student")["perplexity"]
-    return f"{found:.1f} with a vocabulary of {bench.size}", "V within 5 %", abs(found / bench.size - 1) < 0.05
+class TextScores(NamedTuple):
+    perplexity: float
+    bits_per_byte: float
 
 
-@check(
-    "evaluation leaves fp16 as it was", "the evaluation in float32 changes the student: the final report would crash"
-)
-def dtype_round_trip(bench: Any) -> tuple:
+def weighted_perplexity() -> TextScores:
+    """Score two batches of different length, of 3 tokens that are easy to predict and of 9 that are hard.
+
+    Perplexity by tokens is 2 ** ((3 * 1 + 9 * 3) / 12) = 2 ** 2.5; by batches it would be 2 ** ((1 + 3) / 2) = 4. The
+    text is counted as 2 and 7 bytes, so it has 30 / 9 bits per byte.
+    """
+    easy = torch.zeros(1, 3, dtype=torch.long)
+    hard = torch.ones(1, 9, dtype=torch.long)
+    batches = []
+    for ids, text_bytes in ((easy, 2), (hard, 7)):
+        labels = torch.zeros_like(ids)
+        batches.append(({"input_ids": ids}, labels, text_bytes))
+
+    metrics = scores.evaluate(_HandMade(), batches, torch.device("cpu"))
+    return TextScores(metrics["perplexity"], metrics["bits_per_byte"])
+
+
+class RandomPerplexity(NamedTuple):
+    perplexity: float
+    vocabulary: int
+    ratio: float
+    """Perplexity over vocabulary; about 1, since nothing can be predicted."""
+
+
+def random_perplexity(bench: Bench) -> RandomPerplexity:
+    """Measure the perplexity of a student with random weights on the held-out text."""
+    perplexity = bench.job.held_out.score(bench.student(), "student")["perplexity"]
+    return RandomPerplexity(perplexity, bench.size, perplexity / bench.size)
+
+
+def dtype_round_trip(bench: Bench) -> Measured:
+    """Evaluate a student in half precision, and compare its weights with those before.
+
+    The evaluation computes in float32 and puts the weights back. They must be the same parameters, since the optimizer
+    holds them, with the same bits, and an input embedding that is the head's must still be.
+    """
     student = bench.student().half()
-    held = list(student.parameters())
-    before = [p.detach().clone() for p in held]
-    inside = bench.job.held_out.score(student, "student")["loss"]
+    parameters = list(student.parameters())
+    weights = [parameter.detach().clone() for parameter in parameters]
+
+    # The evaluation of a copy that is float32 already gives the loss that must come out.
+    loss = bench.job.held_out.score(student, "student")["loss"]
     expected = bench.job.held_out.score(copy.deepcopy(student).float(), "student")["loss"]
-    after = list(student.parameters())
-    tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
-    same = len(after) == len(held) and all(a is b for a, b in zip(after, held, strict=True))
-    bits = same and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(after, before, strict=True))
-    value = f"{'same' if bits else 'other'} bits, weights {'tied' if tied else 'untied'}, loss {inside - expected:+.0e}"
-    return value, "same bits, tied, loss as in float32", same and bits and tied and inside == expected
+
+    parameters_after = list(student.parameters())
+    is_same = _same_objects(parameters_after, parameters)
+    has_same_bits = is_same and _same_bits(parameters_after, weights)
+    is_tied = student.get_input_embeddings().weight is student.get_output_embeddings().weight
+
+    bits = "same" if has_same_bits else "other"
+    tied = "tied" if is_tied else "untied"
+    return Measured(
+        f"{bits} bits, weights {tied}, loss {loss - expected:+.0e}",
+        "same bits, tied, loss as in float32",
+        passed=has_same_bits and is_tied and loss == expected,
+    )
+
+
+def _same_objects(first: list[nn.Parameter], second: list[nn.Parameter]) -> bool:
+    """Return True if two lists hold the very same parameters."""
+    if len(first) != len(second):
+        return False
+    return all(a is b for a, b in zip(first, second, strict=True))
+
+
+def _same_bits(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Return True if two lists hold equal tensors of equal dtypes."""
+    pairs = zip(first, second, strict=True)
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in pairs)

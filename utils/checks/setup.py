@@ -1,128 +1,55 @@
-"""Checks of a machine and of a run's set-up, before anything is trained.
-
-What trains tiny models is in rehearsal.py, what needs the losses in verify_fixes.py.
-
-`job` below is what a run is prepared to: `windows` to train on, `held_out` text, and its `config`.
-"""
+"""Checks of a run's text, models, memory and disk, before anything is trained."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig
 
 from .. import files
 from ..advice import reason
 from ..config.plain import to_plain
+from ..config.settings import ModelConfig
 from ..data import delivery
-from ..data import documents as data
-from ..data import windows as windows_module
+from ..data import documents as text_documents
+from ..data.batch_order import permutation
+from ..data.windows import IN_MEMORY_BYTES
 from ..errors import UserError
 from ..evaluation.comparability import MOST_UNSPELT
-from ..forecast import disk as forecast
-from ..forecast import model_size
-from ..forecast import step_memory as plan_memory
+from ..forecast import disk as disk_forecast
+from ..forecast import model_size, step_memory
+from ..interfaces import Job, RunConfig
 from ..machine import hardware
-from ..machine import hardware as hardware_module
-from ..pretrained import loading as pretrained
-from ..pretrained import locate, model_folders
+from ..pretrained import loading, locate, model_folders, precision
 from ..run import folder as run_folder
-from .checklist import DOUBTFUL, check
+from ..seeding import seed_everything
+from .checklist import Measured
 
 MOST_WINDOWS = 4_000
-"""So many windows go through the loader."""
+"""Windows that go through the loader at most."""
 LEAST_COVERAGE = 0.5
 """Share of student positions with an anchor, below which KD teaches little."""
 REPRESENTATIVE = 2
-"""Layers of a student that a fresh one is built with: enough to see how its loss starts."""
+"""Layers of a model that a fresh one is built with: enough to see how its loss starts."""
 LARGEST_BUILT = 2e8
 """Parameters; larger models are not loaded or built for a check."""
-
-# ------------------------------------------------------------------------------------------- machine
-
-
-# ---------------------------------------------------------------------------------------- evaluation
-
-
-# ---------------------------------------------------------------------------------------------- text
-
-
-@check("duplicates", "the loader repeats or drops windows; or texts repeat: set data.deduplicate=true")
-def duplicates(job: Any) -> tuple:
-    windows = job.windows.select(range(min(len(job.windows), MOST_WINDOWS)))
-    settings = job.config
-    found = [
-        delivery.delivery(
-            windows, micro_batch=settings.training.batch_size, num_workers=settings.data.num_workers, processes=count
-        )
-        for count in (1, 2)
-    ]
-    counts = {name: max(getattr(d, name) for d in found) for name in ("repeated", "missing", "identical")}
-    share = counts["repeated"] / max(found[0].expected, 1)
-    named = ", ".join(f"{count} {name}" for name, count in counts.items())
-    right = not counts["repeated"] and not counts["missing"] and counts["identical"] <= found[0].expected / 100
-    return f"{share:.0%} of {found[0].expected} windows: {named}", "0 %; identical text at most 1 %", right
-
-
-@check("documents", data.DOCUMENTS_REMEDY)
-def documents(job: Any) -> tuple:
-    corpus = data.load_documents(job.config.data)
-    if corpus.conversations:
-        return f"{len(corpus.train):,} conversations to learn from", "one a row", True
-
-    sides = data.document_sizes(corpus, job.windows, job.held_out.windows)
-    value = "; ".join(f"{kind}: {sizes}" for kind, sizes in sides.items())
-    is_doubtful = any(sizes.is_doubtful for sizes in sides.values())
-    if is_doubtful:
-        return value + data.uncut_marker([*corpus.train, *corpus.eval]), data.DOCUMENTS_EXPECTED, DOUBTFUL
-    return value, data.DOCUMENTS_EXPECTED, True
-
-
-@check("leakage", "text of the evaluation is trained on: its figures would be too good. Give other --eval-data")
-def leakage(job: Any) -> tuple:
-    corpus = data.load_documents(job.config.data)
-    share = data.leakage(corpus.train, corpus.eval)
-    sides = (job.windows, job.held_out.windows)
-    trained, held_out = ({name for row in side["documents"] for name in row.split(",")} for side in sides)
-    both = len(trained & held_out)
-    dropped = (
-        f"{corpus.report['duplicate']} repeated and {corpus.report['in_eval']} held-out ones left out while reading"
-    )
-    value = f"{share:.0%} of {len(corpus.eval)} documents, {both} in windows of both sides; {dropped}"
-    return value, "0 %", share == 0 and not both
-
-
-@check("alignment coverage", "the tokenizers share few boundaries, so KD reaches little text; choose a closer pair")
-def coverage(job: Any) -> tuple:
-    totals = job.held_out.coverage()
-    anchored, shallow = (totals[name] / max(totals["lm"], 1) for name in ("kd", "depth0"))
-    value = f"{anchored:.1%} of {totals['lm']} positions have an anchor, {shallow:.1%} at depth 0"
-    return value, f"{LEAST_COVERAGE:.0%} or more", anchored >= LEAST_COVERAGE
-
-
-@check("text in tokens", "the tokens leave text out, so bits per byte do not compare; choose a byte-level tokenizer")
-def spelt_text(job: Any, sides: Sequence[str]) -> tuple:
-    shares = {side: share for side, share in job.held_out.unspelt_shares().items() if side in sides}
-    value = ", ".join(f"{side} leaves out {share:.1%} of the bytes" for side, share in shares.items())
-    return value, f"{MOST_UNSPELT:.0%} or less", max(shares.values()) <= MOST_UNSPELT
-
-
-# -------------------------------------------------------------------------------------------- set-up
+ROUTED_WINDOWS = 8
+"""Windows of the text that calibrate a router, and as many others on which it is measured then."""
 
 
 @dataclass(frozen=True)
 class SetUp:
-    """What a run would start from."""
+    """The start of a run: its settings, and the sizes of its models and its text."""
 
-    config: Any
-    """The junction's RunConfig."""
+    config: RunConfig
     student: PretrainedConfig
     teacher: PretrainedConfig | None
     text_bytes: int
-    """Of the training text."""
-    chunk_rows: plan_memory.ChunkRows
+    """Size of the training text."""
+    chunk_rows: step_memory.ChunkRows
     built_later: frozenset[str] = frozenset()
     """Names of models that the first run builds."""
 
@@ -130,100 +57,302 @@ class SetUp:
     def window(self) -> int:
         """Tokens per window."""
         shapes = [shape for shape in (self.student, self.teacher) if shape is not None]
-        return int(min(self.config.data.max_length, *map(pretrained.context_length, shapes)))
+        limits = [loading.context_length(shape) for shape in shapes]
+        return int(min(self.config.data.max_length, *limits))
 
 
-@check("models", "give folders or hub ids that hold weights; --student-init random needs none")
-def models(setup: SetUp) -> tuple:
-    config, found, missing = setup.config, [], []
-    wanted = [("student", config.student, setup.student)] if config.student.init == "pretrained" else []
-    wanted += [("teacher", config.teacher, setup.teacher)] if setup.teacher else []
-    for role, model, shape in wanted:
-        name, pickled = model.name, model.allow_pickle
-        if name in setup.built_later:
-            found.append(f"{role} is built by the first run")
+# ---------------------------------------------------------------------------------------------- text
+
+
+def duplicates(job: Job) -> Measured:
+    """Pass windows through the loader, for one process and for two, and count those that are repeated or missing."""
+    # Two processes share every step, which is where windows can be repeated or lost.
+    windows = job.windows.select(range(min(len(job.windows), MOST_WINDOWS)))
+    deliveries = [
+        delivery.delivery(
+            windows,
+            micro_batch=job.config.training.batch_size,
+            num_workers=job.config.data.num_workers,
+            processes=processes,
+        )
+        for processes in (1, 2)
+    ]
+
+    repeated = max(one.repeated for one in deliveries)
+    missing = max(one.missing for one in deliveries)
+    identical = max(one.identical for one in deliveries)
+    expected = deliveries[0].expected
+    share = repeated / max(expected, 1)
+    return Measured(
+        f"{share:.0%} of {expected} windows: {repeated} repeated, {missing} missing, {identical} identical",
+        "0 %; identical text at most 1 %",
+        passed=repeated == 0 and missing == 0 and identical <= expected / 100,
+    )
+
+
+def documents(job: Job) -> Measured:
+    """Look for texts that were read as one document although they are many."""
+    # Conversations are one a row by their format; plain text may have any separator, or none.
+    corpus = text_documents.load_documents(job.config.data)
+    if corpus.conversations:
+        return Measured(f"{len(corpus.train):,} conversations to learn from", "one a row", passed=True)
+
+    sides = text_documents.document_sizes(corpus, job.windows, job.held_out.windows)
+    value = "; ".join(f"{kind}: {sizes}" for kind, sizes in sides.items())
+    is_doubtful = any(sizes.is_doubtful for sizes in sides.values())
+    if is_doubtful:
+        value += text_documents.uncut_marker([*corpus.train, *corpus.eval])
+    return Measured(value, text_documents.DOCUMENTS_EXPECTED, passed=True, doubtful=is_doubtful)
+
+
+def leakage(job: Job) -> Measured:
+    """Look for text of the evaluation in the training text, by content and by the documents in the windows."""
+    corpus = text_documents.load_documents(job.config.data)
+    share = text_documents.leakage(corpus.train, corpus.eval)
+
+    # Two faults: equal content in both texts, and one document whose windows are on both sides.
+    in_both = _document_names(job.windows) & _document_names(job.held_out.windows)
+    repeated = corpus.report["duplicate"]
+    held_out = corpus.report["in_eval"]
+    return Measured(
+        f"{share:.0%} of {len(corpus.eval)} documents, {len(in_both)} in windows of both sides; "
+        f"{repeated} repeated and {held_out} held-out ones left out while reading",
+        "0 %",
+        passed=share == 0 and not in_both,
+    )
+
+
+def _document_names(windows: Any) -> set[str]:
+    """Return the names of all documents whose text is in some windows."""
+    return {name for row in windows["documents"] for name in row.split(",")}
+
+
+def coverage(job: Job) -> Measured:
+    """Measure the share of student positions that learn from the teacher."""
+    totals = job.held_out.coverage()
+    positions = totals["lm"]
+    anchored = totals["kd"] / max(positions, 1)
+    at_depth_0 = totals["depth0"] / max(positions, 1)
+    return Measured(
+        f"{anchored:.1%} of {positions} positions have an anchor, {at_depth_0:.1%} at depth 0",
+        f"{LEAST_COVERAGE:.0%} or more",
+        passed=anchored >= LEAST_COVERAGE,
+    )
+
+
+def spelt_text(job: Job, sides: Sequence[str]) -> Measured:
+    """Measure how many bytes of the text the tokens of each side leave out."""
+    shares = {side: share for side, share in job.held_out.unspelt_shares().items() if side in sides}
+    return Measured(
+        ", ".join(f"{side} leaves out {share:.1%} of the bytes" for side, share in shares.items()),
+        f"{MOST_UNSPELT:.0%} or less",
+        passed=max(shares.values()) <= MOST_UNSPELT,
+    )
+
+
+# -------------------------------------------------------------------------------------------- models
+
+
+def models(setup: SetUp) -> Measured:
+    """Look for the weights of the models, and load those that are small enough."""
+    # A student that starts at random needs no weights.
+    roles = []
+    if setup.config.student.init == "pretrained":
+        roles.append(("student", setup.config.student, setup.student))
+    if setup.teacher:
+        roles.append(("teacher", setup.config.teacher, setup.teacher))
+
+    notes: list[str] = []
+    missing: list[str] = []
+    for role, model, shape in roles:
+        if model.name in setup.built_later:
+            notes.append(f"{role} is built by the first run")
             continue
-        folder = Path(locate.locate(name, role))
-        if folder.is_dir() and not too_large(shape):
-            pretrained.load_model(name, role, torch.float32, allow_pickle=pickled)
-            found.append(f"{role} loads")
-        elif folder.is_dir() and (why := model_folders.wrong_weights(folder)):
-            missing.append(f"{role} {name}: {why}")
-        elif folder.is_dir() and not model_folders.has_weights(folder, pickled):
-            missing.append(f"{role} has no weights in {folder}")
+
+        can_be_loaded, note = _examine_weights(role, model, shape)
+        if can_be_loaded:
+            notes.append(note)
         else:
-            found.append(f"{role} of {model_size.Shape.of(shape).parameters / 1e6:,.0f} M parameters, weights not read")
-    return "; ".join(missing + found) or "random start, no teacher", "weights are there", not missing
+            missing.append(note)
+
+    value = "; ".join(missing + notes)
+    return Measured(value or "random start, no teacher", "weights are there", passed=not missing)
+
+
+def _examine_weights(role: str, model: ModelConfig, shape: PretrainedConfig) -> tuple[bool, str]:
+    """Load a small model, and look at the folder of a large one; returns (it can be loaded, a note about it)."""
+    # Loading is the sure test, but takes too long for a large model, of which only the files are looked at.
+    folder = Path(locate.locate(model.name, role))
+    is_here = folder.is_dir()
+    if is_here and not too_large(shape):
+        loading.load_model(model.name, role, torch.float32, allow_pickle=model.allow_pickle)
+        return True, f"{role} loads"
+
+    if is_here and (problem := model_folders.wrong_weights(folder)):
+        return False, f"{role} {model.name}: {problem}"
+    if is_here and not model_folders.has_weights(folder, model.allow_pickle):
+        return False, f"{role} has no weights in {folder}"
+
+    millions = model_size.Shape.of(shape).parameters / 1e6
+    return True, f"{role} of {millions:,.0f} M parameters, weights not read"
 
 
 def too_large(config: PretrainedConfig) -> bool:
-    """Whether a model is too large to be built or loaded for a check."""
+    """Return True if a model is too large to be built or loaded for a check."""
     return model_size.Shape.of(config).parameters > LARGEST_BUILT
 
 
-@check("window length", "raise --max-length, or choose models that read more at once")
-def window_length(setup: SetUp) -> tuple:
-    limits = [f"student reads {pretrained.context_length(setup.student)}"]
-    limits += [f"teacher {pretrained.context_length(setup.teacher)}"] if setup.teacher else []
-    asked = setup.config.data.max_length
-    return f"{setup.window} tokens ({asked} asked for, {', '.join(limits)})", "8 or more", setup.window >= 8
+def build_shallow(setup: SetUp, roles: Sequence[str]) -> dict[str, nn.Module]:
+    """Build models with few layers and random weights.
+
+    Args:
+        roles: which of `student` and `teacher`; a run without a teacher has none.
+
+    Returns:
+        role -> model; without those whose embeddings alone are too large.
+    """
+    shapes = {"student": setup.student, "teacher": setup.teacher}
+    seed_everything(setup.config.training.seed)
+
+    models = {}
+    for role in roles:
+        if shapes[role] is None:
+            continue
+        shape = model_size.shallow(shapes[role], REPRESENTATIVE)
+        if not too_large(shape):
+            models[role] = loading.random_model(shape)
+    return models
 
 
-@check("memory", "lower --batch-size (and raise --gradient-accumulation-steps), lower --max-length, or smaller models")
-def memory(setup: SetUp) -> tuple:
+def router_obstacle(setup: SetUp) -> str | None:
+    """Return why the router of this pair is not measured; None if it can be."""
+    if setup.config.teacher.name in setup.built_later:
+        return "the teacher is built by the first run"
+    if too_large(setup.student) or too_large(setup.teacher):
+        return "a model is too large to be loaded for a check"
+
+    dtypes = {setup.config.teacher.dtype, setup.config.student.lora.base}
+    if dtypes & {*precision.QUANTISED}:
+        return "this check computes on the CPU, quantised weights do not"
+    return None
+
+
+class RouterBatches(NamedTuple):
+    calibration: list[Any]
+    measured: list[Any]
+    windows: int
+    """Windows of each of the two lists, where the text has as many."""
+
+
+def router_batches(job: Job) -> RouterBatches:
+    """Draw batches of the training text: some to calibrate a router on, and as many others to measure it on."""
+    training = job.config.training
+    size = min(training.batch_size, ROUTED_WINDOWS)
+    count = ROUTED_WINDOWS // size
+
+    # A random order, that of the run's first epoch.
+    order = permutation(len(job.windows), training.seed, 0).tolist()
+    starts = range(0, len(order), size)
+    batches = []
+    for start in starts[: 2 * count]:
+        numbers = order[start : start + size]
+        batches.append(job.collate([job.windows[number] for number in numbers]))
+
+    # A text too short for two lists is measured on windows that it was calibrated on.
+    return RouterBatches(batches[:count], batches[-count:], count * size)
+
+
+# ------------------------------------------------------------------------------- window, memory, disk
+
+
+def window_length(setup: SetUp) -> Measured:
+    """Compare the tokens of a window with those that the models read at once."""
+    limits = [f"student reads {loading.context_length(setup.student)}"]
+    if setup.teacher:
+        limits.append(f"teacher {loading.context_length(setup.teacher)}")
+    return Measured(
+        f"{setup.window} tokens ({setup.config.data.max_length} asked for, {', '.join(limits)})",
+        "8 or more",
+        passed=setup.window >= 8,
+    )
+
+
+def memory(setup: SetUp) -> Measured:
+    """Compare the forecast of memory with what is free on the device."""
     return _forecast_or_reason(_memory, setup)
 
 
-def _memory(setup: SetUp) -> tuple:
-    device, training = hardware.choose_device().value, setup.config.training
-    mixed = hardware.choose_precision(training.mixed_precision, device).value
-    setting = plan_memory.StepSetting(
-        setup.student, setup.teacher, setup.window, precision=mixed, device=device, chunk_rows=setup.chunk_rows
+def _memory(setup: SetUp) -> Measured:
+    """Forecast the memory of a step."""
+    device = hardware.choose_device().value
+    training = setup.config.training
+    setting = step_memory.StepSetting(
+        setup.student,
+        setup.teacher,
+        setup.window,
+        precision=hardware.choose_precision(training.mixed_precision, device).value,
+        device=device,
+        chunk_rows=setup.chunk_rows,
     )
-    demand = plan_memory.demand_of(setup.config, setting)
-    spared = plan_memory.spares_teacher(setup.config)
-    parts = replace(demand, apart=demand.apart or spared).memory(training.batch_size)
-    free = hardware_module.free_memory(device)
-    value = f"about {forecast.largest(parts)} on {device}{', if the teacher cache is complete' if spared else ''}"
-    return value, f"{free / 2**30:.3g} GiB free", sum(parts.values()) <= free
+    demand = step_memory.demand_of(setup.config, setting)
+
+    # With a complete cache the teacher is not loaded at all.
+    spares_teacher = step_memory.spares_teacher(setup.config)
+    parts = replace(demand, apart=demand.apart or spares_teacher).memory(training.batch_size)
+    condition = ", if the teacher cache is complete" if spares_teacher else ""
+
+    free = hardware.free_memory(device)
+    return Measured(
+        f"about {disk_forecast.largest(parts)} on {device}{condition}",
+        f"{free / 2**30:.3g} GiB free",
+        passed=sum(parts.values()) <= free,
+    )
 
 
-@check("disk", "free some space, choose another --output-dir, or lower training.keep_checkpoints")
-def disk(setup: SetUp) -> tuple:
+def disk(setup: SetUp) -> Measured:
+    """Compare the forecast of what a run writes with what is free on the disk."""
     return _forecast_or_reason(_disk, setup)
 
 
-def _disk(setup: SetUp) -> tuple:
-    parts = forecast.disk(
+def _disk(setup: SetUp) -> Measured:
+    """Forecast the space of checkpoints, windows and exports."""
+    config = setup.config
+    parts = disk_forecast.disk(
         model_size.Shape.of(setup.student),
-        setup.config.training,
-        setup.config.student.lora,
+        config.training,
+        config.student.lora,
         text_bytes=setup.text_bytes,
-        runs=1 + setup.config.evaluation.without_teacher,
-        in_memory=windows_module.IN_MEMORY_BYTES,
+        runs=1 + config.evaluation.without_teacher,  # the comparison keeps checkpoints of its own
+        in_memory=IN_MEMORY_BYTES,
     )
-    free = files.free_disk(Path(setup.config.output_dir))
-    return f"about {forecast.largest(parts)}", f"{free / 2**30:.3g} GiB free", sum(parts.values()) <= free
+
+    free = files.free_disk(Path(config.output_dir))
+    return Measured(
+        f"about {disk_forecast.largest(parts)}",
+        f"{free / 2**30:.3g} GiB free",
+        passed=sum(parts.values()) <= free,
+    )
 
 
-def _forecast_or_reason(forecast_of: Callable[[SetUp], tuple], setup: SetUp) -> tuple:
-    """A forecast; or why there is none, which keeps no run from its start."""
+def _forecast_or_reason(forecast: Callable[[SetUp], Measured], setup: SetUp) -> Measured:
+    """Return a forecast, or why there is none, which keeps no run from its start."""
     try:
-        return forecast_of(setup)
+        return forecast(setup)
     except UserError:
         raise
     except Exception as error:
-        return f"no forecast, because of {reason(error)}", "what is free", True
+        return Measured(f"no forecast, because of {reason(error)}", "what is free", passed=True)
 
 
-@check("output directory", "choose another --output-dir")
-def output_directory(setup: SetUp) -> tuple:
+def output_directory(setup: SetUp) -> Measured:
+    """Try to write into the output folder, without leaving anything in it."""
     folder = Path(setup.config.output_dir)
-    made = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
+    # The trial makes the folder and those above it, and none of them may stay.
+    new_folders = [path for path in (folder, *folder.absolute().parents) if not path.exists()]
     try:
         run_folder.check(folder, to_plain(setup.config), setup.config.resume)
     finally:
-        for path in made:
+        for path in new_folders:
             if path.is_dir():
                 path.rmdir()
-    return f"{folder} can be written to", "writable, of no other run", True
+    return Measured(f"{folder} can be written to", "writable, of no other run", passed=True)

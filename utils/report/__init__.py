@@ -1,1 +1,15 @@
-"""What a run leaves to be read."""
+"""Everything that a run leaves to be read.
+
+report: writes all files of the report, and prints the summary
+results: the results, and their words, figures and tables in every form of the report
+markdown, html: the report in these forms
+charts: curves of the training and the routing, as PNG and SVG
+comparison: several runs side by side, for `train.py --compare`
+model_card: README.md of the exported student
+usage_example: code that loads the student
+"""
+
+from .comparison import compare
+from .report import print_summary, write_report
+
+__all__ = ["compare", "print_summary", "write_report"]

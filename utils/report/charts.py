@@ -1,4 +1,4 @@
-"""The pictures of a run: curves of its training, and how the router matches layers; as PNG files and as SVG.
+"""Pictures of a run, as PNG files and as SVG elements: curves of its training, and the router's match of layers.
 
 In an SVG every colour of `THEME` is a CSS variable, so that a page shows it in light and in dark.
 """
@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -22,7 +22,16 @@ from .results import MODELS, model_name
 Records = Sequence[Mapping[str, Any]]
 
 MOST_NUMBERS = 12
-"""Up to so many teacher layers, the routing's cells have their numbers in them."""
+"""Teacher layers up to which the cells of the routing have their numbers in them."""
+
+FEW_POINTS = 12
+"""Points of a curve up to which each has a marker."""
+
+WIDE_RANGE = 30
+"""Ratio of largest to smallest value above which an axis is logarithmic: KD at a high temperature falls that far."""
+
+_NOT_THE_STUDENT = ("teacher", "initial_student")
+"""Splits of evaluation records that are not of what is trained."""
 
 _TERM_NAMES = {
     "kd": "KD",
@@ -34,7 +43,7 @@ _TERM_NAMES = {
     "layer": "layer",
     "contr": "contrastive",
 }
-# Okabe and Ito's palette, told apart by most colour-blind readers.
+# Okabe and Ito's palette, whose colours most colour-blind readers can tell apart; two more for the router's terms.
 _COLOURS = {
     "kd": "#D55E00",
     "lm": "#0072B2",
@@ -50,7 +59,9 @@ _COLOURS = {
     "initial_student": "#888888",
 }
 _MEASURED_ONLY = {"linestyle": (0, (1, 1.6)), "linewidth": 1.4, "alpha": 0.6}
-"""Of a term that never weighs anything: it is measured, and nothing is learned from it."""
+"""Line of a term that never weighs anything: it is measured, and nothing is learned from it."""
+_WEIGHTED = {"linestyle": (0, (3, 2)), "linewidth": 1.2}
+"""Line of a term times its weight."""
 _EVALUATION_LINE = {"marker": "o", "markersize": 3.5, "linewidth": 1.8}
 STYLE = {
     "font.size": 10,
@@ -90,7 +101,7 @@ THEME = {
     "#e6e6e6": "#343942",
     "#fdfdfd": "#1b1e24",
 }
-"""What is drawn in a colour on a light page, and in which one on a dark page."""
+"""Colour on a light page -> colour of the same thing on a dark page."""
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -99,7 +110,7 @@ THEME = {
 def draw_curves(
     path: str | Path, records: Records, results: Mapping[str, Any] | None = None, baseline: Records = ()
 ) -> None:
-    """Four panels: loss terms, evaluation, curriculum weights, learning rate and gradient norm.
+    """Draw four panels: loss terms, evaluation, curriculum weights, learning rate and gradient norm.
 
     Args:
         path: of the PNG file, replaced in one step.
@@ -107,191 +118,281 @@ def draw_curves(
         results: supplies the levels of teacher and initial student.
         baseline: records of the run without the teacher.
     """
+    panels = _panels(records, results or {}, baseline)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 8.6), layout="constrained")
-        for panel, draw in zip(figure.subplots(2, 2).flat, _panels(records, results or {}, baseline), strict=True):
+        axes = figure.subplots(2, 2).flat
+        for panel, draw in zip(
+            axes, (panels.losses, panels.evaluation, panels.weights, panels.optimisation), strict=True
+        ):
             draw(panel)
+
+        # Some space between the panels: one has a second axis on its right.
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
         save(figure, path)
 
 
 def curves_as_svg(records: Records, results: Mapping[str, Any], baseline: Records = ()) -> list[str]:
-    """The same panels, each as an SVG element of its own, the evaluation first."""
-    losses, evaluation, weights, optimisation = _panels(records, results, baseline)
-    drawn = []
+    """Return the same panels, each as an SVG element of its own, the evaluation first."""
+    panels = _panels(records, results, baseline)
+    elements = []
     with matplotlib.rc_context(STYLE):
-        for draw in (evaluation, losses, weights, optimisation):
+        for draw in (panels.evaluation, panels.losses, panels.weights, panels.optimisation):
             figure = Figure(figsize=(5.6, 3.8), layout="constrained")
             draw(figure.subplots())
-            drawn.append(_as_svg(figure))
-    return drawn
+            elements.append(_as_svg(figure))
+    return elements
 
 
-def _panels(records: Records, results: Mapping[str, Any], baseline: Records) -> list[Callable[[Axes], None]]:
-    """What draws each of the four panels."""
+DrawPanel = Callable[[Axes], None]
+
+
+class _Panels(NamedTuple):
+    """Functions that draw the four panels."""
+
+    losses: DrawPanel
+    evaluation: DrawPanel
+    weights: DrawPanel
+    optimisation: DrawPanel
+
+
+def _panels(records: Records, results: Mapping[str, Any], baseline: Records) -> _Panels:
+    """Return the functions that draw the panels, all over the same range of steps."""
+    # Records of evaluations have no terms.
     steps = [record for record in records if "terms" in record]
-    last = max(record["step"] for record in [*records, *baseline, {"step": 1}])
+    last = max([1, *(record["step"] for record in [*records, *baseline])])
 
-    def over_steps(draw: Callable[..., None], *arguments: Any) -> Callable[[Axes], None]:
+    def over_steps(draw: Callable[..., None], **data: Any) -> DrawPanel:
         def draw_panel(panel: Axes) -> None:
-            draw(panel, *arguments)
+            draw(panel, **data)
             panel.set_xlabel("optimizer step")
             panel.set_xlim(-0.015 * last, 1.015 * last)
             panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+            panel.xaxis.set_major_formatter(FuncFormatter(_with_commas))
 
         return draw_panel
 
-    return [
-        over_steps(_draw_losses, steps),
-        over_steps(_draw_evaluation, records, results, baseline),
-        over_steps(_draw_weights, steps),
-        over_steps(_draw_optimisation, steps),
-    ]
+    return _Panels(
+        losses=over_steps(_draw_losses, steps=steps),
+        evaluation=over_steps(_draw_evaluation, records=records, results=results, baseline=baseline),
+        weights=over_steps(_draw_weights, steps=steps),
+        optimisation=over_steps(_draw_optimisation, steps=steps),
+    )
 
 
 def save(figure: Figure, path: str | Path) -> None:
-    """As a PNG file, in one step: a reader sees the old picture or the new one."""
-    beside = Path(path).with_suffix(".tmp.png")
-    figure.savefig(beside, dpi=130)
-    os.replace(beside, path)
+    """Write a PNG file in one step: a reader sees the old picture or the new one."""
+    temporary = Path(path).with_suffix(".tmp.png")
+    figure.savefig(temporary, dpi=130)
+    os.replace(temporary, path)
 
 
 def _as_svg(figure: Figure) -> str:
-    """The element alone, as wide as there is room; the colours of `THEME` are variables named after them."""
+    """Return a figure as an SVG element, as wide as its container; the colours of `THEME` are variables."""
+    # Without this matplotlib names the moment and some addresses, and no two files are equal.
+    no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     file = io.StringIO()
-    about = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # else it names the moment, and addresses
-    figure.savefig(file, format="svg", facecolor="none", metadata=about)
+    figure.savefig(file, format="svg", facecolor="none", metadata=no_metadata)
+
+    # The element alone, without the XML declaration, and without the width and height in points.
     text = file.getvalue()
-    text = re.sub(r'(<svg [^>]*?) width="[^"]*"| height="[^"]*pt"', r"\1", text[text.index("<svg ") :], count=2)
+    text = text[text.index("<svg ") :]
+    text = re.sub(r'(<svg [^>]*?) width="[^"]*"| height="[^"]*pt"', r"\1", text, count=2)
+
     for light in THEME:
         text = text.replace(light, f"var(--c{light[1:]})")
     return text
 
 
+# --- panels -----------------------------------------------------------------------------------------------------------
+
+
 def _draw_losses(panel: Axes, steps: Records) -> None:
+    """Draw every term as it is and times its weight, and the total."""
     panel.set_title("Loss terms")
     if not steps:
-        return _say_empty(panel)
-    x, unlearned = [record["step"] for record in steps], False
+        _say_empty(panel)
+        return
+
+    x = [record["step"] for record in steps]
+    has_unlearned = False
     for name in _terms(steps):
-        raw, weighted = (_series(steps, "terms", name, key) for key in ("raw", "weighted"))
-        learned = any(value > 0 for value in _series(steps, "terms", name, "weight"))
-        look = _marker(x) if learned else _MEASURED_ONLY
-        panel.plot(x, raw, color=_COLOURS.get(name), label=_TERM_NAMES.get(name, name), **look)
-        unlearned |= not learned
-        if any(value > 0 for value in weighted if not math.isnan(value)):
-            panel.plot(x, weighted, color=_COLOURS.get(name), linestyle=(0, (3, 2)), linewidth=1.2)
-    panel.plot(x, _series(steps, "loss"), color="#222222", linewidth=2.2, label="total", **_marker(x))
-    panel.plot([], [], color="#777777", linestyle=(0, (3, 2)), linewidth=1.2, label="weighted")
-    if unlearned:
+        is_learned = _weighs_anything(steps, name)
+        look = _marker(x) if is_learned else _MEASURED_ONLY
+        raw = _series(steps, "terms", name, "raw")
+        panel.plot(x, raw, **_term_style(name), **look)
+        has_unlearned |= not is_learned
+
+        # A comparison with NaN is False, so gaps count as nothing.
+        weighted = _series(steps, "terms", name, "weighted")
+        if any(value > 0 for value in weighted):
+            panel.plot(x, weighted, color=_COLOURS.get(name), **_WEIGHTED)
+
+    total = _series(steps, "loss")
+    panel.plot(x, total, color="#222222", linewidth=2.2, label="total", **_marker(x))
+
+    # Two lines without points, for the legend.
+    panel.plot([], [], color="#777777", label="weighted", **_WEIGHTED)
+    if has_unlearned:
         panel.plot([], [], color="#777777", label="weight 0", **_MEASURED_ONLY)
-    _logarithmic_if_wide(panel, rows=math.ceil(len(panel.get_legend_handles_labels()[0]) / 4))
+
+    entries = len(panel.get_legend_handles_labels()[0])
+    _logarithmic_if_wide(panel, rows=math.ceil(entries / 4))
     panel.legend(ncols=4, loc="upper right", fontsize=8.5)
 
 
 def _draw_weights(panel: Axes, steps: Records) -> None:
+    """Draw the weights of all terms that weigh anything."""
     panel.set_title("Curriculum weights")
     if not steps:
-        return _say_empty(panel)
+        _say_empty(panel)
+        return
+
     x = [record["step"] for record in steps]
-    names = [name for name in _terms(steps) if any(value > 0 for value in _series(steps, "terms", name, "weight"))]
+    names = [name for name in _terms(steps) if _weighs_anything(steps, name)]
     for order, name in enumerate(names):
         y = _series(steps, "terms", name, "weight")
         # Later lines are thinner, so that of two equal ones both are seen.
         width = max(3.6 - 0.7 * order, 1.4)
-        panel.plot(x, y, color=_COLOURS.get(name), label=_TERM_NAMES.get(name, name), linewidth=width)
+        panel.plot(x, y, **_term_style(name), linewidth=width)
+
     panel.set_ylim(0, 1.18 * max(panel.get_ylim()[1], 1e-3))
     panel.legend(ncols=4, loc="upper right")
 
 
 def _draw_optimisation(panel: Axes, steps: Records) -> None:
+    """Draw the learning rate, and behind it, on an axis of its own, the gradient norm."""
     panel.set_title("Learning rate and gradient norm")
     if not steps:
-        return _say_empty(panel)
+        _say_empty(panel)
+        return
+
+    right = panel.twinx()
+    right.spines["right"].set_visible(True)
+    right.grid(False)
+
     x = [record["step"] for record in steps]
-    other = panel.twinx()
-    other.spines["right"].set_visible(True)
-    other.grid(False)
-    (norm,) = other.plot(x, _series(steps, "grad_norm"), color="#B0B0B0", linewidth=1.2, label="gradient norm (right)")
-    (rate,) = panel.plot(x, _series(steps, "lr"), color="#0072B2", linewidth=2.0, label="learning rate", **_marker(x))
-    panel.set_zorder(other.get_zorder() + 1)  # the learning rate in front
+    norms = _series(steps, "grad_norm")
+    rates = _series(steps, "lr")
+    [norm] = right.plot(x, norms, color="#B0B0B0", linewidth=1.2, label="gradient norm (right)")
+    [rate] = panel.plot(x, rates, color="#0072B2", linewidth=2.0, label="learning rate", **_marker(x))
+
+    # The learning rate in front; its panel's background would hide the norm.
+    panel.set_zorder(right.get_zorder() + 1)
     panel.patch.set_visible(False)
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+    panel.yaxis.set_major_formatter(FuncFormatter(_plain))
     panel.set_ylim(bottom=0, top=1.15 * panel.get_ylim()[1])
-    _logarithmic_if_wide(other)
-    if other.get_yscale() == "linear":
-        other.set_ylim(bottom=0, top=1.15 * other.get_ylim()[1])
+    _logarithmic_if_wide(right)
+    if right.get_yscale() == "linear":
+        right.set_ylim(bottom=0, top=1.15 * right.get_ylim()[1])
     panel.legend(handles=[rate, norm], ncols=2, loc="upper right")
 
 
 def _draw_evaluation(panel: Axes, records: Records, results: Mapping[str, Any], baseline: Records) -> None:
+    """Draw bits per byte of the student with and without the teacher, and the levels of the other models."""
     panel.set_title("Evaluation, bits per byte")
+
+    # The baseline first, so that the student's curve lies above it.
     curves = {}
     for key, run in (("baseline", baseline), ("student", records)):
-        points = [(record["step"], record["bits_per_byte"]) for record in run if _of_student(record)]
+        points = [(record["step"], record["bits_per_byte"]) for record in run if _is_of_student(record)]
         if points:
-            curves[key] = x, y = tuple(zip(*points, strict=True))
-            panel.plot(x, y, color=_COLOURS[key], label=f"{model_name(key, results)}  {y[-1]:.3f}", **_EVALUATION_LINE)
+            x, y = zip(*points, strict=True)
+            curves[key] = (x, y)
+            label = f"{model_name(key, results)}  {y[-1]:.3f}"
+            panel.plot(x, y, color=_COLOURS[key], label=label, **_EVALUATION_LINE)
+
     levels = {key: (results.get(key) or {}).get("bits_per_byte") for key in ("initial_student", "teacher")}
     for key, level in levels.items():
         if level is not None:
-            panel.axhline(level, color=_COLOURS[key], linestyle=(0, (5, 3)), linewidth=1.4)
-            below = key == "initial_student"
-            panel.annotate(
-                f"{MODELS[key]}  {level:.3f}",
-                (0.985, level),
-                xycoords=panel.get_yaxis_transform(),
-                xytext=(0, -4 if below else 4),
-                textcoords="offset points",
-                color=_COLOURS[key],
-                horizontalalignment="right",
-                verticalalignment="top" if below else "bottom",
-                fontsize=9,
-            )
+            _draw_level(panel, key, level)
+
     if not curves and levels["teacher"] is None:
-        return _say_empty(panel)
+        _say_empty(panel)
+        return
+
     panel.margins(y=0.09)
     if curves:
         panel.legend(loc="upper right", bbox_to_anchor=(1.0, 0.88))
         _magnify_end(panel, curves)
 
 
-def _magnify_end(panel: Axes, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> None:
-    """The last half of the curves once more, in a window, where the whole range hides what differs."""
-    last = max(x[-1] for x, _ in curves.values())
-    ends = {key: [(a, b) for a, b in zip(x, y, strict=True) if a >= last / 2] for key, (x, y) in curves.items()}
-    values = [b for points in ends.values() for _, b in points]
-    low, high = panel.get_ylim()
-    if len(curves) < 2 or min(map(len, ends.values())) < 3 or max(values) - min(values) > 0.2 * (high - low):
-        return
-    window = panel.inset_axes((0.40, 0.35, 0.585, 0.33), facecolor="#FDFDFD")
-    for key, points in ends.items():
-        window.plot(*zip(*points, strict=True), color=_COLOURS[key], **_EVALUATION_LINE)
-    window.margins(y=0.15)
-    window.tick_params(labelsize=8)
-    window.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    window.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    window.set_title("last half, magnified", fontsize=8.5, fontweight="normal", color="#666666")
+def _draw_level(panel: Axes, key: str, level: float) -> None:
+    """Draw a dashed line across the panel for one model, with its name and figure at the right end."""
+    panel.axhline(level, color=_COLOURS[key], linestyle=(0, (5, 3)), linewidth=1.4)
 
-
-def _of_student(record: Mapping[str, Any]) -> bool:
-    """An evaluation of what is trained, not of the teacher or of the start."""
-    return (
-        "terms" not in record
-        and record.get("bits_per_byte") is not None
-        and record.get("split") not in ("teacher", "initial_student")
+    # The start lies above all curves, so that its name has space below the line, and the teacher's above.
+    is_below = key == "initial_student"
+    panel.annotate(
+        f"{MODELS[key]}  {level:.3f}",
+        (0.985, level),
+        xycoords=panel.get_yaxis_transform(),
+        xytext=(0, -4 if is_below else 4),
+        textcoords="offset points",
+        color=_COLOURS[key],
+        horizontalalignment="right",
+        verticalalignment="top" if is_below else "bottom",
+        fontsize=9,
     )
 
 
+def _magnify_end(panel: Axes, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> None:
+    """Draw the last half of the curves once more, in a window, where the whole range hides their difference."""
+    last = max(x[-1] for x, _ in curves.values())
+    ends = {}
+    for key, (x, y) in curves.items():
+        points = zip(x, y, strict=True)
+        ends[key] = [(step, bits) for step, bits in points if step >= last / 2]
+
+    # One curve has nothing to differ from, and two points make no curve.
+    if len(curves) < 2 or min(len(points) for points in ends.values()) < 3:
+        return
+    values = [bits for points in ends.values() for _, bits in points]
+    low, high = panel.get_ylim()
+    if max(values) - min(values) > 0.2 * (high - low):
+        return
+
+    window = panel.inset_axes((0.40, 0.35, 0.585, 0.33), facecolor="#FDFDFD")
+    for key, points in ends.items():
+        x, y = zip(*points, strict=True)
+        window.plot(x, y, color=_COLOURS[key], **_EVALUATION_LINE)
+
+    window.margins(y=0.15)
+    window.tick_params(labelsize=8)
+    window.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    window.xaxis.set_major_formatter(FuncFormatter(_with_commas))
+    window.set_title("last half, magnified", fontsize=8.5, fontweight="normal", color="#666666")
+
+
+# --- series and axes --------------------------------------------------------------------------------------------------
+
+
+def _is_of_student(record: Mapping[str, Any]) -> bool:
+    """Return True for an evaluation of what is trained, not of the teacher or of the start."""
+    if "terms" in record or record.get("bits_per_byte") is None:
+        return False
+    return record.get("split") not in _NOT_THE_STUDENT
+
+
 def _terms(steps: Records) -> list[str]:
-    """Terms that occur, known ones first in their usual order."""
-    found = {name for record in steps for name in record["terms"]}
-    return [name for name in _TERM_NAMES if name in found] + sorted(found - _TERM_NAMES.keys())
+    """Return the terms that occur, those with a label first in their usual order."""
+    names = {name for record in steps for name in record["terms"]}
+    labelled = [name for name in _TERM_NAMES if name in names]
+    return labelled + sorted(names - _TERM_NAMES.keys())
+
+
+def _term_style(name: str) -> dict[str, Any]:
+    """Return colour and label of a term's line; a term unknown here is called by its name."""
+    return {"color": _COLOURS.get(name), "label": _TERM_NAMES.get(name, name)}
+
+
+def _weighs_anything(steps: Records, name: str) -> bool:
+    return any(value > 0 for value in _series(steps, "terms", name, "weight"))
 
 
 def _series(steps: Records, *keys: str) -> list[float]:
-    """One value per record; NaN, which is a gap in a line, where there is none."""
+    """Return one value per record; NaN, which is a gap in a line, where there is none."""
     values = []
     for record in steps:
         value: Any = record
@@ -302,22 +403,45 @@ def _series(steps: Records, *keys: str) -> list[float]:
 
 
 def _marker(x: Sequence[int]) -> dict[str, Any]:
-    """A short run's points are shown as points."""
-    return {"marker": "o", "markersize": 3.5} if len(x) <= 12 else {}
+    """Return the look of a short curve, whose points are shown as points."""
+    return {"marker": "o", "markersize": 3.5} if len(x) <= FEW_POINTS else {}
 
 
 def _logarithmic_if_wide(panel: Axes, rows: int = 2) -> None:
-    """A logarithmic axis where the lines span more than a factor of 30, as KD at a high temperature does.
+    """Make an axis logarithmic if its lines span a wide range.
 
-    Room is left above for `rows` of a legend.
+    Args:
+        rows: of a legend, for which there is space above the lines then.
     """
-    values = [v for line in panel.get_lines() for v in line.get_ydata() if v is not None and math.isfinite(v) and v > 0]
-    if values and max(values) / min(values) > 30:
+    values = []
+    for line in panel.get_lines():
+        values += [value for value in line.get_ydata() if _is_positive(value)]
+    if not values:
+        return
+
+    least = min(values)
+    most = max(values)
+    if most / least > WIDE_RANGE:
         panel.set_yscale("log")
-        panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        panel.set_ylim(bottom=max(min(values), max(values) / 1e4) * 0.8, top=max(values) * 2**rows)
-    elif values:
-        panel.set_ylim(bottom=0, top=(1 + 0.12 * rows) * max(values))
+        panel.yaxis.set_major_formatter(FuncFormatter(_plain))
+        # Four decades at most: a single value near 0 must not press the curves into a line.
+        panel.set_ylim(bottom=max(least, most / 1e4) * 0.8, top=most * 2**rows)
+    else:
+        panel.set_ylim(bottom=0, top=(1 + 0.12 * rows) * most)
+
+
+def _is_positive(value: float | None) -> bool:
+    return value is not None and math.isfinite(value) and value > 0
+
+
+def _with_commas(value: float, position: int) -> str:
+    """Return a tick's label such as 1,000; matplotlib also gives the tick's number."""
+    return f"{value:,.0f}"
+
+
+def _plain(value: float, position: int) -> str:
+    """Return a tick's label such as 0.001, also on a logarithmic axis."""
+    return f"{value:g}"
 
 
 def _say_empty(panel: Axes) -> None:
@@ -328,7 +452,9 @@ def _say_empty(panel: Axes) -> None:
 
 
 def draw_routing(path: str | Path, routing: Mapping[str, Any]) -> None:
-    """A heat map of the teacher layers (columns) that each student layer (rows, the deepest on top) is matched with.
+    """Draw the router's match of layers as a heat map.
+
+    A row is a student layer, the deepest on top; a column is a teacher layer.
 
     Args:
         path: of the PNG file, replaced in one step.
@@ -340,28 +466,35 @@ def draw_routing(path: str | Path, routing: Mapping[str, Any]) -> None:
 
 
 def routing_as_svg(routing: Mapping[str, Any]) -> str:
-    """The same as an SVG element."""
+    """Return the same heat map as an SVG element."""
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
         return _as_svg(_routing_figure(routing))
 
 
 def _routing_figure(routing: Mapping[str, Any]) -> Figure:
-    rows, columns = routing["student_layers"], routing["teacher_layers"]
-    weights = np.array(routing["weights"], dtype=float)  # what metrics.jsonl has as null is NaN again
+    """Return the heat map, larger for deeper models, with numbers in its cells where they have space."""
+    rows = routing["student_layers"]
+    columns = routing["teacher_layers"]
+    # In metrics.jsonl a NaN is null, which becomes NaN again here.
+    weights = np.array(routing["weights"], dtype=float)
     most = np.nanmax(weights, initial=1e-3)
-    size = (min(2.6 + 0.62 * max(len(columns), 6), 13), min(1.8 + 0.5 * max(len(rows), 3), 9))
-    figure = Figure(figsize=size, layout="constrained")
+
+    width = min(2.6 + 0.62 * max(len(columns), 6), 13)
+    height = min(1.8 + 0.5 * max(len(rows), 3), 9)
+    figure = Figure(figsize=(width, height), layout="constrained")
     panel = figure.subplots()
     image = panel.imshow(weights, cmap="Blues", vmin=0, vmax=most, origin="lower", aspect="auto")
+
     panel.set_title(f"Routing at step {routing['step']:,}")
     for axis, layers, name in ((panel.xaxis, columns, "teacher layer"), (panel.yaxis, rows, "student layer")):
         axis.set_ticks(range(len(layers)), [str(layer) for layer in layers])
         axis.set_tick_params(length=0)
         axis.set_label_text(name)
+
     if len(columns) <= MOST_NUMBERS:
-        for y, row in enumerate(weights):
-            for x, share in enumerate(row):
-                colour = "white" if share > 0.55 * most else "#333333"
-                panel.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=9, color=colour)
+        for (y, x), share in np.ndenumerate(weights):
+            colour = "white" if share > 0.55 * most else "#333333"
+            panel.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=9, color=colour)
+
     figure.colorbar(image, ax=panel, label="share of the mixture").outline.set_visible(False)
     return figure

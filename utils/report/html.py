@@ -1,6 +1,7 @@
-"""The report as one page that needs nothing but a browser: no script, no font, no picture from elsewhere.
+"""The report as one HTML page that needs nothing but a browser: no script, no font, no picture from elsewhere.
 
-What models wrote and what users typed is text here and never markup; the page's own policy forbids scripts besides.
+Text of models and users goes through `_text`, so that it can never become markup; the page's own content security
+policy forbids scripts besides.
 """
 
 import html
@@ -16,9 +17,15 @@ from .results import MODELS, figure, headline, model_name, percent, retention_li
 from .usage_example import how_to_use
 
 MOST_WARNINGS = 30
+"""Warnings shown; the others are in the log."""
 
-_UNSEEN = {**{code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}, 127: "\u2421"}
-"""Control characters, which HTML cannot hold, as the pictures that Unicode has of them."""
+_DELETE = 127
+_CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
+_CONTROL_PICTURES[_DELETE] = "\u2421"
+"""Control characters, which HTML cannot hold -> the pictures that Unicode has of them."""
+
+_NOT_IN_HTML = re.compile("[\ud800-\udfff\x80-\x9f]")
+"""Halves of surrogate pairs, which UTF-8 cannot encode, and the second block of control characters."""
 
 _PAGE = Template("""<!DOCTYPE html>
 <html lang="en">
@@ -97,17 +104,17 @@ def page(
     told: Mapping[str, Any] | None = None,
     warnings: Sequence[str] = (),
 ) -> str:
-    """The page.
+    """Return the page.
 
     Args:
         name: of the run.
         results: see `utils.report.results`, without NaN.
         pictures: SVG elements whose colours are the variables of `charts.THEME`; the one markup taken as it is.
         settings: of the run, nested.
-        told: what the run noted of its decisions and its environment, nested.
-        warnings: what the run warned of, in order.
+        told: the run's notes on its decisions and its environment, nested.
+        warnings: of the run, in order.
     """
-    use = how_to_use('"student"  # beside this file', settings or {}, results)
+    settings = settings or {}
     sections = [
         _warnings(warnings),
         "<h2>Result on unseen text</h2>",
@@ -115,75 +122,105 @@ def page(
         _pairs_card(retention_lines(results)),
         _tasks(results),
         "<h2>Training</h2>" if pictures else "",
-        f'<div class="grid" style="--least: 440px">{"".join(map(_picture, pictures))}</div>',
+        _pictures(pictures),
         _samples(results),
-        f'<h2>Use the student</h2><div class="card"><pre class="code">{_text(use)}</pre></div>',
-        _details("Settings", _groups(settings or {})),
+        _usage(settings, results),
+        _details("Settings", _groups(settings)),
         _details("Environment and decisions", _groups(told or {})),
     ]
+
+    # Every colour of the pictures is a CSS variable, with one value for a light page and one for a dark page.
+    light_colours = " ".join(f"--c{light[1:]}: {light};" for light in THEME)
+    dark_colours = " ".join(f"--c{light[1:]}: {dark};" for light, dark in THEME.items())
     return _PAGE.substitute(
         title=_text(name),
-        header=_header(results, settings or {}),
+        header=_header(results, settings),
         sections="\n".join(section for section in sections if section),
-        light=" ".join(f"--c{light[1:]}: {light};" for light in THEME),
-        dark=" ".join(f"--c{light[1:]}: {dark};" for light, dark in THEME.items()),
+        light=light_colours,
+        dark=dark_colours,
     )
 
 
 def _text(value: Any) -> str:
-    """Any text as text of a page."""
-    shown = str(value).replace("\r\n", "\n").translate(_UNSEEN)
-    return html.escape(re.sub("[\ud800-\udfff\x80-\x9f]", "\ufffd", shown))
+    """Return any value as text of a page, without characters that are markup or that HTML cannot hold."""
+    text = str(value).replace("\r\n", "\n").translate(_CONTROL_PICTURES)
+    return html.escape(_NOT_IN_HTML.sub("\ufffd", text))
+
+
+# ----------------------------------------------------------------------------------------- header
 
 
 def _header(results: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Return the facts of the run, its result in words, and cards with the most important figures."""
+    # Without a teacher the student's name is alone, without an arrow.
     names = [(settings.get(role) or {}).get("name") for role in ("teacher", "student")]
-    facts = [" → ".join(str(name) for name in names if name), *(f"{key} {value}" for key, value in run_lines(results))]
-    told = " · ".join(_text(fact) for fact in facts if fact)
-    cards = "".join(f'<div class="card figure"><b>{_text(b)}</b>{_text(a)}</div>' for a, b in _figures(results))
+    models = " → ".join(str(name) for name in names if name)
+    facts = [models, *(f"{key} {value}" for key, value in run_lines(results))]
+    line = " · ".join(_text(fact) for fact in facts if fact)
+
+    cards = []
+    for label, number in _figures(results):
+        cards.append(f'<div class="card figure"><b>{_text(number)}</b>{_text(label)}</div>')
     return (
-        f'<p class="kicker">{told}</p><p class="lead">{_text(headline(results))}</p>'
-        f'<div class="grid" style="--least: 150px">{cards}</div>'
+        f'<p class="kicker">{line}</p><p class="lead">{_text(headline(results))}</p>'
+        f'<div class="grid" style="--least: 150px">{"".join(cards)}</div>'
     )
 
 
 def _figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(what, figure) that are worth a large number."""
+    """Return (label, figure) of what is worth a large number."""
     bits = {key: (results.get(key) or {}).get("bits_per_byte") for key in MODELS}
-    found = [(f"bits per byte, {model_name('student', results).lower()}", figure(bits["student"]))]
-    for key, other in (("initial_student", "before training"), ("baseline", "the same student without the teacher")):
-        if bits[key] and bits["student"] is not None:
-            less = 1 - bits["student"] / bits[key]
-            found.append((f"{'fewer' if less >= 0 else 'more'} bits per byte than {other}", percent(abs(less))))
-    if (closed := (results.get("retention") or {}).get("gap_closed")) is not None:
-        found.append(("of the gap to the teacher closed", percent(closed)))
-    return found
+    student = bits["student"]
+    figures = [(f"bits per byte, {model_name('student', results).lower()}", figure(student))]
+
+    # A figure that was not finite is null, and then nothing is compared with it.
+    others = {"initial_student": "before training", "baseline": "the same student without the teacher"}
+    for key, description in others.items():
+        if bits[key] and student is not None:
+            saved = 1 - student / bits[key]
+            word = "fewer" if saved >= 0 else "more"
+            figures.append((f"{word} bits per byte than {description}", percent(abs(saved))))
+
+    gap_closed = (results.get("retention") or {}).get("gap_closed")
+    if gap_closed is not None:
+        figures.append(("of the gap to the teacher closed", percent(gap_closed)))
+    return figures
 
 
 def _warnings(warnings: Sequence[str]) -> str:
+    """Return the section of the run's warnings; a run without any says so."""
     if not warnings:
         return '<h2>Warnings</h2><div class="card">The run raised none.</div>'
+
     items = "".join(f"<li>{_text(warning)}</li>" for warning in warnings[:MOST_WARNINGS])
-    more = len(warnings) - MOST_WARNINGS
-    rest = f'<p class="note">and {more} more in train.log</p>' if more > 0 else ""
-    return f'<h2>Warnings</h2><div class="card warn"><ul>{items}</ul>{rest}</div>'
+    rest = len(warnings) - MOST_WARNINGS
+    note = f'<p class="note">and {rest} more in train.log</p>' if rest > 0 else ""
+    return f'<h2>Warnings</h2><div class="card warn"><ul>{items}</ul>{note}</div>'
+
+
+# ----------------------------------------------------------------------------------------- tables
 
 
 def _model_table(results: Mapping[str, Any]) -> str:
-    columns = {"bits_per_byte": 4, "perplexity": 2, "tokens": 0, "bytes": 0, "parameters": 0}
-    models = {key: model for key in MODELS if (model := results.get(key))}
+    """Return a table with a row for each model, and bars of their bits per byte."""
+    digits = {"bits_per_byte": 4, "perplexity": 2, "tokens": 0, "bytes": 0, "parameters": 0}
+    models = {key: results[key] for key in MODELS if results.get(key)}
     most = max((model.get("bits_per_byte") or 0 for model in models.values()), default=0)
+
     rows = []
     for key, model in models.items():
-        width = 100 * (model.get("bits_per_byte") or 0) / most if most else 0
-        cells = [figure(model.get(column), digits) for column, digits in columns.items()] + [model.get("dtype") or "-"]
-        rows.append(
-            f"<tr{' class=best' if key == 'student' else ''}><td>{_text(model_name(key, results))}"
-            f'<div class="bar" style="width: {width:.1f}%"></div></td>'
-            + "".join(f"<td>{_text(cell)}</td>" for cell in cells)
-            + "</tr>"
-        )
-    heads = "".join(f"<th>{column.replace('_', ' ')}</th>" for column in ("model", *columns, "dtype"))
+        # The bar of the model with the most bits per byte is as wide as its cell.
+        bits = model.get("bits_per_byte") or 0
+        width = 100 * bits / most if most else 0
+        name = f'{_text(model_name(key, results))}<div class="bar" style="width: {width:.1f}%"></div>'
+
+        figures = [figure(model.get(column), places) for column, places in digits.items()]
+        cells = "".join(f"<td>{_text(cell)}</td>" for cell in [*figures, model.get("dtype") or "-"])
+        best = " class=best" if key == "student" else ""
+        rows.append(f"<tr{best}><td>{name}</td>{cells}</tr>")
+
+    columns = ["model", *digits, "dtype"]
+    heads = "".join(f"<th>{column.replace('_', ' ')}</th>" for column in columns)
     note = "All rows score the same text. Perplexities compare only between models with the same tokenizer."
     return (
         f'<div class="card"><div class="scroll"><table><thead><tr>{heads}</tr></thead>'
@@ -192,57 +229,97 @@ def _model_table(results: Mapping[str, Any]) -> str:
 
 
 def _tasks(results: Mapping[str, Any]) -> str:
+    """Return the section of lm_eval's tasks; nothing where none was measured."""
     heads, rows = task_rows(results)
     if not rows:
         return ""
-    told = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+
+    # Names of tasks and metrics come from elsewhere, so they are text, too.
+    head_cells = "".join(f"<th>{_text(head)}</th>" for head in heads)
+    body = ""
+    for row in rows:
+        cells = "".join(f"<td>{_text(cell)}</td>" for cell in row)
+        body += f"<tr>{cells}</tr>"
     return (
         f'<h2>Tasks</h2><div class="card"><div class="scroll"><table><thead><tr>'
-        f"{''.join(f'<th>{_text(head)}</th>' for head in heads)}</tr></thead><tbody>{told}</tbody></table></div>"
+        f"{head_cells}</tr></thead><tbody>{body}</tbody></table></div>"
         '<p class="note">Measured by lm_eval; ± is the standard error, the arrow points to the better side.</p></div>'
     )
 
 
-def _picture(svg: str) -> str:
-    return f'<div class="card">{svg}</div>'
+# --------------------------------------------------------------------------- pictures, samples, code
+
+
+def _pictures(pictures: Sequence[str]) -> str:
+    """Return the pictures, each on a card, as many beside each other as the page is wide."""
+    cards = "".join(f'<div class="card">{svg}</div>' for svg in pictures)
+    return f'<div class="grid" style="--least: 440px">{cards}</div>'
 
 
 def _samples(results: Mapping[str, Any]) -> str:
-    prompt, shown = "Prompt" if results.get("prompted") else "Beginning", []
-    for sample in results.get("samples") or []:
-        written = {model_name(key, results): sample[key] for key in MODELS if sample.get(key) is not None}
-        texts = "".join(f"<div>{_said(name, text)}</div>" for name, text in written.items())
-        shown.append(
-            f'<div class="card sample"><div class="prompt">{_said(prompt, sample.get("prompt", ""))}</div>'
+    """Return the section of samples: each with its prompt and with what every model wrote."""
+    samples = results.get("samples") or []
+    if not samples:
+        return ""
+
+    # A plain text has a beginning, a conversation or an example has a prompt.
+    prompt = "Prompt" if results.get("prompted") else "Beginning"
+    cards = []
+    for sample in samples:
+        texts = ""
+        for key in MODELS:
+            if sample.get(key) is not None:
+                texts += f"<div>{_titled(model_name(key, results), sample[key])}</div>"
+        cards.append(
+            f'<div class="card sample"><div class="prompt">{_titled(prompt, sample.get("prompt", ""))}</div>'
             f'<div class="grid" style="--least: 240px">{texts}</div></div>'
         )
+
     about = f'<p class="note">{samples_title(results)}, which nobody was trained on.</p>'
-    return f"<h2>Samples</h2>{about}{''.join(shown)}" if shown else ""
+    return f"<h2>Samples</h2>{about}{''.join(cards)}"
 
 
-def _said(title: str, text: str) -> str:
+def _titled(title: str, text: str) -> str:
     return f'<h3>{_text(title)}</h3><pre class="text" dir="auto">{_text(text)}</pre>'
 
 
+def _usage(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """Return the section with the code that loads the student."""
+    code = how_to_use('"student"  # beside this file', settings, results)
+    return f'<h2>Use the student</h2><div class="card"><pre class="code">{_text(code)}</pre></div>'
+
+
+# ------------------------------------------------------------------------------ settings and notes
+
+
 def _details(title: str, inner: str) -> str:
+    """Return a section that opens on a click; nothing where it would be empty."""
     return f"<details><summary>{title}</summary>{inner}</details>" if inner else ""
 
 
 def _groups(values: Mapping[str, Any]) -> str:
-    """A card for each section of nested values, and one for what is in none."""
+    """Return a card for each section of nested values, and one for those that are in no section."""
     groups: dict[str, list[tuple[str, Any]]] = {}
     for path, value in flatten(values).items():
-        section, dot, rest = path.partition(".")
-        told = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-        groups.setdefault(section if dot else "", []).append((rest or section, told))
-    cards = [f"<h3>{_text(section)}</h3>" * bool(section) + _pairs(pairs) for section, pairs in groups.items()]
-    inner = "".join(f'<div class="card settings">{card}</div>' for card in cards)
-    return f'<div class="columns">{inner}</div>' if inner else ""
+        # A value that is in no section comes under no heading.
+        section, dot, name = path.partition(".")
+        if not dot:
+            section, name = "", path
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        groups.setdefault(section, []).append((name or section, text))
+
+    cards = ""
+    for section, pairs in groups.items():
+        heading = f"<h3>{_text(section)}</h3>" if section else ""
+        cards += f'<div class="card settings">{heading}{_pairs(pairs)}</div>'
+    return f'<div class="columns">{cards}</div>' if cards else ""
 
 
 def _pairs_card(pairs: Sequence[tuple[str, Any]]) -> str:
+    """Return a card of names and values; nothing where there are none."""
     return f'<div class="card" style="margin-top: 16px">{_pairs(pairs)}</div>' if pairs else ""
 
 
 def _pairs(pairs: Sequence[tuple[str, Any]]) -> str:
-    return f"<dl>{''.join(f'<dt>{_text(name)}</dt><dd>{_text(value)}</dd>' for name, value in pairs)}</dl>"
+    items = "".join(f"<dt>{_text(name)}</dt><dd>{_text(value)}</dd>" for name, value in pairs)
+    return f"<dl>{items}</dl>"

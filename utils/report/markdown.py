@@ -6,12 +6,27 @@ from typing import Any
 from ..run_layout import CURVES, ROUTING
 from .results import MODELS, figure, headline, model_name, retention_lines, run_lines, samples_title, task_table
 
+_MARKUP = "\\`*_{}[]#|~$"
+"""Characters that Markdown, or the mathematics in it, gives a meaning. The backslash first: it escapes the others."""
+
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The report for people."""
-    parts = ["# Evaluation report", headline(results), _model_table(results), _retention_list(results)]
-    parts += [f"## Tasks\n\nMeasured by lm_eval.\n\n{tasks}"] if (tasks := task_table(results)) else []
-    parts += [f"![Training curves]({CURVES})", _routing(results.get("routing")), _run_list(results)]
+    """Return the report for people.
+
+    Args:
+        results: see `utils.report.results`.
+    """
+    # Parts that do not apply to this run are empty, and left out at the end.
+    parts = [
+        "# Evaluation report",
+        headline(results),
+        _model_table(results),
+        _retention_list(results),
+        _tasks(results),
+        f"![Training curves]({CURVES})",
+        _routing(results.get("routing")),
+        _run_list(results),
+    ]
     if samples := results.get("samples"):
         parts.append(f"## Samples\n\n{samples_title(results)}.")
         parts += [_sample(number, sample) for number, sample in enumerate(samples, 1)]
@@ -19,25 +34,43 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def _model_table(results: Mapping[str, Any]) -> str:
+    """Return a table with a row for each model."""
     lines = [
         "| | bits per byte | perplexity | tokens | bytes | parameters | dtype |",
         "|---|---:|---:|---:|---:|---:|---|",
     ]
+    # Not every run has a teacher, or a comparison without it.
     for key in MODELS:
         if model := results.get(key):
-            cells = [figure(model.get("bits_per_byte")), figure(model.get("perplexity"), 2)]
-            cells += [figure(model.get(column)) for column in ("tokens", "bytes", "parameters")]
-            lines.append(f"| {model_name(key, results)} | {' | '.join(cells)} | {model.get('dtype') or '-'} |")
+            cells = [
+                model_name(key, results),
+                figure(model.get("bits_per_byte")),
+                figure(model.get("perplexity"), 2),
+                figure(model.get("tokens")),
+                figure(model.get("bytes")),
+                figure(model.get("parameters")),
+                model.get("dtype") or "-",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+
     note = "All rows score the same text. Perplexities compare only between models with the same tokenizer."
     return "\n".join(lines) + "\n\n" + note
 
 
 def _retention_list(results: Mapping[str, Any]) -> str:
+    """Return the section of how close the student came to the teacher; nothing without a teacher."""
     lines = [f"- {name}: {value}" for name, value in retention_lines(results)]
     return "## Retention\n\n" + "\n".join(lines) if lines else ""
 
 
+def _tasks(results: Mapping[str, Any]) -> str:
+    """Return the section of lm_eval's tasks; nothing where none was measured."""
+    table = task_table(results)
+    return f"## Tasks\n\nMeasured by lm_eval.\n\n{table}" if table else ""
+
+
 def _routing(routing: Mapping[str, Any] | None) -> str:
+    """Return the section with the picture of the routing; nothing without one."""
     if not routing:
         return ""
     return (
@@ -48,25 +81,33 @@ def _routing(routing: Mapping[str, Any] | None) -> str:
 
 
 def _run_list(results: Mapping[str, Any]) -> str:
+    """Return the section of the run itself."""
     lines = [f"- {_escape(key)}: {_escape(value)}" for key, value in run_lines(results)]
     return "## Run\n\n" + "\n".join(lines) if lines else ""
 
 
 def _sample(number: int, sample: Mapping[str, Any]) -> str:
-    names = [(key, name) for key, name in MODELS.items() if sample.get(key) is not None]
+    """Return a prompt, and a table of what every model wrote."""
+    keys = [key for key in MODELS if sample.get(key) is not None]
+    names = " | ".join(MODELS[key] for key in keys)
+    texts = " | ".join(_escape(sample[key]) for key in keys)
     return "\n".join(
         [
             f"### {number}. {_escape(sample.get('prompt', ''))}",
             "",
-            "| " + " | ".join(name for _, name in names) + " |",
-            "|" + "---|" * len(names),
-            "| " + " | ".join(_escape(sample[key]) for key, _ in names) + " |",
+            f"| {names} |",
+            "|" + "---|" * len(keys),
+            f"| {texts} |",
         ]
     )
 
 
 def _escape(text: str) -> str:
-    """Text of a model or a user, shown as it is inside a Markdown table or heading."""
-    for special in "\\`*_{}[]#|~$":
-        text = text.replace(special, "\\" + special)
-    return " ".join(text.replace("&", "&amp;").replace("<", "&lt;").replace("\r", "").replace("\n", "<br>").split())
+    """Return text of a model or a user so that it is shown as it is inside a Markdown table or heading."""
+    for character in _MARKUP:
+        text = text.replace(character, "\\" + character)
+
+    # A table's cell is one line, and Markdown takes HTML as it is.
+    text = text.replace("&", "&amp;").replace("<", "&lt;")
+    text = text.replace("\r", "").replace("\n", "<br>")
+    return " ".join(text.split())

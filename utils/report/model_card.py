@@ -1,4 +1,4 @@
-"""The README.md of an exported student: what it is, where it comes from, what was measured, in the hub's form."""
+"""The model card: README.md of an exported student, in the hub's form."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,32 +21,25 @@ depends on the licences of the model that it started from, of its teacher and of
 
 
 def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """The card.
+    """Return the card: where the student comes from, what was measured, how it was trained, how it is used.
 
-    Local paths are told by their last part only: where a folder lies on somebody's machine concerns nobody.
+    Of local paths it has the last part only: where a folder lies on somebody's machine concerns nobody.
 
     Args:
         settings: of the run, nested, with the names that the user gave.
         results: see `utils.report.results`.
     """
-    student, teacher, text = settings["student"], settings["teacher"]["name"], settings["data"]["train"]
-    trained = student["init"] == "pretrained"
-    header = ModelCardData(
-        license="unknown",
-        library_name="peft" if is_adapter(settings) else "transformers",
-        pipeline_tag=pipeline_tag(results),
-        base_model=student["name"] if trained and _is_hub_id(student["name"]) else None,
-        datasets=[name.partition(":")[0] for name in text if _is_hub_id(name.partition(":")[0])] or None,
-        tags=["knowledge-distillation"] if teacher else None,
-    )
-    start = "its own weights" if trained else "random weights"
-    how = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
+    # The folder in the example is for the reader to fill in.
+    usage = how_to_use('"path/to/this/folder"', settings, results)
+    adapter = ""
+    if is_adapter(settings):
+        adapter = f"A LoRA adapter of `{_public(settings['student']['name'])}`."
+
     parts = [
-        f"---\n{header.to_yaml()}\n---",
+        f"---\n{_header(settings, results).to_yaml()}\n---",
         "# Student of a curriculum distillation",
-        f"A LoRA adapter of `{_public(student['name'])}`." if is_adapter(settings) else "",
-        f"The architecture and tokenizer of `{_public(student['name'])}`, starting from {start}, {how}\n"
-        f"on {', '.join(f'`{_public(name)}`' for name in text)} in {results['run']['steps']:,} optimizer steps.",
+        adapter,
+        _origin(settings, results),
         "## Results",
         headline(results),
         _table(results),
@@ -56,38 +49,81 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         f"With torch {torch.__version__} and transformers {transformers.__version__}.",
         f"## Licence\n\n{_LICENCE}",
         "## Use",
-        "```python\n" + how_to_use('"path/to/this/folder"', settings, results) + "\n```",
+        f"```python\n{usage}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _header(settings: Mapping[str, Any], results: Mapping[str, Any]) -> ModelCardData:
+    """Return the metadata that the hub reads; only names that are on the hub are in it."""
+    base_model = None
+    if settings["student"]["init"] == "pretrained" and _is_hub_id(settings["student"]["name"]):
+        base_model = settings["student"]["name"]
+
+    # A dataset is given as owner/name:configuration.
+    datasets = [name.partition(":")[0] for name in settings["data"]["train"]]
+    return ModelCardData(
+        license="unknown",
+        library_name="peft" if is_adapter(settings) else "transformers",
+        pipeline_tag=pipeline_tag(results),
+        base_model=base_model,
+        datasets=[name for name in datasets if _is_hub_id(name)] or None,
+        tags=["knowledge-distillation"] if settings["teacher"]["name"] else None,
+    )
+
+
+def _origin(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
+    """Return the paragraph on student, start, teacher and text."""
+    student = settings["student"]
+    teacher = settings["teacher"]["name"]
+    start = "its own weights" if student["init"] == "pretrained" else "random weights"
+    method = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
+    text = ", ".join(f"`{_public(name)}`" for name in settings["data"]["train"])
+    return (
+        f"The architecture and tokenizer of `{_public(student['name'])}`, starting from {start}, {method}\n"
+        f"on {text} in {results['run']['steps']:,} optimizer steps."
+    )
+
+
 def _table(results: Mapping[str, Any]) -> str:
+    """Return a table with a row for each model."""
     lines = ["| on held-out text | bits per byte | perplexity (own tokens) |", "|---|---:|---:|"]
     for key in MODELS:
         if model := results.get(key):
-            cells = [figure(model.get("bits_per_byte")), figure(model.get("perplexity"), 2)]
-            lines.append(f"| {model_name(key, results)} | {' | '.join(cells)} |")
+            bits = figure(model.get("bits_per_byte"))
+            perplexity = figure(model.get("perplexity"), 2)
+            lines.append(f"| {model_name(key, results)} | {bits} | {perplexity} |")
     return "\n".join(lines)
 
 
 def _recipe(settings: Mapping[str, Any]) -> str:
-    """The settings that made the model what it is: what is learned from, and how; without terms of no weight."""
+    """Return the settings that shaped the model as YAML: curriculum, loss and training; without terms of no weight."""
     terms = {name: term for name, term in settings["curriculum"].items() if term["weight"] != 0}
-    told = {"curriculum": terms, "loss": settings["loss"], "training": settings["training"]}
+    recipe = {"curriculum": terms, "loss": settings["loss"], "training": settings["training"]}
     if settings["student"]["lora"]["enabled"]:
-        told["lora"] = settings["student"]["lora"]
+        recipe["lora"] = settings["student"]["lora"]
+
+    # A teacher read from a cache has the outcomes that the cache holds, whatever the loss asks for.
     if settings["cache"]["folder"]:
-        told["loss"] = {**settings["loss"], "top_k": settings["cache"]["top_k"]}
-    return yaml.safe_dump(told, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+        recipe["loss"] = {**settings["loss"], "top_k": settings["cache"]["top_k"]}
+    return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
 
 
 def _is_hub_id(name: str) -> bool:
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") > 1 or Path(name).exists()
-    return not is_path and name not in NAMES
+    """Return True if a name can be one on the hub: neither a path, nor one of the embedded material."""
+    looks_like_a_path = name.startswith(("/", ".", "~")) or name.count("/") > 1
+    if looks_like_a_path or Path(name).exists():
+        return False
+    return name not in NAMES
 
 
 def _public(name: str) -> str:
+    """Return a name without the folders of this machine."""
     path = user_path(name)
     if not path.exists():
         return name
-    return str(path.relative_to(ATTACHED)) if path.is_relative_to(ATTACHED) else path.resolve().name
+
+    # What Kaggle attaches is called by its path there, which anybody can attach too.
+    if path.is_relative_to(ATTACHED):
+        return str(path.relative_to(ATTACHED))
+    return path.resolve().name

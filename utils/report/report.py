@@ -1,6 +1,6 @@
-"""What a run leaves to read: evaluation_report.json, .md, report.html, training_curves.png, routing.png; a table."""
+"""Files that a run is read by: evaluation_report.json, .md, report.html, training_curves.png, routing.png; a table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,24 +24,31 @@ def write_report(
     metrics: Records | str | Path | None = None,
     baseline_metrics: Records | str | Path | None = None,
 ) -> dict[str, Any]:
-    """Write the files into `output_dir`; returns the results as they stand in the JSON file.
+    """Write the files into `output_dir`.
 
-    If evaluations tell how the router matches layers, the last of them becomes `routing` in the results and a picture.
+    If evaluations have a routing, how the router matches layers, the last of them becomes `routing` in the results and
+    a picture.
 
     Args:
         results: see `utils.report.results`. NaN and infinity become null.
         metrics: records of metrics.jsonl or its path; None: `output_dir/metrics.jsonl`.
         baseline_metrics: the same of the run without the teacher, to be drawn as well.
+
+    Returns:
+        the results as they stand in the JSON file.
     """
     folder = Path(output_dir)
     results = json_safe(results)
-    records = _records(metrics if metrics is not None else folder / METRICS)
+    records = _records(folder / METRICS if metrics is None else metrics)
     baseline = _records(baseline_metrics)
-    if routed := [record for record in records if record.get("routing")]:
+
+    # How layers are matched changes during the run; the report shows how it ended.
+    routed = [record for record in records if record.get("routing")]
+    if routed:
         results["routing"] = {"step": routed[-1]["step"], **routed[-1]["routing"]}
     write_json(folder / REPORT_JSON, results)
 
-    # what was measured is on the disk: what only shows it cannot take it away any more
+    # From here on what was measured is on the disk: a fault in a picture or a page must not end the run.
     with advice(CURVES):
         draw_curves(folder / CURVES, records, results, baseline)
     if routed:
@@ -50,16 +57,27 @@ def write_report(
     with advice(REPORT_MD):
         write_text(folder / REPORT_MD, markdown(results))
     with advice(REPORT_HTML):
-        pictures = _pictures(records, results, baseline)
-        settings, told = yaml_files.read_config(folder)
-        name, warnings = folder.absolute().name, read_warnings(folder)
-        write_text(folder / REPORT_HTML, html.page(name, results, pictures, settings, told, warnings))
+        _write_page(folder, results, _pictures(records, results, baseline))
     return results
 
 
-def _pictures(records: Records, results: Mapping[str, Any], baseline: Records) -> list[Any]:
-    """Those of report.html; without the ones that cannot be drawn."""
-    pictures: list[Any] = []
+def _write_page(folder: Path, results: Mapping[str, Any], pictures: Sequence[str]) -> None:
+    """Write report.html, with the settings, notes and warnings from the run's other files."""
+    settings, notes = yaml_files.read_config(folder)
+    page = html.page(
+        folder.absolute().name,
+        results,
+        pictures=pictures,
+        settings=settings,
+        told=notes,
+        warnings=read_warnings(folder),
+    )
+    write_text(folder / REPORT_HTML, page)
+
+
+def _pictures(records: Records, results: Mapping[str, Any], baseline: Records) -> list[str]:
+    """Return the pictures of report.html, without those that cannot be drawn."""
+    pictures: list[str] = []
     with advice(f"curves in {REPORT_HTML}"):
         pictures += curves_as_svg(records, results, baseline)
     if "routing" in results:
@@ -68,19 +86,30 @@ def _pictures(records: Records, results: Mapping[str, Any], baseline: Records) -
     return pictures
 
 
+def _records(metrics: Records | str | Path | None) -> Records:
+    """Return records of metrics.jsonl, read from its path if need be; none where there is no such file."""
+    if metrics is None:
+        return []
+    if isinstance(metrics, str | Path):
+        return read_metrics(metrics) if Path(metrics).exists() else []
+    return metrics
+
+
 def print_summary(results: Mapping[str, Any]) -> None:
-    """The result on the console: one small table and one sentence."""
+    """Print the result on the console: one small table and one sentence."""
     with advice("summary on the console"):
         console().print(summary_table(results))
         console().print(headline(results))
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:
-    """Bits per byte, perplexity and size of every model; at most 80 columns wide."""
+    """Return a table of bits per byte, perplexity and size of every model; at most 80 columns wide."""
     table = Table(title="Evaluation on unseen text", title_justify="left", title_style="bold")
     table.add_column("model")
     for column in ("bits/byte", "perplexity", "parameters"):
         table.add_column(column, justify="right", no_wrap=True)
+
+    # Not every run has a teacher, or a comparison without it.
     for key in MODELS:
         if model := results.get(key):
             table.add_row(
@@ -91,14 +120,3 @@ def summary_table(results: Mapping[str, Any]) -> Table:
                 style="bold" if key == "student" else None,
             )
     return table
-
-
-# --- markdown -------------------------------------------------------------------------------------------------------
-
-
-def _records(metrics: Records | str | Path | None) -> Records:
-    if metrics is None:
-        return []
-    if isinstance(metrics, str | Path):
-        return read_metrics(metrics) if Path(metrics).exists() else []
-    return metrics

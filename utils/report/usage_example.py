@@ -1,4 +1,4 @@
-"""How an exported student is used, in Python and without this project: for its model card and for the report."""
+"""Example code that loads an exported student without this project: for its model card and for the report."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,14 @@ tokenizer = AutoTokenizer.from_pretrained(folder)
 {inputs}
 print(tokenizer.decode({written}))"""
 
-_STOPS = "model.generation_config = GenerationConfig.from_pretrained(folder)  # not that of the base\n"
+_MODEL_IMPORTS = "from transformers import {loader}, AutoTokenizer"
+_ADAPTER_IMPORTS = """\
+from peft import {loader}
+from transformers import AutoTokenizer, GenerationConfig"""
+
+# peft loads the base's generation config, which may stop at another token than the adapter learned to write.
+_ADAPTER_STOPS = "model.generation_config = GenerationConfig.from_pretrained(folder)  # not that of the base\n"
+
 _TEXT = """
 inputs = tokenizer("Once upon a time", return_tensors="pt")
 written = model.generate(**inputs, max_new_tokens=50)[0]"""
@@ -23,34 +30,56 @@ written = model.generate(**inputs, max_new_tokens=50)[0]"""
 
 
 def is_adapter(settings: Mapping[str, Any]) -> bool:
-    """Whether a run with these settings exports a LoRA adapter alone, and not a whole model."""
+    """Return True if a run with these settings exports a LoRA adapter alone, and not a whole model."""
     lora = (settings.get("student") or {}).get("lora") or {}
     return bool(lora.get("enabled") and not lora.get("merge"))
 
 
 def pipeline_tag(results: Mapping[str, Any]) -> str:
-    """What the hub calls the task of such a student."""
+    """Return the hub's name for the task of a student."""
     return "text2text-generation" if results["student"].get("encoder_decoder") else "text-generation"
 
 
 def how_to_use(folder: str, settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
-    """Code that loads the student and lets it write: on from a text, or, where it learned from conversations or
-    examples, an answer to a prompt as it read them in training.
+    """Return code that loads the student and lets it write.
+
+    The student continues a text or, where it learned from conversations or examples, answers a prompt that reads as in
+    training.
 
     Args:
         folder: where the student lies, as an expression of Python.
         settings: of the run, nested.
         results: see `utils.report.results`.
     """
-    encoder, adapter = results["student"].get("encoder_decoder"), is_adapter(settings)
-    loader = f"Auto{'Peft' * adapter}ModelFor{'Seq2SeqLM' if encoder else 'CausalLM'}"
-    imports = f"from transformers import {loader}, AutoTokenizer"
-    if adapter:
-        imports = f"from peft import {loader}\nfrom transformers import AutoTokenizer, GenerationConfig"
-    written = "written"
-    if encoder:
-        written += ", skip_special_tokens=True"
-    elif results.get("prompted"):
-        written += '[inputs["input_ids"].shape[1] :], skip_special_tokens=True'
-    inputs = _STOPS * adapter + (_MESSAGES if results.get("prompted") and not encoder else _TEXT)
-    return _CODE.format(imports=imports, folder=folder, loader=loader, inputs=inputs, written=written)
+    is_seq2seq = results["student"].get("encoder_decoder")
+    answers_messages = results.get("prompted") and not is_seq2seq
+
+    # The class that loads the student, and the library that has it.
+    model_class = "ModelForSeq2SeqLM" if is_seq2seq else "ModelForCausalLM"
+    if is_adapter(settings):
+        loader = f"AutoPeft{model_class}"
+        imports = _ADAPTER_IMPORTS
+        inputs = _ADAPTER_STOPS
+    else:
+        loader = f"Auto{model_class}"
+        imports = _MODEL_IMPORTS
+        inputs = ""
+
+    # Of an answer the prompt is cut off; an encoder-decoder model does not repeat it.
+    if answers_messages:
+        inputs += _MESSAGES
+        written = 'written[inputs["input_ids"].shape[1] :], skip_special_tokens=True'
+    elif is_seq2seq:
+        inputs += _TEXT
+        written = "written, skip_special_tokens=True"
+    else:
+        inputs += _TEXT
+        written = "written"
+
+    return _CODE.format(
+        imports=imports.format(loader=loader),
+        folder=folder,
+        loader=loader,
+        inputs=inputs,
+        written=written,
+    )
