@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import verify_fixes
-from models import distillation_framework, student_aware_router
+from models import distillation_framework
 from models.config import CurriculumConfig, Term
 from models.curriculum import CurriculumScheduler
-from models.losses import fused_head, losses
+from models.losses import fused_head, hidden_state_terms, losses
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from models.teacher import frozen as teacher_module
 from models.teacher.frozen import FrozenTeacher
@@ -439,7 +439,7 @@ def plant_attention_not_divided_by_its_keys(monkeypatch):
 
 def plant_products_for_cosines(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "normalize", lambda x, dim: x)
-    monkeypatch.setattr(student_aware_router, "SAME_TEXT", math.inf)
+    monkeypatch.setattr(hidden_state_terms, "SAME_TEXT", math.inf)
 
 
 def plant_padding_is_a_negative(monkeypatch):
