@@ -108,6 +108,7 @@ class StudentAwareRouter(nn.Module):
             anchors: `PairedBatch.anchors`.
             terms: names out of `ROUTER_TERMS`.
         """
+        # In half precision a cosine of 0.9999 is 1: nothing is compared under autocast.
         with torch.autocast(student[0].device.type, enabled=False):
             # One dtype for both sides, the student's.
             student = [_at_least_float32(states) for states in student]
@@ -124,6 +125,7 @@ class StudentAwareRouter(nn.Module):
 
     def project(self, layer: int, states: Tensor) -> Tensor:
         """Return states of a student layer [..., H_S] in the teacher's width, layer-normalised [..., H_T]."""
+        # Parameters are float32, and the states of a float64 student are not.
         weight = self.projection[layer].to(states)
         offset = self.offset[layer].to(states)
         return layer_normalise(F.linear(states, weight, offset))
@@ -153,6 +155,7 @@ class StudentAwareRouter(nn.Module):
         gate = self.gate[layer].to(gate_input)
         prior = self.log_prior[layer].to(gate_input)
 
+        # One choice for each position, or one for all positions of a window.
         if self.config.gate == "position":
             logits = F.linear(gate_input, gate) + prior
             return logits.log_softmax(1)
@@ -191,6 +194,7 @@ class StudentAwareRouter(nn.Module):
                 f"{', '.join(ROUTER_TERMS)} to 0"
             )
 
+        # Statistics first: the projections are fitted to standardised states.
         self.is_calibrated = True
         for layer in range(len(self.teacher_layers)):
             self._take_statistics(layer, _teacher_at_anchors(batches, layer))

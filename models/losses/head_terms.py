@@ -79,6 +79,7 @@ class HeadTerms:
         with torch.set_grad_enabled(is_learning):
             head = self._run_head(lm_weight, kd_weight, with_target=bool(kd_weight))
 
+        # In the order in which terms are reported.
         terms = {}
         if "lm" in shares:
             terms["lm"] = self.language_model(head)

@@ -207,9 +207,12 @@ def layer_loss(states: ComparedStates) -> Tensor:
 
     sums = []
     for layer, projected in enumerate(states.projected):
-        log_routing = router.log_routing(
-            layer, states.at_anchors[layer], states.anchors.window, states.windows
-        )  # [A, M]
+        log_routing = router.log_routing(  # [A, M]
+            layer,
+            states.at_anchors[layer],
+            window=states.anchors.window,
+            windows=states.windows,
+        )
         mixture = torch.einsum("am,mah->ah", log_routing.exp(), stacked_targets)
         mixture = layer_normalise(mixture)
         loss = state_distance(projected, mixture).sum()

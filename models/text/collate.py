@@ -109,10 +109,9 @@ class PairCollator:
         # Window by window; the alignment knows nothing of padding.
         aligned = []
         for student_reading, teacher_reading in zip(student.readings, teacher.readings, strict=True):
-            alignment = align(
-                _comparable(student_reading), _comparable(teacher_reading), self.vocabulary, self.max_depth
-            )
-            aligned.append(alignment)
+            student_text = _comparable(student_reading)
+            teacher_text = _comparable(teacher_reading)
+            aligned.append(align(student_text, teacher_text, self.vocabulary, self.max_depth))
         return self._assemble(windows, student, teacher, aligned)
 
     def _assemble(
@@ -127,14 +126,9 @@ class PairCollator:
         supervised = np.flatnonzero(student.labels != IGNORE)
         rows = _stack_rows(aligned, supervised, student.width, teacher.width)
         order = _order_teacher(rows, teacher.mask)
-        # Losses are divided by the items of a whole step, which have to be known before its first forward.
-        counts = {
-            "lm": len(supervised),
-            "kd": len(rows.row_student),
-            "depth0": int((rows.depth == 0).sum()),
-            "span": sum(alignment.spans for alignment in aligned),
-        }
 
+        # Losses are divided by the items of a whole step, which have to be known before its first forward.
+        counts = _count_head_items(supervised, rows, aligned)
         anchors = None
         if self.router is not None:
             anchors = collect_anchors(
@@ -386,6 +380,16 @@ def _order_teacher(rows: _Rows, mask: np.ndarray) -> _TeacherOrder:
         deep_before=np.searchsorted(row_asked[deep], boundaries),
         deep_width=(rows.prefix_hi - rows.prefix_lo)[deep],
     )
+
+
+def _count_head_items(supervised: np.ndarray, rows: _Rows, aligned: list[Alignment]) -> dict[str, int]:
+    """Return the items of the terms on the student's head, and the rows at depth 0."""
+    return {
+        "lm": len(supervised),
+        "kd": len(rows.row_student),
+        "depth0": int((rows.depth == 0).sum()),
+        "span": sum(alignment.spans for alignment in aligned),
+    }
 
 
 def _number_spans(spans: list[np.ndarray], aligned: list[Alignment]) -> Tensor:

@@ -67,6 +67,7 @@ class SourceEncoder(PairEncoder):
                 "completion, which no column names: expected one such as T5's or BART's"
             )
 
+        # BART's decoder begins with its start token and then a bos; T5's with its start token alone.
         bos = leading_bos(tokenizer)
         self.starts[side] = [start] if bos is None else [start, bos]
         self._require_rows(side)
@@ -132,6 +133,7 @@ class SourceEncoder(PairEncoder):
 
     def prompt(self, example: str, side: str) -> tuple[str, list[int]]:
         """Return the prompt of an example, and the ids that a side's encoder reads of it."""
+        # As in a window; a longer prompt, which no window has, is cut at its end.
         prompt, _ = self._example(example)
         table = self.tables[SIDES.index(side)]
         return prompt, table.framed(prompt).tolist()[: self.max_length]
@@ -181,6 +183,7 @@ def make_encoder(
     if is_causal:
         return PairEncoder(student, teacher, max_length, facts)
 
+    # A prompt and its completion arrive as a conversation of two messages.
     if not conversations:
         raise ConversationError(f"{EXPECTED}. Got plain text.")
     return SourceEncoder(student, teacher, max_length, starts, facts)

@@ -1,6 +1,7 @@
 """Weights over the run."""
 
 import math
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.config import CurriculumConfig, LossConfig, Ramp, Term
+from models.config import HEAD_TERMS, ROUTER_TERMS, TERMS, TEXT_TERMS, CurriculumConfig, LossConfig, Ramp, Term
 from models.curriculum import CurriculumScheduler, value_at
 
 REFERENCE = Path(__file__).parents[2] / "configs" / "reference_curriculum.yaml"
@@ -123,3 +124,10 @@ def test_weights_and_temperatures_that_are_not_finite_are_refused(wrong):
 def test_a_run_without_steps_is_refused():
     with pytest.raises(ValueError, match="at least 1"):
         CurriculumScheduler(CurriculumConfig(), LossConfig(), 0)
+
+
+def test_the_table_of_terms_is_the_curriculum_and_every_term_comes_from_one_place():
+    assert list(TERMS) == [term.name for term in fields(CurriculumConfig)]
+    assert sorted([*HEAD_TERMS, *ROUTER_TERMS]) == sorted(TERMS)
+    assert HEAD_TERMS == ("lm", "kd", "span") and {"lm"} == TEXT_TERMS
+    assert len({term.label for term in TERMS.values()}) == len(TERMS)

@@ -455,6 +455,14 @@ def test_a_filler_is_no_candidate_and_compares_nothing():
     assert all(g.isfinite().all() for g in gradients(framework))
 
 
+@pytest.mark.parametrize("name", ["lm", "kd", "span", *ROUTER_TERMS])
+def test_the_contrastive_term_alone_couples_windows_from_the_time_that_it_is_planned(name):
+    pair = routed_pair()
+    for weight in (1.0, LATER):
+        assert pair.framework({name: weight}).couples_windows == (name == "contr")
+    assert not pair.framework({"lm": 1.0, name: 0.0}).couples_windows
+
+
 def test_a_signal_is_enough_where_there_is_no_teacher(pair):
     batch, signal = pair.batch(), pair.frozen().signal(pair.batch(), 256)
     scheduler = curriculum(lm=0.3, kd=0.7)
