@@ -20,6 +20,7 @@ as it is; the share of the kernel, which hands out fresh pages for every large t
 """
 
 import argparse
+import copy
 import sys
 import tempfile
 from collections.abc import Callable
@@ -39,35 +40,60 @@ from models.losses.losses import kd_loss, next_token_loss
 from models.types import SparseTarget
 
 LM, KD = 0.3, 0.7
+"""Weights of the two terms."""
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIONS = {"temperature": 1.0, "kind": "forward_kl", "tail": "bucket", "skew": 0.1}
+"""Of the KD term."""
 BLOCK = 128
 """Rows of the float64 reference at once."""
+IGNORED = -100
+"""Label of a position that predicts nothing, in other libraries."""
+
+Loss = Callable[[], Tensor]
+"""A variant's forward."""
 
 
 class Problem:
-    """The tensors: the same in every process. Logits of student and teacher have a standard deviation of 2.5."""
+    """The tensors: the same in every process. Logits of student and teacher have a standard deviation of 2.5.
+
+    Shapes: N tokens, H the student's width, T the teacher's width, V vocabulary.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.device = torch.device(args.device)
-        self.tokens, self.windows = args.tokens, args.windows
+        self.tokens = args.tokens
+        self.windows = args.windows
         self.precision = args.precision
         random = torch.Generator().manual_seed(0)
 
-        def normal(*shape: int, scale: float = 1.0) -> Tensor:
-            return torch.randn(*shape, generator=random).mul_(scale).to(self.device)
+        def normal(rows: int, columns: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(rows, columns, generator=random).mul_(scale).to(self.device)
 
+        # Every tensor continues the same stream of random numbers: their order is part of the problem.
         self.states = normal(args.tokens, args.width).requires_grad_()
         self.weight = nn.Parameter(normal(args.vocabulary, args.width, scale=2.5 / args.width**0.5))
         self.labels = torch.randint(args.vocabulary, (args.tokens,), generator=random).to(self.device)
         self.teacher_states = normal(args.tokens, args.teacher_width)
         self.teacher_weight = normal(args.vocabulary, args.teacher_width, scale=2.5 / args.teacher_width**0.5)
-        parts = []
+        self.target = self._sparse_target(min(args.top_k, args.vocabulary))
+
+    def _sparse_target(self, top_k: int) -> SparseTarget:
+        """Return the teacher's top k at every position."""
+        probs = []
+        ids = []
         for rows in self.teacher_states.split(BLOCK):
-            parts.append((rows @ self.teacher_weight.t()).softmax(1).topk(min(args.top_k, args.vocabulary)))
-        probs, ids = (torch.cat(column) for column in zip(*parts, strict=True))
-        everywhere = torch.ones(args.tokens, dtype=torch.bool, device=self.device)
-        self.target = SparseTarget(ids, probs, 1 - probs.sum(1), everywhere)
+            logits = rows @ self.teacher_weight.t()
+            largest = logits.softmax(1).topk(top_k)
+            probs.append(largest.values)
+            ids.append(largest.indices)
+
+        all_probs = torch.cat(probs)
+        return SparseTarget(
+            ids=torch.cat(ids),
+            probs=all_probs,
+            tail=1 - all_probs.sum(1),
+            valid=torch.ones(self.tokens, dtype=torch.bool, device=self.device),
+        )
 
     def autocast(self) -> AbstractContextManager:
         """Return the autocast in which a training computes its forward."""
@@ -75,189 +101,338 @@ class Problem:
             return nullcontext()
         return torch.autocast(self.device.type, PRECISIONS[self.precision])
 
+    def logits(self) -> Tensor:
+        """Return the student's logits [N, V]."""
+        return self.states @ self.weight.t()
+
     def teacher_logits(self) -> Tensor:
+        """Return the teacher's logits [N, V]."""
         return self.teacher_states @ self.teacher_weight.t()
 
     def double(self) -> "Problem":
-        """The same in float64, with gradients of its own."""
-        other = object.__new__(Problem)
-        vars(other).update(vars(self))
-        for name in ("states", "weight"):
-            setattr(other, name, getattr(self, name).detach().double().requires_grad_())
-        for name in ("teacher_states", "teacher_weight"):
-            setattr(other, name, getattr(self, name).double())
-        t = self.target
-        other.target = SparseTarget(t.ids, t.probs.double(), t.tail.double(), t.valid)
+        """Return the same in float64, with gradients of its own."""
+        other = copy.copy(self)
+        other.states = self.states.detach().double().requires_grad_()
+        other.weight = self.weight.detach().double().requires_grad_()
+        other.teacher_states = self.teacher_states.double()
+        other.teacher_weight = self.teacher_weight.double()
+        other.target = SparseTarget(
+            ids=self.target.ids,
+            probs=self.target.probs.double(),
+            tail=self.target.tail.double(),
+            valid=self.target.valid,
+        )
         return other
 
     def rows(self, part: slice) -> "Problem":
-        other = object.__new__(Problem)
-        vars(other).update(vars(self))
-        for name in ("states", "labels", "teacher_states"):
-            setattr(other, name, getattr(self, name)[part])
-        t = self.target
-        other.target = SparseTarget(t.ids[part], t.probs[part], t.tail[part], t.valid[part])
+        """Return the same for some of the positions; gradients go to those of the whole."""
+        other = copy.copy(self)
+        other.states = self.states[part]
+        other.labels = self.labels[part]
+        other.teacher_states = self.teacher_states[part]
+        other.target = SparseTarget(
+            ids=self.target.ids[part],
+            probs=self.target.probs[part],
+            tail=self.target.tail[part],
+            valid=self.target.valid[part],
+        )
         return other
 
 
 # ----------------------------------------------------------------------------- losses in plain PyTorch, as sums
 
 
-def _lm(logits: Tensor, p: Problem) -> Tensor:
-    return next_token_loss(logits, p.labels)
+def _lm(logits: Tensor, problem: Problem) -> Tensor:
+    """Sum the next-token losses."""
+    return next_token_loss(logits, problem.labels)
 
 
-def _sparse(logits: Tensor, p: Problem) -> Tensor:
-    return LM * _lm(logits, p) + KD * kd_loss(logits, p.target, **OPTIONS)
+def _sparse(logits: Tensor, problem: Problem) -> Tensor:
+    """Sum LM and KD on the top k and the bucket."""
+    return LM * _lm(logits, problem) + KD * kd_loss(logits, problem.target, **OPTIONS)
 
 
-def _kl(logits: Tensor, p: Problem, teacher: Tensor | None = None) -> Tensor:
-    teacher = p.teacher_logits() if teacher is None else teacher
-    return F.kl_div(logits.log_softmax(1), teacher.log_softmax(1), reduction="sum", log_target=True)
+def _kl(logits: Tensor, problem: Problem, teacher_logits: Tensor | None = None) -> Tensor:
+    """Sum the KL divergences on all tokens; the teacher's logits are computed unless they are given."""
+    if teacher_logits is None:
+        teacher_logits = problem.teacher_logits()
+    return F.kl_div(logits.log_softmax(1), teacher_logits.log_softmax(1), reduction="sum", log_target=True)
 
 
-def _full(logits: Tensor, p: Problem, teacher: Tensor | None = None) -> Tensor:
-    return LM * _lm(logits, p) + KD * _kl(logits, p, teacher)
+def _full(logits: Tensor, problem: Problem, teacher_logits: Tensor | None = None) -> Tensor:
+    """Sum LM and KL on all tokens."""
+    return LM * _lm(logits, problem) + KD * _kl(logits, problem, teacher_logits)
 
 
 LOSSES: dict[str, Callable[[Tensor, Problem], Tensor]] = {"sparse": _sparse, "full": _full, "kl": _kl, "lm": _lm}
 
 
-def reference(loss: str, p: Problem) -> tuple[Tensor, Tensor] | None:
-    """Gradient of states and weight in float64, block by block; None where memory does not suffice."""
-    exact = p.double()
-    if loss == "gold":  # only its own code says what it is
-        need = 12 * 8 * p.tokens * len(p.weight)
+def reference(loss: str, problem: Problem) -> tuple[Tensor, Tensor] | None:
+    """Return the gradients of (states, weight) in float64; None where memory does not suffice."""
+    exact = problem.double()
+
+    # Only GOLD's own code defines its loss, which needs all logits at once, about a dozen times over.
+    if loss == "gold":
+        need = 12 * 8 * problem.tokens * len(problem.weight)
         if need > psutil.virtual_memory().available:
             return None
         gold(exact)().backward()
-    else:
-        for first in range(0, p.tokens, BLOCK):
-            part = exact.rows(slice(first, first + BLOCK))
-            (LOSSES[loss](part.states @ part.weight.t(), part) / p.tokens).backward()
+        return exact.states.grad, exact.weight.grad
+
+    # All others are sums over positions: block by block, since float64 logits of all would not fit.
+    for first in range(0, problem.tokens, BLOCK):
+        part = exact.rows(slice(first, first + BLOCK))
+        total = LOSSES[loss](part.logits(), part)
+        (total / problem.tokens).backward()
     return exact.states.grad, exact.weight.grad
 
 
-# ----------------------------------------------------------------------------- variants: Problem -> what is measured
+# ----------------------------------------------------------------------------- variants: Problem -> forward to measure
+#
+# What a variant is given is prepared before it is measured; other libraries are imported only by their variants.
 
 
-def plain(p: Problem) -> Callable[[], Tensor]:
-    return lambda: _sparse(p.states @ p.weight.t(), p) / p.tokens
+def plain(problem: Problem) -> Loss:
+    """Prepare LM and KD from all logits at once."""
+    return lambda: _sparse(problem.logits(), problem) / problem.tokens
 
 
-def plain_full(p: Problem) -> Callable[[], Tensor]:
-    teacher = p.teacher_logits()
-    return lambda: _full(p.states @ p.weight.t(), p, teacher) / p.tokens
+def plain_full(problem: Problem) -> Loss:
+    """Prepare LM and KL on all tokens from all logits at once."""
+    teacher_logits = problem.teacher_logits()
+    return lambda: _full(problem.logits(), problem, teacher_logits) / problem.tokens
 
 
-def fused(p: Problem, compiled: bool = False) -> Callable[[], Tensor]:
-    head = nn.Linear(*reversed(p.weight.shape), bias=False, device="meta")
-    head.weight = p.weight
-    options = {
-        "lm_weight": LM / p.tokens,
-        "kd_weight": KD / p.tokens,
-        "target": HeadTarget(p.target, rows=None, **OPTIONS),
-        "computation": HeadComputation(compiled=compiled),
-    }
-    return lambda: head_losses(p.states, head, p.labels, **options).loss
+def fused(problem: Problem, compiled: bool = False) -> Loss:
+    """Prepare this project's head."""
+    vocabulary, width = problem.weight.shape
+    head = nn.Linear(width, vocabulary, bias=False, device="meta")
+    head.weight = problem.weight
+
+    target = HeadTarget(problem.target, rows=None, **OPTIONS)
+    computation = HeadComputation(compiled=compiled)
+
+    def forward() -> Tensor:
+        losses = head_losses(
+            problem.states,
+            head,
+            problem.labels,
+            lm_weight=LM / problem.tokens,
+            kd_weight=KD / problem.tokens,
+            target=target,
+            computation=computation,
+        )
+        return losses.loss
+
+    return forward
 
 
-def bare(p: Problem) -> Callable[[], None]:
-    """The three products, into memory that is there already."""
-    dtype = PRECISIONS[p.precision]
-    states, weight = p.states.detach().to(dtype), p.weight.detach().to(dtype)
-    logits = torch.zeros(len(states), len(weight), device=p.device, dtype=dtype)
-    out = torch.zeros_like(states), torch.zeros_like(weight)
+def bare(problem: Problem) -> Callable[[], None]:
+    """Prepare the three products of any head, into memory that is there already."""
+    dtype = PRECISIONS[problem.precision]
+    states = problem.states.detach().to(dtype)
+    weight = problem.weight.detach().to(dtype)
+
+    logits = torch.zeros(len(states), len(weight), device=problem.device, dtype=dtype)
+    states_gradient = torch.zeros_like(states)
+    weight_gradient = torch.zeros_like(weight)
 
     def products() -> None:
         torch.mm(states, weight.t(), out=logits)
-        torch.mm(logits, weight, out=out[0])
-        torch.mm(logits.t(), states, out=out[1])
+        torch.mm(logits, weight, out=states_gradient)
+        torch.mm(logits.t(), states, out=weight_gradient)
 
     return products
 
 
-def gkd(p: Problem) -> Callable[[], Tensor]:
+def gkd(problem: Problem) -> Loss:
+    """Prepare the loss of TRL's GKD trainer."""
     from trl.experimental.gkd.gkd_trainer import GKDTrainer
 
-    teacher, loss = p.teacher_logits()[None], GKDTrainer.generalized_jsd_loss
-    return lambda: loss((p.states @ p.weight.t())[None], teacher, labels=p.labels[None], beta=0)
+    # Looked up before it is measured: a version without it is left out of the table.
+    loss = GKDTrainer.generalized_jsd_loss
+    teacher_logits = problem.teacher_logits()[None]
+
+    def forward() -> Tensor:
+        logits = problem.logits()[None]
+        return loss(logits, teacher_logits, labels=problem.labels[None], beta=0)
+
+    return forward
 
 
-def trl_chunked(p: Problem) -> Callable[[], Tensor]:
+def trl_chunked(problem: Problem) -> Loss:
+    """Prepare the chunked loss of TRL's distillation trainer."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
 
-    states, teacher = p.states, p.teacher_states[None]
-    mask = torch.ones(1, p.tokens, device=p.device)
-    return lambda: _chunked_divergence_loss(states[None], teacher, p.weight, p.teacher_weight, mask, beta=0.0)[0]
+    teacher_states = problem.teacher_states[None]
+    mask = torch.ones(1, problem.tokens, device=problem.device)
+
+    def forward() -> Tensor:
+        outputs = _chunked_divergence_loss(
+            problem.states[None],
+            teacher_states,
+            problem.weight,
+            problem.teacher_weight,
+            mask,
+            beta=0.0,
+        )
+        return outputs[0]
+
+    return forward
 
 
-def gold(p: Problem) -> Callable[[], Tensor]:
+def gold(problem: Problem) -> Loss:
+    """Prepare the loss of TRL's GOLD trainer, for two tokenizers that cut alike."""
     from benchmarks.quality import gold_loss
 
-    loss, shape = gold_loss(LM, KD), (p.windows, p.tokens // p.windows)
-    if shape[0] * shape[1] != p.tokens:
-        raise ValueError(f"got {p.tokens} tokens in {p.windows} windows, expected a multiple")
-    teacher = p.teacher_logits().unflatten(0, shape)
-    ids = p.labels.view(shape)
-    labels = ids.index_fill(1, torch.tensor([0], device=p.device), -100)  # what is first is read, not predicted
-    start = torch.arange(shape[1], device=p.device)
-    offsets = torch.stack([start, start + 1], 1).expand(*shape, 2)
-    both = (labels, labels, ids, ids, offsets, offsets)
-    return lambda: loss((p.states @ p.weight.t()).unflatten(0, shape), teacher, *both)
+    loss = gold_loss(LM, KD)
+    windows = problem.windows
+    length = problem.tokens // windows
+    if windows * length != problem.tokens:
+        raise ValueError(f"got {problem.tokens} tokens in {problem.windows} windows, expected a multiple")
+
+    # Nothing predicts a window's first token.
+    ids = problem.labels.view(windows, length)
+    labels = ids.index_fill(1, torch.tensor([0], device=problem.device), IGNORED)
+
+    # Every token is one byte long.
+    start = torch.arange(length, device=problem.device)
+    offsets = torch.stack([start, start + 1], 1).expand(windows, length, 2)
+    teacher_logits = problem.teacher_logits().unflatten(0, (windows, length))
+
+    def forward() -> Tensor:
+        logits = problem.logits().unflatten(0, (windows, length))
+        # Student and teacher, in this order: labels, ids and offsets of each.
+        return loss(logits, teacher_logits, labels, labels, ids, ids, offsets, offsets)
+
+    return forward
 
 
-def liger(p: Problem, chunk: int) -> Callable[[], Tensor]:
+def liger(problem: Problem, chunk: int) -> Loss:
+    """Prepare Liger's fused divergence with so many rows at once."""
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(LM, KD, beta=0.0, compiled=False, chunk_size=chunk)
-    return lambda: loss(p.states, p.weight, p.teacher_states, p.teacher_weight, p.labels)
+
+    def forward() -> Tensor:
+        return loss(
+            problem.states,
+            problem.weight,
+            problem.teacher_states,
+            problem.teacher_weight,
+            problem.labels,
+        )
+
+    return forward
 
 
-def torch_lce(p: Problem) -> Callable[[], Tensor]:
+def torch_lce(problem: Problem) -> Loss:
+    """Prepare torch's own cross-entropy of a linear head, which torch has from some version on."""
     options = torch.nn.LinearCrossEntropyOptions()
-    return lambda: F.linear_cross_entropy(p.states, p.weight, p.labels, options=options)
+    return lambda: F.linear_cross_entropy(problem.states, problem.weight, problem.labels, options=options)
 
 
 @dataclass(frozen=True)
 class Variant:
+    """A row of the table."""
+
     title: str
     computes: str
+    """The loss and the form of the teacher, in words."""
     prepare: Callable[[Problem], Callable[[], Tensor | None]]
     loss: str = ""
-    """Whose gradient it has to be; empty: none."""
+    """Name of the loss whose gradient it has to have, as `reference` knows it; empty: none."""
 
 
 OURS = "LM + KD on top k and bucket"
-GIVEN, TOO = "given the teacher's logits", "computes the teacher's logits"
+GIVEN = "given the teacher's logits"
+TOO = "computes the teacher's logits"
 VARIANTS = {
-    "bare": Variant("bare products", "forward, dH, dW; no loss", bare),
-    "plain": Variant("plain PyTorch", OURS, plain, "sparse"),
-    "fused": Variant("**fused head**", OURS, fused, "sparse"),
-    "fused-compiled": Variant("fused head, compiled passes", OURS, partial(fused, compiled=True), "sparse"),
-    "plain-full": Variant("plain PyTorch, full KL", f"LM + KL on all tokens; {GIVEN}", plain_full, "full"),
-    "gkd": Variant("TRL GKD, beta 0", f"KL on all tokens, no LM; {GIVEN}", gkd, "kl"),
-    "trl-chunked": Variant("TRL chunked divergence", f"KL on all tokens, no LM; {TOO}, twice", trl_chunked, "kl"),
+    "bare": Variant(
+        title="bare products",
+        computes="forward, dH, dW; no loss",
+        prepare=bare,
+    ),
+    "plain": Variant(
+        title="plain PyTorch",
+        computes=OURS,
+        prepare=plain,
+        loss="sparse",
+    ),
+    "fused": Variant(
+        title="**fused head**",
+        computes=OURS,
+        prepare=fused,
+        loss="sparse",
+    ),
+    "fused-compiled": Variant(
+        title="fused head, compiled passes",
+        computes=OURS,
+        prepare=partial(fused, compiled=True),
+        loss="sparse",
+    ),
+    "plain-full": Variant(
+        title="plain PyTorch, full KL",
+        computes=f"LM + KL on all tokens; {GIVEN}",
+        prepare=plain_full,
+        loss="full",
+    ),
+    "gkd": Variant(
+        title="TRL GKD, beta 0",
+        computes=f"KL on all tokens, no LM; {GIVEN}",
+        prepare=gkd,
+        loss="kl",
+    ),
+    "trl-chunked": Variant(
+        title="TRL chunked divergence",
+        computes=f"KL on all tokens, no LM; {TOO}, twice",
+        prepare=trl_chunked,
+        loss="kl",
+    ),
     "liger-128": Variant(
-        "Liger JSD, beta 0, chunk 128", f"LM + KL on all tokens; {TOO}", partial(liger, chunk=128), "full"
+        title="Liger JSD, beta 0, chunk 128",
+        computes=f"LM + KL on all tokens; {TOO}",
+        prepare=partial(liger, chunk=128),
+        loss="full",
     ),
     "liger-1024": Variant(
-        "Liger JSD, beta 0, chunk 1,024", f"LM + KL on all tokens; {TOO}", partial(liger, chunk=1024), "full"
+        title="Liger JSD, beta 0, chunk 1,024",
+        computes=f"LM + KL on all tokens; {TOO}",
+        prepare=partial(liger, chunk=1024),
+        loss="full",
     ),
-    "torch-lce": Variant("torch linear_cross_entropy, auto chunks", "LM alone", torch_lce, "lm"),
-    "gold": Variant("TRL GOLD", f"LM + L1 of sorted probabilities (ULD); {GIVEN}", gold, "gold"),
+    "torch-lce": Variant(
+        title="torch linear_cross_entropy, auto chunks",
+        computes="LM alone",
+        prepare=torch_lce,
+        loss="lm",
+    ),
+    "gold": Variant(
+        title="TRL GOLD",
+        computes=f"LM + L1 of sorted probabilities (ULD); {GIVEN}",
+        prepare=gold,
+        loss="gold",
+    ),
 }
 
 
+# ----------------------------------------------------------------------------- measurement
+
+
 class Work:
-    """Forward and backward of a variant; what it answers to a question."""
+    """Forward and backward of a variant, and the error of the gradient that they leave behind."""
 
     def __init__(self, variant: Variant, problem: Problem, folder: Path) -> None:
-        self.variant, self.problem, self.folder = variant, problem, folder
+        self.variant = variant
+        self.problem = problem
+        self.folder = folder
+        """Of the float64 references, which the processes share."""
         self.loss = variant.prepare(problem)
 
     def clear(self) -> None:
-        self.problem.states.grad = self.problem.weight.grad = None
+        """Drop the gradients of the run before."""
+        self.problem.states.grad = None
+        self.problem.weight.grad = None
 
     def __call__(self) -> None:
         with self.problem.autocast():
@@ -266,108 +441,189 @@ class Work:
             loss.backward()
 
     def answer(self, _: str) -> dict:
-        """The gradient's error, relative to its norm, states and weight apart; the reference is computed once."""
-        name = self.variant.loss
-        file = self.folder / f"{name}.pt"
-        if name and not file.exists():
-            torch.save(reference(name, self.problem), file)
-        exact = torch.load(file) if name else None
+        """Return the errors of the gradients of states and weight, relative to their norms; empty: no reference."""
+        exact = self._reference()
         if exact is None:
             return {}
-        grads = self.problem.states.grad, self.problem.weight.grad
-        errors = [float((g.double() - e).norm() / e.norm()) for g, e in zip(grads, exact, strict=True)]
-        return {"states": errors[0], "weight": errors[1]}
+
+        states, weight = exact
+        return {
+            "states": _relative_error(self.problem.states.grad, states),
+            "weight": _relative_error(self.problem.weight.grad, weight),
+        }
+
+    def _reference(self) -> tuple[Tensor, Tensor] | None:
+        """Return the variant's reference, which the first process that asks for it computes."""
+        name = self.variant.loss
+        if not name:
+            return None
+
+        file = self.folder / f"{name}.pt"
+        if not file.exists():
+            torch.save(reference(name, self.problem), file)
+        return torch.load(file)
+
+
+def _relative_error(gradient: Tensor, exact: Tensor) -> float:
+    """Return the distance of a gradient from the exact one, over the norm of that."""
+    return float((gradient.double() - exact).norm() / exact.norm())
+
+
+SHAPE = ("tokens", "width", "vocabulary", "top-k", "teacher-width", "windows", "device", "threads", "precision")
+"""Arguments of the command that its worker processes are given, too."""
 
 
 def compare(args: argparse.Namespace) -> dict[str, dict]:
-    """Variant -> seconds, peak and errors, or why it was skipped."""
+    """Measure variants; return seconds, peak and errors of each by its name, or the reason why it was skipped."""
     with tempfile.TemporaryDirectory() as folder:
-        shape = [f"--{k}={getattr(args, k.replace('-', '_'))}" for k in SHAPE]
-        workers = {
-            name: Worker(["-m", "benchmarks.peers", "--worker", name, "--folder", folder, *shape], args.threads)
-            for name in args.variants
-        }
+        workers = {name: start_worker(name, folder, args) for name in args.variants}
         interleave(workers, args.repeats, args.limit)
-        found = {}
+
+        # One after the other: a reference takes more memory than a variant.
+        results = {}
         for name, worker in workers.items():
-            errors = {} if worker.skipped or not args.error else worker.ask("error")
-            if not worker.skipped and "skipped" in errors:
-                print(f"no gradient error of {name}: {errors.pop('skipped')}", file=sys.stderr)
+            errors = gradient_error(name, worker) if args.error else {}
             worker.close()
-            found[name] = {"skipped": worker.skipped} if worker.skipped else {**summary(worker.runs), "error": errors}
+            if worker.skipped:
+                results[name] = {"skipped": worker.skipped}
+            else:
+                results[name] = {**summary(worker.runs), "error": errors}
+
+    # Every loss returns gradients of states and weight in float32: they are not its own memory.
     returned = 4 * args.width * (args.tokens + args.vocabulary)
-    for name, row in found.items():
+    for name, row in results.items():
         if "peak" in row:
-            row["above"] = max(0, row["peak"] - (returned if VARIANTS[name].loss else 0))
-    return found
+            expected = returned if VARIANTS[name].loss else 0
+            row["above"] = max(0, row["peak"] - expected)
+    return results
 
 
-def report(found: dict[str, dict]) -> str:
-    base, whole = found.get("bare", {}).get("seconds"), found.get("plain", {}).get("above")
-    rows, notes = [], []
-    for name, row in found.items():
+def start_worker(name: str, folder: str, args: argparse.Namespace) -> Worker:
+    """Start the process of a variant."""
+    command = ["-m", "benchmarks.peers", "--worker", name, "--folder", folder]
+    for flag in SHAPE:
+        value = getattr(args, flag.replace("-", "_"))
+        command.append(f"--{flag}={value}")
+    return Worker(command, args.threads)
+
+
+def gradient_error(name: str, worker: Worker) -> dict[str, float]:
+    """Return the errors of a variant's gradients; empty where there are none."""
+    if worker.skipped:
+        return {}
+
+    errors = worker.ask("error")
+    # A process that ends over its reference has been measured all the same.
+    if "skipped" in errors:
+        print(f"no gradient error of {name}: {errors.pop('skipped')}", file=sys.stderr)
+    return errors
+
+
+def serve_variant(args: argparse.Namespace) -> None:
+    """Measure one variant in this process, on request."""
+
+    def prepare() -> tuple[Work, Callable[[], None]]:
+        work = Work(VARIANTS[args.worker], Problem(args), args.folder)
+        return work, work.clear
+
+    serve(prepare, torch.device(args.device))
+
+
+# ----------------------------------------------------------------------------- report and command
+
+
+def report(results: dict[str, dict]) -> str:
+    """Return the table of what was measured, and below it what was not and why."""
+    bare_seconds = results.get("bare", {}).get("seconds")
+    plain_bytes = results.get("plain", {}).get("above")
+
+    rows = []
+    notes = []
+    for name, result in results.items():
         variant = VARIANTS[name]
-        if row.get("skipped"):
-            notes.append(f"not run: {variant.title}: {row['skipped']}")
+        if result.get("skipped"):
+            notes.append(f"not run: {variant.title}: {result['skipped']}")
             continue
-        error = [f"{row['error'][k]:.1e}" if row["error"] else "" for k in ("states", "weight")]
+
+        seconds = f"{result['seconds']:.2f} ({result['least']:.2f} to {result['most']:.2f}; {result['runs']})"
+        times_bare = f"{result['seconds'] / bare_seconds:.2f}" if bare_seconds else ""
+
+        # The bare products write into memory that they are given.
+        megabytes = f"{result['above'] / MB:,.0f}" if variant.loss else ""
+        of_plain = f"{result['above'] / plain_bytes:.1%}" if plain_bytes and variant.loss else ""
+
+        errors = ["", ""]
+        if result["error"]:
+            errors = [f"{result['error'][side]:.1e}" for side in ("states", "weight")]
+
         rows.append(
             [
                 variant.title,
                 variant.computes,
-                f"{row['seconds']:.2f} ({row['least']:.2f} to {row['most']:.2f}; {row['runs']})",
-                f"{row['kernel']:.2f}",
-                f"{row['seconds'] / base:.2f}" if base else "",
-                f"{row['above'] / MB:,.0f}" if variant.loss else "",
-                f"{row['above'] / whole:.1%}" if whole and variant.loss else "",
-                *error,
+                seconds,
+                f"{result['kernel']:.2f}",
+                times_bare,
+                megabytes,
+                of_plain,
+                *errors,
             ]
         )
+
     header = ["variant", "computes", "CPU s, median (range; runs)", "of these kernel", "x bare", "MB", "of plain"]
-    return "\n".join([table([*header, "error dH", "error dW"], rows), *([""] if notes else []), *notes])
-
-
-SHAPE = ("tokens", "width", "vocabulary", "top-k", "teacher-width", "windows", "device", "threads", "precision")
+    lines = [table([*header, "error dH", "error dW"], rows)]
+    if notes:
+        lines += ["", *notes]
+    return "\n".join(lines)
 
 
 def parser(doc: str) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--tokens", type=int, default=1024)
-    p.add_argument("--width", type=int, default=576, help="of the student's states")
-    p.add_argument("--vocabulary", type=int, default=49152)
-    p.add_argument("--top-k", type=int, default=256)
-    p.add_argument("--teacher-width", type=int, default=16)
-    p.add_argument("--windows", type=int, default=8, help="GOLD only: so many texts; fewer take longer")
-    p.add_argument("--device", default="cpu")
-    p.add_argument("--precision", choices=PRECISIONS, default="no", help="of autocast, and of the bare products")
-    p.add_argument("--threads", type=int, default=1)
-    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    p.add_argument("--repeats", type=int, default=5, help="measured rounds, after one that is not")
-    p.add_argument("--limit", type=float, default=40, help="a variant that took so many seconds runs no more")
-    p.add_argument("--no-error", dest="error", action="store_false", help="without the float64 references")
-    p.add_argument("--json", type=Path, default=Path("peers.json"))
-    p.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
-    p.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    return p
+    """Return the parser of the command line; other benchmarks take its defaults, without the description."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    # The problem.
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--width", type=int, default=576, help="of the student's states")
+    parser.add_argument("--vocabulary", type=int, default=49152)
+    parser.add_argument("--top-k", type=int, default=256)
+    parser.add_argument("--teacher-width", type=int, default=16)
+    parser.add_argument("--windows", type=int, default=8, help="GOLD only: so many texts; fewer take longer")
+
+    # The machine.
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=PRECISIONS, default="no", help="of autocast, and of the bare products")
+    parser.add_argument("--threads", type=int, default=1)
+
+    # The measurement.
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--repeats", type=int, default=5, help="measured rounds, after one that is not")
+    parser.add_argument("--limit", type=float, default=40, help="a variant that took so many seconds runs no more")
+    parser.add_argument("--no-error", dest="error", action="store_false", help="without the float64 references")
+    parser.add_argument("--json", type=Path, default=Path("peers.json"))
+
+    # Given to the processes of the variants.
+    parser.add_argument("--worker", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser
 
 
 def main() -> None:
+    """Compare the variants, print the table and write it; with `--worker`, be the process of one of them."""
     args = parser(__doc__).parse_args()
     torch.set_num_threads(args.threads)
     if args.worker:
+        serve_variant(args)
+        return
 
-        def prepare() -> tuple[Work, Callable[[], None]]:
-            work = Work(VARIANTS[args.worker], Problem(args), args.folder)
-            return work, work.clear
+    facts = machine(torch.device(args.device), args.threads)  # first: the load in it is that before the measurement
+    results = compare(args)
 
-        return serve(prepare, torch.device(args.device))
-    where = machine(torch.device(args.device), args.threads)
-    found = compare(args)
     shape = f"N = {args.tokens:,} tokens, width {args.width}, V = {args.vocabulary:,}, top {args.top_k}"
     shape += f", precision {args.precision}"
-    print(f"{describe(where)}\n{shape}\n\n{report(found)}")
-    settings = {k: v for k, v in vars(args).items() if k not in ("json", "worker", "folder")}
-    write(args.json, {"machine": where, "settings": settings, "variants": found})
+    print(f"{describe(facts)}\n{shape}\n\n{report(results)}")
+
+    internal = ("json", "worker", "folder")
+    settings = {name: value for name, value in vars(args).items() if name not in internal}
+    write(args.json, {"machine": facts, "settings": settings, "variants": results})
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def works_on(logits: Tensor, top_k: int) -> dict[str, Callable[[], object]]:
     buffer = torch.empty_like(logits)
 
     def sum_exponentials() -> Tensor:
-        # Fresh pages for a temporary of this size cost the kernel as much time as the exponentials.
+        # Into memory that is there: the kernel would have to hand out fresh pages for so large a temporary.
         return torch.sub(logits, peak, out=buffer).exp_().sum(1)
 
     return {

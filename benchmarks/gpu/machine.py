@@ -1,8 +1,8 @@
-"""Parts that need no code of this project: what the card reaches, and which kernels its attention takes."""
+"""Parts that need no code of this project: the speed of the card, and the kernels of its attention."""
 
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import metadata
 
 import torch
@@ -15,12 +15,15 @@ from benchmarks.gpu.timing import measure_fitting, repeated, seconds
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "peft", "bitsandbytes")
 PEERS = ("liger_kernel", "trl")
-HEADS, GROUPS, HEAD_WIDTH = 15, 5, 64
-"""Of SmolLM2-360M."""
+WINDOWS = 4
+HEADS = 15
+KEY_VALUE_HEADS = 5
+HEAD_WIDTH = 64
+"""Sizes of attention: windows, and the heads of SmolLM2-360M."""
 TIMES = 10
 """Calls in one timing of attention."""
 KERNEL_WORDS = ("flash", "fmha", "cudnn", "softmax")
-"""What the names of the kernels of attention contain."""
+"""Words in the names of the kernels of attention."""
 
 
 def where(bench: Bench) -> Iterator[dict]:
@@ -34,15 +37,18 @@ def where(bench: Bench) -> Iterator[dict]:
 
     yield {"what": "copy", "TB_per_s": _copy_speed(bench)}
 
-    for name, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("float32", torch.float32)):
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
+    for name, dtype in dtypes.items():
         yield {"what": f"products in {name}", "TFLOP_per_s": _product_speed(bench, dtype)}
 
+    # Last: the setting stays for the rest of the process.
     if bench.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
         yield {"what": "products in float32, TF32 allowed", "TFLOP_per_s": _product_speed(bench, torch.float32)}
 
 
 def _versions() -> Iterator[str]:
+    """Yield name and version of the packages that are installed."""
     for name in (*PACKAGES, *PEERS):
         try:
             yield f"{name} {metadata.version(name)}"
@@ -51,41 +57,44 @@ def _versions() -> Iterator[str]:
 
 
 def _copy_speed(bench: Bench) -> float:
-    """Terabytes a second, read and written."""
+    """Return terabytes a second, read and written."""
     source = torch.zeros(bench.scale.copied, dtype=torch.uint8, device=bench.device)
     target = torch.zeros_like(source)
 
     measured = measure_fitting({"copy": lambda: target.copy_(source)}, bench.device, bench.scale.repeats)
+    # Every byte is read and written.
     return 2 * bench.scale.copied / seconds(measured.runs["copy"]) / 1e12
 
 
 def _product_speed(bench: Bench, dtype: torch.dtype) -> float:
+    """Return tera-operations a second of a product of square matrices."""
     side = bench.scale.matrix
     factor = torch.randn(side, side, device=bench.device, dtype=dtype)
 
     measured = measure_fitting({"product": lambda: factor @ factor}, bench.device, bench.scale.repeats)
+    # A multiplication and an addition for each of the side**3 pairs.
     return 2 * side**3 / seconds(measured.runs["product"]) / 1e12
 
 
 def attention(bench: Bench) -> Iterator[dict]:
     """Yield, per dtype, the kernels and the cost of attention with grouped heads and with repeated ones."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        queries, keys = (
-            torch.randn(4, heads, bench.scale.attended, HEAD_WIDTH, device=bench.device, dtype=dtype).requires_grad_()
-            for heads in (HEADS, GROUPS)
-        )
+        queries = _random_states(bench, HEADS, dtype)
+        keys = _random_states(bench, KEY_VALUE_HEADS, dtype)
 
+        # Keys serve as values, too. The defaults bind the tensors of this dtype.
         def grouped(queries: Tensor = queries, keys: Tensor = keys) -> None:
             states = F.scaled_dot_product_attention(queries, keys, keys, is_causal=True, enable_gqa=True)
             states.sum().backward()
 
         def repeated_heads(queries: Tensor = queries, keys: Tensor = keys) -> None:
-            keys = keys.repeat_interleave(HEADS // GROUPS, 1)
+            keys = keys.repeat_interleave(HEADS // KEY_VALUE_HEADS, 1)
             F.scaled_dot_product_attention(queries, keys, keys, is_causal=True).sum().backward()
 
         works = {"grouped": grouped, "repeated": repeated_heads}
         loops = {name: repeated(work, TIMES) for name, work in works.items()}
         measured = measure_fitting(loops, bench.device, bench.scale.repeats)
+
         for name, runs in measured.runs.items():
             yield {
                 "dtype": str(dtype).removeprefix("torch."),
@@ -96,8 +105,14 @@ def attention(bench: Bench) -> Iterator[dict]:
             }
 
 
-def _kernels(work) -> list[str]:
-    """Return the names of the kernels of attention that a work launches, as far as the profiler sees any."""
+def _random_states(bench: Bench, heads: int, dtype: torch.dtype) -> Tensor:
+    """Return random states [windows, heads, tokens, width of a head], with a gradient."""
+    shape = (WINDOWS, heads, bench.scale.attended, HEAD_WIDTH)
+    return torch.randn(shape, device=bench.device, dtype=dtype).requires_grad_()
+
+
+def _kernels(work: Callable[[], object]) -> list[str]:
+    """Return names of kernels of attention that a work launches, three at most."""
     if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
         return ["not seen: this torch build has no CUDA profiler"]
 
@@ -105,5 +120,8 @@ def _kernels(work) -> list[str]:
         work()
         torch.cuda.synchronize()
 
-    names = [event.key for event in profiler.key_averages()]
-    return [name[:60] for name in names if any(word in name.lower() for word in KERNEL_WORDS)][:3]
+    names = []
+    for event in profiler.key_averages():
+        if any(word in event.key.lower() for word in KERNEL_WORDS):
+            names.append(event.key[:60])
+    return names[:3]

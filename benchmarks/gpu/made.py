@@ -22,6 +22,8 @@ TRAINED_VOCABULARIES = {"teacher": 49_152, "student": 16_384}
 TOY_VOCABULARIES = {"teacher": 1_000, "student": 600}
 SPREAD = 0.02
 """Standard deviation of random weights."""
+TRAINED = "trained on the spot"
+"""Origin of tokenizers that no user gave."""
 
 
 @dataclass(frozen=True)
@@ -32,28 +34,31 @@ class PairFolders:
     student: Path
     text: Path
     tokenizers: str
-    """Where the tokenizers are from."""
+    """Origin of the tokenizers, for the table."""
 
 
 def small_pair(bench: Bench) -> PairFolders:
     """Return a pair of some million parameters (less at toy size) with random weights; made once for a command."""
     folder = bench.work / "small"
     if bench.scale.is_toy:
-        material = miniature.build(folder) if not folder.exists() else _miniature_in(folder)
-        made = PairFolders(material.teacher, material.student, material.text, "trained on the spot")
+        pair = _miniature_in(folder)
     else:
         material = quickstart.material(folder)
-        made = PairFolders(material.teacher, material.student, material.file, "trained on the spot")
+        pair = PairFolders(material.teacher, material.student, material.file, TRAINED)
 
-    for model in (made.teacher, made.student):
+    # Configs and tokenizers come without weights.
+    for model in (pair.teacher, pair.student):
         if not list(model.glob("*.safetensors")):
-            _save_random_weights(AutoConfig.from_pretrained(model), model, torch.float32, torch.device("cpu"))
-    return made
+            config = AutoConfig.from_pretrained(model)
+            _save_random_weights(config, model, dtype=torch.float32, device=torch.device("cpu"))
+    return pair
 
 
-def _miniature_in(folder: Path) -> miniature.Miniature:
-    """Return what an earlier part of this command built."""
-    return miniature.Miniature(folder / "student", folder / "teacher", folder / "documents.jsonl", [])
+def _miniature_in(folder: Path) -> PairFolders:
+    """Return the smallest pair, built by the first part of the command that needs it."""
+    if not folder.exists():
+        miniature.build(folder)
+    return PairFolders(folder / "teacher", folder / "student", folder / "documents.jsonl", TRAINED)
 
 
 def true_pair(bench: Bench) -> PairFolders:
@@ -65,27 +70,37 @@ def true_pair(bench: Bench) -> PairFolders:
     folder = bench.work / "true"
     text = folder / "documents.jsonl"
     pair = PairFolders(folder / "teacher", folder / "student", text, _origin(bench))
-    if text.exists():  # written last
+    # Written last: where it exists, everything does.
+    if text.exists():
         return pair
 
-    configs = shapes(bench.scale.shape, bench.scale.teacher_vocabulary, bench.scale.student_vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
     _check_disk(bench, folder)
 
     material = small_pair(bench)
+    configs = shapes(bench.scale.shape, bench.scale.teacher_vocabulary, bench.scale.student_vocabulary)
     for config, role in zip(configs, ("teacher", "student"), strict=True):
         tokenizer = _tokenizer(bench, role, material.text)
-        config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
-        config.initializer_range = SPREAD
         tokenizer.save_pretrained(folder / role)
-        _save_random_weights(config, folder / role, torch.bfloat16, bench.device)
+
+        # The shapes come without special tokens.
+        config.bos_token_id = tokenizer.eos_token_id
+        config.eos_token_id = tokenizer.eos_token_id
+        config.initializer_range = SPREAD
+        _save_random_weights(config, folder / role, dtype=torch.bfloat16, device=bench.device)
 
     shutil.copyfile(material.text, text)
     return pair
 
 
 def _check_disk(bench: Bench, folder: Path) -> None:
-    needed = 2**20 if bench.scale.is_toy else 8 * 2**30  # models in bf16, and the exported student in float32
+    """Check that a disk has room for true models and runs of them.
+
+    Raises:
+        Skipped: it has not.
+    """
+    # Models in bf16, and the exported student in float32.
+    needed = 2**20 if bench.scale.is_toy else 8 * 2**30
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise Skipped(
@@ -95,19 +110,23 @@ def _check_disk(bench: Bench, folder: Path) -> None:
 
 
 def _origin(bench: Bench) -> str:
-    real = _real_tokenizers(bench)
-    return " and ".join(REAL_TOKENIZERS.values()) if real else "trained on the spot"
+    """Return the origin of the true pair's tokenizers."""
+    return " and ".join(REAL_TOKENIZERS.values()) if _real_tokenizers(bench) else TRAINED
 
 
 def _real_tokenizers(bench: Bench) -> dict[str, Path]:
     """Return the user's tokenizers by role; empty unless there are both, and the models are large enough for them."""
     if bench.data is None or bench.scale.is_toy:
         return {}
+
     folders = {role: bench.data / "tokenizers" / name for role, name in REAL_TOKENIZERS.items()}
-    return folders if all(folder.is_dir() for folder in folders.values()) else {}
+    if not all(folder.is_dir() for folder in folders.values()):
+        return {}
+    return folders
 
 
 def _tokenizer(bench: Bench, role: str, text: Path) -> PreTrainedTokenizerBase:
+    """Return the user's tokenizer of a role, or one that is trained on a text."""
     if folders := _real_tokenizers(bench):
         return AutoTokenizer.from_pretrained(folders[role])
 
@@ -117,7 +136,7 @@ def _tokenizer(bench: Bench, role: str, text: Path) -> PreTrainedTokenizerBase:
 
 
 def _save_random_weights(config: PretrainedConfig, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
-    """Write config and weights; they are drawn on the device, which is faster there than on a CPU."""
+    """Write config and weights, which are drawn on the device: a billion of them take long on a CPU."""
     torch.manual_seed(0)
     with device:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
@@ -136,6 +155,7 @@ def real_pair(bench: Bench) -> tuple[Path, Path]:
     if bench.data is None:
         raise Skipped("no --data DIR with models/ was given")
 
+    # By name.
     models = bench.data / "models"
     names = bench.pair or ("teacher", "student")
     folders = tuple(models / name for name in names)
@@ -144,12 +164,14 @@ def real_pair(bench: Bench) -> tuple[Path, Path]:
     if bench.pair:
         raise Skipped(f"{models} has no {' or no '.join(names)} with a config.json")
 
-    by_size = sorted((_weight_bytes(path.parent), path.parent) for path in models.glob("*/config.json"))
-    by_size = [folder for size, folder in by_size if size > 0]
+    # By size; a folder without weights is no model.
+    sized = sorted((_weight_bytes(path.parent), path.parent) for path in models.glob("*/config.json"))
+    by_size = [folder for size, folder in sized if size > 0]
     if len(by_size) < 2:
         raise Skipped(f"{models} has no two models with weights (*.safetensors)")
     return by_size[-1], by_size[0]
 
 
 def _weight_bytes(folder: Path) -> int:
+    """Return the bytes of a model's weights; 0 if there are none."""
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))

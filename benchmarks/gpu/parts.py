@@ -6,6 +6,8 @@ Nothing heavy is imported here: the parts themselves are, each in a process of i
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 
+ON_TORCH = ("torch", "psutil")
+"""Packages that parts without any model import."""
 LEARNED = ("torch", "transformers", "accelerate", "psutil", "annotated_types")
 """Packages that the models, the losses and their benchmarks import."""
 TRAINED = (*LEARNED, "pydantic", "yaml", "rich", "safetensors")
@@ -27,80 +29,198 @@ class Part:
     limit: int
     """Seconds at most, in a budget of ten minutes; about half of it is expected on a fast card."""
     packages: tuple[str, ...]
+    """Packages without which the part cannot run."""
     needs_gpu: bool = False
     options: dict = field(default_factory=dict)
+    """Keyword arguments of the function."""
 
     def obstacle(self, device_type: str) -> str:
-        """Return why the part cannot run here; empty if nothing is known to be in its way."""
+        """Return the reason why the part cannot run here; empty if nothing is known to be in its way."""
         missing = [name for name in self.packages if find_spec(name) is None]
         if missing:
             return f"not installed: {', '.join(missing)}"
+
         if self.needs_gpu and device_type != "cuda":
             return f"needs a GPU, the device is {device_type}"
         return ""
 
 
 PARTS = (
-    Part("where", "machine", "where", "The machine: bandwidth and products", 40, ("torch", "psutil")),
-    Part("waits", "checks", "waits", "Optimizer steps in which the host waits for the GPU", 50, TRAINED, True),
+    # What the machine can do, and whether the host ever waits for it.
     Part(
-        "step_bf16",
-        "steps",
-        "step",
-        "A micro-batch in bf16: forward and backward",
-        70,
-        LEARNED,
+        name="where",
+        module="machine",
+        function="where",
+        title="The machine: bandwidth and products",
+        limit=40,
+        packages=ON_TORCH,
+    ),
+    Part(
+        name="waits",
+        module="checks",
+        function="waits",
+        title="Optimizer steps in which the host waits for the GPU",
+        limit=50,
+        packages=TRAINED,
+        needs_gpu=True,
+    ),
+    # Time and memory in bf16, in which most people train.
+    Part(
+        name="step_bf16",
+        module="steps",
+        function="step",
+        title="A micro-batch in bf16: forward and backward",
+        limit=70,
+        packages=LEARNED,
         options={"precision": "bf16"},
     ),
-    Part("head_bf16", "heads", "head", "The student's head in bf16", 60, LEARNED, options={"precision": "bf16"}),
-    Part("train_bf16", "runs", "train", "train.py in bf16, end to end", 90, WHOLE, options={"precision": "bf16"}),
-    Part("forecast", "steps", "forecast", "Memory of training, forecast and counted", 60, WHOLE, True),
     Part(
-        "step_fp16",
-        "steps",
-        "step",
-        "A micro-batch in fp16: forward and backward",
-        70,
-        LEARNED,
-        True,
-        {"precision": "fp16"},
+        name="head_bf16",
+        module="heads",
+        function="head",
+        title="The student's head in bf16",
+        limit=60,
+        packages=LEARNED,
+        options={"precision": "bf16"},
     ),
-    Part("train_fp16", "runs", "train", "train.py in fp16, end to end", 90, WHOLE, True, {"precision": "fp16"}),
-    Part("attention", "machine", "attention", "Kernels that attention takes", 30, ("torch", "psutil"), True),
     Part(
-        "turing",
-        "steps",
-        "step",
-        "A micro-batch in fp16, the card made to choose as a T4",
-        50,
-        LEARNED,
-        True,
-        {"precision": "fp16", "as_t4": True},
+        name="train_bf16",
+        module="runs",
+        function="train",
+        title="train.py in bf16, end to end",
+        limit=90,
+        packages=WHOLE,
+        options={"precision": "bf16"},
     ),
-    Part("gradients", "numerics", "gradients", "Gradients beside float64", 30, LEARNED),
-    Part("repeat", "runs", "repeat", "The same run again, and continued", 60, WHOLE, options={"deterministic": False}),
     Part(
-        "repeat_deterministic",
-        "runs",
-        "repeat",
-        "The same with training.deterministic",
-        60,
-        WHOLE,
+        name="forecast",
+        module="steps",
+        function="forecast",
+        title="Memory of training, forecast and counted",
+        limit=60,
+        packages=WHOLE,
+        needs_gpu=True,
+    ),
+    # The same in fp16, for cards that have no bf16.
+    Part(
+        name="step_fp16",
+        module="steps",
+        function="step",
+        title="A micro-batch in fp16: forward and backward",
+        limit=70,
+        packages=LEARNED,
+        needs_gpu=True,
+        options={"precision": "fp16"},
+    ),
+    Part(
+        name="train_fp16",
+        module="runs",
+        function="train",
+        title="train.py in fp16, end to end",
+        limit=90,
+        packages=WHOLE,
+        needs_gpu=True,
+        options={"precision": "fp16"},
+    ),
+    # Kernels and values.
+    Part(
+        name="attention",
+        module="machine",
+        function="attention",
+        title="Kernels that attention takes",
+        limit=30,
+        packages=ON_TORCH,
+        needs_gpu=True,
+    ),
+    Part(
+        name="turing",
+        module="steps",
+        function="step",
+        title="A micro-batch in fp16, the card made to choose as a T4",
+        limit=50,
+        packages=LEARNED,
+        needs_gpu=True,
+        options={"precision": "fp16", "as_t4": True},
+    ),
+    Part(
+        name="gradients",
+        module="numerics",
+        function="gradients",
+        title="Gradients beside float64",
+        limit=30,
+        packages=LEARNED,
+    ),
+    # Runs that are repeated, continued or short of memory.
+    Part(
+        name="repeat",
+        module="runs",
+        function="repeat",
+        title="The same run again, and continued",
+        limit=60,
+        packages=WHOLE,
+        options={"deterministic": False},
+    ),
+    Part(
+        name="repeat_deterministic",
+        module="runs",
+        function="repeat",
+        title="The same with training.deterministic",
+        limit=60,
+        packages=WHOLE,
         options={"deterministic": True},
     ),
-    Part("tight", "runs", "tight", "Memory that runs out in step 4", 40, WHOLE, True),
     Part(
-        "quantised",
-        "numerics",
-        "quantised",
-        "A teacher of few bits",
-        60,
-        (*LEARNED, "safetensors", "bitsandbytes"),
-        True,
+        name="tight",
+        module="runs",
+        function="tight",
+        title="Memory that runs out in step 4",
+        limit=40,
+        packages=WHOLE,
+        needs_gpu=True,
     ),
-    Part("head_fp16", "heads", "head", "The student's head in fp16", 50, LEARNED, True, {"precision": "fp16"}),
-    Part("top_k", "heads", "top_k", "The teacher's largest logits", 20, LEARNED),
-    Part("pair", "runs", "real_pair_run", "A real pair, trained for some steps and evaluated", 60, WHOLE),
-    Part("verify", "checks", "verify", "verify_fixes.py", 60, WHOLE),
+    # Everything else.
+    Part(
+        name="quantised",
+        module="numerics",
+        function="quantised",
+        title="A teacher of few bits",
+        limit=60,
+        packages=(*LEARNED, "safetensors", "bitsandbytes"),
+        needs_gpu=True,
+    ),
+    Part(
+        name="head_fp16",
+        module="heads",
+        function="head",
+        title="The student's head in fp16",
+        limit=50,
+        packages=LEARNED,
+        needs_gpu=True,
+        options={"precision": "fp16"},
+    ),
+    Part(
+        name="top_k",
+        module="heads",
+        function="top_k",
+        title="The teacher's largest logits",
+        limit=20,
+        packages=LEARNED,
+    ),
+    Part(
+        name="pair",
+        module="runs",
+        function="real_pair_run",
+        title="A real pair, trained for some steps and evaluated",
+        limit=60,
+        packages=WHOLE,
+    ),
+    Part(
+        name="verify",
+        module="checks",
+        function="verify",
+        title="verify_fixes.py",
+        limit=60,
+        packages=WHOLE,
+    ),
 )
 BY_NAME = {part.name: part for part in PARTS}

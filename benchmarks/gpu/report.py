@@ -8,31 +8,36 @@ from benchmarks.gpu.targets import verdicts
 from benchmarks.measure import table
 from utils.files import write_text
 
-JSON_NAME, MARKDOWN_NAME = "gpu.json", "gpu.md"
+JSON_NAME = "gpu.json"
+MARKDOWN_NAME = "gpu.md"
 
 
 def write_results(folder: Path, results: dict) -> None:
-    """Write both files, whole or not at all: called whenever there is something new."""
+    """Write both files, each whole or not at all; called after every row."""
     write_text(folder / JSON_NAME, json.dumps(results, indent=1) + "\n")
     write_text(folder / MARKDOWN_NAME, markdown(results))
 
 
 def markdown(results: dict) -> str:
     """Return everything that was measured as Markdown."""
-    machine, toy = results["machine"], results["toy"]
+    machine = results["machine"]
     sections = [f"# {machine.get('gpu', machine['cpu'])}", _head_line(results)]
 
-    if toy:
+    # No verdict on toy sizes: a ratio of two overheads means nothing.
+    if results["toy"]:
         sections.append("**Toy sizes: they show that the measurements run. No figure says anything of the device.**")
     else:
-        sections.append(_judged(results))
+        sections.append(_verdicts(results))
 
     sections.append(_overview(results))
-    sections += [_rows_of(name, part) for name, part in results["parts"].items() if part["rows"]]
+    for name, part in results["parts"].items():
+        if part["rows"]:
+            sections.append(_rows_of(name, part))
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def _head_line(results: dict) -> str:
+    """Return the line below the title: when, where and at which sizes."""
     machine = results["machine"]
     return (
         f"{machine['date']}; {machine['cpu']}, {machine['cores']} cores; torch {machine['torch']}, "
@@ -40,31 +45,40 @@ def _head_line(results: dict) -> str:
     )
 
 
-def _judged(results: dict) -> str:
-    found = verdicts({name: part["rows"] for name, part in results["parts"].items()})
-    if not found:
+def _verdicts(results: dict) -> str:
+    """Return the section of figures that have a target; empty if none was measured."""
+    measured = {name: part["rows"] for name, part in results["parts"].items()}
+    rows = []
+    for verdict in verdicts(measured):
+        met = "yes" if verdict.met else "**no**"
+        rows.append([verdict.figure, verdict.measured, verdict.right, met])
+
+    if not rows:
         return ""
-    rows = [[v.figure, v.measured, v.right, "yes" if v.met else "**no**"] for v in found]
     return "## Beside what is right\n\n" + table(["figure", "measured", "right", "met"], rows)
 
 
 def _overview(results: dict) -> str:
-    rows = [
-        [name, part["title"], part["state"], f"{part['seconds']:.0f}", _cell(part["why"])]
-        for name, part in results["parts"].items()
-    ]
+    """Return the section with a line for each part."""
+    rows = []
+    for name, part in results["parts"].items():
+        seconds = f"{part['seconds']:.0f}"
+        rows.append([name, part["title"], part["state"], seconds, _cell(part["why"])])
     return "## Parts\n\n" + table(["part", "what", "state", "s", "why"], rows)
 
 
 def _rows_of(name: str, part: dict) -> str:
     """Return the heading and the table of one part; columns in the order in which they first come."""
+    # A dict, as a set that is ordered: rows of one part may have other columns.
     columns = list(dict.fromkeys(key for row in part["rows"] for key in row))
+
     rows = [[_cell(row.get(column)) for column in columns] for row in part["rows"]]
     header = [column.replace("_", " ") for column in columns]
     return f"## {name}: {BY_NAME[name].title}\n\n{table(header, rows)}"
 
 
 def _cell(value: object) -> str:
+    """Return a value as the content of a cell."""
     if value is None:
         return ""
     if isinstance(value, bool):

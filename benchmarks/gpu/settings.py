@@ -1,4 +1,4 @@
-"""Sizes of the measurements, chosen by the memory of the card, and what every part is told."""
+"""Sizes of the measurements, chosen by the memory of the card, and the argument of every part."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from benchmarks.step_time import STUDENT_VOCABULARY, TEACHER_VOCABULARY
 from utils.machine.hardware import choose_precision
 
 ROOT = Path(__file__).resolve().parents[2]
-"""Of the checkout: train.py and verify_fixes.py are there."""
+"""Folder of the checkout, with train.py and verify_fixes.py."""
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class Scale:
 
     @property
     def is_toy(self) -> bool:
-        """Whether figures say only that the measurement runs."""
+        """True: figures say only that the measurement runs."""
         return self.name == "toy"
 
 
+# All sizes but the toy ones are of true models; the memory of a card decides how many tokens there are at once.
 _TRUE = {
     "teacher_vocabulary": TEACHER_VOCABULARY,
     "student_vocabulary": STUDENT_VOCABULARY,
@@ -96,17 +97,25 @@ LARGE = Scale(
     train_windows=(8, 2),
     **_TRUE,
 )
-BY_MEMORY = ((30, LARGE), (14, MEDIUM), (7.5, SMALL))
+BY_MEMORY = (
+    # Somewhat less than the names say: the driver takes a part of every card.
+    (30, LARGE),
+    (14, MEDIUM),
+    (7.5, SMALL),
+)
 """(least GiB of the card, sizes)."""
 
 
 def choose_scale(device: torch.device, toy: bool) -> Scale:
-    """Return the largest sizes that the memory of a card allows; toy sizes on a CPU and where they are asked for."""
+    """Return the largest sizes that the memory of a card allows; toy sizes on a CPU and on request."""
     if toy or device.type != "cuda":
         return TOY
 
     memory = torch.cuda.get_device_properties(device).total_memory / 2**30
-    return next((scale for least, scale in BY_MEMORY if memory >= least), TOY)
+    for least, scale in BY_MEMORY:
+        if memory >= least:
+            return scale
+    return TOY
 
 
 class Skipped(Exception):
@@ -115,7 +124,7 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Bench:
-    """What a part is told."""
+    """Argument of every part: the device, the sizes, and the folders."""
 
     device: torch.device
     scale: Scale
@@ -126,7 +135,7 @@ class Bench:
     pair: tuple[str, str] | None = None
     """Names below models/ of the real teacher and student."""
     seconds: float = 600.0
-    """What the part may take."""
+    """Time limit of the part."""
 
     def require_precision(self, precision: str) -> None:
         """Raise `Skipped` where the device does not train in a precision, with the reason."""
@@ -136,4 +145,8 @@ class Bench:
 
     def precisions(self) -> list[str]:
         """Return those of bf16, fp16 and float32 ("no") in which the device trains."""
-        return [name for name in ("bf16", "fp16", "no") if choose_precision(name, self.device).value == name]
+        names = []
+        for name in ("bf16", "fp16", "no"):
+            if choose_precision(name, self.device).value == name:
+                names.append(name)
+        return names

@@ -12,10 +12,12 @@ Work = Callable[[], object]
 
 
 class Measured(NamedTuple):
-    """Runs of the works that could be measured, and why the others could not."""
+    """Runs of works, and failures of those that could not be measured."""
 
     runs: dict[str, list[Run]]
+    """Runs of each work, in the order of the rounds."""
     failures: dict[str, str]
+    """Reason, by the name of the work."""
 
 
 def measure_fitting(
@@ -30,8 +32,10 @@ def measure_fitting(
     Args:
         foreign: works of other libraries, which may fail in any way: another version, a device they do not know.
     """
-    fitting, failures = {}, {}
+    fitting: dict[str, Work] = {}
+    failures: dict[str, str] = {}
 
+    # Once before any round: a failure in one of them would cost the runs of all.
     for name, work in works.items():
         before()
         try:
@@ -45,11 +49,13 @@ def measure_fitting(
         else:
             fitting[name] = work
 
+    # A failed work leaves the allocator's memory in pieces.
     before()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
-    return Measured(alternate(fitting, device, repeats, before), failures)
+    runs = alternate(fitting, device, repeats, before)
+    return Measured(runs, failures)
 
 
 def seconds(runs: list[Run]) -> float:
@@ -59,6 +65,7 @@ def seconds(runs: list[Run]) -> float:
 
 def ratio(runs: list[Run], others: list[Run]) -> float:
     """Return the median, over rounds, of the time of one work over that of another."""
+    # Round by round, since the works of a round share the machine's noise.
     return median(run.wall / other.wall for run, other in zip(runs, others, strict=True))
 
 
