@@ -103,6 +103,10 @@ class DistillationFramework(nn.Module):
 
         if self.teacher is None:
             raise ValueError(f"got weights for {', '.join(sorted(routed))} and no teacher, whose states they need")
+        if self.teacher.model is None:
+            raise ValueError(
+                f"got weights for {', '.join(sorted(routed))} and a teacher whose model is elsewhere: it has no states"
+            )
         student_shape = depth_and_width(self.student)
         teacher_shape = depth_and_width(self.teacher.model)
         router = StudentAwareRouter(config, student_shape, teacher_shape)
@@ -560,10 +564,12 @@ def _check_pair(
         )
 
     # A cached teacher holds the running one, or none.
-    running = teacher if isinstance(teacher, FrozenTeacher) else getattr(teacher, "teacher", None)
+    running = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
     if running is None:
         return
 
+    if running.model is None:  # elsewhere: there are no weights to look at
+        return
     if not np.array_equal(running.vocabulary_order, vocabulary.order):
         raise ValueError(
             "the teacher was made with another vocabulary map; expected one map for FrozenTeacher, PairCollator and "

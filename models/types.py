@@ -203,7 +203,7 @@ class PairedBatch(_Movable):
     is_filler: bool = False
     """The batch only keeps other processes company: its items are in no count of the step."""
 
-    def as_filler(self) -> "PairedBatch":
+    def without_anchors(self) -> "PairedBatch":
         """Return a copy without anchors, for a process that has no micro-batch left in a step.
 
         It takes part in what processes do together, and adds nothing: not even a span to compare others with.
@@ -234,6 +234,16 @@ class PairedBatch(_Movable):
 
         inputs = _model_inputs(self.teacher_ids, self.teacher_mask, self.teacher_source)
         return inputs, _text_labels(self.teacher_labels, self.end_of_text[1], self.teacher_markup)
+
+    def teacher_nll(self, signal: TeacherSignal) -> tuple[float, int]:
+        """Return the teacher's loss on the text that `scored("teacher")` scores, in nats, and its number of tokens.
+
+        For a teacher whose model is elsewhere: its signal has the probability of every token of the text.
+        """
+        _, labels = self.scored("teacher")
+        is_scored = labels.flatten()[self.teacher_held] != IGNORE
+        realised = signal.realised[is_scored].double()
+        return -float(realised.sum()), int(is_scored.sum())
 
 
 def _model_inputs(ids: Tensor, mask: Tensor, source: Source | None) -> dict[str, Tensor]:

@@ -178,3 +178,62 @@ def test_every_third_party_import_is_a_declared_dependency():
             late = not re.search(rf"^(import|from) {top}\b", path.read_text(encoding="utf-8"), re.MULTILINE)
             allowed = needed.union(*extras) if late else needed  # an extra is imported where it is used, or not at all
             assert names & allowed, f"{path.name} imports {top}, which setup.cfg does not ask for"
+
+
+# ------------------------------------------------------------------------------------------- functions
+
+MOST_LINES, MOST_PARAMETERS, WITHOUT_PARAGRAPH = 40, 7, 15
+
+
+def code_files() -> list[Path]:
+    """Return all files of the product and of its benchmarks."""
+    return [*sources("models"), *sources("utils"), *(ROOT / "benchmarks").rglob("*.py"), *ROOT.glob("*.py")]
+
+
+def functions(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.FunctionDef)]
+
+
+def body_lines(function: ast.FunctionDef, lines: list[str]) -> list[str]:
+    """Return the lines of a function behind its signature and docstring, but for those of functions in it."""
+    statements = function.body[ast.get_docstring(function) is not None :]
+    if not statements:
+        return []
+
+    inner: set[int] = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.FunctionDef) and node is not function:
+            inner |= set(range(node.lineno, node.end_lineno + 1))
+    numbers = range(statements[0].lineno, function.end_lineno + 1)
+    return [lines[number - 1].strip() for number in numbers if number not in inner]
+
+
+def is_code(line: str) -> bool:
+    return bool(line) and not line.startswith("#")
+
+
+def test_a_function_fits_on_a_screen_and_has_paragraphs():
+    problems = []
+    for path in code_files():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for function in functions(path):
+            body = body_lines(function, lines)
+            size = sum(map(is_code, body))
+            place = f"{path.relative_to(ROOT)}:{function.lineno} {function.name}"
+            if size > MOST_LINES:
+                problems.append(f"{place}: {size} lines of code")
+            if size > WITHOUT_PARAGRAPH and "" not in body:
+                problems.append(f"{place}: {size} lines of code without a paragraph")
+    assert not problems, "\n".join(problems)
+
+
+def test_a_function_has_few_parameters():
+    problems = []
+    for path in code_files():
+        for function in functions(path):
+            arguments = function.args
+            named = [*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs]
+            count = sum(argument.arg not in ("self", "cls") for argument in named)
+            if count > MOST_PARAMETERS:
+                problems.append(f"{path.relative_to(ROOT)}:{function.lineno} {function.name}: {count} parameters")
+    assert not problems, "\n".join(problems)

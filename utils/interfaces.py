@@ -163,6 +163,13 @@ class Collator(Protocol):
 class Teacher(Protocol):
     """A frozen teacher: in this process, behind a cache, or elsewhere."""
 
+    @property
+    def model(self) -> nn.Module | None:
+        """The network; None if it is not in this process: then only signals are asked for."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes it this teacher, for checkpoints; asked of one without a model here."""
+
     def signal(self, batch: Batch, top_k: int, layers: Sequence[int] = ()) -> Any:
         """Return top-k distributions, tail and text probabilities of a batch (`models.types.TeacherSignal`)."""
 

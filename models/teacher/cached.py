@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from ..text.collate import PairCollator
 from ..types import PairedBatch, TeacherSignal
-from ..validation import expect
 from .frozen import FrozenTeacher
 
 NUMBERS = ("ids", "log_probs", "log_tail", "log_mass", "realised")
@@ -90,7 +89,7 @@ class CachedTeacher:
 
     def __init__(self, teacher: FrozenTeacher | None, memory: SignalStore) -> None:
         if teacher is not None:
-            expect("teacher", teacher, FrozenTeacher, "FrozenTeacher(model, vocabulary), or None")
+            _expect_teacher(teacher)
         members = ("top_k", "keys", "read", "keep")
         lacking = [name for name in members if not hasattr(memory, name)]
         if lacking:
@@ -104,11 +103,16 @@ class CachedTeacher:
         return self
 
     @property
-    def model(self) -> nn.Module:
+    def model(self) -> nn.Module | None:
+        """The running teacher's network; None for a teacher that is elsewhere."""
         return self._running.model
 
+    def identity(self) -> dict[str, Any]:
+        """Return what makes a teacher elsewhere the one it is."""
+        return self._running.identity()
+
     @property
-    def _running(self) -> FrozenTeacher:
+    def _running(self) -> Any:
         assert self.teacher is not None, "the teacher is not loaded, and something is not in its memory"
         return self.teacher
 
@@ -164,6 +168,12 @@ def _read_signal(memory: SignalStore, keys: Sequence[bytes]) -> TeacherSignal | 
     """Return the stored signal of a batch; None if a window of it is missing."""
     arrays = memory.read(keys)
     return None if arrays is None else _as_signal(arrays)
+
+
+def _expect_teacher(teacher: Any) -> None:
+    """Check that something answers as a teacher does; the likely mistake is a bare model."""
+    if not hasattr(teacher, "signal") or isinstance(teacher, nn.Module):
+        raise TypeError(f"teacher: got a {type(teacher).__name__}, expected FrozenTeacher(model, vocabulary), or None")
 
 
 def _as_signal(arrays: Arrays) -> TeacherSignal:

@@ -449,7 +449,7 @@ def test_routing_of_a_framework_is_a_row_per_student_layer():
 def test_a_filler_is_no_candidate_and_compares_nothing():
     pair = routed_pair(teacher_layers=3)
     framework, batch = pair.framework(HIDDEN), pair.batch()
-    output = framework(batch.as_filler(), counts=batch.counts)
+    output = framework(batch.without_anchors(), counts=batch.counts)
     assert all(output.terms[name].sum.item() == 0 for name in ("feat", "rel", "attn", "layer", "contr"))
     output.loss.backward()
     assert all(g.isfinite().all() for g in gradients(framework))

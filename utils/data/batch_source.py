@@ -99,7 +99,7 @@ class BatchSource:
         DDP waits for a forward of every process, also in a short last step that has no windows left for this one.
         """
         batch = self.collate([self.windows[0]])
-        return batch.as_filler() if hasattr(batch, "as_filler") else batch
+        return batch.without_anchors() if hasattr(batch, "without_anchors") else batch
 
     def _epoch(self, plan: StepPlan, epoch: int, first_step: int) -> Iterator[StepBatches]:
         """Yield the steps of one epoch, from one of its steps on."""

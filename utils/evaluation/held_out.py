@@ -23,7 +23,7 @@ from ..config.settings import EvaluationConfig
 from ..data.windows import windows_fingerprint
 from ..errors import RunError, UserError
 from ..files import write_json
-from ..interfaces import ScoredBatch, Side
+from ..interfaces import ScoredBatch, Side, Teacher
 from ..machine.device_memory import FittingParts
 from ..run_layout import START
 from . import scores as scoring
@@ -367,6 +367,33 @@ class HeldOut:
         _require_finite(metrics, side)
         self.compare_starts(model, side)
         return {"metrics": metrics, "samples": self.continuations(model, side)}
+
+    def measure_teacher(self, teacher: Teacher) -> dict[str, Any]:
+        """Return `metrics` and `samples` of a teacher; one whose model is elsewhere writes no samples.
+
+        Raises:
+            UserError: its loss is not finite.
+        """
+        if teacher.model is not None:
+            return self.measure(teacher.model, "teacher")
+
+        # 1. The probabilities of the text, which its signals have, over all processes; not as a cache has rounded them.
+        running = getattr(teacher, "teacher", None) or teacher
+        share = self._teacher_share
+        nats, tokens, num_bytes = 0.0, 0, 0
+        for indices in share.batches(len(self.windows), self.batch_size):
+            batch = self._batch(indices).to(self.accelerator.device)
+            batch_nats, batch_tokens = batch.teacher_nll(running.signal(batch, 1))
+            nats += batch_nats
+            tokens += batch_tokens
+            num_bytes += int(batch.bytes.sum())
+        sums = scoring.sum_over_processes([nats, tokens, num_bytes], share.summed_over)
+
+        # 2. The same record as of a model, but for what only its weights tell.
+        metrics = scoring.metrics(sums[0], round(sums[1]), round(sums[2]))
+        described = {**metrics, "unspelt_bytes": self.unspelt_bytes("teacher"), "dtype": "unknown"}
+        _require_finite(described, "teacher")
+        return {"metrics": described, "samples": [None] * len(self.prompts("student"))}
 
     def measure_start(
         self,

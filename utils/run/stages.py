@@ -177,47 +177,49 @@ def train_student(
     export.rehearse_export(student, config.student, job.tokenizer, forced_bos)
     start = job.held_out.measure_start(student, teacher_measurement(job, teacher), output)
 
-    def evaluate(step: int) -> dict[str, Any]:
-        scores = job.held_out.score(student, "student")
-        routing = job.held_out.routing(student, module.routing)
-        return {"step": step, "split": "eval", **scores, **routing}
-
+    evaluate = partial(evaluation_record, job, module)
     if resume_from is None:
         logger.evaluation({"step": 0, "split": "eval", **metrics_of(start["initial_student"])})
-    result = fit(
-        module,
-        job.windows,
-        job.collate,
-        config.training,
-        accelerator=accelerator,
-        options=LoopOptions(
-            logger=logger,
-            evaluate=evaluate,
-            evaluate_every=config.evaluation.every,
-            checkpoints=store,
-            resume_from=resume_from,
-            flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=session.is_main),
-            stop=session.stop,
-            num_workers=config.data.num_workers,
-            term_gradients=config.logging.term_gradients,
-            forecast=job.needed.told,
-            before_checkpoint=partial(flush_cache, job),
-            prefetch_teacher=module.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
-            forward_communicates=teacher is not None and config.teacher.device == teachers.SHARDED,
-        ),
+    flags = RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=session.is_main)
+    options = LoopOptions(
+        logger=logger,
+        evaluate=evaluate,
+        evaluate_every=config.evaluation.every,
+        checkpoints=store,
+        resume_from=resume_from,
+        flags=flags,
+        stop=session.stop,
+        num_workers=config.data.num_workers,
+        term_gradients=config.logging.term_gradients,
+        forecast=job.needed.told,
+        before_checkpoint=partial(flush_cache, job),
+        prefetch_teacher=module.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
+        forward_communicates=teacher is not None and config.teacher.device == teachers.SHARDED,
     )
+    result = fit(module, job.windows, job.collate, config.training, accelerator=accelerator, options=options)
+    _say_if_nothing_was_left(result, plan)
 
-    if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
-        progress = f"{result.steps} of {plan.total_steps} steps"
-        log.info("this run is already finished (%s); another --output-dir starts a new one", progress)
     was_evaluated = session.on_main(lambda: logger.has_evaluation(result.steps))
     if result.stopped_by not in EXIT_CODES and not was_evaluated:
         logger.evaluation(evaluate(result.steps))
     logger.close()
-
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(module, result, start)
+
+
+def evaluation_record(job: Job, module: Any, step: int) -> dict[str, Any]:
+    """Measure the student on the held-out text; `step` steps are done."""
+    scores = job.held_out.score(module.student, "student")
+    routing = job.held_out.routing(module.student, module.routing)
+    return {"step": step, "split": "eval", **scores, **routing}
+
+
+def _say_if_nothing_was_left(result: FitResult, plan: Plan) -> None:
+    """Log that a run was finished before it was started."""
+    if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
+        progress = f"{result.steps} of {plan.total_steps} steps"
+        log.info("this run is already finished (%s); another --output-dir starts a new one", progress)
 
 
 def open_checkpoints(job: Job, teacher: Teacher | None, student: nn.Module, output: Path) -> CheckpointStore:
@@ -229,7 +231,7 @@ def open_checkpoints(job: Job, teacher: Teacher | None, student: nn.Module, outp
     if job.cache is not None and teacher is not None:
         made_from["teacher"] = {**job.cache.identity, **job.cache.settings}
     elif teacher is not None:
-        made_from["teacher"] = fingerprint(teacher.model)
+        made_from["teacher"] = teacher.identity() if teacher.model is None else fingerprint(teacher.model)
 
     keep, may_change = job.config.training.keep_checkpoints, job.config.resume_changed
     return CheckpointStore(output / CHECKPOINTS, keep, made_from, may_change)
@@ -241,7 +243,7 @@ def teacher_measurement(job: Job, teacher: Teacher | None) -> Callable[[], dict[
         return None
     if job.cache is not None:
         return partial(job.cache.evaluation, job.held_out.fingerprint())
-    return partial(job.held_out.measure, teacher.model, "teacher")
+    return partial(job.held_out.measure_teacher, teacher)
 
 
 def open_logger(job: Job, plan: Plan, output: Path, session: Session, resume_from: Path | None) -> StepLogger:
@@ -345,7 +347,9 @@ def measure_tasks(job: Job, trained: Trained, teacher: Teacher | None, results: 
     config = job.config
     models: dict[str, Callable[[], nn.Module]] = {"student": lambda: trained.student}
     if teacher is not None and config.teacher.device != teachers.SHARDED:  # no other process computes with this one
-        models["teacher"] = partial(_model_of, teacher, job)
+        running = getattr(teacher, "teacher", teacher) or load_teacher(job)
+        if running.model is not None:
+            models["teacher"] = lambda: running.model
     if config.student.init == "pretrained":
         models["initial_student"] = partial(students.make, config.student, config.training, job.accelerator)
 
@@ -354,12 +358,6 @@ def measure_tasks(job: Job, trained: Trained, teacher: Teacher | None, results: 
         baseline = session.output / WITHOUT_TEACHER / METRICS if "baseline" in results else None
         report.write_report(session.output, results, baseline_metrics=baseline)
     return results
-
-
-def _model_of(teacher: Teacher, job: Job) -> nn.Module:
-    """Return the model of a teacher, which one behind a cache may not have loaded."""
-    behind = getattr(teacher, "teacher", teacher)
-    return (behind or load_teacher(job)).model
 
 
 def finish(results: Results, session: Session) -> None:

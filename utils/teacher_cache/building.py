@@ -11,14 +11,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 from accelerate.utils import gather_object
-from torch import nn
 
 from ..data.batch_order import BatchGeometry, micro_batches_in_step, permutation, step_batches
 from ..data.loader import loader
 from ..errors import UserError
 from ..evaluation.held_out import HeldOut
 from ..files import free_disk
-from ..interfaces import Batch, Collator, Job, RunConfig, Schedule
+from ..interfaces import Batch, Collator, Job, RunConfig, Schedule, Teacher
 from ..logs.progress import Progress, duration
 from ..machine.stop_signals import STOP_REASONS, StopSignal
 from ..parallel.processes import main_process_first
@@ -63,15 +62,6 @@ class Remember(Protocol):
     """Makes a collator whose batches come with what a cache knows of them (`models.RememberingCollator`)."""
 
     def __call__(self, collate: Collator, cache: TeacherCache, ahead: bool = True) -> Collator: ...
-
-
-class CachingTeacher(Protocol):
-    """A teacher whose answers go into a cache."""
-
-    model: nn.Module
-
-    def signal(self, batch: Batch) -> Any:
-        """Ask the teacher about a batch, and store the answer."""
 
 
 # ----------------------------------------------------------------------------------------- the cache of a job
@@ -297,7 +287,7 @@ class CacheBuilding:
 
     def build(
         self,
-        teacher: CachingTeacher,
+        teacher: Teacher,
         collate: Callable[[list[dict]], Any],
         whole: bool,
         stop: StopSignal,
@@ -318,7 +308,7 @@ class CacheBuilding:
         """
         # 1. The held-out text, which is small.
         held_out = self.held_out
-        self.cache.evaluation(held_out.fingerprint(), lambda: held_out.measure(teacher.model, "teacher"))
+        self.cache.evaluation(held_out.fingerprint(), lambda: held_out.measure_teacher(teacher))
         self._fill(
             held_out.windows,
             self._held_out_keys,

@@ -6,7 +6,7 @@
         .weights    {name: float}      .scalars    {name: float}
     With term_graphs=True (only where `fit` got `term_gradients`) every .sum of a term with a weight has a graph.
     module.couples_windows: bool, a term compares the windows of a forward with one another, over all processes
-    batch: .counts {name: int}, .labels, .documents, .to(device, non_blocking=...), and .as_filler() where a batch
+    batch: .counts {name: int}, .labels, .documents, .to(device, non_blocking=...), and .without_anchors() where a batch
     that only keeps other processes company must differ from one that is learned from
 
 A step is numbered by how many were done before it: the module sees 0 .. N-1, records and checkpoints carry
