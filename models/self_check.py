@@ -60,7 +60,7 @@ class Twins:
             make=make,
             length=length,
             vocabulary=vocabulary,
-            windows=encoder.windows(texts)[:SAME_TEXT_WINDOWS],
+            windows=encoder.windows(list(texts))[:SAME_TEXT_WINDOWS],
             collate=PairCollator(vocabulary, encoder.end_of_text, 0),
         )
 
@@ -257,7 +257,7 @@ def architecture_losses(models: Mapping[str, nn.Module], start: int | None) -> A
 
 # ---------------------------------------------------------------------------------- KD and curriculum
 
-OUTCOMES = (
+OUTCOMES: tuple[dict[str, Any], ...] = (
     {"tail": "bucket", "top_k": 8, "temperature": 1.0},
     {"tail": "bucket", "top_k": 512, "temperature": 4.0},
     {"tail": "bucket", "top_k": 8, "temperature": 4.0},

@@ -25,12 +25,12 @@ class _Movable:
     def to(self: _Self, device: torch.device | str, non_blocking: bool = False) -> _Self:
         """Return a copy with its tensors on a device."""
         moved = {name: value.to(device, non_blocking=non_blocking) for name, value in _movable_fields(self).items()}
-        return replace(self, **moved)
+        return replace(self, **moved)  # type: ignore[type-var]  # every subclass is a dataclass
 
     def pin_memory(self: _Self) -> _Self:
         """Return a copy whose tensors the host need not wait for when they are copied to a GPU."""
         pinned = {name: value.pin_memory() for name, value in _movable_fields(self).items()}
-        return replace(self, **pinned)
+        return replace(self, **pinned)  # type: ignore[type-var]
 
 
 def _movable_fields(instance: Any) -> dict[str, Any]:

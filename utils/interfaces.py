@@ -62,6 +62,8 @@ class CurriculumSettings(Protocol):
 class LossSettings(Protocol):
     """The way from the teacher's distribution to a loss."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @property
     def top_k(self) -> int | Schedule: ...
 
@@ -131,33 +133,41 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 
 
 class Batch(Protocol):
-    """Windows of text, collated for both models."""
+    """Windows of text, collated for both models, which score the same bytes of text."""
 
-    counts: Mapping[str, int]
-    """Items of every loss term, known before any forward."""
-    labels: Tensor
-    """[B, S] token to predict at each position of the student, -100 where none is."""
-    documents: Sequence[str]
-    """Where each window's text comes from, for messages."""
+    @property
+    def counts(self) -> Mapping[str, int]:
+        """Items of every loss term, known before any forward."""
 
-    def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
+    @property
+    def labels(self) -> Tensor:
+        """[B, S] token to predict at each position of the student, -100 where none is."""
+
+    @property
+    def bytes(self) -> Tensor:
+        """[B] bytes of text that each window scores."""
+
+    @property
+    def documents(self) -> Sequence[str]:
+        """Where each window's text comes from, for messages."""
+
+    def to(self, device: Any, non_blocking: bool = False) -> "Batch":
         """Return the batch with its tensors on a device."""
 
-
-class ScoredBatch(Batch, Protocol):
-    """A batch that can be evaluated on: both sides score the same bytes of text."""
-
-    bytes: Tensor
-    """[B] bytes of text that each window scores."""
+    def without_anchors(self) -> "Batch":
+        """Return a batch that no hidden-state term compares, for a process without work in a short step."""
 
     def scored(self, side: Side) -> tuple[dict[str, Tensor], Tensor]:
         """Return what the model of a side is called with, each [B, ...], and labels [B, S], already shifted."""
+
+    def teacher_nll(self, signal: Any) -> tuple[float, int]:
+        """Return the teacher's loss on the text that `scored` scores, in nats, and its tokens, from its signal."""
 
 
 class Collator(Protocol):
     """Makes batches of windows."""
 
-    def __call__(self, windows: Sequence[Mapping[str, Any]]) -> Batch: ...
+    def __call__(self, windows: Any) -> Batch: ...
 
 
 class Teacher(Protocol):
@@ -167,11 +177,15 @@ class Teacher(Protocol):
     def model(self) -> nn.Module | None:
         """The network; None if it is not in this process: then only signals are asked for."""
 
-    def identity(self) -> dict[str, Any]:
-        """Return what makes it this teacher, for checkpoints; asked of one without a model here."""
-
-    def signal(self, batch: Batch, top_k: int, layers: Sequence[int] = ()) -> Any:
+    def signal(self, batch: Any, top_k: int = ..., layers: Sequence[int] = ()) -> Any:
         """Return top-k distributions, tail and text probabilities of a batch (`models.types.TeacherSignal`)."""
+
+
+class TeacherElsewhere(Teacher, Protocol):
+    """A teacher whose model is None."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes it this teacher, for checkpoints; of a model here it is a fingerprint of its weights."""
 
 
 class TermSum(Protocol):
@@ -228,11 +242,11 @@ class Pair(Protocol):
 
     def frozen(self, model: nn.Module) -> Teacher: ...
 
-    def cached(self, teacher: Teacher | None, memory: Any) -> Teacher: ...
+    def cached(self, teacher: Any, memory: Any) -> Teacher: ...
 
-    def remember(self, collate: Collator, memory: Any, ahead: bool = True) -> Collator: ...
+    def remember(self, collate: Any, memory: Any, ahead: bool = True) -> Collator: ...
 
-    def framework(self, total_steps: int, *, student: nn.Module, teacher: Teacher | None) -> Any:
+    def framework(self, total_steps: int, *, student: Any, teacher: Any) -> Any:
         """Make the module that is trained, a `StepModule`."""
 
     def read_and_learned(self, window: dict[str, Any]) -> tuple[Any, ...]: ...
@@ -267,14 +281,16 @@ class Method(Protocol):
 class HeldOutText(Protocol):
     """Text that is evaluated on."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @property
-    def windows(self) -> "Dataset": ...
+    def windows(self) -> Sequence[Any]: ...
     @property
     def collate(self) -> Collator: ...
     @property
     def batch_size(self) -> int: ...
 
-    def score(self, model: "nn.Module", side: str) -> dict[str, Any]:
+    def score(self, model: "nn.Module", side: Side) -> dict[str, Any]:
         """Return loss, perplexity and bits per byte of a model, with the tokens and bytes they are of."""
 
     def coverage(self) -> dict[str, float]:

@@ -123,7 +123,8 @@ class PairEncoder:
             for side, tokenizer, rows, start in zip(SIDES, pair, facts.rows, facts.text_starts, strict=True)
         )
         self.max_length = max_length
-        self.end_of_text = tuple(table.end_of_text for table in self.tables)
+        student_table, teacher_table = self.tables
+        self.end_of_text = (student_table.end_of_text, teacher_table.end_of_text)
         self.starts = [_start_ids(table) for table in self.tables]
 
         # A window needs no start marker between two documents where the end of the first is one.

@@ -23,7 +23,7 @@ from ..config.settings import EvaluationConfig
 from ..data.windows import windows_fingerprint
 from ..errors import RunError, UserError
 from ..files import write_json
-from ..interfaces import ScoredBatch, Side, Teacher
+from ..interfaces import Batch, Collator, Side, Teacher
 from ..machine.device_memory import FittingParts
 from ..run_layout import START
 from . import scores as scoring
@@ -109,7 +109,7 @@ class HeldOut:
     accelerator: Accelerator
     windows: Sequence[dict]
     documents: list[str]
-    collate: Callable[[list[dict]], ScoredBatch]
+    collate: Collator
     tokenizers: Mapping[str, PreTrainedTokenizerBase]
     """For `student` and `teacher`."""
     batch_size: int
@@ -138,12 +138,12 @@ class HeldOut:
         """Return the windows of each batch of this process's share."""
         return self._process_share.batches(len(self.windows), self.batch_size)
 
-    def batches(self) -> Iterator[ScoredBatch]:
+    def batches(self) -> Iterator[Batch]:
         """Yield the batches of this process's share."""
         for indices in self.indices():
             yield self._batch(indices)
 
-    def _batch(self, indices: Sequence[int]) -> ScoredBatch:
+    def _batch(self, indices: Sequence[int]) -> Batch:
         return self.collate([self.windows[i] for i in indices])
 
     # --- metrics of one model ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from accelerate.utils import DistributedType
 
 from ..advice import advice
 from ..errors import UserError
-from ..interfaces import RunConfig
+from ..interfaces import ConfigT, RunConfig
 from ..machine.device_memory import MARGIN
 from ..machine.hardware import free_memory
 from ..parallel.processes import on_main_process
@@ -64,7 +64,7 @@ class Machine:
         )
 
 
-def choose_batch_size(config: RunConfig, accelerator: Accelerator, chunk_rows: ChunkRows) -> tuple[RunConfig, Forecast]:
+def choose_batch_size(config: ConfigT, accelerator: Accelerator, chunk_rows: ChunkRows) -> tuple[ConfigT, Forecast]:
     """Return the RunConfig with a number for `batch_size: auto`, and the forecast, which is logged.
 
     With auto, `gradient_accumulation_steps` is the number of windows per optimizer step and process: they are taken in
@@ -80,7 +80,7 @@ def choose_batch_size(config: RunConfig, accelerator: Accelerator, chunk_rows: C
     return on_main_process(accelerator, lambda: _choose(config, machine, chunk_rows))
 
 
-def _choose(config: RunConfig, machine: Machine, chunk_rows: ChunkRows) -> tuple[RunConfig, Forecast]:
+def _choose(config: ConfigT, machine: Machine, chunk_rows: ChunkRows) -> tuple[ConfigT, Forecast]:
     """Choose the batch size in one process, and log why."""
     fit = None
     with advice("forecast of memory"):
@@ -181,7 +181,7 @@ def _largest_fitting(demand: Demand, step_windows: int, budget: float) -> int:
     return 1
 
 
-def _without_forecast(config: RunConfig, machine: Machine) -> RunConfig:
+def _without_forecast(config: ConfigT, machine: Machine) -> ConfigT:
     """Choose for `batch_size: auto` where nothing is known of the memory that it takes."""
     # micro-batches are halved on CUDA alone: a CPU raises nothing before the system kills
     can_halve = machine.device.type == "cuda"
@@ -201,7 +201,7 @@ def _without_forecast(config: RunConfig, machine: Machine) -> RunConfig:
     return _in_micro_batches(config, windows)
 
 
-def _in_micro_batches(config: RunConfig, windows: int) -> RunConfig:
+def _in_micro_batches(config: ConfigT, windows: int) -> ConfigT:
     """Return the RunConfig whose optimizer steps, as large as before, are taken in micro-batches of so many windows."""
     step_windows = config.training.gradient_accumulation_steps
     training = replace(config.training, batch_size=windows, gradient_accumulation_steps=step_windows // windows)

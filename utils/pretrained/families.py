@@ -5,6 +5,7 @@ Also the parts of a model that transformers calls differently from one architect
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
@@ -15,7 +16,7 @@ REWRITING = {"rescale_every": 0}
 """Settings by which a model changes its weights in evaluation mode, and the values by which it does not."""
 
 
-def auto_class(config: PretrainedConfig) -> type:
+def auto_class(config: PretrainedConfig) -> Any:
     """Return the class of transformers that makes or loads a model with its head."""
     return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 

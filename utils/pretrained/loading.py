@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 from accelerate.utils import align_module_device
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Device = torch.device | str | Mapping[int | str, int]
+Device: TypeAlias = torch.device | str | Mapping[int | str, int]
 """A device; or the bytes that each of several has for a model."""
 
 SAMPLED_VALUES = 64

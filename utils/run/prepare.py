@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from accelerate import Accelerator
@@ -142,7 +142,7 @@ def prepare(config: RunConfig, method: Method, accelerator: Accelerator, today: 
         material.corpus.eval,
         pair.collate,
         pair.tokenizers,
-        config.training.batch_size,
+        cast(int, config.training.batch_size),  # `auto` is a number by now
         prompt=pair.encoder.prompt,
         starts=text_starts(config, pair),
         together=config.teacher.device == teachers.SHARDED,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -16,7 +16,7 @@ from ..errors import value_errors_are_the_users
 from ..evaluation import exported, lm_eval_tasks
 from ..evaluation.held_out import metrics_of
 from ..forecast.batch_size import Forecast
-from ..interfaces import Method, RunConfig, Teacher
+from ..interfaces import Method, RunConfig, Teacher, TeacherElsewhere
 from ..logs.lines import learned_lines
 from ..logs.progress import Progress
 from ..logs.step_logger import StepLogger
@@ -231,10 +231,17 @@ def open_checkpoints(job: Job, teacher: Teacher | None, student: nn.Module, outp
     if job.cache is not None and teacher is not None:
         made_from["teacher"] = {**job.cache.identity, **job.cache.settings}
     elif teacher is not None:
-        made_from["teacher"] = teacher.identity() if teacher.model is None else fingerprint(teacher.model)
+        made_from["teacher"] = teacher_identity(teacher)
 
     keep, may_change = job.config.training.keep_checkpoints, job.config.resume_changed
     return CheckpointStore(output / CHECKPOINTS, keep, made_from, may_change)
+
+
+def teacher_identity(teacher: Teacher) -> str | dict[str, Any]:
+    """Return what makes a teacher the one it is: a fingerprint of its weights, or its own word if it is elsewhere."""
+    if teacher.model is not None:
+        return fingerprint(teacher.model)
+    return cast(TeacherElsewhere, teacher).identity()
 
 
 def teacher_measurement(job: Job, teacher: Teacher | None) -> Callable[[], dict[str, Any]] | None:
@@ -281,7 +288,7 @@ def make_module(job: Job, teacher: Teacher | None, student: nn.Module, plan: Pla
                 job.windows,
                 job.collate,
                 config.router.calibration_windows,
-                config.training.batch_size,
+                cast(int, config.training.batch_size),
                 config.training.seed,
             )
             module.calibrate([batch.to(job.accelerator.device) for batch in batches])

@@ -52,6 +52,10 @@ class CachedJob(Job, Protocol):
     """A job that may have a cache, as `train.Job` may; a dataclass."""
 
     @property
+    def held_out(self) -> HeldOut:
+        """Text that the teacher is evaluated on."""
+
+    @property
     def cache(self) -> TeacherCache | None: ...
 
 
@@ -61,7 +65,7 @@ JobT = TypeVar("JobT", bound=CachedJob)
 class Remember(Protocol):
     """Makes a collator whose batches come with what a cache knows of them (`models.RememberingCollator`)."""
 
-    def __call__(self, collate: Collator, cache: TeacherCache, ahead: bool = True) -> Collator: ...
+    def __call__(self, collate: Any, memory: Any, ahead: bool = True) -> Collator: ...
 
 
 # ----------------------------------------------------------------------------------------- the cache of a job
@@ -202,7 +206,7 @@ class CacheBuilding:
     """A cache and the windows that a run will ask it for."""
 
     cache: TeacherCache
-    windows: Sequence[dict]
+    windows: Any
     """To train on."""
     held_out: HeldOut
     plan: Plan
@@ -340,7 +344,7 @@ class CacheBuilding:
         *,
         batches: Iterable[list[int]],
         collate: Callable[[list[dict]], Batch],
-        compute: Callable[[Batch], Any],
+        compute: Callable[..., Any],
         stop: StopSignal,
     ) -> None:
         """Compute and store the batches of which a window is missing, in all processes."""

@@ -168,7 +168,7 @@ class TeacherCache:
         return {"top_k": self.codec.top_k, "storage": self.codec.storage}
 
     @staticmethod
-    def keys(windows: Iterable[Mapping[str, Any]]) -> list[bytes]:
+    def keys(windows: Iterable[dict[str, Any]]) -> list[bytes]:
         """Return the hashes of the content of windows."""
         return [window_key(window) for window in windows]
 

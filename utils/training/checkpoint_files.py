@@ -51,7 +51,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 def write_manifest(folder: Path, step: int) -> int:
     """List every file of `folder`; return their total size in bytes."""
-    files = {}
+    files: dict[str, dict[str, Any]] = {}
     for file in sorted(folder.iterdir()):
         files[file.name] = {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 

@@ -50,7 +50,7 @@ class HostSum:
 
     def sum_counts(self, counts: Sequence[Mapping[str, int]]) -> dict[str, int]:
         """Return the counts of the whole optimizer step, from those of this process's micro-batches."""
-        sums = []
+        sums: list[float] = []
         for name in self.names:
             sums.append(sum(int(count.get(name, 0)) for count in counts))
 
@@ -105,8 +105,9 @@ class Measured:
         for name, term in output.terms.items():
             self.sums.setdefault(name, []).append(term.sum.detach())
             self.counts[name] = self.counts.get(name, 0) + int(term.count)
-            if getattr(term, "skipped", None) is not None:
-                self.skipped.setdefault(name, []).append(term.skipped)
+            skipped = getattr(term, "skipped", None)
+            if skipped is not None:
+                self.skipped.setdefault(name, []).append(skipped)
 
     def skips(self, name: str, host: HostSum) -> int:
         """Return the items of a term that turned out to say nothing, over all processes."""

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 from ..config.settings import TrainingConfig
 from ..data import batch_order
@@ -25,7 +26,8 @@ class Plan:
     def of(cls, config: TrainingConfig, windows: int, processes: int = 1) -> "Plan":
         """Return the plan of a configuration for so many windows."""
         # Also with several processes a micro-batch is that of each.
-        global_batch = config.batch_size * config.gradient_accumulation_steps * processes
+        micro_batch = cast(int, config.batch_size)  # `auto` is a number by now
+        global_batch = micro_batch * config.gradient_accumulation_steps * processes
         # max_steps replaces epochs.
         total_steps = config.max_steps
         if not total_steps:
@@ -33,7 +35,7 @@ class Plan:
 
         return cls(
             windows=windows,
-            micro_batch=config.batch_size,
+            micro_batch=micro_batch,
             global_batch=global_batch,
             processes=processes,
             total_steps=total_steps,
