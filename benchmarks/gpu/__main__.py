@@ -226,6 +226,8 @@ def _started(command: list[str], errors: TextIO) -> Iterator[subprocess.Popen]:
         text=True,
         start_new_session=True,
     )
+
+    # However the caller ends, by a signal too, nothing of the part stays on the card.
     try:
         yield process
     finally:

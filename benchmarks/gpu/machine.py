@@ -62,7 +62,6 @@ def _copy_speed(bench: Bench) -> float:
     target = torch.zeros_like(source)
 
     measured = measure_fitting({"copy": lambda: target.copy_(source)}, bench.device, bench.scale.repeats)
-    # Every byte is read and written.
     return 2 * bench.scale.copied / seconds(measured.runs["copy"]) / 1e12
 
 

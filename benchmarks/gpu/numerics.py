@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.gpu.made import small_pair, true_pair
@@ -15,33 +15,37 @@ from benchmarks.gpu.settings import Bench
 from benchmarks.gpu.timing import measure_fitting, seconds
 from benchmarks.step_time import random_batch, vocabulary_map
 from models.config import CurriculumConfig, LossConfig, Term
-from models.curriculum import CurriculumScheduler
-from models.distillation_framework import DistillationFramework
+from models.distillation import Distillation, Method
 from models.teacher.frozen import FrozenTeacher
-from models.text.collate import PairCollator
-from models.text.vocabulary import VocabularyMap
-from models.text.windows import PairEncoder
-from models.types import PairedBatch
+from models.types import PairedBatch, TeacherSignal
 
-LENGTH, WINDOWS = 128, 4
+METHOD = Method(curriculum=CurriculumConfig(kd=Term(0.7), lm=Term(0.3)))
+LENGTH = 128
+"""Tokens of a window."""
+WINDOWS = 4
 TOP = 8
 """Outcomes that a quantised teacher is compared in."""
 
 
 @dataclass(frozen=True)
 class Arithmetic:
-    """How a gradient is computed."""
+    """Precision in which a gradient is computed."""
 
     name: str
     weights: torch.dtype
+    """Of the student, and without autocast of the teacher."""
     autocast: torch.dtype | None = None
     """Of the student; the teacher's weights have it."""
     matmul_precision: str = "highest"
+    """As torch names it: "high" allows TF32."""
     loss_scale: float = 1.0
+    """Factor that keeps the gradients of float16 from vanishing."""
 
     def context(self, device: torch.device) -> AbstractContextManager:
         """Return the autocast of the student."""
-        return nullcontext() if self.autocast is None else torch.autocast(device.type, self.autocast)
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(device.type, self.autocast)
 
 
 EXACT = Arithmetic("float64", torch.float64)
@@ -52,23 +56,28 @@ FP16 = Arithmetic("fp16", torch.float32, torch.float16, loss_scale=65536.0)
 
 
 def gradients(bench: Bench) -> Iterator[dict]:
-    """Yield how far loss and gradient of a small pair are from those in float64 on the host."""
-    pair = small_pair(bench)
-    folders = (pair.student, pair.teacher)
-    tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in folders]
-    models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64) for folder in folders]
-    sizes = [model.get_output_embeddings().weight.shape[0] for model in models]
-    vocabulary = VocabularyMap.build(*tokenizers, *sizes)
+    """Yield the distance of a small pair's loss and gradient from those in float64 on the host."""
+    folders = small_pair(bench)
+    pair = Distillation.from_models(
+        student=AutoModelForCausalLM.from_pretrained(folders.student, dtype=torch.float64),
+        teacher=AutoModelForCausalLM.from_pretrained(folders.teacher, dtype=torch.float64),
+        tokenizers={
+            "student": AutoTokenizer.from_pretrained(folders.student),
+            "teacher": AutoTokenizer.from_pretrained(folders.teacher),
+        },
+        max_length=LENGTH // 2 if bench.scale.is_toy else LENGTH,
+        method=METHOD,
+    )
 
-    encoder = PairEncoder(*tokenizers, LENGTH // 2 if bench.scale.is_toy else LENGTH)
-    lines = pair.text.read_text(encoding="utf-8").splitlines()[: 4 * WINDOWS]
-    windows = encoder.windows([json.loads(line)["text"] for line in lines])[:WINDOWS]
-    batch = PairCollator(vocabulary, encoder.end_of_text, LossConfig().max_depth)(windows)
+    # More documents than windows, since some are short.
+    lines = folders.text.read_text(encoding="utf-8").splitlines()[: 4 * WINDOWS]
+    windows = pair.windows([json.loads(line)["text"] for line in lines])
+    batch = pair.collate(windows[:WINDOWS])
 
-    exact_loss, exact_gradient = _gradient(models, batch, vocabulary, EXACT, torch.device("cpu"))
+    exact_loss, exact_gradient = _gradient(pair, batch, EXACT, torch.device("cpu"))
     cases = [FLOAT32, BF16] if bench.device.type == "cpu" else [FLOAT32, TF32, BF16, FP16]
     for case in cases:
-        loss, gradient = _gradient(models, batch, vocabulary, case, bench.device)
+        loss, gradient = _gradient(pair, batch, case, bench.device)
         yield {
             "precision": case.name,
             "loss_off": abs(loss / exact_loss - 1),
@@ -77,18 +86,14 @@ def gradients(bench: Bench) -> Iterator[dict]:
         }
 
 
-def _gradient(
-    models: list[nn.Module], batch: PairedBatch, vocabulary: VocabularyMap, case: Arithmetic, device: torch.device
-) -> tuple[float, Tensor]:
-    """Return (loss, the gradient of all parameters in float64 on the host); models: student and teacher."""
+def _gradient(pair: Distillation, batch: PairedBatch, case: Arithmetic, device: torch.device) -> tuple[float, Tensor]:
+    """Return (loss, the gradient of all parameters in float64 on the host)."""
     torch.set_float32_matmul_precision(case.matmul_precision)
-    student = copy.deepcopy(models[0]).to(device, case.weights)
-    teacher = copy.deepcopy(models[1]).to(device, case.autocast or case.weights)
 
-    loss = LossConfig()
-    terms = CurriculumScheduler(CurriculumConfig(kd=Term(0.7), lm=Term(0.3)), loss, 10)
-    frozen = FrozenTeacher(teacher, vocabulary)
-    framework = DistillationFramework(student, frozen, vocabulary, loss, terms)
+    # Copies: every case starts from the same weights in float64.
+    student = copy.deepcopy(pair.student).to(device, case.weights)
+    teacher = copy.deepcopy(pair.teacher.model).to(device, case.autocast or case.weights)
+    framework = pair.framework(10, student=student, teacher=pair.frozen(teacher))
 
     with case.context(device):
         output = framework(batch.to(device), 0)
@@ -101,24 +106,31 @@ def _gradient(
 
 def quantised(bench: Bench) -> Iterator[dict]:
     """Yield memory, time and agreement of the teacher's weights in 8 and 4 bits beside half precision."""
-    from utils.pretrained import loading, precision
+    from utils.pretrained.loading import load_model
+    from utils.pretrained.precision import check_weights
 
     folder = str(true_pair(bench).teacher)
     vocabulary = vocabulary_map(bench.scale.teacher_vocabulary, bench.scale.student_vocabulary)
-    batch = random_batch(vocabulary, *bench.scale.steps[0]).to(bench.device)
+    windows, length = bench.scale.steps[0]
+    batch = random_batch(vocabulary, windows, length).to(bench.device)
 
+    # The first, in half precision, is what the others are compared with.
     exact = None
-    for weights, dtype in (("float16", torch.float16), ("8bit", torch.float16), ("4bit", torch.float16)):
+    for weights in ("float16", "8bit", "4bit"):
         before = torch.cuda.memory_allocated(bench.device)
-        precision.check_weights(weights, "teacher.dtype", bench.device)
-        model = loading.load_model(folder, "teacher", dtype, bench.device, weights=weights)
+        check_weights(weights, "teacher.dtype", bench.device)
+        model = load_model(folder, "teacher", torch.float16, bench.device, weights=weights)
         size = torch.cuda.memory_allocated(bench.device) - before
 
         teacher = FrozenTeacher(model, vocabulary)
         signal = teacher.signal(batch, TOP)
         exact = exact or signal
-        work = {"signal": lambda teacher=teacher: teacher.signal(batch, LossConfig().top_k)}
-        measured = measure_fitting(work, bench.device, bench.scale.repeats)
+
+        # The default binds this teacher.
+        def compute_signal(teacher: FrozenTeacher = teacher) -> TeacherSignal:
+            return teacher.signal(batch, LossConfig().top_k)
+
+        measured = measure_fitting({"signal": compute_signal}, bench.device, bench.scale.repeats)
 
         yield {
             "weights": weights,
@@ -127,5 +139,7 @@ def quantised(bench: Bench) -> Iterator[dict]:
             "same_most_probable_token": (signal.ids[:, 0] == exact.ids[:, 0]).float().mean().item(),
             "finite": not bool(signal.log_probs.isnan().any()),
         }
-        del model, teacher, work, measured
+
+        # Nothing may keep this model while the memory of the next one is counted.
+        del model, teacher, compute_signal, measured
         torch.cuda.empty_cache()

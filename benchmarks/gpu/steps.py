@@ -23,7 +23,15 @@ from utils.machine.hardware import configure_backends
 
 GIB = 2**30
 T4_CAPABILITY = (7, 5)
-OURS, BARE, PLAIN, TEACHER, LIGER = "this project", "bare models", "plain PyTorch", "its teacher", "Liger"
+LIGER_ROWS = 1024
+"""Rows of logits that Liger's loss has at once."""
+
+# Titles of the works of a step.
+OURS = "this project"
+BARE = "bare models"
+PLAIN = "plain PyTorch"
+TEACHER = "its teacher"
+LIGER = "Liger"
 
 
 def step(bench: Bench, precision: str, as_t4: bool = False) -> Iterator[dict]:
@@ -44,6 +52,8 @@ def step(bench: Bench, precision: str, as_t4: bool = False) -> Iterator[dict]:
             works = PeerWorks(framework, batch, precision)
             for row in _rows(bench, works):
                 yield {"size": f"{windows} x {length}", **row}
+
+            # The works have logits of this size.
             del works
             _free(bench.device)
 
@@ -71,10 +81,10 @@ class PeerWorks(StepWorks):
         with self.autocast():
             logits = self._student_logits()
 
+        # LM at supervised positions, KD at those of them that have a target.
         logits = logits.flatten(0, 1)[self.batch.supervised].float()
         labels = self.batch.labels.flatten()[self.batch.supervised]
         lm = next_token_loss(logits, labels) / len(logits)
-
         kd = kd_loss(logits[self.batch.row_supervised], target, **OPTIONS) / len(target.ids)
         ((LM * lm + KD * kd) * self.loss_scale).backward()
 
@@ -86,25 +96,39 @@ class PeerWorks(StepWorks):
         """
         from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDLoss
 
-        student, teacher = self.framework.student, self.framework.teacher.model
+        student = self.framework.student
+        teacher = self.framework.teacher.model
         weight = student.get_output_embeddings().weight
-        loss = LigerFusedLinearJSDLoss(LM, KD, beta=0.0, compiled=False, chunk_size=1024)
+        teacher_weight = teacher.get_output_embeddings().weight[: len(weight)]
+        loss = LigerFusedLinearJSDLoss(LM, KD, beta=0.0, compiled=False, chunk_size=LIGER_ROWS)
 
         with torch.no_grad():
             teacher_states = body_states(teacher, self.batch.teacher_ids).flatten(0, 1)
         with self.autocast():
             states = body_states(student, self.batch.student_ids).flatten(0, 1)
             rows = torch.arange(len(states), device=states.device) % len(teacher_states)
-            teacher_weight = teacher.get_output_embeddings().weight[: len(weight)]
-            total = loss(states, weight, teacher_states[rows], teacher_weight, self.batch.labels.flatten())
+            labels = self.batch.labels.flatten()
+            total = loss(states, weight, teacher_states[rows], teacher_weight, labels)
         (total * self.loss_scale).backward()
 
 
 def _rows(bench: Bench, works: PeerWorks) -> Iterator[dict]:
-    named = {OURS: works.step, BARE: works.bare_models, PLAIN: works.plain, TEACHER: works.signal}
+    """Yield the rows of one size: works that were measured, then those that were not and why."""
+    named = {
+        OURS: works.step,
+        BARE: works.bare_models,
+        PLAIN: works.plain,
+        TEACHER: works.signal,
+    }
     if importlib.util.find_spec("liger_kernel"):
         named[LIGER] = works.liger
-    measured = measure_fitting(named, bench.device, bench.scale.repeats, works.clear, foreign={LIGER})
+    measured = measure_fitting(
+        named,
+        bench.device,
+        repeats=bench.scale.repeats,
+        before=works.clear,
+        foreign={LIGER},
+    )
 
     for name, runs in measured.runs.items():
         row = {
@@ -114,6 +138,7 @@ def _rows(bench: Bench, works: PeerWorks) -> Iterator[dict]:
             "tokens_per_s": works.batch.counts["lm"] / seconds(runs),
             "MiB_above_models": max(run.peak for run in runs) / 2**20,
         }
+        # A card that is too small for the bare models has no ratio.
         if BARE in measured.runs:
             row["times_bare"] = ratio(runs, measured.runs[BARE])
         yield row
@@ -132,29 +157,33 @@ def forecast(bench: Bench) -> Iterator[dict]:
     configure_backends(bench.device)
 
     for precision in bench.precisions():
+        # The time goes to the precisions that people train in.
         if precision == "no":
-            continue  # the time goes to the precisions that people train in
+            continue
 
         for windows, length in bench.scale.steps:
             row = {"precision": precision, "size": f"{windows} x {length}"}
             try:
-                yield row | _peak_and_forecast(bench, precision, windows, length)
+                yield row | _peak_and_forecast(bench, precision, windows=windows, length=length)
             except torch.OutOfMemoryError:
                 yield row | {"result": "out of memory"}
             _free(bench.device)
 
 
-def _peak_and_forecast(bench: Bench, precision: str, windows: int, length: int) -> dict:
+def _peak_and_forecast(bench: Bench, precision: str, *, windows: int, length: int) -> dict:
+    """Train, and return the peak of memory in GiB beside its forecast."""
     vocabulary = _vocabulary(bench)
+
+    # Both count the models, too.
     before = torch.cuda.memory_allocated(bench.device)
     framework = _framework(bench, vocabulary, precision)
 
     torch.cuda.reset_peak_memory_stats(bench.device)
-    _train_two_steps(framework, vocabulary, precision, windows, length)
+    _train_two_steps(framework, vocabulary, precision, windows=windows, length=length)
     peak = torch.cuda.max_memory_allocated(bench.device) - before
     reserved = torch.cuda.max_memory_reserved(bench.device)
 
-    predicted = _predicted(bench, framework, precision, windows, length)
+    predicted = _predicted(bench, framework, precision, windows=windows, length=length)
     return {
         "peak_GiB": peak / GIB,
         "reserved_GiB": reserved / GIB,
@@ -164,7 +193,12 @@ def _peak_and_forecast(bench: Bench, precision: str, windows: int, length: int) 
 
 
 def _train_two_steps(
-    framework: DistillationFramework, vocabulary: VocabularyMap, precision: str, windows: int, length: int
+    framework: DistillationFramework,
+    vocabulary: VocabularyMap,
+    precision: str,
+    *,
+    windows: int,
+    length: int,
 ) -> None:
     """Train with the project's own loop and optimizer: two steps of two micro-batches."""
     from utils.config.settings import TrainingConfig
@@ -173,13 +207,15 @@ def _train_two_steps(
     from utils.training.loop import fit
     from utils.training.options import LoopOptions
 
-    config = TrainingConfig(batch_size=windows, gradient_accumulation_steps=2, epochs=1, max_steps=2)
     collate = PairCollator(vocabulary, (None, None), LossConfig().max_depth)
+    text = random_windows(vocabulary, 4 * windows, length)
+    config = TrainingConfig(batch_size=windows, gradient_accumulation_steps=2, epochs=1, max_steps=2)
     options = LoopOptions(logger=StepLogger(None, 10**6, 100, main_process=False))
+
     with temporary_accelerator(precision, cpu=False) as accelerator:
         fit(
             framework,
-            random_windows(vocabulary, 4 * windows, length),
+            text,
             collate,
             config,
             accelerator=accelerator,
@@ -187,7 +223,14 @@ def _train_two_steps(
         )
 
 
-def _predicted(bench: Bench, framework: DistillationFramework, precision: str, windows: int, length: int) -> int:
+def _predicted(
+    bench: Bench,
+    framework: DistillationFramework,
+    precision: str,
+    *,
+    windows: int,
+    length: int,
+) -> int:
     """Return the bytes that train.py would log for such a run, without those of CUDA itself."""
     import train
     from benchmarks.memory_forecast import forecast_on
@@ -200,7 +243,9 @@ def _predicted(bench: Bench, framework: DistillationFramework, precision: str, w
         data=DataConfig(train=["text"], max_length=length),
         training=TrainingConfig(batch_size=windows, mixed_precision=precision),
     )
-    parts = forecast_on(bench.device, config, framework.student.config, teacher.config)
+    parts = forecast_on(bench.device, config, student=framework.student.config, teacher=teacher.config)
+
+    # torch's counters do not see CUDA's own memory.
     return sum(parts.values()) - parts["runtime"]
 
 
@@ -208,6 +253,7 @@ def _predicted(bench: Bench, framework: DistillationFramework, precision: str, w
 
 
 def _vocabulary(bench: Bench) -> VocabularyMap:
+    """Return a random map between vocabularies of the scale's sizes."""
     return vocabulary_map(bench.scale.teacher_vocabulary, bench.scale.student_vocabulary)
 
 
@@ -225,7 +271,7 @@ def _framework(bench: Bench, vocabulary: VocabularyMap, precision: str) -> Disti
 
 
 def _free(device: torch.device) -> None:
-    """Give back what measurements of another size held."""
+    """Give the memory of a measured size back to the card."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
