@@ -167,27 +167,19 @@ def train_student(
     logger = open_logger(job, plan, output, session, resume_from)
 
     module = make_module(job, teacher, student, plan, is_new=resume_from is None)
-    if resume_from is None:
-        # Of a resumed run all of this was done before, and cannot be seen in the weights.
-        [batch] = loader.some_batches(job.windows, job.collate, 1, 1, config.training.seed)
-        dry_run.try_modes(module, student, batch, accelerator, compares=teacher is not None)
-        session.on_main(store.rehearse)
-
-    forced_bos = job.held_out.starts["student"].forced_bos
-    export.rehearse_export(student, config.student, job.tokenizer, forced_bos)
+    rehearse(job, module, store, session, is_new=resume_from is None, compares=teacher is not None)
     start = job.held_out.measure_start(student, teacher_measurement(job, teacher), output)
 
     evaluate = partial(evaluation_record, job, module)
     if resume_from is None:
         logger.evaluation({"step": 0, "split": "eval", **metrics_of(start["initial_student"])})
-    flags = RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=session.is_main)
     options = LoopOptions(
         logger=logger,
         evaluate=evaluate,
         evaluate_every=config.evaluation.every,
         checkpoints=store,
         resume_from=resume_from,
-        flags=flags,
+        flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=session.is_main),
         stop=session.stop,
         num_workers=config.data.num_workers,
         term_gradients=config.logging.term_gradients,
@@ -206,6 +198,22 @@ def train_student(
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(module, result, start)
+
+
+def rehearse(job: Job, module: Any, store: CheckpointStore, session: Session, *, is_new: bool, compares: bool) -> None:
+    """Try once, before hours are spent, everything that a run does later: its modes, a checkpoint, the export.
+
+    Args:
+        is_new: of a resumed run its modes and checkpoints were tried before.
+        compares: a teacher is there to be compared with.
+    """
+    if is_new:
+        [batch] = loader.some_batches(job.windows, job.collate, 1, 1, job.config.training.seed)
+        dry_run.try_modes(module, module.student, batch, job.accelerator, compares=compares)
+        session.on_main(store.rehearse)
+
+    forced_bos = job.held_out.starts["student"].forced_bos
+    export.rehearse_export(module.student, job.config.student, job.tokenizer, forced_bos)
 
 
 def evaluation_record(job: Job, module: Any, step: int) -> dict[str, Any]:
