@@ -7,7 +7,7 @@ Flat index of student position (b, j): b * S + j; of teacher position (b, k): b 
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ _Self = TypeVar("_Self", bound="_Movable")
 
 class _Movable:
     """A dataclass whose tensors go from place to place together."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def to(self: _Self, device: torch.device | str, non_blocking: bool = False) -> _Self:
         """Return a copy with its tensors on a device."""

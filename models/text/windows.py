@@ -12,7 +12,7 @@ Shapes: T tokens of a reading, C common cuts of a document.
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -123,7 +123,7 @@ class PairEncoder:
             for side, tokenizer, rows, start in zip(SIDES, pair, facts.rows, facts.text_starts, strict=True)
         )
         self.max_length = max_length
-        self.end_of_text = tuple(table.end_of_text for table in self.tables)
+        self.end_of_text = (self.tables[0].end_of_text, self.tables[1].end_of_text)
         self.starts = [_start_ids(table) for table in self.tables]
 
         # A window needs no start marker between two documents where the end of the first is one.
@@ -446,7 +446,7 @@ def _supervised_ends(reading: Reading) -> np.ndarray:
     return np.where(reading.roles != MARKER, reading.ends, -1)
 
 
-def _reading(window: dict[str, Any], side: str) -> Reading:
+def _reading(window: Mapping[str, Any], side: str) -> Reading:
     """Return one side of a window."""
     # int64, since differences of bytes and indices are made of the columns
     columns = {}
