@@ -23,7 +23,7 @@ from torch import nn
 
 import train
 from models import self_check
-from models.config import CurriculumConfig, Ramp, Schedule, Term
+from models.config import CurriculumConfig, Ramp, Term
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.losses.chunk_size import chunk_rows
@@ -76,7 +76,8 @@ def hidden_states(bench: Bench) -> self_check.HiddenStates:
     """Count the models that keep hidden states along a ramp from 0 to 0.1."""
     ramp = Ramp(((0.0, 0.0), (1.0, 0.1)))
     routed = bench.distillation(weights=dict.fromkeys(ROUTER_TERMS, ramp))
-    return self_check.hidden_states(routed, bench.distillation(), bench.job.collate(bench.windows))
+    batch: Any = bench.job.collate(bench.windows)  # a PairedBatch
+    return self_check.hidden_states(routed, bench.distillation(), batch)
 
 
 def label_shift_of_architecture(setup: SetUp) -> Measured:
@@ -132,9 +133,9 @@ def router_at_start(setup: SetUp, job: Job) -> Measured:
         return Measured(f"not measured: {obstacle}", limit.text, passed=True)
 
     # Real weights on both sides: the terms depend on how much the two models have in common.
-    config = job.config
+    config: Any = job.config  # a train.RunConfig
     student = make_student(config.student, config.training, job.accelerator).eval()
-    teacher = stages.load_teacher(job)
+    teacher: Any = stages.load_teacher(job)  # a FrozenTeacher or CachedTeacher
     scheduler = CurriculumScheduler(config.curriculum, config.loss, 1)
     module = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)
 
@@ -454,7 +455,7 @@ def tiny_subjects(folder: Path) -> dict[str, Any]:
         job = prepare(config, config.method, build_accelerator("no", cpu=True))
 
     # A run calibrates its router before the first step, too.
-    def join(student: nn.Module, teacher: nn.Module, weights: Mapping[str, Schedule]) -> DistillationFramework:
+    def join(student: nn.Module, teacher: nn.Module, weights: Mapping[str, Any]) -> DistillationFramework:
         frozen = FrozenTeacher(teacher, job.vocabulary)
         module = self_check.assemble(student, frozen, job.vocabulary, **weights)
         if module.router is not None:
@@ -570,7 +571,8 @@ def run_checks(setup: SetUp, job: Job) -> Iterator[str | Check]:
 
     # No check, but something that only a person can judge: a decoded window.
     yield "  " + "\n  ".join(stages.example_of_learning(job))
-    if job.collate.router is not None:
+    collate: Any = job.collate  # a PairCollator, or one that remembers
+    if collate.router is not None:
         yield ROUTER.check(subjects)
 
 

@@ -7,7 +7,7 @@ Flat index of student position (b, j): b * S + j; of teacher position (b, k): b 
 """
 
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -22,15 +22,17 @@ _Self = TypeVar("_Self", bound="_Movable")
 class _Movable:
     """A dataclass whose tensors go from place to place together."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     def to(self: _Self, device: torch.device | str, non_blocking: bool = False) -> _Self:
         """Return a copy with its tensors on a device."""
         moved = {name: value.to(device, non_blocking=non_blocking) for name, value in _movable_fields(self).items()}
-        return replace(self, **moved)  # type: ignore[type-var]  # every subclass is a dataclass
+        return replace(self, **moved)
 
     def pin_memory(self: _Self) -> _Self:
         """Return a copy whose tensors the host need not wait for when they are copied to a GPU."""
         pinned = {name: value.pin_memory() for name, value in _movable_fields(self).items()}
-        return replace(self, **pinned)  # type: ignore[type-var]
+        return replace(self, **pinned)
 
 
 def _movable_fields(instance: Any) -> dict[str, Any]:

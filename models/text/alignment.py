@@ -162,7 +162,7 @@ def _by_bytes(
         pieces=_pieces(student, teacher, anchors),
         student_spans=spans.student,
         teacher_spans=spans.teacher,
-        spans=spans.count,
+        spans=spans.number,
     )
 
 
@@ -256,7 +256,7 @@ class _Spans(NamedTuple):
     """Span of each predicted student token, or -1."""
     teacher: np.ndarray
     """Span of each predicted teacher token, or -1."""
-    count: int
+    number: int
 
 
 def _spans(student: Reading, teacher: Reading) -> _Spans:
@@ -269,7 +269,7 @@ def _spans(student: Reading, teacher: Reading) -> _Spans:
         return _Spans(
             student=np.full(len(student.ids), -1),
             teacher=np.full(len(teacher.ids), -1),
-            count=0,
+            number=0,
         )
 
     # A stretch between two boundaries is a span if neither side leaves bytes of it out or changes them.
@@ -293,7 +293,7 @@ def _spans(student: Reading, teacher: Reading) -> _Spans:
     return _Spans(
         student=numbers[stretches[0]],
         teacher=numbers[stretches[1]],
-        count=int(is_span.sum()),
+        number=int(is_span.sum()),
     )
 
 

@@ -91,7 +91,7 @@ class Place:
 
     def slots(self) -> list[int]:
         """Return the bytes before the contents, where a space that a token has in front of a content may lie."""
-        slots = []
+        slots: list[int] = []
         for content in self.contents:
             slots += range(content.lead, content.begin)
         return slots
@@ -125,7 +125,7 @@ def _place(stretches: Sequence[Sequence[Segment]], byte: int) -> Place:
     common.discard(None)  # the templates' own text
     markup = [_markup(stretch, common) for stretch in stretches]
 
-    contents = []
+    contents: list[PlacedContent] = []
     for piece in stretches[0]:
         if piece.field not in common:
             continue
@@ -629,7 +629,7 @@ class ChatEncoder(PairEncoder):
             with named(name):
                 conversation = self._understood(json.loads(text))
                 for renderings in conversation.renderings:
-                    piece, bytes_behind = self._piece(name, conversation, renderings)
+                    piece, bytes_behind = self._rendered_piece(name, conversation, renderings)
                     left_out += bytes_behind
                     if piece is not None:
                         pieces.append(piece)
@@ -932,7 +932,7 @@ class ChatEncoder(PairEncoder):
 
     # ------------------------------------------------------------ renderings -> piece of a window
 
-    def _piece(
+    def _rendered_piece(
         self,
         name: str,
         conversation: Understood,
@@ -973,9 +973,9 @@ class ChatEncoder(PairEncoder):
         slots = [byte for place in places for byte in place.slots()]
         readings = []
         unspelt = []
-        for side, reading in enumerate(pair):
-            readings.append(reading.part(0, cut.counts[side]))
-            unspelt.append(text_bytes - self._spelt_bytes(side, readings[side], slots))
+        for number, reading in enumerate(pair):
+            readings.append(reading.part(0, cut.counts[number]))
+            unspelt.append(text_bytes - self._spelt_bytes(number, readings[number], slots))
 
         piece = Piece(
             document=name,

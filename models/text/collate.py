@@ -350,7 +350,7 @@ class _TeacherOrder(NamedTuple):
     deep_before: np.ndarray
     deep_width: np.ndarray
 
-    def fields(self) -> dict[str, Tensor | np.ndarray]:
+    def fields(self) -> dict[str, Any]:
         """Return the fields of a batch: tensors, but for the two that stay on the host, where chunks are cut."""
         return {
             "teacher_held": _tensor(self.teacher_held),

@@ -12,7 +12,7 @@ Shapes: T tokens of a reading, C common cuts of a document.
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -447,7 +447,7 @@ def _supervised_ends(reading: Reading) -> np.ndarray:
     return np.where(reading.roles != MARKER, reading.ends, -1)
 
 
-def _reading(window: dict[str, Any], side: str) -> Reading:
+def _reading(window: Mapping[str, Any], side: str) -> Reading:
     """Return one side of a window."""
     # int64, since differences of bytes and indices are made of the columns
     columns = {}

@@ -64,7 +64,7 @@ def kernels() -> Measured:
 
 
 class ProductError(NamedTuple):
-    choice: hardware.Choice[str]
+    choice: hardware.Choice[hardware.Precision]
     """The precision of the run, and why."""
     error: float
     """Relative error of a matrix product in that precision."""

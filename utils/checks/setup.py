@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from .. import files
 from ..advice import reason
 from ..config.plain import to_plain
-from ..config.settings import ModelConfig
+from ..config.settings import ModelConfig, StudentConfig
 from ..data import delivery
 from ..data import documents as text_documents
 from ..data.batch_order import permutation
@@ -61,6 +61,11 @@ class SetUp:
         return int(min(self.config.data.max_length, *limits))
 
 
+def _batch_size(config: RunConfig) -> int:
+    """Return the windows of a micro-batch; the checks put a number in the place of `auto` before anything else."""
+    return config.training.batch_size  # type: ignore[return-value]
+
+
 # ---------------------------------------------------------------------------------------------- text
 
 
@@ -71,7 +76,7 @@ def duplicates(job: Job) -> Measured:
     deliveries = [
         delivery.delivery(
             windows,
-            micro_batch=job.config.training.batch_size,
+            micro_batch=_batch_size(job.config),
             num_workers=job.config.data.num_workers,
             processes=processes,
         )
@@ -156,7 +161,7 @@ def spelt_text(job: Job, sides: Sequence[str]) -> Measured:
 def models(setup: SetUp) -> Measured:
     """Look for the weights of the models, and load those that are small enough."""
     # A student that starts at random needs no weights.
-    roles = []
+    roles: list[tuple[str, ModelConfig | StudentConfig, PretrainedConfig]] = []
     if setup.config.student.init == "pretrained":
         roles.append(("student", setup.config.student, setup.student))
     if setup.teacher:
@@ -179,7 +184,7 @@ def models(setup: SetUp) -> Measured:
     return Measured(value or "random start, no teacher", "weights are there", passed=not missing)
 
 
-def _examine_weights(role: str, model: ModelConfig, shape: PretrainedConfig) -> tuple[bool, str]:
+def _examine_weights(role: str, model: ModelConfig | StudentConfig, shape: PretrainedConfig) -> tuple[bool, str]:
     """Load a small model, and look at the folder of a large one; returns (it can be loaded, a note about it)."""
     # Loading is the sure test, but takes too long for a large model, of which only the files are looked at.
     folder = Path(locate.locate(model.name, role))
@@ -247,7 +252,7 @@ class RouterBatches(NamedTuple):
 def router_batches(job: Job) -> RouterBatches:
     """Draw batches of the training text: some to calibrate a router on, and as many others to measure it on."""
     training = job.config.training
-    size = min(training.batch_size, ROUTED_WINDOWS)
+    size = min(_batch_size(job.config), ROUTED_WINDOWS)
     count = ROUTED_WINDOWS // size
 
     # A random order, that of the run's first epoch.
@@ -298,7 +303,7 @@ def _memory(setup: SetUp) -> Measured:
 
     # With a complete cache the teacher is not loaded at all.
     spares_teacher = step_memory.spares_teacher(setup.config)
-    parts = replace(demand, apart=demand.apart or spares_teacher).memory(training.batch_size)
+    parts = replace(demand, apart=demand.apart or spares_teacher).memory(_batch_size(setup.config))
     condition = ", if the teacher cache is complete" if spares_teacher else ""
 
     free = hardware.free_memory(device)

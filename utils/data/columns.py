@@ -208,7 +208,7 @@ def _message(place: str, message: Any, unread: Unread | None) -> dict[str, Any]:
     for key, value in (("role", role), ("content", content)):
         if not isinstance(value, str):
             raise UserError(f"{place}: expected text as its {key}, got {type(value).__name__}.")
-    result = {"role": as_text(place, role), "content": as_text(place, content)}
+    result: dict[str, Any] = {"role": as_text(place, role), "content": as_text(place, content)}
 
     # Data sets that were merged may have several of these keys, all but one of them empty.
     reasoning = [message[key] for key in REASONING if message.get(key)]

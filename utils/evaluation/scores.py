@@ -130,8 +130,8 @@ def token_nll(
                 total += nll
                 count += tokens
 
-    total, count = sum_over_processes([total, count], accelerator)
-    return total, round(count)
+    summed_nll, summed_count = sum_over_processes([total, count], accelerator)
+    return summed_nll, round(summed_count)
 
 
 def evaluate(

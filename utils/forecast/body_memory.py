@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -143,7 +144,8 @@ def _measure_shallow(config: PretrainedConfig, run: BodyRun) -> Body:
         _without_attention_dropout(config)
 
     with FakeTensorMode(), _silenced(FAKE_TENSORS):
-        model = auto_class(config).from_config(config, dtype=run.dtype).train(run.trained)
+        kind: Any = auto_class(config)
+        model = kind.from_config(config, dtype=run.dtype).train(run.trained)
         if run.recomputes:
             recompute_layers(model)
 
@@ -219,7 +221,8 @@ def require_parallel(config: PretrainedConfig) -> None:
 def _operations(config: PretrainedConfig, length: int) -> int:
     """Count the operations of a forward through a body, without content."""
     with FakeTensorMode(), _silenced(FAKE_TENSORS), torch.no_grad():
-        model = auto_class(config).from_config(config, dtype=torch.float32).eval()
+        kind: Any = auto_class(config)
+        model = kind.from_config(config, dtype=torch.float32).eval()
         ids = torch.zeros(1, length, dtype=torch.long)
         with _LiveBytes([]) as live:
             _states(model, ids)

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig
@@ -35,7 +36,8 @@ class Shape:
         """
         try:
             with torch.device("meta"):
-                model = auto_class(config).from_config(config)
+                kind: Any = auto_class(config)
+                model = kind.from_config(config)
         except Exception as error:  # whatever an architecture raises for a value that it does not know
             raise UserError(
                 f"{config.name_or_path or 'the model'}: transformers cannot make a {config.model_type} model of its "

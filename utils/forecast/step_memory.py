@@ -298,7 +298,7 @@ class StepMemory:
     def evaluation(self) -> Breakdown:
         """Peak of an evaluation between two steps, window by window: without gradients, with float32 weights."""
         demand = self.demand
-        breakdown = {"evaluation logits": demand.length * self.student.vocabulary * EVALUATED_LOGIT}
+        breakdown: Breakdown = {"evaluation logits": demand.length * self.student.vocabulary * EVALUATED_LOGIT}
 
         # `float32_evaluation` copies half-precision weights; those of a full student are float32 already
         has_half_weights = demand.student_dtype.itemsize < FLOAT32 and demand.lora.base not in QUANTISED
@@ -441,7 +441,7 @@ def demand_of(config: RunConfig, setting: StepSetting) -> Demand:
         student_dtype=frozen_dtype(lora.base, device, setting.precision).value,
         teacher_dtype=frozen_dtype(config.teacher.dtype, device, setting.precision).value,
         rows=rows,
-        top_k=config.loss.top_k,
+        top_k=config.loss.top_k,  # type: ignore[arg-type]  # a number in every LossConfig
         on_gpu=device.type == "cuda",
         lora=lora,
         recomputes=config.training.gradient_checkpointing,

@@ -342,8 +342,7 @@ def _magnify_end(panel: Axes, curves: Mapping[str, tuple[Sequence[int], Sequence
     last = max(x[-1] for x, _ in curves.values())
     ends = {}
     for key, (x, y) in curves.items():
-        points = zip(x, y, strict=True)
-        ends[key] = [(step, bits) for step, bits in points if step >= last / 2]
+        ends[key] = [(step, bits) for step, bits in zip(x, y, strict=True) if step >= last / 2]
 
     # One curve has nothing to differ from, and two points make no curve.
     if len(curves) < 2 or min(len(points) for points in ends.values()) < 3:

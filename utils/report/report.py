@@ -38,27 +38,27 @@ def write_report(
         the results as they stand in the JSON file.
     """
     folder = Path(output_dir)
-    results = json_safe(results)
+    safe: dict[str, Any] = json_safe(results)
     records = _records(folder / METRICS if metrics is None else metrics)
     baseline = _records(baseline_metrics)
 
     # How layers are matched changes during the run; the report shows how it ended.
     routed = [record for record in records if record.get("routing")]
     if routed:
-        results["routing"] = {"step": routed[-1]["step"], **routed[-1]["routing"]}
-    write_json(folder / REPORT_JSON, results)
+        safe["routing"] = {"step": routed[-1]["step"], **routed[-1]["routing"]}
+    write_json(folder / REPORT_JSON, safe)
 
     # From here on what was measured is on the disk: a fault in a picture or a page must not end the run.
     with advice(CURVES):
-        draw_curves(folder / CURVES, records, results, baseline)
+        draw_curves(folder / CURVES, records, safe, baseline)
     if routed:
         with advice(ROUTING):
-            draw_routing(folder / ROUTING, results["routing"])
+            draw_routing(folder / ROUTING, safe["routing"])
     with advice(REPORT_MD):
-        write_text(folder / REPORT_MD, markdown(results))
+        write_text(folder / REPORT_MD, markdown(safe))
     with advice(REPORT_HTML):
-        _write_page(folder, results, _pictures(records, results, baseline))
-    return results
+        _write_page(folder, safe, _pictures(records, safe, baseline))
+    return safe
 
 
 def _write_page(folder: Path, results: Mapping[str, Any], pictures: Sequence[str]) -> None:
