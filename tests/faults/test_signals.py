@@ -20,7 +20,7 @@ import os, signal, sys
 sys.path.insert(0, {root!r})
 os.environ["HF_DATASETS_CACHE"] = {cache!r}  # no windows of an earlier run: they have to be made
 import train
-from utils import data
+from utils.data import windows as data
 
 data.IN_MEMORY_BYTES, data.DOCUMENTS_PER_PACK = 0, 30
 training_process, pack = os.getpid(), data._Pack.__call__

@@ -45,6 +45,7 @@ def export(
     with advice("model card"):
         card = model_card(settings, results)
 
+    # Settings that `keep_weights` changed for training are put back meanwhile.
     original = loading.load_config(config.name, "student")
     with families.exportable_config(student.config, original):
         model_export.export(student, tokenizer, folder, card)

@@ -40,6 +40,7 @@ def check(folder: Path, config: Mapping[str, Any], resume: str) -> None:
     if cache := config.get("cache", {}).get("folder"):
         _check_cache_folder(user_path(cache))
 
+    # Trying tells more than permissions do: a full or read-only disk too.
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -138,6 +139,7 @@ def _obstacles(folder: Path) -> list[str]:
         elif path.exists() and not path.is_file():
             problems.append(f"{name} is a device or a pipe, not a file")
 
+    # The other way round: a file where a folder will be.
     for name in FOLDERS:
         path = folder / name
         if path.exists() and not path.is_dir():

@@ -121,6 +121,7 @@ def prepare(config: RunConfig, method: Method, accelerator: Accelerator, today: 
     Raises:
         UserError: the models, the text or the settings do not fit one another, or the disk is too full.
     """
+    # A device that is not there is found before anything is read.
     teacher_device = teachers.choose_teacher_device(config, accelerator)
     named = load_named(config)
     require_widths_and_disk(config, method, named)
@@ -164,6 +165,7 @@ def prepare(config: RunConfig, method: Method, accelerator: Accelerator, today: 
 
 def load_named(config: RunConfig) -> Named:
     """Load tokenizers and configurations; a run without a teacher has the student's for both."""
+    # Windows are made for two sides; without a teacher both read with the student's tokenizer.
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
     students.check(config.student)
     tokenizers = loading.load_each(loading.load_tokenizer, names)
@@ -181,7 +183,9 @@ def require_widths_and_disk(config: RunConfig, method: Method, named: Named) -> 
     with value_errors_are_the_users():
         method.check_widths(**widths)
 
+    # An estimate that fails is no reason not to train.
     with advice("forecast of disk"):
+        # the comparison without the teacher keeps checkpoints of its own
         runs = 1 + config.evaluation.without_teacher
         student = Shape.of(named.shapes["student"])
         needed = disk.disk(student, config.training, config.student.lora, runs=runs)
@@ -194,6 +198,7 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
     with value_errors_are_the_users(), documents.errors_name_their_document(config.data):
         corpus = documents.load_documents(config.data)
 
+        # Only the text tells whether chat templates are needed.
         tokenizers = named.tokenizers
         if corpus.conversations and named.decoder_starts is None:
             tokenizers, notes = method.chat_tokenizers(tokenizers)
@@ -214,6 +219,7 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
         for note in pair.encoder.notes(corpus.train):
             log.warning("%s", note)
 
+        # Windows are kept on disk under a hash of all that they depend on, so a second run does not cut them again.
         room = Room(length, pair.encoder.least_length)
         packing = {
             "encode": pair.encoder.windows,
@@ -224,6 +230,7 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
         windows = make_windows(corpus.train, kind="training", **packing)
         held_out = make_windows(corpus.eval, kind="held-out", **packing)
 
+    # What was left out is told once, here, where it can still be put right.
     for role, table in zip(named.shapes, pair.encoder.tables, strict=True):
         if table.beyond_rows:
             left_out = ", ".join(table.beyond_rows)
@@ -240,6 +247,7 @@ def text_starts(config: RunConfig, pair: Pair) -> dict[str, TextStart]:
     """Return what each model reads before a text, and behind which tokens it is worth measuring a plain one."""
     starts = {}
     for role, table, ids in zip(("student", "teacher"), pair.encoder.tables, pair.encoder.starts, strict=True):
+        # A model with random weights has no opinion on how a text starts.
         is_untrained = role == "student" and config.student.init == "random"
         is_plain = pair.encoder.prompt is None
         candidates = table.start_candidates if is_plain and not is_untrained else ()
@@ -257,6 +265,7 @@ def identity(config: RunConfig, accelerator: Accelerator, material: Material, he
         "tokenizers_and_length": encoder.fingerprint,
         "mixed_precision": accelerator.mixed_precision,
     }
+    # Only where a template writes the date does the day belong to what is continued.
     if encoder.day is None:
         return dict(facts)
     return {**facts, conversation_date.IDENTITY: str(encoder.day)}

@@ -78,6 +78,7 @@ def material(cache: Path | None = None) -> Material:
     Raises:
         UserError: the cache folder cannot be written to, or Python came without its sources.
     """
+    # Named by what it is made from: another Python, or other models, get a folder of their own.
     folder = (cache or cache_dir()) / f"quickstart-{_python_key()}"
     if not folder.is_dir():
         try:
@@ -204,6 +205,7 @@ def scratch_folder(folder: Path) -> Path:
     stem = f"{folder.name}.run-{platform.node()}-"
     scratch = folder.with_name(f"{stem}{os.getpid()}")
 
+    # What a killed process had trained is gone on with, as in any run that is resumed.
     for other in sorted(folder.parent.glob(f"{stem}*")):
         process = other.name.removeprefix(stem)
         is_abandoned = process.isdecimal() and not psutil.pid_exists(int(process))
@@ -221,6 +223,7 @@ def put_into_place(made: Path, folder: Path) -> None:
         if not folder.is_dir():
             raise
 
+    # The run is of no use beside its student.
     shutil.rmtree(made, ignore_errors=True)
 
 

@@ -57,6 +57,7 @@ class Session:
             raise UserError(remedy)
         requirements.check(config, device.value)
 
+        # Precision and processes follow from the device, and everything after them from the processes.
         output = Path(config.output_dir)
         precision = hardware.choose_precision(config.training.mixed_precision, device.value)
         accelerator = build_accelerator(
@@ -66,6 +67,7 @@ class Session:
             folder=output,
         )
 
+        # One process writes, so one process looks; a refusal is raised in all of them.
         def check_folders() -> None:
             run_folder.check(output, to_plain(config), config.resume)
             CheckpointStore(output / CHECKPOINTS).check_path(config.resume)
@@ -73,6 +75,7 @@ class Session:
 
         on_main_process(accelerator, check_folders)
 
+        # The folder is this run's now, and the log goes there.
         setup_logging(output, main_process=accelerator.is_main_process)
         log.info("%s", recipe)
         backend = hardware.configure_backends(device.value)

@@ -76,6 +76,7 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
         session.notes["conversation date"] = f"{today.day}: {today.reason}"
         log.info("a chat template writes the date: for this run it is always %s, %s", today.day, today.reason)
 
+    # A GPU that nobody uses is the commonest oversight on a machine with two.
     used_here = teachers.gpus_used(job.config, job.accelerator.device, job.teacher_device)
     if unused := hardware.unused_gpus(job.accelerator.num_processes, used_here):
         log.warning(unused)
@@ -120,6 +121,7 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
     if job.cache is None:
         return load_teacher(job)
 
+    # The windows of the whole run are known, and so is what the cache lacks of them.
     building = CacheBuilding.of(job)
     builds_whole_cache = job.config.cache.build_only
     if not building.needs_teacher(set() if builds_whole_cache else job.method.state_terms):
@@ -136,6 +138,7 @@ def load_teacher(job: Job) -> Teacher | None:
     if job.config.teacher.name is None:
         return None
 
+    # Random weights learn faster with terms on hidden states, which nobody would guess.
     if job.config.student.init == "random" and not job.method.compares_states:
         log.info(students.RANDOM_HINT)
     model = teachers.load(job)
@@ -162,6 +165,7 @@ def train_student(
     plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
     student = students.make(config.student, config.training, accelerator)
 
+    # Where a run goes on decides what is written anew and what is tried before.
     store = open_checkpoints(job, teacher, student, output)
     resume_from = session.on_main(lambda: store.resume_point(resume))
     logger = open_logger(job, plan, output, session, resume_from)
@@ -170,6 +174,7 @@ def train_student(
     rehearse(job, module, store, session, is_new=resume_from is None, compares=teacher is not None)
     start = job.held_out.measure_start(student, teacher_measurement(job, teacher), output)
 
+    # Step 0 of the curves; a resumed run has it in its metrics already.
     evaluate = partial(evaluation_record, job, module)
     if resume_from is None:
         logger.evaluation({"step": 0, "split": "eval", **metrics_of(start["initial_student"])})
@@ -191,6 +196,7 @@ def train_student(
     result = fit(module, job.windows, job.collate, config.training, accelerator=accelerator, options=options)
     _say_if_nothing_was_left(result, plan)
 
+    # The last step is evaluated however the run ended, unless a signal wants it gone.
     was_evaluated = session.on_main(lambda: logger.has_evaluation(result.steps))
     if result.stopped_by not in EXIT_CODES and not was_evaluated:
         logger.evaluation(evaluate(result.steps))
@@ -236,6 +242,7 @@ def open_checkpoints(job: Job, teacher: Teacher | None, student: nn.Module, outp
         **job.fingerprint,
         "student": fingerprint(student, values=job.config.student.init == "pretrained"),
     }
+    # A cache stands for its teacher: another teacher's cache is another run.
     if job.cache is not None and teacher is not None:
         made_from["teacher"] = {**job.cache.identity, **job.cache.settings}
     elif teacher is not None:
@@ -276,6 +283,7 @@ def open_logger(job: Job, plan: Plan, output: Path, session: Session, resume_fro
         tracker=tracker,
         progress=Progress(plan.total_steps, done, deadline=session.stop.deadline),
     )
+    # A fresh start in a folder with an old log would draw two curves as one.
     if resume_from is None and session.is_main:
         logger.truncate_after(-1)
         (output / START).unlink(missing_ok=True)
@@ -291,6 +299,7 @@ def make_module(job: Job, teacher: Teacher | None, student: nn.Module, plan: Pla
             log.info("%s", line)
 
         module = job.pair.framework(plan.total_steps, student=student, teacher=teacher)
+        # A few huge channels of the teacher's states would outweigh all others; checkpoints hold the statistics.
         if is_new and module.router is not None:
             batches = loader.some_batches(
                 job.windows,
@@ -326,6 +335,7 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
         )
         return exported.load_anew(student, held_out, folder, job.config.student)
 
+    # All processes compute the comparison of student and teacher; only the main one wrote the student.
     loaded = session.on_main(write_student)
     results = held_out.results(student, trained.start, scores, trained.module.compare)
     results["run"] = {**ended, "loss_difference_loaded_anew": loaded.difference}
@@ -346,6 +356,7 @@ def compare_without_teacher(job: Job, trained: Trained, results: Results, sessio
     folder.mkdir(exist_ok=True)
 
     alone = train_student(replace(job, pair=job.pair.without_teacher()), None, folder, session)
+    # After another number of steps the two are not comparable, and a figure would say they are.
     if alone.result.steps != steps:
         ends = f"{alone.result.stopped_by} after {alone.result.steps} steps, and with the teacher after {steps}"
         log.warning("no comparison: without the teacher training ended by %s", ends)
@@ -365,6 +376,7 @@ def measure_tasks(job: Job, trained: Trained, teacher: Teacher | None, results: 
         running = getattr(teacher, "teacher", teacher) or load_teacher(job)
         if running.model is not None:
             models["teacher"] = lambda: running.model
+    # A student that began with random weights scores what guessing scores.
     if config.student.init == "pretrained":
         models["initial_student"] = partial(students.make, config.student, config.training, job.accelerator)
 

@@ -27,6 +27,7 @@ def check(config: HubConfig, student: Path) -> None:
         return
 
     later = f"Leave it out, and upload the student after the run: {_command(config, student)}"
+    # A notebook without internet is the usual case.
     if not hub_is_reachable():
         raise UserError(f"--push-to-hub {config.repository}: the hub cannot be reached from here. {later}")
     # In order of what is cheapest to find out.

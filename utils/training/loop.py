@@ -156,7 +156,7 @@ def _check_arguments(module: Any, dataset: Any, collate: Any, config: Any, accel
     if config.batch_size == "auto":
         raise UserError(
             "batch_size: got auto, expected a number: what fits into memory is found before training, by "
-            "utils.forecast.batch_size.settle in train.py. Give a TrainingConfig with the number of windows of a "
+            "choose_batch_size in train.py. Give a TrainingConfig with the number of windows of a "
             "forward pass."
         )
 
