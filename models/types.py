@@ -26,16 +26,16 @@ class _Movable:
 
     def to(self: _Self, device: torch.device | str, non_blocking: bool = False) -> _Self:
         """Return a copy with its tensors on a device."""
-        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in _movable_fields(self).items()}
+        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in movable_fields(self).items()}
         return replace(self, **moved)
 
     def pin_memory(self: _Self) -> _Self:
         """Return a copy whose tensors the host need not wait for when they are copied to a GPU."""
-        pinned = {name: value.pin_memory() for name, value in _movable_fields(self).items()}
+        pinned = {name: value.pin_memory() for name, value in movable_fields(self).items()}
         return replace(self, **pinned)
 
 
-def _movable_fields(instance: Any) -> dict[str, Any]:
+def movable_fields(instance: Any) -> dict[str, Any]:
     """Return the fields of a dataclass that are tensors, or hold tensors."""
     values = {column.name: getattr(instance, column.name) for column in fields(instance)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor | _Movable)}

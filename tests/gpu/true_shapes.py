@@ -23,7 +23,7 @@ from models.curriculum import CurriculumScheduler
 from models.losses.chunk_size import chunk_rows
 from models.teacher import frozen as teacher_module
 from models.text.collate import PairCollator
-from models.types import PairedBatch, _tensors
+from models.types import PairedBatch, movable_fields
 from tests.gpu.attention_kernels import MATH, AttentionCall, choose_kernel
 from utils.config.settings import TrainingConfig
 from utils.forecast import step_memory
@@ -177,7 +177,7 @@ def _in_phase(live: LiveBytes, phase: str, function: Any) -> Any:
 
 def _without_content(mode: FakeTensorMode, batch: PairedBatch) -> PairedBatch:
     tensors = {}
-    for name, value in _tensors(batch).items():
+    for name, value in movable_fields(batch).items():
         tensors[name] = mode.from_tensor(value) if isinstance(value, Tensor) else _without_content(mode, value)
     return replace(batch, **tensors)
 
