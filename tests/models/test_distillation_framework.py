@@ -456,10 +456,11 @@ def test_a_filler_is_no_candidate_and_compares_nothing():
 
 
 @pytest.mark.parametrize("name", ["lm", "kd", "span", *ROUTER_TERMS])
-def test_the_contrastive_term_alone_couples_windows_from_the_time_that_it_is_planned(name):
+def test_a_router_couples_windows_from_the_time_that_it_is_planned(name):
+    """It measures the contrastive term, over all processes, also where another term is learned."""
     pair = routed_pair()
     for weight in (1.0, LATER):
-        assert pair.framework({name: weight}).couples_windows == (name == "contr")
+        assert pair.framework({name: weight}).couples_windows == (name in ROUTER_TERMS)
     assert not pair.framework({"lm": 1.0, name: 0.0}).couples_windows
 
 

@@ -10,6 +10,7 @@ from accelerate.utils import DistributedType
 from ..advice import advice
 from ..errors import UserError
 from ..interfaces import ConfigT, RunConfig
+from ..logs.lines import ROUTER_TERMS
 from ..machine.device_memory import MARGIN
 from ..machine.hardware import free_memory
 from ..parallel.processes import on_main_process
@@ -188,7 +189,9 @@ def _without_forecast(config: ConfigT, machine: Machine) -> ConfigT:
 
     # and not where several processes would have to halve together, or windows are compared with one another
     if machine.processes > 1:
-        is_bound = machine.sharded or config.teacher.device == "sharded" or "contr" in config.curriculum.used()
+        # a router measures the contrastive term, over all processes, whichever of its terms is learned
+        has_router = bool(config.curriculum.used() & {*ROUTER_TERMS})
+        is_bound = machine.sharded or config.teacher.device == "sharded" or has_router
         can_halve = can_halve and not is_bound
 
     if can_halve:
