@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from .text.encoder_decoder import make_encoder
 from .text.vocabulary import VocabularyMap
 from .text.windows import ModelFacts, PairEncoder
 from .types import PairedBatch
+from .validation import Validated, expect
 
 LM_ONLY = CurriculumConfig(kd=Term(0.0), lm=Term(1.0))
 """Learning from the text alone, to compare with."""
@@ -74,7 +75,7 @@ class TextSettings(Protocol):
 
 
 @dataclass(frozen=True)
-class Method:
+class Method(Validated):
     """Settings of what is learned: they make a pair of two tokenizers."""
 
     loss: LossConfig = field(default_factory=LossConfig)
@@ -230,8 +231,18 @@ class Distillation:
             ValueError: a tokenizer that is not fast or has tokens without a row in its model's head, or an
                 encoder-decoder model beside a causal one.
         """
+        expect("tokenizers", tokenizers, Mapping, '{"student": tokenizer, "teacher": tokenizer}')
         if set(tokenizers) != {"student", "teacher"}:
-            raise ValueError(f"tokenizers: got keys {sorted(tokenizers)}, expected student and teacher")
+            names = sorted(map(str, tokenizers))
+            raise ValueError(f"tokenizers: got keys {names}, expected student and teacher")
+        if method is not None:
+            expect("method", method, Method, "Method(loss=..., curriculum=..., router=...)")
+        for role, model in (("student", student), ("teacher", teacher)):
+            if not hasattr(model, "get_output_embeddings"):
+                raise TypeError(
+                    f"{role}: got a {type(model).__name__}, expected a language model of transformers; from names a "
+                    "pair is made by from_pretrained"
+                )
         if conversations:
             tokenizers, _ = tokenizers_for_chat(tokenizers)
 
@@ -262,10 +273,12 @@ class Distillation:
         Raises:
             TypeError: a single text in place of a list, or something in the list that is no text.
         """
-        if isinstance(texts, str):
-            raise TypeError("texts: got a str, expected a list of documents: a text alone is [text]")
+        # A pair for plain text refuses everything else, conversations too.
+        if self.encoder.prompt is None or not isinstance(texts, Sequence) or isinstance(texts, str):
+            return self.encoder.windows(cast("list[str]", texts))  # or refuses it
 
-        return self.encoder.windows([json.dumps(text) if isinstance(text, list) else text for text in texts])
+        written = [_as_json(number, text) for number, text in enumerate(texts)]
+        return self.encoder.windows(written)
 
     def batch(self, texts: Sequence[str | Conversation]) -> PairedBatch:
         """Return all windows of some documents as one batch."""
@@ -336,6 +349,26 @@ class Distillation:
     def with_counted_channel(self, windows: Sequence[dict[str, Any]]) -> "Distillation":
         """Return the pair with the channel counted on some windows, for `loss.correction: channel`."""
         return replace(self, vocabulary=self.vocabulary.with_channel(count_channel(windows)))
+
+
+def _as_json(number: int, document: Any) -> str:
+    """Return a conversation as the encoder reads it.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if isinstance(document, str):
+        return document
+
+    place = f"texts[{number}]"
+    expected = "a list of messages, each with role and content, both text"
+    if not isinstance(document, list | tuple) or not document:
+        raise TypeError(f"{place}: got {type(document).__name__} {document!r:.60}, expected {expected}")
+    for message in document:
+        is_message = isinstance(message, Mapping)
+        if not is_message or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+            raise TypeError(f"{place}: got the message {message!r:.80}, expected {expected}")
+    return json.dumps(list(document))
 
 
 @dataclass(frozen=True)

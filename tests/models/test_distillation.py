@@ -73,5 +73,34 @@ def test_what_does_not_fit_is_refused():
         Distillation.from_models(tiny_llama(280), tiny_llama(330), {"a": None, "b": None})
     with pytest.raises(ValueError, match="encoder-decoder model beside a causal one"):
         Distillation.from_models(tiny_t5(280), tiny_llama(330), TOKENIZERS, 48)
-    with pytest.raises(TypeError, match="list"):
-        joined().windows("one text in place of a list")
+    with pytest.raises(TypeError, match="expected a language model of transformers"):
+        Distillation.from_models("a name", tiny_llama(330), TOKENIZERS)
+    with pytest.raises(TypeError, match="tokenizers: got a tuple"):
+        Distillation.from_models(tiny_llama(280), tiny_llama(330), tuple(TOKENIZERS.values()))
+    with pytest.raises(TypeError, match="method: got a LossConfig"):
+        Distillation.from_models(tiny_llama(280), tiny_llama(330), TOKENIZERS, method=LOSS)
+    with pytest.raises(ValueError, match="Method: loss"):
+        Method(CurriculumConfig())
+
+
+CONVERSATION = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "A bird."}]
+
+
+@pytest.mark.parametrize(
+    "texts", ["one text", {"text": STORIES}, set(STORIES), [CONVERSATION], [["two", "texts"]], None, 5]
+)
+def test_what_is_no_list_of_texts_is_refused(texts):
+    """A conversation too, which would be learned as the JSON around it."""
+    with pytest.raises(TypeError):
+        joined().windows(texts)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [[], ["hello"], {"messages": CONVERSATION}, [{"content": "no role"}], [{"role": "user", "content": None}]],
+)
+def test_what_is_no_conversation_is_refused_with_its_place(document):
+    pair = joined(conversations=True)
+    assert pair.windows([CONVERSATION, tuple(CONVERSATION)])
+    with pytest.raises(TypeError, match=r"texts\[1\]: got .*, expected a list of messages"):
+        pair.windows([CONVERSATION, document])

@@ -8,7 +8,7 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, load_model, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerControl
+from transformers import Trainer, TrainerControl, TrainingArguments
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from ..errors import UserError
@@ -37,6 +37,7 @@ class DistillationTrainer(Trainer):
     def __init__(self, *args: Any, data_collator: Callable[[Sequence[Mapping]], Any] | None = None, **kwargs: Any):
         if data_collator is None:
             raise UserError("DistillationTrainer: got no data_collator, expected a PairCollator")
+        _refuse_arguments(kwargs.get("args"))
 
         super().__init__(*args, data_collator=_OneInput(data_collator), **kwargs)
         # of the framework's forward Trainer knows no column, and would drop them all
@@ -53,6 +54,14 @@ class DistillationTrainer(Trainer):
                 f"DistillationTrainer: got {self.accelerator.distributed_type.value}, expected one process or DDP. "
                 "train.py shards a student."
             )
+
+    def predict(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: a framework has a loss, and no predictions.
+
+        Raises:
+            UserError: always.
+        """
+        raise UserError("predict: got a DistillationFramework, which predicts nothing. Call trainer.model.student.")
 
     # ------------------------------------------------------------------------------------ a step
 
@@ -91,7 +100,8 @@ class DistillationTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Make the optimizer that `args.optim` names, on the framework's parameter groups."""
         if self.optimizer is None:
-            kind, options = self.get_optimizer_cls_and_kwargs(self.args, self._framework)
+            chosen = self.optimizer_cls_and_kwargs
+            kind, options = chosen or self.get_optimizer_cls_and_kwargs(self.args, self._framework)
             groups = self._framework.parameter_groups(self.args.learning_rate, self.args.weight_decay)
             self.optimizer = kind(groups, **options)
         return self.optimizer
@@ -108,6 +118,13 @@ class DistillationTrainer(Trainer):
         windows = self.eval_dataset if eval_dataset is None else eval_dataset
         if windows is None:
             raise UserError("evaluate: got no windows, expected an eval_dataset here or when the trainer was made")
+
+        # Several texts by name, as Trainer takes them.
+        if isinstance(windows, dict):
+            of_all: dict[str, float] = {}
+            for name, part in windows.items():
+                of_all |= self.evaluate(part, ignore_keys, f"{metric_key_prefix}_{name}")
+            return of_all
 
         student = self._framework.student
         rank, processes = self.accelerator.process_index, self.accelerator.num_processes
@@ -172,6 +189,23 @@ class _OneInput:
 
     def __call__(self, windows: Sequence[Mapping]) -> dict[str, Any]:
         return {"batch": self.collate(windows)}
+
+
+def _refuse_arguments(arguments: TrainingArguments | None) -> None:
+    """Refuse arguments that Trainer carries out on a model's own embeddings, config or loss.
+
+    Raises:
+        UserError: with what to do in their place.
+    """
+    remedies = {
+        "gradient_checkpointing": "call student.gradient_checkpointing_enable() before the framework is made",
+        "neftune_noise_alpha": "leave it out",
+        "label_smoothing_factor": "leave it out: the teacher's distributions smooth the labels",
+    }
+    for name, remedy in remedies.items():
+        value = getattr(arguments, name, None)
+        if value:
+            raise UserError(f"DistillationTrainer: got {name}={value}, which a framework does not have; {remedy}.")
 
 
 def _load_adapter(student: nn.Module, folder: Path) -> None:

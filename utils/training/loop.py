@@ -104,7 +104,9 @@ def fit(
             a checkpoint could not be written.
         OutOfMemory: also in micro-batches of one window.
     """
-    options = options or LoopOptions()
+    options = LoopOptions() if options is None else options
+    if not isinstance(options, LoopOptions):
+        raise TypeError(f"options: got a {type(options).__name__}, expected LoopOptions(...), or None")
     _check_arguments(module, dataset, collate, config, accelerator)
     if accelerator is None:
         accelerator = accelerator_for(config.mixed_precision)

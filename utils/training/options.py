@@ -21,13 +21,16 @@ class LoopOptions:
     """Everything that `fit` does beside training. Every field can be left out.
 
     Raises:
+        TypeError: a field is of another kind.
         ValueError: a number is negative.
     """
 
     logger: StepLogger | None = None
     """Decides which steps are logged, and takes their records. None: every 100th step, on the console alone."""
     evaluate: Callable[[int], dict[str, Any] | None] | None = None
-    """(steps done) -> evaluation record or None. Called in every process; must return the same in all."""
+    """(steps done) -> evaluation record or None. Called in every process; must return the same in all.
+
+    A record has `step`, `split`, `loss`, `perplexity` and `bits_per_byte`, as `StepLogger.evaluation` takes them."""
     evaluate_every: int = 0
     """Steps between evaluations; 0: never."""
     checkpoints: CheckpointStore | None = None
@@ -56,5 +59,14 @@ class LoopOptions:
     def __post_init__(self) -> None:
         for name in ("evaluate_every", "num_workers"):
             number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise TypeError(f"{name}: got {number!r}, expected a whole number")
             if number < 0:
                 raise ValueError(f"{name}: got {number}, expected 0 or more")
+
+        # What is only met at the end would cost the whole training.
+        kinds = {"logger": StepLogger, "checkpoints": CheckpointStore, "resume_from": Path, "stop": StopSignal}
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, kind):
+                raise TypeError(f"{name}: got a {type(value).__name__}, expected a {kind.__name__}, or None")

@@ -301,7 +301,7 @@ def building(cache: TeacherCache, monkeypatch, steps: int = 3) -> CacheBuilding:
         process_index=0, num_processes=1, is_main_process=True, device="cpu", wait_for_everyone=lambda: None
     )
     held_out = HeldOut(EvaluationConfig(), alone, windows(3, seed=1), [], Batch, {}, 2)
-    monkeypatch.setattr(HeldOut, "measure", lambda self, model, side: {"metrics": {}, "samples": []})
+    monkeypatch.setattr(HeldOut, "measure_teacher", lambda self, teacher: {"metrics": {}, "samples": []})
     monkeypatch.setattr(HeldOut, "coverage", lambda self: {"lm": LEARNED})
     plan = Plan(windows=10, micro_batch=2, global_batch=4, processes=1, total_steps=steps)
     return CacheBuilding(cache, Column(windows(10)), held_out, plan, seed=0)

@@ -219,3 +219,23 @@ def test_mistakes_are_refused(pair, windows, tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     with pytest.raises(UserError, match=r"got no model\.safetensors, expected a checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "neftune_noise_alpha", "label_smoothing_factor"])
+def test_arguments_that_reach_into_a_model_are_refused(pair, windows, tmp_path, name):
+    options = {"args": arguments(tmp_path, **{name: 1}), "train_dataset": windows, "data_collator": pair.collator()}
+    with pytest.raises(UserError, match=f"got {name}=.*, which a framework does not have"):
+        DistillationTrainer(model=fresh_framework(pair, 3), **options)
+
+
+def test_several_texts_are_evaluated_by_name_and_a_chosen_optimizer_is_taken(pair, windows, tmp_path):
+    trainer = DistillationTrainer(
+        model=fresh_framework(pair, 3),
+        args=arguments(tmp_path),
+        train_dataset=windows,
+        eval_dataset={"first": windows[:2], "rest": windows[2:]},
+        data_collator=pair.collator(),
+        optimizer_cls_and_kwargs=(torch.optim.SGD, {"lr": 0.01}),
+    )
+    assert {"eval_first_loss", "eval_rest_bits_per_byte"} <= trainer.evaluate().keys()
+    assert isinstance(trainer.create_optimizer(), torch.optim.SGD)

@@ -228,7 +228,7 @@ def arguments(**changed) -> dict:
         ("dataset", iter([]), "windows by index"),
         ("collate", [], "a function that makes a batch"),
         ("config", {"batch_size": 2}, "a TrainingConfig"),
-        ("accelerator", None, "build_accelerator"),
+        ("accelerator", "cpu", "build_accelerator"),
     ],
 )
 def test_an_argument_of_another_kind_is_refused_by_name(name, wrong, expected):
@@ -240,6 +240,20 @@ def test_an_argument_of_another_kind_is_refused_by_name(name, wrong, expected):
 def test_negative_numbers_are_refused_by_name(name):
     with pytest.raises(ValueError, match=f"{name}: got -1, expected 0 or more"):
         LoopOptions(**{name: -1})
+
+
+@pytest.mark.parametrize("options", [{}, {"evaluate_every": 1}, LoopOptions, 3])
+def test_options_of_another_kind_are_refused(options):
+    with pytest.raises(TypeError, match=r"options: got a .*, expected LoopOptions"):
+        fit(ToyModule(), [1, 2], list, toy_config(), accelerator=build_accelerator("no", cpu=True), options=options)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"evaluate_every": "2"}, {"evaluate_every": 1.5}, {"num_workers": None}, {"checkpoints": "/a/folder"}]
+)
+def test_a_field_of_another_kind_is_refused_before_training(fields):
+    with pytest.raises(TypeError, match=f"{next(iter(fields))}: got"):
+        LoopOptions(**fields)
 
 
 def test_a_module_that_does_not_say_whether_it_couples_windows_is_refused():
