@@ -69,9 +69,14 @@ class Session:
             time.sleep(0.002)
 
     def killed_during(self, folder: Path, staged: str, step: int, delay: float) -> int:
-        """Exit code after SIGKILL while something is written: a staging folder of that name is there, after a step."""
+        """Exit code after SIGKILL while something is written: a staging folder of that name is there, after a step.
+
+        On a busy machine the moment may pass unseen: then it is the code of a run that came to its end.
+        """
         limit = time.monotonic() + PATIENCE
         while not (any(folder.glob(f".staging-{staged}*")) and steps_in(self.metrics) >= step):
+            if self.process.poll() == 0:
+                return 0
             assert self.process.poll() is None, self.output()
             assert time.monotonic() < limit, self.output()
         time.sleep(delay)
@@ -126,10 +131,10 @@ KINDS = ("step", "save", "step", "export", "save")
 """When a run is killed: after a step, while a checkpoint is written, or while the student is exported."""
 
 
-def kill_somewhere(session: Session, output: Path, index: int) -> int:
-    """Exit code of a session killed at a random moment, the same for an index and KILL_SEED."""
+def kill_somewhere(session: Session, output: Path, index: int, attempt: int) -> int:
+    """Exit code of a session killed at a random moment, the same for an index and KILL_SEED; earlier at each attempt."""
     draw = random.Random(f"{os.environ.get('KILL_SEED', '7')} {index}")
-    kind, step, delay = KINDS[index % len(KINDS)], draw.randint(0, 60), draw.uniform(0, 0.05)
+    kind, step, delay = KINDS[index % len(KINDS)], draw.randint(0, 60) >> attempt, draw.uniform(0, 0.05)
     if kind == "step":
         return session.stopped_after(max(step, 1), signal.SIGKILL, delay)
     if kind == "save":
@@ -139,8 +144,13 @@ def kill_somewhere(session: Session, output: Path, index: int) -> int:
 
 @pytest.mark.parametrize("moment", [pytest.param(i, marks=[pytest.mark.slow] if i > 3 else []) for i in range(20)])
 def test_killed_at_any_moment_the_same_command_ends_with_the_same_student(place, uninterrupted, tmp_path, moment):
-    output = tmp_path / "run"
-    assert kill_somewhere(Session(place, output), output, moment) == -signal.SIGKILL, "over before the kill"
+    for attempt in range(3):
+        output = tmp_path / f"run{attempt}"
+        code = kill_somewhere(Session(place, output), output, moment, attempt)
+        if code != 0:
+            break
+    assert code == -signal.SIGKILL, "over before the kill, three times"
+
     final = Session(place, output)
     assert final.ended() == 0, final.output()
     assert same_outcome(output, uninterrupted)
