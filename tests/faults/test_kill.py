@@ -132,7 +132,7 @@ KINDS = ("step", "save", "step", "export", "save")
 
 
 def kill_somewhere(session: Session, output: Path, index: int, attempt: int) -> int:
-    """Exit code of a session killed at a random moment, the same for an index and KILL_SEED; at each attempt earlier."""
+    """Exit code of a session killed at a random moment, the same for an index and KILL_SEED; earlier each attempt."""
     draw = random.Random(f"{os.environ.get('KILL_SEED', '7')} {index}")
     kind, step, delay = KINDS[index % len(KINDS)], draw.randint(0, 60) >> attempt, draw.uniform(0, 0.05)
     if kind == "step":
