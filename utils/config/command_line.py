@@ -198,9 +198,9 @@ class Arguments:
         if "training.gradient_accumulation_steps" in self.values:
             return
 
-        recipe = values.get("training")
+        recipe = values.get("training", {})
         if not isinstance(recipe, dict):
-            return  # the defaults, or a mistake that `build` will name
+            return  # a mistake that will be named
 
         windows = recipe.get("batch_size", TrainingConfig.batch_size)
         passes = recipe.get("gradient_accumulation_steps", TrainingConfig.gradient_accumulation_steps)
