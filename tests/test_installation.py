@@ -120,7 +120,8 @@ def test_its_public_names_are_these(installation):
     public, learning, homes = told.splitlines()
     assert ast.literal_eval(public) == PUBLIC
     assert ast.literal_eval(learning) == LEARNING
-    assert homes.split() == [f"curriculum_distillation.utils.{name}" for name in ("training.loop", "config.settings", "errors")]
+    modules = ("training.loop", "config.settings", "errors")
+    assert homes.split() == [f"curriculum_distillation.utils.{name}" for name in modules]
 
 
 def test_an_unknown_name_is_an_error_and_the_bare_import_loads_no_torch(installation):
