@@ -65,8 +65,8 @@ class LoopOptions:
                 raise ValueError(f"{name}: got {number}, expected 0 or more")
 
         # What is only met at the end would cost the whole training.
-        kinds = {"logger": StepLogger, "checkpoints": CheckpointStore, "resume_from": Path, "stop": StopSignal}
-        for name, kind in kinds.items():
+        methods = {"logger": "due", "checkpoints": "save", "stop": "requested"}
+        for name, method in methods.items():
             value = getattr(self, name)
-            if value is not None and not isinstance(value, kind):
-                raise TypeError(f"{name}: got a {type(value).__name__}, expected a {kind.__name__}, or None")
+            if value is not None and not hasattr(value, method):
+                raise TypeError(f"{name}: got a {type(value).__name__}, expected something with `{method}`, or None")
