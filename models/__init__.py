@@ -1,4 +1,4 @@
-"""What is learned: alignment, projection, losses, curriculum, and the framework that joins them."""
+"""Learning: alignment, projection, losses, curriculum, and the framework that joins them."""
 
 from .config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Term
 from .curriculum import CurriculumScheduler

@@ -27,7 +27,7 @@ from .losses.head_terms import HeadResult, HeadTerms
 from .losses.hidden_state_terms import HIDDEN_STATE_TERMS
 from .losses.losses import outcome_log_probs
 from .student_aware_router import StudentAwareRouter
-from .teacher.cached import CachedTeacher
+from .teacher.cached import CachedTeacher, expect_teacher
 from .teacher.frozen import FrozenTeacher
 from .teacher.projection import Projection
 from .text.vocabulary import VocabularyMap
@@ -510,11 +510,8 @@ def _check_kinds(
     router: Any,
 ) -> None:
     """Check that the arguments are what they are called, before anything is computed with them."""
-    # The likely mistake is a bare model.
-    is_teacher = hasattr(teacher, "signal") and not isinstance(teacher, nn.Module)
-    if teacher is not None and not is_teacher:
-        raise TypeError(f"teacher: got a {type(teacher).__name__}, expected FrozenTeacher(model, vocabulary), or None")
-
+    if teacher is not None:
+        expect_teacher(teacher)
     expect("loss", loss, LossConfig, "a LossConfig")
     expect("curriculum", curriculum, CurriculumScheduler, "CurriculumScheduler(curriculum, loss, total_steps)")
     if vocabulary is not None:

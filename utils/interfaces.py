@@ -149,7 +149,7 @@ class Batch(Protocol):
 
     @property
     def documents(self) -> Sequence[str]:
-        """Where each window's text comes from, for messages."""
+        """Names of the documents that each window is cut from, for messages."""
 
     def to(self, device: Any, non_blocking: bool = False) -> "Batch":
         """Return the batch with its tensors on a device."""

@@ -89,7 +89,7 @@ class CachedTeacher:
 
     def __init__(self, teacher: FrozenTeacher | None, memory: SignalStore) -> None:
         if teacher is not None:
-            _expect_teacher(teacher)
+            expect_teacher(teacher)
         members = ("top_k", "keys", "read", "keep")
         lacking = [name for name in members if not hasattr(memory, name)]
         if lacking:
@@ -170,7 +170,7 @@ def _read_signal(memory: SignalStore, keys: Sequence[bytes]) -> TeacherSignal | 
     return None if arrays is None else _as_signal(arrays)
 
 
-def _expect_teacher(teacher: Any) -> None:
+def expect_teacher(teacher: Any) -> None:
     """Check that something answers as a teacher does; the likely mistake is a bare model."""
     if not hasattr(teacher, "signal") or isinstance(teacher, nn.Module):
         raise TypeError(f"teacher: got a {type(teacher).__name__}, expected FrozenTeacher(model, vocabulary), or None")
