@@ -5,21 +5,12 @@ A teacher of another kind (behind a server, or a second one) and a module with o
 """
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from .config.settings import (
-    CacheConfig,
-    DataConfig,
-    EvaluationConfig,
-    HubConfig,
-    LoggingConfig,
-    ModelConfig,
-    StudentConfig,
-    TrainingConfig,
-)
+from .config.protocols import RunConfig
 from .machine.hardware import Choice
 
 if TYPE_CHECKING:
@@ -29,104 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Side = Literal["student", "teacher"]
-
-
-# ------------------------------------------------------------------------------------------ settings
-
-
-class Schedule(Protocol):
-    """A value that may change with a run's progress."""
-
-    @property
-    def points(self) -> Sequence[tuple[float, float]]:
-        """(progress from 0 to 1, value), in order of progress."""
-
-
-class Term(Protocol):
-    """A loss term of the curriculum."""
-
-    @property
-    def weight(self) -> float | Schedule: ...
-
-
-class CurriculumSettings(Protocol):
-    """The loss terms that a run uses, and when. Every term is an attribute of its name."""
-
-    @property
-    def kd(self) -> Term: ...
-
-    def used(self) -> set[str]:
-        """Return the names of the terms whose weight is above 0 at some time."""
-
-
-class LossSettings(Protocol):
-    """The way from the teacher's distribution to a loss."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def top_k(self) -> int | Schedule: ...
-
-    @property
-    def temperature(self) -> float | Schedule: ...
-
-    @property
-    def max_depth(self) -> int: ...
-
-    @property
-    def correction(self) -> str: ...
-
-
-class RouterSettings(Protocol):
-    """Sizes of the comparison of hidden states."""
-
-    @property
-    def layers(self) -> int: ...
-
-    @property
-    def teacher_layers(self) -> int: ...
-
-    @property
-    def calibration_windows(self) -> int: ...
-
-
-class RunConfig(Protocol):
-    """Everything a run depends on, as `train.RunConfig` holds it."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def teacher(self) -> ModelConfig: ...
-    @property
-    def student(self) -> StudentConfig: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def loss(self) -> LossSettings: ...
-    @property
-    def curriculum(self) -> CurriculumSettings: ...
-    @property
-    def router(self) -> RouterSettings: ...
-    @property
-    def training(self) -> TrainingConfig: ...
-    @property
-    def evaluation(self) -> EvaluationConfig: ...
-    @property
-    def cache(self) -> CacheConfig: ...
-    @property
-    def logging(self) -> LoggingConfig: ...
-    @property
-    def hub(self) -> HubConfig: ...
-    @property
-    def output_dir(self) -> str: ...
-    @property
-    def resume(self) -> str: ...
-    @property
-    def resume_changed(self) -> bool: ...
-
-
-ConfigT = TypeVar("ConfigT", bound=RunConfig)
-"""The settings that a function returns changed, of the kind that it was given."""
 
 
 # ---------------------------------------------------------------------------------- what is computed

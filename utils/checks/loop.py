@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..interfaces import RunConfig
+from ..config.protocols import RunConfig
 from ..logs.lines import ROUTER_TERMS
 from ..machine import hardware
 from ..parallel.accelerator import temporary_accelerator

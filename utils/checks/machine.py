@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..interfaces import RunConfig
+from ..config.protocols import RunConfig
 from ..machine import hardware, packages
 from ..machine import kernels as gpu_kernels
 from .checklist import Measured

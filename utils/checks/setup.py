@@ -12,6 +12,7 @@ from transformers import PretrainedConfig
 from .. import files
 from ..advice import reason
 from ..config.plain import to_plain
+from ..config.protocols import RunConfig
 from ..config.settings import ModelConfig, StudentConfig
 from ..data import delivery
 from ..data import documents as text_documents
@@ -21,7 +22,7 @@ from ..errors import UserError
 from ..evaluation.comparability import MOST_UNSPELT
 from ..forecast import disk as disk_forecast
 from ..forecast import model_size, step_memory
-from ..interfaces import Job, RunConfig
+from ..interfaces import Job
 from ..machine import hardware
 from ..pretrained import loading, locate, model_folders, precision
 from ..run import folder as run_folder

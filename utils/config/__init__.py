@@ -9,6 +9,7 @@
 - `contradictions`: settings of several sections that exclude one another.
 - `described_by`: settings of a recipe that are dropped when a command line replaces its text or model.
 - `resume_rules`: settings that may change, or must not, when a run is continued.
+- `protocols`: a run's settings as functions see them.
 - `plain`: dataclasses as what YAML and JSON can hold, nested or by dotted key.
 - `quickstart_names`: names that stand for the models and the text of the first run.
 

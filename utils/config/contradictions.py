@@ -1,39 +1,13 @@
 """Contradictions between the sections of a run's configuration, which no section can notice by itself."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
+from .protocols import RunConfig
 from .quickstart_names import NAMES
-from .settings import CacheConfig, DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
+from .settings import StudentConfig
 
 
-class Curriculum(Protocol):
-    """The loss terms of a run."""
-
-    def used(self) -> set[str]:
-        """Return the names of the terms whose weight is above 0 at some time."""
-
-
-class Sections(Protocol):
-    """The sections of a run's configuration that are compared with one another."""
-
-    @property
-    def teacher(self) -> ModelConfig: ...
-    @property
-    def student(self) -> StudentConfig: ...
-    @property
-    def data(self) -> DataConfig: ...
-    @property
-    def curriculum(self) -> Curriculum: ...
-    @property
-    def training(self) -> TrainingConfig: ...
-    @property
-    def evaluation(self) -> EvaluationConfig: ...
-    @property
-    def cache(self) -> CacheConfig: ...
-
-
-def contradictions(config: Sections, heads: Sequence[str]) -> list[str]:
+def contradictions(config: RunConfig, heads: Sequence[str]) -> list[str]:
     """Return one line for each contradiction, with what to do about it.
 
     Args:
@@ -73,7 +47,7 @@ def _student_problems(student: StudentConfig) -> list[str]:
     return problems
 
 
-def _problems_without_teacher(config: Sections, terms: set[str]) -> list[str]:
+def _problems_without_teacher(config: RunConfig, terms: set[str]) -> list[str]:
     """Return the settings that need a teacher, in a run that has none.
 
     Args:

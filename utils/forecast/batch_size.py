@@ -8,8 +8,8 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
 from ..advice import advice
+from ..config.protocols import ConfigT, RunConfig
 from ..errors import UserError
-from ..interfaces import ConfigT, RunConfig
 from ..logs.lines import ROUTER_TERMS
 from ..machine.device_memory import MARGIN
 from ..machine.hardware import free_memory

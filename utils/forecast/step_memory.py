@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from transformers import PretrainedConfig
 
+from ..config.protocols import RunConfig
 from ..config.settings import LoraConfig, ModelConfig
-from ..interfaces import RunConfig
 from ..logs.lines import ROUTER_TERMS
 from ..parallel.deepspeed import BUCKET
 from ..paths import user_path

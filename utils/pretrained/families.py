@@ -9,8 +9,8 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PretrainedConfig, PreTrainedModel
 
+from ..config.protocols import RunConfig
 from ..errors import UserError
-from ..interfaces import RunConfig
 
 REWRITING = {"rescale_every": 0}
 """Settings by which a model changes its weights in evaluation mode, and the values by which it does not."""

@@ -15,9 +15,10 @@ from accelerate import Accelerator
 from accelerate.utils import get_max_memory
 from torch import nn
 
+from ..config.protocols import RunConfig
 from ..config.settings import ModelConfig
 from ..errors import UserError
-from ..interfaces import Job, RunConfig
+from ..interfaces import Job
 from ..machine import hardware
 from ..machine.device_memory import MARGIN
 from . import loading

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ..advice import advice
 from ..config import resume_rules
 from ..config.plain import to_plain
+from ..config.protocols import RunConfig
 from ..data import documents
 from ..data.batch_order import permutation
 from ..data.windows import Room, make_windows, warn_of_left_out, warn_of_missing, windows_fingerprint
@@ -23,7 +24,7 @@ from ..evaluation.held_out import HeldOut, TextStart
 from ..forecast import disk
 from ..forecast.batch_size import Forecast
 from ..forecast.model_size import Shape
-from ..interfaces import Collator, Method, Pair, RunConfig
+from ..interfaces import Collator, Method, Pair
 from ..machine.hardware import Choice
 from ..pretrained import families, loading
 from ..pretrained import student as students

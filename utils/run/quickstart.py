@@ -25,12 +25,12 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from ..config import resume_rules
 from ..config.plain import to_plain
+from ..config.protocols import ConfigT, RunConfig
 from ..config.quickstart_names import NAMES, STUDENT, TEACHER
 from ..data import documents
 from ..data.python_docs import collect_text
 from ..errors import UserError, value_errors_are_the_users
 from ..files import atomic_folder, write_text
-from ..interfaces import ConfigT, RunConfig
 from ..paths import user_path
 from .exit_codes import Interrupted
 from .session import Session

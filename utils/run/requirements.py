@@ -2,9 +2,9 @@
 
 import torch
 
+from ..config.protocols import RunConfig
 from ..errors import UserError
 from ..evaluation import lm_eval_tasks
-from ..interfaces import RunConfig
 from ..logs import trackers
 from ..parallel import deepspeed
 from ..pretrained import lora, precision

@@ -9,8 +9,8 @@ from typing import TypeVar
 from accelerate import Accelerator
 
 from ..config.plain import to_plain
+from ..config.protocols import RunConfig
 from ..errors import UserError
-from ..interfaces import RunConfig
 from ..logs.console import setup_logging
 from ..machine import hardware, kernels
 from ..machine.stop_signals import StopSignal

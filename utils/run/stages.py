@@ -11,12 +11,13 @@ from torch import nn
 
 from ..advice import advice
 from ..config.plain import to_plain
+from ..config.protocols import RunConfig
 from ..data import loader
 from ..errors import value_errors_are_the_users
 from ..evaluation import exported, lm_eval_tasks
 from ..evaluation.held_out import metrics_of
 from ..forecast.batch_size import Forecast
-from ..interfaces import Method, RunConfig, Teacher, TeacherElsewhere
+from ..interfaces import Method, Teacher, TeacherElsewhere
 from ..logs.lines import learned_lines
 from ..logs.progress import Progress
 from ..logs.step_logger import StepLogger

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from accelerate.utils import gather_object
 
+from ..config.protocols import RunConfig, Schedule
 from ..data.batch_order import BatchGeometry, micro_batches_in_step, permutation, step_batches
 from ..data.loader import loader
 from ..errors import UserError
 from ..evaluation.held_out import HeldOut
 from ..files import free_disk
-from ..interfaces import Batch, Collator, Job, RunConfig, Schedule, Teacher
+from ..interfaces import Batch, Collator, Job, Teacher
 from ..logs.progress import Progress, duration
 from ..machine.stop_signals import STOP_REASONS, StopSignal
 from ..parallel.processes import main_process_first

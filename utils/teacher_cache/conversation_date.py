@@ -10,7 +10,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..interfaces import RunConfig
+from ..config.protocols import RunConfig
 from ..paths import user_path
 from .store import MANIFEST
 
