@@ -15,9 +15,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from models.config import LossConfig, RouterConfig
 from models.distillation import Distillation, Method
 from models.language_model import vocabulary_size
 from models.teacher.cached import CachedTeacher, RememberingCollator
+from models.text.collate import PairCollator
+from models.text.tokens import MARKER
 from models.types import PairedBatch
 from utils.evaluation.scores import token_nll
 from utils.evaluation.written_text import Judge, Sample, Sampling, describe, sample
@@ -29,7 +32,7 @@ ITSELF, TEACHER = "itself", "the teacher"
 """Teachers of a student that was cut: the whole student, whose tokenizer is the same, and the other model."""
 
 TOP_K = 256
-CALIBRATION_WINDOWS = 32
+MAX_DEPTH = LossConfig().max_depth
 SCORED_TOGETHER = 8
 """Windows in a batch that is scored."""
 
@@ -51,8 +54,6 @@ class Setting:
     """Windows of a step."""
     length: int
     """Tokens of a window, in either tokenizer."""
-    workers: int
-    """Processes that prepare batches; 0: none besides this one."""
     samples: int
     """Texts that a student writes."""
     prompt_tokens: int
@@ -115,7 +116,7 @@ class RealPair:
         }
         self.tokens = sum(_supervised(window) for window in windows)
 
-        # 4. Teachers that answer from memory, and judges of what a student writes.
+        # 4. Memory of the teachers' answers.
         origin = f"{student.resolve()} {teacher.resolve()} {self.fingerprint}"
         digest = hashlib.sha256(origin.encode()).hexdigest()[:12]
         self.signals = {
@@ -123,6 +124,10 @@ class RealPair:
             for name in self.distillations
         }
         starts = pair.encoder.starts
+        self._seed = -1
+        self._batches: dict[str, list[PairedBatch]] = {}
+
+        # 5. What students go on writing from, and judges of what they write.
         self.prompts = self._beginnings(text, starts[0])
         self.judges = {
             ITSELF: Judge(itself, self.tokenizers["student"], starts[0]),
@@ -165,7 +170,7 @@ class RealPair:
             chosen.append(windows[index] | {NUMBER: len(chosen)})
             tokens += _supervised(windows[index])
         if tokens < self.setting.tokens:
-            print(f"the text has {tokens:,} tokens, fewer than {self.setting.tokens:,}: arms learn from all of it, once")
+            print(f"the text has {tokens:,} tokens, not {self.setting.tokens:,}: arms learn from all of it, once")
 
         unseen = {name: pair.windows(documents) for name, documents in text.unseen.items()}
         self.setting.folder.mkdir(parents=True, exist_ok=True)
@@ -195,9 +200,9 @@ class RealPair:
         """Optimizer steps of an arm."""
         return len(self.windows[TEACHER]) // self.setting.size
 
-    def batches(self, teacher: str, seed: int) -> list[list[Window]]:
+    def windows_of_steps(self, name: str, seed: int) -> list[list[Window]]:
         """Return the windows of each step; the same text for either teacher."""
-        windows = self.windows[teacher]
+        windows = self.windows[name]
         order = np.random.default_rng(seed).permutation(len(windows))
         size = self.setting.size
         return [[windows[i] for i in order[first : first + size]] for first in range(0, self.steps * size, size)]
@@ -205,25 +210,48 @@ class RealPair:
     # --- teachers -----------------------------------------------------------------------------------------------------
 
     def teacher(self, name: str) -> CachedTeacher:
-        """Return a teacher that has answered to all windows already."""
-        store = self.signals[name]
-        teacher = CachedTeacher(self.distillations[name].teacher, store)
-        lacking = store.lacking(self.windows[name])
-        if not lacking:
-            return teacher
+        """Return a teacher that answers from memory where it can."""
+        return CachedTeacher(self.distillations[name].teacher, self.signals[name])
 
+    def batches(self, name: str, seed: int) -> list[PairedBatch]:
+        """Return the batches of each step on the device, complete with a teacher's signals.
+
+        They serve all arms of a seed: what is common to them is paid once, and no arm waits for it.
+        """
+        if seed != self._seed:
+            self._seed = seed
+            self._batches.clear()
+        if name not in self._batches:
+            self._batches[name] = self._complete_batches(name, seed)
+        return self._batches[name]
+
+    def _complete_batches(self, name: str, seed: int) -> list[PairedBatch]:
+        """Compute `batches`; where the teacher has not answered yet, it does now, for all seeds and later runs."""
         began = time.perf_counter()
-        collate = self.collator(name, Method())
-        for first in range(0, len(lacking), self.setting.size):
-            batch = collate(lacking[first : first + self.setting.size])
-            teacher.signal(batch.to(self.setting.device))
-        store.save()
-        print(f"{name}: answered to {len(lacking):,} windows in {time.perf_counter() - began:.0f} s", flush=True)
-        return teacher
+        store = self.signals[name]
+        stored_before = len(store.windows)
 
-    def collator(self, name: str, method: Method) -> RememberingCollator:
-        """Return a collator whose batches come with the teacher's signal."""
-        return RememberingCollator(replace(self.distillations[name], method=method).collate, self.signals[name])
+        # With what the router samples, which other arms leave aside.
+        distillation = self.distillations[name]
+        collate = PairCollator(distillation.vocabulary, distillation.encoder.end_of_text, MAX_DEPTH, RouterConfig())
+        remember = RememberingCollator(collate, store, ahead=False)
+        teacher = self.teacher(name)
+        batches = []
+        for windows in self.windows_of_steps(name, seed):
+            batch = remember(windows).to(self.setting.device)
+            batches.append(replace(batch, signal=teacher.signal(batch)))
+
+        answered = len(store.windows) - stored_before
+        if answered:
+            store.save()
+        seconds = time.perf_counter() - began
+        print(f"batches of seed {seed}, taught by {name}: {seconds:.0f} s; {answered:,} answers are new", flush=True)
+        return batches
+
+    def autocast(self) -> torch.autocast:
+        """Return the autocast in which forwards of a training compute."""
+        is_half = self.setting.precision == "bf16"
+        return torch.autocast(self.setting.device.type, torch.bfloat16, enabled=is_half)
 
     # --- measurements -------------------------------------------------------------------------------------------------
 
@@ -274,6 +302,4 @@ def _as_both_sides(window: Window) -> Window:
 
 def _supervised(window: Window) -> int:
     """Return the tokens of the student that a window supervises."""
-    from models.text.tokens import MARKER
-
     return int((window["student_roles"][1:] != MARKER).sum())

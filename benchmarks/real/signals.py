@@ -40,10 +40,6 @@ class SignalArrays:
         """Return one key for each window."""
         return [_key(window[NUMBER]) for window in windows]
 
-    def lacking(self, windows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return the windows whose signal is not there yet."""
-        return [window for window in windows if _key(window[NUMBER]) not in self.windows]
-
     def read(self, keys: Sequence[bytes]) -> list[np.ndarray] | None:
         """Return the arrays of a batch; None if one of the windows is missing."""
         if any(key not in self.windows for key in keys):

