@@ -19,6 +19,7 @@ import argparse
 import json
 import os
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -29,7 +30,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.measure import machine
-from benchmarks.real.arms import CUTS, HEALED, WHOLE, Arm, jobs
+from benchmarks.real.arms import CUTS, WHOLE, Arm, jobs
 from benchmarks.real.pair import TEACHER, RealPair, Setting
 from benchmarks.real.sources import STUDENT, plain_folder
 from benchmarks.real.sources import TEACHER as TEACHER_PACKAGE
@@ -166,12 +167,18 @@ class Benchmark:
         try:
             student, training = train(Run(arm, seed, rate), self.students, lambda seconds: seconds > self.budget.left)
         except OutOfTime:
+            print(f"left out: {_title(arm, seed)}: it would take longer than what is left", flush=True)
+            return None
+        except Exception:
+            # A lent GPU is too dear to lose all other arms with one.
+            print(f"failed: {_title(arm, seed)}", flush=True)
+            traceback.print_exc()
             return None
         result = job | training | self._measured(student)
         seconds = time.monotonic() - began
         self.budget.note(arm, seconds)
         self.results.add(result | {"seconds": round(seconds, 1)})
-        print(f"{layers or 'all'} layers, {teacher}, {name}, seed {seed}, {rate:g}: {_short(result)}", flush=True)
+        print(f"{_title(arm, seed)}, rate {rate:g}: {_short(result)}, {seconds:.0f} s", flush=True)
         return result
 
     def tuned_rate(self, arm: Arm) -> float:
@@ -195,7 +202,7 @@ class Benchmark:
     def run_all(self, seeds: int) -> None:
         """Do all runs that the budget allows, in the order of their worth."""
         rates: dict[int, float] = {}
-        alone = {arm.layers: arm for arm in HEALED if arm.teacher is None}
+        alone = {arm.layers: arm for arm, _ in jobs(1) if arm.teacher is None}
         for arm, seed in jobs(seeds):
             if self.budget.left < 0:
                 print("the budget is spent; the same command goes on from here", flush=True)
@@ -203,6 +210,12 @@ class Benchmark:
             if arm.layers not in rates:
                 rates[arm.layers] = self.tuned_rate(alone[arm.layers])
             self.run(arm, seed, rates[arm.layers])
+
+
+def _title(arm: Arm, seed: int) -> str:
+    """Return an arm under a seed in words."""
+    layers, teacher, name = key(arm)
+    return f"{layers or 'all'} layers, taught by {teacher}, {name}, seed {seed}"
 
 
 def _short(result: Result) -> str:

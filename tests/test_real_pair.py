@@ -9,7 +9,7 @@ import torch
 from benchmarks import real_pair
 from benchmarks.quality import merged_probabilities
 from benchmarks.real import text as corpora
-from benchmarks.real.arms import DIVERGENCES, HEALED, WHOLE, YARDSTICK, jobs
+from benchmarks.real.arms import HEALED, WHOLE
 from benchmarks.real.pair import ITSELF, TEACHER, _as_both_sides
 from benchmarks.real.tables import interval
 from tests.models.tiny import STORIES, byte_bpe, tiny_llama

@@ -81,22 +81,23 @@ HEALED = [
 ]
 """Arms that decide defaults."""
 
-DIVERGENCES = [
+OTHERS = [
+    _gold(10),
     _with_loss(10, "KD, T 2", temperature=2.0),
     _with_loss(10, "KD, reverse KL", divergence="reverse_kl"),
     _with_loss(WHOLE, "KD, reverse KL", divergence="reverse_kl"),
     _with_loss(10, "KD, JSD", divergence="jsd"),
     _with_loss(WHOLE, "KD, T 2", temperature=2.0),
     _with_loss(WHOLE, "KD, JSD", divergence="jsd"),
+    replace(_taught(WHOLE, TEACHER, "early"), seeds=1),
+    _gold(WHOLE),
 ]
-"""Arms that judge T = 1 and forward KL, by written text besides."""
-
-YARDSTICK = [_gold(10), _gold(WHOLE)]
+"""The yardstick; arms that judge T = 1 and forward KL, by written text besides; hidden states of a trained student."""
 
 
 def jobs(seeds: int) -> Iterator[tuple[Arm, int]]:
     """Yield arms and seeds in the order of their worth: everything once, then the other seeds of what decides."""
-    for arm in [*HEALED, *DIVERGENCES, *YARDSTICK]:
+    for arm in [*HEALED, *OTHERS]:
         yield arm, 0
     for seed in range(1, seeds):
         for arm in HEALED:

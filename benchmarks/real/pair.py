@@ -1,6 +1,5 @@
 """Models, windows and teachers of the benchmark: made once, the same for all arms."""
 
-import copy
 import hashlib
 import pickle
 import time
@@ -281,10 +280,6 @@ class RealPair:
         """Return the same metrics of the real continuations."""
         samples = [Sample(prompt, ids, len(ids) < self.setting.new_tokens) for prompt, ids in self.prompts]
         return describe(samples, self.tokenizers["student"], self.judges)
-
-    def copy_of_whole(self) -> nn.Module:
-        """Return the whole student, to be trained or cut."""
-        return copy.deepcopy(self.whole)
 
 
 def _scored(batches: list[PairedBatch], side: str) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
+from models.language_model import depth_and_width
 from models.types import PairedBatch
 from utils.pretrained.layers import LayerChoice, choose_layers, keep_layers
 
@@ -57,7 +58,7 @@ class Students:
     def make(self, layers: int) -> nn.Module:
         """Return a student of so many layers."""
         if layers == WHOLE:
-            return self.pair.copy_of_whole()
+            return keep_layers(self.pair.whole, range(depth_and_width(self.pair.whole)[0]))
 
         if layers not in self.choices:
             windows = self.pair.windows[TEACHER][:CHOICE_WINDOWS]
