@@ -2,6 +2,7 @@
 
 - `locate`: a name -> a local folder, an attached input or a hub id
 - `model_folders`: folders of models, and advice about folders that are none
+- `gguf_files`: files of llama.cpp, converted once into folders
 - `loading`: configs, tokenizers and models by name
 - `precision`: 8-bit and 4-bit weights, and what frozen weights are computed in
 - `families`: what differs between causal and encoder-decoder models

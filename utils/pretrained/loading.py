@@ -30,9 +30,9 @@ from ..files import sha256_of
 from ..machine.packages import require
 from ..parallel.sharding import full
 from ..paths import user_path
-from . import adapter_folders, generation, model_folders
+from . import adapter_folders, generation, gguf_files, model_folders
 from .families import auto_class
-from .locate import ATTACH, attached_models, hub_is_reachable, locate
+from .locate import ATTACH, attached_models, gguf_file, hub_is_reachable, locate
 from .precision import QUANTISED, bitsandbytes_config, quantisation_method
 
 log = logging.getLogger(__name__)
@@ -123,6 +123,7 @@ def load_tokenizer(name: str, role: str) -> PreTrainedTokenizerBase:
         with _loading_base(name, base, role):
             return load_tokenizer(base, role)
 
+    gguf_files.require_tokenizer(Path(locate(name, role)), name, role)
     tokenizer = _load(AutoTokenizer.from_pretrained, name, role, "tokenizer")
     if not tokenizer.is_fast:
         raise UserError(
@@ -364,15 +365,20 @@ def _sample(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def weights_fingerprint(name: str, role: str) -> str:
-    """Identify a model's weights without loading them: the commit of a hub model, else a hash of the folder's files.
+    """Identify a model's weights without loading them: the commit of a hub model, else a hash of the files.
 
-    A folder's files are read whole, at the speed of the disk.
+    Files are read whole, at the speed of the disk.
     """
     base = adapted_base(name, role)
     if base is not None:
         folder = _adapter_folder(name, role)
         with _loading_base(name, base, role):
             return f"{_files_fingerprint(folder)} on {weights_fingerprint(base, role)}"
+
+    # The file itself: what is made from it may be written otherwise by a newer transformers.
+    file = gguf_file(name, role)
+    if file is not None:
+        return gguf_files.fingerprint(file)
 
     source = Path(locate(name, role))
     if source.is_dir():

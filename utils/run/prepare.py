@@ -26,13 +26,13 @@ from ..forecast.batch_size import Forecast
 from ..forecast.model_size import Shape
 from ..interfaces import Collator, Method, Pair
 from ..machine.hardware import Choice
+from ..paths import cache_dir
 from ..pretrained import families, loading
 from ..pretrained import student as students
 from ..pretrained import teacher as teachers
 from ..pretrained.precision import frozen_dtype
 from ..teacher_cache import conversation_date
 from ..teacher_cache.store import TeacherCache
-from .quickstart import cache_dir
 
 log = logging.getLogger("train")
 
