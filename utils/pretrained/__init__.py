@@ -8,6 +8,7 @@
 - `families`: what differs between causal and encoder-decoder models
 - `generation`: generation settings that contradict each other, put right
 - `adapter_folders`: an adapter that is given in place of a model
+- `named`: configs and tokenizers of the two models of a run
 - `lora`: a fresh adapter for the student
 - `layers`: a smaller model made from some layers of a bigger one
 - `student`, `teacher`: the two models of a run; `sharded_teacher`: one that is divided among processes

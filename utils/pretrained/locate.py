@@ -64,6 +64,16 @@ def locate(name: str, role: str) -> str:
     return name
 
 
+def locate_tokenizer(name: str, role: str) -> str:
+    """Return what a tokenizer's `from_pretrained` is to be given: a folder with a tokenizer alone, else as `locate`.
+
+    Raises:
+        UserError: see `locate`.
+    """
+    folder = user_path(name)
+    return str(folder) if model_folders.is_tokenizer(folder) else locate(name, role)
+
+
 def gguf_file(name: str, role: str) -> Path | None:
     """Return the GGUF file that a name stands for, fetched from the hub where it is there; None: another kind of name.
 
@@ -74,21 +84,20 @@ def gguf_file(name: str, role: str) -> Path | None:
     if parts is None or user_path(name).is_dir():
         return None
 
-    file = user_path(name)
-    folder = user_path(parts.source) if parts.source else file.parent
-    if parts.source and folder.is_dir():
-        file = folder / parts.file
-    is_hub_id = parts.source and not folder.is_dir() and model_folders.may_be_hub_id(parts.source)
-    if is_hub_id and not file.is_file():
+    file = local_path(name)
+    if file.is_file():
+        return file
+
+    folder = file.parent
+    is_local = not parts.source or user_path(parts.source).is_dir()
+    if not is_local and model_folders.may_be_hub_id(parts.source):
         return _gguf_on_the_hub(parts, f"{role} {name}")
 
-    if not file.is_file():
-        where = f"It holds: {model_folders.listing(folder)}" if folder.is_dir() else f"There is no folder {folder}."
-        raise UserError(
-            f"{role} {name}: no such file. Expected a GGUF file: FILE.gguf, FOLDER:FILE.gguf or HUB-ID:FILE.gguf.\n  "
-            f"{where}"
-        )
-    return file
+    where = f"It holds: {model_folders.listing(folder)}" if folder.is_dir() else f"There is no folder {folder}."
+    raise UserError(
+        f"{role} {name}: no such file. Expected a GGUF file: FILE.gguf, FOLDER:FILE.gguf or HUB-ID:FILE.gguf.\n  "
+        + where
+    )
 
 
 @cache
@@ -144,8 +153,17 @@ def _only_model(folder: Path, label: str) -> Path:
 
 def where_from(name: str) -> str:
     """Return a hub id, or the whole path of a local folder or file: anybody on this machine finds the model by it."""
-    path = user_path(name)
+    path = local_path(name)
     return str(path.resolve()) if path.exists() else name
+
+
+def local_path(name: str) -> Path:
+    """Return the path that a name stands for on this machine, whether there is something or not."""
+    parts = gguf_files.parse(name)
+    is_in_folder = parts is not None and parts.source and user_path(parts.source).is_dir()
+    if parts is not None and is_in_folder:
+        return user_path(parts.source) / parts.file
+    return user_path(name)
 
 
 def attached_models() -> str:

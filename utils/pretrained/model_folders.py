@@ -80,6 +80,11 @@ def is_model(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 
+def is_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder holds a tokenizer without a model."""
+    return (folder / "tokenizer.json").is_file() and not is_model(folder)
+
+
 def is_adapter(folder: Path) -> bool:
     """Tell whether a folder holds an adapter alone: some trainers put the base's config beside it, but no weights."""
     has_whole_weights = any(_is_whole_weights(path.name) for path in folder.glob("*"))
