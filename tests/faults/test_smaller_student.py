@@ -15,7 +15,7 @@ STEPS = "2"
 
 def arguments(place, output, *more: str) -> list[str]:
     """A command line that trains one of the two layers that the teacher of `place` has."""
-    settings = ["training.save_every=1", "training.keep_checkpoints=4", "evaluation.every=0", "evaluation.max_windows=1"]
+    settings = ["training.save_every=1", "evaluation.every=0", "evaluation.max_windows=1"]
     student = ["--student", str(place.teacher), "--student-init", "layers:1", "--max-steps", STEPS]
     return place.arguments(output, *student, "--set", *settings, *more)
 
