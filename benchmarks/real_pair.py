@@ -259,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, all in all")
 
     # Parts of the work.
-    parser.add_argument("--prepare-only", action="store_true", help="write the models as plain folders, and stop")
+    parser.add_argument("--prepare-only", action="store_true", help="convert the models, and stop")
     parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
     return parser
 
@@ -294,12 +294,12 @@ def main(arguments: list[str] | None = None) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
-    student = plain_folder(args.student, STUDENT, args.folder / "student", torch.float32)
-    teacher = plain_folder(args.teacher, TEACHER_PACKAGE, args.folder / "teacher", torch.bfloat16)
+    student = plain_folder(args.student, STUDENT, args.folder)
+    teacher = plain_folder(args.teacher, TEACHER_PACKAGE, args.folder)
     data = args.data or Path(os.environ.get("REAL_MODELS_DIR", "")) / "corpora"
     text = read_text(data, args.unseen)
     if args.prepare_only:
-        print(f"prepared in {args.folder}")
+        print(f"prepared: {student} and {teacher}")
         return
 
     setting = _setting(args)

