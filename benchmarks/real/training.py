@@ -28,7 +28,7 @@ UNTIMED_STEPS = 3
 STEPS_BETWEEN_LOOKS = 10
 """Steps between two looks at the clock."""
 
-GOLD_WINDOWS = 2
+GOLD_WINDOWS = {"cpu": 2, "cuda": 8}
 """Windows that GOLD compares at once: it needs the teacher's whole distributions, sorted."""
 
 CHOICE_WINDOWS = 16
@@ -161,9 +161,11 @@ class _Gold:
     def __call__(self, batch: PairedBatch, step: int) -> Tensor:
         """Add the gradient of a step to the student's; return the loss."""
         windows = self.windows[step]
-        total = torch.zeros((), device=batch.student_ids.device)
-        for first in range(0, len(windows), GOLD_WINDOWS):
-            part = windows[first : first + GOLD_WINDOWS]
+        device = batch.student_ids.device
+        size = GOLD_WINDOWS[device.type]
+        total = torch.zeros((), device=device)
+        for first in range(0, len(windows), size):
+            part = windows[first : first + size]
             with self.pair.autocast():
                 loss = self.loss(self.student, self.teacher, self.collate(part), part).squeeze()
             loss = loss * (len(part) / len(windows))
