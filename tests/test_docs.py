@@ -31,7 +31,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # --------------------------------------------------------------------- commands, flags, keys, links
 
 FOREIGN = re.compile(
-    r"(?:pip|pytest|python -m pytest|tensorboard|lm_eval|git|export|accelerate launch|torchrun)\b"
+    r"(?:pip|pytest|python -m pytest|python convert_hf_to_gguf\.py|tensorboard|lm_eval|git|export|accelerate launch|"
+    r"torchrun)\b"
     r"(?:[^\n`|]|\\\n)*?(?=train\.py|$|\n|`|\|)"
 )
 """Commands of other programs, up to a train.py that they start."""

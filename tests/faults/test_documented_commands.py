@@ -43,6 +43,7 @@ PARSED_ONLY = {
     "--eval-tasks": "data sets from the network; local tasks are run in test_taking_away.py",
     "--push-to-hub": "the network; a hub that answers is in test_hub.py",
     "--track tensorboard wandb": "an account; TensorBoard alone is run in test_tracking.py",
+    ".gguf": "a model of that format; test_gguf_files.py reads one",
     "--resume /kaggle": "a checkpoint on Kaggle; test_notebook.py continues from one in such a folder",
 }
 """What a command has in it -> what it needs that is not here."""
@@ -128,6 +129,7 @@ class Toys:
             r"(--cache-teacher) DIR": folder / "cache",
             r"(--max-hours) H": 1,
             r"(--teacher-device) cuda:1": "cpu",
+            r"(--student-init) layers:\d+": "layers:1",
         }.items():
             words = re.sub(name, rf"\1 {toy}", words)
         words = re.sub(r"^\.\.\.(?= |$)", " ".join(f"{flag} {value}" for flag, value in line.items()), words)

@@ -51,9 +51,6 @@ class ModelConfig(Validated):
     name: Name | None = None
     """Hub id, local folder or GGUF file; null trains without a teacher (kd and span must then weigh 0)."""
 
-    tokenizer: Name | None = None
-    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
-
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
     need an NVIDIA GPU and bitsandbytes."""
@@ -69,6 +66,9 @@ class ModelConfig(Validated):
     """Token that plain text starts with, such as `<|endoftext|>`; null: the start of text that the tokenizer itself
     puts there, else the token that separates texts. The log tells which, and how likely the model finds a text behind
     it."""
+
+    tokenizer: Name | None = None
+    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,6 @@ class StudentConfig(Validated):
     name: Name | None = None
     """Hub id, local folder or GGUF file."""
 
-    tokenizer: Name | None = None
-    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
-
     init: Init = "pretrained"
     """random: only config.json and the tokenizer are taken from `name`; weights are drawn from the seed. layers:K, such
     as layers:10: K layers of `name`, those that change the training text most on its way through it, with its
@@ -120,6 +117,9 @@ class StudentConfig(Validated):
 
     text_start: str | None = None
     """Token that plain text starts with; see `ModelConfig`."""
+
+    tokenizer: Name | None = None
+    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
 
     @property
     def layers(self) -> int | None:
