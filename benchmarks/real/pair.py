@@ -122,15 +122,16 @@ class RealPair:
             name: SignalArrays(setting.folder / f"signals-{name.split()[-1]}-{digest}.npz", self._top_k(name))
             for name in self.distillations
         }
-        starts = pair.encoder.starts
         self._seed = -1
         self._batches: dict[str, list[PairedBatch]] = {}
 
         # 5. What students go on writing from, and judges of what they write.
+        starts = pair.encoder.starts
         self.prompts = self._beginnings(text, starts[0])
+        read = [self.tokenizers["student"].decode(ids[len(starts[0]) :]) for ids, _ in self.prompts]
         self.judges = {
-            ITSELF: Judge(itself, self.tokenizers["student"], starts[0]),
-            TEACHER: Judge(other, self.tokenizers["teacher"], starts[1]),
+            ITSELF: Judge(itself, self.tokenizers["student"], [(starts[0], prompt) for prompt in read]),
+            TEACHER: Judge(other, self.tokenizers["teacher"], [(starts[1], prompt) for prompt in read]),
         }
 
     def _join(self, side: str, teacher: nn.Module) -> Distillation:
