@@ -48,6 +48,7 @@ from utils.run.stages import (
     export_student,
     finish,
     get_teacher,
+    judged_by,
     log_cache,
     measure_tasks,
     prepare_run,

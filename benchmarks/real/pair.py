@@ -22,7 +22,7 @@ from models.text.collate import PairCollator
 from models.text.tokens import MARKER
 from models.types import PairedBatch
 from utils.evaluation.scores import token_nll
-from utils.evaluation.written_text import Judge, Sample, Sampling, describe, sample
+from utils.evaluation.written_text import Judge, Sample, Sampling, describe, sample_texts
 
 from .signals import NUMBER, SignalArrays
 from .text import Text
@@ -274,7 +274,7 @@ class RealPair:
         """Return the metrics of texts that a student writes behind the beginnings of unseen documents."""
         end = self.distillations[TEACHER].encoder.end_of_text[0]
         sampling = Sampling(self.setting.new_tokens, end)
-        samples = sample(model, [prompt for prompt, _ in self.prompts], sampling)
+        samples = sample_texts(model, [prompt for prompt, _ in self.prompts], sampling)
         return describe(samples, self.tokenizers["student"], self.judges)
 
     def real_text(self) -> dict[str, float | int | None]:

@@ -30,7 +30,7 @@ from . import scores as scoring
 from .comparability import MOST_UNSPELT
 from .samples import generate_samples
 from .scores import Counted, has_encoder
-from .written_text import Judge, Sampling, describe, sample
+from .written_text import Judge, Sampling, describe, sample_texts
 
 log = logging.getLogger(__name__)
 
@@ -323,7 +323,7 @@ class HeldOut:
         )
         with advice(f"written text of the {side}"):
             prompts = [ids for _, ids in self._prompts(side, count)]
-            samples = sample(model, prompts, sampling, float32=side == "student")
+            samples = sample_texts(model, prompts, sampling, float32=side == "student")
             judge = model if side == "teacher" else self.judge
             metrics = describe(samples, tokenizer, self._judges(judge, count))
         return metrics

@@ -52,7 +52,7 @@ class Sampling:
     """The token that a decoder reads between its start and a text, if any."""
 
 
-def sample(
+def sample_texts(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
