@@ -58,6 +58,7 @@ ASKS_FOR = {
 """Flag -> without which it is refused or does nothing; added where it is quoted alone."""
 PLACEHOLDERS = ("NAME", "PATH", "dotted.key=value")
 SMALL = ["--max-steps", "2", "--set", "evaluation.max_windows=4", "evaluation.samples=1", "evaluation.new_tokens=4"]
+SMALL += ["evaluation.generation=2"]
 
 
 def alternatives(words: str) -> list[str]:

@@ -152,6 +152,13 @@ def load_teacher(job: Job) -> Teacher | None:
         return job.pair.frozen(model)
 
 
+def judged_by(teacher: Teacher | None, job: Job) -> Job:
+    """Return the job with a teacher that judges what models write, where its model computes in this run."""
+    running = getattr(teacher, "teacher", teacher)  # a cache may stand for one that was not loaded
+    model = None if running is None else running.model
+    return replace(job, held_out=replace(job.held_out, judge=model))
+
+
 # ------------------------------------------------------------------------------------------ training
 
 
