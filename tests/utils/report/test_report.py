@@ -3,8 +3,11 @@
 import copy
 import json
 import math
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
@@ -12,7 +15,7 @@ from utils.report import report
 from utils.report.charts import draw_curves, draw_routing
 from utils.report.markdown import markdown
 from utils.report.report import print_summary, write_report
-from utils.report.results import headline
+from utils.report.results import headline, worse_than_before
 from utils.run_layout import CURVES, REPORT_HTML, REPORT_JSON, REPORT_MD, ROUTING
 
 
@@ -195,10 +198,49 @@ def test_what_models_wrote_cannot_break_the_table():
 
 def test_the_headline_tells_gain_loss_and_a_teacher_that_cannot_help():
     assert "10.0% fewer bits per byte" in headline(RESULTS | {"baseline": scores(1 / 0.9, 5)})
+    assert "did not help" in headline(RESULTS | {"baseline": scores(0.8, 5)})
     assert "25.0% more bits per byte" in headline(RESULTS | {"baseline": scores(0.8, 5)})
+    assert "as many bits per byte as" in headline(RESULTS | {"baseline": scores(1.0001, 5)})
     assert "closed 90.0% of the gap" in headline(RESULTS)
     weak = RESULTS | {"teacher": scores(2.9, 5), "retention": {"gap_closed": None}}
     assert "no better" in headline(weak)
+    assert "fewer bits per byte than the teacher" in headline(RESULTS | {"student": scores(0.7, 5)})
+
+
+def test_the_start_is_called_by_what_it_was():
+    trained, random = RESULTS | {"student_init": "pretrained"}, RESULTS | {"student_init": "random"}
+    assert "itself before training" in headline(trained) and "random" not in headline(trained) + markdown(trained)
+    assert "itself with random weights" in headline(random)
+    assert "| Student with random weights | 2.8000 |" in markdown(random) and "before training" not in markdown(random)
+
+
+WORSE = RESULTS | {"student": scores(3.0, 5), "retention": {"gap_closed": -0.1}}
+
+
+def test_a_student_that_got_worse_is_called_worse_and_never_praised_for_a_negative_share(tmp_path):
+    write_report(tmp_path, WORSE, run(kd=0.7))
+    page = (tmp_path / REPORT_HTML).read_text(encoding="utf-8")
+    for text in (headline(WORSE), page, (tmp_path / REPORT_MD).read_text(encoding="utf-8")):
+        assert "got worse: 3.0000 bits per byte on unseen text, 2.8000 before training" in text
+        assert "-10" not in text and "closed -" not in text
+    assert worse_than_before(RESULTS) is None and worse_than_before(WORSE)
+    alone = {key: value for key, value in WORSE.items() if key not in ("teacher", "retention")}
+    assert headline(alone).startswith("The trained student got worse")
+
+
+SHARES = st.one_of(st.none(), st.floats(0.01, 10))
+
+
+@given(SHARES, SHARES, SHARES, SHARES, st.sampled_from(["random", "pretrained", None]))
+def test_no_headline_begins_with_a_pronoun_or_praises_what_is_negative(student, start, teacher, baseline, init):
+    bits = {"student": student, "initial_student": start, "teacher": teacher, "baseline": baseline}
+    models = {key: {"bits_per_byte": value} for key, value in bits.items() if value is not None}
+    share = None
+    if None not in (student, start, teacher) and start > teacher:
+        share = (start - student) / (start - teacher)
+    text = headline({**models, "retention": {"gap_closed": share}, "student_init": init})
+    assert not text.startswith("It") and not re.search(r"-\d", text)
+    assert not (share is not None and share < 0 and "closed" in text)
 
 
 def test_a_student_that_is_not_a_number_is_reported_all_the_same(tmp_path):
@@ -215,6 +257,20 @@ def test_the_console_table_fits_80_columns(capsys, monkeypatch):
     report.console.cache_clear()
     assert max(map(len, shown.splitlines())) <= 80
     assert "Same student without the teacher" in shown and "3,410,560" in shown and "…" not in shown
+
+
+def test_tasks_are_in_the_last_table_within_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    report.console.cache_clear()
+    score = {"value": 0.75, "stderr": 0.0089}
+    models = dict.fromkeys(("teacher", "student", "initial_student"), score)
+    task = {"task": "hellaswag_of_a_long_name", "metric": "acc_norm", "higher_is_better": True, "documents": 2376}
+    print_summary(RESULTS | {"tasks": [{**task, **models}]})
+    shown = capsys.readouterr().out
+    report.console.cache_clear()
+    assert max(map(len, shown.splitlines())) <= 80 and "Tasks, measured by lm_eval" in shown
+    # The columns are folded where they do not fit, and nothing is cut.
+    assert shown.count("0.7500") == 3 and "…" not in shown
 
 
 def test_tasks_are_told_with_their_error_and_their_better_side(tmp_path):
