@@ -69,7 +69,7 @@ def _write_page(folder: Path, results: Mapping[str, Any], pictures: Sequence[str
         results,
         pictures=pictures,
         settings=settings,
-        told=notes,
+        notes=notes,
         warnings=read_warnings(folder),
     )
     write_text(folder / REPORT_HTML, page)
