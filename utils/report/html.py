@@ -84,33 +84,31 @@ def page(
         warnings: of the run, in order.
     """
     settings = settings or {}
-    return (
-        _environment()
-        .get_template(TEMPLATE)
-        .render(
-            name=name,
-            theme=THEME,
-            facts=_facts(results, settings),
-            headline=headline(results),
-            figures=_figures(results),
-            warnings=warnings[:MOST_WARNINGS],
-            more_warnings=len(warnings) - MOST_WARNINGS,
-            models=_model_table(results),
-            retention=retention_lines(results),
-            tasks=_task_table(results),
-            pictures=pictures,
-            alignment=results.get("alignment"),
-            differences=results.get("differences") or [],
-            student_name=model_name("student", results),
-            samples=_samples(results),
-            samples_title=samples_title(results),
-            # A plain text has a beginning, a conversation or an example has a prompt.
-            prompt_title="Prompt" if results.get("prompted") else "Beginning",
-            usage=how_to_use('"student"  # beside this file', settings, results),
-            command=repeat_command(settings),
-            settings=_groups(settings),
-            notes=_groups(notes or {}),
-        )
+    template = _environment().get_template(TEMPLATE)
+
+    return template.render(
+        name=name,
+        theme=THEME,
+        facts=_facts(results, settings),
+        headline=headline(results),
+        figures=_figures(results),
+        warnings=warnings[:MOST_WARNINGS],
+        more_warnings=len(warnings) - MOST_WARNINGS,
+        models=_model_table(results),
+        retention=retention_lines(results),
+        tasks=_task_table(results),
+        pictures=pictures,
+        alignment=results.get("alignment"),
+        differences=results.get("differences"),
+        student_name=model_name("student", results),
+        samples=_samples(results),
+        samples_title=samples_title(results),
+        # A plain text has a beginning, a conversation or an example has a prompt.
+        prompt_title="Prompt" if results.get("prompted") else "Beginning",
+        usage=how_to_use('"student"  # beside this file', settings, results),
+        command=repeat_command(settings),
+        settings=_groups(settings),
+        notes=_groups(notes or {}),
     )
 
 

@@ -26,7 +26,7 @@ from ..machine import hardware
 from ..pretrained import student as students
 from ..pretrained import teacher as teachers
 from ..pretrained.loading import fingerprint
-from ..report import report
+from ..report import report, token_views
 from ..report.results import worse_than_before
 from ..run_layout import CHECKPOINTS, METRICS, REPORT_HTML, START, STUDENT, WITHOUT_TEACHER
 from ..teacher_cache import conversation_date
@@ -349,6 +349,8 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
     loaded = session.on_main(write_student)
     results = held_out.results(student, trained.start, scores, trained.module.compare)
     results["run"] = {**ended, "loss_difference_loaded_anew": loaded.difference}
+    if "teacher" in results:
+        results |= _token_views(job, trained)
 
     def write_report() -> None:
         export.describe(folder, settings, results)
@@ -360,6 +362,18 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
 
     session.on_main(write_report)
     return results
+
+
+def _token_views(job: Job, trained: Trained) -> Results:
+    """Return views of single tokens for the report; all processes compute them, as they do the comparison."""
+    views: Results = {}
+    with advice("picture of the alignment"):
+        views["alignment"] = token_views.alignment(job.pair, job.held_out.windows)
+    with advice("places where student and teacher differ"):
+        views["differences"] = token_views.differences(
+            job.held_out, job.pair, trained.student, trained.module.differences
+        )
+    return views
 
 
 def compare_without_teacher(job: Job, trained: Trained, results: Results, session: Session) -> Results:

@@ -20,6 +20,7 @@ from utils.report.report import REPORT_HTML, write_report
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 EVIL = '</pre><script>alert("1")</script><img src=http://a.b/c> & \x00\x1b[31m \u202e $title'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+COUNTS = {"tokens": 20, "at_boundary": 10, "anchored": 15}
 TOKENS = [{"text": EVIL, "probability": 0.9}, {"text": 90 * "z", "probability": 0.1}]
 DIFFERENCE = {"context": EVIL, "next": "\n", "kl": 3.2, "teacher": TOKENS, "student": TOKENS}
 ROUTING = {"step": 9, "student_layers": [1, 2], "teacher_layers": [3, 4], "weights": [[0.9, 0.1], [0.2, 0.8]]}
@@ -65,7 +66,7 @@ def whole() -> str:
         "samples": samples,
         "baseline": scores(1.1, 5),
         "tasks": [{**task, "teacher": score, "initial_student": score}],
-        "alignment": {"spans": [{"student": [EVIL, " a"], "teacher": [120 * "y"]}] * 9, "note": EVIL},
+        "alignment": {"spans": [{"student": [EVIL, " a"], "teacher": [120 * "y"]}] * 9, **COUNTS},
         "differences": [DIFFERENCE, DIFFERENCE],
     }
     pictures = [*curves_as_svg(run(kd=0.7, lm=0.3), results, run(lm=1.0)), routing_as_svg(ROUTING)]
