@@ -1,11 +1,14 @@
 """Results of a run, and the words for them in every form of the report.
 
 The results are one dict, in the form of evaluation_report.json:
-`{student, teacher, initial_student, student_init, retention, samples, run}` and, where there was one, `baseline`: the
-same student after the same steps without the teacher. Everything is measured on the same text, but for `tasks`: those
-of lm_eval, a row for each metric (see `utils.evaluation.lm_eval_tasks`). `student_init`: `pretrained` or `random`, the
-weights that training began with. `prompted`: the samples answer prompts, as the student learned to from conversations
-or from examples; else they go on from the beginnings of texts.
+`{student, teacher, initial_student, retention, samples, run}` and, where there was one, `baseline`: the same student
+after the same steps without the teacher. Everything is measured on the same text, but for `tasks`: those of lm_eval, a
+row for each metric (see `utils.evaluation.lm_eval_tasks`). And beside the models:
+
+- `student_init`: `pretrained` or `random`, the weights that training began with.
+- `prompted`: the samples answer prompts, as the student learned to from conversations or from examples; else they go
+  on from the beginnings of texts, behind the tokens `text_starts` of each side.
+- `alignment` and `differences`: views of single tokens, see `token_views`.
 """
 
 from collections.abc import Mapping

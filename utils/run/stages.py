@@ -330,7 +330,11 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
     student, result, held_out = trained.student, trained.result, job.held_out
     folder, settings = session.output / STUDENT, to_plain(session.asked)
     ended = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
-    scores = {**held_out.scores(student, trained.start), "student_init": job.config.student.init}
+    scores = {
+        **held_out.scores(student, trained.start),
+        "student_init": job.config.student.init,
+        "text_starts": {side: list(start.ids) for side, start in held_out.starts.items()},
+    }
 
     # Before everything that could still fail: what was trained for hours is on the disk then.
     def write_student() -> exported.LoadedAnew:
