@@ -39,8 +39,8 @@ from utils.machine.stop_signals import StopSignal
 from utils.parallel.processes import rank
 from utils.paths import user_path
 from utils.report.comparison import compare
-from utils.run import chat, quickstart
 from utils.run import folder as run_folder
+from utils.run import quickstart
 from utils.run.exit_codes import EXIT_CODES, Interrupted, exit_code
 from utils.run.session import Session
 from utils.run.stages import (
@@ -161,11 +161,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         words = sys.argv[1:] if argv is None else argv
         if words[:1] == ["chat"]:
+            from utils.run import chat
+
             return chat.main(words[1:], Method.chat_tokenizers)
 
         arguments = command_line.parse(words)
         if arguments.compare:
-            return compare(arguments.compare, user_path(arguments.values.get("output_dir", ".")))
+            table = None if arguments.csv is None else user_path(arguments.csv)
+            return compare(arguments.compare, user_path(arguments.values.get("output_dir", ".")), table)
 
         config, recipe = configure(words)
         run_folder.refuse_sources(Path(config.output_dir), to_plain(config))  # before the folder gets its lock
