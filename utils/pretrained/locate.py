@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,6 +18,10 @@ log = logging.getLogger(__name__)
 
 ATTACHED = Path("/kaggle/input")
 """Folder below which a notebook's attached models appear."""
+
+CACHED_MODEL, SNAPSHOTS = "models--", "snapshots"
+"""Beginning of the name of a model's folder in the hub's cache, where the owner follows, and the folder of its versions
+in there."""
 
 MOST_LISTED = 10
 """Models that a message lists."""
@@ -94,9 +99,22 @@ def _only_model(folder: Path, label: str) -> Path:
 
 
 def where_from(name: str) -> str:
-    """Return a hub id, or the whole path of a local folder, by which anybody on this machine finds the model."""
+    """Return the name by which others find a model too: its hub id, or else the whole path of a local folder.
+
+    A folder in the hub's cache has a hub id. Of a folder above the only model, that model's is returned: libraries do
+    not look below.
+    """
     folder = user_path(name)
-    return str(folder.resolve()) if folder.is_dir() else name
+    if not folder.is_dir():
+        return name
+
+    with suppress(UserError):  # of a folder without a model; whoever loads it tells
+        folder = _only_model(folder, name)
+    folder = folder.resolve()
+    for parent in folder.parents:
+        if parent.name == SNAPSHOTS and parent.parent.name.startswith(CACHED_MODEL):
+            return parent.parent.name.removeprefix(CACHED_MODEL).replace("--", "/")
+    return str(folder)
 
 
 def attached_models() -> str:

@@ -90,6 +90,19 @@ def how_to_use(folder: str, settings: Mapping[str, Any], results: Mapping[str, A
     )
 
 
+def lm_eval_command(folder: str, base: str, settings: Mapping[str, Any]) -> str:
+    """Return the command that measures a student on a task; lm_eval is given an adapter beside its base.
+
+    Args:
+        folder: where the student lies.
+        base: name of the model that it started from.
+    """
+    models = f"pretrained={folder}"
+    if is_adapter(settings):
+        models = f"pretrained={base},peft={folder},tokenizer={folder}"
+    return f"lm_eval --model hf --model_args {models} --tasks arc_easy"
+
+
 def repeat_command(settings: Mapping[str, Any]) -> str:
     """Return the command that does the same run again, in another folder; "" where the run's folder is not known."""
     folder = settings.get("output_dir")
