@@ -193,6 +193,8 @@ def run_lines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         del summary["stopped_by"]
         summary["training"] = "finished"
 
+    # The run ends with an error where it is not about 0.
+    summary.pop("loss_difference_loaded_anew", None)
     seconds = summary.pop("seconds", None)
     if isinstance(seconds, int | float):
         summary["duration"] = duration(seconds)

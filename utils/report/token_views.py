@@ -22,6 +22,9 @@ CONTEXT = 240
 
 SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f", "\n")
 
+CONTEXT_ROLE = 0
+"""Role, in a window, of start markers and of what the window before has had already."""
+
 LEAST_TOKENS, MOST_TOKENS = 12, 48
 """Student tokens of the sentence that is shown: it ends with a sentence in between, if one does."""
 
@@ -37,23 +40,25 @@ def alignment(pair: Pair, windows: Sequence[Mapping[str, Any]]) -> dict[str, Any
         `tokens` of the student, how many are `anchored`, and how many of those are `at_boundary` (depth 0). Empty where
         the window has no common place.
     """
-    batch: Any = pair.collate([windows[0]])
+    window = windows[0]
+    batch: Any = pair.collate([window])
     sides = {
-        "student": _tokens_of_spans(pair, "student", batch.student_ids[0], batch.student_spans[0]),
-        "teacher": _tokens_of_spans(pair, "teacher", batch.teacher_ids[0], batch.teacher_spans[0]),
+        "student": _tokens_of_spans(pair, "student", window, batch.student_spans[0]),
+        "teacher": _tokens_of_spans(pair, "teacher", window, batch.teacher_spans[0]),
     }
 
     # Whole spans, up to the end of a sentence.
     spans = []
     shown: list[int] = []
-    for span, (positions, texts) in sides["student"].items():
+    for span in sorted({-1, *sides["student"]} & {*sides["student"], *sides["teacher"]}):
+        positions, texts = sides["student"].get(span, ([], []))
         _, teacher_texts = sides["teacher"].get(span, ([], []))
         spans.append({"student": texts, "teacher": teacher_texts})
         shown += positions
         ends_sentence = "".join(texts).rstrip(" ").endswith(SENTENCE_ENDS)
         if len(shown) >= MOST_TOKENS or (len(shown) >= LEAST_TOKENS and ends_sentence):
             break
-    if not spans:
+    if not any(span["student"] for span in spans):
         return {}
 
     # A row of the batch is a position with an anchor.
@@ -67,17 +72,27 @@ def alignment(pair: Pair, windows: Sequence[Mapping[str, Any]]) -> dict[str, Any
     }
 
 
-def _tokens_of_spans(pair: Pair, side: Side, ids: Any, spans: Any) -> dict[int, tuple[list[int], list[str]]]:
-    """Return (positions that predict the tokens, their texts) of each span, in the order of the text."""
+def _tokens_of_spans(
+    pair: Pair, side: Side, window: Mapping[str, Any], spans: Any
+) -> dict[int, tuple[list[int], list[str]]]:
+    """Return (positions that predict the tokens, their texts) of each span, in the order of the text.
+
+    Under -1 is what stands before the first span: text that one of the models reads and does not predict.
+    """
     table = pair.encoder.tables[("student", "teacher").index(side)]
     by_span: dict[int, tuple[list[int], list[str]]] = {}
-
-    # The token of a span is the one after the position that predicts it; the end of a text has no bytes.
-    for position, (span, token) in enumerate(zip(spans[:-1].tolist(), ids[1:].tolist(), strict=True)):
+    tokens = zip(window[f"{side}_ids"], window[f"{side}_roles"], strict=True)
+    for index, (token, role) in enumerate(tokens):
+        # A token belongs to the position before it, which predicts it.
+        span = int(spans[index - 1]) if index > 0 else -1
+        is_before_all = span < 0 and not any(number >= 0 for number in by_span)
         spelling = table.bytes[token] if token < len(table.bytes) else None
-        if span >= 0 and spelling is not None:
+
+        # Markers have no bytes; context was shown to the model before.
+        is_text = role != CONTEXT_ROLE and spelling is not None
+        if is_text and (span >= 0 or is_before_all):
             positions, texts = by_span.setdefault(span, ([], []))
-            positions.append(position)
+            positions.append(index - 1)
             texts.append(spelling.decode("utf-8", "replace"))
     return dict(sorted(by_span.items()))
 
