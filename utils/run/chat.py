@@ -102,7 +102,7 @@ def main(words: Sequence[str], chat_tokenizers: ChatTokenizers) -> None:
     Raises:
         UserError: there is no finished run in the folder, or its student cannot be loaded.
     """
-    options = _parser().parse_args(words)
+    options = parser().parse_args(words)
     folder = user_path(options.run)
     _require_student(folder, options.run)
 
@@ -114,15 +114,15 @@ def main(words: Sequence[str], chat_tokenizers: ChatTokenizers) -> None:
         _exchange(speakers, text, options.new_tokens, is_watched)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
-    parser = argparse.ArgumentParser(prog=f"{program()} chat", description=__doc__, allow_abbrev=False)
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run, such as runs/quickstart")
-    parser.add_argument(
+    result = argparse.ArgumentParser(prog=f"{program()} chat", description=__doc__, allow_abbrev=False)
+    result.add_argument("run", metavar="RUN", help="folder of a finished run, such as runs/quickstart")
+    result.add_argument(
         "--new-tokens", type=int, default=120, metavar="N", help="tokens that each writes, at most (default: 120)"
     )
-    parser.add_argument("--student-only", action="store_true", help="leave the teacher out: quicker, and less memory")
-    return parser
+    result.add_argument("--student-only", action="store_true", help="leave the teacher out: quicker, and less memory")
+    return result
 
 
 def _require_student(folder: Path, name: str) -> None:
