@@ -12,7 +12,7 @@ from ..evaluation.scores import float32_evaluation
 from ..interfaces import Pair, Side
 from ..machine.device_memory import FittingParts
 
-SEARCHED_WINDOWS = 32
+SEARCHED_WINDOWS = 16
 """Windows of the held-out text that are searched for differences: some are enough, and all would take minutes."""
 
 MOST_DIFFERENCES = 6
