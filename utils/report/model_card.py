@@ -10,8 +10,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
 from ..config.quickstart_names import NAMES
-from ..paths import user_path
-from ..pretrained.locate import ATTACHED, where_from
+from ..pretrained.locate import ATTACHED, local_path, where_from
 from .results import MODELS, figure, headline, model_name, task_table
 from .usage_example import how_to_use, is_adapter, lm_eval_command, pipeline_tag
 
@@ -58,8 +57,7 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 def _header(settings: Mapping[str, Any], results: Mapping[str, Any]) -> ModelCardData:
     """Return the metadata that the hub reads; only names that are on the hub are in it."""
-    base = _base(settings)
-    is_on_hub = settings["student"]["init"] == "pretrained" and _is_hub_id(where_from(settings["student"]["name"]))
+    starts_from_base = settings["student"]["init"] != "random"
 
     # A dataset is given as owner/name:configuration.
     datasets = [name.partition(":")[0] for name in settings["data"]["train"]]
@@ -68,7 +66,7 @@ def _header(settings: Mapping[str, Any], results: Mapping[str, Any]) -> ModelCar
         license="unknown",
         library_name="peft" if is_adapter(settings) else "transformers",
         pipeline_tag=pipeline_tag(results),
-        base_model=base if is_on_hub else None,
+        base_model=_hub_base(settings) if starts_from_base else None,
         datasets=[name for name in datasets if _is_hub_id(name)] or None,
         tags=["knowledge-distillation"] if settings["teacher"]["name"] else None,
         model_name=_model_name(settings) if evaluations else None,
@@ -78,8 +76,18 @@ def _header(settings: Mapping[str, Any], results: Mapping[str, Any]) -> ModelCar
 
 def _base(settings: Mapping[str, Any]) -> str:
     """Return the name of the model that the student started from: on the hub, or else without its folders."""
+    return _hub_base(settings) or _public(settings["student"]["name"])
+
+
+def _hub_base(settings: Mapping[str, Any]) -> str | None:
+    """Return the hub id of the model that the student started from; None: it is not on the hub."""
     source = where_from(settings["student"]["name"])
-    return source if _is_hub_id(source) else _public(settings["student"]["name"])
+
+    # A GGUF file of the hub is given as owner/name:FILE.gguf.
+    repository, _, file = source.partition(":")
+    if file.lower().endswith(".gguf"):
+        source = repository
+    return source if _is_hub_id(source) else None
 
 
 def _model_name(settings: Mapping[str, Any]) -> str:
@@ -120,7 +128,9 @@ def _origin(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Return the paragraph on student, start, teacher and text."""
     student = settings["student"]
     teacher = settings["teacher"]["name"]
-    start = "its own weights" if student["init"] == "pretrained" else "random weights"
+    kind, _, count = student["init"].partition(":")
+    starts = {"pretrained": "its own weights", "random": "random weights", "layers": f"{count} of its layers"}
+    start = starts[kind]
     method = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
     text = ", ".join(f"`{_public(name)}`" for name in settings["data"]["train"])
     return (
@@ -163,7 +173,7 @@ def _is_hub_id(name: str) -> bool:
 
 def _public(name: str) -> str:
     """Return a name without the folders of this machine."""
-    path = user_path(name)
+    path = local_path(name)
     if not path.exists():
         return name
 

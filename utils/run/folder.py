@@ -18,11 +18,11 @@ from ..errors import UserError
 from ..files import clean_leftovers, nearest_existing, write_text
 from ..machine import hardware
 from ..paths import user_path
-from ..run_layout import CHECKPOINTS, CONFIG, FILES, FOLDERS, LOCK, LOG, REPORT_JSON, STUDENT
+from ..run_layout import CHECKPOINTS, CONFIG, FILES, FOLDERS, LAYERS, LOCK, LOG, REPORT_JSON, STUDENT
 
 PATIENCE = 15
 """Seconds that the data workers of a run that was killed may take to notice it; they keep its lock."""
-BEFORE_TRAINING = {CONFIG, LOCK, LOG}
+BEFORE_TRAINING = {CONFIG, LAYERS, LOCK, LOG}
 """What a run writes before there is anything to continue."""
 
 
@@ -97,7 +97,7 @@ def _check_continuation(folder: Path, config: Mapping[str, Any], resume: str) ->
         if not (folder / REPORT_JSON).is_file():
             raise
         # More steps are asked for most often.
-        advice = follow_up(folder, earlier.get("student.init", ""))
+        advice = follow_up(folder, earlier.get("student.init", "pretrained"))
         raise UserError(f"{error}\nThat run is finished; {advice}.") from None
 
 
@@ -105,10 +105,10 @@ def follow_up(folder: Path, init: str) -> str:
     """Return how a finished run is trained further: by a new one, whose schedule is made for its own steps.
 
     Args:
-        init: of the finished run's student; random weights would be drawn anew.
+        init: of the finished run's student; random weights would be drawn anew, and layers cut once more.
     """
     student = shlex.quote(str(folder / STUDENT))
-    keep_weights = " --set student.init=pretrained" if init == "random" else ""
+    keep_weights = "" if init == "pretrained" else " --student-init pretrained"
     return (
         f"to train its student further, start a new run from it: --student {student}{keep_weights}, in another "
         "--output-dir"

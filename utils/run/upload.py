@@ -29,9 +29,9 @@ def check(config: HubConfig, student: Path, model: StudentConfig) -> None:
         return
 
     is_adapter = model.lora.enabled and not model.lora.merge
-    if is_adapter and user_path(where_from(model.name)).is_dir():
+    if is_adapter and user_path(where_from(model.name)).exists():
         raise UserError(
-            f"--push-to-hub {config.repository}: the student is a LoRA adapter of {model.name}, a folder of this "
+            f"--push-to-hub {config.repository}: the student is a LoRA adapter of {model.name}, a model of this "
             "machine, and whoever loads it would look for its base there. Expected the base's name on the hub as "
             "--student, or --merge-lora, which uploads a whole model."
         )

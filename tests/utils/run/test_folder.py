@@ -60,7 +60,7 @@ def test_the_export_of_a_run_does_not_replace_the_model_that_it_starts_from(tmp_
         run_folder.check(tmp_path / "run", CONFIG | {"student": {"name": str(student)}}, "auto")
 
 
-@pytest.mark.parametrize("init", ["random", "pretrained"])
+@pytest.mark.parametrize("init", ["random", "pretrained", "layers:2"])
 def test_a_finished_run_that_is_given_more_steps_says_how_a_follow_up_is_started(tmp_path, init):
     (tmp_path / "checkpoints" / "step-00000020").mkdir(parents=True)
     config = CONFIG | {"student": {"init": init}, "training": {"max_steps": 20}}
@@ -74,4 +74,4 @@ def test_a_finished_run_that_is_given_more_steps_says_how_a_follow_up_is_started
     with pytest.raises(UserError, match="That run is finished") as finished:
         run_folder.check(tmp_path, more, "auto")
     assert f"--student {tmp_path / 'student'}" in str(finished.value)
-    assert ("student.init=pretrained" in str(finished.value)) is (init == "random")
+    assert ("--student-init pretrained" in str(finished.value)) is (init != "pretrained")

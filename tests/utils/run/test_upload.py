@@ -117,7 +117,7 @@ def test_an_adapter_of_a_local_folder_is_refused_since_nobody_else_could_load_it
     def check(name, **lora):
         hub.check(HubConfig("mine"), tmp_path, StudentConfig(name=str(name), lora=LoraConfig(**lora)))
 
-    with pytest.raises(UserError, match=r"LoRA adapter of .*small, a folder of this machine.*--merge-lora"):
+    with pytest.raises(UserError, match=r"LoRA adapter of .*small, a model of this machine.*--merge-lora"):
         check(local, enabled=True)
     assert not there.created
     check(local, enabled=True, merge=True)
