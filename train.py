@@ -162,9 +162,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         words = sys.argv[1:] if argv is None else argv
+        if words[:1] == ["chat"]:
+            from utils.run import chat
+
+            return chat.main(words[1:], Method.chat_tokenizers)
+
         arguments = command_line.parse(words)
         if arguments.compare:
-            return compare(arguments.compare, user_path(arguments.values.get("output_dir", ".")))
+            table = None if arguments.csv is None else user_path(arguments.csv)
+            return compare(arguments.compare, user_path(arguments.values.get("output_dir", ".")), table)
 
         config, recipe = configure(words)
         run_folder.refuse_sources(Path(config.output_dir), to_plain(config))  # before the folder gets its lock
