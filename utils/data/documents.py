@@ -126,7 +126,7 @@ def _without(documents: Sequence[str], held_out: Sequence[str], evaluation_data:
 
 
 def _read(config: DataConfig, names: Sequence[str], *, split: str, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) of every document, and log at the end which columns and keys were not read.
+    """Yield (place, text) of every document, and warn at the end of columns and keys not read.
 
     Args:
         places: of the first document of each kind, which are noted there.
@@ -142,7 +142,7 @@ def _read(config: DataConfig, names: Sequence[str], *, split: str, places: _Firs
     finally:  # also where `max_documents` ends the reading
         unread = str(columns.unread)
         if unread:
-            log.info("%s: %s", ", ".join(names), unread)
+            log.warning("%s: %s", ", ".join(names), unread)
 
 
 def _read_eval(config: DataConfig, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
