@@ -179,13 +179,21 @@ def train_student(
     evaluate = partial(evaluation_record, job, module)
     if resume_from is None:
         logger.evaluation({"step": 0, "split": "eval", **metrics_of(start["initial_student"])})
+    flags = RedFlags.of_run(
+        plan.total_steps,
+        config.training.warmup_ratio,
+        student,
+        start,
+        main=session.is_main,
+        text_repeats=job.text_repeats,
+    )
     options = LoopOptions(
         logger=logger,
         evaluate=evaluate,
         evaluate_every=config.evaluation.every,
         checkpoints=store,
         resume_from=resume_from,
-        flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=session.is_main),
+        flags=flags,
         stop=session.stop,
         num_workers=config.data.num_workers,
         term_gradients=config.logging.term_gradients,

@@ -11,12 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils.checks.miniature import builtin_texts
 from utils.config.settings import DataConfig
 from utils.data import documents as data
 from utils.data import sources
 from utils.data import windows as windows_module
 from utils.data.columns import Columns
 from utils.data.documents import corpus_fingerprint, leakage, load_documents
+from utils.data.stories import write_stories
 from utils.data.windows import make_windows
 from utils.errors import UserError
 
@@ -520,3 +522,9 @@ def test_a_blank_line_in_a_table_of_two_columns_is_an_empty_document(tmp_path):
     (tmp_path / "a.csv").write_text("\n".join(["prompt,completion", *rows[:20], "", *rows[20:]]) + "\n")
     corpus = load_documents(DataConfig(train=[str(tmp_path / "a.csv")], eval_fraction=0.2))
     assert corpus.report["train"] + corpus.report["eval"] == 40
+
+
+def test_text_put_together_from_a_stock_of_sentences_repeats_itself_and_prose_does_not():
+    assert data.repeats_itself(write_stories(300))
+    assert not data.repeats_itself(builtin_texts())
+    assert not data.repeats_itself(["too short"])
