@@ -37,7 +37,7 @@ log = logging.getLogger("train")
 FORMAT = 2
 """Version of the material; it goes up when the same stories and models would give another one."""
 END_OF_TEXT = "<|endoftext|>"
-STORIES = 3000
+STORIES = 2000
 """A window of the student holds one of them, so an epoch has about as many windows."""
 TEACHER_VOCABULARY = 2048
 STUDENT_VOCABULARY = 1024
