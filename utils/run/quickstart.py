@@ -1,6 +1,6 @@
 """Material for a first run without download or account.
 
-Text: small stories that `data.stories` writes, about 2 MB. From it: two byte-level BPE tokenizers of different size,
+Text: small stories that `data.stories` writes, 1.5 MB. From it: two byte-level BPE tokenizers of different size,
 and the configs of a small teacher and a smaller student. Built once and cached; the teacher is trained by the first run
 that learns from it.
 """
