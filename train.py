@@ -48,6 +48,7 @@ from utils.run.stages import (
     export_student,
     finish,
     get_teacher,
+    judged_by,
     log_cache,
     measure_tasks,
     prepare_run,
@@ -117,6 +118,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     if config.cache.build_only:
         log_cache(job, f"teacher cache {config.cache.folder} is complete")
         return "finished"
+    job, job_without_cache = judged_by(teacher, job), judged_by(teacher, job_without_cache)
 
     # 3. Train, and write everything down before anything optional is done.
     trained = train_student(job, teacher, session.output, session, config.resume)
@@ -160,9 +162,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         words = sys.argv[1:] if argv is None else argv
+        if words[:1] == ["chat"]:
+            from utils.run import chat
+
+            return chat.main(words[1:], Method.chat_tokenizers)
+
         arguments = command_line.parse(words)
         if arguments.compare:
-            return compare(arguments.compare, user_path(arguments.values.get("output_dir", ".")))
+            table = None if arguments.csv is None else user_path(arguments.csv)
+            return compare(arguments.compare, user_path(arguments.values.get("output_dir", ".")), table)
 
         config, recipe = configure(words)
         run_folder.refuse_sources(Path(config.output_dir), to_plain(config))  # before the folder gets its lock

@@ -39,6 +39,7 @@ TAKE_VALUES = {
     "--config",
     "--set",
     "--compare",
+    "--csv",
     "--teacher",
     "--teacher-device",
     "--student",

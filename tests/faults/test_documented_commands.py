@@ -5,6 +5,7 @@ on one machine without network and GPU is in `PARSED_ONLY`, with what it needs, 
 """
 
 import importlib
+import io
 import json
 import re
 import shlex
@@ -58,6 +59,7 @@ ASKS_FOR = {
 """Flag -> without which it is refused or does nothing; added where it is quoted alone."""
 PLACEHOLDERS = ("NAME", "PATH", "dotted.key=value")
 SMALL = ["--max-steps", "2", "--set", "evaluation.max_windows=4", "evaluation.samples=1", "evaluation.new_tokens=4"]
+SMALL += ["evaluation.generation=2"]
 
 
 def alternatives(words: str) -> list[str]:
@@ -85,7 +87,7 @@ def commands() -> list[tuple[str, str, str]]:
 
 
 COMMANDS = commands()
-TRAINING = [c for c in COMMANDS if not c[2].startswith(("--help", "--compare"))]
+TRAINING = [c for c in COMMANDS if not c[2].startswith(("--help", "--compare", "chat"))]
 RUN = [c for c in TRAINING if not any(part in f"{c[1]} {c[2]}" for part in PARSED_ONLY)]
 
 
@@ -206,6 +208,16 @@ def test_runs_are_compared(at_toy_size, tmp_path, capsys):
         assert train.main([*at_toy_size.arguments("...", tmp_path), "--output-dir", folder]) == 0
     assert train.main(words.split()) == 0
     assert (tmp_path / "comparison.png").is_file()
+
+
+def test_a_chat_answers_the_lines_of_a_pipe(at_toy_size, tmp_path, capsys, monkeypatch):
+    (words,) = (words for _, _, words in COMMANDS if words.startswith("chat runs/quickstart"))
+    assert train.main([*at_toy_size.arguments("...", tmp_path), "--output-dir", words.split()[1]]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n"))
+    assert train.main([*words.split(), "--new-tokens", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "Student: " in shown and "Teacher: " in shown
 
 
 def test_help_is_printed(capsys):

@@ -154,6 +154,9 @@ class Arguments:
     compare: list[str] = field(default_factory=list)
     """Folders of runs to compare, instead of training."""
 
+    csv: str | None = None
+    """File for the comparison as a table."""
+
     def given(self) -> dict[str, Any]:
         """Return what the command line sets, as nested values.
 
@@ -402,6 +405,12 @@ def _add_recipe_flags(group: argparse._ArgumentGroup) -> None:
         help="train nothing: compare the folders of runs, in words and a picture",
     )
 
+    group.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="beside --compare: the same in a table for other programs; Markdown where the name ends with .md",
+    )
+
     group.add_argument("-h", "--help", action="help", help="show this and exit")
 
 
@@ -439,14 +448,15 @@ def parse(argv: Sequence[str]) -> Arguments:
         long_options = [option for option in options if option.startswith("--")]
         raise UserError(_describe_unknown(unknown, long_options))
 
-    # Four flags set no key. Of the others, those that were not given are None.
+    # Five flags set no key. Of the others, those that were not given are None.
     by_key = vars(namespace)
     config = by_key.pop("config")
     assignments = by_key.pop("set")
     no_resume = by_key.pop("no_resume")
     compare = by_key.pop("compare") or []
+    csv = by_key.pop("csv")
     values = {key: value for key, value in by_key.items() if value is not None}
-    _require_words({**values, "config": config, "compare": compare})
+    _require_words({**values, "config": config, "compare": compare, "csv": csv})
 
     if no_resume:
         if values.get("resume", "never") != "never":
@@ -454,8 +464,13 @@ def parse(argv: Sequence[str]) -> Arguments:
         values["resume"] = "never"
 
     if compare and (config or assignments or values.keys() - {"output_dir"}):
-        raise UserError("--compare trains nothing. Expected beside it only --output-dir DIR, where the picture goes.")
-    return Arguments(config=config, values=values, assignments=assignments, compare=compare)
+        raise UserError(
+            "--compare trains nothing. Expected beside it only --output-dir DIR, where the picture goes, and --csv "
+            "FILE."
+        )
+    if csv and not compare:
+        raise UserError(f"--csv {csv}: a table of a comparison. Expected --compare RUN RUN ... beside it.")
+    return Arguments(config=config, values=values, assignments=assignments, compare=compare, csv=csv)
 
 
 def _require_words(values: dict[str, Any]) -> None:

@@ -265,6 +265,10 @@ class EvaluationConfig(Validated):
     new_tokens: Annotated[int, Gt(0)] = 48
     """Length of the continuations, in tokens of the model that writes them."""
 
+    generation: Annotated[int, Ge(0)] = 16
+    """Texts that each model writes from such prompts, sampled at temperature 1, for the figures of written text in the
+    report; 0: none."""
+
     without_teacher: bool = False
     """Also train the same student, on the same batches for the same steps, without the teacher, and compare."""
 
