@@ -59,7 +59,7 @@ def parse(name: str) -> GgufName | None:
         return None
 
     source, _, file = name.rpartition(":")
-    is_drive_letter = len(source) == 1
+    is_drive_letter = len(source) == 1 and file.startswith(("\\", "/"))
     return GgufName("", name) if is_drive_letter else GgufName(source, file)
 
 
