@@ -92,10 +92,10 @@ class StudentConfig(Validated):
     """An adapter in place of the weights."""
 
     allow_pickle: bool = False
-    """Also take weights that are only there as pickle files; see `ModelConfig`."""
+    """Also take weights that are only there as pickle files; see `teacher.allow_pickle`."""
 
     text_start: str | None = None
-    """Token that plain text starts with; see `ModelConfig`."""
+    """Token that plain text starts with; see `teacher.text_start`."""
 
 
 @dataclass(frozen=True)

@@ -20,15 +20,15 @@ class Validated:
         ValueError: with every wrong field.
     """
 
-    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
-    """For `config.build`, which makes an instance from plain values."""
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False, extra="forbid", use_attribute_docstrings=True)
+    """For `config.build`, which makes an instance from plain values, and `config.schema`, which describes them."""
 
     def __post_init__(self) -> None:
         kind = type(self)
         try:
             _fields_of(kind).model_validate(vars(self))  # type: ignore[arg-type]
         except ValidationError as error:
-            problems = "; ".join(describe(error, vars(self)))
+            problems = "; ".join(map(str, describe(error, vars(self))))
             raise ValueError(f"{kind.__name__}: {problems}") from None
 
 
