@@ -41,7 +41,7 @@ OF_ACCELERATE = {"--fsdp_version"}
 OF_BENCHMARKS = {
     flag for file in (ROOT / "benchmarks").rglob("*.py") for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())
 }
-FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*[a-z]\b")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z._-]*[a-z]\b")
 
 
 def flags_of(command_line_parser) -> set[str]:

@@ -34,12 +34,10 @@ ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = "settings.md"
 """Page made of the settings, where a flag stands for a name and not for a command."""
 TEXT = {
-    page.name: prose.replace("\\\n", " ").replace("\\|", "|")
-    for page, prose in PROSE.items()
-    if page.name != REFERENCE
+    page.name: prose.replace("\\\n", " ").replace("\\|", "|") for page, prose in PROSE.items() if page.name != REFERENCE
 }
 LINE = re.compile(r"((?:python|accelerate launch|torchrun)(?: [^`\n]*?)?) ?train\.py((?: [^`\n#]+)?)")
-QUOTED_FLAG = re.compile(r"`(--[a-z-]+(?: [^`\n]+)?)`")
+QUOTED_FLAG = re.compile(r"`(--[a-z.-]+(?: [^`\n]+)?)`")
 TRAINS_NOTHING = ("--help", "--compare", "--print-")
 PARSED_ONLY = {
     "accelerate launch": "several GPUs",
@@ -63,7 +61,7 @@ ASKS_FOR = {
     "--set data.learn_from": "--train-data CONVERSATIONS",
 }
 """Flag -> without which it is refused or does nothing; added where it is quoted alone."""
-PLACEHOLDERS = ("NAME", "PATH", "dotted.key=value")
+PLACEHOLDERS = ("NAME", "PATH", "KEY=VALUE")
 SMALL = ["--max-steps", "2", "--set", "evaluation.max_windows=4", "evaluation.samples=1", "evaluation.new_tokens=4"]
 
 

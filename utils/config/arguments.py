@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NoReturn
 
 from ..errors import UserError
@@ -303,6 +304,12 @@ def completion(config: type, shell: str) -> str:
 # ---------------------------------------------------------------------------------------------- parsing
 
 
+@cache
+def _parser(config: type) -> argparse.ArgumentParser:
+    """Make the parser for `parse`, once."""
+    return parser(config)
+
+
 def parse(config: type, argv: Sequence[str], program: str = "train.py", description: str = DESCRIPTION) -> Arguments:
     """Sort the words of a command line.
 
@@ -316,7 +323,7 @@ def parse(config: type, argv: Sequence[str], program: str = "train.py", descript
         UserError: unknown flags (all of them, each with the nearest known one), a flag without its value, or
             flags that contradict each other.
     """
-    flags = parser(config)
+    flags = _parser(config)
     flags.prog, flags.description = program, description
     words = [_with_dashes(word) for word in _join_separator(argv)]
     namespace, unknown = flags.parse_known_args(words)
