@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("utils").setLevel(logging.ERROR)
 
     try:
-        parse(words, program="verify_fixes.py", description=__doc__)
+        arguments = parse(words, program="verify_fixes.py", description=__doc__)
+        if arguments.compare or arguments.print_config:
+            raise UserError("--compare and --print-config are answered by train.py; expected the flags of a run")
         config, recipe = configure(words)
 
         # Only now: these load torch, which takes seconds, and a mistake is answered at once.

@@ -22,8 +22,8 @@ class Validated:
         ValueError: with every wrong field.
     """
 
-    __pydantic_config__ = ConfigDict(allow_inf_nan=False, extra="forbid", use_attribute_docstrings=True)
-    """For those who build an instance from plain values, or describe the fields by their docstrings."""
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False, extra="forbid")
+    """For those who build an instance from plain values."""
 
     def __post_init__(self) -> None:
         # Frozen dataclasses refuse plain assignment, also here.

@@ -112,7 +112,7 @@ def test_models_of_ones_own_take_no_recipe_on_any_machine(machine):
     assert (config.teacher.name, config.student.name) == ("my/teacher", "my/student")
     assert note.startswith("no recipe") and config.output_dir == "runs/train"
     for words in (["--set", "teacher.name=a", "student.name=b", "data.train=[c]"], ["--set", "student={name: b}"]):
-        assert command_line._default_recipe(run_config.parse(words).nested())[0] is None
+        assert command_line._default_recipe(train.RunConfig, run_config.parse(words).nested())[0] is None
 
 
 # ---------------------------------------------------------------------------------- what falls, and how it is told

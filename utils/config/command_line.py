@@ -34,9 +34,7 @@ def configure(schema: type[Config], argv: Sequence[str]) -> tuple[Config, str]:
     if arguments.config:
         name, why = arguments.config, "asked for"
     else:
-        # before the machine is asked for the recipe, which may take seconds
-        check_values(schema, overrides, source="the command line")
-        name, why = _default_recipe(overrides)
+        name, why = _default_recipe(schema, overrides)
     recipe = _Recipe() if name is None else _load_recipe(schema, name, overrides)
 
     # Flags and --set lie over it.
@@ -143,14 +141,18 @@ def _without_effect(arguments: Arguments, recipe: _Recipe) -> str:
     return notes
 
 
-def _default_recipe(overrides: dict[str, Any]) -> tuple[str | None, str]:
+def _default_recipe(schema: type, overrides: dict[str, Any]) -> tuple[str | None, str]:
     """Return the recipe to use where none was named, and the reason. None: the defaults of every setting.
 
     What a command with models of its own trains on and with must not depend on the machine, so no recipe is laid under
     it, with a GPU or without.
 
     Args:
+        schema: the dataclass of a whole run.
         overrides: what the command line sets, as nested values.
+
+    Raises:
+        UserError: mistakes in the overrides.
     """
     has_teacher = get_dotted(overrides, "teacher.name") is not None
     has_student = get_dotted(overrides, "student.name") is not None
@@ -159,7 +161,8 @@ def _default_recipe(overrides: dict[str, Any]) -> tuple[str | None, str]:
 
     reason = why_no_gpu()
     if reason is None:
-        # Imported only now, because it loads torch: --help and mistakes are to be answered at once.
+        # The machine has to be asked by torch, which takes seconds to load. Mistakes are answered at once.
+        check_values(schema, overrides, source="the command line")
         from ..machine.hardware import choose_device
 
         device = choose_device()

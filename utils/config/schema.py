@@ -1,15 +1,19 @@
 """The settings as data: a table of all keys, and a JSON schema for editors.
 
-Both are made by pydantic of the dataclasses of a run: names, types, ranges, defaults, and the docstring under each
+Both are made of the dataclasses of a run: names, types, ranges and defaults by pydantic, and the docstring under each
 field. The flags of the command line and the page docs/settings.md are made of the table.
 """
 
+import ast
 import copy
 import dataclasses
+import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from pydantic import TypeAdapter
 
@@ -47,32 +51,32 @@ class Setting(NamedTuple):
 
     @property
     def section(self) -> str:
-        """The part of the configuration that it belongs to, for people; those of the run itself have none."""
+        """Return the first part of the key; settings of the run itself have none."""
         return self.key.partition(".")[0] if "." in self.key else ""
 
     @property
     def shown_default(self) -> str:
-        """The default as a recipe writes it."""
+        """Return the default as a recipe writes it."""
         return self.default if isinstance(self.default, str) else json.dumps(self.default)
 
     @property
     def is_switch(self) -> bool:
-        """Whether it is true or false."""
+        """Return whether its values are true and false."""
         return self._has_only("boolean")
 
     @property
     def is_list(self) -> bool:
-        """Whether it has several values."""
+        """Return whether it has several values."""
         return self._has_only("array")
 
     @property
     def is_list_of_texts(self) -> bool:
-        """Whether one text alone can stand for a list of one."""
+        """Return whether one text can stand for a list of one."""
         return self.is_list and self.forms[0].get("items", {}).get("type") == "string"
 
     @property
     def may_be_null(self) -> bool:
-        """Whether null is a value of it."""
+        """Return whether null is a value of it."""
         return any(form.get("type") == "null" for form in self.forms)
 
     def _has_only(self, kind: str) -> bool:
@@ -96,8 +100,48 @@ def defaults(config: type) -> dict[str, Any]:
 
 @cache
 def _schema(config: type) -> Json:
-    """Return pydantic's JSON schema of a dataclass."""
-    return adapter(config).json_schema()
+    """Return pydantic's JSON schema of a dataclass, described by the docstrings."""
+    schema = adapter(config).json_schema()
+    for kind in _dataclasses_in(config):
+        definition = schema if kind is config else schema["$defs"][kind.__name__]
+        definition["description"] = inspect.getdoc(kind)
+        for name, docstring in _field_docstrings(kind).items():
+            definition["properties"][name]["description"] = docstring
+    return schema
+
+
+def _dataclasses_in(annotation: Any) -> set[type]:
+    """Return the dataclasses of an annotation, and those of their fields."""
+    if isinstance(annotation, type) and dataclasses.is_dataclass(annotation):
+        kinds: set[type] = {annotation}
+        inner = tuple(get_type_hints(annotation).values())
+    else:
+        kinds = set()
+        inner = get_args(annotation)
+    return kinds.union(*map(_dataclasses_in, inner))
+
+
+def _field_docstrings(kind: type) -> dict[str, str]:
+    """Return the string under each field of a dataclass. (pydantic reads them too, but not in all its versions.)"""
+    definition = _classes_of(kind.__module__).get(kind.__name__)
+    statements = definition.body if definition else []
+
+    docstrings = {}
+    for field, text in pairwise(statements):
+        is_documented = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
+        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_documented:
+            docstrings[field.target.id] = inspect.cleandoc(text.value.value)  # type: ignore[attr-defined]
+    return docstrings
+
+
+@cache
+def _classes_of(module: str) -> dict[str, ast.ClassDef]:
+    """Return the classes in the source of a module, by name; none where there is no source."""
+    try:
+        tree = ast.parse(inspect.getsource(sys.modules[module]))
+    except (OSError, TypeError):
+        return {}
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 @cache

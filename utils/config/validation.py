@@ -20,8 +20,8 @@ class Validated:
         ValueError: with every wrong field.
     """
 
-    __pydantic_config__ = ConfigDict(allow_inf_nan=False, extra="forbid", use_attribute_docstrings=True)
-    """For `config.build`, which makes an instance from plain values, and `config.schema`, which describes them."""
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False, extra="forbid")
+    """For `config.build`, which makes an instance from plain values."""
 
     def __post_init__(self) -> None:
         kind = type(self)
