@@ -91,6 +91,6 @@ def divergence(
     return DIVERGENCES[kind](log_p, log_q, skew)
 
 
-def temper(log_probs: Tensor, temperature: float) -> Tensor:
+def temper(log_probs: Tensor, temperature: float | Tensor) -> Tensor:
     """Return the log of p ** (1 / temperature), normalised over the last dimension."""
     return (log_probs / temperature).log_softmax(-1)

@@ -33,6 +33,7 @@ from utils.forecast import disk
 from utils.machine import hardware as hardware_module
 from utils.machine import kernels, packages
 from utils.machine.packages import Package
+from utils.pretrained import loading
 from utils.training import loop as training_loop
 from utils.training.early_stopping import EarlyStopping
 
@@ -183,8 +184,8 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     flags = own_flags(folder)
     torch.manual_seed(0)
-    shape = verification.loading.load_config(str(folder / "teacher"), "teacher")
-    verification.loading.random_model(shape).save_pretrained(folder / "teacher")
+    shape = loading.load_config(str(folder / "teacher"), "teacher")
+    loading.random_model(shape).save_pretrained(folder / "teacher")
     return flags
 
 

@@ -73,6 +73,8 @@ def _words(form: Json) -> str:
         return f"`{form['const']}`"
     if "enum" in form:
         return ", ".join(f"`{value}`" for value in form["enum"])
+    if "examples" in form:
+        return f"text such as `{form['examples'][0]}`"
     if form["type"] == "array" and "prefixItems" in form:
         return f"{len(form['prefixItems'])} of: {_words(form['prefixItems'][0])}"
     if form["type"] == "array":
