@@ -124,10 +124,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     """Help in which a flag of several names has its value once, as Python 3.13 writes it."""
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        names = ", ".join(action.option_strings)
-        if action.nargs == 0:
-            return names
-        return f"{names} {self._format_args(action, self._get_default_metavar_for_optional(action))}"
+        values = {0: "", "?": f" [{action.metavar}]", "+": f" {action.metavar} ..."}
+        return ", ".join(action.option_strings) + values.get(action.nargs, f" {action.metavar}")
 
 
 class _Answer(argparse.Action):
@@ -223,6 +221,7 @@ def _add_answers(group: argparse._ArgumentGroup, config: type) -> None:
         help="print what completes curriculum-distill in a shell; needs the package shtab",
         nargs=None,
         choices=SHELLS,
+        metavar="|".join(SHELLS),
     )
 
     group.add_argument(

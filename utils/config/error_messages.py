@@ -43,7 +43,7 @@ def describe(error: ValidationError, values: Any, keys: Sequence[str] = ()) -> l
     for path, items in items_by_path.items():
         # A ramp with mistakes inside was also tried as a number, and the mistakes inside say more.
         has_inner_mistakes = any(other.startswith(f"{path}.") for other in items_by_path)
-        if items[0]["type"] == "unexpected_keyword_argument":
+        if items[0]["type"] in ("unexpected_keyword_argument", "invalid_key"):
             mistakes.append(Mistake(path, f"unknown key (got {shown(items[0]['input'])}){_nearest_key(path, keys)}"))
         elif not has_inner_mistakes:
             mistakes.append(Mistake(path, _describe_value(items)))

@@ -79,6 +79,7 @@ def test_a_wrong_value_hides_no_contradiction():
     [
         ({"training": {"batchsize": 2}}, "did you mean training.batch_size?"),
         ({"batch_size": 2}, "did you mean training.batch_size?"),
+        ({"training": {3: 4}}, "training.3: unknown key"),
         ({"curriculum": {"kdd": {"weight": 1}}}, "did you mean curriculum.kd?"),
         ({"curriculum": {"kd": {"weight": {"point": [[0, 1]]}}}}, "did you mean curriculum.kd.weight.points?"),
     ],
