@@ -26,6 +26,7 @@ from utils.run.stages import (
     export_student,
     finish,
     get_teacher,
+    judged_by,
     log_cache,
     measure_tasks,
     prepare_run,
@@ -76,6 +77,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     if config.cache.build_only:
         log_cache(job, f"teacher cache {config.cache.folder} is complete")
         return "finished"
+    job, job_without_cache = judged_by(teacher, job), judged_by(teacher, job_without_cache)
 
     # 3. Train, and write everything down before anything optional is done.
     trained = train_student(job, teacher, session.output, session, config.resume)

@@ -29,11 +29,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def command() -> None:
         words = sys.argv[1:] if argv is None else argv
+        if words[:1] == ["chat"]:
+            from models.distillation import Method
+            from utils.run import chat
+
+            return chat.main(words[1:], Method.chat_tokenizers)
+
         arguments = parse(words)
         if arguments.compare:
             from utils.report.comparison import compare
 
-            return compare(arguments.compare, user_path(arguments.flags.get("output_dir", ".")))
+            table = None if arguments.csv is None else user_path(arguments.csv)
+            return compare(arguments.compare, user_path(arguments.flags.get("output_dir", ".")), table)
 
         config, recipe = configure(words)
         if arguments.print_config:

@@ -20,7 +20,7 @@ import json
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -199,11 +199,13 @@ class Benchmark:
                 return best
             position = RATES.index(best)
 
-    def run_all(self, seeds: int) -> None:
-        """Do all runs that the budget allows, in the order of their worth."""
+    def run_all(self, seeds: int, depths: Collection[int]) -> None:
+        """Do all runs of students of some depths that the budget allows, in the order of their worth."""
         rates: dict[int, float] = {}
         alone = {arm.layers: arm for arm, _ in jobs(1) if arm.teacher is None}
         for arm, seed in jobs(seeds):
+            if arm.layers not in depths:
+                continue
             if self.budget.left < 0:
                 print("the budget is spent; the same command goes on from here", flush=True)
                 return
@@ -240,7 +242,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", type=Path, help="GGUF file or folder; default: Gemma 3 270M of its package")
     parser.add_argument("--data", type=Path, help="folder of the corpora; default: REAL_MODELS_DIR/corpora")
     parser.add_argument("--folder", type=Path, default=Path(".real-pair"), help="for what is prepared once")
-    parser.add_argument("--results", type=Path, default=Path("real-pair-results.jsonl"))
+    parser.add_argument(
+        "--results", type=Path, nargs="+", default=[Path("real-pair-results.jsonl")], help="several only with --table"
+    )
 
     # What every arm shares.
     parser.add_argument("--tokens", type=int, default=300_000, help="student tokens of an arm")
@@ -250,6 +254,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=64, help="texts that a student writes")
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument(
+        "--depths",
+        type=int,
+        nargs="+",
+        choices=CUTS,
+        default=CUTS,
+        help="only students of so many layers, 0: all of them; a process for each depth, with a folder and a results "
+        "file of its own, makes more of a large GPU",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="of arms that decide a default; 1 to 5")
 
     # The machine.
@@ -283,10 +296,10 @@ def _setting(args: argparse.Namespace) -> Setting:
 def main(arguments: list[str] | None = None) -> None:
     """Do the runs that the command line asks for, and print the tables."""
     args = parser().parse_args(arguments)
-    results = Results(args.results)
     if args.table:
-        print(tables(results.lines))
+        print(tables([line for file in args.results for line in Results(file).lines]))
         return
+    results = Results(args.results[0])
 
     budget = Budget(time.monotonic() + args.budget)
     if args.threads:
@@ -310,7 +323,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     benchmark = Benchmark(pair, results, budget)
     benchmark.measure_levels()
-    benchmark.run_all(args.seeds)
+    benchmark.run_all(args.seeds, args.depths)
     print("\n" + tables(results.lines))
 
 

@@ -45,6 +45,7 @@ TAKE_VALUES = {
     "--set",
     "--compare",
     "--print-completion",
+    "--csv",
     "--teacher",
     "--teacher-device",
     "--student",

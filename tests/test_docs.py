@@ -19,6 +19,7 @@ from utils.config.build import build
 from utils.config.plain import to_plain
 from utils.config.schema import keys_of
 from utils.config.yaml_files import load_yaml
+from utils.run import chat
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,7 +33,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # --------------------------------------------------------------------- commands, flags, keys, links
 
 FOREIGN = re.compile(
-    r"(?:pip|pytest|python -m pytest|tensorboard|lm_eval|git|export|accelerate launch|torchrun)\b"
+    r"(?:pip|pytest|python -m pytest|python convert_hf_to_gguf\.py|tensorboard|lm_eval|git|export|accelerate launch|"
+    r"torchrun)\b"
     r"(?:[^\n`|]|\\\n)*?(?=train\.py|$|\n|`|\|)"
 )
 """Commands of other programs, up to a train.py that they start."""
@@ -56,6 +58,7 @@ def test_every_flag_exists(page):
         assert any(place.is_file() for place in places), f"{page.name}: there is no benchmarks.{name}"
         assert set(FLAG.findall(arguments)) <= OF_BENCHMARKS, f"{page.name}: {arguments}"
     known |= OF_BENCHMARKS if "python -m benchmarks." in text else set()
+    known |= flags_of(chat.parser()) if "train.py chat" in text else set()
     found = set(FLAG.findall(FOREIGN.sub(" ", BENCHMARK.sub(" ", text))))
     assert found <= known, f"{page.name}: there is no {', '.join(sorted(found - known))}"
 

@@ -5,6 +5,7 @@ on one machine without network and GPU is in `PARSED_ONLY`, with what it needs, 
 """
 
 import importlib
+import io
 import json
 import re
 import shlex
@@ -38,7 +39,7 @@ TEXT = {
 }
 LINE = re.compile(r"((?:python|accelerate launch|torchrun)(?: [^`\n]*?)?) ?train\.py((?: [^`\n#]+)?)")
 QUOTED_FLAG = re.compile(r"`(--[a-z.-]+(?: [^`\n]+)?)`")
-TRAINS_NOTHING = ("--help", "--compare", "--print-")
+TRAINS_NOTHING = ("--help", "--compare", "--print-", "chat")
 PARSED_ONLY = {
     "accelerate launch": "several GPUs",
     "torchrun": "several processes; test_processes.py starts it in this way",
@@ -49,6 +50,7 @@ PARSED_ONLY = {
     "--eval-tasks": "data sets from the network; local tasks are run in test_taking_away.py",
     "--push-to-hub": "the network; a hub that answers is in test_hub.py",
     "--track tensorboard wandb": "an account; TensorBoard alone is run in test_tracking.py",
+    ".gguf": "a model of that format; test_gguf_files.py reads one",
     "--resume /kaggle": "a checkpoint on Kaggle; test_notebook.py continues from one in such a folder",
 }
 """What a command has in it -> what it needs that is not here."""
@@ -63,6 +65,7 @@ ASKS_FOR = {
 """Flag -> without which it is refused or does nothing; added where it is quoted alone."""
 PLACEHOLDERS = ("NAME", "PATH", "KEY=VALUE")
 SMALL = ["--max-steps", "2", "--set", "evaluation.max_windows=4", "evaluation.samples=1", "evaluation.new_tokens=4"]
+SMALL += ["evaluation.generation=2"]
 
 
 def alternatives(words: str) -> list[str]:
@@ -90,7 +93,7 @@ def commands() -> list[tuple[str, str, str]]:
 
 
 COMMANDS = commands()
-TRAINING = [c for c in COMMANDS if not any(flag in c[2] for flag in TRAINS_NOTHING)]
+TRAINING = [c for c in COMMANDS if not any(word.startswith(TRAINS_NOTHING) for word in c[2].split())]
 RUN = [c for c in TRAINING if not any(part in f"{c[1]} {c[2]}" for part in PARSED_ONLY)]
 
 
@@ -134,6 +137,7 @@ class Toys:
             r"(--cache-teacher) DIR": folder / "cache",
             r"(--max-hours) H": 1,
             r"(--teacher-device) cuda:1": "cpu",
+            r"(--student-init) layers:\d+": "layers:1",
         }.items():
             words = re.sub(name, rf"\1 {toy}", words)
         words = re.sub(r"^\.\.\.(?= |$)", " ".join(f"{flag} {value}" for flag, value in line.items()), words)
@@ -210,6 +214,16 @@ def test_runs_are_compared(at_toy_size, tmp_path, capsys):
         assert train.main([*at_toy_size.arguments("...", tmp_path), "--output-dir", folder]) == 0
     assert train.main(words.split()) == 0
     assert (tmp_path / "comparison.png").is_file()
+
+
+def test_a_chat_answers_the_lines_of_a_pipe(at_toy_size, tmp_path, capsys, monkeypatch):
+    (words,) = (words for _, _, words in COMMANDS if words.startswith("chat runs/quickstart"))
+    assert train.main([*at_toy_size.arguments("...", tmp_path), "--output-dir", words.split()[1]]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n"))
+    assert train.main([*words.split(), "--new-tokens", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "Student: " in shown and "Teacher: " in shown
 
 
 def test_help_is_printed(capsys):

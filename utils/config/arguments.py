@@ -91,6 +91,9 @@ class Arguments:
     compare: list[str] = field(default_factory=list)
     """Folders of runs to compare, instead of training."""
 
+    csv: str | None = None
+    """File for the comparison as a table."""
+
     print_config: bool = False
     """Print the configuration, instead of training."""
 
@@ -230,6 +233,11 @@ def _add_answers(group: argparse._ArgumentGroup, config: type) -> None:
     group.add_argument(
         "--compare", metavar="RUN", nargs="+", help="compare the folders of runs, in words and a picture"
     )
+    group.add_argument(
+        "--csv",
+        metavar="FILE",
+        help="beside --compare: the same in a table for other programs; Markdown where the name ends with .md",
+    )
 
 
 def _add_flag(group: argparse._ArgumentGroup, setting: Setting, config: type, *, is_shown: bool) -> None:
@@ -295,7 +303,7 @@ def completion(config: type, shell: str) -> str:
         words = [value for value in values if not value.isupper()]
         if words:
             action.choices = words
-        elif "TEXT" in values or action.dest in ("config", "compare"):
+        elif "TEXT" in values or action.dest in ("config", "compare", "csv"):
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     return shtab.complete(whole, shell)
 
@@ -345,16 +353,23 @@ def parse(config: type, argv: Sequence[str], program: str = "train.py", descript
         flags=values,
         assignments=[_assignment(text, lists_of_texts(config)) for text in words_of["set"]],
         compare=words_of.get("compare", []),
+        csv=words_of.get("csv"),
         print_config=words_of["print_config"],
     )
-    if arguments.compare and arguments != Arguments(compare=arguments.compare, flags=_only(values, "output_dir")):
-        raise UserError("--compare trains nothing. Expected beside it only --output-dir DIR, where the picture goes.")
+    _check_comparison(arguments)
     return arguments
 
 
-def _only(values: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the part of a mapping that has one key."""
-    return {name: value for name, value in values.items() if name == key}
+def _check_comparison(arguments: Arguments) -> None:
+    """Refuse what a comparison does not read, and a table of none."""
+    trains = arguments.config or arguments.assignments or arguments.print_config
+    if arguments.compare and (trains or arguments.flags.keys() - {"output_dir"}):
+        raise UserError(
+            "--compare trains nothing. Expected beside it only --output-dir DIR, where the picture goes, and --csv "
+            "FILE."
+        )
+    if arguments.csv and not arguments.compare:
+        raise UserError(f"--csv {arguments.csv}: a table of a comparison. Expected --compare RUN RUN ... beside it.")
 
 
 def _assignment(text: str, lists: Container[str]) -> tuple[str, Any]:

@@ -20,8 +20,8 @@ DESCRIBED_BY = {
         "data.max_documents",
         "data.train_only",
     ),
-    "teacher.name": ("teacher.allow_pickle",),
-    "student.name": ("student.allow_pickle", "student.lora.targets"),
+    "teacher.name": ("teacher.tokenizer", "teacher.allow_pickle"),
+    "student.name": ("student.tokenizer", "student.allow_pickle", "student.lora.targets"),
 }
 """Setting that names a text or a model -> settings that say how that one is read. They go with it: where a command line
 replaces the name that a recipe has, they are no longer those of the recipe. The way of learning stays: from random

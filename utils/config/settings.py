@@ -56,9 +56,6 @@ class ModelConfig(Validated):
     name: Name | None = None
     """Hub id, local folder or GGUF file; null trains without a teacher (kd and span must then weigh 0)."""
 
-    tokenizer: Name | None = None
-    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
-
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
     need an NVIDIA GPU and bitsandbytes."""
@@ -74,6 +71,9 @@ class ModelConfig(Validated):
     """Token that plain text starts with, such as `<|endoftext|>`; null: the start of text that the tokenizer itself
     puts there, else the token that separates texts. The log tells which, and how likely the model finds a text behind
     it."""
+
+    tokenizer: Name | None = None
+    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
 
 
 @dataclass(frozen=True)
@@ -109,9 +109,6 @@ class StudentConfig(Validated):
     name: Name | None = None
     """Hub id, local folder or GGUF file."""
 
-    tokenizer: Name | None = None
-    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
-
     init: Init = "pretrained"
     """random: only config.json and the tokenizer are taken from `name`; weights are drawn from the seed. layers:K, such
     as layers:10: K layers of `name`, those that change the training text most on its way through it, with its
@@ -125,6 +122,9 @@ class StudentConfig(Validated):
 
     text_start: str | None = None
     """Token that plain text starts with; see `teacher.text_start`."""
+
+    tokenizer: Name | None = None
+    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
 
     @property
     def layers(self) -> int | None:
@@ -269,6 +269,10 @@ class EvaluationConfig(Validated):
 
     new_tokens: Annotated[int, Gt(0)] = 48
     """Length of the continuations, in tokens of the model that writes them."""
+
+    generation: Annotated[int, Ge(0)] = 16
+    """Texts that each model writes from such prompts, sampled at temperature 1, for the figures of written text in the
+    report; 0: none."""
 
     without_teacher: bool = False
     """Also train the same student, on the same batches for the same steps, without the teacher, and compare."""

@@ -72,7 +72,7 @@ class Session:
         def check_folders() -> None:
             run_folder.check(output, to_plain(config), config.resume)
             CheckpointStore(output / CHECKPOINTS).check_path(config.resume)
-            upload.check(config.hub, output / STUDENT)
+            upload.check(config.hub, output / STUDENT, config.student)
 
         on_main_process(accelerator, check_folders)
 
