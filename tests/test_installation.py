@@ -39,7 +39,7 @@ LEARNING = [
     "VocabularyMap",
 ]
 """Names of `curriculum_distillation.models`: a promise to those who import them."""
-PUBLIC = sorted([*LEARNING, "DistillationTrainer", "LoopOptions", "TrainingConfig", "UserError", "fit"])
+PUBLIC = sorted([*LEARNING, "DistillationTrainer", "LoopOptions", "TrainingConfig", "UserError", "distil", "fit"])
 """Names of `curriculum_distillation`."""
 
 
@@ -232,3 +232,29 @@ def test_the_command_trains_from_any_folder(installation):
     installation.run(sys.executable, command, *flags, "--max-steps", "2", *fewer, "--output-dir", "run")
     assert (installation.elsewhere / "run" / "student" / "config.json").is_file()
     assert (installation.elsewhere / "run" / "report.html").is_file()
+
+
+def test_a_run_is_done_from_a_program_with_the_errors_of_the_package(installation):
+    installation.python(
+        "from curriculum_distillation import UserError, distil\n"
+        "try:\n"
+        "    distil('a', 'b', 'c', max_step=3)\n"
+        "except UserError as error:\n"
+        "    assert 'max_step' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )
+
+
+def test_modules_of_a_program_that_are_in_the_way_are_named(installation):
+    installation.python(
+        "import sys, types\n"
+        "sys.modules['utils'] = types.ModuleType('utils')\n"
+        "from curriculum_distillation import distil\n"
+        "try:\n"
+        "    distil('a', 'b', 'c')\n"
+        "except ImportError as error:\n"
+        "    assert '`utils` of its own' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError\n"
+    )

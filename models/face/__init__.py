@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not call __getattr_
         Term,
         VocabularyMap,
     )
+    from .towers import distil
     from .utils.config import TrainingConfig
     from .utils.errors import UserError
     from .utils.training import LoopOptions, fit
@@ -52,6 +53,7 @@ __all__ = [
     "TrainingConfig",
     "UserError",
     "VocabularyMap",
+    "distil",
     "fit",
 ]
 
@@ -60,6 +62,7 @@ _MODULES = {
     "LoopOptions": ".utils.training",
     "TrainingConfig": ".utils.config",
     "UserError": ".utils.errors",
+    "distil": ".towers",
     "fit": ".utils.training",
 }
 """Modules of the names that do not come from `.models`."""

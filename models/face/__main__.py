@@ -8,20 +8,13 @@
 """
 
 import sys
-from importlib.util import find_spec
-from pathlib import Path
+
+from curriculum_distillation.towers import make_importable
 
 
 def main() -> int:
     """Run the script that the command line names; returns its exit code."""
-    # Both scripts import `models` and `utils`, which Python finds beside them when it runs a script of a checkout. Here
-    # it is told where they are: the scripts are beside the two towers, or in a folder there (setup.cfg, package_dir).
-    package = __package__ or "curriculum_distillation"
-    models = find_spec(f"{package}.models")
-    assert models is not None and models.origin is not None
-    towers = Path(models.origin).parent.parent
-    sys.path[:0] = [str(towers), str(towers / "scripts")]
-
+    make_importable()
     if sys.argv[1:2] == ["verify"]:
         del sys.argv[1]
         import verify_fixes

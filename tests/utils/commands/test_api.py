@@ -1,0 +1,53 @@
+"""`distil`: a whole run as one function."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.faults.conftest import place  # noqa: F401  the set-up of a run
+from utils.commands import api
+from utils.commands.settings import configure
+from utils.errors import UserError
+
+SHORT = {
+    "max_steps": 2,
+    "batch_size": 2,
+    "gradient_accumulation_steps": 1,
+    "evaluation": {"max_windows": 4, "samples": 1, "new_tokens": 4, "generation": 0},
+}
+
+
+def test_settings_are_flags_without_dashes_and_sections():
+    words = api._words({"lr": 1e-4, "track": ["aim"], "lora": True, "curriculum": {"kd": 0.5}, "loss.top_k": 8})
+    settings, _ = configure([*words, "--teacher", "a", "--student", "b", "--train-data", "c"])
+    assert settings.training.learning_rate == 1e-4
+    assert settings.logging.track == ["aim"]
+    assert settings.student.lora.enabled
+    assert settings.curriculum.kd.weight == 0.5
+    assert settings.loss.top_k == 8
+
+
+def test_a_run_is_done_and_continued(place, tmp_path):  # noqa: F811
+    output = tmp_path / "run"
+    run = api.distil(place.teacher, place.student, [place.text], config=place.recipe, output_dir=output, **SHORT)
+    assert run.folder == output
+    assert (run.student / "config.json").is_file()
+    assert run.results == json.loads((output / "evaluation_report.json").read_text())
+    assert "student" in repr(run) and str(output) in repr(run)
+
+    # A run that is done is not done again.
+    weights = (run.student / "model.safetensors").read_bytes()
+    again = api.distil(place.teacher, place.student, [place.text], config=place.recipe, output_dir=output, **SHORT)
+    assert (again.student / "model.safetensors").read_bytes() == weights
+
+
+def test_mistakes_are_told_all_at_once():
+    with pytest.raises(UserError) as error:
+        api.distil("a", "b", "c", max_step=3, batch_size=0)
+    assert "max_step" in str(error.value)
+
+
+def test_a_model_that_is_loaded_is_refused_with_the_way():
+    with pytest.raises(UserError, match=r"teacher: got a dict_keys, expected a name.*Distillation"):
+        api.distil({}.keys(), "b", Path("c"))

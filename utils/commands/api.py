@@ -1,0 +1,134 @@
+"""A whole run from Python: what `train.py` does, as one function."""
+
+import gc
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from utils.commands.run import start
+from utils.commands.settings import configure
+from utils.config.arguments import SHORT_FLAGS
+from utils.errors import UserError
+from utils.logs.console import setup_logging
+from utils.run.exit_codes import Interrupted
+
+RESULTS_NAME = "evaluation_report.json"
+
+FileName = str | PathLike[str]
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """A run that has ended, in its folder."""
+
+    folder: Path
+    """Everything that the run wrote; report.html there shows it."""
+    results: dict[str, Any]
+    """The text of evaluation_report.json: each model on the same unseen text; empty without an evaluation."""
+
+    @property
+    def student(self) -> Path:
+        """Folder of the student, as `from_pretrained` takes it."""
+        return self.folder / "student"
+
+    def __repr__(self) -> str:
+        scores = {}
+        for name, result in self.results.items():
+            if isinstance(result, dict) and "bits_per_byte" in result:
+                scores[name] = round(result["bits_per_byte"], 4)
+        return f"Distilled({str(self.folder)!r}, bits per byte: {scores})"
+
+
+def distil(
+    teacher: FileName | None = None,
+    student: FileName | None = None,
+    data: FileName | Sequence[FileName] | None = None,
+    *,
+    config: FileName | None = None,
+    **settings: Any,
+) -> Distilled:
+    """Do a whole run: the same checks, files and results as the command, and continued like it.
+
+        distil("Qwen/Qwen2.5-1.5B", "HuggingFaceTB/SmolLM2-360M", "my_texts.jsonl", max_steps=1000, lr=1e-4)
+        distil(config="quickstart", output_dir="runs/first", curriculum={"feat": 0.3})
+
+    Args:
+        teacher: hub id, local folder or GGUF file; None: as the recipe says.
+        student: likewise.
+        data: texts to learn from, such as files and ids of data sets.
+        config: recipe or YAML file; None: as the command chooses one.
+        settings: flags of the command without their dashes (`max_steps`, `output_dir`), and sections
+            (`training={"seed": 7}`).
+
+    Raises:
+        UserError: every mistake in what was asked for, at once.
+        KeyboardInterrupt: the run was interrupted; a checkpoint is saved, and the same call continues.
+    """
+    started = time.monotonic()
+    setup_logging(None, main_process=True)
+    named = {"teacher": teacher, "student": student, "train_data": data, **settings}
+    words = _words({name: value for name, value in named.items() if value is not None})
+    if config is not None:
+        words = ["--config", fspath(config), *words]
+
+    run_config, recipe = configure(words)
+    try:
+        start(run_config, recipe, started)
+    except Interrupted as interrupted:
+        raise KeyboardInterrupt(f"stopped by {interrupted}; the same call continues where it stopped") from None
+    finally:
+        # A notebook goes on, with the memory of its GPU.
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    folder = Path(run_config.output_dir)
+    results = folder / RESULTS_NAME
+    return Distilled(folder, json.loads(results.read_text(encoding="utf-8")) if results.exists() else {})
+
+
+def _words(settings: dict[str, Any]) -> list[str]:
+    """Return settings as the words of a command line.
+
+    Raises:
+        UserError: a value that no command line can say.
+    """
+    words = []
+    for name, value in settings.items():
+        flag = f"--{name.replace('_', '-')}"
+        plain = _plain(name, value)
+        if flag not in SHORT_FLAGS:
+            words += ["--set", f"{name}={json.dumps(plain)}"]
+        elif isinstance(plain, dict):
+            words += ["--set", f"{SHORT_FLAGS[flag]}={json.dumps(plain)}"]
+        elif isinstance(plain, list):
+            words += [flag, *plain]
+        else:
+            words += [flag, plain if isinstance(plain, str) else json.dumps(plain)]
+    return words
+
+
+def _plain(name: str, value: Any) -> Any:
+    """Return a value as JSON knows it; paths become names.
+
+    Raises:
+        UserError: JSON has nothing like it.
+    """
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, dict):
+        return {key: _plain(f"{name}.{key}", inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(name, inner) for inner in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    raise UserError(
+        f"{name}: got a {type(value).__name__}, expected a name, a number, or a list or dict of them; a pair that is "
+        "loaded already is what Distillation and fit are for (docs/library.md)"
+    )
