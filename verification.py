@@ -460,7 +460,7 @@ def default_setup(config: RunConfig) -> SetUp:
         config,
         student=quickstart.student_config(quickstart.STUDENT_VOCABULARY),
         teacher=quickstart.teacher_config(quickstart.TEACHER_VOCABULARY),
-        text_bytes=2_000_000,
+        text_bytes=1_500_000,
         chunk_rows=chunk_rows,
         built_later=quickstart_names.NAMES,
     )

@@ -138,14 +138,14 @@ class DataConfig(Validated):
     """Text to learn from and text to measure on."""
 
     train: list[Name] = field(default_factory=list)
-    """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv) or folders of those."""
+    """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv, also .gz and .zst) or folders."""
 
     eval: Name | None = None
     """Text to measure on; null: a share of the training documents is held out."""
 
     text_column: str | None = None
-    """Column that holds plain text in tabular sources; null: messages, prompt and completion, or `text`, whichever of
-    these columns are there, in this order."""
+    """Column that holds plain text in tabular sources; null: messages, conversations, prompt and completion,
+    instruction and output, or `text`, whichever of these columns are there, in this order."""
 
     messages_column: str = "messages"
     """Column of conversations: lists of messages with `role` and `content`."""
