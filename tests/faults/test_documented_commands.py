@@ -39,7 +39,7 @@ TEXT = {
 }
 LINE = re.compile(r"((?:python|accelerate launch|torchrun)(?: [^`\n]*?)?) ?train\.py((?: [^`\n#]+)?)")
 QUOTED_FLAG = re.compile(r"`(--[a-z.-]+(?: [^`\n]+)?)`")
-TRAINS_NOTHING = ("--help", "--compare", "--print-", "chat")
+TRAINS_NOTHING = ("--help", "--compare", "--csv", "--print-", "chat")
 PARSED_ONLY = {
     "accelerate launch": "several GPUs",
     "torchrun": "several processes; test_processes.py starts it in this way",

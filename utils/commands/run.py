@@ -4,6 +4,7 @@ What is learned is in models/, how it is run in utils/; this module is where the
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from utils.forecast.batch_size import choose_batch_size
 from utils.logs.console import setup_logging
 from utils.machine.launcher import rank
 from utils.machine.stop_signals import StopSignal
+from utils.run import chat as chat_command
 from utils.run import folder as run_folder
 from utils.run import quickstart
 from utils.run.exit_codes import EXIT_CODES, Interrupted
@@ -36,6 +38,11 @@ from utils.run.stages import (
 from utils.seeding import deterministic_kernels
 
 log = logging.getLogger("train")
+
+
+def chat(words: Sequence[str]) -> None:
+    """Let student and teacher of a run answer side by side; `words` are those behind `chat`."""
+    chat_command.main(words, Method.chat_tokenizers)
 
 
 def start(config: RunConfig, recipe: str, started: float) -> None:
