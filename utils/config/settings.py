@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AfterValidator, InstanceOf
+from pydantic import AfterValidator, InstanceOf, WithJsonSchema
 
 from .validation import Validated
 
@@ -29,7 +29,12 @@ def _check_init(init: str) -> str:
     return init
 
 
-Init = Annotated[str, AfterValidator(_check_init)]
+_INIT_FORMS = [
+    {"type": "string", "enum": ["pretrained", "random"]},
+    {"type": "string", "pattern": "^layers:[1-9][0-9]*$", "examples": ["layers:10"]},
+]
+
+Init = Annotated[str, AfterValidator(_check_init), WithJsonSchema({"anyOf": _INIT_FORMS})]
 """Beginning of a student: pretrained, random or layers:K."""
 
 
@@ -113,10 +118,10 @@ class StudentConfig(Validated):
     """An adapter in place of the weights."""
 
     allow_pickle: bool = False
-    """Also take weights that are only there as pickle files; see `ModelConfig`."""
+    """Also take weights that are only there as pickle files; see `teacher.allow_pickle`."""
 
     text_start: str | None = None
-    """Token that plain text starts with; see `ModelConfig`."""
+    """Token that plain text starts with; see `teacher.text_start`."""
 
     tokenizer: Name | None = None
     """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
@@ -133,14 +138,14 @@ class DataConfig(Validated):
     """Text to learn from and text to measure on."""
 
     train: list[Name] = field(default_factory=list)
-    """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv) or folders of those."""
+    """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv, also .gz and .zst) or folders."""
 
     eval: Name | None = None
     """Text to measure on; null: a share of the training documents is held out."""
 
     text_column: str | None = None
-    """Column that holds plain text in tabular sources; null: messages, prompt and completion, or `text`, whichever of
-    these columns are there, in this order."""
+    """Column that holds plain text in tabular sources; null: messages, conversations, prompt and completion,
+    instruction and output, or `text`, whichever of these columns are there, in this order."""
 
     messages_column: str = "messages"
     """Column of conversations: lists of messages with `role` and `content`."""

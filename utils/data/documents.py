@@ -21,7 +21,7 @@ import numpy as np
 from ..config.settings import DataConfig
 from ..errors import UserError
 from . import sources
-from .columns import Columns, Conversation, as_text, text_of_messages
+from .columns import INSTRUCTION, OUTPUT, SHAREGPT, Columns, Conversation, as_text, text_of_messages
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +195,8 @@ def _require_one_kind(config: DataConfig, place: str, places: _FirstPlaces, *, i
     if conversation is not None and plain_text is not None:
         raise UserError(
             f"Conversations and plain text cannot be mixed: {conversation} is a conversation "
-            f"(columns {config.messages_column!r}, or {config.prompt_column!r} and {config.completion_column!r}), "
+            f"(columns {config.messages_column!r} or {SHAREGPT!r}, {config.prompt_column!r} and "
+            f"{config.completion_column!r}, or {INSTRUCTION!r} and {OUTPUT!r}), "
             f"{plain_text} is plain text. Give one kind, for training and for evaluation; to read a column as "
             "plain text, name it: --set data.text_column=NAME."
         )

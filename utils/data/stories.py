@@ -34,7 +34,7 @@ class Character:
 
 @dataclass(frozen=True)
 class Plot:
-    """What happens between the opening of a story and its end."""
+    """The middle of a story, between its opening and its end."""
 
     cases: tuple[dict[str, str], ...]
     """Things and places that belong together; a story has one of these sets as roles of its own."""

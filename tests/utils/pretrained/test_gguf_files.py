@@ -146,6 +146,13 @@ def test_a_file_that_is_not_there_is_refused_with_what_is(tmp_path, name):
         locate(name.format(folder=tmp_path), "student")
 
 
+def test_a_transformers_that_reads_tokenizers_wrong_is_refused(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(gguf_files.transformers, "__version__", "5.17.0")
+    with pytest.raises(UserError, match=r"transformers 5.17.0 reads .* wrong. Expected 5.18 or newer"):
+        gguf_files.plain_folder(tmp_path / "tiny.gguf", "teacher tiny.gguf")
+
+
 def fill_hub_cache(folder, owner_and_name: str, file: str, content: bytes) -> None:
     """Write a file into a cache of the hub, as a download would have left it."""
     model = folder / f"models--{owner_and_name.replace('/', '--')}"
