@@ -64,8 +64,7 @@ def sample_texts(
     The state of the random number generators is afterwards as it was.
 
     Args:
-        prompts: token ids, what stands before a text included; or what an encoder reads. They are padded on the
-            left.
+        prompts: token ids, what stands before a text included; or what an encoder reads.
         float32: compute in float32 whatever the model's dtype.
     """
     # peft's wrapper has generation settings of its own
@@ -115,15 +114,25 @@ def _sample_together(
         settings.forced_bos_token_id = sampling.forced_bos
 
     device = next(model.parameters()).device
-    padding = [length - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * free + list(prompt) for free, prompt in zip(padding, prompts, strict=True)])
-    mask = torch.arange(length) >= torch.tensor(padding)[:, None]
-    outputs = model.generate(ids.to(device), attention_mask=mask.long().to(device), generation_config=settings)
+    ids, mask = _padded(prompts, left=not is_encoder_decoder)
+    outputs = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)
 
     # Of a decoder-only model the output begins with the padded prompt, else with the decoder's start.
     first = 1 if is_encoder_decoder else length
     rows = outputs[:, first:].tolist()
     return [_until_end(prompt, row, sampling.end) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def _padded(prompts: Sequence[Sequence[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return ids and mask of prompts: a text goes on at the right; an encoder counts positions from the left."""
+    length = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        first = length - len(prompt) if left else 0
+        ids[row, first : first + len(prompt)] = torch.tensor(list(prompt), dtype=torch.long)
+        mask[row, first : first + len(prompt)] = 1
+    return ids, mask
 
 
 def _until_end(prompt: Sequence[int], ids: list[int], end: int | None) -> Sample:

@@ -29,6 +29,7 @@ from .results import (
     task_rows,
 )
 from .usage_example import how_to_use, repeat_command
+from .written_text import WRITTEN_TEXT_HEADS, WRITTEN_TEXT_NOTE, written_text_rows
 
 TEMPLATE = "report.html.jinja"
 """Page, beside this module."""
@@ -96,6 +97,8 @@ def page(
         more_warnings=len(warnings) - MOST_WARNINGS,
         models=_model_table(results),
         retention=retention_lines(results),
+        written_text=TableOfRows(WRITTEN_TEXT_HEADS, [Row(cells) for cells in written_text_rows(results)]),
+        written_text_note=WRITTEN_TEXT_NOTE,
         tasks=_task_table(results),
         pictures=pictures,
         alignment=results.get("alignment"),

@@ -5,9 +5,9 @@ from typing import Any
 
 from .results import MODELS, figure, model_name, percent
 
-HEADS = ("", "teacher's bits per byte", "repeated 4-grams", "texts that end", "length, tokens")
+WRITTEN_TEXT_HEADS = ("model", "teacher's bits per byte", "repeated 4-grams", "texts that end", "length, tokens")
 
-NOTE = (
+WRITTEN_TEXT_NOTE = (
     "Texts that each model writes, sampled at temperature 1, from the same beginnings. Bits per byte: few where the "
     "teacher finds a text likely, which it also does where a text repeats itself."
 )
@@ -15,7 +15,7 @@ NOTE = (
 
 
 def written_text_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """Return a row of cells for each model that wrote texts, in the order of `HEADS`."""
+    """Return a row of cells for each model that wrote texts, in the order of `WRITTEN_TEXT_HEADS`."""
     generation = results.get("generation") or {}
     rows = []
     for key in MODELS:
@@ -39,6 +39,6 @@ def written_text_table(results: Mapping[str, Any]) -> str:
         return ""
 
     # The model's name is text, on the left; everything else is a number.
-    alignment = ["---", *["---:"] * (len(HEADS) - 1)]
-    lines = [f"| {' | '.join(cells)} |" for cells in [HEADS, alignment, *rows]]
-    return f"## Written text\n\n{NOTE}\n\n" + "\n".join(lines)
+    alignment = ["---", *["---:"] * (len(WRITTEN_TEXT_HEADS) - 1)]
+    lines = [f"| {' | '.join(cells)} |" for cells in [WRITTEN_TEXT_HEADS, alignment, *rows]]
+    return f"## Written text\n\n{WRITTEN_TEXT_NOTE}\n\n" + "\n".join(lines)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.models.tiny import STORIES, byte_bpe, tiny_llama
+from tests.models.tiny import STORIES, byte_bpe, tiny_bart, tiny_llama
 from utils.evaluation.written_text import Judge, Sample, Sampling, describe, repeated_share, sample_texts
 
 
@@ -34,6 +34,14 @@ def test_a_prompt_beside_a_longer_one_is_continued_as_if_it_were_alone():
     for _ in range(4):
         ids.append(int(peaked(torch.tensor([ids])).logits[0, -1].argmax()))
     assert beside.ids == ids[2:]
+
+
+def test_an_encoder_reads_a_prompt_beside_a_longer_one_as_if_it_were_alone():
+    model = tiny_bart(300)
+    model.lm_head.weight.data *= 500
+    short, long = [8, 9], [5, 6, 7, 5, 6, 7]
+    sampling = Sampling(new_tokens=4, end=None)
+    assert sample_texts(model, [short, long], sampling)[0] == sample_texts(model, [short], sampling)[0]
 
 
 def test_a_sample_stops_at_the_end_of_text_or_at_the_context(model):
