@@ -13,7 +13,7 @@ from rich.text import Text
 from tqdm import tqdm
 
 from ..errors import RunError, UserError
-from ..parallel.processes import rank
+from ..machine.launcher import rank
 from ..run_layout import LOG
 from .progress import person_may_watch
 
@@ -55,7 +55,8 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
         level: of this project's own loggers; libraries are heard from WARNING on.
         main_process: the other processes of a run write no file, and nothing but errors, with their number.
 
-    Calling it again replaces the earlier set-up, for instance to move from one run to the next.
+    Calling it again replaces the earlier set-up, for instance to move from one run to the next. Of libraries only those
+    that are loaded join; loading them here would keep a user waiting for the answer to a mistake.
     """
     root = logging.getLogger()
     _remove_handlers(root)
@@ -79,7 +80,8 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(level if main_process else logging.ERROR)
     logging.captureWarnings(True)
-    _join_libraries()
+    if "transformers" in sys.modules:
+        _join_libraries()
 
 
 def _remove_handlers(root: logging.Logger) -> None:
@@ -99,7 +101,6 @@ def _file_handler(file: Path) -> logging.Handler:
 
 def _join_libraries() -> None:
     """Let transformers log through our handlers, and no library draw progress bars where a bar would be kept."""
-    # Heavy imports, only where a run begins.
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..run_layout import CURVES, ROUTING
 from .results import MODELS, figure, headline, model_name, retention_lines, run_lines, samples_title, task_table
+from .written_text import written_text_table
 
 _MARKUP = "\\`*_{}[]#|~$"
 """Characters that Markdown, or the mathematics in it, gives a meaning. The backslash first: it escapes the others."""
@@ -23,6 +24,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         _model_table(results),
         _retention_list(results),
         _tasks(results),
+        written_text_table(results),
         f"![Training curves]({CURVES})",
         _routing(results.get("routing")),
         _run_list(results),

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable
 
 from ..errors import RunError, UserError
-from ..parallel.processes import leave, rank, tell_launcher
+from ..machine.launcher import leave, rank, tell_launcher
 
 log = logging.getLogger(__name__)
 

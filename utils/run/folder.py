@@ -9,11 +9,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from ..config.resume_rules import check_same_run, identity
-from ..config.yaml_files import get_dotted, load_yaml
+from ..config.yaml_files import as_yaml, get_dotted, load_yaml
 from ..errors import UserError
 from ..files import clean_leftovers, nearest_existing, write_text
 from ..machine import hardware
@@ -237,11 +236,6 @@ def write_config(folder: Path, config: Mapping[str, Any], notes: Mapping[str, An
     was killed here are removed first; call it in one process.
     """
     clean_leftovers(folder)
-    remarks = _as_yaml({"notes": dict(notes), "environment": hardware.describe()})
+    remarks = as_yaml({"notes": dict(notes), "environment": hardware.describe()})
     comments = "".join(f"# {line}\n" for line in remarks.splitlines())
-    write_text(folder / CONFIG, f"{_as_yaml(dict(config))}\n{comments}")
-
-
-def _as_yaml(values: dict[str, Any]) -> str:
-    """Write settings as YAML, in the order that they have."""
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    write_text(folder / CONFIG, f"{as_yaml(dict(config))}\n{comments}")

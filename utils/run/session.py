@@ -13,9 +13,10 @@ from ..config.protocols import RunConfig
 from ..errors import UserError
 from ..logs.console import setup_logging
 from ..machine import hardware, kernels
+from ..machine.launcher import rank
 from ..machine.stop_signals import StopSignal
 from ..parallel.accelerator import build_accelerator
-from ..parallel.processes import main_process_first, on_main_process, rank
+from ..parallel.processes import main_process_first, on_main_process
 from ..run_layout import CHECKPOINTS, STUDENT
 from ..training.checkpoints import CheckpointStore
 from . import folder as run_folder

@@ -1,7 +1,7 @@
 """The stages of a run after its preparation: the teacher, training, export, comparison, tasks."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -160,6 +160,13 @@ def load_teacher(job: Job) -> Teacher | None:
         return job.pair.frozen(model)
 
 
+def judged_by(teacher: Teacher | None, job: Job) -> Job:
+    """Return the job with a teacher that judges what models write, where its model computes in this run."""
+    running = getattr(teacher, "teacher", teacher)  # a cache may stand for one that was not loaded
+    model = None if running is None else running.model
+    return replace(job, held_out=replace(job.held_out, judge=model))
+
+
 # ------------------------------------------------------------------------------------------ training
 
 
@@ -198,7 +205,7 @@ def train_student(
         evaluate_every=config.evaluation.every,
         checkpoints=store,
         resume_from=resume_from,
-        flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=session.is_main),
+        flags=red_flags(job, plan, student, start, session),
         stop=session.stop,
         num_workers=config.data.num_workers,
         term_gradients=config.logging.term_gradients,
@@ -218,6 +225,18 @@ def train_student(
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(module, result, start)
+
+
+def red_flags(job: Job, plan: Plan, student: nn.Module, start: Mapping[str, Any], session: Session) -> RedFlags:
+    """Return the watch over a run that starts from these measurements."""
+    return RedFlags.of_run(
+        plan.total_steps,
+        job.config.training.warmup_ratio,
+        student,
+        start,
+        main=session.is_main,
+        text_repeats=job.text_repeats,
+    )
 
 
 def rehearse(job: Job, module: Any, store: CheckpointStore, session: Session, *, is_new: bool, compares: bool) -> None:
