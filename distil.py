@@ -1,9 +1,10 @@
-"""One run, top to bottom: what `train.py` does once its command line is right.
+"""One run, top to bottom: what `train.py` does once its command line is right; and a chat with what a run has made.
 
 What is learned is in models/, how it is run in utils/; this module is where the two meet.
 """
 
 import logging
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -17,6 +18,7 @@ from utils.forecast.batch_size import choose_batch_size
 from utils.logs.console import setup_logging
 from utils.machine.launcher import rank
 from utils.machine.stop_signals import StopSignal
+from utils.run import chat as chat_of_run
 from utils.run import folder as run_folder
 from utils.run import quickstart
 from utils.run.exit_codes import EXIT_CODES, Interrupted
@@ -115,3 +117,12 @@ def quickstart_teacher(config: RunConfig, stop: StopSignal) -> tuple:
     precision = ["--mixed-precision", config.training.mixed_precision]
     settings, recipe = configure(["--config", "quickstart_teacher", *precision, "--resume", "auto"])
     return settings, partial(run, recipe=recipe, stop=stop)
+
+
+def chat(words: Sequence[str]) -> None:
+    """Let student and teacher of a finished run write side by side.
+
+    Args:
+        words: of the command line, behind `chat`.
+    """
+    chat_of_run.main(words, Method.chat_tokenizers)

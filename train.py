@@ -30,10 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         words = sys.argv[1:] if argv is None else argv
         if words[:1] == ["chat"]:
-            from models.distillation import Method
-            from utils.run import chat
+            from distil import chat
 
-            return chat.main(words[1:], Method.chat_tokenizers)
+            return chat(words[1:])
 
         arguments = parse(words)
         if arguments.compare:
