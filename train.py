@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         words = sys.argv[1:] if argv is None else argv
         if words[:1] == ["chat"]:
-            from distil import chat
+            from utils.commands.run import chat
 
             return chat(words[1:])
 
