@@ -206,6 +206,7 @@ def test_the_command_is_train_and_verify_from_any_folder(installation):
     told = installation.run(sys.executable, command, "--help")
     assert "--train-data" in told and "quickstart" in told
     assert "Checks to run before a long training" in installation.run(sys.executable, command, "verify", "--help")
+    assert "--student-only" in installation.run(sys.executable, command, "chat", "--help")
     module = installation.run(sys.executable, "-m", "curriculum_distillation", "--help")
     assert module == told
 

@@ -1,6 +1,7 @@
 """The command `curriculum-distill`: `train.py` and `verify_fixes.py` of the installed package, from any folder.
 
     curriculum-distill --batch-size 2 --epochs 1       what `python train.py --batch-size 2 --epochs 1` does
+    curriculum-distill chat runs/NAME                  student and teacher of a run, side by side
     curriculum-distill verify --train-data FILE        what `python verify_fixes.py --train-data FILE` does
 
 `python -m curriculum_distillation` is the same; several processes start as

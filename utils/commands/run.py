@@ -1,4 +1,4 @@
-"""One run, top to bottom: what `train.py` does once its command line is right.
+"""One run, top to bottom: what `train.py` does once its command line is right; and a chat with what a run has made.
 
 What is learned is in models/, how it is run in utils/; this module is where the two meet.
 """
