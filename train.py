@@ -168,7 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run_folder.refuse_sources(Path(config.output_dir), to_plain(config))  # before the folder gets its lock
         folder = run_folder.locked_run_folder(config.output_dir) if is_main else nullcontext()
         deterministic = deterministic_kernels(config.training.deterministic)
-        with StopSignal(config.training.max_hours, started) as stop, folder, deterministic:
+        with StopSignal(config.training.max_hours, started) as stop, stop.raising(), folder, deterministic:
             run(config, recipe, stop)
 
     return exit_code(command)

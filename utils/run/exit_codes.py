@@ -4,16 +4,16 @@ import logging
 from collections.abc import Callable
 
 from ..errors import RunError, UserError
+from ..logs.progress import terminal_bar
+from ..machine.stop_signals import Interrupted
 from ..parallel.processes import leave, rank, tell_launcher
 
 log = logging.getLogger(__name__)
 
+__all__ = ["EXIT_CODES", "Interrupted", "exit_code"]
+
 EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 138}
 """Of runs that a signal ended, 128 and its number; every other ending that is no error is 0."""
-
-
-class Interrupted(Exception):
-    """A signal, or the clock, ended the run before there was something to evaluate; the checkpoint is saved."""
 
 
 def exit_code(command: Callable[[], None]) -> int:
@@ -22,7 +22,10 @@ def exit_code(command: Callable[[], None]) -> int:
     0: done, or ended by the time limit; 1: a failure; 2: a mistake of the user's; 128 + N: signal N.
     """
     try:
-        command()
+        try:
+            command()
+        finally:
+            terminal_bar().stop()
         leave()
         return 0
 
@@ -39,6 +42,7 @@ def exit_code(command: Callable[[], None]) -> int:
         return 2 if isinstance(error, UserError) else 1
 
     except KeyboardInterrupt:
+        log.warning("stopped by SIGINT, before anything was begun")
         return EXIT_CODES["SIGINT"]
 
     except Exception as error:

@@ -19,10 +19,10 @@ from ..evaluation.held_out import metrics_of
 from ..forecast.batch_size import Forecast
 from ..interfaces import Method, Teacher, TeacherElsewhere
 from ..logs.lines import learned_lines
-from ..logs.progress import Progress
 from ..logs.step_logger import StepLogger
 from ..logs.trackers import Tracking
 from ..machine import hardware
+from ..machine.stop_signals import Interrupted
 from ..pretrained import student as students
 from ..pretrained import teacher as teachers
 from ..pretrained.loading import fingerprint
@@ -38,7 +38,8 @@ from ..training.options import LoopOptions
 from ..training.plan import Plan
 from ..training.red_flags import RedFlags
 from . import export, upload
-from .exit_codes import EXIT_CODES, Interrupted
+from .exit_codes import EXIT_CODES
+from .expected_work import expect_training
 from .prepare import Job, prepare
 from .session import Session
 
@@ -72,7 +73,7 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
     """
     today = session.on_main(lambda: conversation_date.choose(config))
     job = session.main_first(lambda: prepare(config, method, session.accelerator, today.day))
-    job = replace(job, needed=needed)
+    job = replace(job, needed=needed, held_out=replace(job.held_out, progress=session.progress))
     if conversation_date.IDENTITY in job.fingerprint:
         session.notes["conversation date"] = f"{today.day}: {today.reason}"
         log.info("a chat template writes the date: for this run it is always %s, %s", today.day, today.reason)
@@ -129,7 +130,9 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
         return job.pair.cached(None, job.cache)
 
     teacher = job.pair.cached(load_teacher(job), job.cache)
-    if reason := building.build(teacher, job.collate, builds_whole_cache, session.stop):
+    with session.stop.deferring():
+        reason = building.build(teacher, job.collate, builds_whole_cache, session.stop)
+    if reason:
         raise Interrupted(reason)
     return teacher
 
@@ -169,7 +172,7 @@ def train_student(
     # Where a run goes on decides what is written anew and what is tried before.
     store = open_checkpoints(job, teacher, student, output)
     resume_from = session.on_main(lambda: store.resume_point(resume))
-    logger = open_logger(job, plan, output, session, resume_from)
+    logger = open_logger(job, plan, output, session, resume_from=resume_from, has_teacher=teacher is not None)
 
     module = make_module(job, teacher, student, plan, is_new=resume_from is None)
     rehearse(job, module, store, session, is_new=resume_from is None, compares=teacher is not None)
@@ -187,6 +190,8 @@ def train_student(
         resume_from=resume_from,
         flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=session.is_main),
         stop=session.stop,
+        check=session.stop.check,
+        writing=session.stop.writing,
         num_workers=config.data.num_workers,
         term_gradients=config.logging.term_gradients,
         forecast=job.needed.told,
@@ -194,8 +199,7 @@ def train_student(
         prefetch_teacher=module.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
         forward_communicates=teacher is not None and config.teacher.device == teachers.SHARDED,
     )
-    result = fit(module, job.windows, job.collate, config.training, accelerator=accelerator, options=options)
-    _say_if_nothing_was_left(result, plan)
+    result = _fit(job, module, plan, options, session)
 
     # The last step is evaluated however the run ended, unless a signal wants it gone.
     was_evaluated = session.on_main(lambda: logger.has_evaluation(result.steps))
@@ -205,6 +209,22 @@ def train_student(
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(module, result, start)
+
+
+def _fit(job: Job, module: Any, plan: Plan, options: LoopOptions, session: Session) -> FitResult:
+    """Train, while signals wait for a step boundary and the time that is left is known."""
+    time_left = session.progress.time_left
+    done = 0 if options.resume_from is None else step_of(options.resume_from)
+    expect_training(time_left, job, plan, done, has_teacher=module.teacher is not None)
+
+    training, accelerator = job.config.training, job.accelerator
+    with session.stop.deferring():
+        result = fit(module, job.windows, job.collate, training, accelerator=accelerator, options=options)
+
+    # Early stopping and a limit leave steps out.
+    time_left.training.clear()
+    _say_if_nothing_was_left(result, plan)
+    return result
 
 
 def rehearse(job: Job, module: Any, store: CheckpointStore, session: Session, *, is_new: bool, compares: bool) -> None:
@@ -227,7 +247,10 @@ def evaluation_record(job: Job, module: Any, step: int) -> dict[str, Any]:
     """Measure the student on the held-out text; `step` steps are done."""
     scores = job.held_out.score(module.student, "student")
     routing = job.held_out.routing(module.student, module.routing)
-    return {"step": step, "split": "eval", **scores, **routing}
+    record = {"step": step, "split": "eval", **scores, **routing}
+    if (sample := job.held_out.sample(module.student)) is not None:
+        record["sample"] = sample
+    return record
 
 
 def _say_if_nothing_was_left(result: FitResult, plan: Plan) -> None:
@@ -269,7 +292,9 @@ def teacher_measurement(job: Job, teacher: Teacher | None) -> Callable[[], dict[
     return partial(job.held_out.measure_teacher, teacher)
 
 
-def open_logger(job: Job, plan: Plan, output: Path, session: Session, resume_from: Path | None) -> StepLogger:
+def open_logger(
+    job: Job, plan: Plan, output: Path, session: Session, *, resume_from: Path | None, has_teacher: bool
+) -> StepLogger:
     """Open metrics.jsonl, empty for a new run, and the trackers."""
     done = 0 if resume_from is None else step_of(resume_from)
     tracker = None
@@ -282,7 +307,8 @@ def open_logger(job: Job, plan: Plan, output: Path, session: Session, resume_fro
         job.config.logging.every,
         main_process=session.is_main,
         tracker=tracker,
-        progress=Progress(plan.total_steps, done, deadline=session.stop.deadline),
+        progress=session.progress,
+        kind="step" if has_teacher else "step alone",
     )
     # A fresh start in a folder with an old log would draw two curves as one.
     if resume_from is None and session.is_main:
@@ -297,7 +323,7 @@ def make_module(job: Job, teacher: Teacher | None, student: nn.Module, plan: Pla
     config = job.config
     with value_errors_are_the_users():
         for line in job.method.describe_head(student, job.accelerator.device):
-            log.info("%s", line)
+            log.debug("%s", line)
 
         module = job.pair.framework(plan.total_steps, student=student, teacher=teacher)
         # A few huge channels of the teacher's states would outweigh all others; checkpoints hold the statistics.

@@ -158,7 +158,7 @@ def test_a_model_that_finds_texts_likelier_behind_another_start_says_so_with_the
     worst, best = max(bits, key=bits.get), min(bits, key=bits.get)
     assert bits[best] < 0.99 * bits[worst]
 
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         started([worst, *(start for start in bits if start != worst)], documents).compare_starts(model, "student")
     names = byte_bpe(300).convert_ids_to_tokens([worst, best])
     assert all(f"{value:.4f} behind" in caplog.text for value in bits.values())
@@ -166,7 +166,7 @@ def test_a_model_that_finds_texts_likelier_behind_another_start_says_so_with_the
     assert f"--set student.text_start='{names[1]}'" in caplog.text
 
     caplog.clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         started([best, *(start for start in bits if start != best)], documents).compare_starts(model, "student")
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
