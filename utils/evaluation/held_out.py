@@ -250,7 +250,8 @@ class HeldOut:
         totals = self.coverage()
         positions = max(totals["lm"], 1)
         log.info(
-            "the teacher is heard at %.1f %% of the student's tokens, at %.1f %% with a token boundary of its own",
+            "coverage: the teacher has a say on %.1f %% of the student's tokens; "
+            "before %.1f %% both have read the same",
             100 * totals["kd"] / positions,
             100 * totals["depth0"] / positions,
         )

@@ -87,19 +87,24 @@ def _file_handler(file: Path) -> logging.Handler:
 
 
 def _join_libraries() -> None:
-    """Let transformers log through our handlers, and no library draw progress bars where a bar would be kept."""
+    """Let transformers log through our handlers, and libraries draw bars of downloads alone, for a person."""
     # Heavy imports, only where a run begins.
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
 
-    # A notebook keeps every state of a bar.
-    if not person_may_watch(sys.stdout):
-        import datasets
+    # Transformers draws one for every model that is read or written, and switches those of downloads off with it.
+    transformers_logging.disable_progress_bar()
+    if person_may_watch(sys.stdout):
+        enable_progress_bars()
+        return
 
-        transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+    # A notebook keeps every state of a bar.
+    import datasets
+
+    datasets.disable_progress_bars()
 
 
 class _ConsoleHandler(logging.Handler):
@@ -120,7 +125,9 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            console().print(self._render(record), soft_wrap=True)
+            # A terminal would fold a line in the middle of a word; what is captured keeps one line.
+            is_captured = not person_may_watch(console().file)
+            console().print(self._render(record), soft_wrap=is_captured)
         except Exception:
             self.handleError(record)
 

@@ -122,7 +122,9 @@ def _number(value: float | int | None) -> str:
         return "-"
     if abs(value) >= 1e4:
         return f"{value:.1e}"
-    return f"{value:.4g}" if abs(value) >= 1 else f"{value:.3f}"
+    if abs(value) >= 100:
+        return f"{value:.1f}"
+    return f"{value:#.4g}" if abs(value) >= 1 else f"{value:.3f}"
 
 
 def _thousands(value: float) -> str:

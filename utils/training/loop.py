@@ -51,6 +51,9 @@ from .step_guard import StepGuard
 
 log = logging.getLogger(__name__)
 
+MUCH_WAITING = 5.0
+"""Per cent of a session's time spent waiting for batches from which the console says so: more workers may help."""
+
 _STEP_PROTOCOL = "a DistillationFramework, or another module with the step protocol"
 
 
@@ -351,9 +354,10 @@ class TrainingLoop:
     def _log_end(self, reason: str) -> None:
         """Log why the run ended, and whether it was the data that it waited for."""
         log.info("training ended after step %d of %d: %s", self.step, self.plan.total_steps, reason)
-        share = 100 * self._clock.waited / max(self._clock.total() - self._clock.before, 1e-9)
+        waited = 100 * self._clock.waited / max(self._clock.total() - self._clock.before, 1e-9)
         workers = self.options.num_workers
-        log.info("%.1f %% of this session was spent waiting for batches (data.num_workers %d)", share, workers)
+        level = logging.DEBUG if waited < MUCH_WAITING else logging.INFO
+        log.log(level, "%.1f %% of this session was spent waiting for batches (data.num_workers %d)", waited, workers)
 
     def _result(self, reason: str) -> FitResult:
         """Return the end of the run for the caller."""

@@ -139,10 +139,11 @@ def test_steps_are_due_by_number_alone_and_the_first_five_are_not():
 def test_a_logged_step_is_one_line_with_the_terms_that_are_on():
     line = training_line(record_at(100, 25_000), 25_000, seconds_left=12_345)
     assert line == (
-        "[TOTAL] step 100/25000 loss 5.25 kd 32 lm 3 feat 1 lr 1.0e-04 norm 0.875 12.3k tok/s 2.0 GB 3:25:45 left"
+        "[TOTAL] step 100/25000 loss 5.250 kd 32.00 lm 3.000 feat 1.000 lr 1.0e-04 norm 0.875 12.3k tok/s 2.0 GB "
+        "3:25:45 left"
     )
     failed = training_line(record_at(100, 25_000, loss=None, grad_norm=None, peak_memory_mb=None), 25_000)
-    assert failed == "[TOTAL] step 100/25000 loss - kd 32 lm 3 feat 1 lr 1.0e-04 12.3k tok/s"
+    assert failed == "[TOTAL] step 100/25000 loss - kd 32.00 lm 3.000 feat 1.000 lr 1.0e-04 12.3k tok/s"
 
 
 def test_a_term_that_was_on_for_a_part_of_the_steps_is_shown():
@@ -162,7 +163,7 @@ def test_a_narrow_console_lacks_what_matters_least(columns):
 
 
 def test_an_evaluation_is_one_line_and_its_sample_another():
-    assert evaluation_line(evaluation_at(100)) == "[Eval] step 100 eval bits/byte 0.9000 perplexity 12.18 loss 2.5"
+    assert evaluation_line(evaluation_at(100)) == "[Eval] step 100 eval bits/byte 0.9000 perplexity 12.18 loss 2.500"
     sample = {"prompt": "Once upon a time, there was a\nlittle girl", "text": " who  liked\n" + "very " * 100}
     whole = sample_line(sample)
     assert whole.startswith("[sample] Once upon a time, there was a little girl | who liked very very")
