@@ -41,7 +41,7 @@ from utils.paths import user_path
 from utils.report.comparison import compare
 from utils.run import folder as run_folder
 from utils.run import quickstart
-from utils.run.exit_codes import EXIT_CODES, Interrupted, exit_code
+from utils.run.exit_codes import EXIT_CODES, Interrupted, end_process, exit_code
 from utils.run.session import Session
 from utils.run.stages import (
     compare_without_teacher,
@@ -175,4 +175,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-Kind = Literal["step", "step alone", "teacher window", "student window", "agreement window", "token", "other"]
+Kind = Literal[
+    "step", "step alone", "teacher window", "student window", "agreement window", "token", "model file", "other"
+]
 """Kinds of work, each with a pace of its own: an optimizer step, with and without a teacher; a window that a model
-scores, or both; a token that a model writes."""
+scores, or both; a token that a model writes; a student that is read from or written to the disk."""
 
 STEPS: tuple[Kind, ...] = ("step", "step alone")
 """Kinds without whose pace nothing is known of a command."""

@@ -1,7 +1,11 @@
 """Exit codes of a command, and the last words about a mistake, a failure or an interruption."""
 
+import atexit
 import logging
+import os
+import sys
 from collections.abc import Callable
+from typing import NoReturn
 
 from ..errors import RunError, UserError
 from ..logs.progress import terminal_bar
@@ -10,7 +14,7 @@ from ..parallel.processes import leave, rank, tell_launcher
 
 log = logging.getLogger(__name__)
 
-__all__ = ["EXIT_CODES", "Interrupted", "exit_code"]
+__all__ = ["EXIT_CODES", "Interrupted", "end_process", "exit_code"]
 
 EXIT_CODES = {"SIGTERM": 143, "SIGINT": 130, "SIGHUP": 129, "SIGUSR1": 138}
 """Of runs that a signal ended, 128 and its number; every other ending that is no error is 0."""
@@ -49,3 +53,16 @@ def exit_code(command: Callable[[], None]) -> int:
         tell_launcher(error)
         log.critical("%s: %s", type(error).__name__, error, exc_info=error)
         return 1
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code.
+
+    After a signal the interpreter is not taken down, which takes a second that a person waits at the terminal.
+    """
+    if code in EXIT_CODES.values():
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

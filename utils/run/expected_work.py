@@ -24,6 +24,10 @@ def expect_training(time_left: TimeLeft, job: Job, plan: Plan, done: int, *, has
         after += _training(job, plan, 0, "step alone")
         after += _final_evaluation(job, plan, has_teacher=False)
         after["student window"] += _windows(job)
+        after["model file"] += 1
+    if has_teacher or not config.without_teacher:
+        # The export: written, and loaded anew.
+        after["model file"] += 2
     time_left.expect(training, after)
 
 

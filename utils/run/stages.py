@@ -1,7 +1,7 @@
 """The stages of a run after its preparation: the teacher, training, export, comparison, tasks."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -167,7 +167,9 @@ def train_student(
     """
     config, accelerator = job.config, job.accelerator
     plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
-    student = students.make(config.student, config.training, accelerator)
+    with session.progress.over("loading the student", 1, "model file", unit="model") as note:
+        student = students.make(config.student, config.training, accelerator)
+        note(1)
 
     # Where a run goes on decides what is written anew and what is tried before.
     store = open_checkpoints(job, teacher, student, output)
@@ -181,7 +183,7 @@ def train_student(
     # Step 0 of the curves; a resumed run has it in its metrics already.
     evaluate = partial(evaluation_record, job, module)
     if resume_from is None:
-        logger.evaluation({"step": 0, "split": "eval", **metrics_of(start["initial_student"])})
+        logger.evaluation({**metrics_of(start["initial_student"]), "step": 0, "split": "eval", **first_sample(start)})
     options = LoopOptions(
         logger=logger,
         evaluate=evaluate,
@@ -209,6 +211,15 @@ def train_student(
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(module, result, start)
+
+
+def first_sample(start: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the untrained student made of the first prompt, as evaluations in training record it."""
+    samples = start["samples"]
+    for prompt, text in zip(samples["prompt"][:1], samples["initial_student"][:1], strict=True):
+        if text is not None:
+            return {"sample": {"prompt": prompt, "text": text}}
+    return {}
 
 
 def _fit(job: Job, module: Any, plan: Plan, options: LoopOptions, session: Session) -> FitResult:
@@ -351,16 +362,20 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
 
     # Before everything that could still fail: what was trained for hours is on the disk then.
     def write_student() -> exported.LoadedAnew:
-        export.export(
-            student,
-            job.config.student,
-            job.tokenizer,
-            folder,
-            settings,
-            {**scores, "run": ended},
-            held_out.starts["student"].forced_bos,
-        )
-        return exported.load_anew(student, held_out, folder, job.config.student)
+        with session.progress.over("export", 2, "model file", unit="step") as note:
+            export.export(
+                student,
+                job.config.student,
+                job.tokenizer,
+                folder,
+                settings,
+                {**scores, "run": ended},
+                held_out.starts["student"].forced_bos,
+            )
+            note(1)
+            loaded = exported.load_anew(student, held_out, folder, job.config.student)
+            note(1)
+        return loaded
 
     # All processes compute the comparison of student and teacher; only the main one wrote the student.
     loaded = session.on_main(write_student)
