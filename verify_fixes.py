@@ -42,8 +42,9 @@ from utils.logs.streams import make_streams_safe
 from utils.machine import hardware
 from utils.parallel.accelerator import build_accelerator
 from utils.paths import user_path
-from utils.pretrained import export, generation, loading, locate
+from utils.pretrained import export, generation, locate
 from utils.pretrained.families import keep_weights
+from utils.pretrained.named import load_shapes
 from utils.pretrained.student import make as make_student
 from utils.pretrained.teacher import on_one_process
 from utils.run import quickstart, stages
@@ -500,10 +501,9 @@ def own_setup(config: train.RunConfig) -> tuple[SetUp, Job]:
     )
     job = prepare(resolved, resolved.method, build_accelerator("no", cpu=True))
 
-    student = loading.load_config(resolved.student.name, "student")
-    teacher = None
-    if resolved.teacher.name:
-        teacher = loading.load_config(resolved.teacher.name, "teacher")
+    shapes = load_shapes(resolved)
+    student = shapes["student"]
+    teacher = shapes["teacher"] if resolved.teacher.name else None
 
     # Only the beginning of a large text is read here, so its files say more about its size.
     files = [user_path(name) for name in resolved.data.train]

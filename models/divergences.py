@@ -87,6 +87,6 @@ def divergence(
     return DIVERGENCES[kind](log_p, log_q, skew)
 
 
-def temper(log_probs: Tensor, temperature: float) -> Tensor:
+def temper(log_probs: Tensor, temperature: float | Tensor) -> Tensor:
     """Return the log of p ** (1 / temperature), normalised over the last dimension."""
     return torch.log_softmax(log_probs / temperature, dim=-1)

@@ -1,4 +1,4 @@
-"""Paths as users write them: `~` for their home, and names that no file can have."""
+"""Paths as users write them: `~` for their home, and names that no file can have; and the folder of caches."""
 
 import os
 from pathlib import Path
@@ -31,6 +31,15 @@ def user_path(name: str | Path) -> Path:
 
     _require_possible(path)
     return Path(path)
+
+
+def cache_dir() -> Path:
+    """Return $CURRICULUM_DISTILLATION_CACHE, or `curriculum_distillation` in the user's cache folder (XDG)."""
+    if chosen := os.environ.get("CURRICULUM_DISTILLATION_CACHE"):
+        return user_path(chosen)
+
+    user = os.environ.get("XDG_CACHE_HOME")
+    return (Path(user) if user else Path.home() / ".cache") / "curriculum_distillation"
 
 
 def _require_possible(path: str) -> None:

@@ -13,6 +13,9 @@ METRICS = "metrics.jsonl"
 START = "baseline_evaluation.json"
 """Teacher and untrained student, measured before the first step."""
 
+LAYERS = "student_layers.json"
+"""Layers that a student was made from, where it has not all of its model's."""
+
 REPORT_JSON = "evaluation_report.json"
 REPORT_MD = "evaluation_report.md"
 REPORT_HTML = "report.html"
@@ -29,6 +32,6 @@ TRACKERS = "trackers"
 WITHOUT_TEACHER = "without_teacher"
 """Run of the same student without the teacher, for comparison."""
 
-FILES = (CONFIG, LOCK, LOG, METRICS, START, REPORT_JSON, REPORT_MD, REPORT_HTML, CURVES, ROUTING)
+FILES = (CONFIG, LOCK, LOG, METRICS, START, LAYERS, REPORT_JSON, REPORT_MD, REPORT_HTML, CURVES, ROUTING)
 FOLDERS = (CHECKPOINTS, STUDENT, TRACKERS, WITHOUT_TEACHER)
 """With FILES, everything that a run writes: hours later, it must not meet something of the other kind."""

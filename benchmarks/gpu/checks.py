@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from benchmarks.gpu.made import small_pair
+from benchmarks.gpu.runs import flags
 from benchmarks.gpu.settings import ROOT, Bench
 from benchmarks.step_time import random_windows, vocabulary_map
 from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
@@ -125,7 +127,8 @@ def _tiny_model(vocabulary: int) -> nn.Module:
 
 def verify(bench: Bench) -> Iterator[dict]:
     """Yield the exit status of verify_fixes.py, and the lines of its output that say what is wrong."""
-    command = [sys.executable, "verify_fixes.py"]
+    pair = small_pair(bench)
+    command = [sys.executable, "verify_fixes.py", *flags(pair, bench.work / "verify", settings=[])]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     # The log has all of it.

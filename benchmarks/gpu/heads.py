@@ -130,6 +130,10 @@ def _rows(measured: Measured, returned: int) -> Iterator[dict]:
             "host_ms": median(run.host for run in runs) * 1e3,
             "MiB": above[name] / 2**20,
         }
+        if busy := measured.busy.get(name):
+            row["busy_ms"] = busy * 1e3
+            if bare := measured.busy.get("bare"):
+                row["busy_times_bare"] = busy / bare
 
         # Ratios, where what they compare with has fitted into memory.
         if "bare" in measured.runs:

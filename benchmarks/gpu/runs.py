@@ -82,8 +82,8 @@ class Run:
         return errors[-1][20:220]
 
 
-def _flags(pair: PairFolders, folder: Path, settings: list[str]) -> list[str]:
-    """Return the command line of train.py for a pair.
+def flags(pair: PairFolders, folder: Path, settings: list[str]) -> list[str]:
+    """Return the command line of train.py, and of verify_fixes.py, for a pair.
 
     Args:
         folder: of the run.
@@ -108,7 +108,7 @@ def _flags(pair: PairFolders, folder: Path, settings: list[str]) -> list[str]:
 def _in_a_process(pair: PairFolders, folder: Path, settings: list[str]) -> Run:
     """Run train.py as users do."""
     shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "train.py", *_flags(pair, folder, settings)]
+    command = [sys.executable, "train.py", *flags(pair, folder, settings)]
 
     began = time.perf_counter()
     done = subprocess.run(command, cwd=ROOT, stdout=sys.stderr)
@@ -126,7 +126,7 @@ def _in_this_process(pair: PairFolders, folder: Path, settings: list[str]) -> Ru
 
     began = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):
-        status = train.main(_flags(pair, folder, settings))
+        status = train.main(flags(pair, folder, settings))
     return Run(folder, status, time.perf_counter() - began)
 
 
@@ -254,8 +254,11 @@ def tight(bench: Bench) -> Iterator[dict]:
     """Yield the end of a run whose fourth step has less memory than its third took."""
     from utils.training.loop import TrainingLoop
 
+    # Windows enough that what they take counts: torch's allocator takes memory in blocks of 20 MiB.
     precision = bench.precisions()[0]
     settings = [*_precision_settings(precision), *_small_settings(6)]
+    if not bench.scale.is_toy:
+        settings += ["training.batch_size=64", "data.max_length=256"]
     advance = TrainingLoop.advance
     limits: list[float] = []
 

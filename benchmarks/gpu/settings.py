@@ -50,7 +50,7 @@ _TRUE = {
     "student_vocabulary": STUDENT_VOCABULARY,
     "head_width": 960,
     "train_length": 512,
-    "train_steps": 40,
+    "train_steps": 24,
     "matrix": 8192,
     "copied": 2**31,
     "attended": 1024,

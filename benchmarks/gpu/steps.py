@@ -3,7 +3,7 @@
 import gc
 import importlib.util
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from statistics import median
 from unittest import mock
 
@@ -16,6 +16,7 @@ from benchmarks.step_time import DTYPES, StepWorks, random_batch, random_framewo
 from models.config import LossConfig
 from models.distillation_framework import DistillationFramework
 from models.language_model import body_states
+from models.losses import head_passes
 from models.losses.losses import kd_loss, next_token_loss
 from models.text.collate import PairCollator
 from models.text.vocabulary import VocabularyMap
@@ -58,11 +59,21 @@ def step(bench: Bench, precision: str, as_t4: bool = False) -> Iterator[dict]:
             _free(bench.device)
 
 
-def pretend_t4() -> AbstractContextManager:
-    """Return a context in which attention and this project choose as on a T4, whatever the card."""
+@contextmanager
+def pretend_t4() -> Iterator[None]:
+    """Enter a context in which attention and this project choose as on a T4, whatever the card.
+
+    Passes of the head go step by step: compiled for a T4 they would not run here.
+    """
     torch.backends.cuda.enable_flash_sdp(False)
     torch.backends.cuda.enable_cudnn_sdp(False)
-    return mock.patch.object(torch.cuda, "get_device_capability", return_value=T4_CAPABILITY)
+
+    step_by_step = (False, "step by step: this card is another one")
+    with (
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=T4_CAPABILITY),
+        mock.patch.object(head_passes, "can_compile", return_value=step_by_step),
+    ):
+        yield
 
 
 class PeerWorks(StepWorks):
@@ -141,6 +152,10 @@ def _rows(bench: Bench, works: PeerWorks) -> Iterator[dict]:
         # A card that is too small for the bare models has no ratio.
         if BARE in measured.runs:
             row["times_bare"] = ratio(runs, measured.runs[BARE])
+        if busy := measured.busy.get(name):
+            row["busy_ms"] = busy * 1e3
+            if bare := measured.busy.get(BARE):
+                row["busy_times_bare"] = busy / bare
         yield row
 
     for name, reason in measured.failures.items():

@@ -5,6 +5,7 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import Run, alternate
 
@@ -18,6 +19,9 @@ class Measured(NamedTuple):
     """Runs of each work, in the order of the rounds."""
     failures: dict[str, str]
     """Reason, by the name of the work."""
+    busy: dict[str, float]
+    """Seconds of kernels, by the name of the work; empty without a GPU. Where they are far below the seconds of the
+    clock, the card waits for the host to launch them."""
 
 
 def measure_fitting(
@@ -55,7 +59,24 @@ def measure_fitting(
         torch.cuda.empty_cache()
 
     runs = alternate(fitting, device, repeats, before)
-    return Measured(runs, failures)
+
+    # Apart from the rounds, since the profiler slows the host down.
+    busy = {}
+    if device.type == "cuda":
+        for name, work in fitting.items():
+            before()
+            busy[name] = _kernel_seconds(work)
+    return Measured(runs, failures, busy)
+
+
+def _kernel_seconds(work: Work) -> float:
+    """Return the seconds that the kernels of a work take, without the time between them."""
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize()
+
+    microseconds = sum(event.self_device_time_total for event in profiler.key_averages())
+    return microseconds / 1e6
 
 
 def seconds(runs: list[Run]) -> float:

@@ -17,6 +17,7 @@ A plain linear head can have this elementwise work compiled (`head_passes`, `hea
 float32's rounding.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,7 +31,15 @@ from ..types import SparseTarget
 from . import head_passes
 from .chunk_size import chunk_rows
 from .head_products import HeadPrecision, LinearHead, ModuleHead, precision_of
-from .head_softmax import columns_of, differentiate_softmax, sum_softmax
+from .head_softmax import (
+    ChunkWeights,
+    Comparison,
+    NamedTokens,
+    chunk_gradient,
+    columns_of,
+    name_tokens,
+    sum_softmax,
+)
 from .losses import PADDING, kd_loss
 
 STEEPEST = 1e34
@@ -130,7 +139,7 @@ def head_losses(
     precision = precision_of(head, states)
     rows_at_once = computation.chunk
     if rows_at_once is None:
-        rows_at_once = _rows_that_fit(head, states.device, precision=precision, softcap=computation.softcap)
+        rows_at_once = _rows_that_fit(head, states.device, precision=precision, computation=computation)
 
     has_kd = target is not None and len(target.distribution.ids) > 0
     row_at = None
@@ -183,13 +192,16 @@ def _rows_that_fit(
     head: nn.Module,
     device: torch.device,
     precision: HeadPrecision,
-    softcap: float | None,
+    computation: HeadComputation,
 ) -> int:
     """Return the number of logit rows to hold at once, from the bytes that a logit takes in this computation."""
     bytes_per_logit = precision.exact.itemsize
-    if softcap:
+    is_compiled = computation.compiled and is_plain_linear(head)
+    if computation.softcap and not is_compiled:
         bytes_per_logit *= 2
-    if not is_plain_linear(head) and precision.is_half:
+
+    # A head that is called holds its logits beside their copy, a compiled pass writes a rounded gradient.
+    if precision.is_half and (is_compiled or not is_plain_linear(head)):
         bytes_per_logit += precision.products.itemsize
 
     vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]
@@ -213,15 +225,6 @@ def _row_at_positions(rows: Tensor, positions: int) -> Tensor:
     row_at = rows.new_full((positions,), -1)
     numbers = torch.arange(len(rows), device=rows.device)
     return row_at.scatter_(0, rows, numbers)
-
-
-class _ChunkWeights(NamedTuple):
-    """Weights of the two losses on a chunk."""
-
-    lm: Tensor
-    """[c, 1]."""
-    kd: Tensor
-    """Scalar."""
 
 
 class _ChunkLosses(NamedTuple):
@@ -302,7 +305,7 @@ class _HeadPass:
             compute_chunk: Callable[..., Any] = self._compiled_chunk if self._is_compiled else self._eager_chunk
             for first in range(0, len(states), self.rows_at_once):
                 part = slice(first, first + self.rows_at_once)
-                weights = _ChunkWeights(lm=lm_weight[part, None], kd=kd_weight)
+                weights = ChunkWeights(lm=lm_weight[part, None], kd=kd_weight)
                 chunk = compute_chunk(head, part, weights, learns)
 
                 log_probs[part] = chunk.log_probs
@@ -347,7 +350,7 @@ class _HeadPass:
         return torch.ldexp(torch.ones_like(largest), exponent)
 
     def _target_at(self, part: slice) -> SparseTarget | None:
-        """Return the target of a chunk; a position without a row has an invalid one."""
+        """Return the target of some positions."""
         if self.target is None:
             return None
 
@@ -375,7 +378,7 @@ class _HeadPass:
         self,
         head: LinearHead | ModuleHead,
         part: slice,
-        weights: _ChunkWeights,
+        weights: ChunkWeights,
         learns: bool,
     ) -> _ChunkLosses:
         """Compute the losses of a chunk, and add its gradients to those of the head, step by step."""
@@ -406,7 +409,7 @@ class _HeadPass:
         self,
         logits: Tensor,
         target: SparseTarget,
-        weights: _ChunkWeights,
+        weights: ChunkWeights,
         learns: bool,
     ) -> _ChunkSoftmax:
         """Overwrite the logits [c, V] of a chunk with a target by their gradient over the slope, but for the label."""
@@ -446,40 +449,38 @@ class _HeadPass:
         self,
         head: LinearHead,
         part: slice,
-        weights: _ChunkWeights,
+        weights: ChunkWeights,
         learns: bool,
     ) -> _ChunkLosses:
         """Compute the losses of a chunk, and add its gradients to those of the head, by compiled passes."""
-        scale = self.computation.scale
-        softcap = self.computation.softcap
+        scaling = {"scale": self.computation.scale, "softcap": self.computation.softcap}
         logits = head.logits(part)
         label = self.labels[part, None]
-        target = self._target_at(part)
-        softmax = sum_softmax(logits, label, target=target, scale=scale, softcap=softcap)
+        tokens = None if self._named_tokens is None else self._named_tokens.rows(part)
+        sums = sum_softmax(logits, label, tokens, **scaling)
 
-        kd_sum = None
-        kd_gradient = None
-        named = softmax.named
-        if named is not None:
-            outcomes = torch.cat([softmax.named_logits, softmax.log_rest], 1)
-            kd_sum, kd_gradient = self._kd(outcomes, named.target, named.is_token, learns and self.learns_kd)
+        if not (learns and self.learns_kd):
+            weights = weights._replace(kd=None)
+        differentiate = head_passes.compiled(chunk_gradient, for_any_shape=True)
+        gradient = differentiate(label, sums, tokens, self._comparison, weights=weights, **scaling)
 
         if learns:
-            if kd_gradient is not None:
-                kd_gradient = kd_gradient * weights.kd
-            gradient = differentiate_softmax(softmax, weights.lm, kd_gradient, scale=scale, softcap=softcap)
-            head.backward_passes(
-                part,
-                logits,
-                peak=softmax.peak,
-                gradient=gradient,
-                scale=scale,
-                softcap=softcap,
-            )
+            head.backward_passes(part, logits, gradient, **scaling)
+        return _ChunkLosses(gradient.log_probs, gradient.kd_sum)
 
-        label_logit = head_passes.adjusted(softmax.raw_label, scale, softcap)
-        log_probs = (label_logit - softmax.shift - softmax.total.log())[:, 0]
-        return _ChunkLosses(log_probs, kd_sum)
+    @functools.cached_property
+    def _named_tokens(self) -> NamedTokens | None:
+        """Return the tokens that the target names, of all positions: once a pass, for every chunk costs launches."""
+        target = self._target_at(slice(None))
+        return None if target is None else name_tokens(target)
+
+    @functools.cached_property
+    def _comparison(self) -> Comparison | None:
+        """Return the settings of KD as a compiled function takes them."""
+        if self.target is None:
+            return None
+        temperature = self.kd_weight.new_full((), self.target.temperature)
+        return Comparison(temperature, kind=self.target.kind, tail=self.target.tail, skew=self.target.skew)
 
     def _kd(
         self,
@@ -525,7 +526,7 @@ def _adjust_in_place(logits: Tensor, scale: float, softcap: float | None) -> Ten
     return None
 
 
-def _plain_chunk(logits: Tensor, weights: _ChunkWeights) -> _ChunkSoftmax:
+def _plain_chunk(logits: Tensor, weights: ChunkWeights) -> _ChunkSoftmax:
     """Overwrite the logits [c, V] of a chunk without a target by their gradient over the slope, but for the label."""
     total = logits.exp_().sum(1, keepdim=True)
     return _ChunkSoftmax(total, slope=weights.lm / total, kd_sum=None)

@@ -13,8 +13,9 @@ by step, which stays the reference.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,30 +87,38 @@ def softmax_gradient(
     memory.copy_(gradient)
 
 
-class Passes(NamedTuple):
-    """The two passes, compiled."""
-
-    row_sums: Callable[..., RowSums]
-    """`row_sums`; all but the logits as keywords."""
-    softmax_gradient: Callable[..., None]
-    """`softmax_gradient`; all but the logits as keywords."""
-
-
 @functools.cache
-def compiled() -> Passes:
-    """Return the passes behind `torch.compile`, which compiles at their first call and once for all numbers of rows."""
-    return Passes(_for_any_rows(row_sums), _for_any_rows(softmax_gradient))
+def compiled(function: Callable, for_any_shape: bool = False) -> Callable:
+    """Return a function behind `torch.compile`, which compiles at its first call.
 
+    Where the compiler fails the function itself is taken from then on, with a warning: the values are the same.
 
-def _for_any_rows(function: Callable) -> Callable:
-    """Compile a function whose first argument has a number of rows that changes from call to call."""
-    kernel = torch.compile(function)
+    Args:
+        function: its first argument is a tensor whose number of rows changes from call to call.
+        for_any_shape: every dimension of every argument changes, not only the rows of the first.
+    """
+    # Here, as this module of torch takes long to import.
+    from torch._dynamo.exc import TorchDynamoException
+
+    kernel = torch.compile(function, dynamic=True if for_any_shape else None)
+    serves = True
 
     @functools.wraps(function)
-    def call(logits: Tensor, **arguments: Tensor | float | None) -> RowSums | None:
+    def call(first: Tensor, *rest: Any, **arguments: Any) -> Any:
+        nonlocal serves
+        if not serves:
+            return function(first, *rest, **arguments)
+
         # Else the shorter last chunk would be compiled for as well.
-        torch._dynamo.maybe_mark_dynamic(logits, 0)
-        return kernel(logits, **arguments)
+        if not for_any_shape:
+            torch._dynamo.maybe_mark_dynamic(first, 0)
+        try:
+            return kernel(first, *rest, **arguments)
+        except TorchDynamoException as error:
+            serves = False
+            message = f"torch.compile failed, {function.__name__} goes on without it: {_first_line(error)}"
+            warnings.warn(message, stacklevel=2)
+            return function(first, *rest, **arguments)
 
     return call
 
@@ -166,10 +175,10 @@ def try_passes(device: torch.device) -> str:
 
     # A compiler's own errors are of many kinds; whatever it is, the reference works.
     try:
-        passes = compiled()
-        sums = passes.row_sums(logits, scale=1.0, softcap=None)
+        sums = torch.compile(row_sums)(logits, scale=1.0, softcap=None)
         slope = 1 / sums.total
-        passes.softmax_gradient(logits, peak=sums.peak, slope=slope, out=None, scale=1.0, softcap=None)
+        write = torch.compile(softmax_gradient)
+        write(logits, peak=sums.peak, slope=slope, out=None, scale=1.0, softcap=None)
         is_right = torch.allclose(logits, expected, atol=1e-5)
     except Exception as error:
         return _first_line(error)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from ..language_model import HALF_BLOCK, has_float32_products, linear_into
 from . import head_passes
-from .head_softmax import LogitGradient
+from .head_softmax import ChunkGradient
 
 HALF_SCALE = 16.0
 """Factor on a gradient that is rounded to half precision: 1 / 151,936 is then a normal number of float16. A power of
 two, so that it rounds nothing itself."""
-SPARE = 8
-"""Columns behind a block of a half-precision gradient: one that nothing reads, and seven that keep rows aligned."""
+ALIGNED = 8
+"""Numbers of half precision to whose multiple the rows of a matrix are lengthened: tensor cores take no others."""
 
 
 class HeadPrecision(NamedTuple):
@@ -99,7 +99,7 @@ class LinearHead:
     ) -> None:
         weight, bias = params
         self.precision = precision
-        self.states = states.detach()
+        self.states = states.detach().to(precision.products)
         self.weight = weight.detach().to(precision.products)
         self.bias = None if bias is None else bias.detach().to(precision.products)
 
@@ -108,12 +108,11 @@ class LinearHead:
         vocabulary = len(weight)
         self.buffer = states.new_empty((rows, vocabulary), dtype=precision.exact)
 
-        # Half-precision products read a rounded copy of the gradient, which exists for one block of tokens at a time.
+        # Half-precision products read a rounded copy of the gradient. Step by step it exists for one block of tokens
+        # at a time; compiled passes write all of it at once, for every block costs launches.
         width = 0
         if precision.is_half:
-            width = min(HALF_BLOCK, vocabulary)
-            if compiled:
-                width += SPARE
+            width = -(-vocabulary // ALIGNED) * ALIGNED if compiled else min(HALF_BLOCK, vocabulary)
         self.rounded = states.new_empty((rows, width), dtype=precision.products)
 
         # Contiguous also beside a transposed weight, as the products are written into them.
@@ -129,7 +128,7 @@ class LinearHead:
 
     def logits(self, part: slice) -> Tensor:
         """Return the logits [c, V] of a chunk, in the buffer: those of the chunk before are gone."""
-        states = self._states(part)
+        states = self.states[part]
         memory = self.buffer[: len(states)]
         return linear_into(memory, states, weight=self.weight, bias=self.bias)
 
@@ -140,7 +139,7 @@ class LinearHead:
             gradient: [c, V] the gradient over the slope of its row.
             slope: [c, 1].
         """
-        states = self._states(part)
+        states = self.states[part]
         if self.bias_grad is not None:
             self.bias_grad.addmv_(gradient.t(), slope[:, 0])
 
@@ -165,52 +164,32 @@ class LinearHead:
         self,
         part: slice,
         logits: Tensor,
+        gradient: ChunkGradient,
         *,
-        peak: Tensor,
-        gradient: LogitGradient,
         scale: float,
         softcap: float | None,
     ) -> None:
-        """Add the products with a gradient that compiled passes write over a chunk's raw logits [c, V].
+        """Add the products with a gradient that a compiled pass writes over a chunk's raw logits [c, V].
 
         Args:
-            peak: [c, 1] largest logit of the tokens that the target does not name.
             gradient: the gradient as a factor on the exponentials, and the columns that differ from it.
         """
-        write = head_passes.compiled().softmax_gradient
-        if not self.precision.is_half:
-            # In place, and then the columns that differ over it.
-            write(logits, peak=peak, slope=gradient.slope, out=None, scale=scale, softcap=softcap)
-            logits.scatter_(1, gradient.columns, gradient.values)
+        rounded = None
+        if self.precision.is_half:
+            rounded = self.rounded[: len(logits), : logits.shape[1]]
+
+        # Without rounding it is written in place. Then the columns that differ, over it.
+        write = head_passes.compiled(head_passes.softmax_gradient)
+        write(logits, peak=gradient.peak, slope=gradient.slope, out=rounded, scale=scale, softcap=softcap)
+        written = logits if rounded is None else rounded
+        written.scatter_(1, gradient.columns, gradient.values.to(written.dtype))
+
+        if rounded is None:
             self._multiply(part, logits)
             return
-
-        values = gradient.values.to(self.precision.products)
-        for block in self._blocks():
-            width = len(self.weight[block])
-            rounded = self.rounded[: len(logits), : width + SPARE]
-            write(
-                logits[:, block],
-                peak=peak,
-                slope=gradient.slope,
-                out=rounded[:, :width],
-                scale=scale,
-                softcap=softcap,
-            )
-
-            # A column of another block goes to a spare one: choosing the columns of this block would wait for the GPU.
-            column = gradient.columns - block.start
-            is_inside = (column >= 0) & (column < width)
-            column = torch.where(is_inside, column, width)
-            rounded = rounded.scatter_(1, column, values)[:, :width]
-
-            self._multiply_half(part, block, rounded)
-            if self.bias_grad is not None:
-                self.bias_grad[block] += rounded.sum(0, dtype=self.precision.exact)
-
-    def _states(self, part: slice) -> Tensor:
-        """Return the states [c, H] of a chunk in the dtype of the products."""
-        return self.states[part].to(self.precision.products)
+        self._multiply_half(part, slice(None), rounded)
+        if self.bias_grad is not None:
+            self.bias_grad += rounded.sum(0, dtype=self.precision.exact)
 
     def _blocks(self) -> list[slice]:
         """Return slices of the vocabulary, each narrow enough for half precision."""
@@ -222,26 +201,28 @@ class LinearHead:
         if self.states_grad is not None:
             torch.mm(gradient, self.weight, out=self.states_grad[part])
         if self.weight_grad is not None:
-            self.weight_grad.addmm_(gradient.t(), self._states(part))
+            self.weight_grad.addmm_(gradient.t(), self.states[part])
         if self.bias_grad is not None:
             self.bias_grad += gradient.sum(0)
 
     def _multiply_half(self, part: slice, block: slice, rounded: Tensor) -> None:
         """Add the products with a half-precision gradient [c, block of V]."""
         if self.states_grad is not None:
-            self.states_grad[part] += _float32_product(rounded, self.weight[block])
+            _add_product(self.states_grad[part], rounded, self.weight[block])
         if self.weight_grad is not None:
-            self.weight_grad[block] += _float32_product(rounded.t(), self._states(part))
+            _add_product(self.weight_grad[block], rounded.t(), self.states[part])
 
 
-def _float32_product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b in float32 from half-precision factors.
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a @ b, from half-precision factors, to a float32 sum.
 
-    A half-precision result could overflow, whatever the loss scale.
+    A half-precision result could overflow, whatever the loss scale. On a GPU the product itself reads and writes the
+    sum: a product of its own and an addition would move it three times.
     """
     if has_float32_products(a):
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return torch.mm(a.float(), b.float())
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.float(), b.float())
 
 
 class ModuleHead:

@@ -1,11 +1,13 @@
-"""The softmax of a chunk of raw logits, and the gradient by these logits, where the exponentials are never stored.
+"""The losses of a chunk of raw logits and the gradient by these logits, where the exponentials are never stored.
 
-Shapes: c rows of one chunk, V student vocabulary, K tokens that a target names in a row.
+Shapes: n supervised positions, c rows of one chunk, V student vocabulary, K tokens that a target names in a row.
 
-The compiled passes of `head_passes` read a chunk [c, V] and return two numbers a row. Everything else happens here on
-[c, K] numbers, in float32: the logits of the named tokens, of the label, and of "the rest", which are the tokens that
-the target does not name. The gradient is then `slope * exponential` in every column but those of the named tokens and
-of the label, whose values are computed on their own and written over it.
+Only two passes of `head_passes` touch a chunk [c, V]: one returns two numbers a row, one writes the gradient.
+Everything between them is arithmetic on [c, K] numbers, in float32: the logits of the named tokens, of the label, and
+of "the rest", which are the tokens that the target does not name. It is one function, `chunk_gradient`, which is
+compiled as a whole: step by step it is a hundred kernels, and launching them takes longer than the products of a chunk
+take on a fast GPU. The gradient is then `slope * exponential` in every column but those of the named tokens and of the
+label, whose values are computed on their own and written over it.
 """
 
 from typing import NamedTuple
@@ -15,51 +17,73 @@ from torch import Tensor
 
 from ..types import SparseTarget
 from . import head_passes
-from .losses import PADDING
+from .losses import PADDING, kd_loss
+
+
+class Comparison(NamedTuple):
+    """The way in which a chunk's outcomes are compared with the teacher's; see `losses.kd_loss`."""
+
+    temperature: Tensor
+    """Scalar: a number would be compiled for anew whenever a schedule changes it."""
+    kind: str
+    tail: str
+    skew: float
+
+
+class ChunkWeights(NamedTuple):
+    """Weights of the two losses on a chunk."""
+
+    lm: Tensor
+    """[c, 1]."""
+    kd: Tensor | None
+    """Scalar; None where KD is not learned."""
 
 
 class NamedTokens(NamedTuple):
-    """The tokens that the target of a chunk names."""
+    """The tokens that the target of some positions names."""
 
     target: SparseTarget
+    """Its ids are places in `columns`; -1 is padding."""
     columns: Tensor
-    """[c, K] their ids; padding repeats the largest id of its row."""
+    """[c, K] ids of the tokens; padding repeats the largest id of its row."""
     is_token: Tensor
     """[c, K] False for padding."""
     repeated: Tensor
-    """[c, K] place in `columns` of the id that padding repeats."""
-    values: Tensor
-    """[c, K] their logits, scaled and soft-capped."""
-    cap_slope: Tensor | None
-    """[c, K] derivative of the soft-cap at these logits; None without a cap."""
+    """[c, 1] place in `columns` of the id that padding repeats."""
+
+    def rows(self, part: slice) -> "NamedTokens":
+        """Return those of some positions."""
+        target = SparseTarget(
+            ids=self.target.ids[part],
+            probs=self.target.probs[part],
+            tail=self.target.tail[part],
+            valid=self.target.valid[part],
+        )
+        return NamedTokens(target, self.columns[part], self.is_token[part], self.repeated[part])
 
 
-class SoftmaxRows(NamedTuple):
-    """The softmax of the rows of a chunk, summed up."""
+class RawSums(NamedTuple):
+    """All that is read from a chunk of raw logits."""
 
     label: Tensor
-    """[c, 1] the token that each row predicts."""
-    raw_label: Tensor
-    """[c, 1] logit of the label, before scale and soft-cap."""
-    named: NamedTokens | None
-    """The tokens that the target names; None without a target."""
+    """[c, 1] logit of the token that each row predicts."""
+    named: Tensor | None
+    """[c, K] logits of the named tokens; None without a target."""
     peak: Tensor
-    """[c, 1] largest logit of the rest."""
+    """[c, 1] largest adjusted logit of the rest; -inf where there is none."""
     rest_total: Tensor
-    """[c, 1] sum over the rest of exp(logit - peak)."""
-    shift: Tensor
-    """[c, 1] number that is subtracted from all logits below, so that no exponential overflows."""
-    log_rest: Tensor
-    """[c, 1] log-sum-exp of the rest, shifted."""
-    named_logits: Tensor | None
-    """[c, K] logits of the named tokens, shifted; None without a target."""
-    total: Tensor
-    """[c, 1] sum of all exponentials, shifted."""
+    """[c, 1] sum over the rest of exp(adjusted logit - peak)."""
 
 
-class LogitGradient(NamedTuple):
-    """A gradient [c, V] by logits: slope * exponential, but for some columns of each row."""
+class ChunkGradient(NamedTuple):
+    """The losses of a chunk, and their gradient by its logits: slope * exponential, but for some columns of a row."""
 
+    log_probs: Tensor
+    """[c] log-probability of every label."""
+    kd_sum: Tensor | None
+    """Scalar: sum of the KD divergences; None without a target."""
+    peak: Tensor
+    """[c, 1] number that logits count from in their exponentials."""
     slope: Tensor
     """[c, 1] factor on the exponentials."""
     columns: Tensor
@@ -88,133 +112,128 @@ def columns_of(ids: Tensor) -> tuple[Tensor, Tensor]:
     return columns, is_token
 
 
-def gather_named(
-    logits: Tensor,
-    target: SparseTarget,
-    scale: float,
-    softcap: float | None,
-) -> NamedTokens:
-    """Gather the tokens that the target of a chunk names, with their adjusted logits, from raw logits [c, V]."""
+def name_tokens(target: SparseTarget) -> NamedTokens:
+    """Return the tokens that a target names, ready to be gathered."""
     columns, is_token = columns_of(target.ids)
     repeated = torch.where(is_token, columns, -1).argmax(1, keepdim=True)
-    raw = logits.gather(1, columns)
-    return NamedTokens(
-        target=target,
-        columns=columns,
-        is_token=is_token,
-        repeated=repeated.expand_as(columns),
-        values=head_passes.adjusted(raw, scale, softcap),
-        cap_slope=head_passes.softcap_slope(raw, scale, softcap),
-    )
+
+    # The target of a chunk's outcomes, which are the named tokens in their order and the rest.
+    place = torch.arange(columns.shape[1], device=columns.device)
+    places = torch.where(is_token, place, -1)
+    as_places = SparseTarget(places, target.probs, target.tail, target.valid)
+    return NamedTokens(as_places, columns, is_token, repeated)
 
 
 def sum_softmax(
     logits: Tensor,
     label: Tensor,
-    target: SparseTarget | None,
+    tokens: NamedTokens | None,
     *,
     scale: float,
     softcap: float | None,
-) -> SoftmaxRows:
+) -> RawSums:
     """Sum up the softmax of each row of raw logits.
 
     Args:
         logits: [c, V]; the named tokens are marked with -inf in it afterwards.
         label: [c, 1].
+        tokens: those that the target names.
     """
     raw_label = logits.gather(1, label)
 
     # Peak and sum over the tokens that the target does not name. The others are few.
-    named = None
-    if target is not None:
-        named = gather_named(logits, target, scale, softcap)
-        logits.scatter_(1, named.columns, -torch.inf)
-    passes = head_passes.compiled()
-    peak, rest_total = passes.row_sums(logits, scale=scale, softcap=softcap)
+    raw_named = None
+    if tokens is not None:
+        raw_named = logits.gather(1, tokens.columns)
+        logits.scatter_(1, tokens.columns, -torch.inf)
 
-    # Where the target names every token there is no rest.
-    no_rest = peak == -torch.inf
-    peak = peak.masked_fill(no_rest, 0.0)
-    rest_total = rest_total.masked_fill(no_rest, 1.0)
-    log_rest = peak + rest_total.log()
-    log_rest = log_rest.masked_fill(no_rest, -torch.inf)
-
-    # From here on logits count from the largest of the row's K + 1 outcomes.
-    shift = peak
-    if named is not None:
-        largest_named = named.values.amax(1, keepdim=True)
-        shift = torch.maximum(log_rest, largest_named)
-    log_rest = log_rest - shift
-    total = log_rest.exp()
-
-    named_logits = None
-    if named is not None:
-        named_logits = torch.where(named.is_token, named.values - shift, PADDING)
-        total = total + named_logits.exp().sum(1, keepdim=True)
-
-    return SoftmaxRows(
-        label=label,
-        raw_label=raw_label,
-        named=named,
-        peak=peak,
-        rest_total=rest_total,
-        shift=shift,
-        log_rest=log_rest,
-        named_logits=named_logits,
-        total=total,
-    )
+    row_sums = head_passes.compiled(head_passes.row_sums)
+    peak, rest_total = row_sums(logits, scale=scale, softcap=softcap)
+    return RawSums(raw_label, raw_named, peak, rest_total)
 
 
-def differentiate_softmax(
-    rows: SoftmaxRows,
-    lm_weight: Tensor,
-    kd_gradient: Tensor | None,
+def chunk_gradient(
+    label: Tensor,
+    sums: RawSums,
+    tokens: NamedTokens | None,
+    comparison: Comparison | None,
     *,
+    weights: ChunkWeights,
     scale: float,
     softcap: float | None,
-) -> LogitGradient:
-    """Return the gradient of a chunk's loss by its raw logits.
+) -> ChunkGradient:
+    """Return the losses of a chunk and their gradient by its raw logits.
 
     Args:
-        lm_weight: [c, 1] weight of LM.
-        kd_gradient: [c, K + 1] the weighted gradient of KD, by the logits of the named tokens and of the rest merged;
-            None where KD is not learned.
+        label: [c, 1] the token that each row predicts.
+        comparison: as `tokens`, None without a target.
     """
+    # Where the target names every token there is no rest.
+    no_rest = sums.peak == -torch.inf
+    peak = sums.peak.masked_fill(no_rest, 0.0)
+    rest_total = sums.rest_total.masked_fill(no_rest, 1.0)
+    log_rest = peak + rest_total.log()
+    log_rest = log_rest.masked_fill(no_rest, -torch.inf)
+    label_logit = head_passes.adjusted(sums.label, scale, softcap)
+
+    if tokens is None or comparison is None:
+        slope = weights.lm / rest_total
+        label_gradient = (label_logit - peak).exp() * slope - weights.lm
+        label_gradient = _through_softcap(label_gradient, sums.label, scale, softcap)
+        log_probs = (label_logit - log_rest)[:, 0]
+        return ChunkGradient(log_probs, None, peak, slope, columns=label, values=label_gradient)
+
+    # From here on logits count from the largest of the row's K + 1 outcomes.
+    named = head_passes.adjusted(sums.named, scale, softcap)
+    shift = torch.maximum(log_rest, named.amax(1, keepdim=True))
+    log_rest = log_rest - shift
+    named = torch.where(tokens.is_token, named - shift, PADDING)
+    total = log_rest.exp() + named.exp().sum(1, keepdim=True)
+
+    def divergence(outcomes: Tensor) -> Tensor:
+        return kd_loss(outcomes, tokens.target, **comparison._asdict())
+
+    # The outcomes are a whole vocabulary to it, of which the target names all but the last.
+    outcomes = torch.cat([named, log_rest], 1)
+    if weights.kd is None:
+        kd_gradient = None
+        kd_sum = divergence(outcomes)
+    else:
+        kd_gradient, kd_sum = torch.func.grad_and_value(divergence)(outcomes)
+        kd_gradient = kd_gradient * weights.kd
+
     # That of the rest is divided by its own sum, which is 1 or more: a rest of any smallness has its gradient.
-    rest_gradient = lm_weight * rows.log_rest.exp() / rows.total
+    rest_gradient = weights.lm * log_rest.exp() / total
+    named_gradient = weights.lm * named.exp() / total
     if kd_gradient is not None:
         rest_gradient = rest_gradient + kd_gradient[:, -1:]
-    slope = rest_gradient / rows.rest_total
+        named_gradient = named_gradient + kd_gradient[:, :-1]
+    slope = rest_gradient / rest_total
 
-    # The label's exponential has the slope of the rest, or its gradient as a named token.
-    label_logit = head_passes.adjusted(rows.raw_label, scale, softcap)
-    label_gradient = (label_logit - rows.peak).exp() * slope
-    named = rows.named
-    if named is not None:
-        named_gradient = lm_weight * rows.named_logits.exp() / rows.total
-        if kd_gradient is not None:
-            named_gradient = named_gradient + kd_gradient[:, :-1]
-        is_label = named.is_token & (named.columns == rows.label)
-        label_as_named = (named_gradient * is_label).sum(1, keepdim=True)
-        label_gradient = torch.where(is_label.any(1, keepdim=True), label_as_named, label_gradient)
-
-    # d LM / d logit is the probability, but 1 less at the label; then the chain rule through the soft-cap.
-    label_gradient = label_gradient - lm_weight
-    label_cap_slope = head_passes.softcap_slope(rows.raw_label, scale, softcap)
-    if label_cap_slope is not None:
-        label_gradient = label_gradient * label_cap_slope
-    if named is None:
-        return LogitGradient(slope, rows.label, label_gradient)
-
-    if named.cap_slope is not None:
-        named_gradient = named_gradient * named.cap_slope
+    # The label's exponential has the slope of the rest, or its gradient as a named token; d LM / d logit is the
+    # probability, but 1 less at the label.
+    is_label = tokens.is_token & (tokens.columns == label)
+    label_as_named = (named_gradient * is_label).sum(1, keepdim=True)
+    label_as_rest = (label_logit - peak).exp() * slope
+    label_gradient = torch.where(is_label.any(1, keepdim=True), label_as_named, label_as_rest) - weights.lm
+    label_gradient = _through_softcap(label_gradient, sums.label, scale, softcap)
+    named_gradient = _through_softcap(named_gradient, sums.named, scale, softcap)
 
     # A column that stands twice, as the label or as padding, has the same number at both places.
     named_gradient = torch.where(is_label, label_gradient, named_gradient)
-    repeated_gradient = named_gradient.gather(1, named.repeated)
-    named_gradient = torch.where(named.is_token, named_gradient, repeated_gradient)
-    return LogitGradient(
+    repeated_gradient = named_gradient.gather(1, tokens.repeated)
+    named_gradient = torch.where(tokens.is_token, named_gradient, repeated_gradient)
+    return ChunkGradient(
+        log_probs=(label_logit - shift - total.log())[:, 0],
+        kd_sum=kd_sum,
+        peak=peak,
         slope=slope,
-        columns=torch.cat([named.columns, rows.label], 1),
+        columns=torch.cat([tokens.columns, label], 1),
         values=torch.cat([named_gradient, label_gradient], 1),
     )
+
+
+def _through_softcap(gradient: Tensor, raw: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """Return a gradient by soft-capped logits as one by the logits before the cap, but for the scale."""
+    cap_slope = head_passes.softcap_slope(raw, scale, softcap)
+    return gradient if cap_slope is None else gradient * cap_slope

@@ -76,7 +76,7 @@ def kd_loss(
     logits: Tensor,
     target: SparseTarget,
     *,
-    temperature: float,
+    temperature: float | Tensor,
     kind: str,
     tail: str,
     skew: float,

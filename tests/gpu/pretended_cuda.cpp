@@ -488,6 +488,16 @@ at::Tensor& mm_dtype_out(const at::Tensor& a, const at::Tensor& b, ScalarType dt
   at::mm_out(there, on_host(a).to(dtype), on_host(b).to(dtype));
   return out;
 }
+at::Tensor& addmm_dtype_out(const at::Tensor& self, const at::Tensor& a, const at::Tensor& b, ScalarType dtype,
+                            const at::Scalar& beta, const at::Scalar& alpha, at::Tensor& out) {
+  TORCH_CHECK(a.scalar_type() == b.scalar_type() && out.scalar_type() == dtype && self.scalar_type() == dtype,
+              "out_dtype, self and out must agree (addmm.dtype_out)");
+  TORCH_CHECK(a.device() == b.device() && a.device() == out.device() && a.device() == self.device(),
+              "Expected all tensors to be on the same device (addmm.dtype_out)");
+  auto there = on_host(out);
+  at::addmm_out(there, on_host(self), on_host(a).to(dtype), on_host(b).to(dtype), beta, alpha);
+  return out;
+}
 at::Tensor& set_(at::Tensor& self, Storage source, int64_t offset, IntArrayRef size, IntArrayRef stride) {
   auto* t = self.unsafeGetTensorImpl();
   t->set_storage_keep_dtype(std::move(source));
@@ -527,6 +537,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("resize_", &resize_);
   m.impl("mm.dtype", &mm_dtype);
   m.impl("mm.dtype_out", &mm_dtype_out);
+  m.impl("addmm.dtype_out", &addmm_dtype_out);
   m.impl("set_.source_Storage_storage_offset", &set_);
   m.impl("set_.source_Storage", &set_storage);
   m.impl("record_stream", &record_stream);

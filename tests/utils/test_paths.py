@@ -4,7 +4,7 @@ import pytest
 
 import train
 from utils.errors import UserError
-from utils.paths import user_path
+from utils.paths import cache_dir, user_path
 
 NOBODY = "~nobody-of-that-name/a"
 
@@ -66,3 +66,11 @@ def test_a_name_with_a_null_character_is_refused():
 @pytest.mark.parametrize("name", ["x" * 255, "there/is/no such file", "*.txt", "owner/name:config:split"])
 def test_a_name_of_nothing_yet_is_taken(name):
     assert str(user_path(name)) == name
+
+
+def test_cache_folder_follows_the_environment(monkeypatch):
+    monkeypatch.delenv("CURRICULUM_DISTILLATION_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_dir() == Path("/xdg/curriculum_distillation")
+    monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", "/own")
+    assert cache_dir() == Path("/own")

@@ -163,7 +163,7 @@ def models(setup: SetUp) -> Measured:
     """Look for the weights of the models, and load those that are small enough."""
     # A student that starts at random needs no weights.
     roles: list[tuple[str, ModelConfig | StudentConfig, PretrainedConfig]] = []
-    if setup.config.student.init == "pretrained":
+    if setup.config.student.init != "random":
         roles.append(("student", setup.config.student, setup.student))
     if setup.teacher:
         roles.append(("teacher", setup.config.teacher, setup.teacher))

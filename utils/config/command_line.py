@@ -39,11 +39,14 @@ class Flag(NamedTuple):
 
 FLAGS: dict[str, tuple[Flag, ...]] = {
     "models": (
-        Flag("--teacher", "teacher.name", "ID|DIR", "frozen teacher: hub id or local folder"),
+        Flag("--teacher", "teacher.name", "ID|DIR|FILE.gguf", "frozen teacher: hub id, local folder or GGUF file"),
         Flag("--teacher-device", "teacher.device", "auto|cpu|cuda:1|spread|sharded", "where the teacher computes"),
-        Flag("--student", "student.name", "ID|DIR", "student: hub id or local folder"),
+        Flag("--student", "student.name", "ID|DIR|FILE.gguf", "student: hub id, local folder or GGUF file"),
         Flag(
-            "--student-init", "student.init", "pretrained|random", "random: config.json and tokenizer only, no weights"
+            "--student-init",
+            "student.init",
+            "pretrained|random|layers:K",
+            "random: config.json and tokenizer only, no weights; layers:K: K of its layers",
         ),
         Flag(
             "--teacher-dtype",

@@ -41,6 +41,10 @@ def _student_problems(student: StudentConfig) -> list[str]:
         problems.append("--lora adapts trained weights, and the embedded student has none: give --student ID or DIR")
     if student.lora.enabled and student.init == "random":
         problems.append("lora adapts trained weights, and init is random: leave out --lora or the random start")
+    if student.lora.enabled and student.layers is not None:
+        problems.append(f"an adapter cannot heal a model of fewer layers: leave out --lora or {student.init}")
+    if student.layers is not None and student.name in NAMES:
+        problems.append(f"{student.init} takes trained layers, and the embedded student has none: give --student")
 
     if student.lora.merge and not student.lora.enabled:
         problems.append("lora.merge is for a student with an adapter: give --lora too")

@@ -60,6 +60,9 @@ class LossSettings(Protocol):
     @property
     def correction(self) -> str: ...
 
+    @property
+    def head_passes(self) -> str: ...
+
 
 class RouterSettings(Protocol):
     """Sizes of the comparison of hidden states."""

@@ -36,8 +36,10 @@ FREE_TO_CHANGE = {
     "evaluation.tasks_limit",
     # names and places of models and texts: it is their content that is compared
     "teacher.name",
+    "teacher.tokenizer",
     "teacher.allow_pickle",
     "student.name",
+    "student.tokenizer",
     "student.allow_pickle",
     "data.train",
     "data.train_only",

@@ -3,11 +3,12 @@
 The loss, the curriculum and the router have their settings in `models/config.py`.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import InstanceOf
+from pydantic import AfterValidator, InstanceOf
 
 from .validation import Validated
 
@@ -15,6 +16,21 @@ from .validation import Validated
 # pydantic takes no string that has any.
 Name = Annotated[InstanceOf[str], MinLen(1)]
 """Name of a model, a text, a file or a folder; never empty."""
+
+
+def _check_init(init: str) -> str:
+    """Return the beginning of a student as it was given.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if init not in ("pretrained", "random") and re.fullmatch(r"layers:[1-9]\d*", init) is None:
+        raise ValueError(f"got {init!r}, expected pretrained, random or layers:K, such as layers:10")
+    return init
+
+
+Init = Annotated[str, AfterValidator(_check_init)]
+"""Beginning of a student: pretrained, random or layers:K."""
 
 
 HowTextIsRead = Literal[
@@ -33,7 +49,10 @@ class ModelConfig(Validated):
     """The teacher."""
 
     name: Name | None = None
-    """Hub id or local folder; null trains without a teacher (kd and span must then weigh 0)."""
+    """Hub id, local folder or GGUF file; null trains without a teacher (kd and span must then weigh 0)."""
+
+    tokenizer: Name | None = None
+    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
 
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
@@ -83,10 +102,15 @@ class StudentConfig(Validated):
     """The student. What is trained of it is float32 whatever the precision of the computation."""
 
     name: Name | None = None
-    """Hub id or local folder."""
+    """Hub id, local folder or GGUF file."""
 
-    init: Literal["pretrained", "random"] = "pretrained"
-    """random: only config.json and the tokenizer are taken from `name`; weights are drawn from the seed."""
+    tokenizer: Name | None = None
+    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
+
+    init: Init = "pretrained"
+    """random: only config.json and the tokenizer are taken from `name`; weights are drawn from the seed. layers:K, such
+    as layers:10: K layers of `name`, those that change the training text most on its way through it, with its
+    embeddings, its head and its widths."""
 
     lora: LoraConfig = field(default_factory=LoraConfig)
     """An adapter in place of the weights."""
@@ -96,6 +120,12 @@ class StudentConfig(Validated):
 
     text_start: str | None = None
     """Token that plain text starts with; see `ModelConfig`."""
+
+    @property
+    def layers(self) -> int | None:
+        """Layers that it takes from its model; None: all of them."""
+        kind, _, count = self.init.partition(":")
+        return int(count) if kind == "layers" else None
 
 
 @dataclass(frozen=True)

@@ -74,7 +74,7 @@ def _sample(
 
     device = next(model.parameters()).device
     ids = torch.tensor([prompt], device=device)
-    with _plain_generation(model):
+    with plain_generation(model):
         outputs = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -84,7 +84,7 @@ def _sample(
 
     # of a decoder-only model the output begins with the prompt
     repeated = [] if is_encoder_decoder else prompt
-    return _continuation(tokenizer, repeated, outputs[0].tolist())
+    return continuation(tokenizer, repeated, outputs[0].tolist())
 
 
 class _Noting:
@@ -99,7 +99,7 @@ class _Noting:
 
 
 @contextmanager
-def _plain_generation(model: nn.Module) -> Iterator[None]:
+def plain_generation(model: nn.Module) -> Iterator[None]:
     """Set the model's own generation settings aside: they would be merged in, and warned about when greedy."""
     from transformers import GenerationConfig
 
@@ -111,7 +111,7 @@ def _plain_generation(model: nn.Module) -> Iterator[None]:
         model.generation_config = model_settings
 
 
-def _continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int]) -> str:
+def continuation(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int]) -> str:
     """Return the text that follows the prompt, whose ids are the first of `ids`."""
     # decoded together: SentencePiece drops a space that leads
     options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}

@@ -15,6 +15,7 @@ from ..machine.device_memory import MARGIN
 from ..machine.hardware import free_memory
 from ..parallel.processes import on_main_process
 from ..pretrained import loading
+from ..pretrained.named import load_shapes
 from .disk import largest
 from .step_memory import CPU_MEMORY_SHARE, ChunkRows, Demand, StepSetting, demand_of, in_gib, spares_teacher
 
@@ -154,9 +155,7 @@ def _fit(config: RunConfig, machine: Machine, chunk_rows: ChunkRows) -> _Fit:
 
 def _demand(config: RunConfig, machine: Machine, chunk_rows: ChunkRows) -> Demand:
     """Return what the memory of a step depends on, from the models' configs and the machine."""
-    # without a teacher its name stands for nothing: the student's config is read twice and serves once
-    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
-    shapes = loading.load_each(loading.load_config, names)
+    shapes = load_shapes(config)
     limits = [loading.context_length(shape) for shape in shapes.values()]
 
     setting = StepSetting(

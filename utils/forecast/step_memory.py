@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from ..config.protocols import RunConfig
 from ..config.settings import LoraConfig, ModelConfig
 from ..logs.lines import ROUTER_TERMS
+from ..machine.kernels import compiles_head
 from ..parallel.deepspeed import BUCKET
 from ..paths import user_path
 from ..pretrained.precision import QUANTISED, frozen_dtype
@@ -110,6 +111,8 @@ class Demand:
     """How the student is cut into parts: `fsdp2`, `zero2`, `zero3`, or not."""
     processes: int = 1
     """That share it then."""
+    compiled_head: bool = False
+    """The student's head writes its gradient in compiled passes, all tokens of a chunk at once."""
 
     @cached_property
     def shapes(self) -> tuple[Shape, Shape | None]:
@@ -183,7 +186,13 @@ class StepMemory:
     @property
     def head_rows(self) -> int:
         """Positions whose logits the student's head computes at a time."""
-        return min(self.tokens, self.demand.rows(self.student.vocabulary, LOGIT))
+        bytes_per_logit = LOGIT + self.rounded_bytes if self.demand.compiled_head else LOGIT
+        return min(self.tokens, self.demand.rows(self.student.vocabulary, bytes_per_logit))
+
+    @property
+    def rounded_bytes(self) -> int:
+        """Bytes of a gradient by a logit that is rounded for the products; 0 in full precision."""
+        return HALF if self.is_half else 0
 
     @property
     def outcomes_per_token(self) -> int:
@@ -269,8 +278,10 @@ class StepMemory:
         # the chunk: all logits of some positions, and the outcomes that the teacher names there
         logits = self.head_rows * self.student.vocabulary * LOGIT
         logits += self.head_rows * self.outcomes_per_token * CHUNK_OUTCOME
-        if self.is_half:
-            logits += self.head_rows * min(self.student.vocabulary, HALF_BLOCK) * HALF
+        rounded_tokens = self.student.vocabulary
+        if not self.demand.compiled_head:
+            rounded_tokens = min(rounded_tokens, HALF_BLOCK)
+        logits += self.head_rows * rounded_tokens * self.rounded_bytes
 
         # below an adapter the head is frozen and has no gradient
         head_weights = 0
@@ -452,6 +463,7 @@ def demand_of(config: RunConfig, setting: StepSetting) -> Demand:
         weight_share=_weight_share(config.teacher, setting.teacher, setting.processes),
         sharded=setting.sharded,
         processes=setting.processes,
+        compiled_head=compiles_head(config.loss.head_passes, device),
     )
 
 

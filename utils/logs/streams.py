@@ -49,6 +49,12 @@ class _SafeStream(io.TextIOWrapper):
             line_buffering=stream.line_buffering,
             write_through=stream.write_through,
         )
+        # Dropped, it would close the buffer.
+        self._stream = stream
+
+    def close(self) -> None:
+        """Flush, and leave the shared buffer open: standard output and error may be one stream, of which one goes."""
+        self.flush()
 
     def write(self, text: str) -> int:
         try:

@@ -13,6 +13,20 @@ OLDEST_SUPPORTED = (5, 0)
 OLDEST_IN_CURRENT_BUILDS = (7, 5)
 """First compute capability of the builds for CUDA 12.8; those for CUDA 12.6 go back to `OLDEST_SUPPORTED`."""
 
+OLDEST_FOR_TRITON = (7, 0)
+"""First compute capability that Triton compiles for."""
+
+
+def compiles_head(setting: str, device: torch.device) -> bool:
+    """Return True if the elementwise work of the student's head is compiled, unless a compiler fails.
+
+    Args:
+        setting: `loss.head_passes`.
+    """
+    if setting == "eager" or device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= OLDEST_FOR_TRITON
+
 
 def check_kernels(timeout: float = 120.0) -> str | None:
     """Return what to do where this torch build cannot compute on a GPU that it sees; None if it can, or without a GPU.

@@ -30,9 +30,9 @@ from ..files import sha256_of
 from ..machine.packages import require
 from ..parallel.sharding import full
 from ..paths import user_path
-from . import adapter_folders, generation, model_folders
+from . import adapter_folders, generation, gguf_files, model_folders
 from .families import auto_class
-from .locate import ATTACH, attached_models, hub_is_reachable, locate
+from .locate import ATTACH, attached_models, gguf_file, hub_is_reachable, locate, locate_tokenizer
 from .precision import QUANTISED, bitsandbytes_config, quantisation_method
 
 log = logging.getLogger(__name__)
@@ -115,14 +115,19 @@ def load_config(name: str, role: str) -> PretrainedConfig:
 def load_tokenizer(name: str, role: str) -> PreTrainedTokenizerBase:
     """Load the model's fast tokenizer; of an adapter its own, or else that of its base.
 
+    Args:
+        name: of a model, or of a folder with a tokenizer alone.
+
     Raises:
         UserError: not reachable, or an empty or a slow tokenizer: without byte offsets nothing can be aligned.
     """
-    base = adapted_base(name, role)
+    source = locate_tokenizer(name, role)
+    base = None if model_folders.is_tokenizer(Path(source)) else adapted_base(name, role)
     if base is not None and not (_adapter_folder(name, role) / "tokenizer_config.json").is_file():
         with _loading_base(name, base, role):
             return load_tokenizer(base, role)
 
+    gguf_files.require_tokenizer(Path(source), name, role)
     tokenizer = _load(AutoTokenizer.from_pretrained, name, role, "tokenizer")
     if not tokenizer.is_fast:
         raise UserError(
@@ -364,15 +369,20 @@ def _sample(model: nn.Module, name: str) -> torch.Tensor:
 
 
 def weights_fingerprint(name: str, role: str) -> str:
-    """Identify a model's weights without loading them: the commit of a hub model, else a hash of the folder's files.
+    """Identify a model's weights without loading them: the commit of a hub model, else a hash of the files.
 
-    A folder's files are read whole, at the speed of the disk.
+    Files are read whole, at the speed of the disk.
     """
     base = adapted_base(name, role)
     if base is not None:
         folder = _adapter_folder(name, role)
         with _loading_base(name, base, role):
             return f"{_files_fingerprint(folder)} on {weights_fingerprint(base, role)}"
+
+    # The file itself: what is made from it may be written otherwise by a newer transformers.
+    file = gguf_file(name, role)
+    if file is not None:
+        return gguf_files.fingerprint(file)
 
     source = Path(locate(name, role))
     if source.is_dir():
@@ -426,7 +436,7 @@ def _load(
     Raises:
         UserError: it cannot be loaded.
     """
-    source = locate(name, role)
+    source = locate_tokenizer(name, role) if part == "tokenizer" else locate(name, role)
     offline = not Path(source).is_dir() and not hub_is_reachable()
     try:
         return from_pretrained(source, trust_remote_code=False, local_files_only=offline, **options)
@@ -443,7 +453,7 @@ def _loading_error(name: str, role: str, part: str, error: Exception, *, offline
             "transformers contains; choose another model, or one converted to such an architecture."
         )
 
-    source = Path(locate(name, role))
+    source = Path(locate_tokenizer(name, role) if part == "tokenizer" else locate(name, role))
     if source.is_dir():
         return UserError(
             f"{role} {name}: its {part} cannot be loaded. The folder holds: {model_folders.listing(source)}."

@@ -7,11 +7,11 @@ from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 from ..errors import UserError
 from ..paths import user_path
-from . import model_folders
+from . import gguf_files, model_folders
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +32,23 @@ def locate(name: str, role: str) -> str:
 
     A folder without config.json stands for the only model below it (Kaggle adds folders for framework, variation and
     version); a hub id stands for the attached folder of the same name, if there is one (see `model_folders.attached`).
+    A GGUF file stands for the plain folder that it is converted into, see `gguf_files`.
 
     Raises:
         UserError: a path that does not exist, a folder that holds no model, or several, or a name that stands for
             several attached ones.
     """
+    file = gguf_file(name, role)
+    if file is not None:
+        return str(gguf_files.plain_folder(file, f"{role} {name}"))
+
     # A path of this machine goes before an attached model of the same name.
     path = user_path(name)
     if path.is_dir():
         return str(_only_model(path, f"{role} {name}"))
     if path.is_file():
         raise UserError(f"{role} {name}: this is a file. {model_folders.describe_file(path)}")
-    # A hub id is `name` or `owner/name`; anything else was meant as a path.
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1:
+    if not model_folders.may_be_hub_id(name):  # it was meant as a path
         raise UserError(f"{role} {name}: no such folder. Expected one with config.json.{attached_models()}\n  {ATTACH}")
 
     # Before the hub: whoever attaches a model to a notebook wants that copy, and may have no network.
@@ -58,6 +62,60 @@ def locate(name: str, role: str) -> str:
         log.info("%s %s: using the attached folder %s", role, name, candidates[0])
         return str(candidates[0])
     return name
+
+
+def locate_tokenizer(name: str, role: str) -> str:
+    """Return what a tokenizer's `from_pretrained` is to be given: a folder with a tokenizer alone, else as `locate`.
+
+    Raises:
+        UserError: see `locate`.
+    """
+    folder = user_path(name)
+    return str(folder) if model_folders.is_tokenizer(folder) else locate(name, role)
+
+
+def gguf_file(name: str, role: str) -> Path | None:
+    """Return the GGUF file that a name stands for, fetched from the hub where it is there; None: another kind of name.
+
+    Raises:
+        UserError: there is no such file.
+    """
+    parts = gguf_files.parse(name)
+    if parts is None or user_path(name).is_dir():
+        return None
+
+    file = local_path(name)
+    if file.is_file():
+        return file
+
+    folder = file.parent
+    is_local = not parts.source or user_path(parts.source).is_dir()
+    if not is_local and model_folders.may_be_hub_id(parts.source):
+        return _gguf_on_the_hub(parts, f"{role} {name}")
+
+    where = f"It holds: {model_folders.listing(folder)}" if folder.is_dir() else f"There is no folder {folder}."
+    raise UserError(
+        f"{role} {name}: no such file. Expected a GGUF file: FILE.gguf, FOLDER:FILE.gguf or HUB-ID:FILE.gguf.\n  "
+        + where
+    )
+
+
+@cache
+def _gguf_on_the_hub(name: gguf_files.GgufName, label: str) -> Path:
+    """Return a GGUF file of the hub, from its cache or fetched now.
+
+    Raises:
+        UserError: it cannot be had.
+    """
+    offline = not hub_is_reachable()
+    try:
+        return Path(hf_hub_download(name.source, name.file, local_files_only=offline))
+    except Exception as error:  # of the network, of the hub, of a name that neither takes
+        words = "the hub cannot be reached, and no copy is in the cache" if offline else " ".join(str(error).split())
+        raise UserError(
+            f"{label}: {name.file} of {name.source} cannot be had: {words}. Expected HUB-ID:FILE.gguf with a file that "
+            "the model's page lists, or the path of a file."
+        ) from error
 
 
 def _only_model(folder: Path, label: str) -> Path:
@@ -94,9 +152,18 @@ def _only_model(folder: Path, label: str) -> Path:
 
 
 def where_from(name: str) -> str:
-    """Return a hub id, or the whole path of a local folder, by which anybody on this machine finds the model."""
-    folder = user_path(name)
-    return str(folder.resolve()) if folder.is_dir() else name
+    """Return a hub id, or the whole path of a local folder or file: anybody on this machine finds the model by it."""
+    path = local_path(name)
+    return str(path.resolve()) if path.exists() else name
+
+
+def local_path(name: str) -> Path:
+    """Return the path that a name stands for on this machine, whether there is something or not."""
+    parts = gguf_files.parse(name)
+    is_in_folder = parts is not None and parts.source and user_path(parts.source).is_dir()
+    if parts is not None and is_in_folder:
+        return user_path(parts.source) / parts.file
+    return user_path(name)
 
 
 def attached_models() -> str:

@@ -80,6 +80,11 @@ def is_model(folder: Path) -> bool:
     return (folder / CONFIG).is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 
+def is_tokenizer(folder: Path) -> bool:
+    """Tell whether a folder holds a tokenizer without a model."""
+    return (folder / "tokenizer.json").is_file() and not is_model(folder)
+
+
 def is_adapter(folder: Path) -> bool:
     """Tell whether a folder holds an adapter alone: some trainers put the base's config beside it, but no weights."""
     has_whole_weights = any(_is_whole_weights(path.name) for path in folder.glob("*"))
@@ -88,6 +93,11 @@ def is_adapter(folder: Path) -> bool:
 
 def _is_whole_weights(name: str) -> bool:
     return bool(re.fullmatch(r"(model|pytorch_model).*\.(safetensors|bin)", name))
+
+
+def may_be_hub_id(name: str) -> bool:
+    """Tell whether a name has the form of a hub id, `name` or `owner/name`: anything else is meant as a path."""
+    return not name.startswith(("/", ".", "~")) and name.count("/") <= 1
 
 
 def listing(folder: Path) -> str:
@@ -192,8 +202,7 @@ NO_MODELS = (
     ),
     Layout(
         _has("*.gguf"),
-        "This is a model for llama.cpp (GGUF), whose weights are not trained. Give the model that it was converted "
-        "from: the page of a GGUF file names it.",
+        "This is a folder of models for llama.cpp (GGUF). Name the file: {folder}:FILE.gguf.",
     ),
     Layout(
         _has("global_step*"),
@@ -243,8 +252,6 @@ def describe_folder(folder: Path) -> str | None:
 
 def describe_file(file: Path) -> str:
     """Name what is to be given in place of a file."""
-    if file.suffix == ".gguf":
-        return "A GGUF file is for llama.cpp, and its weights are not trained. Give the model that it was made from."
     if is_model(file.parent):
         return f"Give the folder that it lies in: {file.parent}"
     return "Expected the folder of a model, with config.json, weights and tokenizer.json."
@@ -312,7 +319,7 @@ OTHER_WEIGHTS = (
     ),
     (
         ("*.gguf",),
-        "its weights are for llama.cpp (GGUF), and are not trained. Give the model that it was converted from.",
+        "its weights are for llama.cpp (GGUF). Name the file: FOLDER:FILE.gguf.",
     ),
     (
         ("*.onnx", "onnx/*.onnx"),

@@ -11,6 +11,7 @@ from ..errors import UserError
 from ..seeding import seed_everything
 from . import loading
 from .families import keep_weights
+from .layers import LayerChoice, keep_layers
 from .lora import add_lora
 from .precision import frozen_dtype
 
@@ -40,8 +41,16 @@ def check(config: StudentConfig) -> None:
         )
 
 
-def make(config: StudentConfig, training: TrainingConfig, accelerator: Accelerator) -> nn.Module:
+def make(
+    config: StudentConfig,
+    training: TrainingConfig,
+    accelerator: Accelerator,
+    layers: LayerChoice | None = None,
+) -> nn.Module:
     """Make the student as it is before training, on the training device, float32 where it is trained.
+
+    Args:
+        layers: those that it takes from its model; None: all.
 
     Raises:
         UserError: its model cannot be loaded, or cannot be trained as the settings say.
@@ -58,6 +67,8 @@ def make(config: StudentConfig, training: TrainingConfig, accelerator: Accelerat
         student = loading.load_model(
             config.name, "student", torch.float32, accelerator.device, allow_pickle=config.allow_pickle
         )
+    if layers is not None:
+        student = keep_layers(student, layers.indices)
 
     # Before the first evaluation, which would change the weights of some architectures.
     keep_weights(student.config)

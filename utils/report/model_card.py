@@ -10,8 +10,7 @@ import yaml
 from huggingface_hub import ModelCardData
 
 from ..config.quickstart_names import NAMES
-from ..paths import user_path
-from ..pretrained.locate import ATTACHED
+from ..pretrained.locate import ATTACHED, local_path
 from .results import MODELS, figure, headline, model_name, task_table
 from .usage_example import how_to_use, is_adapter, pipeline_tag
 
@@ -56,9 +55,10 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
 
 def _header(settings: Mapping[str, Any], results: Mapping[str, Any]) -> ModelCardData:
     """Return the metadata that the hub reads; only names that are on the hub are in it."""
-    base_model = None
-    if settings["student"]["init"] == "pretrained" and _is_hub_id(settings["student"]["name"]):
-        base_model = settings["student"]["name"]
+    # A GGUF file of the hub is given as owner/name:FILE.gguf.
+    base_model, _, _ = settings["student"]["name"].partition(":")
+    if settings["student"]["init"] == "random" or not _is_hub_id(base_model):
+        base_model = None
 
     # A dataset is given as owner/name:configuration.
     datasets = [name.partition(":")[0] for name in settings["data"]["train"]]
@@ -76,7 +76,9 @@ def _origin(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Return the paragraph on student, start, teacher and text."""
     student = settings["student"]
     teacher = settings["teacher"]["name"]
-    start = "its own weights" if student["init"] == "pretrained" else "random weights"
+    kind, _, count = student["init"].partition(":")
+    starts = {"pretrained": "its own weights", "random": "random weights", "layers": f"{count} of its layers"}
+    start = starts[kind]
     method = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
     text = ", ".join(f"`{_public(name)}`" for name in settings["data"]["train"])
     return (
@@ -119,7 +121,7 @@ def _is_hub_id(name: str) -> bool:
 
 def _public(name: str) -> str:
     """Return a name without the folders of this machine."""
-    path = user_path(name)
+    path = local_path(name)
     if not path.exists():
         return name
 

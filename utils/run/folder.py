@@ -17,11 +17,11 @@ from ..errors import UserError
 from ..files import clean_leftovers, nearest_existing, write_text
 from ..machine import hardware
 from ..paths import user_path
-from ..run_layout import CHECKPOINTS, CONFIG, FILES, FOLDERS, LOCK, LOG, STUDENT
+from ..run_layout import CHECKPOINTS, CONFIG, FILES, FOLDERS, LAYERS, LOCK, LOG, STUDENT
 
 PATIENCE = 15
 """Seconds that the data workers of a run that was killed may take to notice it; they keep its lock."""
-BEFORE_TRAINING = {CONFIG, LOCK, LOG}
+BEFORE_TRAINING = {CONFIG, LAYERS, LOCK, LOG}
 """What a run writes before there is anything to continue."""
 
 

@@ -26,13 +26,15 @@ from ..forecast.batch_size import Forecast
 from ..forecast.model_size import Shape
 from ..interfaces import Collator, Method, Pair
 from ..machine.hardware import Choice
+from ..paths import cache_dir
 from ..pretrained import families, loading
+from ..pretrained import named as named_models
 from ..pretrained import student as students
 from ..pretrained import teacher as teachers
+from ..pretrained.layers import LayerChoice
 from ..pretrained.precision import frozen_dtype
 from ..teacher_cache import conversation_date
 from ..teacher_cache.store import TeacherCache
-from .quickstart import cache_dir
 
 log = logging.getLogger("train")
 
@@ -60,6 +62,8 @@ class Job:
     cache: TeacherCache | None = None
     """Of what the teacher says."""
     needed: Forecast = field(default_factory=Forecast)
+    layers: LayerChoice | None = None
+    """Those that the student takes from its model; None: all, or random ones."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -167,12 +171,12 @@ def prepare(config: RunConfig, method: Method, accelerator: Accelerator, today: 
 def load_named(config: RunConfig) -> Named:
     """Load tokenizers and configurations; a run without a teacher has the student's for both."""
     # Windows are made for two sides; without a teacher both read with the student's tokenizer.
-    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
     students.check(config.student)
-    tokenizers = loading.load_each(loading.load_tokenizer, names)
-    shapes = loading.load_each(loading.load_config, names)
+    tokenizers = named_models.load_tokenizers(config)
+    shapes = named_models.load_shapes(config)
     named = Named(tokenizers, shapes, families.decoder_starts(config, shapes))
 
+    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
     for role, rows in zip(names, named.rows, strict=True):
         # Rows that no token has are nothing to worry about, but they are a question that is asked.
         tokens = len(tokenizers[role])

@@ -31,7 +31,7 @@ from ..data import documents
 from ..data.python_docs import collect_text
 from ..errors import UserError, value_errors_are_the_users
 from ..files import atomic_folder, write_text
-from ..paths import user_path
+from ..paths import cache_dir
 from .exit_codes import Interrupted
 from .session import Session
 
@@ -61,15 +61,6 @@ class Material:
     someone puts it there, which has to be done atomically."""
     fingerprint: str
     """Of the texts, vocabularies, models and this module's format."""
-
-
-def cache_dir() -> Path:
-    """Return $CURRICULUM_DISTILLATION_CACHE, or `curriculum_distillation` in the user's cache folder (XDG)."""
-    if chosen := os.environ.get("CURRICULUM_DISTILLATION_CACHE"):
-        return user_path(chosen)
-
-    user = os.environ.get("XDG_CACHE_HOME")
-    return (Path(user) if user else Path.home() / ".cache") / "curriculum_distillation"
 
 
 def material(cache: Path | None = None) -> Material:

@@ -37,7 +37,7 @@ from ..training.loop import FitResult, fit
 from ..training.options import LoopOptions
 from ..training.plan import Plan
 from ..training.red_flags import RedFlags
-from . import export, upload
+from . import export, student_layers, upload
 from .exit_codes import EXIT_CODES
 from .expected_work import expect_training
 from .prepare import Job, prepare
@@ -82,6 +82,11 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
     used_here = teachers.gpus_used(job.config, job.accelerator.device, job.teacher_device)
     if unused := hardware.unused_gpus(job.accelerator.num_processes, used_here):
         log.warning(unused)
+
+    if job.config.student.layers is not None and not job.config.cache.build_only:
+        layers = session.on_main(lambda: student_layers.choose(job, session.output))
+        session.notes["student layers"] = str(layers)
+        job = replace(job, layers=layers)
 
     has_teacher = job.config.teacher.name is not None
     if has_teacher:
@@ -168,7 +173,7 @@ def train_student(
     config, accelerator = job.config, job.accelerator
     plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
     with session.progress.over("loading the student", 1, "model file", unit="model") as note:
-        student = students.make(config.student, config.training, accelerator)
+        student = students.make(config.student, config.training, accelerator, job.layers)
         note(1)
 
     # Where a run goes on decides what is written anew and what is tried before.
@@ -275,7 +280,7 @@ def open_checkpoints(job: Job, teacher: Teacher | None, student: nn.Module, outp
     """Open the checkpoints in `output`, which belong to these models, this text and these settings alone."""
     made_from: dict[str, Any] = {
         **job.fingerprint,
-        "student": fingerprint(student, values=job.config.student.init == "pretrained"),
+        "student": fingerprint(student, values=job.config.student.init != "random"),
     }
     # A cache stands for its teacher: another teacher's cache is another run.
     if job.cache is not None and teacher is not None:
@@ -419,8 +424,8 @@ def measure_tasks(job: Job, trained: Trained, teacher: Teacher | None, results: 
         if running.model is not None:
             models["teacher"] = lambda: running.model
     # A student that began with random weights scores what guessing scores.
-    if config.student.init == "pretrained":
-        models["initial_student"] = partial(students.make, config.student, config.training, job.accelerator)
+    if config.student.init != "random":
+        models["initial_student"] = partial(students.make, config.student, config.training, job.accelerator, job.layers)
 
     if tasks := lm_eval_tasks.measure(job.held_out, models):
         results = {**results, "tasks": tasks}

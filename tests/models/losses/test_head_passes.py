@@ -4,6 +4,7 @@ Most tests run the passes uncompiled: it is their mathematics that differs from 
 """
 
 import shutil
+import warnings
 
 import pytest
 import torch
@@ -17,11 +18,14 @@ from tests.models.tiny import KINDS
 CPU = torch.device("cpu")
 
 
+def as_it_is(function, for_any_shape=False):
+    return function
+
+
 @pytest.fixture
 def uncompiled(monkeypatch):
     """The passes as PyTorch runs them."""
-    passes = head_passes.Passes(head_passes.row_sums, head_passes.softmax_gradient)
-    monkeypatch.setattr(head_passes, "compiled", lambda: passes)
+    monkeypatch.setattr(head_passes, "compiled", as_it_is)
 
 
 def compare(problem, rel=2e-6, **options):
@@ -68,8 +72,7 @@ def test_gradient_is_that_of_finite_differences(tail, softcap, uncompiled):
 )
 def test_any_logits_agree_with_float64(seed, vocabulary, spread, softcap):
     with pytest.MonkeyPatch.context() as patch:
-        passes = head_passes.Passes(head_passes.row_sums, head_passes.softmax_gradient)
-        patch.setattr(head_passes, "compiled", lambda: passes)
+        patch.setattr(head_passes, "compiled", as_it_is)
         problem = case(vocabulary=vocabulary, kept=4, seed=seed, spread=spread, dtype=torch.float64)
         compare(problem, rel=1e-9, softcap=softcap)
 
@@ -147,11 +150,11 @@ def test_old_gpus_and_other_devices_go_step_by_step_with_the_reason(monkeypatch)
 
 
 def test_a_compiler_that_fails_is_told_and_the_reference_serves(monkeypatch):
-    def broken():
+    def broken(function):
         raise RuntimeError("no C compiler\nlong trace")
 
     head_passes.try_passes.cache_clear()
-    monkeypatch.setattr(head_passes, "compiled", broken)
+    monkeypatch.setattr(torch, "compile", broken)
     error = head_passes.try_passes(CPU)
     head_passes.try_passes.cache_clear()
     assert error == "RuntimeError: no C compiler"
@@ -162,3 +165,21 @@ def test_a_compiler_that_fails_is_told_and_the_reference_serves(monkeypatch):
     assert not compiles and error in reason
     with pytest.raises(ValueError, match="expected auto or eager"):
         head_passes.choose("compiled", torch.device("cuda:0"))
+
+
+def test_a_compiler_that_fails_in_mid_run_leaves_the_function_itself(monkeypatch):
+    def fail(*arguments, **options):
+        raise torch._dynamo.exc.TorchDynamoException("no kernel image")
+
+    def double(numbers):
+        return 2 * numbers
+
+    monkeypatch.setattr(torch, "compile", lambda function, dynamic: fail)
+    call = head_passes.compiled(double)
+    with pytest.warns(UserWarning, match="double goes on without it.*no kernel image"):
+        assert call(torch.ones(2)).tolist() == [2, 2]
+
+    # Said once; torch.compile is not asked again.
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert call(torch.ones(2)).tolist() == [2, 2]

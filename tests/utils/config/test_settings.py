@@ -57,7 +57,7 @@ def test_every_field_is_documented():
         (LoraConfig, "rank", 0, "greater than 0"),
         (LoraConfig, "targets", "q_proj", "list"),
         (LoraConfig, "targets", [], "at least 1 item"),
-        (StudentConfig, "init", "scratch", "'random'"),
+        (StudentConfig, "init", "scratch", "layers:K"),
         (StudentConfig, "lora", True, "LoraConfig"),
         (StudentConfig, "lora", {"rank": 8, "rnak": 8}, "an instance of LoraConfig"),
         (DataConfig, "train", "stories.txt", "list"),

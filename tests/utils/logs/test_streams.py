@@ -85,3 +85,19 @@ def test_streams_that_a_test_or_a_notebook_put_in_place_stay(capsys):
     before = sys.stdout
     make_streams_safe()
     assert sys.stdout is before
+
+
+def test_error_and_output_that_are_one_stream_outlive_each_other():
+    """A program that sends its output to standard error, runs a command, and takes its output back."""
+    program = """
+import contextlib, gc, sys
+from utils.logs.streams import make_streams_safe
+
+with contextlib.redirect_stdout(sys.stderr):
+    make_streams_safe()
+gc.collect()
+make_streams_safe()
+print("still there", file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "still there\n")

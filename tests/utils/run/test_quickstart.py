@@ -87,14 +87,6 @@ def test_tokenizer_training_is_repeatable(material):
     assert first.eos_token == first.bos_token == "<|endoftext|>" and first.pad_token is None
 
 
-def test_cache_folder_follows_the_environment(monkeypatch):
-    monkeypatch.delenv("CURRICULUM_DISTILLATION_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert quickstart.cache_dir() == Path("/xdg/curriculum_distillation")
-    monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", "/own")
-    assert quickstart.cache_dir() == Path("/own")
-
-
 def test_cache_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="CURRICULUM_DISTILLATION_CACHE"):

@@ -1,0 +1,245 @@
+"""Metrics of text that a model writes: what bits per byte on real text, which a divergence optimises, do not show.
+
+A student is sampled from at temperature 1 behind beginnings of unseen texts. Of these samples are measured: the bits
+per byte that they cost the teacher (few: the teacher finds them likely), the share of repeated 4-grams (Welleck et
+al., arXiv 1908.04319: seq-rep-4; a text that repeats itself is likely, too), the share that ends, and the length.
+
+Shapes: S samples, P tokens of a prompt, T tokens of a text.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from .samples import continuation, plain_generation
+from .scores import IGNORE, evaluation_mode, float32_evaluation, has_encoder, token_nll
+
+NGRAM = 4
+"""Tokens in a row whose repetition is counted."""
+
+SAMPLED_TOGETHER = 64
+"""Prompts of one length that are continued in one batch."""
+
+SCORED_TOGETHER = 8
+"""Texts that the teacher reads in one batch."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text that a model has written behind a prompt."""
+
+    prompt: Sequence[int]
+    ids: Sequence[int]
+    """Tokens behind the prompt, without the end-of-text token."""
+    has_ended: bool
+    """The model wrote the end-of-text token."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How texts are sampled."""
+
+    new_tokens: int
+    """Tokens of a sample, at most; fewer where the model's context ends."""
+    end: int | None
+    """End-of-text token."""
+    seed: int = 0
+    forced_bos: int | None = None
+    """The token that a decoder reads between its start and a text, if any."""
+
+
+def sample(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    float32: bool = True,
+) -> list[Sample]:
+    """Return a continuation of each prompt, sampled at temperature 1 from the whole vocabulary.
+
+    The state of the random number generators is afterwards as it was.
+
+    Args:
+        prompts: token ids, what stands before a text included; or what an encoder reads. Those of one length share
+            a batch, so that there is no padding.
+        float32: compute in float32 whatever the model's dtype.
+    """
+    # peft's wrapper has generation settings of its own
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+
+    by_length: dict[int, list[int]] = {}
+    for number, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(number)
+
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    samples: dict[int, Sample] = {}
+    with (
+        torch.random.fork_rng(devices),
+        float32_evaluation(model) if float32 else evaluation_mode(model),
+        plain_generation(model),
+    ):
+        torch.manual_seed(sampling.seed)
+        for numbers in by_length.values():
+            for first in range(0, len(numbers), SAMPLED_TOGETHER):
+                part = numbers[first : first + SAMPLED_TOGETHER]
+                texts = _sample_together(model, [prompts[number] for number in part], sampling)
+                samples.update(zip(part, texts, strict=True))
+    return [samples[number] for number in range(len(prompts))]
+
+
+def _sample_together(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+) -> list[Sample]:
+    """Return a continuation of each of some prompts of one length."""
+    # A decoder has read its own start, and perhaps that of a text; the prompt is read by the encoder.
+    is_encoder_decoder = has_encoder(model)
+    length = len(prompts[0])
+    already_read = 2 if is_encoder_decoder else length
+    context = getattr(model.config, "max_position_embeddings", None) or math.inf
+    most_tokens = int(min(sampling.new_tokens, context - already_read))
+    if most_tokens < 1 or length < 1:
+        return [Sample(prompt, [], has_ended=False) for prompt in prompts]
+
+    settings = GenerationConfig(
+        max_new_tokens=most_tokens,
+        do_sample=True,
+        temperature=1.0,
+        top_k=0,
+        top_p=1.0,
+        eos_token_id=sampling.end,
+        pad_token_id=sampling.end or 0,
+    )
+    if is_encoder_decoder:
+        settings.decoder_start_token_id = model.config.decoder_start_token_id
+        settings.forced_bos_token_id = sampling.forced_bos
+
+    device = next(model.parameters()).device
+    ids = torch.tensor([list(prompt) for prompt in prompts], device=device)
+    outputs = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+
+    # Of a decoder-only model the output begins with the prompt, else with the decoder's start.
+    first = 1 if is_encoder_decoder else length
+    rows = outputs[:, first:].tolist()
+    return [_until_end(prompt, row, sampling.end) for prompt, row in zip(prompts, rows, strict=True)]
+
+
+def _until_end(prompt: Sequence[int], ids: list[int], end: int | None) -> Sample:
+    """Return a sample without its end-of-text token and the padding behind it."""
+    if end in ids:
+        return Sample(prompt, ids[: ids.index(end)], has_ended=True)
+    return Sample(prompt, ids, has_ended=False)
+
+
+# ------------------------------------------------------------------------------------------------------- metrics
+
+
+def repeated_share(texts: Sequence[Sequence[int]], size: int = NGRAM) -> float | None:
+    """Return the share of n-grams that occurred before in the same text, the mean over texts that have any.
+
+    None where no text is as long as an n-gram.
+    """
+    shares = []
+    for ids in texts:
+        ngrams = [tuple(ids[start : start + size]) for start in range(len(ids) - size + 1)]
+        if ngrams:
+            shares.append(1 - len(set(ngrams)) / len(ngrams))
+    return sum(shares) / len(shares) if shares else None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A model that finds texts likely or not."""
+
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    """Of the `tokenizers` library: it tells where its tokens begin."""
+    starts: Sequence[int] = ()
+    """Tokens that it reads before a text."""
+
+    def bits_per_byte(self, texts: Sequence[tuple[str, str]]) -> float | None:
+        """Return the bits per byte of texts behind their prompts: of (prompt, text), what it costs to write the text.
+
+        A token that begins within the prompt belongs to it. None where there is nothing to score.
+        """
+        rows = []
+        num_bytes = 0
+        for prompt, text in texts:
+            ids, begins = self._tokens(prompt + text)
+            written = [number for number, begin in enumerate(begins) if begin >= len(prompt)]
+            # Something has to stand before the first token that is predicted, and all has to fit into the context.
+            if not written or not 1 <= len(self.starts) + written[0] < len(self.starts) + len(ids) <= self._context:
+                continue
+
+            rows.append((ids, written[0]))
+            num_bytes += len((prompt + text)[begins[written[0]] :].encode("utf-8", "replace"))
+        if not num_bytes:
+            return None
+
+        rows.sort(key=lambda row: len(row[0]))
+        batches = [self._batch(rows[i : i + SCORED_TOGETHER]) for i in range(0, len(rows), SCORED_TOGETHER)]
+        nats, _ = token_nll(self.model, batches, next(self.model.parameters()).device)
+        return nats / num_bytes / math.log(2)
+
+    @property
+    def _context(self) -> float:
+        """Tokens that the model can read."""
+        return getattr(self.model.config, "max_position_embeddings", None) or math.inf
+
+    def _tokens(self, text: str) -> tuple[list[int], list[int]]:
+        """Return the ids of a text and the character at which each begins."""
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return encoded["input_ids"], [begin for begin, _ in encoded["offset_mapping"]]
+
+    def _batch(self, rows: Sequence[tuple[list[int], int]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return inputs and labels [S, T] of (ids, number of the first scored token), padded on the right."""
+        width = len(self.starts) + max(len(ids) for ids, _ in rows)
+        inputs = torch.zeros(len(rows), width, dtype=torch.long)
+        mask = torch.zeros_like(inputs)
+        labels = torch.full_like(inputs, IGNORE)
+
+        for row, (ids, first) in enumerate(rows):
+            tokens = torch.tensor([*self.starts, *ids])
+            inputs[row, : len(tokens)] = tokens
+            mask[row, : len(tokens)] = 1
+
+            # Position j predicts token j + 1.
+            scored = len(self.starts) + first
+            labels[row, scored - 1 : len(tokens) - 1] = tokens[scored:]
+        return {"input_ids": inputs, "attention_mask": mask}, labels
+
+
+def describe(
+    samples: Sequence[Sample],
+    tokenizer: PreTrainedTokenizerBase,
+    judges: Mapping[str, Judge],
+) -> dict[str, float | int | None]:
+    """Return the metrics of samples: `samples`, `tokens` (mean length), `ended` and `repeated_4grams` (shares), and
+    of each judge `NAME_bits_per_byte`.
+
+    Args:
+        tokenizer: of the model that wrote them.
+    """
+    texts = []
+    for written in samples:
+        prompt = tokenizer.decode(written.prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        ids = [*written.prompt, *written.ids]
+        texts.append((prompt, continuation(tokenizer, list(written.prompt), ids)))
+
+    count = max(len(samples), 1)
+    metrics: dict[str, float | int | None] = {
+        "samples": len(samples),
+        "tokens": sum(len(written.ids) for written in samples) / count,
+        "ended": sum(written.has_ended for written in samples) / count,
+        "repeated_4grams": repeated_share([written.ids for written in samples]),
+    }
+    for name, judge in judges.items():
+        metrics[f"{name}_bits_per_byte"] = judge.bits_per_byte(texts)
+    return metrics
