@@ -1,7 +1,6 @@
 """A run's surroundings: device, processes, folder, log and the signal to stop, from its first check to its end."""
 
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,9 +81,6 @@ class Session:
         # The folder is this run's now, and the log goes there.
         setup_logging(output, main_process=accelerator.is_main_process)
         log.info("%s", recipe)
-        if device.value.type == "cpu":
-            # DeepSpeed, where it is installed, is imported by other packages, and warns that it sees no GPU.
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         backend = hardware.configure_backends(device.value)
         if allocator is not None and device.value.type == "cuda":
             backend.append(allocator)
