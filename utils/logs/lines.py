@@ -95,7 +95,7 @@ def _fitted(parts: Mapping[str, str], columns: int | None) -> str:
 def evaluation_line(record: Mapping[str, Any]) -> str:
     """Return the [Eval] line."""
     return (
-        f"[Eval] step {record['step']} {record.get('split', 'eval')} bits/byte {record['bits_per_byte']:.4f}"
+        f"[Eval] step {record['step']} bits/byte {record['bits_per_byte']:.4f}"
         f" perplexity {_number(record['perplexity'])} loss {_number(record['loss'])}"
     )
 

@@ -254,8 +254,8 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
 def corpus_in_words(report: Mapping[str, int]) -> str:
     """Return how many documents there are to learn from and to measure on, and why others are left out."""
     words = [
-        f"{report['train']:,} to learn from ({report['train_bytes'] / 1e6:.1f} MB)",
-        f"{report['eval']:,} held out ({report['eval_bytes'] / 1e6:.1f} MB)",
+        f"{report['train']:,} to learn from ({report['train_bytes'] / 1e6:.2f} MB)",
+        f"{report['eval']:,} held out ({report['eval_bytes'] / 1e6:.2f} MB)",
     ]
     reasons = {"empty": "empty", "duplicate": "seen before", "in_eval": "in the held-out text too"}
     for name, reason in reasons.items():

@@ -398,7 +398,7 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
 
 def compare_without_teacher(job: Job, trained: Trained, results: Results, session: Session) -> Results:
     """Train the same student without the teacher, and add it to the report if it was trained for as many steps."""
-    log.info("for comparison: the same student, batches and steps with the LM term alone, without the teacher")
+    log.info("for comparison: the same student, batches and steps without the teacher (lm alone)")
     folder, steps = session.output / WITHOUT_TEACHER, trained.result.steps
     folder.mkdir(exist_ok=True)
 

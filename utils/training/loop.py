@@ -268,7 +268,7 @@ class TrainingLoop:
     def run(self) -> FitResult:
         """Take steps until something stops the run; save at the end."""
         self.logger.truncate_after(self.step)
-        log.info("%s, from step %d", self.plan, self.step)
+        log.info("%s%s", self.plan, f", from step {self.step}" if self.step else "")
         self.engine.model.train()
         self.logger.begin(self.step)
         reason = self._take_steps()

@@ -163,7 +163,7 @@ def test_a_narrow_console_lacks_what_matters_least(columns):
 
 
 def test_an_evaluation_is_one_line_and_its_sample_another():
-    assert evaluation_line(evaluation_at(100)) == "[Eval] step 100 eval bits/byte 0.9000 perplexity 12.18 loss 2.500"
+    assert evaluation_line(evaluation_at(100)) == "[Eval] step 100 bits/byte 0.9000 perplexity 12.18 loss 2.500"
     sample = {"prompt": "Once upon a time, there was a\nlittle girl", "text": " who  liked\n" + "very " * 100}
     whole = sample_line(sample)
     assert whole.startswith("[sample] Once upon a time, there was a little girl | who liked very very")
