@@ -159,7 +159,7 @@ def test_a_narrow_console_lacks_what_matters_least(columns):
     line = training_line(record, 25_000, 100_000, columns=columns)
     assert len(line) <= max(columns, len("[TOTAL] step 12300/25000 loss 3.142"))
     assert line.startswith("[TOTAL] step 12300/25000 loss 3.142")
-    assert ("left" in line) == (columns >= 60) and (" contr " in line) == (columns >= 119) and "GB" not in line
+    assert ("left" in line) == (columns >= 60) and (" layer " in line) == (columns >= 119) and "GB" not in line
 
 
 def test_an_evaluation_is_one_line_and_its_sample_another():
