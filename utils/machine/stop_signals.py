@@ -96,6 +96,12 @@ class StopSignal:
         if self._signal is not None and self._is_alone and not self._raises:
             raise Interrupted(self._signal)
 
+    def pending(self) -> str | None:
+        """Return SIGINT if it came while signals were deferred, and would raise now; else None."""
+        if self._raises and self._signal == "SIGINT":
+            return self._signal
+        return None
+
     @contextlib.contextmanager
     def raising(self) -> Iterator[None]:
         """Let Ctrl-C raise `Interrupted` wherever it comes: nothing is lost by an end. In a run of one process."""

@@ -240,6 +240,10 @@ def _fit(job: Job, module: Any, plan: Plan, options: LoopOptions, session: Sessi
     # Early stopping and a limit leave steps out.
     time_left.training.clear()
     _say_if_nothing_was_left(result, plan)
+
+    # Ctrl-C may have come after the last step.
+    if (reason := session.stop.pending()) is not None:
+        return replace(result, stopped_by=reason)
     return result
 
 

@@ -92,6 +92,18 @@ def test_in_training_a_signal_waits_for_a_check():
             stop.check()
 
 
+def test_ctrl_c_that_came_after_the_last_check_of_training_is_known_behind_it():
+    with StopSignal() as stop, stop.raising():
+        with stop.deferring():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.pending() is None
+        assert stop.pending() == "SIGINT"
+
+    with StopSignal() as stop, stop.raising(), stop.deferring():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.pending() is None
+
+
 def test_one_of_several_processes_ends_at_a_step_boundary_alone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with StopSignal() as stop, stop.raising():
