@@ -32,7 +32,7 @@ from utils.config.settings import DataConfig
 from utils.data.documents import load_documents
 from utils.run import quickstart
 
-SENTENCE = "The method raises an exception if the argument is negative."
+SENTENCE = "Ben wore a red scarf and carried a basket full of cherries."
 COLOURS = {"same": "#B8D4EA", "inside": "#F6C892", "none": "#DDDDDD", "teacher": "#B5DFC8"}
 MOST_BARS = 6
 LEAST_SHOWN = 5e-4

@@ -4,8 +4,8 @@ Shapes: B windows, S student positions, n supervised student positions, N KD row
 """
 
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,10 +31,23 @@ from .teacher.cached import CachedTeacher, expect_teacher
 from .teacher.frozen import FrozenTeacher
 from .teacher.projection import Projection
 from .text.vocabulary import VocabularyMap
-from .types import A_BATCH, DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
+from .types import A_BATCH, Difference, DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
 from .validation import expect, expect_count, expect_number
 
 Teacher = FrozenTeacher | CachedTeacher
+
+
+class _Compared(NamedTuple):
+    """Predictions of both models at some positions (N) where both have read the same bytes."""
+
+    positions: Tensor
+    """[N] flat student positions."""
+    logits: Tensor
+    """[N, V] of the student."""
+    teacher: SparseTarget
+    """The teacher's distributions on the student's vocabulary."""
+    kl: Tensor
+    """[N] KL divergence from the teacher in nats, the tail in one bucket."""
 
 
 class DistillationFramework(nn.Module):
@@ -385,6 +398,53 @@ class DistillationFramework(nn.Module):
             sums over those positions: `agree` (same most probable token), `kl_sum` (KL in nats, at temperature 1, with
             the tail in one bucket), and their `count`.
         """
+        agree = 0.0
+        kl_sum = 0.0
+        count = 0
+        for chunk in self._compared(batch, signal):
+            best = chunk.teacher.probs.argmax(1, keepdim=True)
+            teacher_best = chunk.teacher.ids.gather(1, best)[:, 0]
+            agree += float((chunk.logits.argmax(1) == teacher_best).sum())
+            kl_sum += float(chunk.kl.sum())
+            count += len(chunk.kl)
+        return {"agree": agree, "kl_sum": kl_sum, "count": count}
+
+    @torch.no_grad()
+    def differences(
+        self,
+        batch: PairedBatch,
+        most: int,
+        guesses: int = 3,
+        signal: TeacherSignal | None = None,
+    ) -> list[Difference]:
+        """Return the positions at depth 0 where student and teacher differ most, one of a window at most.
+
+        Args:
+            most: positions to return, fewer where the batch has fewer windows.
+            guesses: likeliest next tokens of either model, at each position.
+        """
+        width = batch.student_ids.shape[1]
+        largest: dict[int, Difference] = {}
+        for chunk in self._compared(batch, signal):
+            probabilities = chunk.logits.softmax(1)
+            positions, divergences = chunk.positions.tolist(), chunk.kl.tolist()
+            for row in chunk.kl.argsort(descending=True).tolist():
+                window, position = divmod(positions[row], width)
+                kl = divergences[row]
+                if window in largest and largest[window].kl >= kl:
+                    continue
+
+                largest[window] = Difference(
+                    window=window,
+                    position=position,
+                    kl=kl,
+                    teacher=_likeliest(chunk.teacher.ids[row], chunk.teacher.probs[row], guesses),
+                    student=_likeliest(None, probabilities[row], guesses),
+                )
+        return sorted(largest.values(), key=lambda difference: -difference.kl)[:most]
+
+    def _compared(self, batch: PairedBatch, signal: TeacherSignal | None) -> Iterator[_Compared]:
+        """Yield what both models predict where they have read the same bytes, in chunks of positions."""
         self._check_batch(batch)
         if signal is None:
             signal = self.teacher.signal(batch, self.loss_config.top_k)
@@ -398,25 +458,20 @@ class DistillationFramework(nn.Module):
         is_compared = target.valid & (batch.depth == 0)
         rows = is_compared.nonzero()[:, 0]
         most_rows, _ = chunk_rows(vocabulary_size(self.student), rows.device)
-        agree = 0.0
-        kl_sum = 0.0
         for chunk in rows.split(most_rows):
+            if not len(chunk):
+                continue
+
             logits = head_logits(self.student, states[batch.row_student[chunk]])
-            part = SparseTarget(
+            teacher = SparseTarget(
                 ids=target.ids[chunk],
                 probs=target.probs[chunk],
                 tail=target.tail[chunk],
                 valid=target.valid[chunk],
             )
-
-            best = part.probs.argmax(1, keepdim=True)
-            teacher_best = part.ids.gather(1, best)[:, 0]
-            agree += float((logits.argmax(1) == teacher_best).sum())
-
-            log_p, log_q = outcome_log_probs(logits, part, "bucket")
-            kl = log_p.exp() * (log_p - log_q)
-            kl_sum += float(kl.sum())
-        return {"agree": agree, "kl_sum": kl_sum, "count": len(rows)}
+            log_p, log_q = outcome_log_probs(logits, teacher, "bucket")
+            kl = (log_p.exp() * (log_p - log_q)).sum(1)
+            yield _Compared(batch.row_student[chunk], logits, teacher, kl)
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[PairedBatch]) -> None:
@@ -500,6 +555,20 @@ class DistillationFramework(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------- checks
+
+
+def _likeliest(ids: Tensor | None, probabilities: Tensor, count: int) -> list[tuple[int, float]]:
+    """Return (token, probability) of the likeliest tokens, the first one most.
+
+    Args:
+        ids: [K] token of each probability; None: they are of the whole vocabulary, in order.
+    """
+    values, places = probabilities.topk(min(count, len(probabilities)))
+    tokens = places if ids is None else ids[places]
+
+    # Padding has no probability, and no token.
+    pairs = zip(tokens.tolist(), values.tolist(), strict=True)
+    return [(token, probability) for token, probability in pairs if token >= 0 and probability > 0]
 
 
 def _check_kinds(

@@ -4,16 +4,20 @@ Shapes: any leading dimensions [...], K outcomes, which both sides know by their
 
 The settings, the loss and its tests read the table. A new divergence is a function with the signature of `Divergence`,
 named in it; nothing else has to know its name.
+
+Settings are checked against the table before torch is loaded, so everything here is a method of the tensors.
 """
+
+from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
-Divergence = Callable[[Tensor, Tensor, float], Tensor]
+Divergence = Callable[["Tensor", "Tensor", float], "Tensor"]
 """Divergence in nats of the student from the teacher: (log_p, log_q, skew) -> [...].
 
 log_p [..., K] and log_q [..., K] are the normalised log-probabilities of teacher and student; very negative ones, not
@@ -34,7 +38,7 @@ def reverse_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
     """Return the mean KL of both sides to their mixture: symmetric, at most ln 2."""
-    log_mixture = torch.logaddexp(log_p, log_q) - math.log(2)
+    log_mixture = log_p.logaddexp(log_q) - math.log(2)
     teacher_part = log_p.exp() * (log_p - log_mixture)
     student_part = log_q.exp() * (log_q - log_mixture)
     return (teacher_part + student_part).sum(-1) / 2
@@ -45,7 +49,7 @@ def skew_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
     # In logarithms: log(1 - skew) is exact by log1p, and no probability is computed that could vanish.
     log_teacher_share = log_p + math.log(skew)
     log_student_share = log_q + math.log1p(-skew)
-    log_mixture = torch.logaddexp(log_teacher_share, log_student_share)
+    log_mixture = log_teacher_share.logaddexp(log_student_share)
     return (log_p.exp() * (log_p - log_mixture)).sum(-1)
 
 
@@ -89,4 +93,4 @@ def divergence(
 
 def temper(log_probs: Tensor, temperature: float | Tensor) -> Tensor:
     """Return the log of p ** (1 / temperature), normalised over the last dimension."""
-    return torch.log_softmax(log_probs / temperature, dim=-1)
+    return (log_probs / temperature).log_softmax(-1)

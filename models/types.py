@@ -296,6 +296,22 @@ class LossTerm:
     be known before (KD: too little teacher probability of what was read, or no token of the student's)."""
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A position at which student and teacher, having read the same bytes, predict different next tokens."""
+
+    window: int
+    """In its batch."""
+    position: int
+    """Of the student: it has read the tokens up to this one."""
+    kl: float
+    """KL divergence from the teacher, in nats."""
+    teacher: list[tuple[int, float]]
+    """(student token, probability) that the teacher finds likeliest, the first one most."""
+    student: list[tuple[int, float]]
+    """Likewise of the student."""
+
+
 @dataclass
 class DistillationOutput:
     """Result of one forward of the framework."""

@@ -22,7 +22,7 @@ class Validated:
         ValueError: with every wrong field.
     """
 
-    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False, extra="forbid")
     """For those who build an instance from plain values."""
 
     def __post_init__(self) -> None:

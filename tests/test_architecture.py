@@ -98,7 +98,11 @@ def test_a_tower_imports_itself_relatively_and_never_the_other(tower):
             if level:
                 assert top == tower, f"{path.name} reaches out of its tower: {module}"
             else:
-                assert top not in (*TOWERS, "curriculum_distillation", "train"), f"{path.name} imports {module}"
+                assert top not in (
+                    *TOWERS,
+                    "curriculum_distillation",
+                    *(script.stem for script in ROOT.glob("*.py")),
+                ), f"{path.name} imports {module}"
 
 
 @pytest.mark.parametrize("tower", TOWERS)
@@ -132,8 +136,8 @@ def relative_imports(path: Path) -> set[str]:
 
 
 def test_only_the_junctions_import_both_towers():
-    """Two scripts of a checkout, and the face of the installed package, which lies in no tower once it is there."""
-    junctions = {"train.py", "verify_fixes.py", "face/__init__.py"}
+    """Modules beside the scripts, and the face of the installed package, which lies in no tower once it is there."""
+    junctions = {"run_config.py", "distil.py", "verification.py", "face/__init__.py"}
     for path in [*ROOT.glob("*.py"), *(ROOT / "models" / "face").glob("*.py")]:
         name = path.name if path.parent == ROOT else f"face/{path.name}"
         words = {word for _, module in imports(path) for word in module.split(".")}
@@ -168,11 +172,12 @@ def test_every_third_party_import_is_a_declared_dependency():
     sections = [setup["options"]["install_requires"], *dict(setup["options.extras_require"]).values()]
     needed, *extras = ({re.split(r"[<>=\[]", line)[0].lower() for line in text.split()} for text in sections)
     packages = importlib.metadata.packages_distributions()
+    scripts = {path.stem for path in ROOT.glob("*.py")}
     brought_along = {"tokenizers", "huggingface_hub", "pyarrow", "packaging"}  # by transformers and datasets
-    for path in [*sources("models"), *sources("utils"), ROOT / "train.py"]:
+    for path in [*sources("models"), *sources("utils"), *ROOT.glob("*.py")]:
         for level, module in imports(path):
             top = module.split(".")[0]
-            if level or top in sys.stdlib_module_names or top in TOWERS or top in brought_along:
+            if level or top in sys.stdlib_module_names or top in (*TOWERS, *scripts) or top in brought_along:
                 continue
             names = {name.lower() for name in packages.get(top, [top])}
             late = not re.search(rf"^(import|from) {top}\b", path.read_text(encoding="utf-8"), re.MULTILINE)

@@ -1,5 +1,6 @@
 """The command line is a contract: its surface is frozen here, and every shipped recipe parses."""
 
+import json
 import re
 import shutil
 from dataclasses import replace
@@ -8,11 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import run_config
 import train
+from models.config import Ramp
 from models.curriculum import CurriculumScheduler
-from utils.config import command_line
 from utils.config.build import build
 from utils.config.plain import to_plain
+from utils.config.schema import sections_of, settings_of
+from utils.config.settings import ModelConfig
 from utils.config.yaml_files import find_config, load_yaml
 from utils.errors import UserError
 from utils.machine import hardware
@@ -23,28 +27,32 @@ from utils.run import stages
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs").glob("*.yaml"))
 
+ALONE = {"--help", "--help-all", "--print-config", "--print-schema", "--no-resume"}
+"""Flags that take no value."""
+
 SWITCHES = {
-    "--help",
     "--lora",
     "--merge-lora",
     "--gradient-checkpointing",
     "--build-cache-only",
     "--cache-accept-mismatch",
-    "--no-resume",
     "--log-term-gradients",
 }
-"""Flags that stand alone."""
+"""Short flags that mean true where they stand alone."""
 
 TAKE_VALUES = {
     "--config",
     "--set",
     "--compare",
+    "--print-completion",
+    "--csv",
     "--teacher",
     "--teacher-device",
     "--student",
     "--student-init",
     "--teacher-dtype",
     "--train-data",
+    "--data",
     "--eval-data",
     "--max-length",
     "--document-separator",
@@ -53,6 +61,7 @@ TAKE_VALUES = {
     "--epochs",
     "--max-steps",
     "--learning-rate",
+    "--lr",
     "--mixed-precision",
     "--seed",
     "--max-hours",
@@ -70,7 +79,12 @@ TAKE_VALUES = {
     "--push-to-hub",
     "--save-every",
 }
-"""Flags that take a value."""
+"""Short flags that take a value."""
+
+ALONE_TOO = "evaluation.without_teacher=false"
+"""Setting without which the quickstart needs a teacher."""
+
+RAMP = Ramp(points=((0.0, 1.0), (1.0, 0.5)))
 
 PAIR = ["--config", "quickstart", "--teacher", "a", "--student", "b", "--train-data", "c.txt"]
 
@@ -86,23 +100,33 @@ def refused(*words: str) -> str:
 
 
 def test_the_surface_is_frozen():
-    switches, take_values = set(), set()
-    for action in command_line.parser()._actions:
-        flags = {option for option in action.option_strings if option.startswith("--")}
-        if action.nargs == 0:
-            switches |= flags
-        else:
-            take_values |= flags
-    assert switches == SWITCHES
-    assert take_values == TAKE_VALUES
+    surface = {None: set(), 0: set(), "?": set()}
+    for action in run_config.parser()._actions:
+        flags = {option for option in action.option_strings if option.startswith("--") and "." not in option}
+        surface[action.nargs if action.nargs in surface else None] |= flags
+    shared = {"--resume-changed"}  # a setting without a section: its long flag looks like a short one
+    assert surface[0] == ALONE
+    assert surface["?"] - shared == SWITCHES
+    assert surface[None] - shared == TAKE_VALUES
 
 
-def test_help_is_grouped_and_names_every_flag():
-    text = command_line.parser().format_help()
-    for group in ("recipe:", "models:", "data:", "training:", "distillation:", "teacher cache:", "run:"):
+def test_every_setting_is_a_flag_with_its_default_and_its_docstring():
+    text = " ".join(run_config.parser(everything=True).format_help().split())
+    for key, setting in settings_of(train.RunConfig).items():
+        flag = f"--{key.replace('_', '-')}"
+        default = setting.default if isinstance(setting.default, str) else json.dumps(setting.default)
+        assert re.search(rf"{re.escape(flag)}[ ,]", text), key
+        section = sections_of(train.RunConfig).get(key.removesuffix(".weight"), setting)
+        assert section.meaning and f"{section.meaning} (default: {default})" in text, key
+
+
+def test_help_is_grouped_names_every_short_flag_and_says_where_the_others_are():
+    text = run_config.parser().format_help()
+    for group in ("recipe:", "teacher:", "student:", "data:", "training:", "loss:", "cache:", "run:"):
         assert f"\n{group}" in text
-    for flag in SWITCHES | TAKE_VALUES:
+    for flag in ALONE | SWITCHES | TAKE_VALUES - {"--data"}:
         assert flag in text
+    assert "--help-all" in text and "--training.weight-decay" not in text
 
 
 @pytest.mark.parametrize(
@@ -142,6 +166,25 @@ def test_help_is_grouped_and_names_every_flag():
         (["--save-every", "13"], "training.save_every", 13),
         (["--set", "curriculum.kd.weight=0", "curriculum.lm.weight=1"], "curriculum.kd.weight", 0.0),
         (["--teacher", "123"], "teacher.name", "123"),
+        (["--set", "teacher.name=null", "curriculum.kd=0", ALONE_TOO], "teacher.name", None),
+        (["--teacher", "null", "--curriculum.kd", "0", "--set", ALONE_TOO], "teacher.name", None),
+        (["--lr", "1e-5"], "training.learning_rate", 1e-5),
+        (["--data", "d", "e"], "data.train", ["c.txt", "d", "e"]),
+        (["--data.deduplicate", "false"], "data.deduplicate", False),
+        (["--data.document-start", "[A-Z]"], "data.document_start", "[A-Z]"),
+        (["--training.max-steps", "1e3"], "training.max_steps", 1000),
+        (["--training.max_steps", "null"], "training.max_steps", None),
+        (["--training.betas", "0.8", "0.9"], "training.betas", (0.8, 0.9)),
+        (["--curriculum.kd", "0.5"], "curriculum.kd.weight", 0.5),
+        (["--curriculum.lm.weight", "{points: [[0, 1], [1, 0.5]]}"], "curriculum.lm.weight", RAMP),
+        (["--curriculum.lm", "{points: [[0, 1], [1, 0.5]]}"], "curriculum.lm.weight", RAMP),
+        (["--set", "curriculum={kd: 0.5, lm: 1e-3}"], "curriculum.lm.weight", 1e-3),
+        (["--set", "curriculum={kd: 0.5, lm: {points: [[0, 1], [1, 0.5]]}}"], "curriculum.lm.weight", RAMP),
+        (["--set", "teacher=other", "teacher.dtype=4bit"], "teacher.name", "other"),
+        (["--set", "data=other.txt"], "data.train", ["other.txt"]),
+        (["--set", "data.train=other.txt"], "data.train", ["other.txt"]),
+        (["--set", "logging.track=wandb"], "logging.track", ["wandb"]),
+        (["--train-data", "t\udce9xt"], "data.train", ["c.txt", "t\udce9xt"]),
     ],
 )
 def test_every_flag_sets_its_key(words, key, value):
@@ -252,6 +295,55 @@ def test_the_default_recipe_depends_on_the_gpu_and_says_so(monkeypatch, cuda):
     config, told = train.configure([])
     assert config.teacher.name == ("Qwen/Qwen2.5-1.5B" if cuda else "quickstart")
     assert ("kaggle_p100" if cuda else "quickstart") in told and "the reason" in told
+
+
+def test_short_forms_in_a_recipe_are_those_written_in_full(tmp_path):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text(
+        "teacher: some/teacher\nstudent: some/student\ndata: text.txt\n"
+        "curriculum: {kd: 1e-3, feat: {points: [[0, 0], [1, 0.5]]}}\nlogging: {track: wandb}\n"
+    )
+    full = tmp_path / "full.yaml"
+    full.write_text(
+        "teacher: {name: some/teacher}\nstudent: {name: some/student}\ndata: {train: [text.txt]}\n"
+        "curriculum: {kd: {weight: 0.001}, feat: {weight: {points: [[0, 0], [1, 0.5]]}}}\nlogging: {track: [wandb]}\n"
+    )
+    words = ["--output-dir", "o", "--teacher-dtype", "bfloat16"]
+    short = train.configure(["--config", str(recipe), *words])[0]
+    assert short == train.configure(["--config", str(full), *words])[0]
+    assert short.teacher == ModelConfig(name="some/teacher", dtype="bfloat16")
+
+
+def test_a_text_that_replaces_one_in_short_form_drops_what_describes_that_one(tmp_path):
+    recipe = tmp_path / "own.yaml"
+    recipe.write_text("teacher: t\nstudent: s\ndata: {train: a.txt, eval: b.txt}\n")
+    assert train.configure(["--config", str(recipe), "--train-data", "a.txt"])[0].data.eval == "b.txt"
+    assert train.configure(["--config", str(recipe), "--train-data", "c.txt"])[0].data.eval is None
+
+
+def test_the_printed_configuration_is_a_recipe_for_the_same_run(tmp_path, capsys):
+    words = [*PAIR, "--lr", "1e-5", "--curriculum.lm", "{points: [[0, 1], [1, 0.5]]}", "--data", "t\udce9xt"]
+    assert train.main([*words, "--print-config"]) == 0
+    recipe = tmp_path / "printed.yaml"
+    recipe.write_text(capsys.readouterr().out)
+    assert train.configure(["--config", str(recipe)])[0] == train.configure(words)[0]
+
+
+def test_a_mistake_beside_print_config_is_named_and_nothing_is_printed(capsys):
+    assert train.main([*PAIR, "--print-config", "--seed", "x"]) == 2
+    assert "training.seed" in capsys.readouterr().out
+
+
+def test_wrong_values_are_named_before_the_machine_is_asked_for_a_recipe(monkeypatch):
+    monkeypatch.setattr(hardware, "choose_device", lambda: pytest.fail("the machine was asked"))
+    with pytest.raises(UserError, match=r"2 mistakes[\s\S]*training\.weight_decay[\s\S]*training\.seed"):
+        train.configure(["--seed", "x", "--training.weight-decay", "-1"])
+
+
+def test_an_unknown_flag_leads_to_the_setting_of_that_name():
+    message = refused("--weight-decay", "0.1", "--training.sed", "1")
+    assert "did you mean --training.weight-decay?" in message and "did you mean --training.seed?" in message
+    assert "0.1" not in message
 
 
 def test_a_user_mistake_exits_2_with_a_message_and_no_traceback(capsys):
@@ -408,7 +500,7 @@ def test_a_folder_without_weights_says_how_to_start_at_random(tmp_path):
 
 
 def test_a_recipe_is_found_for_every_name_the_help_mentions():
-    told = " ".join(command_line.parser().format_help().split())
+    told = " ".join(run_config.parser().format_help().split())
     for name in re.findall(r"default: (\w+) without a GPU, (\w+) with one", told)[0]:
         assert find_config(name).is_file()
 

@@ -10,14 +10,16 @@ from pathlib import Path
 import pytest
 import transformers
 
+import run_config
 import train
 from benchmarks import alignment, memory_forecast
 from tests.models.tiny import STORIES, byte_bpe, pretend_hub
 from tests.toy import digest
-from utils.config import command_line
-from utils.config.build import _leaves, build
+from utils.config.build import build
 from utils.config.plain import to_plain
+from utils.config.schema import keys_of
 from utils.config.yaml_files import load_yaml
+from utils.run import chat
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,7 +33,8 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 # --------------------------------------------------------------------- commands, flags, keys, links
 
 FOREIGN = re.compile(
-    r"(?:pip|pytest|python -m pytest|tensorboard|lm_eval|git|export|accelerate launch|torchrun)\b"
+    r"(?:pip|pytest|python -m pytest|python convert_hf_to_gguf\.py|tensorboard|lm_eval|git|export|accelerate launch|"
+    r"torchrun)\b"
     r"(?:[^\n`|]|\\\n)*?(?=train\.py|$|\n|`|\|)"
 )
 """Commands of other programs, up to a train.py that they start."""
@@ -40,7 +43,7 @@ OF_ACCELERATE = {"--fsdp_version"}
 OF_BENCHMARKS = {
     flag for file in (ROOT / "benchmarks").rglob("*.py") for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())
 }
-FLAG = re.compile(r"(?<![\w-])--[a-z][a-z_-]*[a-z]\b")
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z._-]*[a-z]\b")
 
 
 def flags_of(command_line_parser) -> set[str]:
@@ -49,19 +52,20 @@ def flags_of(command_line_parser) -> set[str]:
 
 @each_page
 def test_every_flag_exists(page):
-    known, text = flags_of(command_line.parser()) | OF_ACCELERATE, PROSE[page].replace("\\\n", " ")
+    known, text = flags_of(run_config.parser()) | OF_ACCELERATE, PROSE[page].replace("\\\n", " ")
     for name, arguments in BENCHMARK.findall(text):
         places = (ROOT / "benchmarks" / f"{name}.py", ROOT / "benchmarks" / name / "__main__.py")
         assert any(place.is_file() for place in places), f"{page.name}: there is no benchmarks.{name}"
         assert set(FLAG.findall(arguments)) <= OF_BENCHMARKS, f"{page.name}: {arguments}"
     known |= OF_BENCHMARKS if "python -m benchmarks." in text else set()
+    known |= flags_of(chat.parser()) if "train.py chat" in text else set()
     found = set(FLAG.findall(FOREIGN.sub(" ", BENCHMARK.sub(" ", text))))
     assert found <= known, f"{page.name}: there is no {', '.join(sorted(found - known))}"
 
 
 @each_page
 def test_every_setting_exists(page):
-    keys = [path for path, _ in _leaves(train.RunConfig)]
+    keys = keys_of(train.RunConfig)
     sections = "|".join(sorted({path.split(".")[0] for path in keys if "." in path}))
     prose = re.sub(r"\]\([^)]*\)|[\w./-]+/[\w./-]+|\w+\.md", "", PROSE[page])
     for key in re.findall(rf"(?<![\w./])((?:{sections})\.[a-z][a-z_]*(?:\.[a-z_]+)*)\b(?!\()", prose):
@@ -112,7 +116,7 @@ def test_every_recipe_it_asks_for_exists(page):
 
 
 def strings_in_the_source() -> list[str]:
-    files = [ROOT / "train.py", *(file for tower in ("models", "utils") for file in (ROOT / tower).rglob("*.py"))]
+    files = [*ROOT.glob("*.py"), *(file for tower in ("models", "utils") for file in (ROOT / tower).rglob("*.py"))]
     nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
     return [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
 

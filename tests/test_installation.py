@@ -82,7 +82,7 @@ def installation(tmp_path_factory) -> Installation:
     no_caches = shutil.ignore_patterns("__pycache__")
     for name in ("models", "utils", "configs"):
         shutil.copytree(ROOT / name, source / name, ignore=no_caches)
-    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md", "train.py", "verify_fixes.py"):
+    for name in ("setup.cfg", "pyproject.toml", "LICENSE", "README.md", *(path.name for path in ROOT.glob("*.py"))):
         shutil.copy(ROOT / name, source / name)
 
     packages = tmp_path_factory.mktemp("installed")
@@ -208,6 +208,18 @@ def test_the_command_is_train_and_verify_from_any_folder(installation):
     assert "Checks to run before a long training" in installation.run(sys.executable, command, "verify", "--help")
     module = installation.run(sys.executable, "-m", "curriculum_distillation", "--help")
     assert module == told
+
+
+def test_the_command_answers_without_torch(installation):
+    told = installation.python(
+        "import runpy, sys\n"
+        "sys.argv = ['curriculum-distill', 'verify', '--help']\n"
+        "try:\n"
+        "    runpy.run_module('curriculum_distillation', run_name='__main__')\n"
+        "except SystemExit as ended:\n"
+        "    print('code', ended.code, {'torch', 'transformers', 'datasets'} & sys.modules.keys())\n"
+    )
+    assert told.splitlines()[-1] == "code 0 set()"
 
 
 def test_the_command_trains_from_any_folder(installation):

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import run_config
+import verification
 import verify_fixes
 from models import distillation_framework
 from models.config import CurriculumConfig, Term
@@ -31,6 +33,7 @@ from utils.forecast import disk
 from utils.machine import hardware as hardware_module
 from utils.machine import kernels, packages
 from utils.machine.packages import Package
+from utils.pretrained import loading
 from utils.training import loop as training_loop
 from utils.training.early_stopping import EarlyStopping
 
@@ -53,22 +56,22 @@ NAMES = [
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """What the checks on tiny models are measured on."""
-    return verify_fixes.tiny_subjects(tmp_path_factory.mktemp("bench"))
+    return verification.tiny_subjects(tmp_path_factory.mktemp("bench"))
 
 
 ROWS = {
     row.name: row
     for row in (
-        *verify_fixes.MACHINE,
-        verify_fixes.ONE_STEP,
-        *verify_fixes.CODE,
-        *verify_fixes.TINY,
-        verify_fixes.DUPLICATES,
-        verify_fixes.LEAKAGE,
-        verify_fixes.COVERAGE,
-        *verify_fixes.MODELS,
-        verify_fixes.ROUTER,
-        *verify_fixes.RESOURCES,
+        *verification.MACHINE,
+        verification.ONE_STEP,
+        *verification.CODE,
+        *verification.TINY,
+        verification.DUPLICATES,
+        verification.LEAKAGE,
+        verification.COVERAGE,
+        *verification.MODELS,
+        verification.ROUTER,
+        *verification.RESOURCES,
     )
 }
 
@@ -80,7 +83,7 @@ def check(name: str, subjects: dict | None = None) -> checklist.Check:
 
 @pytest.fixture(scope="module")
 def setup():
-    return verify_fixes.default_setup(verify_fixes.train.configure(["--config", "quickstart"])[0])
+    return verification.default_setup(run_config.configure(["--config", "quickstart"])[0])
 
 
 def command(folder: Path, *flags: str) -> subprocess.CompletedProcess:
@@ -113,7 +116,7 @@ def own_flags(folder: Path) -> list[str]:
 
 def quiet(monkeypatch, cache: Path) -> None:
     """None of the checks on tiny models: main() is tested, not they."""
-    monkeypatch.setattr(verify_fixes, "TINY", ())
+    monkeypatch.setattr(verification, "TINY", ())
     monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(cache))
 
 
@@ -181,13 +184,13 @@ def pair(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pair")
     flags = own_flags(folder)
     torch.manual_seed(0)
-    shape = verify_fixes.loading.load_config(str(folder / "teacher"), "teacher")
-    verify_fixes.loading.random_model(shape).save_pretrained(folder / "teacher")
+    shape = loading.load_config(str(folder / "teacher"), "teacher")
+    loading.random_model(shape).save_pretrained(folder / "teacher")
     return flags
 
 
 def prepared(flags: list[str]):
-    return verify_fixes.own_setup(verify_fixes.train.configure(flags)[0])
+    return verification.own_setup(run_config.configure(flags)[0])
 
 
 def test_router_of_the_users_pair_is_measured_where_the_curriculum_uses_it(pair, tmp_path, monkeypatch, capsys):
@@ -227,9 +230,9 @@ def test_router_is_not_measured_where_a_model_is_not_there_yet_or_too_large(pair
 
 def test_without_flags_what_train_would_take_is_checked(tmp_path, monkeypatch, capsys):
     quiet(monkeypatch, tmp_path)
-    sound = verify_fixes.train.configure
+    sound = run_config.configure
     default = sound(own_flags(tmp_path))
-    monkeypatch.setattr(verify_fixes.train, "configure", lambda argv: sound(argv) if argv else default)
+    monkeypatch.setattr(verify_fixes, "configure", lambda argv: sound(argv) if argv else default)
     assert verify_fixes.main([]) == 1
     out = capsys.readouterr().out
     assert "The default of this machine" in out and "✗ models: teacher" in out
@@ -260,7 +263,9 @@ def test_one_step_runs_in_the_precision_of_the_device_and_leaves_the_accelerator
 
 
 def test_help_is_that_of_the_training_flags_under_its_own_name(capsys):
-    assert verify_fixes.main(["--help"]) == 0
+    with pytest.raises(SystemExit) as ended:
+        verify_fixes.main(["--help"])
+    assert ended.value.code == 0
     out = capsys.readouterr().out
     assert "verify_fixes.py" in out and "--train-data" in out
 
@@ -559,7 +564,7 @@ def test_a_planted_fault_in_a_hidden_state_term_fails_its_check(plant, name, mon
 
 def test_a_schedule_that_does_not_end_with_the_run_is_found(tmp_path, monkeypatch):
     plant_schedule_of_twice_the_length(monkeypatch)
-    assert not check("optimizer steps and schedule", verify_fixes.tiny_subjects(tmp_path)).passed
+    assert not check("optimizer steps and schedule", verification.tiny_subjects(tmp_path)).passed
 
 
 def test_a_mean_of_batch_means_is_found(monkeypatch):

@@ -22,7 +22,7 @@ from models.text.collate import PairCollator
 from models.text.tokens import MARKER
 from models.types import PairedBatch
 from utils.evaluation.scores import token_nll
-from utils.evaluation.written_text import Judge, Sample, Sampling, describe, sample
+from utils.evaluation.written_text import Judge, Sample, Sampling, describe, sample_texts
 
 from .signals import NUMBER, SignalArrays
 from .text import Text
@@ -122,15 +122,16 @@ class RealPair:
             name: SignalArrays(setting.folder / f"signals-{name.split()[-1]}-{digest}.npz", self._top_k(name))
             for name in self.distillations
         }
-        starts = pair.encoder.starts
         self._seed = -1
         self._batches: dict[str, list[PairedBatch]] = {}
 
         # 5. What students go on writing from, and judges of what they write.
+        starts = pair.encoder.starts
         self.prompts = self._beginnings(text, starts[0])
+        read = [self.tokenizers["student"].decode(ids[len(starts[0]) :]) for ids, _ in self.prompts]
         self.judges = {
-            ITSELF: Judge(itself, self.tokenizers["student"], starts[0]),
-            TEACHER: Judge(other, self.tokenizers["teacher"], starts[1]),
+            ITSELF: Judge(itself, self.tokenizers["student"], [(starts[0], prompt) for prompt in read]),
+            TEACHER: Judge(other, self.tokenizers["teacher"], [(starts[1], prompt) for prompt in read]),
         }
 
     def _join(self, side: str, teacher: nn.Module) -> Distillation:
@@ -273,7 +274,7 @@ class RealPair:
         """Return the metrics of texts that a student writes behind the beginnings of unseen documents."""
         end = self.distillations[TEACHER].encoder.end_of_text[0]
         sampling = Sampling(self.setting.new_tokens, end)
-        samples = sample(model, [prompt for prompt, _ in self.prompts], sampling)
+        samples = sample_texts(model, [prompt for prompt, _ in self.prompts], sampling)
         return describe(samples, self.tokenizers["student"], self.judges)
 
     def real_text(self) -> dict[str, float | int | None]:

@@ -22,7 +22,8 @@ Group = Mapping[tuple[int, str, str], Sequence[Result]]
 
 def tables(results: Sequence[Result]) -> str:
     """Return all tables of the results of one setting."""
-    levels = [result for result in results if result["kind"] == "level"]
+    # Several results files each have those of the same models.
+    levels = list({result["name"]: result for result in results if result["kind"] == "level"}.values())
     groups: dict[tuple[int, str, str], list[Result]] = defaultdict(list)
     for result in _under_chosen_rates([result for result in results if result["kind"] == "arm"]):
         groups[result["layers"], result["teacher"], result["name"]].append(result)

@@ -8,7 +8,7 @@ import torch
 from tests.gloo import launch
 from tests.toy import ToyModule, toy_collate, toy_config, toy_windows, train
 from utils.logs.records import read_metrics
-from utils.parallel.processes import rank
+from utils.machine.launcher import rank
 from utils.training.loop import TrainingLoop
 from utils.training.plan import Plan
 

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import train
-import verify_fixes
+import verification
 from models import self_check
 from tests.models.tiny import STORIES, bart_like, byte_bpe, t5_like, tiny_bart, tiny_llama, tiny_t5
 from utils.checks import setup as preflight
@@ -116,12 +116,12 @@ def test_what_the_family_cannot_do_is_refused_in_one_sentence(place, tmp_path, c
 
 def test_the_checks_before_a_run_pass_for_a_pair_and_see_a_wrong_start_of_the_decoder(place, tmp_path, monkeypatch):
     pair = ("t5-teacher", "t5-student", "rows.jsonl")
-    setup, job = verify_fixes.own_setup(train.configure(command(place, tmp_path / "run", *pair, *ROUTED))[0])
-    checks = [verify_fixes.label_shift_of_architecture(setup), verify_fixes.router_at_start(setup, job)]
+    setup, job = verification.own_setup(train.configure(command(place, tmp_path / "run", *pair, *ROUTED))[0])
+    checks = [verification.label_shift_of_architecture(setup), verification.router_at_start(setup, job)]
     checks += [check(setup) for check in (preflight.models, preflight.window_length, preflight.memory, preflight.disk)]
     checks += [check(job) for check in (preflight.duplicates, preflight.leakage, preflight.coverage)]
     assert [check for check in checks if not check.passed] == []
     assert "transformers' own shift" in checks[0].value and "calibrated on 8 windows" in checks[1].value
     sound = self_check.random_batches
     monkeypatch.setattr(self_check, "random_batches", lambda *args, start: sound(*args, start=start + 5))
-    assert not verify_fixes.label_shift_of_architecture(setup).passed
+    assert not verification.label_shift_of_architecture(setup).passed

@@ -16,8 +16,9 @@ import torch
 from tests.gloo import launch
 from tests.toy import StopAfter, ToyModule, digest, toy_config, train
 from utils.logs.records import read_metrics
+from utils.machine.launcher import rank
 from utils.parallel.accelerator import build_accelerator
-from utils.parallel.processes import on_main_process, rank
+from utils.parallel.processes import on_main_process
 from utils.training.checkpoints import CheckpointStore
 from utils.training.red_flags import RedFlags
 

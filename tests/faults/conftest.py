@@ -88,7 +88,7 @@ def make_place(folder: Path, key_value_heads: int = 2, dropout: float = 0.1) -> 
             "mixed_precision": "no",
             "save_every": 4,
         },
-        "evaluation": {"every": 15, "max_windows": 8, "samples": 1, "new_tokens": 4},
+        "evaluation": {"every": 15, "max_windows": 8, "samples": 1, "new_tokens": 4, "generation": 2},
         "logging": {"every": 1},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import train
 from models.text.vocabulary import VocabularyMap
 from tests.models.text.test_alignment import STRINGS, TOYS, check_pair
-from utils.config import command_line
+from utils.config.arguments import SHORT_FLAGS
 from utils.config.plain import to_plain
 from utils.config.settings import DataConfig
 from utils.data.documents import load_documents
@@ -83,7 +83,11 @@ def check_words(words):
     understood_or_refused(lambda: train.configure(["--config", "quickstart", *words]))
 
 
-FLAGS = [flag for flags in command_line.FLAGS.values() for flag, *_ in flags] + [
+FLAGS = [
+    *SHORT_FLAGS,
+    "--data.deduplicate",
+    "--curriculum.kd",
+    "--training.betas",
     "--set",
     "--config",
     "--no-resume",

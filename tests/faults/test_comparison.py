@@ -41,6 +41,8 @@ def test_student_and_report_are_there_before_it_and_the_same_command_adds_it(pla
     assert "this run is already finished (2 of 2 steps)" in " ".join(capsys.readouterr().out.split())
     report = report_of(output)
     assert report["baseline"]["bits_per_byte"] > 0 and list(report["samples"][0])[-1] == "baseline"
+    assert report["generation"].keys() == {"teacher", "initial_student", "student", "baseline"}
+    assert all(written["teacher_bits_per_byte"] > 0 for written in report["generation"].values())
 
 
 def test_after_another_number_of_steps_it_is_dropped(place, output, capsys, monkeypatch):

@@ -5,6 +5,7 @@ on one machine without network and GPU is in `PARSED_ONLY`, with what it needs, 
 """
 
 import importlib
+import io
 import json
 import re
 import shlex
@@ -19,6 +20,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import run_config
 import train
 from benchmarks import memory_forecast
 from tests.faults.conftest import Place, documents, write_jsonl
@@ -30,9 +32,14 @@ from utils.logs.records import read_metrics
 from utils.report import report
 
 ROOT = Path(__file__).resolve().parents[2]
-TEXT = {page.name: prose.replace("\\\n", " ").replace("\\|", "|") for page, prose in PROSE.items()}
+REFERENCE = "settings.md"
+"""Page made of the settings, where a flag stands for a name and not for a command."""
+TEXT = {
+    page.name: prose.replace("\\\n", " ").replace("\\|", "|") for page, prose in PROSE.items() if page.name != REFERENCE
+}
 LINE = re.compile(r"((?:python|accelerate launch|torchrun)(?: [^`\n]*?)?) ?train\.py((?: [^`\n#]+)?)")
-QUOTED_FLAG = re.compile(r"`(--[a-z-]+(?: [^`\n]+)?)`")
+QUOTED_FLAG = re.compile(r"`(--[a-z.-]+(?: [^`\n]+)?)`")
+TRAINS_NOTHING = ("--help", "--compare", "--print-", "chat")
 PARSED_ONLY = {
     "accelerate launch": "several GPUs",
     "torchrun": "several processes; test_processes.py starts it in this way",
@@ -43,6 +50,7 @@ PARSED_ONLY = {
     "--eval-tasks": "data sets from the network; local tasks are run in test_taking_away.py",
     "--push-to-hub": "the network; a hub that answers is in test_hub.py",
     "--track tensorboard wandb": "an account; TensorBoard alone is run in test_tracking.py",
+    ".gguf": "a model of that format; test_gguf_files.py reads one",
     "--resume /kaggle": "a checkpoint on Kaggle; test_notebook.py continues from one in such a folder",
 }
 """What a command has in it -> what it needs that is not here."""
@@ -55,8 +63,9 @@ ASKS_FOR = {
     "--set data.learn_from": "--train-data CONVERSATIONS",
 }
 """Flag -> without which it is refused or does nothing; added where it is quoted alone."""
-PLACEHOLDERS = ("NAME", "PATH", "dotted.key=value")
+PLACEHOLDERS = ("NAME", "PATH", "KEY=VALUE")
 SMALL = ["--max-steps", "2", "--set", "evaluation.max_windows=4", "evaluation.samples=1", "evaluation.new_tokens=4"]
+SMALL += ["evaluation.generation=2"]
 
 
 def alternatives(words: str) -> list[str]:
@@ -73,7 +82,7 @@ def either(words: str) -> list[str]:
 def commands() -> list[tuple[str, str, str]]:
     """(page, what starts it, arguments) of every line, once; a quoted flag with its value takes the place of a line."""
     found = [(page, starter.strip(), words) for page, text in TEXT.items() for starter, words in LINE.findall(text)]
-    takes = {o: action.nargs != 0 for action in command_line.parser()._actions for o in action.option_strings}
+    takes = {o: action.nargs not in (0, "?") for action in run_config.parser()._actions for o in action.option_strings}
     for page, text in TEXT.items():
         for flag in QUOTED_FLAG.findall(text):
             name, *values = flag.split()
@@ -84,7 +93,7 @@ def commands() -> list[tuple[str, str, str]]:
 
 
 COMMANDS = commands()
-TRAINING = [c for c in COMMANDS if not c[2].startswith(("--help", "--compare"))]
+TRAINING = [c for c in COMMANDS if not any(word.startswith(TRAINS_NOTHING) for word in c[2].split())]
 RUN = [c for c in TRAINING if not any(part in f"{c[1]} {c[2]}" for part in PARSED_ONLY)]
 
 
@@ -128,6 +137,7 @@ class Toys:
             r"(--cache-teacher) DIR": folder / "cache",
             r"(--max-hours) H": 1,
             r"(--teacher-device) cuda:1": "cpu",
+            r"(--student-init) layers:\d+": "layers:1",
         }.items():
             words = re.sub(name, rf"\1 {toy}", words)
         words = re.sub(r"^\.\.\.(?= |$)", " ".join(f"{flag} {value}" for flag, value in line.items()), words)
@@ -204,6 +214,16 @@ def test_runs_are_compared(at_toy_size, tmp_path, capsys):
         assert train.main([*at_toy_size.arguments("...", tmp_path), "--output-dir", folder]) == 0
     assert train.main(words.split()) == 0
     assert (tmp_path / "comparison.png").is_file()
+
+
+def test_a_chat_answers_the_lines_of_a_pipe(at_toy_size, tmp_path, capsys, monkeypatch):
+    (words,) = (words for _, _, words in COMMANDS if words.startswith("chat runs/quickstart"))
+    assert train.main([*at_toy_size.arguments("...", tmp_path), "--output-dir", words.split()[1]]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time\n"))
+    assert train.main([*words.split(), "--new-tokens", "4"]) == 0
+    shown = capsys.readouterr().out
+    assert "Student: " in shown and "Teacher: " in shown
 
 
 def test_help_is_printed(capsys):

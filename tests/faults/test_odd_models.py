@@ -8,6 +8,7 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train
+import verification
 import verify_fixes
 from utils.evaluation import exported
 from utils.forecast import step_memory
@@ -109,7 +110,7 @@ def test_such_a_teacher_teaches(architecture, run, place, tmp_path):
 
 
 def test_the_checklist_says_that_there_is_no_forecast_and_goes_on(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(verify_fixes, "TINY", ())
+    monkeypatch.setattr(verification, "TINY", ())
     student = made(place, tmp_path / "student", "Mamba", **ARCHITECTURES["Mamba"])
     words = place.arguments(tmp_path / "run", "--student", str(student), "--student-init", "pretrained")
     code = verify_fixes.main(words)

@@ -13,8 +13,10 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
+import run_config
 import train
-import verify_fixes
+import verification
+from distil import method_of
 from tests.faults.conftest import documents, write_jsonl
 from tests.faults.test_documented_commands import ASKS_FOR, TRAINING
 from tests.pretended import MACHINES, pretend
@@ -74,7 +76,7 @@ def test_every_documented_command_reads_the_text_it_names_and_nothing_else(machi
             words = ["--config", recipe, *words]
 
         config = train.configure(words)[0]
-        asked_for = command_line.parse(words).given()
+        asked_for = run_config.parse(words).nested()
         assert config.data.train == get_dotted(asked_for, "data.train"), documented
         for key, default in TEXT_DEFAULTS.items():
             expected = get_dotted(asked_for, key, default)
@@ -110,7 +112,7 @@ def test_models_of_ones_own_take_no_recipe_on_any_machine(machine):
     assert (config.teacher.name, config.student.name) == ("my/teacher", "my/student")
     assert note.startswith("no recipe") and config.output_dir == "runs/train"
     for words in (["--set", "teacher.name=a", "student.name=b", "data.train=[c]"], ["--set", "student={name: b}"]):
-        assert command_line._default_recipe(command_line.parse(words).given())[0] is None
+        assert command_line._default_recipe(train.RunConfig, run_config.parse(words).nested())[0] is None
 
 
 # ---------------------------------------------------------------------------------- what falls, and how it is told
@@ -264,7 +266,7 @@ def own_text_command() -> list[str]:
 
 def prepared(words: list[str]) -> Job:
     config, _ = train.configure(words)
-    return prepare(config, config.method, build_accelerator("no", cpu=True))
+    return prepare(config, method_of(config), build_accelerator("no", cpu=True))
 
 
 def documents_in(windows: datasets.Dataset) -> set[str]:
@@ -301,7 +303,7 @@ def test_a_recipe_under_a_text_of_ones_own_reads_that_text(machine, home):
 
 
 def test_the_checklist_checks_the_text_that_the_same_flags_train_on(machine, home):
-    _, job = verify_fixes.own_setup(train.configure([*own_text_command(), "--eval-data", "held_out.jsonl"])[0])
+    _, job = verification.own_setup(train.configure([*own_text_command(), "--eval-data", "held_out.jsonl"])[0])
     check = setup.documents(job)
     assert check.passed and not check.doubtful
     assert "training: 90 documents" in check.value and "held-out: 20 documents" in check.value
@@ -311,5 +313,5 @@ def test_rows_joined_into_one_document_are_found_by_run_and_checklist(home, capl
     joined = ["--eval-data", "held_out.jsonl", "--max-length", "64", "--set", "data.document_start=^ = [^=]"]
     job = prepared([*own_text_command(), *joined])
     assert "[RED FLAG] training text: 1 documents; the longest holds 100% of the text" in caplog.text
-    check = verify_fixes.DOCUMENTS.check({"job": job})
+    check = verification.DOCUMENTS.check({"job": job})
     assert check.passed and check.doubtful and "--document-separator" in check.hint

@@ -58,6 +58,8 @@ def test_a_run_ends_as_under_the_same_teacher_in_this_process(place, tmp_path, e
     assert same_report["teacher"]["tokens"] == report["teacher"]["tokens"]
     assert same_report["student"] == report["student"]
     assert [sample["teacher"] for sample in same_report["samples"]] == [None, None]
+    assert same_report["generation"]["teacher"] is None
+    assert "teacher_bits_per_byte" not in same_report["generation"]["student"]
 
 
 def test_it_resumes_and_refuses_another_teacher(place, tmp_path, elsewhere, capsys):

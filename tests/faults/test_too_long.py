@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 import train
+from distil import method_of
 from models import distillation
 from tests.faults.conftest import Place, documents
 from utils.errors import UserError
@@ -38,7 +39,7 @@ def long_text(size: int) -> str:
 def prepare(place: Place, output: Path, *words: object, window: int = WINDOW) -> Job:
     asked = place.arguments(output, *map(str, words), "--max-length", str(window))
     config, _ = train.configure(asked)
-    return prepare_job(config, config.method, build_accelerator("no", cpu=True))
+    return prepare_job(config, method_of(config), build_accelerator("no", cpu=True))
 
 
 SIZES = [400, 350, 130, 300, 380, 420, 360, 330]

@@ -216,6 +216,26 @@ def test_comparison_of_equal_models_is_perfect_and_of_others_is_not(pair):
     assert other["agree"] < 0.5 * other["count"] and other["kl_sum"] > 0.1 * other["count"]
 
 
+def test_differences_are_the_positions_of_the_largest_divergence_one_of_a_window(pair):
+    batch = pair.batch()
+    framework = pair.framework(ALL)
+    rows = framework.differences(batch, most=len(batch.labels))
+    total = framework.compare(batch)["kl_sum"]
+    assert 0 < len(rows) <= len(batch.labels) and len({row.window for row in rows}) == len(rows)
+    assert [row.kl for row in rows] == sorted((row.kl for row in rows), reverse=True)
+    assert 0 < rows[0].kl <= total
+    assert framework.differences(batch, most=1) == rows[:1]
+
+    # The student's guesses are those of its own logits at that position.
+    with torch.no_grad():
+        logits = pair.student(input_ids=batch.student_ids, attention_mask=batch.student_mask).logits
+    for row in rows:
+        probabilities = logits[row.window, row.position].softmax(0)
+        assert row.student[0] == (int(probabilities.argmax()), pytest.approx(float(probabilities.max()), abs=1e-5))
+        assert [probability for _, probability in row.teacher] == sorted(dict(row.teacher).values(), reverse=True)
+        assert len(row.student) == 3 and sum(dict(row.teacher).values()) <= 1.0001
+
+
 def test_teacher_on_the_same_batch_object_leaves_it_alone(pair):
     batch = pair.batch()
     before = copy.deepcopy(batch)

@@ -1,8 +1,12 @@
 """Settings: their defaults, the files and flags that change them, and the mistakes made in these.
 
 - `settings`: the sections of a run as frozen dataclasses, with every default.
-- `command_line`: the flags of train.py, and `configure`, which makes a configuration of them and a recipe.
+- `schema`: the settings as data: a table of all keys, and a JSON schema for editors, made of the dataclasses.
+- `arguments`: the words of a command line; every setting is a flag.
+- `command_line`: `configure`, which makes a configuration of a recipe and these words.
+- `short_forms`: `teacher: PATH` and other forms that can mean one thing only.
 - `yaml_files`: recipes and the config.yaml of a run; dotted keys.
+- `reference`: the page docs/settings.md.
 - `build`: the function of this name makes a dataclass of nested plain values, with every mistake in one message.
 - `validation`: the base of the dataclasses, which checks what a program hands in.
 - `error_messages`: pydantic's errors in the words of somebody who wrote YAML or flags.
@@ -13,8 +17,8 @@
 - `plain`: dataclasses as what YAML and JSON can hold, nested or by dotted key.
 - `quickstart_names`: names that stand for the models and the text of the first run.
 
-Nothing here loads torch before a default recipe has to be chosen. `build` and `contradictions` are imported from their
-modules: a function of the same name here would hide the module.
+Nothing here loads torch before a default recipe has to be chosen on a machine that may have a GPU. `build` and
+`contradictions` are imported from their modules: a function of the same name here would hide the module.
 """
 
 from .command_line import configure

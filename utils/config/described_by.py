@@ -20,8 +20,8 @@ DESCRIBED_BY = {
         "data.max_documents",
         "data.train_only",
     ),
-    "teacher.name": ("teacher.allow_pickle",),
-    "student.name": ("student.allow_pickle", "student.lora.targets"),
+    "teacher.name": ("teacher.tokenizer", "teacher.allow_pickle"),
+    "student.name": ("student.tokenizer", "student.allow_pickle", "student.lora.targets"),
 }
 """Setting that names a text or a model -> settings that say how that one is read. They go with it: where a command line
 replaces the name that a recipe has, they are no longer those of the recipe. The way of learning stays: from random
@@ -94,14 +94,10 @@ def limit_to_training_text(recipe: dict[str, Any], overrides: dict[str, Any]) ->
 
 
 def _is_replaced(before: Any, now: Any) -> bool:
-    """Return whether the name of a text or a model is another one now; one text may stand without its list."""
+    """Return whether the name of a text or a model is another one now."""
     if now is None:
         return False
-    return _as_list(before) != _as_list(now)
-
-
-def _as_list(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
+    return before != now
 
 
 def _has(values: dict[str, Any], key: str) -> bool:

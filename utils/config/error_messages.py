@@ -1,8 +1,8 @@
 """Messages for wrong settings: pydantic's errors in the words of somebody who wrote YAML or flags."""
 
 import difflib
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -12,27 +12,42 @@ LONGEST_VALUE = 80
 """Characters of a wrong value that are quoted."""
 
 
-def describe(error: ValidationError, values: Any) -> list[str]:
-    """Return one line for each wrong value.
+class Mistake(NamedTuple):
+    """A mistake in the settings."""
+
+    path: str
+    """Dotted; empty: in the whole, as where two sections contradict each other."""
+
+    message: str
+    """What is wrong with the value."""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+def describe(error: ValidationError, values: Any, keys: Sequence[str] = ()) -> list[Mistake]:
+    """Return every mistake that a validation names.
 
     Of a union's branches only those are named that the value could have meant.
 
     Args:
         values: what was validated; it tells keys from pydantic's names of union branches.
+        keys: every dotted key that there is, for hints at the nearest one.
     """
     items_by_path: dict[str, list[dict]] = {}
     for item in error.errors(include_url=False):
-        path = dotted(item["loc"], values)
+        path = ".".join(map(str, key_path(item["loc"], values)))
         items_by_path.setdefault(path, []).append(item)
 
-    lines = []
+    mistakes = []
     for path, items in items_by_path.items():
         # A ramp with mistakes inside was also tried as a number, and the mistakes inside say more.
         has_inner_mistakes = any(other.startswith(f"{path}.") for other in items_by_path)
-        if not has_inner_mistakes:
-            message = _describe_value(items)
-            lines.append(f"{path}: {message}" if path else message)
-    return lines
+        if items[0]["type"] in ("unexpected_keyword_argument", "invalid_key"):
+            mistakes.append(Mistake(path, f"unknown key (got {shown(items[0]['input'])}){_nearest_key(path, keys)}"))
+        elif not has_inner_mistakes:
+            mistakes.append(Mistake(path, _describe_value(items)))
+    return mistakes
 
 
 def _describe_value(items: list[dict]) -> str:
@@ -77,14 +92,14 @@ def _expectation(item: dict) -> str:
     return item["msg"].removeprefix("Input should be ").split(", unable")[0]
 
 
-def dotted(location: tuple, values: Any) -> str:
-    """Return the dotted path of an error, without pydantic's names of union branches, which are no keys of `values`.
+def key_path(location: tuple, values: Any) -> list[Any]:
+    """Return the keys and positions that lead to an error, without pydantic's names of union branches.
 
     Args:
-        location: pydantic's path: keys, positions in lists and names of branches.
+        location: pydantic's path: keys, positions in lists and names of branches, which are no keys of `values`.
         values: what was validated.
     """
-    parts = []
+    path = []
     inner = values
     for part in location:
         is_present_key = isinstance(inner, dict) and part in inner
@@ -93,11 +108,11 @@ def dotted(location: tuple, values: Any) -> str:
         if is_branch:
             continue
 
-        parts.append(str(part))
+        path.append(part)
         is_position = isinstance(inner, list | tuple) and isinstance(part, int) and part < len(inner)
         if is_present_key or is_position:
             inner = inner[part]
-    return ".".join(parts)
+    return path
 
 
 def _is_key(part: str) -> bool:
@@ -111,18 +126,28 @@ def shown(value: Any) -> str:
     return shorten(repr(value), LONGEST_VALUE)
 
 
-def did_you_mean(word: str, candidates: Iterable[Any], prefix: str = "") -> str:
-    """Return the end of a message about an unknown word: the nearest known one.
+def did_you_mean(word: str, candidates: Iterable[str], prefix: str = "") -> str:
+    """Return the end of a message about an unknown word: the nearest known one, or nothing.
 
     Args:
-        prefix: dotted path, with its dot, of the section that the candidates are keys of. With it, and nothing near,
-            the candidates are listed.
+        prefix: dotted path, with its dot, of the section that the candidates are keys of.
     """
-    names = [str(candidate) for candidate in candidates]
-    nearest = difflib.get_close_matches(word, names, n=1, cutoff=0.6)
+    nearest = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{nearest[0]}?" if nearest else ""
 
-    if nearest:
-        return f"; did you mean {prefix}{nearest[0]}?"
-    if prefix:
-        return f"; known here: {', '.join(names)}"
-    return ""
+
+def _nearest_key(path: str, keys: Sequence[str]) -> str:
+    """Return the end of a message about an unknown key: one like it beside it, else one of that name elsewhere."""
+    parent, dot, word = path.rpartition(".")
+    prefix = parent + dot
+    siblings = [key.removeprefix(prefix) for key in keys if key.rpartition(".")[0] == parent]
+
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == word]
+    if not elsewhere:
+        elsewhere = [key for key in keys if difflib.get_close_matches(word, [key.rpartition(".")[2]], cutoff=0.8)]
+
+    if hint := did_you_mean(word, siblings, prefix):
+        return hint
+    if elsewhere:
+        return f"; did you mean {' or '.join(elsewhere[:3])}?"
+    return f"; known here: {', '.join(siblings)}" if siblings else ""

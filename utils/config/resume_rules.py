@@ -30,6 +30,7 @@ FREE_TO_CHANGE = {
     "evaluation.samples",
     "evaluation.prompt_tokens",
     "evaluation.new_tokens",
+    "evaluation.generation",
     "evaluation.without_teacher",
     "evaluation.tasks",
     "evaluation.tasks_path",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AfterValidator, InstanceOf
+from pydantic import AfterValidator, InstanceOf, WithJsonSchema
 
 from .validation import Validated
 
@@ -29,7 +29,12 @@ def _check_init(init: str) -> str:
     return init
 
 
-Init = Annotated[str, AfterValidator(_check_init)]
+_INIT_FORMS = [
+    {"type": "string", "enum": ["pretrained", "random"]},
+    {"type": "string", "pattern": "^layers:[1-9][0-9]*$", "examples": ["layers:10"]},
+]
+
+Init = Annotated[str, AfterValidator(_check_init), WithJsonSchema({"anyOf": _INIT_FORMS})]
 """Beginning of a student: pretrained, random or layers:K."""
 
 
@@ -51,9 +56,6 @@ class ModelConfig(Validated):
     name: Name | None = None
     """Hub id, local folder or GGUF file; null trains without a teacher (kd and span must then weigh 0)."""
 
-    tokenizer: Name | None = None
-    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
-
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
     need an NVIDIA GPU and bitsandbytes."""
@@ -69,6 +71,9 @@ class ModelConfig(Validated):
     """Token that plain text starts with, such as `<|endoftext|>`; null: the start of text that the tokenizer itself
     puts there, else the token that separates texts. The log tells which, and how likely the model finds a text behind
     it."""
+
+    tokenizer: Name | None = None
+    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +109,6 @@ class StudentConfig(Validated):
     name: Name | None = None
     """Hub id, local folder or GGUF file."""
 
-    tokenizer: Name | None = None
-    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
-
     init: Init = "pretrained"
     """random: only config.json and the tokenizer are taken from `name`; weights are drawn from the seed. layers:K, such
     as layers:10: K layers of `name`, those that change the training text most on its way through it, with its
@@ -116,10 +118,13 @@ class StudentConfig(Validated):
     """An adapter in place of the weights."""
 
     allow_pickle: bool = False
-    """Also take weights that are only there as pickle files; see `ModelConfig`."""
+    """Also take weights that are only there as pickle files; see `teacher.allow_pickle`."""
 
     text_start: str | None = None
-    """Token that plain text starts with; see `ModelConfig`."""
+    """Token that plain text starts with; see `teacher.text_start`."""
+
+    tokenizer: Name | None = None
+    """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
 
     @property
     def layers(self) -> int | None:
@@ -133,14 +138,14 @@ class DataConfig(Validated):
     """Text to learn from and text to measure on."""
 
     train: list[Name] = field(default_factory=list)
-    """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv) or folders of those."""
+    """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv, also .gz and .zst) or folders."""
 
     eval: Name | None = None
     """Text to measure on; null: a share of the training documents is held out."""
 
     text_column: str | None = None
-    """Column that holds plain text in tabular sources; null: messages, prompt and completion, or `text`, whichever of
-    these columns are there, in this order."""
+    """Column that holds plain text in tabular sources; null: messages, conversations, prompt and completion,
+    instruction and output, or `text`, whichever of these columns are there, in this order."""
 
     messages_column: str = "messages"
     """Column of conversations: lists of messages with `role` and `content`."""
@@ -264,6 +269,10 @@ class EvaluationConfig(Validated):
 
     new_tokens: Annotated[int, Gt(0)] = 48
     """Length of the continuations, in tokens of the model that writes them."""
+
+    generation: Annotated[int, Ge(0)] = 16
+    """Texts that each model writes from such prompts, sampled at temperature 1, for the figures of written text in the
+    report; 0: none."""
 
     without_teacher: bool = False
     """Also train the same student, on the same batches for the same steps, without the teacher, and compare."""

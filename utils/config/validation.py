@@ -20,7 +20,7 @@ class Validated:
         ValueError: with every wrong field.
     """
 
-    __pydantic_config__ = ConfigDict(allow_inf_nan=False)
+    __pydantic_config__ = ConfigDict(allow_inf_nan=False, extra="forbid")
     """For `config.build`, which makes an instance from plain values."""
 
     def __post_init__(self) -> None:
@@ -28,7 +28,7 @@ class Validated:
         try:
             _fields_of(kind).model_validate(vars(self))  # type: ignore[arg-type]
         except ValidationError as error:
-            problems = "; ".join(describe(error, vars(self)))
+            problems = "; ".join(map(str, describe(error, vars(self))))
             raise ValueError(f"{kind.__name__}: {problems}") from None
 
 

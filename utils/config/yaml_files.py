@@ -106,29 +106,52 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def set_dotted(values: dict[str, Any], assignment: str) -> None:
-    """Apply `a.b=value` to nested dicts in place; the value is parsed as YAML.
+def read_assignment(text: str) -> tuple[str, Any]:
+    """Return the dotted key and the value of `a.b=value`; the value is read as YAML.
 
     Raises:
-        UserError: no `=`, an empty key, a value that is not YAML, or a path through something that has no keys.
+        UserError: no `=`, an empty key, or a value that is not YAML.
     """
-    key, equals, text = assignment.partition("=")
+    key, equals, value = text.partition("=")
     # keys are written like flags too: training.batch-size
-    parts = key.strip().replace("-", "_").split(".")
-    if not equals or not all(parts):
-        raise UserError(f"--set {assignment}: expected dotted.key=value, such as --set curriculum.kd.weight=0")
+    key = key.strip().replace("-", "_")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"--set {text}: expected dotted.key=value, such as --set curriculum.kd.weight=0")
+    return key, read_value(f"--set {text}", value)
 
+
+def read_value(origin: str, text: str) -> Any:
+    """Return a value that is written as YAML.
+
+    Args:
+        origin: the words of the command line that it is from, for the message.
+
+    Raises:
+        UserError: not YAML.
+    """
     try:
-        value = yaml.load(text, _Loader)
+        return yaml.load(text, _Loader)
     except NOT_YAML as error:
-        raise UserError(f"--set {assignment}: the value cannot be read as YAML.\n  {error}") from error
+        raise UserError(f"{origin}: the value cannot be read as YAML.\n  {error}") from error
 
-    *sections, last = parts
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """Return settings as YAML, in the order that they have."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+
+
+def set_dotted(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set `a.b` in nested dicts, in place.
+
+    Raises:
+        UserError: something on the way has no keys.
+    """
+    *sections, last = key.split(".")
     inner = values
-    for depth, part in enumerate(sections, start=1):
-        inner = inner.setdefault(part, {})
+    for depth, section in enumerate(sections, start=1):
+        inner = inner.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise UserError(f"--set {assignment}: {'.'.join(parts[:depth])} is {inner!r} and has no keys")
+            raise UserError(f"{key}: {'.'.join(sections[:depth])} is {inner!r} and has no keys")
     inner[last] = value
 
 

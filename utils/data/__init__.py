@@ -10,7 +10,7 @@ In the order in which text passes through them:
 - `batch_order`: which windows a process works on in which step
 - `loader`: windows in that order -> collated batches
 - `delivery`: a count of what a loader yields
-- `python_docs`: text that ships with Python, for the first run
+- `stories`: text of the first run, put together from sentences written for it
 """
 
 from .batch_order import BatchGeometry, permutation, step_batches

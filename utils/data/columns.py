@@ -1,5 +1,7 @@
 """Contents of a table's rows: plain text, a prompt and its completion, or a conversation.
 
+Conversations may be in the form of `messages`, of ShareGPT (`conversations`) or of Alpaca (`instruction`, `output`).
+
 `Columns` chooses the columns of a table that hold documents; `Conversation` checks the messages of a row and writes
 them as JSON. Nothing that would change what is learned is dropped in silence: it is refused, or noted as not read.
 """
@@ -17,8 +19,27 @@ UNSUPPORTED_BESIDE = ("tools", "functions", "chat_template_kwargs")
 """Columns that change what a conversation means, and that nothing here honours."""
 SYSTEM = "system"
 """Column of a system message, beside the messages or the prompt; also the role of such a message."""
+SHAREGPT = "conversations"
+"""Column of ShareGPT's format: lists of messages with `from` and `value`."""
+SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "bard": "assistant",
+    "system": "system",
+}
+"""Speakers of ShareGPT's format, and the roles that they are."""
+
+INSTRUCTION = "instruction"
+"""Column of Alpaca's format that is the prompt."""
+OUTPUT = "output"
+"""Column of Alpaca's format that is the completion."""
 INPUT = "input"
-"""Column of Alpaca's format: a part of what is asked, beside a prompt."""
+"""Column of Alpaca's format: what the instruction is about; empty where it says all itself."""
+HISTORY = "history"
+"""Column of Alpaca's format with earlier turns, which is not supported."""
 TOOL_CALLS = ("tool_calls", "function_call")
 """Keys of a message that calls tools, which is not supported."""
 
@@ -131,7 +152,7 @@ class Conversation(NamedTuple):
         Raises:
             UserError: one of them holds something.
         """
-        for column in UNSUPPORTED_BESIDE:
+        for column in (*UNSUPPORTED_BESIDE, HISTORY):
             # Tables write an empty list of tools in all these ways.
             if self.beside.get(column) not in (None, [], {}, "", "[]", "{}"):
                 raise UserError(
@@ -198,7 +219,10 @@ def _message(place: str, message: Any, unread: Unread | None) -> dict[str, Any]:
     Raises:
         UserError: it has no role and text, or holds more that would change what it means.
     """
+    if _is_sharegpt(message):
+        message = _renamed(place, message)
     _require_role_and_content(place, message)
+
     for key in TOOL_CALLS:
         if message.get(key):
             raise UserError(f"{place}: it calls tools ({key!r}), which is not supported. Leave such conversations out.")
@@ -237,7 +261,32 @@ def _require_role_and_content(place: str, message: Any) -> None:
         got = f"the keys {', '.join(map(str, message))}"
     else:
         return
-    raise UserError(f"{place}: expected an object with 'role' and 'content', got {got}.{_sharegpt_hint(message)}")
+    raise UserError(f"{place}: expected an object with 'role' and 'content' (or 'from' and 'value'), got {got}.")
+
+
+def _is_sharegpt(message: Any) -> bool:
+    """Return whether a message is in ShareGPT's form. A table may have both forms of keys, one of them empty."""
+    if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
+        return False
+    return message.get("role") is None and message.get("content") is None
+
+
+def _renamed(place: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a message of ShareGPT's form with `role` and `content`.
+
+    Raises:
+        UserError: nobody knows who speaks.
+    """
+    speaker = message["from"]
+    role = SHAREGPT_ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise UserError(
+            f"{place}: expected {', '.join(SHAREGPT_ROLES)} as its 'from', got {speaker!r}. Rename it to one of these, "
+            "or leave such conversations out; tools are not supported."
+        )
+
+    others = {key: value for key, value in message.items() if key not in ("from", "value", "role", "content")}
+    return {"role": role, "content": message["value"], **others}
 
 
 def _joined_parts(place: str, content: Any) -> Any:
@@ -261,7 +310,8 @@ def _joined_parts(place: str, content: Any) -> Any:
 
         if not isinstance(text, str):
             raise UserError(
-                f"{place}: its content holds a part that is no text ({kind}). Leave such conversations out."
+                f"{place}: its content holds a part that is no text ({kind}), which no model here reads. Leave such "
+                "conversations out, or the part, if the answers do not depend on it."
             )
         texts.append(text)
     return "".join(texts)
@@ -312,13 +362,6 @@ def _is_learned(place: str, message: Mapping[str, Any]) -> bool:
     return learned
 
 
-def _sharegpt_hint(message: Any) -> str:
-    """Return advice about a message in the format of ShareGPT; empty where it is none."""
-    if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
-        return ""
-    return " Rename 'from' and 'value' to these, and what 'from' says (human, gpt) to user and assistant."
-
-
 def _as_messages(role: str, value: Any) -> list[Any]:
     """Return a prompt or a completion as messages: those that it is a list of, or one of this role."""
     # A list of anything else is one content, in parts.
@@ -326,6 +369,18 @@ def _as_messages(role: str, value: Any) -> list[Any]:
     if is_list and all(isinstance(item, dict) and "role" in item for item in value):
         return value
     return [{"role": role, "content": value}]
+
+
+def _instruction(place: str, instruction: Any, subject: Any) -> Any:
+    """Return the prompt of a row in Alpaca's form: the instruction, and behind a blank line what it is about.
+
+    Raises:
+        UserError: there is a subject, and one of both is no text.
+    """
+    if subject is None or subject == "":
+        return instruction
+    parts = [as_text(f"{place}, column {INSTRUCTION!r}", instruction), as_text(f"{place}, column {INPUT!r}", subject)]
+    return "\n\n".join(part for part in parts if part.strip())
 
 
 def text_of_messages(conversation: str) -> str:
@@ -344,7 +399,7 @@ class Columns:
     """Names of the columns that may hold a document.
 
     The first of these that a table has is read: the named `text`, and nothing else where it is named; else `messages`;
-    else `prompt` and `completion`; else a column `text`.
+    else `conversations`; else `prompt` and `completion`; else `instruction` and `output`; else a column `text`.
     """
 
     text: str | None = None
@@ -368,8 +423,9 @@ class Columns:
             choices = [[self.text]]
             expected = f"{self.text!r}"
         else:
-            choices = [[self.messages], [self.prompt, self.completion], ["text"]]
-            expected = f"'text', {self.messages!r}, or {self.prompt!r} and {self.completion!r}"
+            choices = [*([column] for column in self._lists_of_messages), *self._pairs, ["text"]]
+            pairs = ", or ".join(f"{prompt!r} and {completion!r}" for prompt, completion in self._pairs)
+            expected = f"'text', {', '.join(map(repr, self._lists_of_messages))}, or {pairs}"
 
         for choice in choices:
             if set(choice) <= set(names):
@@ -393,8 +449,8 @@ class Columns:
         checked: list[str] = []
         if self._is_conversation(columns):
             beside = [SYSTEM, *UNSUPPORTED_BESIDE]
-            if self.prompt in columns:
-                beside.append(INPUT)
+            if len(columns) == 2:
+                beside += [INPUT, HISTORY]
             columns += [name for name in beside if name in names and name not in columns]
 
             # Read to be refused where they say that a row is not learned, and named among the unread otherwise.
@@ -403,16 +459,20 @@ class Columns:
         self.unread.columns.update(str(name) for name in names if name not in columns)
         return [*columns, *checked]
 
-    def document(self, names: Sequence[str], values: Sequence[Any]) -> Any:
+    def document(self, place: str, names: Sequence[str], values: Sequence[Any]) -> Any:
         """Return the document of a row: a text, a `Conversation`, or None for an empty one.
 
         Args:
+            place: of the row, for messages.
             names: of the columns that `columns_to_read` chose.
             values: of the row in these columns.
+
+        Raises:
+            UserError: a part of a prompt is no text.
         """
         row = dict(zip(names, values, strict=True))
         # A prompt without its completion, or the other way round, teaches nothing.
-        columns = self.document_columns("", names)
+        columns = self.document_columns(place, names)
         if any(row[name] is None for name in columns):
             return None
         if not self._is_conversation(columns):
@@ -420,11 +480,27 @@ class Columns:
 
         beside = {name: value for name, value in row.items() if name not in columns}
         if len(columns) == 1:
-            return Conversation(row[self.messages], beside)
+            return Conversation(row[columns[0]], beside)
 
-        prompt = _as_messages("user", row[self.prompt])
-        completion = _as_messages("assistant", row[self.completion])
+        question, answer = (row[name] for name in columns)
+        if columns[0] == INSTRUCTION:
+            question = _instruction(place, question, beside.pop(INPUT, None))
+        prompt = _as_messages("user", question)
+        completion = _as_messages("assistant", answer)
         return Conversation([*prompt, *completion], beside, prompted=len(prompt))
 
     def _is_conversation(self, columns: Sequence[str]) -> bool:
-        return not self.text and (self.messages in columns or self.completion in columns)
+        if self.text:
+            return False
+        return len(columns) == 2 or columns[0] in self._lists_of_messages
+
+    @property
+    def _lists_of_messages(self) -> tuple[str, ...]:
+        """Columns that hold whole conversations, the preferred one first."""
+        return tuple(dict.fromkeys((self.messages, SHAREGPT)))
+
+    @property
+    def _pairs(self) -> list[list[str]]:
+        """Columns of a question and its answer, the preferred ones first."""
+        pairs = [[self.prompt, self.completion], [INSTRUCTION, OUTPUT]]
+        return pairs if pairs[0] != pairs[1] else pairs[:1]

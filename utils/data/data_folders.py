@@ -16,8 +16,14 @@ from ..errors import UserError
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".csv", ".arrow")
+TEXT_SUFFIXES = (".txt", ".jsonl", ".json", ".csv")
+"""Suffixes of files of lines, which may be compressed as a whole."""
+SUFFIXES = (*TEXT_SUFFIXES, ".parquet", ".arrow")
 """Suffixes of files that can be read."""
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+"""Suffixes of compressed files, and what pyarrow calls the compression."""
+READABLE = f"{', '.join(SUFFIXES)} ({', '.join(TEXT_SUFFIXES)} also with {' or '.join(COMPRESSIONS)} behind it)"
+"""Suffixes of files that can be read, for messages."""
 
 SPLIT_NAMES = {"validation": "validation|valid|val|eval|dev"}
 """Split -> other names of it, as a regular expression."""
@@ -67,6 +73,18 @@ MOST_NAMED = 8
 """Files that a message names."""
 
 
+def data_suffix(file: Path) -> str:
+    """Return the suffix that says what a file holds: `.jsonl` for texts.jsonl and for texts.jsonl.gz.
+
+    Other compressed files keep both: Parquet and Arrow compress inside, and nothing reads them packed once more.
+    """
+    suffix = file.suffix.lower()
+    if suffix not in COMPRESSIONS:
+        return suffix
+    inner = Path(file.stem).suffix.lower()
+    return inner if inner in TEXT_SUFFIXES else inner + suffix
+
+
 @dataclass
 class Contents:
     """The files of a folder, sorted by what becomes of them."""
@@ -94,9 +112,7 @@ def choose_files(folder: Path, split: str) -> list[Path]:
     # The error lists what is there in place of data.
     if not contents.data:
         inside = _named(folder, [*contents.unread, *contents.aside]) or "nothing"
-        raise UserError(
-            f"No data file in folder {folder}: expected one of {', '.join(SUFFIXES)}. In {folder} there is: {inside}."
-        )
+        raise UserError(f"No data file in folder {folder}: expected one of {READABLE}. In {folder} there is: {inside}.")
 
     # Data of both splits in one folder: training must not read what is evaluated on.
     files = sorted(contents.data)
@@ -112,7 +128,7 @@ def choose_files(folder: Path, split: str) -> list[Path]:
             "%s: not read, of another type or a link to nothing: %s. Read are %s; unpack or convert what is data",
             folder,
             _named(folder, contents.unread),
-            ", ".join(SUFFIXES),
+            READABLE,
         )
     return of_split or files
 
@@ -175,7 +191,7 @@ def _sort(folder: Path, contents: Contents, visited: set[Path]) -> None:
             contents.aside.append(path)
         elif path.is_dir():
             _sort(path, contents, visited)
-        elif path.is_file() and path.suffix.lower() in SUFFIXES:
+        elif path.is_file() and data_suffix(path) in SUFFIXES:
             contents.data.append(path)
         else:
             contents.unread.append(path)

@@ -21,7 +21,7 @@ import numpy as np
 from ..config.settings import DataConfig
 from ..errors import UserError
 from . import sources
-from .columns import Columns, Conversation, as_text, text_of_messages
+from .columns import INSTRUCTION, OUTPUT, SHAREGPT, Columns, Conversation, as_text, text_of_messages
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,13 @@ MOST_IN_LONG_DOCUMENTS = 0.01
 """Share of a text that may be in long documents without a warning: articles of an encyclopedia are as long, a few."""
 SHORT_DOCUMENT = 4
 """Windows up to which a document may be most of a text (of three notes, say) without a warning."""
+
+REPEATED_WORDS = 6
+"""Length of the sequences of words whose repeats are counted."""
+MOST_SEQUENCES = 200_000
+"""Sequences that are looked at."""
+MOST_REPEATS = 0.3
+"""Share of them that occur before in a text that does not repeat itself."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +133,7 @@ def _without(documents: Sequence[str], held_out: Sequence[str], evaluation_data:
 
 
 def _read(config: DataConfig, names: Sequence[str], *, split: str, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
-    """Yield (place, text) of every document, and log at the end which columns and keys were not read.
+    """Yield (place, text) of every document, and warn at the end of columns and keys not read.
 
     Args:
         places: of the first document of each kind, which are noted there.
@@ -142,7 +149,7 @@ def _read(config: DataConfig, names: Sequence[str], *, split: str, places: _Firs
     finally:  # also where `max_documents` ends the reading
         unread = str(columns.unread)
         if unread:
-            log.info("%s: %s", ", ".join(names), unread)
+            log.warning("%s: %s", ", ".join(names), unread)
 
 
 def _read_eval(config: DataConfig, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
@@ -188,7 +195,8 @@ def _require_one_kind(config: DataConfig, place: str, places: _FirstPlaces, *, i
     if conversation is not None and plain_text is not None:
         raise UserError(
             f"Conversations and plain text cannot be mixed: {conversation} is a conversation "
-            f"(columns {config.messages_column!r}, or {config.prompt_column!r} and {config.completion_column!r}), "
+            f"(columns {config.messages_column!r} or {SHAREGPT!r}, {config.prompt_column!r} and "
+            f"{config.completion_column!r}, or {INSTRUCTION!r} and {OUTPUT!r}), "
             f"{plain_text} is plain text. Give one kind, for training and for evaluation; to read a column as "
             "plain text, name it: --set data.text_column=NAME."
         )
@@ -394,7 +402,30 @@ def leakage(train: Iterable[str], held_out: Sequence[str]) -> float:
     return leaked / max(len(held_out), 1)
 
 
-# ---------------------------------------------------------------- sizes
+# ---------------------------------------------------------------- sizes and repeats
+
+
+def repeats_itself(texts: Iterable[str]) -> bool:
+    """Return whether a text was put together from a stock of sentences, as templates, forms and logs are.
+
+    In English prose at most 5 % of the sequences of six words occur before in the text, in reference manuals 12 %, in
+    the stories of the first run 60 %.
+    """
+    seen: set[int] = set()
+    sequences = 0
+    repeats = 0
+    for text in texts:
+        words = text.split()
+        for start in range(len(words) - REPEATED_WORDS + 1):
+            sequence = hash(tuple(words[start : start + REPEATED_WORDS]))
+            sequences += 1
+            repeats += sequence in seen
+            seen.add(sequence)
+
+        # The beginning of a long text tells enough.
+        if sequences > MOST_SEQUENCES:
+            break
+    return repeats > MOST_REPEATS * max(sequences, 1)
 
 
 def uncut_marker(texts: Iterable[str]) -> str:

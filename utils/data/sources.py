@@ -6,12 +6,13 @@ A source is a file, a glob, a folder, the name of a Kaggle input, or a hub id: `
 
 import csv
 import glob
+import io
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple, cast
 
 import datasets
 import pyarrow
@@ -21,7 +22,7 @@ from ..errors import UserError
 from ..git_lfs import is_lfs_pointer
 from ..paths import user_path
 from .columns import Columns
-from .data_folders import SUFFIXES, choose_files, without_caches
+from .data_folders import COMPRESSIONS, READABLE, SUFFIXES, choose_files, data_suffix, without_caches
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +138,7 @@ def _find(source: str, split: str) -> list[Path] | None:
         raise UserError(f"No file matches {source}. {_listing(path.parent)}")
 
     # A hub id has no suffix of a data file, and no sign of a path: the user meant a file.
-    if path.suffix.lower() in SUFFIXES or source.startswith((".", "/", "~")) or "\\" in source:
+    if data_suffix(path) in SUFFIXES or source.startswith((".", "/", "~")) or "\\" in source:
         raise UserError(f"No such file or folder: {source}. {_listing(path.parent)}")
     return None
 
@@ -209,7 +210,7 @@ def _read_hub(source: str, columns: Columns, split: str) -> Iterator[Located]:
         raise UserError(
             f"Data {source} is neither a local path nor could it be loaded from the Hugging Face hub "
             f"(configuration {hub_id.subset or 'default'}, split {hub_id.split}): {type(error).__name__}: {words}\n"
-            f"Offline: give a file or folder instead ({', '.join(SUFFIXES)}); on Kaggle attach the data as an input "
+            f"Offline: give a file or folder instead ({READABLE}); on Kaggle attach the data as an input "
             "and give its name or /kaggle/input/...; or load it once with internet, then set HF_HUB_OFFLINE=1."
         ) from error
     yield from _read_rows(rows, source, columns)
@@ -224,7 +225,8 @@ def _read_rows(rows: datasets.Dataset, place: str, columns: Columns) -> Iterator
         batch = rows[start : start + BATCH]
         value_lists = [batch[name] for name in names]
         for number, values in enumerate(zip(*value_lists, strict=True), start):
-            yield f"{place}, row {number}", columns.document(names, values)
+            row = f"{place}, row {number}"
+            yield row, columns.document(row, names, values)
 
 
 # ---------------------------------------------------------------- files
@@ -240,7 +242,7 @@ def _read_file(file: Path, columns: Columns, separator: str | None) -> Iterator[
         raise UserError(f"{file}: got a pipe, socket or device; expected a file, which is read more than once.")
     _refuse_pointer(file)
 
-    match file.suffix.lower():
+    match data_suffix(file):
         case ".txt":
             return _read_txt(file, separator)
         case ".jsonl":
@@ -254,8 +256,7 @@ def _read_file(file: Path, columns: Columns, separator: str | None) -> Iterator[
         case ".arrow":
             return _read_arrow(file, columns)
         case suffix:
-            expected = ", ".join(SUFFIXES)
-            raise UserError(f"{file}: cannot read files of type {suffix or '(none)'}. Expected one of {expected}.")
+            raise UserError(f"{file}: cannot read files of type {suffix or '(none)'}. Expected one of {READABLE}.")
 
 
 def _refuse_pointer(file: Path) -> None:
@@ -283,13 +284,24 @@ def _lines(file: Path) -> Iterator[str]:
         UserError: the file cannot be read, or is not UTF-8.
     """
     try:
-        with open(file, "rb") as stream:
+        with _open(file) as stream:
             for number, line in enumerate(stream, 1):
                 if number == 1:
                     line = line.removeprefix(BYTE_ORDER_MARK)
                 yield _decode(line, file, number)
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}.") from error
+
+
+def _open(file: Path) -> IO[bytes]:
+    """Open a file for reading its bytes, unpacked where its name says that it is compressed."""
+    compression = COMPRESSIONS.get(file.suffix.lower())
+    if compression is None:
+        return file.open("rb")
+
+    # pyarrow has both compressions built in, and raises OSError for what is damaged or cut off.
+    unpacked = pyarrow.CompressedInputStream(file.open("rb"), compression)
+    return cast(IO[bytes], io.BufferedReader(unpacked))
 
 
 def _decode(line: bytes, file: Path, number: int) -> str:
@@ -439,7 +451,7 @@ def _from_record(place: str, record: Any, columns: Columns) -> Located:
     if not isinstance(record, dict):
         raise UserError(f"{place}: expected an object whose keys are columns, got {type(record).__name__}.")
     names = columns.columns_to_read(place, record)
-    return place, columns.document(names, [record[name] for name in names])
+    return place, columns.document(place, names, [record[name] for name in names])
 
 
 # ---------------------------------------------------------------- tables
@@ -466,7 +478,8 @@ def _read_csv(file: Path, columns: Columns) -> Iterator[Located]:
                     "Quote fields that contain commas."
                 )
             values = [row[position] if row else None for position in positions]
-            yield f"{file}:{rows.line_num}", columns.document(names, values)
+            place = f"{file}:{rows.line_num}"
+            yield place, columns.document(place, names, values)
     except csv.Error as error:
         raise UserError(f"{file}:{rows.line_num}: not valid CSV: {error}.") from None
 
@@ -484,7 +497,8 @@ def _read_parquet(file: Path, columns: Columns) -> Iterator[Located]:
             for batch in table.iter_batches(BATCH, columns=names):
                 value_lists = [batch.column(name).to_pylist() for name in names]
                 for values in zip(*value_lists, strict=True):
-                    yield f"{file}, row {number}", columns.document(names, values)
+                    row = f"{file}, row {number}"
+                    yield row, columns.document(row, names, values)
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: cannot be read as Parquet: {error}") from error

@@ -3,6 +3,7 @@
 held_out         the evaluation text, and everything that is measured on it
 scores           loss, perplexity and bits per byte of a model; agreement of two
 samples          continuations that a model writes
+written_text     figures of texts sampled from a model
 comparability    the condition under which bits per byte of two models compare
 lm_eval_tasks    tasks of the Language Model Evaluation Harness
 exported         the check that an exported student is the one that was measured

@@ -31,12 +31,13 @@ from ..run_layout import START
 from . import scores as scoring
 from .comparability import MOST_UNSPELT
 from .samples import generate_samples
-from .scores import Counted
+from .scores import Counted, has_encoder
+from .written_text import Judge, Sampling, describe, sample_texts
 
 log = logging.getLogger(__name__)
 
 METRICS = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
-SAMPLE_SETTINGS = ("samples", "prompt_tokens", "new_tokens")
+SAMPLE_SETTINGS = ("samples", "prompt_tokens", "new_tokens", "generation")
 """Settings of an evaluation that samples depend on."""
 GPU_WINDOWS = 16
 """Windows of a batch to score on a GPU, at least; `scores` passes as many of them at once as its logits allow."""
@@ -120,6 +121,8 @@ class HeldOut:
     up to the answer."""
     starts: Mapping[str, TextStart] = field(default_factory=dict)
     """For `student` and `teacher`, what they read before a text; nothing where there is none."""
+    judge: nn.Module | None = None
+    """The teacher's model, where it computes in this run: it tells how likely it finds what a model has written."""
     together: bool = False
     """Every process asks the teacher about all windows, not about its share: a sharded one must be asked equally often
     by all."""
@@ -279,7 +282,11 @@ class HeldOut:
 
         Of a text its beginning, of a conversation all up to the last answer.
         """
-        count = min(self.config.samples, len(self.documents))
+        return self._prompts(side, self.config.samples)
+
+    def _prompts(self, side: Side, count: int) -> list[tuple[str, list[int]]]:
+        """Return `prompts`, so many of them; fewer where there are fewer documents."""
+        count = min(count, len(self.documents))
         documents = [self.documents[i * len(self.documents) // count] for i in range(count)]
         if self.prompt is not None:
             return [self.prompt(document, side) for document in documents]
@@ -328,6 +335,42 @@ class HeldOut:
                 note=note,
             )
         return texts
+
+    def written_text(self, model: nn.Module, side: Side) -> dict[str, Any] | None:
+        """Return the metrics of texts that a model writes (`utils.evaluation.written_text`); None where it cannot
+        generate, which is logged, or was not asked to."""
+        count = self.config.generation
+        metrics = None
+        if not count or not self.documents:
+            return metrics
+
+        tokenizer = self.tokenizers[side]
+        sampling = Sampling(
+            self.config.new_tokens,
+            tokenizer.eos_token_id,
+            forced_bos=self._start(side).forced_bos,
+        )
+        with advice(f"written text of the {side}"):
+            prompts = [ids for _, ids in self._prompts(side, count)]
+            samples = sample_texts(model, prompts, sampling, float32=side == "student")
+            judge = model if side == "teacher" else self.judge
+            metrics = describe(samples, tokenizer, self._judges(judge, count))
+        return metrics
+
+    def _judges(self, model: nn.Module | None, count: int) -> dict[str, Judge]:
+        """Return the judge of texts behind the first prompts, by the name of its metric.
+
+        There is none for encoder-decoder models, and no teacher in parts, which all processes would have to ask alike.
+        """
+        if model is None or has_encoder(model) or self.together:
+            return {}
+
+        prompts = []
+        for shown, ids in self._prompts("teacher", count):
+            # A text goes on from its beginning, an answer begins behind its prompt.
+            is_plain = self.prompt is None
+            prompts.append((self._start("teacher").ids, shown) if is_plain else (ids, ""))
+        return {"teacher": Judge(model, self.tokenizers["teacher"], prompts)}
 
     # --- the start of a text ----------------------------------------------------------------------------------------
 
@@ -387,7 +430,7 @@ class HeldOut:
         return {"windows": windows_fingerprint(self.windows), **settings}
 
     def measure(self, model: nn.Module, side: Side) -> dict[str, Any]:
-        """Return `metrics` (see `describe`) and `samples` of a model.
+        """Return `metrics` (see `describe`), `samples` and `generation` (see `written_text`) of a model.
 
         Raises:
             UserError: its loss is not finite.
@@ -395,10 +438,14 @@ class HeldOut:
         metrics = self.describe(model, side)
         _require_finite(metrics, side)
         self.compare_starts(model, side)
-        return {"metrics": metrics, "samples": self.continuations(model, side)}
+        return {
+            "metrics": metrics,
+            "samples": self.continuations(model, side),
+            "generation": self.written_text(model, side),
+        }
 
     def measure_teacher(self, teacher: Teacher) -> dict[str, Any]:
-        """Return `metrics` and `samples` of a teacher; one whose model is elsewhere writes no samples.
+        """Return `measure` of a teacher; one whose model is elsewhere writes nothing.
 
         Raises:
             UserError: its loss is not finite.
@@ -425,7 +472,7 @@ class HeldOut:
         metrics = scoring.metrics(sums[0], round(sums[1]), round(sums[2]))
         described = {**metrics, "unspelt_bytes": self.unspelt_bytes("teacher"), "dtype": "unknown"}
         _require_finite(described, "teacher")
-        return {"metrics": described, "samples": [None] * len(self.prompts("student"))}
+        return {"metrics": described, "samples": [None] * len(self.prompts("student")), "generation": None}
 
     def measure_start(
         self,
@@ -433,7 +480,7 @@ class HeldOut:
         teacher: Callable[[], dict[str, Any]] | None,
         folder: Path,
     ) -> dict[str, Any]:
-        """Measure teacher and untrained student: metrics and samples.
+        """Measure teacher and untrained student: metrics, samples and written text.
 
         Measured once a run and stored in `folder`, so that a resumed run has what its first session measured; anew if
         it was measured on something else.
@@ -458,11 +505,16 @@ class HeldOut:
             measures["teacher"] = teacher
         measures["initial_student"] = partial(self.measure, student, "student")
 
-        start: dict[str, Any] = {"measured_on": measured_on, "samples": {"prompt": self.beginnings()}}
+        start: dict[str, Any] = {
+            "measured_on": measured_on,
+            "samples": {"prompt": self.beginnings()},
+            "generation": {},
+        }
         for key, measure in measures.items():
             measured = measure()
             start[key] = measured["metrics"]
             start["samples"][key] = measured["samples"]
+            start["generation"][key] = measured["generation"]
             # The student has a line of its own, as at every evaluation.
             level = logging.INFO if key == "teacher" else logging.DEBUG
             log.log(level, "%s: %.4f bits/byte on held-out text", key.replace("_", " "), start[key]["bits_per_byte"])
@@ -520,6 +572,7 @@ class HeldOut:
         # from a list for each model to a row for each prompt
         rows = zip(*samples.values(), strict=True)
         results["samples"] = [dict(zip(samples, row, strict=True)) for row in rows]
+        results["generation"] = {**start["generation"], "student": self.written_text(student, "student")}
         return results
 
     def _agreement(self, student: nn.Module, compare: Callable[[Any], dict[str, float]]) -> dict[str, float | None]:
@@ -546,7 +599,13 @@ class HeldOut:
         samples = []
         for sample, text in zip(results["samples"], texts, strict=True):
             samples.append({**sample, "baseline": text})
-        return {**results, "baseline": self.describe(model, "student"), "samples": samples}
+        generation = {**results["generation"], "baseline": self.written_text(model, "student")}
+        return {
+            **results,
+            "baseline": self.describe(model, "student"),
+            "samples": samples,
+            "generation": generation,
+        }
 
 
 def metrics_of(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ NGRAM = 4
 """Tokens in a row whose repetition is counted."""
 
 SAMPLED_TOGETHER = 64
-"""Prompts of one length that are continued in one batch."""
+"""Prompts that are continued in one batch."""
 
 SCORED_TOGETHER = 8
 """Texts that the teacher reads in one batch."""
@@ -52,7 +52,7 @@ class Sampling:
     """The token that a decoder reads between its start and a text, if any."""
 
 
-def sample(
+def sample_texts(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
@@ -64,33 +64,26 @@ def sample(
     The state of the random number generators is afterwards as it was.
 
     Args:
-        prompts: token ids, what stands before a text included; or what an encoder reads. Those of one length share
-            a batch, so that there is no padding.
+        prompts: token ids, what stands before a text included; or what an encoder reads. They are padded on the
+            left.
         float32: compute in float32 whatever the model's dtype.
     """
     # peft's wrapper has generation settings of its own
     if hasattr(model, "get_base_model"):
         model = model.get_base_model()
 
-    by_length: dict[int, list[int]] = {}
-    for number, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(number)
-
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
-    samples: dict[int, Sample] = {}
+    samples: list[Sample] = []
     with (
         torch.random.fork_rng(devices),
         float32_evaluation(model) if float32 else evaluation_mode(model),
         plain_generation(model),
     ):
         torch.manual_seed(sampling.seed)
-        for numbers in by_length.values():
-            for first in range(0, len(numbers), SAMPLED_TOGETHER):
-                part = numbers[first : first + SAMPLED_TOGETHER]
-                texts = _sample_together(model, [prompts[number] for number in part], sampling)
-                samples.update(zip(part, texts, strict=True))
-    return [samples[number] for number in range(len(prompts))]
+        for first in range(0, len(prompts), SAMPLED_TOGETHER):
+            samples += _sample_together(model, prompts[first : first + SAMPLED_TOGETHER], sampling)
+    return samples
 
 
 def _sample_together(
@@ -98,10 +91,10 @@ def _sample_together(
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
 ) -> list[Sample]:
-    """Return a continuation of each of some prompts of one length."""
+    """Return a continuation of each of some prompts."""
     # A decoder has read its own start, and perhaps that of a text; the prompt is read by the encoder.
     is_encoder_decoder = has_encoder(model)
-    length = len(prompts[0])
+    length = max(map(len, prompts))
     already_read = 2 if is_encoder_decoder else length
     context = getattr(model.config, "max_position_embeddings", None) or math.inf
     most_tokens = int(min(sampling.new_tokens, context - already_read))
@@ -122,10 +115,12 @@ def _sample_together(
         settings.forced_bos_token_id = sampling.forced_bos
 
     device = next(model.parameters()).device
-    ids = torch.tensor([list(prompt) for prompt in prompts], device=device)
-    outputs = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+    padding = [length - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * free + list(prompt) for free, prompt in zip(padding, prompts, strict=True)])
+    mask = torch.arange(length) >= torch.tensor(padding)[:, None]
+    outputs = model.generate(ids.to(device), attention_mask=mask.long().to(device), generation_config=settings)
 
-    # Of a decoder-only model the output begins with the prompt, else with the decoder's start.
+    # Of a decoder-only model the output begins with the padded prompt, else with the decoder's start.
     first = 1 if is_encoder_decoder else length
     rows = outputs[:, first:].tolist()
     return [_until_end(prompt, row, sampling.end) for prompt, row in zip(prompts, rows, strict=True)]
@@ -161,25 +156,28 @@ class Judge:
     model: nn.Module
     tokenizer: PreTrainedTokenizerBase
     """Of the `tokenizers` library: it tells where its tokens begin."""
-    starts: Sequence[int] = ()
-    """Tokens that it reads before a text."""
+    prompts: Sequence[tuple[Sequence[int], str]]
+    """For each text what it reads before: token ids, then text that is tokenised together with the written one."""
 
-    def bits_per_byte(self, texts: Sequence[tuple[str, str]]) -> float | None:
-        """Return the bits per byte of texts behind their prompts: of (prompt, text), what it costs to write the text.
+    def bits_per_byte(self, texts: Sequence[str]) -> float | None:
+        """Return the bits per byte of texts behind their prompts; None where there is nothing to score.
 
-        A token that begins within the prompt belongs to it. None where there is nothing to score.
+        A token that begins within the prompt belongs to it.
         """
         rows = []
         num_bytes = 0
-        for prompt, text in texts:
+        for (before, prompt), text in zip(self.prompts, texts, strict=True):
             ids, begins = self._tokens(prompt + text)
             written = [number for number, begin in enumerate(begins) if begin >= len(prompt)]
-            # Something has to stand before the first token that is predicted, and all has to fit into the context.
-            if not written or not 1 <= len(self.starts) + written[0] < len(self.starts) + len(ids) <= self._context:
+            if not written:
                 continue
 
-            rows.append((ids, written[0]))
-            num_bytes += len((prompt + text)[begins[written[0]] :].encode("utf-8", "replace"))
+            # Something has to stand before the first token that is predicted, and all has to fit into the context.
+            first = len(before) + written[0]
+            row = [*before, *ids]
+            if first and len(row) <= self._context:
+                rows.append((row, first))
+                num_bytes += len((prompt + text)[begins[written[0]] :].encode("utf-8", "replace"))
         if not num_bytes:
             return None
 
@@ -200,19 +198,18 @@ class Judge:
 
     def _batch(self, rows: Sequence[tuple[list[int], int]]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Return inputs and labels [S, T] of (ids, number of the first scored token), padded on the right."""
-        width = len(self.starts) + max(len(ids) for ids, _ in rows)
+        width = max(len(ids) for ids, _ in rows)
         inputs = torch.zeros(len(rows), width, dtype=torch.long)
         mask = torch.zeros_like(inputs)
         labels = torch.full_like(inputs, IGNORE)
 
         for row, (ids, first) in enumerate(rows):
-            tokens = torch.tensor([*self.starts, *ids])
+            tokens = torch.tensor(ids)
             inputs[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
 
             # Position j predicts token j + 1.
-            scored = len(self.starts) + first
-            labels[row, scored - 1 : len(tokens) - 1] = tokens[scored:]
+            labels[row, first - 1 : len(tokens) - 1] = tokens[first:]
         return {"input_ids": inputs, "attention_mask": mask}, labels
 
 
@@ -227,18 +224,13 @@ def describe(
     Args:
         tokenizer: of the model that wrote them.
     """
-    texts = []
-    for written in samples:
-        prompt = tokenizer.decode(written.prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        ids = [*written.prompt, *written.ids]
-        texts.append((prompt, continuation(tokenizer, list(written.prompt), ids)))
-
+    texts = [continuation(tokenizer, list(text.prompt), [*text.prompt, *text.ids]) for text in samples]
     count = max(len(samples), 1)
     metrics: dict[str, float | int | None] = {
         "samples": len(samples),
-        "tokens": sum(len(written.ids) for written in samples) / count,
-        "ended": sum(written.has_ended for written in samples) / count,
-        "repeated_4grams": repeated_share([written.ids for written in samples]),
+        "tokens": sum(len(text.ids) for text in samples) / count,
+        "ended": sum(text.has_ended for text in samples) / count,
+        "repeated_4grams": repeated_share([text.ids for text in samples]),
     }
     for name, judge in judges.items():
         metrics[f"{name}_bits_per_byte"] = judge.bits_per_byte(texts)

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.text import Text
 
 from ..errors import RunError, UserError
-from ..parallel.processes import rank
+from ..machine.launcher import rank
 from ..run_layout import LOG
 from .terminal import console, line_columns, person_may_watch
 
@@ -44,7 +44,8 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
             it, for nobody to act on. Libraries are heard from WARNING on.
         main_process: the other processes of a run write no file, and nothing but errors, with their number.
 
-    Calling it again replaces the earlier set-up, for instance to move from one run to the next.
+    Calling it again replaces the earlier set-up, for instance to move from one run to the next. Of libraries only those
+    that are loaded join; loading them here would keep a user waiting for the answer to a mistake.
     """
     root = logging.getLogger()
     _remove_handlers(root)
@@ -68,7 +69,8 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG if main_process else logging.ERROR)
     logging.captureWarnings(True)
-    _join_libraries()
+    if "transformers" in sys.modules:
+        _join_libraries()
 
 
 def _remove_handlers(root: logging.Logger) -> None:
@@ -88,7 +90,6 @@ def _file_handler(file: Path) -> logging.Handler:
 
 def _join_libraries() -> None:
     """Let transformers log through our handlers, and libraries draw bars of downloads alone, for a person."""
-    # Heavy imports, only where a run begins.
     from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 

@@ -10,16 +10,13 @@
 
 from .accelerator import build_accelerator, engine_kind, temporary_accelerator
 from .engine import Engine
-from .processes import leave, main_process_first, on_main_process, rank, tell_launcher
+from .processes import main_process_first, on_main_process
 
 __all__ = [
     "Engine",
     "build_accelerator",
     "engine_kind",
-    "leave",
     "main_process_first",
     "on_main_process",
-    "rank",
-    "tell_launcher",
     "temporary_accelerator",
 ]

@@ -1,7 +1,8 @@
 """A smaller model made from a bigger one: some of its layers, with its embeddings, its head and its widths.
 
 `choose_layers` says which layers change the text most on its way through the model (block influence, ShortGPT,
-arXiv 2403.03853, as the angular distance of arXiv 2403.17887), or spreads them evenly where there is no text;
+arXiv 2403.03853, as the angular distance of arXiv 2403.17887), or spreads them evenly where there is no text. The
+layer that changes least is dropped, and the others are measured anew without it, until so many are left as are wanted.
 `keep_layers` makes the model that has only these. The list of layers is recognised by its length, which the config
 names, and not by its name, so that any decoder will do.
 """
@@ -16,7 +17,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import ModelOutput
 
 from ..errors import UserError
 from .families import auto_class, depth, layer_counts
@@ -37,8 +37,8 @@ class LayerChoice:
     """Rule by which they were chosen, in words."""
 
     changes: tuple[float, ...] = ()
-    """For every layer of the whole model, how far it turns the hidden states (0: not at all, 1: into the opposite);
-    empty where the choice was made without text."""
+    """For every layer of the whole model, how far it turns the hidden states (0: not at all, 1: into the opposite): of
+    those that were dropped at that time, of the others at the end. Empty where the choice was made without text."""
 
     def __str__(self) -> str:
         layers = ", ".join(map(str, self.indices))
@@ -68,12 +68,18 @@ def choose_layers(model: nn.Module, count: int, windows: Iterable[torch.Tensor] 
         return LayerChoice(evenly_spread(total, count), total, "evenly spread, without a text to measure them on")
 
     changes = layer_changes(model, texts)
-    # the earlier layer wins a tie
-    by_change = sorted(range(total), key=lambda index: (-changes[index], index))
+    remaining = list(range(total))
+    while len(remaining) > count:
+        # one at a time: without it, the others may matter more than they did; of equal ones the later layer goes
+        remaining.remove(min(reversed(remaining), key=lambda index: changes[index]))
+        anew = layer_changes(model, texts, remaining)
+        for index in remaining:
+            changes[index] = anew[index]
+
     return LayerChoice(
-        indices=tuple(sorted(by_change[:count])),
+        indices=tuple(remaining),
         depth=total,
-        reason=f"those that turn the hidden states most, on {len(texts)} windows",
+        reason=f"those that turn the hidden states most, on {len(texts)} windows, the least of them dropped one by one",
         changes=tuple(changes),
     )
 
@@ -104,17 +110,23 @@ def evenly_spread(total: int, count: int) -> tuple[int, ...]:
     return tuple(round(position * (total - 1) / (count - 1)) for position in range(count))
 
 
-def layer_changes(model: nn.Module, windows: Sequence[torch.Tensor]) -> list[float]:
+def layer_changes(
+    model: nn.Module, windows: Sequence[torch.Tensor], remaining: Sequence[int] | None = None
+) -> list[float]:
     """Return the angle between what enters and what leaves each layer, as a share of 180 degrees, mean over tokens.
 
     Of each window the first token is left out: much attention rests on it, and its states are unlike all others.
+
+    Args:
+        remaining: layers that compute; the others hand on what enters them. None: all compute.
     """
     layers = layer_list(model)
     sums = [0.0] * len(layers)
+    computing = set(range(len(layers)) if remaining is None else remaining)
     tokens = 0
 
     device = model.get_input_embeddings().weight.device
-    with _angles_recorded(layers, sums), _evaluation_mode(model), torch.no_grad():
+    with _layers_watched(layers, sums, computing), _evaluation_mode(model), torch.no_grad():
         for window in windows:
             model(input_ids=window.to(device)[None], use_cache=False)
             tokens += max(len(window) - 1, 0)
@@ -122,19 +134,27 @@ def layer_changes(model: nn.Module, windows: Sequence[torch.Tensor]) -> list[flo
 
 
 @contextmanager
-def _angles_recorded(layers: nn.ModuleList, sums: list[float]) -> Iterator[None]:
-    """Add up the angles of each layer's tokens in `sums` while the model computes in the block."""
+def _layers_watched(layers: nn.ModuleList, sums: list[float], computing: set[int]) -> Iterator[None]:
+    """Add up the angles of each layer's tokens in `sums` while the model computes in the block.
 
-    def record(index: int, entering: torch.Tensor, leaving: torch.Tensor) -> None:
+    Layers that are not among `computing` have no effect, as if they were not there.
+    """
+
+    def watch(index: int, entering: torch.Tensor, output: Any) -> Any:
+        if index not in computing:
+            return entering if isinstance(output, torch.Tensor) else (entering, *output[1:])
+
         # float32: in half precision the cosine of nearly equal states is 1
+        leaving = output if isinstance(output, torch.Tensor) else output[0]
         cosines = nn.functional.cosine_similarity(entering[:, 1:].float(), leaving[:, 1:].float(), dim=-1)
         sums[index] += torch.acos(cosines.clamp(-1, 1)).sum().item() / math.pi
+        return output
 
     handles = []
     for index, layer in enumerate(layers):
 
-        def hook(_: nn.Module, positional: tuple, named: dict[str, Any], output: Any, index: int = index) -> None:
-            record(index, _first_tensor((*positional, *named.values())), _first_tensor(output))
+        def hook(_: nn.Module, positional: tuple, named: dict[str, Any], output: Any, index: int = index) -> Any:
+            return watch(index, _hidden_states((*positional, *named.values())), output)
 
         handles.append(layer.register_forward_hook(hook, with_kwargs=True))
     try:
@@ -144,13 +164,9 @@ def _angles_recorded(layers: nn.ModuleList, sums: list[float]) -> Iterator[None]
             handle.remove()
 
 
-def _first_tensor(values: Any) -> torch.Tensor:
-    """Return the hidden states of what a layer is given or returns: they come first, in every architecture."""
-    if isinstance(values, torch.Tensor):
-        return values
-    if isinstance(values, ModelOutput):
-        values = values.to_tuple()
-    return next(value for value in values if isinstance(value, torch.Tensor) and value.dim() == 3)
+def _hidden_states(arguments: tuple) -> torch.Tensor:
+    """Return the hidden states among the arguments of a layer: they come first, in every architecture."""
+    return next(value for value in arguments if isinstance(value, torch.Tensor) and value.dim() == 3)
 
 
 @contextmanager

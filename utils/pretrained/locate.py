@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -17,6 +18,10 @@ log = logging.getLogger(__name__)
 
 ATTACHED = Path("/kaggle/input")
 """Folder below which a notebook's attached models appear."""
+
+CACHED_MODEL, SNAPSHOTS = "models--", "snapshots"
+"""Beginning of the name of a model's folder in the hub's cache, where the owner follows, and the folder of its versions
+in there."""
 
 MOST_LISTED = 10
 """Models that a message lists."""
@@ -152,9 +157,23 @@ def _only_model(folder: Path, label: str) -> Path:
 
 
 def where_from(name: str) -> str:
-    """Return a hub id, or the whole path of a local folder or file: anybody on this machine finds the model by it."""
+    """Return the name by which others find a model too: its hub id, or else the whole path of a local folder or file.
+
+    A folder in the hub's cache has a hub id. Of a folder above the only model, that model's is returned: libraries do
+    not look below.
+    """
     path = local_path(name)
-    return str(path.resolve()) if path.exists() else name
+    if not path.exists():
+        return name
+
+    if path.is_dir():
+        with suppress(UserError):  # of a folder without a model; whoever loads it tells
+            path = _only_model(path, name)
+    path = path.resolve()
+    for parent in path.parents:
+        if parent.name == SNAPSHOTS and parent.parent.name.startswith(CACHED_MODEL):
+            return parent.parent.name.removeprefix(CACHED_MODEL).replace("--", "/")
+    return str(path)
 
 
 def local_path(name: str) -> Path:

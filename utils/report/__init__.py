@@ -2,11 +2,12 @@
 
 report: writes all files of the report, and prints the summary
 results: the results, and their words, figures and tables in every form of the report
-markdown, html: the report in these forms
+markdown, html: the report in these forms; the page is report.html.jinja
+token_views: a sentence as both models read it, and places where they differ most
 charts: curves of the training and the routing, as PNG and SVG
 comparison: several runs side by side, for `train.py --compare`
 model_card: README.md of the exported student
-usage_example: code that loads the student
+usage_example: code that loads the student, and the command that repeats the run
 """
 
 from .comparison import compare

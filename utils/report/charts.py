@@ -9,15 +9,16 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .results import MODELS, model_name
+from .results import model_name
 
 Records = Sequence[Mapping[str, Any]]
 
@@ -26,6 +27,9 @@ MOST_NUMBERS = 12
 
 FEW_POINTS = 12
 """Points of a curve up to which each has a marker."""
+
+MAGNIFIED_SHARE = 0.2
+"""Share of the panel's range below which the ends of two curves are drawn once more, magnified."""
 
 WIDE_RANGE = 30
 """Ratio of largest to smallest value above which an axis is logarithmic: KD at a high temperature falls that far."""
@@ -110,7 +114,7 @@ THEME = {
 def draw_curves(
     path: str | Path, records: Records, results: Mapping[str, Any] | None = None, baseline: Records = ()
 ) -> None:
-    """Draw four panels: loss terms, evaluation, curriculum weights, learning rate and gradient norm.
+    """Draw the panels: evaluation, loss terms, curriculum weights, learning rate and gradient norm.
 
     Args:
         path: of the PNG file, replaced in one step.
@@ -119,13 +123,14 @@ def draw_curves(
         baseline: records of the run without the teacher.
     """
     panels = _panels(records, results or {}, baseline)
+    rows = [["losses", "evaluation"], ["weights", "optimisation"]]
+    if "evaluation_end" in panels:
+        rows = [["losses"] * 3 + ["evaluation"] * 3, ["evaluation_end"] * 2 + ["weights"] * 2 + ["optimisation"] * 2]
+
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 8.6), layout="constrained")
-        axes = figure.subplots(2, 2).flat
-        for panel, draw in zip(
-            axes, (panels.losses, panels.evaluation, panels.weights, panels.optimisation), strict=True
-        ):
-            draw(panel)
+        for name, axes in figure.subplot_mosaic(rows).items():
+            panels[name](axes)
 
         # Some space between the panels: one has a second axis on its right.
         figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.03, hspace=0.03)
@@ -133,11 +138,10 @@ def draw_curves(
 
 
 def curves_as_svg(records: Records, results: Mapping[str, Any], baseline: Records = ()) -> list[str]:
-    """Return the same panels, each as an SVG element of its own, the evaluation first."""
-    panels = _panels(records, results, baseline)
+    """Return the same panels, each as an SVG element of its own."""
     elements = []
     with matplotlib.rc_context(STYLE):
-        for draw in (panels.evaluation, panels.losses, panels.weights, panels.optimisation):
+        for draw in _panels(records, results, baseline).values():
             figure = Figure(figsize=(5.6, 3.8), layout="constrained")
             draw(figure.subplots())
             elements.append(_as_svg(figure))
@@ -147,37 +151,33 @@ def curves_as_svg(records: Records, results: Mapping[str, Any], baseline: Record
 DrawPanel = Callable[[Axes], None]
 
 
-class _Panels(NamedTuple):
-    """Functions that draw the four panels."""
-
-    losses: DrawPanel
-    evaluation: DrawPanel
-    weights: DrawPanel
-    optimisation: DrawPanel
-
-
-def _panels(records: Records, results: Mapping[str, Any], baseline: Records) -> _Panels:
-    """Return the functions that draw the panels, all over the same range of steps."""
+def _panels(records: Records, results: Mapping[str, Any], baseline: Records) -> dict[str, DrawPanel]:
+    """Return the functions that draw the panels, by name, all but the magnified one over the same range of steps."""
     # Records of evaluations have no terms.
     steps = [record for record in records if "terms" in record]
     last = max([1, *(record["step"] for record in [*records, *baseline])])
+    curves = _evaluation_curves(records, baseline)
+    levels = {key: (results.get(key) or {}).get("bits_per_byte") for key in ("initial_student", "teacher")}
 
-    def over_steps(draw: Callable[..., None], **data: Any) -> DrawPanel:
+    def over_steps(draw: Callable[..., None], first: float = 0, **data: Any) -> DrawPanel:
         def draw_panel(panel: Axes) -> None:
             draw(panel, **data)
             panel.set_xlabel("optimizer step")
-            panel.set_xlim(-0.015 * last, 1.015 * last)
+            margin = 0.015 * (last - first)
+            panel.set_xlim(first - margin, last + margin)
             panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
             panel.xaxis.set_major_formatter(FuncFormatter(_with_commas))
 
         return draw_panel
 
-    return _Panels(
-        losses=over_steps(_draw_losses, steps=steps),
-        evaluation=over_steps(_draw_evaluation, records=records, results=results, baseline=baseline),
-        weights=over_steps(_draw_weights, steps=steps),
-        optimisation=over_steps(_draw_optimisation, steps=steps),
-    )
+    panels = {"evaluation": over_steps(_draw_evaluation, curves=curves, levels=levels, results=results)}
+    if end := _end_worth_magnifying(curves, levels):
+        first = min(x[0] for x, _ in end.values())
+        panels["evaluation_end"] = over_steps(_draw_evaluation_end, first, curves=end, results=results)
+    panels["losses"] = over_steps(_draw_losses, steps=steps)
+    panels["weights"] = over_steps(_draw_weights, steps=steps)
+    panels["optimisation"] = over_steps(_draw_optimisation, steps=steps)
+    return panels
 
 
 def save(figure: Figure, path: str | Path) -> None:
@@ -236,9 +236,8 @@ def _draw_losses(panel: Axes, steps: Records) -> None:
     if has_unlearned:
         panel.plot([], [], color="#777777", label="weight 0", **_MEASURED_ONLY)
 
-    entries = len(panel.get_legend_handles_labels()[0])
-    _logarithmic_if_wide(panel, rows=math.ceil(entries / 4))
-    panel.legend(ncols=4, loc="upper right", fontsize=8.5)
+    _logarithmic_if_wide(panel)
+    _legend_above(panel, columns=4)
 
 
 def _draw_weights(panel: Axes, steps: Records) -> None:
@@ -256,8 +255,8 @@ def _draw_weights(panel: Axes, steps: Records) -> None:
         width = max(3.6 - 0.7 * order, 1.4)
         panel.plot(x, y, **_term_style(name), linewidth=width)
 
-    panel.set_ylim(0, 1.18 * max(panel.get_ylim()[1], 1e-3))
-    panel.legend(ncols=4, loc="upper right")
+    panel.set_ylim(0, max(panel.get_ylim()[1], 1e-3))
+    _legend_above(panel, columns=4)
 
 
 def _draw_optimisation(panel: Axes, steps: Records) -> None:
@@ -281,18 +280,18 @@ def _draw_optimisation(panel: Axes, steps: Records) -> None:
     panel.set_zorder(right.get_zorder() + 1)
     panel.patch.set_visible(False)
 
-    panel.yaxis.set_major_formatter(FuncFormatter(_plain))
-    panel.set_ylim(bottom=0, top=1.15 * panel.get_ylim()[1])
+    panel.yaxis.set_major_formatter(FuncFormatter(_scientific))
+    panel.set_ylim(bottom=0)
     _logarithmic_if_wide(right)
-    if right.get_yscale() == "linear":
-        right.set_ylim(bottom=0, top=1.15 * right.get_ylim()[1])
-    panel.legend(handles=[rate, norm], ncols=2, loc="upper right")
+    _legend_above(panel, columns=2, handles=[rate, norm])
 
 
-def _draw_evaluation(panel: Axes, records: Records, results: Mapping[str, Any], baseline: Records) -> None:
-    """Draw bits per byte of the student with and without the teacher, and the levels of the other models."""
-    panel.set_title("Evaluation, bits per byte")
+Curves = Mapping[str, tuple[Sequence[int], Sequence[float]]]
+"""Model -> steps, and its bits per byte at each."""
 
+
+def _evaluation_curves(records: Records, baseline: Records) -> Curves:
+    """Return the curves of the student with and without the teacher, as far as they were measured."""
     # The baseline first, so that the student's curve lies above it.
     curves = {}
     for key, run in (("baseline", baseline), ("student", records)):
@@ -300,68 +299,90 @@ def _draw_evaluation(panel: Axes, records: Records, results: Mapping[str, Any], 
         if points:
             x, y = zip(*points, strict=True)
             curves[key] = (x, y)
-            label = f"{model_name(key, results)}  {y[-1]:.3f}"
-            panel.plot(x, y, color=_COLOURS[key], label=label, **_EVALUATION_LINE)
+    return curves
 
-    levels = {key: (results.get(key) or {}).get("bits_per_byte") for key in ("initial_student", "teacher")}
-    for key, level in levels.items():
-        if level is not None:
-            _draw_level(panel, key, level)
 
+def _draw_evaluation(
+    panel: Axes, curves: Curves, levels: Mapping[str, float | None], results: Mapping[str, Any]
+) -> None:
+    """Draw bits per byte of the student with and without the teacher, and the levels of the other models."""
+    panel.set_title("Evaluation, bits per byte")
     if not curves and levels["teacher"] is None:
         _say_empty(panel)
         return
 
+    for key, level in levels.items():
+        if level is not None:
+            label = f"{model_name(key, results)}  {level:.3f}"
+            panel.axhline(level, color=_COLOURS[key], linestyle=(0, (5, 3)), linewidth=1.4, label=label)
+    _draw_students(panel, curves, results)
     panel.margins(y=0.09)
-    if curves:
-        panel.legend(loc="upper right", bbox_to_anchor=(1.0, 0.88))
-        _magnify_end(panel, curves)
+    _legend_above(panel, columns=1)
 
 
-def _draw_level(panel: Axes, key: str, level: float) -> None:
-    """Draw a dashed line across the panel for one model, with its name and figure at the right end."""
-    panel.axhline(level, color=_COLOURS[key], linestyle=(0, (5, 3)), linewidth=1.4)
-
-    # The start lies above all curves, so that its name has space below the line, and the teacher's above.
-    is_below = key == "initial_student"
-    panel.annotate(
-        f"{MODELS[key]}  {level:.3f}",
-        (0.985, level),
-        xycoords=panel.get_yaxis_transform(),
-        xytext=(0, -4 if is_below else 4),
-        textcoords="offset points",
-        color=_COLOURS[key],
-        horizontalalignment="right",
-        verticalalignment="top" if is_below else "bottom",
-        fontsize=9,
-    )
+def _draw_evaluation_end(panel: Axes, curves: Curves, results: Mapping[str, Any]) -> None:
+    """Draw the last half of the curves once more, where the whole range hides their difference."""
+    panel.set_title("Last half of the evaluation")
+    _draw_students(panel, curves, results)
+    panel.margins(y=0.15)
+    _legend_above(panel, columns=1)
 
 
-def _magnify_end(panel: Axes, curves: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> None:
-    """Draw the last half of the curves once more, in a window, where the whole range hides their difference."""
-    last = max(x[-1] for x, _ in curves.values())
+def _draw_students(panel: Axes, curves: Curves, results: Mapping[str, Any]) -> None:
+    """Draw the curves of the students; each is named with its last figure."""
+    for key, (x, y) in curves.items():
+        label = f"{model_name(key, results)}  {y[-1]:.3f}"
+        panel.plot(x, y, color=_COLOURS[key], label=label, **_EVALUATION_LINE)
+
+
+def _end_worth_magnifying(curves: Curves, levels: Mapping[str, float | None]) -> Curves | None:
+    """Return the last half of the curves where they differ by little of the whole range; None where they do not."""
+    last = max((x[-1] for x, _ in curves.values()), default=0)
     ends = {}
     for key, (x, y) in curves.items():
-        ends[key] = [(step, bits) for step, bits in zip(x, y, strict=True) if step >= last / 2]
+        points = [(step, bits) for step, bits in zip(x, y, strict=True) if step >= last / 2]
+        # Two points make no curve.
+        if len(points) >= 3:
+            steps, values = zip(*points, strict=True)
+            ends[key] = (steps, values)
 
-    # One curve has nothing to differ from, and two points make no curve.
-    if len(curves) < 2 or min(len(points) for points in ends.values()) < 3:
-        return
-    values = [bits for points in ends.values() for _, bits in points]
-    low, high = panel.get_ylim()
-    if max(values) - min(values) > 0.2 * (high - low):
-        return
+    # One curve has nothing to differ from.
+    if len(ends) < 2:
+        return None
+    at_end = [bits for _, y in ends.values() for bits in y]
+    anywhere = [bits for _, y in curves.values() for bits in y]
+    anywhere += [level for level in levels.values() if level is not None]
+    is_hidden = max(at_end) - min(at_end) <= MAGNIFIED_SHARE * (max(anywhere) - min(anywhere))
+    return ends if is_hidden else None
 
-    window = panel.inset_axes((0.40, 0.35, 0.585, 0.33), facecolor="#FDFDFD")
-    for key, points in ends.items():
-        x, y = zip(*points, strict=True)
-        window.plot(x, y, color=_COLOURS[key], **_EVALUATION_LINE)
 
-    window.margins(y=0.15)
-    window.tick_params(labelsize=8)
-    window.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    window.xaxis.set_major_formatter(FuncFormatter(_with_commas))
-    window.set_title("last half, magnified", fontsize=8.5, fontweight="normal", color="#666666")
+def _legend_above(panel: Axes, columns: int, handles: Sequence[Any] | None = None) -> None:
+    """Put the legend between title and panel, where no curve can run through it.
+
+    Args:
+        handles: lines to name; None: all that have a label.
+    """
+    if handles is None:
+        handles = panel.get_legend_handles_labels()[0]
+
+    # The title moves up by as many rows as the legend has.
+    rows = math.ceil(len(handles) / columns)
+    size = matplotlib.rcParams["legend.fontsize"]
+    legend = panel.legend(
+        handles=handles,
+        ncols=columns,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.3,
+        borderpad=0.1,
+        columnspacing=1.4,
+        handlelength=1.8,
+        labelspacing=0.3,
+    )
+    panel.set_title(panel.get_title(loc="left"), pad=8 + 1.35 * size * rows)
+
+    # Its space is that of the title; as a part of the layout a wide legend would make the panel narrow.
+    legend.set_in_layout(False)
 
 
 # --- series and axes --------------------------------------------------------------------------------------------------
@@ -406,12 +427,8 @@ def _marker(x: Sequence[int]) -> dict[str, Any]:
     return {"marker": "o", "markersize": 3.5} if len(x) <= FEW_POINTS else {}
 
 
-def _logarithmic_if_wide(panel: Axes, rows: int = 2) -> None:
-    """Make an axis logarithmic if its lines span a wide range.
-
-    Args:
-        rows: of a legend, for which there is space above the lines then.
-    """
+def _logarithmic_if_wide(panel: Axes) -> None:
+    """Make an axis logarithmic if its lines span a wide range."""
     values = []
     for line in panel.get_lines():
         values += [value for value in line.get_ydata() if _is_positive(value)]
@@ -424,9 +441,9 @@ def _logarithmic_if_wide(panel: Axes, rows: int = 2) -> None:
         panel.set_yscale("log")
         panel.yaxis.set_major_formatter(FuncFormatter(_plain))
         # Four decades at most: a single value near 0 must not press the curves into a line.
-        panel.set_ylim(bottom=max(least, most / 1e4) * 0.8, top=most * 2**rows)
+        panel.set_ylim(bottom=max(least, most / 1e4) * 0.8, top=most * 1.3)
     else:
-        panel.set_ylim(bottom=0, top=(1 + 0.12 * rows) * most)
+        panel.set_ylim(bottom=0, top=1.06 * most)
 
 
 def _is_positive(value: float | None) -> bool:
@@ -441,6 +458,11 @@ def _with_commas(value: float, position: int) -> str:
 def _plain(value: float, position: int) -> str:
     """Return a tick's label such as 0.001, also on a logarithmic axis."""
     return f"{value:g}"
+
+
+def _scientific(value: float, position: int) -> str:
+    """Return a tick's label such as 2.5e-4: a learning rate."""
+    return f"{value:.1e}".replace("e-0", "e-") if value else "0"
 
 
 def _say_empty(panel: Axes) -> None:
@@ -482,7 +504,9 @@ def _routing_figure(routing: Mapping[str, Any]) -> Figure:
     height = min(1.8 + 0.5 * max(len(rows), 3), 9)
     figure = Figure(figsize=(width, height), layout="constrained")
     panel = figure.subplots()
-    image = panel.imshow(weights, cmap="Blues", vmin=0, vmax=most, origin="lower", aspect="auto")
+    # From nothing to blue, so that the picture has the colour of the page, light or dark.
+    shares = LinearSegmentedColormap.from_list("shares", ["#2171b500", "#2171b5ff"])
+    image = panel.imshow(weights, cmap=shares, vmin=0, vmax=most, origin="lower", aspect="auto")
 
     panel.set_title(f"Routing at step {routing['step']:,}")
     for axis, layers, name in ((panel.xaxis, columns, "teacher layer"), (panel.yaxis, rows, "student layer")):
@@ -492,7 +516,7 @@ def _routing_figure(routing: Mapping[str, Any]) -> Figure:
 
     if len(columns) <= MOST_NUMBERS:
         for (y, x), share in np.ndenumerate(weights):
-            colour = "white" if share > 0.55 * most else "#333333"
+            colour = "white" if share > 0.55 * most else "#222222"
             panel.text(x, y, f"{share:.2f}", ha="center", va="center", fontsize=9, color=colour)
 
     figure.colorbar(image, ax=panel, label="share of the mixture").outline.set_visible(False)

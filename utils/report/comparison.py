@@ -1,4 +1,4 @@
-"""Comparison of runs, from the files in their folders: one table, the settings that differ, one picture.
+"""Comparison of runs, from the files in their folders: tables, the settings that differ, one picture.
 
 No model is loaded. A run need not be finished; its records so far are compared, and it is marked as unfinished. Every
 file that is read is checked against a form first, since a damaged one must not stop the comparison of the others.
@@ -7,11 +7,11 @@ file that is read is checked against a form first, since a damaged one must not 
 import json
 import os
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import matplotlib
 from annotated_types import Ge, Gt, Le
@@ -24,23 +24,44 @@ from rich import box
 from rich.table import Table
 from tqdm import tqdm
 
+from ..config import resume_rules
 from ..config.plain import flatten
 from ..config.yaml_files import read_config
 from ..errors import UserError
 from ..evaluation.comparability import MOST_UNSPELT, unspelt_share
+from ..files import write_text
 from ..logs.console import console
 from ..logs.records import read_lines
 from ..paths import user_path
 from ..run_layout import CONFIG, METRICS, REPORT_JSON, START
 from .charts import STYLE, save
-from .results import figure, percent
+from .results import MODELS, figure, percent
 
 PICTURE = "comparison.png"
+
+NAMES_OF_SOURCES = {"teacher.name", "student.name", "data.train"}
+UNIMPORTANT = resume_rules.FREE_TO_CHANGE - NAMES_OF_SOURCES - resume_rules.MICRO_BATCH - {"training.max_hours"}
+"""Settings, or whole sections, that no result depends on; of a resumed run the first three may be called otherwise."""
+
 OWN_TO_A_RUN = {"output_dir", "resume"}
 """Settings that differ in any two runs."""
 
+SEED = "training.seed"
+
 MOST_SHOWN = 60
 """Characters of a setting's value."""
+
+LONG_NAME = 14
+"""Characters of a run's name up to which the table has space for all columns."""
+
+T_QUANTILES = (
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
+)  # fmt: skip
+"""97.5 % quantiles of Student's t distribution with 1, 2, ... 30 degrees of freedom; above, the normal's is near."""
+
+LEGEND_CHARACTERS = 150
+"""Characters that the legend's columns have together, below the picture."""
 
 # Okabe and Ito's palette without its yellow, which is too light for a line, and with a brown and a grey.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C564B", "#444444")
@@ -110,11 +131,12 @@ class Run:
         return statistics.median(counts) if counts else None
 
 
-def compare(folders: Sequence[str], output: Path) -> None:
+def compare(folders: Sequence[str], output: Path, table: Path | None = None) -> None:
     """Print the comparison of runs, and draw it into `output`.
 
     Args:
         folders: of the runs, at least two.
+        table: file for the same in a table, Markdown where its name ends with .md, else CSV.
 
     Raises:
         UserError: a folder that is not a run's, or an `output` where nothing can be written.
@@ -124,13 +146,50 @@ def compare(folders: Sequence[str], output: Path) -> None:
     _make_folder(output)
 
     console().print(result_table(runs))
-    if differing := differing_settings(runs):
+    if groups := over_seeds(runs):
+        console().print(seeds_table(groups))
+    differing = differing_settings(runs)
+    if differing:
         console().print(settings_table(runs, differing))
     for note in notes(runs):
         console().print(note)
 
     draw(output / PICTURE, runs)
     console().print(f"picture: {output / PICTURE}", soft_wrap=True)
+    if table is not None:
+        write_table(table, runs, differing)
+        console().print(f"table: {table}", soft_wrap=True)
+
+
+def write_table(path: Path, runs: Sequence[Run], differing: Mapping[str, Sequence[str]]) -> None:
+    """Write a row for each run, with its figures and the settings that differ, as CSV or as Markdown.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    import pandas as pd  # takes a second to load, and is needed here alone
+
+    rows = []
+    for place, run in enumerate(runs):
+        figures = {
+            "run": run.name,
+            "state": run.state,
+            "step": run.step,
+            **{f"{model}_bits_per_byte": run.bits(model) for model in MODELS},
+            "gap_closed": (run.report.get("retention") or {}).get("gap_closed"),
+            "seconds": run.report.get("run", {}).get("seconds"),
+        }
+        rows.append({**figures, **{key: values[place] for key, values in differing.items()}})
+    frame = pd.DataFrame(rows).dropna(axis="columns", how="all")
+
+    try:
+        if path.suffix == ".md":
+            shown = frame.round(4).astype(object).where(frame.notna(), "")
+            write_text(path, shown.to_markdown(index=False, disable_numparse=True) + "\n")
+        else:
+            write_text(path, frame.to_csv(index=False))
+    except OSError as error:
+        raise UserError(f"--csv {path}: cannot be written ({error.strerror or error}). Choose another file.") from error
 
 
 def _make_folder(folder: Path) -> None:
@@ -302,6 +361,7 @@ class _Report(_Start):
     """Fields that are read of evaluation_report.json."""
 
     student: _Scores | None = None
+    baseline: _Scores | None = None
     retention: _Retention | None = None
     run: _RunSummary
 
@@ -329,34 +389,53 @@ def result_table(runs: Sequence[Run]) -> Table:
     It has the share of the gap to the teacher closed and, where the runs are measured on the same text, the change
     against the first one, with the best one in bold.
     """
-    table = _table("Bits per byte on unseen text")
+    # Columns that say the same of all runs make way for long names.
+    is_short = max(len(run.name) for run in runs) <= LONG_NAME
+    teachers = {figure(run.bits("teacher")) for run in runs}
+    has_teacher = is_short or len(teachers) > 1
+    has_state = is_short or any(run.state != "finished" for run in runs)
+
+    table = _table("Bits per byte on unseen text" if has_teacher else f"Bits per byte, teacher {teachers.pop()}")
     table.add_column("run", overflow="fold", min_width=12)
-    table.add_column("state", no_wrap=True)
-    for column in ("step", "student", "change", "teacher", "closed", "time"):
-        table.add_column(column, justify="right", no_wrap=True)
+    columns = {"step": _step, "student": lambda run: figure(run.bits("student")), "change": _changes(runs)}
+    if has_state:
+        columns = {"state": lambda run: run.state, **columns}
+    if has_teacher:
+        columns["teacher"] = lambda run: figure(run.bits("teacher"))
+    columns |= {"closed": _gap_closed, "time": _time}
+    for name in columns:
+        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=True)
 
     # Bits per byte compare only on the same text.
-    first = runs[0].bits("student")
-    measured = [run.bits("student") for run in runs if run.bits("student") is not None]
-    least = min(measured, default=None)
-    is_same_text = len(set(_sizes(runs).values())) <= 1
-
+    least = min((run.bits("student") for run in runs if run.bits("student") is not None), default=None)
     for run in runs:
-        bits = run.bits("student")
-        is_best = is_same_text and bits is not None and bits == least
-        has_change = is_same_text and run is not runs[0]
-        table.add_row(
-            run.name,
-            run.state,
-            _step(run),
-            figure(bits),
-            _change(bits, first) if has_change else "",
-            figure(run.bits("teacher")),
-            percent((run.report.get("retention") or {}).get("gap_closed")),
-            _time(run),
-            style="bold" if is_best else None,
-        )
+        is_best = _is_same_text(runs) and least is not None and run.bits("student") == least
+        cells = [cell(run) for cell in columns.values()]
+        table.add_row(run.name, *cells, style="bold" if is_best else None)
     return table
+
+
+def _is_same_text(runs: Sequence[Run]) -> bool:
+    return len(set(_sizes(runs).values())) <= 1
+
+
+def _changes(runs: Sequence[Run]) -> Callable[[Run], str]:
+    """Return what gives the relative change of a run's bits per byte against the first run's."""
+    first = runs[0].bits("student")
+
+    def change(run: Run) -> str:
+        bits = run.bits("student")
+        if run is runs[0] or bits is None or first is None or not _is_same_text(runs):
+            return ""
+        return f"{bits / first - 1:+.1%}"
+
+    return change
+
+
+def _gap_closed(run: Run) -> str:
+    """Return the share of the gap to the teacher closed; of a student that got worse, that it did."""
+    closed = (run.report.get("retention") or {}).get("gap_closed")
+    return "worse" if closed is not None and closed < 0 else percent(closed)
 
 
 def _step(run: Run) -> str:
@@ -366,51 +445,158 @@ def _step(run: Run) -> str:
     return f"{run.step:,} ({run.progress:.0%})"
 
 
-def _change(bits: float | None, first: float | None) -> str:
-    """Return the relative change of bits per byte against the first run; nothing where one of them is unknown."""
-    if bits is None or first is None:
-        return ""
-    return f"{bits / first - 1:+.1%}"
-
-
 def _time(run: Run) -> str:
     """Return the duration of a finished run."""
     seconds = run.report.get("run", {}).get("seconds")
     return "-" if seconds is None else tqdm.format_interval(seconds)
 
 
+# ------------------------------------------------------------------------------------------- seeds
+
+
+class SeedGroup(NamedTuple):
+    """Finished runs of equal settings but for the seed."""
+
+    runs: Sequence[Run]
+
+    def mean(self, values: Callable[[Run], float | None]) -> str:
+        """Return the mean of a figure over the seeds with its 95 % confidence interval; a dash where a run lacks it."""
+        figures = [values(run) for run in self.runs]
+        numbers = [number for number in figures if number is not None]
+        if len(numbers) < len(figures):
+            return "-"
+        return f"{statistics.fmean(numbers):.4f} ± {interval(numbers):.4f}"
+
+
+def over_seeds(runs: Sequence[Run]) -> list[SeedGroup]:
+    """Return the groups of runs that differ in nothing but their seed, measured on the same text."""
+    groups: dict[str, dict[Any, Run]] = {}
+    for run in runs:
+        settings = {key: value for key, value in run.settings.items() if _is_important(key) and key != SEED}
+        if run.report and run.settings and run.bits("student") is not None:
+            key = json.dumps([run.scored_bytes, settings], sort_keys=True, default=str)
+            # A run and its copy would say that seeds differ little.
+            groups.setdefault(key, {}).setdefault(run.settings.get(SEED), run)
+    return [SeedGroup([*group.values()]) for group in groups.values() if len(group) > 1]
+
+
+def interval(numbers: Sequence[float]) -> float:
+    """Return half the width of the 95 % confidence interval of a mean, by Student's t distribution."""
+    degrees = len(numbers) - 1
+    quantile = T_QUANTILES[degrees - 1] if degrees <= len(T_QUANTILES) else 1.96
+    return quantile * statistics.stdev(numbers) / len(numbers) ** 0.5
+
+
+def seeds_table(groups: Sequence[SeedGroup]) -> Table:
+    """Return a table with a row for each group of seeds: mean and 95 % confidence interval."""
+    table = _table("Over seeds: mean ± 95 % confidence interval")
+    table.add_column("runs", overflow="fold", min_width=12)
+    table.add_column("seeds", justify="right", no_wrap=True)
+    table.add_column("student", justify="right", no_wrap=True)
+
+    # The difference of each seed from its own comparison varies less than either of the two.
+    has_baseline = any(run.bits("baseline") is not None for group in groups for run in group.runs)
+    if has_baseline:
+        table.add_column("minus without teacher", justify="right", no_wrap=True)
+
+    for group in groups:
+        cells = [group.mean(lambda run: run.bits("student"))]
+        if has_baseline:
+            cells.append(group.mean(_against_baseline))
+        table.add_row(", ".join(run.name for run in group.runs), str(len(group.runs)), *cells)
+    return table
+
+
+def _against_baseline(run: Run) -> float | None:
+    """Return the student's bits per byte less those of the same student without the teacher."""
+    student, baseline = run.bits("student"), run.bits("baseline")
+    return None if student is None or baseline is None else student - baseline
+
+
+# ---------------------------------------------------------------------------------------- settings
+
+
 def differing_settings(runs: Sequence[Run]) -> dict[str, list[str]]:
-    """Return the settings that differ.
+    """Return the settings that differ and that a result can depend on.
 
     Returns:
         dotted key -> its value in each run; `?` for a run that does not have it, which alone makes no difference.
     """
-    # A dict as an ordered set: the order of the settings in config.yaml.
-    keys = dict.fromkeys(key for run in runs for key in run.settings if key not in OWN_TO_A_RUN)
-
     differing = {}
-    for key in keys:
-        values = [_shown(run.settings[key]) if key in run.settings else "?" for run in runs]
-        if len(set(values) - {"?"}) > 1:
-            differing[key] = values
+    for key in _differing(runs):
+        if _is_important(key):
+            values = [run.settings.get(key, UNKNOWN) for run in runs]
+            differing[key] = ["?" if value is UNKNOWN else _shown(value) for value in _without_common_folders(values)]
     return differing
+
+
+UNKNOWN = object()
+"""Value of a setting that a run does not have."""
+
+
+def _differing(runs: Sequence[Run]) -> list[str]:
+    """Return the keys of all settings that differ, in the order of config.yaml."""
+    # A dict as an ordered set.
+    keys = dict.fromkeys(key for run in runs for key in run.settings)
+    differing = []
+    for key in keys:
+        values = {json.dumps(run.settings[key], default=str) for run in runs if key in run.settings}
+        if len(values) > 1:
+            differing.append(key)
+    return differing
+
+
+def _is_important(key: str) -> bool:
+    """Return True if a result can depend on a setting."""
+    return key not in UNIMPORTANT and key.partition(".")[0] not in UNIMPORTANT
+
+
+def _without_common_folders(values: Sequence[Any]) -> list[Any]:
+    """Return the values of a setting without the folders in which all of them are, if they are paths."""
+    paths = [path for value in values for path in (value if isinstance(value, list) else [value])]
+    paths = [path for path in paths if path is not UNKNOWN]
+    if not all(isinstance(path, str) for path in paths):
+        return [*values]
+
+    try:
+        shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    except ValueError:  # absolute ones beside others
+        return [*values]
+    if shared in ("", os.sep):
+        return [*values]
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cut(path) for path in value]
+        return value if value is UNKNOWN else "…" + value[len(shared) :]
+
+    return [cut(value) for value in values]
 
 
 def _shown(value: Any) -> str:
     """Return the value of a setting as text, cut where it is long."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = ", ".join(value)
     text = value if isinstance(value, str) else json.dumps(value, default=str)
     return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 3] + "..."
 
 
 def settings_table(runs: Sequence[Run], differing: Mapping[str, Sequence[str]]) -> Table:
-    """Return a table with a row for each setting that differs, and a column for each run."""
+    """Return a table with a row for each value of a setting that differs, and the runs that have it.
+
+    However many runs there are, it is 80 columns wide.
+    """
     table = _table("Settings that differ")
-    table.add_column("setting", no_wrap=True)
-    for run in runs:
-        table.add_column(run.name, overflow="fold")
+    table.add_column("setting", overflow="fold")
+    table.add_column("value", overflow="fold")
+    table.add_column("runs", overflow="fold")
 
     for key, values in differing.items():
-        table.add_row(key, *values)
+        heading = key
+        for value in dict.fromkeys(values):
+            names = [run.name for run, other in zip(runs, values, strict=True) if other == value]
+            table.add_row(heading, value, ", ".join(names))
+            heading = ""
     return table
 
 
@@ -443,6 +629,9 @@ def notes(runs: Sequence[Run]) -> Iterable[str]:
     for run in runs:
         if run.damaged:
             yield f"Damaged in {run.name}, and left out: {'; '.join(run.damaged)}."
+
+    if unimportant := [key for key in _differing(runs) if not _is_important(key) and key not in OWN_TO_A_RUN]:
+        yield f"Different too, but without an effect on the result: {', '.join(unimportant)}."
 
     if without_settings := [run.name for run in runs if not run.settings]:
         yield f"Without a config.yaml, so with unknown settings: {', '.join(without_settings)}."
@@ -478,12 +667,13 @@ def draw(path: Path, runs: Sequence[Run]) -> None:
         lines = []
         for place, run in enumerate(runs):
             lines += _draw_run(over_steps, over_tokens, run, _COLOURS[place % len(_COLOURS)])
-        _finish(over_steps, runs, "optimizer step")
+        lines += _finish(over_steps, runs, "optimizer step")
         _finish(over_tokens, runs, "student's tokens learned from (median of the logged steps x step)")
 
         # The lines by themselves: of its own accord a legend leaves out names that begin with an underscore.
         labels = [line.get_label() for line in lines]
-        chart.legend(handles=lines, labels=labels, loc="outside lower center", ncols=min(len(runs), 3))
+        columns = max(1, min(3, len(labels), LEGEND_CHARACTERS // max(map(len, labels))))
+        chart.legend(handles=lines, labels=labels, loc="outside lower center", ncols=columns)
         save(chart, path)
 
 
@@ -505,40 +695,33 @@ def _draw_run(over_steps: Axes, over_tokens: Axes, run: Run, colour: str) -> lis
     return lines
 
 
-def _finish(panel: Axes, runs: Sequence[Run], name: str) -> None:
-    """Name the axes of a panel and draw the levels of the teachers; runs of one level share a line."""
+def _finish(panel: Axes, runs: Sequence[Run], name: str) -> list[Line2D]:
+    """Name the axes of a panel and draw the levels of the teachers; runs of one level share a line.
+
+    Returns:
+        the lines of the teachers; their names stand in the legend, where no curve runs through them.
+    """
     panel.set_title("Evaluation, bits per byte")
     panel.set_xlabel(name)
     panel.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     panel.xaxis.set_major_formatter(EngFormatter(sep=""))
 
-    # Levels that look the same in the picture share a line, and a label.
+    # Levels that look the same in the picture share a line, and a name.
     levels: dict[float, list[Run]] = {}
     for run in runs:
         bits = run.bits("teacher")
         if bits is not None:
             levels.setdefault(round(bits, 2), []).append(run)
 
-    for group in levels.values():
+    lines = []
+    for place, group in enumerate(levels.values()):
         level = group[0].bits("teacher")
         owners = ""
         if len(levels) > 1:
             owners = f" of {', '.join(run.name for run in group)}"
-        _draw_level(panel, level, f"teacher{owners}  {level:.3f}")
+        dashes = (0, (5, 3 + 3 * place))
+        label = f"teacher{owners}  {level:.3f}"
+        lines.append(panel.axhline(level, color="#888888", linestyle=dashes, linewidth=1.2, label=label))
 
     panel.margins(y=0.09)
-
-
-def _draw_level(panel: Axes, level: float, label: str) -> None:
-    """Draw a dashed line across a panel, with its label above the right end."""
-    panel.axhline(level, color="#888888", linestyle=(0, (5, 3)), linewidth=1.2)
-    panel.annotate(
-        label,
-        (0.985, level),
-        xycoords=panel.get_yaxis_transform(),
-        xytext=(0, 3),
-        textcoords="offset points",
-        horizontalalignment="right",
-        color="#666666",
-        fontsize=9,
-    )
+    return lines

@@ -5,6 +5,7 @@ from typing import Any
 
 from ..run_layout import CURVES, ROUTING
 from .results import MODELS, figure, headline, model_name, retention_lines, run_lines, samples_title, task_table
+from .written_text import written_text_table
 
 _MARKUP = "\\`*_{}[]#|~$"
 """Characters that Markdown, or the mathematics in it, gives a meaning. The backslash first: it escapes the others."""
@@ -23,13 +24,14 @@ def markdown(results: Mapping[str, Any]) -> str:
         _model_table(results),
         _retention_list(results),
         _tasks(results),
+        written_text_table(results),
         f"![Training curves]({CURVES})",
         _routing(results.get("routing")),
         _run_list(results),
     ]
     if samples := results.get("samples"):
         parts.append(f"## Samples\n\n{samples_title(results)}.")
-        parts += [_sample(number, sample) for number, sample in enumerate(samples, 1)]
+        parts += [_sample(number, sample, results) for number, sample in enumerate(samples, 1)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -86,10 +88,10 @@ def _run_list(results: Mapping[str, Any]) -> str:
     return "## Run\n\n" + "\n".join(lines) if lines else ""
 
 
-def _sample(number: int, sample: Mapping[str, Any]) -> str:
+def _sample(number: int, sample: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Return a prompt, and a table of what every model wrote."""
     keys = [key for key in MODELS if sample.get(key) is not None]
-    names = " | ".join(MODELS[key] for key in keys)
+    names = " | ".join(model_name(key, results) for key in keys)
     texts = " | ".join(_escape(sample[key]) for key in keys)
     return "\n".join(
         [

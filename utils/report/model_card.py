@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import transformers
 import yaml
-from huggingface_hub import ModelCardData
+from huggingface_hub import EvalResult, ModelCardData
 
 from ..config.quickstart_names import NAMES
-from ..pretrained.locate import ATTACHED, local_path
+from ..pretrained.locate import ATTACHED, local_path, where_from
 from .results import MODELS, figure, headline, model_name, task_table
-from .usage_example import how_to_use, is_adapter, pipeline_tag
+from .usage_example import how_to_use, is_adapter, lm_eval_command, pipeline_tag
 
 _LICENCE = """\
 To be filled in: the field `license` at the top of this file, which says `unknown`. What may be done with this model
@@ -30,9 +30,10 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """
     # The folder in the example is for the reader to fill in.
     usage = how_to_use('"path/to/this/folder"', settings, results)
+    measure = lm_eval_command("path/to/this/folder", _base(settings), settings)
     adapter = ""
     if is_adapter(settings):
-        adapter = f"A LoRA adapter of `{_public(settings['student']['name'])}`."
+        adapter = f"A LoRA adapter of `{_base(settings)}`."
 
     parts = [
         f"---\n{_header(settings, results).to_yaml()}\n---",
@@ -49,27 +50,78 @@ def model_card(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
         f"## Licence\n\n{_LICENCE}",
         "## Use",
         f"```python\n{usage}\n```",
+        f"Measured on tasks, by lm_eval:\n\n```\n{measure}\n```",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _header(settings: Mapping[str, Any], results: Mapping[str, Any]) -> ModelCardData:
     """Return the metadata that the hub reads; only names that are on the hub are in it."""
-    # A GGUF file of the hub is given as owner/name:FILE.gguf.
-    base_model, _, _ = settings["student"]["name"].partition(":")
-    if settings["student"]["init"] == "random" or not _is_hub_id(base_model):
-        base_model = None
+    starts_from_base = settings["student"]["init"] != "random"
 
     # A dataset is given as owner/name:configuration.
     datasets = [name.partition(":")[0] for name in settings["data"]["train"]]
+    evaluations = _evaluations(settings, results)
     return ModelCardData(
         license="unknown",
         library_name="peft" if is_adapter(settings) else "transformers",
         pipeline_tag=pipeline_tag(results),
-        base_model=base_model,
+        base_model=_hub_base(settings) if starts_from_base else None,
         datasets=[name for name in datasets if _is_hub_id(name)] or None,
         tags=["knowledge-distillation"] if settings["teacher"]["name"] else None,
+        model_name=_model_name(settings) if evaluations else None,
+        eval_results=evaluations or None,
     )
+
+
+def _base(settings: Mapping[str, Any]) -> str:
+    """Return the name of the model that the student started from: on the hub, or else without its folders."""
+    return _hub_base(settings) or _public(settings["student"]["name"])
+
+
+def _hub_base(settings: Mapping[str, Any]) -> str | None:
+    """Return the hub id of the model that the student started from; None: it is not on the hub."""
+    source = where_from(settings["student"]["name"])
+
+    # A GGUF file of the hub is given as owner/name:FILE.gguf.
+    repository, _, file = source.partition(":")
+    if file.lower().endswith(".gguf"):
+        source = repository
+    return source if _is_hub_id(source) else None
+
+
+def _model_name(settings: Mapping[str, Any]) -> str:
+    """Return the student's name in the hub's index: its run's, or else its base's."""
+    return Path(settings.get("output_dir") or "").name or Path(_base(settings)).name
+
+
+def _evaluations(settings: Mapping[str, Any], results: Mapping[str, Any]) -> list[EvalResult]:
+    """Return what was measured of the student, for the hub's index of models."""
+    kind = pipeline_tag(results)
+    evaluations = []
+    bits = results["student"].get("bits_per_byte")
+    if bits is not None:
+        # By default a part of the training text is held out.
+        held_out = settings["data"].get("eval")
+        texts = [held_out] if held_out else settings["data"]["train"]
+        name = f"held-out text of {', '.join(map(_public, texts))}"
+        evaluations.append(EvalResult(kind, "held-out-text", name, "bits_per_byte", bits))
+
+    for task in results.get("tasks") or []:
+        score = task.get("student") or {}
+        if score.get("value") is not None:
+            evaluations.append(
+                EvalResult(
+                    kind,
+                    task["task"],
+                    task["task"],
+                    task["metric"],
+                    score["value"],
+                    source_name="lm_eval",
+                    source_url="https://github.com/EleutherAI/lm-evaluation-harness",
+                )
+            )
+    return evaluations
 
 
 def _origin(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:

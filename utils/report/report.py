@@ -15,7 +15,7 @@ from ..run_layout import CURVES, METRICS, REPORT_HTML, REPORT_JSON, REPORT_MD, R
 from . import html
 from .charts import Records, curves_as_svg, draw_curves, draw_routing, routing_as_svg
 from .markdown import markdown
-from .results import MODELS, figure, headline, model_name
+from .results import MODELS, figure, headline, model_name, task_rows
 
 
 def write_report(
@@ -69,7 +69,7 @@ def _write_page(folder: Path, results: Mapping[str, Any], pictures: Sequence[str
         results,
         pictures=pictures,
         settings=settings,
-        told=notes,
+        notes=notes,
         warnings=read_warnings(folder),
     )
     write_text(folder / REPORT_HTML, page)
@@ -96,10 +96,24 @@ def _records(metrics: Records | str | Path | None) -> Records:
 
 
 def print_summary(results: Mapping[str, Any]) -> None:
-    """Print the result on the console: one small table and one sentence."""
+    """Print the result on the console: a small table, another one of tasks, and the headline."""
     with advice("summary on the console"):
         console().print(summary_table(results))
+        if results.get("tasks"):
+            console().print(tasks_table(results))
         console().print(headline(results))
+
+
+def tasks_table(results: Mapping[str, Any]) -> Table:
+    """Return a table of the tasks, a row for each metric; its texts are folded where they do not fit."""
+    heads, rows = task_rows(results)
+    table = Table(title="Tasks, measured by lm_eval", title_justify="left", title_style="bold")
+    for number, head in enumerate(heads):
+        # Task and metric are text, everything else is a number.
+        table.add_column(head, justify="left" if number < 2 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 def summary_table(results: Mapping[str, Any]) -> Table:

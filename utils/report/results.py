@@ -1,10 +1,14 @@
 """Results of a run, and the words for them in every form of the report.
 
 The results are one dict, in the form of evaluation_report.json:
-`{student, teacher, initial_student, retention, samples, run}` and, where there was one, `baseline`: the same
-student after the same steps without the teacher. Everything is measured on the same text, but for `tasks`: those of
-lm_eval, a row for each metric (see `utils.evaluation.lm_eval_tasks`). `prompted`: the samples answer prompts, as the
-student learned to from conversations or from examples; else they go on from the beginnings of texts.
+`{student, teacher, initial_student, retention, samples, run}` and, where there was one, `baseline`: the same student
+after the same steps without the teacher. Everything is measured on the same text, but for `tasks`: those of lm_eval, a
+row for each metric (see `utils.evaluation.lm_eval_tasks`). And beside the models:
+
+- `student_init`: `pretrained` or `random`, the weights that training began with.
+- `prompted`: the samples answer prompts, as the student learned to from conversations or from examples; else they go
+  on from the beginnings of texts, behind the tokens `text_starts` of each side.
+- `alignment` and `differences`: views of single tokens, see `token_views`.
 """
 
 from collections.abc import Mapping
@@ -20,6 +24,9 @@ MODELS = {
 }
 """Keys of the results that describe a model, in the order they are shown -> their names."""
 
+EQUAL = 0.0005
+"""Relative difference of bits per byte below which two models are equal: 0.05 % is no more in the tables' digits."""
+
 
 # ---------------------------------------------------------------------------------------- sentences
 
@@ -28,41 +35,87 @@ def model_name(key: str, results: Mapping[str, Any]) -> str:
     """Return the name of a model of the results; without a teacher nothing was distilled."""
     if key == "student" and not results.get("teacher"):
         return "Trained student"
+    if key == "initial_student" and is_random_start(results):
+        return "Student with random weights"
     return MODELS[key]
 
 
-def headline(results: Mapping[str, Any]) -> str:
-    """Return the result of the run in a sentence or two."""
-    # A figure is null where the measured one was not finite.
+def is_random_start(results: Mapping[str, Any]) -> bool:
+    """Return True if training began with random weights; a student that was trained before has a start worth naming."""
+    return results.get("student_init") == "random"
+
+
+def bits_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """Return the bits per byte of every model of the results; one whose figure was not finite is left out."""
     bits = {}
     for key in MODELS:
         value = (results.get(key) or {}).get("bits_per_byte")
         if value is not None:
             bits[key] = value
-
-    sentences = []
-    if "baseline" in bits and "student" in bits:
-        sentences.append(_against_baseline(bits["student"], bits["baseline"]))
-
-    retention = results.get("retention") or {}
-    gap_closed = retention.get("gap_closed")
-    has_both_levels = "teacher" in bits and "initial_student" in bits
-    if reason := retention.get("not_comparable"):
-        sentences.append(f"How much of the gap to the teacher it closed is not told: {reason}.")
-    elif gap_closed is not None:
-        sentences.append(f"It closed {gap_closed:.1%} of the gap between the untrained student and the teacher.")
-    elif has_both_levels and bits["teacher"] >= bits["initial_student"]:
-        sentences.append("The teacher is no better on this text than the student was before training.")
-    return " ".join(sentences)
+    return bits
 
 
-def _against_baseline(student: float, baseline: float) -> str:
-    """Return the sentence that compares bits per byte with those of the student without the teacher."""
-    saved = 1 - student / baseline
-    word = "fewer" if saved >= 0 else "more"
+def headline(results: Mapping[str, Any]) -> str:
+    """Return the result of the run in a few sentences, the bad news first."""
+    bits = bits_of(results)
+    sentences = [
+        worse_than_before(results),
+        _against_baseline(bits) if "baseline" in bits and "student" in bits else None,
+        _against_start(results, bits),
+    ]
+    return " ".join(sentence for sentence in sentences if sentence)
+
+
+def worse_than_before(results: Mapping[str, Any]) -> str | None:
+    """Return the sentence on a student that training has made worse; None: it has not, or nobody can tell."""
+    bits = bits_of(results)
+    if not {"student", "initial_student"} <= bits.keys() or bits["student"] <= bits["initial_student"]:
+        return None
+
+    name = model_name("student", results)
+    start = "with its random weights" if is_random_start(results) else "before training"
     return (
-        f"The distilled student needs {abs(saved):.1%} {word} bits per byte than the same student trained for the "
-        "same steps without the teacher."
+        f"The {name.lower()} got worse: {figure(bits['student'])} bits per byte on unseen text, "
+        f"{figure(bits['initial_student'])} {start}."
+    )
+
+
+def _against_baseline(bits: Mapping[str, float]) -> str:
+    """Return the sentence that compares bits per byte with those of the student without the teacher."""
+    change = bits["student"] / bits["baseline"] - 1
+    other = "the same student trained for the same steps without the teacher"
+    if abs(change) < EQUAL:
+        return f"The distilled student needs as many bits per byte as {other}."
+    if change > 0:
+        return f"The teacher did not help: the distilled student needs {change:.1%} more bits per byte than {other}."
+    return f"The distilled student needs {-change:.1%} fewer bits per byte than {other}."
+
+
+def _against_start(results: Mapping[str, Any], bits: Mapping[str, float]) -> str | None:
+    """Return the sentence on the way from the start to the teacher, or from the start alone without a teacher."""
+    name = model_name("student", results).lower()
+    start = "with random weights" if is_random_start(results) else "before training"
+    retention = results.get("retention") or {}
+    if reason := retention.get("not_comparable"):
+        return f"How much of the gap to the teacher the {name} closed is not told: {reason}."
+    if "student" not in bits or "initial_student" not in bits:
+        return None
+
+    teacher = bits.get("teacher")
+    if teacher is not None and teacher >= bits["initial_student"]:
+        return f"The teacher is no better on this text than the student was {start}."
+
+    # Bad news is a sentence of its own.
+    if bits["student"] > bits["initial_student"]:
+        return None
+    if teacher is None:
+        saved = 1 - bits["student"] / bits["initial_student"]
+        return f"The {name} needs {saved:.1%} fewer bits per byte than {start}."
+    if bits["student"] < teacher:
+        return f"The {name} needs fewer bits per byte than the teacher."
+    closed = retention.get("gap_closed")
+    return (
+        None if closed is None else f"The {name} closed {closed:.1%} of the gap between itself {start} and the teacher."
     )
 
 
@@ -92,7 +145,7 @@ def retention_lines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     divergence = figure(retention.get("kl_nats_per_token"))
     lines += [
         ("Bits per byte, student over teacher", figure(retention.get("bits_per_byte_ratio"), 3)),
-        ("Share of the gap to the teacher closed", percent(retention.get("gap_closed"))),
+        ("Share of the gap to the teacher closed", gap_closed(results)),
         ("Same most probable token as the teacher", percent(retention.get("top1_agreement"))),
         ("KL from the teacher at common boundaries", f"{divergence} nats per token"),
     ]
@@ -140,6 +193,8 @@ def run_lines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         del summary["stopped_by"]
         summary["training"] = "finished"
 
+    # The run ends with an error where it is not about 0.
+    summary.pop("loss_difference_loaded_anew", None)
     seconds = summary.pop("seconds", None)
     if isinstance(seconds, int | float):
         summary["duration"] = duration(seconds)
@@ -161,6 +216,17 @@ def figure(value: float | None, digits: int = 4) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     return f"{value:,.{digits}f}"
+
+
+def gap_closed(results: Mapping[str, Any]) -> str:
+    """Return the share of the gap between start and teacher that the student closed; a student that got worse has none.
+
+    A share below 0 would be read as one that was closed.
+    """
+    share = (results.get("retention") or {}).get("gap_closed")
+    if share is not None and share < 0:
+        return "none, it got worse"
+    return percent(share)
 
 
 def percent(value: float | None) -> str:

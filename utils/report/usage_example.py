@@ -1,7 +1,12 @@
-"""Example code that loads an exported student without this project: for its model card and for the report."""
+"""Examples for model card and report: code that loads an exported student without this project, and a command."""
 
+import shlex
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
+
+from ..run_layout import CONFIG
 
 _CODE = """\
 {imports}
@@ -83,3 +88,33 @@ def how_to_use(folder: str, settings: Mapping[str, Any], results: Mapping[str, A
         inputs=inputs,
         written=written,
     )
+
+
+def lm_eval_command(folder: str, base: str, settings: Mapping[str, Any]) -> str:
+    """Return the command that measures a student on a task; lm_eval is given an adapter beside its base.
+
+    Args:
+        folder: where the student lies.
+        base: name of the model that it started from.
+    """
+    models = f"pretrained={folder}"
+    if is_adapter(settings):
+        models = f"pretrained={base},peft={folder},tokenizer={folder}"
+    return f"lm_eval --model hf --model_args {models} --tasks arc_easy"
+
+
+def repeat_command(settings: Mapping[str, Any]) -> str:
+    """Return the command that does the same run again, in another folder; "" where the run's folder is not known."""
+    folder = settings.get("output_dir")
+    if not folder:
+        return ""
+
+    config = shlex.quote(str(Path(folder) / CONFIG))
+    again = shlex.quote(f"{folder}-again")
+    return f"{program()} --config {config} --output-dir {again}"
+
+
+def program() -> str:
+    """Return how this program was started, for commands that are shown: from a checkout, or installed."""
+    is_checkout = Path(sys.argv[0]).name == "train.py"
+    return "python train.py" if is_checkout else "curriculum-distill"

@@ -9,8 +9,8 @@ from typing import NoReturn
 
 from ..errors import RunError, UserError
 from ..logs.progress import terminal_bar
+from ..machine.launcher import leave, rank, tell_launcher
 from ..machine.stop_signals import Interrupted
-from ..parallel.processes import leave, rank, tell_launcher
 
 log = logging.getLogger(__name__)
 

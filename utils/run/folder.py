@@ -1,6 +1,7 @@
 """The folder of a run: refused early when it cannot serve, and the record of what was run in it."""
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -8,16 +9,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from filelock import FileLock, Timeout
 
 from ..config.resume_rules import check_same_run, identity
-from ..config.yaml_files import get_dotted, load_yaml
+from ..config.yaml_files import as_yaml, get_dotted, load_yaml
 from ..errors import UserError
 from ..files import clean_leftovers, nearest_existing, write_text
 from ..machine import hardware
 from ..paths import user_path
-from ..run_layout import CHECKPOINTS, CONFIG, FILES, FOLDERS, LAYERS, LOCK, LOG, STUDENT
+from ..run_layout import CHECKPOINTS, CONFIG, FILES, FOLDERS, LAYERS, LOCK, LOG, REPORT_JSON, STUDENT
 
 PATIENCE = 15
 """Seconds that the data workers of a run that was killed may take to notice it; they keep its lock."""
@@ -86,9 +86,32 @@ def _check_continuation(folder: Path, config: Mapping[str, Any], resume: str) ->
             f"output_dir {folder} holds checkpoints of an earlier run, and a fresh start was asked for. Choose another "
             "--output-dir, continue that run with --resume auto, or delete the folder."
         )
-    if (folder / CONFIG).is_file():
-        earlier = identity(load_yaml(folder / CONFIG))
+    if not (folder / CONFIG).is_file():
+        return
+
+    earlier = identity(load_yaml(folder / CONFIG))
+    try:
         check_same_run(f"output_dir {folder}", earlier, identity(config), config["resume_changed"])
+    except UserError as error:
+        if not (folder / REPORT_JSON).is_file():
+            raise
+        # More steps are asked for most often.
+        advice = follow_up(folder, earlier.get("student.init", "pretrained"))
+        raise UserError(f"{error}\nThat run is finished; {advice}.") from None
+
+
+def follow_up(folder: Path, init: str) -> str:
+    """Return how a finished run is trained further: by a new one, whose schedule is made for its own steps.
+
+    Args:
+        init: of the finished run's student; random weights would be drawn anew, and layers cut once more.
+    """
+    student = shlex.quote(str(folder / STUDENT))
+    keep_weights = "" if init == "pretrained" else " --student-init pretrained"
+    return (
+        f"to train its student further, start a new run from it: --student {student}{keep_weights}, in another "
+        "--output-dir"
+    )
 
 
 def _check_name(folder: Path) -> None:
@@ -213,11 +236,6 @@ def write_config(folder: Path, config: Mapping[str, Any], notes: Mapping[str, An
     was killed here are removed first; call it in one process.
     """
     clean_leftovers(folder)
-    remarks = _as_yaml({"notes": dict(notes), "environment": hardware.describe()})
+    remarks = as_yaml({"notes": dict(notes), "environment": hardware.describe()})
     comments = "".join(f"# {line}\n" for line in remarks.splitlines())
-    write_text(folder / CONFIG, f"{_as_yaml(dict(config))}\n{comments}")
-
-
-def _as_yaml(values: dict[str, Any]) -> str:
-    """Write settings as YAML, in the order that they have."""
-    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110)
+    write_text(folder / CONFIG, f"{as_yaml(dict(config))}\n{comments}")

@@ -62,6 +62,8 @@ class Job:
     cache: TeacherCache | None = None
     """Of what the teacher says."""
     needed: Forecast = field(default_factory=Forecast)
+    text_repeats: bool = False
+    """The training text was put together from a stock of sentences, and is learnt in few steps."""
     layers: LayerChoice | None = None
     """Those that the student takes from its model; None: all, or random ones."""
 
@@ -165,6 +167,7 @@ def prepare(config: RunConfig, method: Method, accelerator: Accelerator, today: 
         fingerprint=identity(config, accelerator, material, held_out),
         teacher_device=teacher_device,
         teacher_dtype=frozen_dtype(config.teacher.dtype, teacher_device, accelerator.mixed_precision),
+        text_repeats=documents.repeats_itself(material.corpus.train),
     )
 
 

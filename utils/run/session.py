@@ -14,9 +14,10 @@ from ..errors import UserError
 from ..logs.console import setup_logging
 from ..logs.progress import Progress
 from ..machine import hardware, kernels
+from ..machine.launcher import rank
 from ..machine.stop_signals import Interrupted, StopSignal
 from ..parallel.accelerator import build_accelerator
-from ..parallel.processes import main_process_first, on_main_process, rank
+from ..parallel.processes import main_process_first, on_main_process
 from ..run_layout import CHECKPOINTS, STUDENT
 from ..training.checkpoints import CheckpointStore
 from . import folder as run_folder
@@ -74,7 +75,7 @@ class Session:
         def check_folders() -> None:
             run_folder.check(output, to_plain(config), config.resume)
             CheckpointStore(output / CHECKPOINTS).check_path(config.resume)
-            upload.check(config.hub, output / STUDENT)
+            upload.check(config.hub, output / STUDENT, config.student)
 
         on_main_process(accelerator, check_folders)
 

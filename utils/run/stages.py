@@ -26,7 +26,8 @@ from ..machine.stop_signals import Interrupted
 from ..pretrained import student as students
 from ..pretrained import teacher as teachers
 from ..pretrained.loading import fingerprint
-from ..report import report
+from ..report import report, token_views
+from ..report.results import worse_than_before
 from ..run_layout import CHECKPOINTS, METRICS, REPORT_HTML, START, STUDENT, WITHOUT_TEACHER
 from ..teacher_cache import conversation_date
 from ..teacher_cache.building import CacheBuilding, cache_statistics, flush_cache, open_teacher_cache
@@ -38,12 +39,19 @@ from ..training.options import LoopOptions
 from ..training.plan import Plan
 from ..training.red_flags import RedFlags
 from . import export, student_layers, upload
+from . import folder as run_folder
 from .exit_codes import EXIT_CODES
 from .expected_work import expect_training
 from .prepare import Job, prepare
 from .session import Session
 
 log = logging.getLogger("train")
+
+LIKELY_CAUSE = (
+    "Likely cause: a learning rate that is too high for weights that were trained before, or a text unlike the one "
+    "that is measured on. What to do: a lower --learning-rate, in another --output-dir."
+)
+"""Advice beside the warning of a student that got worse."""
 
 Results = dict[str, Any]
 """The report's content; see `utils.report.results`."""
@@ -155,6 +163,13 @@ def load_teacher(job: Job) -> Teacher | None:
         return job.pair.frozen(model)
 
 
+def judged_by(teacher: Teacher | None, job: Job) -> Job:
+    """Return the job with a teacher that judges what models write, where its model computes in this run."""
+    running = getattr(teacher, "teacher", teacher)  # a cache may stand for one that was not loaded
+    model = None if running is None else running.model
+    return replace(job, held_out=replace(job.held_out, judge=model))
+
+
 # ------------------------------------------------------------------------------------------ training
 
 
@@ -195,7 +210,7 @@ def train_student(
         evaluate_every=config.evaluation.every,
         checkpoints=store,
         resume_from=resume_from,
-        flags=RedFlags.of_run(plan.total_steps, config.training.warmup_ratio, student, start, main=session.is_main),
+        flags=red_flags(job, plan, student, start, session),
         stop=session.stop,
         check=session.stop.check,
         writing=session.stop.writing,
@@ -239,12 +254,24 @@ def _fit(job: Job, module: Any, plan: Plan, options: LoopOptions, session: Sessi
 
     # Early stopping and a limit leave steps out.
     time_left.training.clear()
-    _say_if_nothing_was_left(result, plan)
+    _say_if_nothing_was_left(result, plan, session)
 
     # Ctrl-C may have come after the last step.
     if (reason := session.stop.pending()) is not None:
         return replace(result, stopped_by=reason)
     return result
+
+
+def red_flags(job: Job, plan: Plan, student: nn.Module, start: Mapping[str, Any], session: Session) -> RedFlags:
+    """Return the watch over a run that starts from these measurements."""
+    return RedFlags.of_run(
+        plan.total_steps,
+        job.config.training.warmup_ratio,
+        student,
+        start,
+        main=session.is_main,
+        text_repeats=job.text_repeats,
+    )
 
 
 def rehearse(job: Job, module: Any, store: CheckpointStore, session: Session, *, is_new: bool, compares: bool) -> None:
@@ -273,11 +300,12 @@ def evaluation_record(job: Job, module: Any, step: int) -> dict[str, Any]:
     return record
 
 
-def _say_if_nothing_was_left(result: FitResult, plan: Plan) -> None:
+def _say_if_nothing_was_left(result: FitResult, plan: Plan, session: Session) -> None:
     """Log that a run was finished before it was started."""
     if result.resumed_from == result.steps and result.stopped_by in ("finished", "early_stopping"):
         progress = f"{result.steps} of {plan.total_steps} steps"
-        log.info("this run is already finished (%s); another --output-dir starts a new one", progress)
+        follow_up = run_folder.follow_up(session.output, session.asked.student.init)
+        log.info("this run is already finished (%s); %s", progress, follow_up)
 
 
 def open_checkpoints(job: Job, teacher: Teacher | None, student: nn.Module, output: Path) -> CheckpointStore:
@@ -367,7 +395,11 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
     student, result, held_out = trained.student, trained.result, job.held_out
     folder, settings = session.output / STUDENT, to_plain(session.asked)
     ended = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
-    scores = held_out.scores(student, trained.start)
+    scores = {
+        **held_out.scores(student, trained.start),
+        "student_init": job.config.student.init,
+        "text_starts": {side: list(start.ids) for side, start in held_out.starts.items()},
+    }
 
     # Before everything that could still fail: what was trained for hours is on the disk then.
     def write_student() -> exported.LoadedAnew:
@@ -390,14 +422,31 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
     loaded = session.on_main(write_student)
     results = held_out.results(student, trained.start, scores, trained.module.compare)
     results["run"] = {**ended, "loss_difference_loaded_anew": loaded.difference}
+    if "teacher" in results:
+        results |= _token_views(job, trained)
 
     def write_report() -> None:
         export.describe(folder, settings, results)
+        # before the report, which shows the warnings of the log
+        if sentence := worse_than_before(results):
+            log.warning("%s %s", sentence, LIKELY_CAUSE)
         report.write_report(session.output, results)
         loaded.require()  # once the report has its warning
 
     session.on_main(write_report)
     return results
+
+
+def _token_views(job: Job, trained: Trained) -> Results:
+    """Return views of single tokens for the report; all processes compute them, as they do the comparison."""
+    views: Results = {}
+    with advice("picture of the alignment"):
+        views["alignment"] = token_views.alignment(job.pair, job.held_out.windows)
+    with advice("places where student and teacher differ"):
+        views["differences"] = token_views.differences(
+            job.held_out, job.pair, trained.student, trained.module.differences
+        )
+    return views
 
 
 def compare_without_teacher(job: Job, trained: Trained, results: Results, session: Session) -> Results:

@@ -18,8 +18,10 @@ from .prepare import Job
 
 log = logging.getLogger("train")
 
-MEASURED_WINDOWS = 16
-"""Windows of the training text on which the layers are measured."""
+MEASURED_WINDOWS = 4
+"""Windows of the training text on which the layers are measured: once for every layer that is dropped."""
+MEASURED_TOKENS = 256
+"""Tokens that are read of each."""
 
 
 def choose(job: Job, folder: Path) -> LayerChoice:
@@ -45,6 +47,7 @@ def choose(job: Job, folder: Path) -> LayerChoice:
     model = loading.load_model(
         student.name, "student", torch.float32, job.accelerator.device, allow_pickle=student.allow_pickle
     )
+    log.info("student: choosing %d layers of %s; a minute or so", student.layers, student.name)
     choice = layers.choose_layers(model, student.layers, measured_windows(job))
     log.info("student: %s", choice)
     log.debug("angle by which each layer turns the hidden states: %s", _described(choice))
@@ -54,7 +57,7 @@ def choose(job: Job, folder: Path) -> LayerChoice:
 
 
 def measured_windows(job: Job) -> list[torch.Tensor]:
-    """Return windows of the training text as token ids [n] of the student, without padding."""
+    """Return beginnings of windows of the training text as token ids [n] of the student, without padding."""
     batches: list[Batch] = loader.some_batches(
         job.windows, job.collate, MEASURED_WINDOWS, MEASURED_WINDOWS, job.config.training.seed
     )
@@ -62,7 +65,7 @@ def measured_windows(job: Job) -> list[torch.Tensor]:
     for batch in batches:
         inputs, _ = batch.scored("student")
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
-            windows.append(ids[mask.bool()])
+            windows.append(ids[mask.bool()][:MEASURED_TOKENS])
     return windows
 
 

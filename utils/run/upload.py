@@ -7,24 +7,34 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from ..config.settings import HubConfig
+from ..config.settings import HubConfig, StudentConfig
 from ..errors import UserError
-from ..pretrained.locate import hub_is_reachable
+from ..paths import user_path
+from ..pretrained.locate import hub_is_reachable, where_from
 
 log = logging.getLogger(__name__)
 
 
-def check(config: HubConfig, student: Path) -> None:
+def check(config: HubConfig, student: Path, model: StudentConfig) -> None:
     """Create the student's repository, so that a run which cannot upload ends before anything is loaded.
 
     Args:
         student: the folder that will be uploaded.
+        model: the student's settings.
 
     Raises:
-        UserError: no network, no token, or one that may not write there.
+        UserError: no network, no token, or one that may not write there; or an adapter that nobody else could load.
     """
     if config.repository is None:
         return
+
+    is_adapter = model.lora.enabled and not model.lora.merge
+    if is_adapter and user_path(where_from(model.name)).exists():
+        raise UserError(
+            f"--push-to-hub {config.repository}: the student is a LoRA adapter of {model.name}, a model of this "
+            "machine, and whoever loads it would look for its base there. Expected the base's name on the hub as "
+            "--student, or --merge-lora, which uploads a whole model."
+        )
 
     later = f"Leave it out, and upload the student after the run: {_command(config, student)}"
     # A notebook without internet is the usual case.

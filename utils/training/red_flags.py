@@ -46,6 +46,7 @@ class RedFlags:
         warmup_steps: while the learning rate rises.
         initial_loss: LM loss in nats per token of the student as it was before training. If None, the first
             evaluation record at step 0 supplies it, or else ln(vocabulary size) stands in.
+        text_repeats: the training text repeats itself, so that a low loss after few steps says nothing.
         ignore: label of an unsupervised position.
         warn: where a warning goes; None: the log.
 
@@ -61,6 +62,7 @@ class RedFlags:
         *,
         warmup_steps: int = 0,
         initial_loss: float | None = None,
+        text_repeats: bool = False,
         ignore: int = -100,
         warn: Callable[[str], None] | None = None,
     ) -> None:
@@ -68,6 +70,7 @@ class RedFlags:
         self.vocabulary_size = vocabulary_size
         self.warmup_steps = warmup_steps
         self.initial_loss = initial_loss
+        self.text_repeats = text_repeats
         self.ignore = ignore
         self.warned: list[str] = []
         self._warn = warn or log.warning
@@ -78,7 +81,14 @@ class RedFlags:
 
     @classmethod
     def of_run(
-        cls, total_steps: int, warmup_ratio: float, student: nn.Module, start: Mapping[str, Any], *, main: bool
+        cls,
+        total_steps: int,
+        warmup_ratio: float,
+        student: nn.Module,
+        start: Mapping[str, Any],
+        *,
+        main: bool,
+        text_repeats: bool = False,
     ) -> "RedFlags":
         """Return those of a run that starts from `HeldOut.measure_start`; only those of the main process warn."""
         # The head has a row for every token, also for those that a tokenizer never makes.
@@ -87,6 +97,7 @@ class RedFlags:
             student.get_output_embeddings().weight.shape[0],
             warmup_steps=math.ceil(warmup_ratio * total_steps),
             initial_loss=start["initial_student"]["loss"],
+            text_repeats=text_repeats,
             warn=None if main else _ignore_message,
         )
 
@@ -193,11 +204,13 @@ class RedFlags:
     def lowest_plausible_loss(self, step: int) -> float | None:
         """Return the nats per token below which nothing but copying leads within `step` steps; None: no opinion.
 
+        There is none on a text that repeats itself, which is learnt in few steps.
+
         A share of the smaller of ln(vocabulary size) and the initial loss, so that a pretrained student is
         measured against itself: 30 % of it for 100 steps, falling with the logarithm of the step to 10 % at
         `EXPLAINED_STEPS`. Of ln(V), real students end at 15 % (105 characters) to 25 %, after many more steps.
         """
-        if step > EXPLAINED_STEPS or self.vocabulary_size < LEAST_VOCABULARY:
+        if self.text_repeats or step > EXPLAINED_STEPS or self.vocabulary_size < LEAST_VOCABULARY:
             return None
 
         reference = min(math.log(self.vocabulary_size), self.initial_loss or math.inf)

@@ -9,11 +9,12 @@ from models.config import CurriculumConfig, Ramp
 from utils.config.build import build
 from utils.config.plain import to_plain
 from utils.config.settings import DataConfig, LoggingConfig, TrainingConfig
+from utils.config.validation import Validated
 from utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Everything:
+class Everything(Validated):
     data: DataConfig = field(default_factory=DataConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
@@ -21,6 +22,7 @@ class Everything:
     output_dir: str = "runs"
 
     def __post_init__(self):
+        super().__post_init__()
         if self.training.patience and self.training.save_every == 1:
             raise ValueError("patience and save_every contradict each other")
 
@@ -77,6 +79,7 @@ def test_a_wrong_value_hides_no_contradiction():
     [
         ({"training": {"batchsize": 2}}, "did you mean training.batch_size?"),
         ({"batch_size": 2}, "did you mean training.batch_size?"),
+        ({"training": {3: 4}}, "training.3: unknown key"),
         ({"curriculum": {"kdd": {"weight": 1}}}, "did you mean curriculum.kd?"),
         ({"curriculum": {"kd": {"weight": {"point": [[0, 1]]}}}}, "did you mean curriculum.kd.weight.points?"),
     ],

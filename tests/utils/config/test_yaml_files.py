@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.config.yaml_files import find_config, load_yaml, set_dotted
+from utils.config.yaml_files import find_config, load_yaml, read_assignment, set_dotted
 from utils.errors import UserError
 
 
@@ -19,15 +19,21 @@ from utils.errors import UserError
     ],
 )
 def test_yaml_reads_as_people_expect(text, value):
+    key, value_read = read_assignment(f"a.b-c={text}")
     values = {}
-    set_dotted(values, f"a.b-c={text}")
+    set_dotted(values, key, value_read)
     assert values == {"a": {"b_c": value}}
 
 
-@pytest.mark.parametrize("assignment", ["a", "=1", "a..b=1", "a.b.c=1", "a=[1", "a={x: 1, x: 2}"])
+@pytest.mark.parametrize("assignment", ["a", "=1", "a..b=1", "a=[1", "a={x: 1, x: 2}"])
 def test_an_assignment_that_means_nothing_is_refused(assignment):
     with pytest.raises(UserError, match="--set"):
-        set_dotted({"a": {"b": 3}}, assignment)
+        read_assignment(assignment)
+
+
+def test_a_key_below_a_value_is_refused():
+    with pytest.raises(UserError, match=r"a\.b\.c: a\.b is 3 and has no keys"):
+        set_dotted({"a": {"b": 3}}, "a.b.c", 1)
 
 
 def test_a_key_given_twice_is_a_mistake(tmp_path):

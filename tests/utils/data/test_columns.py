@@ -73,7 +73,7 @@ def test_columns_can_have_other_names(tmp_path):
     rows = [{"question": row["prompt"], "answer": row["completion"]} for row in ROWS]
     names = {"prompt_column": "question", "completion_column": "answer"}
     assert talks(load(write(tmp_path, ".jsonl", rows), **names)) == BY_QUESTION
-    with pytest.raises(UserError, match=r"data\.jsonl:1: no column 'text', 'messages', or 'prompt' and 'completion'"):
+    with pytest.raises(UserError, match=r"data\.jsonl:1: no column 'text', 'messages', .* 'prompt' and 'completion'"):
         load(tmp_path / "data.jsonl")
 
 
@@ -142,7 +142,11 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         ({**ROWS[0], "input": "the letter"}, ":1: column 'input' holds a part of what is asked.* into the prompt"),
         ({"messages": [{**QUESTION, "content": [{"type": "image", "url": "x"}]}, ANSWER]}, "is no text \\(image\\)"),
         ({"messages": [QUESTION, {**ANSWER, "content": None}]}, "expected text as its content, got NoneType"),
-        ({"messages": [{"from": "human", "value": "Hi"}]}, "got the keys from, value. Rename 'from' and 'value'"),
+        ({"messages": [{"from": "observation", "value": "Hi"}]}, "message 0: expected human, .*, got 'observation'"),
+        ({"conversations": [{"from": None, "value": "Hi"}]}, "message 0: expected human, .* as its 'from', got None"),
+        ({"conversations": [{"speaker": "human"}]}, r"\(or 'from' and 'value'\), got the keys speaker"),
+        ({"instruction": "Go on.", "output": "Yes.", "history": [["a", "b"]]}, "column 'history' changes"),
+        ({"instruction": "Go on.", "output": "Yes.", "input": 3}, "column 'input': expected text, got int"),
         ({"messages": [{"role": "system", "content": "A"}, ANSWER], "system": "B"}, "different system messages"),
     ],
 )
@@ -211,7 +215,7 @@ def test_a_content_of_several_texts_is_one_text(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
 def test_columns_that_are_not_read_are_named_once(tmp_path, suffix, caplog):
-    caplog.set_level("INFO")
+    caplog.set_level("WARNING")
     rows = [row | {"label": "good", "id": str(n)} for n, row in enumerate(ROWS)]
     load(write(tmp_path, suffix, rows))
     (line,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
@@ -247,10 +251,10 @@ def test_weights_of_rows_that_mask_nothing_are_named_and_not_read(tmp_path, valu
 
 
 def test_an_input_is_refused_only_beside_a_prompt_and_where_it_holds_something(tmp_path):
-    names = {"prompt_column": "instruction", "completion_column": "output"}
-    row = {"instruction": QUESTION["content"], "output": ANSWER["content"]}
+    names = {"prompt_column": "question", "completion_column": "answer"}
+    row = {"question": QUESTION["content"], "answer": ANSWER["content"]}
     held_out = tmp_path / "other.jsonl"
-    held_out.write_text(json.dumps({"instruction": "x", "output": "y"}) + "\n")
+    held_out.write_text(json.dumps({"question": "x", "answer": "y"}) + "\n")
 
     corpus = load(write_jsonl(tmp_path, [row | {"input": ""}]), eval=str(held_out), **names)
     assert talks(corpus)[0] == [QUESTION, ANSWER]
@@ -278,6 +282,60 @@ def test_a_prompt_of_messages_can_have_a_completion_of_text(tmp_path):
     assert read_back(tmp_path, row) == [[QUESTION, ANSWER]]
 
 
+SHAREGPT_TALKS = [
+    [{"from": speaker, "value": message["content"]} for speaker, message in zip(("human", "gpt"), talk, strict=True)]
+    for talk in TALKS
+]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".arrow"])
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+def test_sharegpt_is_a_conversation_in_every_kind_of_table(tmp_path, suffix, column):
+    rows = [{"id": str(n), column: talk} for n, talk in enumerate(SHAREGPT_TALKS)]
+    assert talks(load(write(tmp_path, suffix, rows))) == BY_QUESTION
+
+
+@pytest.mark.parametrize(
+    ("speaker", "role"), [("user", "user"), *((name, "assistant") for name in ("assistant", "chatgpt", "bard", "GPT"))]
+)
+def test_speakers_of_sharegpt_have_the_usual_roles(tmp_path, speaker, role):
+    spoken = [("system", "Be kind."), (speaker, "Hm."), ("gpt", "Yes.")]
+    (talk,) = read_back(tmp_path, {"conversations": [{"from": name, "value": text} for name, text in spoken]})
+    assert [message["role"] for message in talk] == ["system", role, "assistant"]
+
+
+def test_a_column_conversations_may_have_roles_and_both_forms_of_keys(tmp_path):
+    """As tables are that were merged from two sources: the other form's keys are there, and empty."""
+    merged = [{**message, "from": None, "value": None} for message in (QUESTION, ANSWER)]
+    other = [{"role": None, "content": None, "from": "human", "value": "Was it?"}, {**ANSWER, "from": None}]
+    rows = [{"conversations": merged}, {"conversations": other}]
+    assert read_back(tmp_path, *rows) == [[QUESTION, ANSWER], [{**QUESTION, "content": "Was it?"}, ANSWER]]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet", ".arrow"])
+def test_alpaca_is_a_conversation_whose_question_has_both_parts(tmp_path, suffix):
+    rows = [
+        {"instruction": row["prompt"], "input": subject, "output": row["completion"], "text": "all of it"}
+        for row, subject in zip(ROWS, ["", "the letter"] * 15, strict=True)
+    ]
+    questions = [row["instruction"] + ("\n\n" + row["input"] if row["input"] else "") for row in rows]
+    corpus = load(write(tmp_path, suffix, rows))
+    assert [talk[0]["content"] for talk in talks(corpus)] == sorted(questions)
+
+
+def test_alpaca_under_the_names_of_the_settings_is_the_same(tmp_path):
+    names = {"prompt_column": "instruction", "completion_column": "output", "learn_from": "all"}
+    row = {"instruction": "Translate.", "input": "Ja.", "output": "Yes.", "system": "Be kind."}
+    (tmp_path / "one").mkdir()
+    (talk,) = read_back(tmp_path / "one", row)
+    assert [message["content"] for message in talk] == ["Be kind.", "Translate.\n\nJa.", "Yes."]
+
+    held_out = tmp_path / "other.jsonl"
+    held_out.write_text(json.dumps({"instruction": "x", "output": "y"}) + "\n")
+    corpus = load(write_jsonl(tmp_path, [row]), eval=str(held_out), **names)
+    assert [json.loads(text) for text in corpus.train] == [talk]
+
+
 def test_nothing_is_said_where_all_is_read(tmp_path, caplog):
     caplog.set_level("INFO")
     read_back(tmp_path, {"messages": [QUESTION, ANSWER]})
@@ -288,5 +346,7 @@ def test_the_order_of_what_is_looked_for():
     columns, everything = Columns(), ["text", "completion", "prompt", "messages"]
     assert columns.document_columns("", everything) == ["messages"]
     assert columns.document_columns("", everything[:3]) == ["prompt", "completion"]
+    assert columns.document_columns("", [*everything[:3], "conversations"]) == ["conversations"]
+    assert columns.document_columns("", ["text", "input", "output", "instruction"]) == ["instruction", "output"]
     assert columns.document_columns("", ["text", "prompt"]) == ["text"]
     assert Columns("prompt").document_columns("", everything) == ["prompt"]

@@ -127,7 +127,10 @@ LEFT_BESIDE = [
     *("dataset_info.json", "dataset_infos.json", "dataset-metadata.json", "croissant.json"),
     *("cache-0123456789abcdef.arrow", "tmpabc123.arrow"),
 ]
-MAY_BE_DATA = ["b.jsonl.gz", "b.jsonl.zst", "c.parquet.crdownload", "d.csv.part", "e.tsv", "f.pdf", "g.zip", "h"]
+MAY_BE_DATA = [
+    *("b.parquet.gz", "b.jsonl.bz2", "b.gz", "c.parquet.crdownload"),
+    *("d.csv.part", "e.tsv", "f.pdf", "g.zip", "h"),
+]
 
 
 @pytest.mark.parametrize(("name", "level"), [(n, "INFO") for n in LEFT_BESIDE] + [(n, "WARNING") for n in MAY_BE_DATA])
@@ -159,8 +162,8 @@ def test_linked_folders_are_read(tmp_path):
 
 
 def test_a_folder_without_data_says_what_is_there(tmp_path):
-    jsonl(tmp_path / "b.jsonl.gz", "x")
-    with pytest.raises(UserError, match=r"No data file in folder .*there is: b\.jsonl\.gz"):
+    jsonl(tmp_path / "b.tsv.gz", "x")
+    with pytest.raises(UserError, match=r"No data file in folder .*there is: b\.tsv\.gz"):
         choose_files(tmp_path, "train")
 
 

@@ -6,16 +6,19 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from utils.checks.miniature import builtin_texts
 from utils.config.settings import DataConfig
 from utils.data import documents as data
 from utils.data import sources
 from utils.data import windows as windows_module
 from utils.data.columns import Columns
 from utils.data.documents import corpus_fingerprint, leakage, load_documents
+from utils.data.stories import write_stories
 from utils.data.windows import make_windows
 from utils.errors import UserError
 
@@ -189,6 +192,51 @@ def test_all_formats_hold_the_same_documents(tmp_path):
     table.save_to_disk(tmp_path / "saved")
     for name in ("a.jsonl", "lines.json", "a.json", "a.csv", "a.parquet", "saved"):
         assert documents(tmp_path / name) == texts, name
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst", ".GZ"])
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".json", ".csv"])
+def test_compressed_files_hold_the_same_documents_also_in_a_folder(tmp_path, suffix, packing):
+    plain = tmp_path / f"plain{suffix}"
+    texts = [f"words, ä {number}" for number in range(300)]
+    match suffix:
+        case ".txt":
+            plain.write_text("\n\n".join(texts), encoding="utf-8")
+        case ".csv":
+            rows = [f'"{text}"\n' for text in texts]
+            plain.write_text("text\n" + "".join(rows), encoding="utf-8")
+        case _:
+            plain.write_text(json.dumps([{"text": text} for text in texts]))
+    if suffix == ".jsonl":
+        jsonl(plain, texts)
+
+    (tmp_path / "packed").mkdir()
+    packed = tmp_path / "packed" / f"texts{suffix}{packing}"
+    packed.write_bytes(pack(plain.read_bytes(), packing))
+    assert documents(packed) == documents(tmp_path / "packed") == documents(plain) == texts
+
+
+def pack(content: bytes, packing: str) -> bytes:
+    """Compress in two parts, as programs do that append to a file."""
+    codec = pyarrow.Codec({".gz": "gzip", ".zst": "zstd"}[packing.lower()])
+    half = len(content) // 2
+    return b"".join(codec.compress(part, asbytes=True) for part in (content[:half], content[half:]))
+
+
+@pytest.mark.parametrize("packing", [".gz", ".zst"])
+@pytest.mark.parametrize("damage", ["cut off", "not compressed"])
+def test_a_compressed_file_that_is_damaged_is_an_error_with_its_name(tmp_path, packing, damage):
+    content = b'{"text": "some words"}\n' * 1000
+    packed = tmp_path / f"texts.jsonl{packing}"
+    packed.write_bytes(content if damage == "not compressed" else pack(content, packing)[:-9])
+    with pytest.raises(UserError, match=rf"texts\.jsonl\{packing}: cannot be read: \w"):
+        documents(packed)
+
+
+def test_tables_that_compress_inside_are_not_read_packed_once_more(tmp_path):
+    (tmp_path / "table.parquet.gz").write_bytes(pack(b"PAR1", ".gz"))
+    with pytest.raises(UserError, match=r"cannot read files of type \.parquet\.gz\. Expected one of .* also with \.gz"):
+        documents(tmp_path / "table.parquet.gz")
 
 
 def test_several_sources_globs_and_folders_are_read_in_order(tmp_path):
@@ -474,3 +522,9 @@ def test_a_blank_line_in_a_table_of_two_columns_is_an_empty_document(tmp_path):
     (tmp_path / "a.csv").write_text("\n".join(["prompt,completion", *rows[:20], "", *rows[20:]]) + "\n")
     corpus = load_documents(DataConfig(train=[str(tmp_path / "a.csv")], eval_fraction=0.2))
     assert corpus.report["train"] + corpus.report["eval"] == 40
+
+
+def test_text_put_together_from_a_stock_of_sentences_repeats_itself_and_prose_does_not():
+    assert data.repeats_itself(write_stories(300))
+    assert not data.repeats_itself(builtin_texts())
+    assert not data.repeats_itself(["too short"])

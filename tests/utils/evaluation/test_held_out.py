@@ -94,6 +94,24 @@ def test_the_beginning_of_a_long_document_is_no_warning_that_a_model_cannot_read
     assert not tokenizer.deprecation_warnings  # where transformers notes what it has warned of
 
 
+def test_written_text_is_judged_by_a_teacher_that_computes_here():
+    tokenizers = {"student": byte_bpe(300), "teacher": byte_bpe(340)}
+    config = EvaluationConfig(generation=3, prompt_tokens=4, new_tokens=6)
+    alone = HeldOut(config, None, [], ["Once upon a time"] * 3, Batch, tokenizers, 1)
+    student, teacher = tiny_llama(300), tiny_llama(340)
+    metrics = alone.written_text(student, "student")
+    assert metrics["samples"] == 3 and "teacher_bits_per_byte" not in metrics
+
+    judged = replace(alone, judge=teacher)
+    assert judged.written_text(student, "student")["teacher_bits_per_byte"] > 0
+    assert alone.written_text(teacher, "teacher")["teacher_bits_per_byte"] > 0, "a teacher judges itself"
+    assert "teacher_bits_per_byte" not in replace(judged, together=True).written_text(student, "student")
+
+    answering = replace(judged, prompt=lambda document, side: (document, [7, 8]))
+    assert answering.written_text(student, "student")["teacher_bits_per_byte"] > 0
+    assert replace(judged, config=EvaluationConfig(generation=0)).written_text(student, "student") is None
+
+
 class Full:
     """Agreement of a pair that has no memory for more than `most` windows."""
 
@@ -113,7 +131,7 @@ def agreement(monkeypatch, most: int, together: bool = False) -> tuple[dict, lis
     model = {"bits_per_byte": 1.0}
     scores = {"teacher": model, "student": model, "initial_student": model}
     pair = Full(most)
-    start = {"samples": {"prompt": []}}
+    start = {"samples": {"prompt": []}, "generation": {}}
     monkeypatch.setattr(HeldOut, "continuations", lambda self, model, side: [])
     return held.results(nn.Linear(1, 1), start, scores, pair)["retention"], pair.seen
 

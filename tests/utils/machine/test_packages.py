@@ -143,6 +143,25 @@ def test_what_nobody_has_is_named_with_both_versions_and_the_way_without_interne
     assert len(pip.calls) == 2
 
 
+def test_the_command_in_the_docs_that_downloads_wheels_is_the_one_that_is_printed(pip, tmp_path):
+    """But for the version of Python, and the demands, which are those of setup.cfg."""
+    pip.succeeds_with = "nothing"
+    with pytest.raises(UserError) as raised:
+        install_missing(tmp_path)
+    printed = str(raised.value).partition("pip download")[2].partition("2. Upload")[0].split()
+
+    page = (packages.SETUP_CFG.parent / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    shown = page.partition("pip download")[2].partition("```")[0].replace("\\\n", " ").split()
+
+    demands = [word.strip("'") for word in shown if word.startswith("'")]
+    assert demands and set(demands) <= set(own_requirements())
+    assert general_words(shown) == general_words(printed)
+
+
+def general_words(command: list[str]) -> list[str]:
+    return [word for word in command if not word.startswith(("'", "3."))]
+
+
 def test_where_all_is_there_pip_is_not_run(pip, monkeypatch, tmp_path):
     monkeypatch.setattr(packages, "find_conflicts", lambda *_: [])
     assert install_missing(tmp_path) == []

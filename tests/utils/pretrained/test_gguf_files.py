@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from tests.models.tiny import STORIES, byte_bpe, tiny_llama
 from utils.errors import UserError
 from utils.pretrained import gguf_files, loading
-from utils.pretrained.locate import locate
+from utils.pretrained.locate import gguf_file, locate, where_from
 
 V = 290
 TEXT = STORIES[0]
@@ -144,6 +144,37 @@ def test_a_file_that_is_not_there_is_refused_with_what_is(tmp_path, name):
     (tmp_path / "a.gguf").write_bytes(b"")
     with pytest.raises(UserError, match=r"no such file.*FOLDER:FILE\.gguf"):
         locate(name.format(folder=tmp_path), "student")
+
+
+def test_a_transformers_that_reads_tokenizers_wrong_is_refused(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "tiny.gguf")
+    monkeypatch.setattr(gguf_files.transformers, "__version__", "5.17.0")
+    with pytest.raises(UserError, match=r"transformers 5.17.0 reads .* wrong. Expected 5.18 or newer"):
+        gguf_files.plain_folder(tmp_path / "tiny.gguf", "teacher tiny.gguf")
+
+
+def fill_hub_cache(folder, owner_and_name: str, file: str, content: bytes) -> None:
+    """Write a file into a cache of the hub, as a download would have left it."""
+    model = folder / f"models--{owner_and_name.replace('/', '--')}"
+    for path, data in ((f"snapshots/0123/{file}", content), ("refs/main", b"0123")):
+        (model / path).parent.mkdir(parents=True, exist_ok=True)
+        (model / path).write_bytes(data)
+
+
+def test_a_file_of_the_hub_is_named_by_id_and_file(tmp_path, monkeypatch):
+    fill_hub_cache(tmp_path, "owner/tiny-GGUF", "tiny.gguf", b"GGUF")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    file = gguf_file("owner/tiny-GGUF:tiny.gguf", "teacher")
+    assert file.name == "tiny.gguf" and file.read_bytes() == b"GGUF"
+    with pytest.raises(UserError, match=r"other\.gguf of owner/tiny-GGUF cannot be had: the hub cannot be reached"):
+        gguf_file("owner/tiny-GGUF:other.gguf", "teacher")
+
+
+def test_anybody_on_this_machine_finds_the_file_by_the_name_that_is_written_down(tmp_path, monkeypatch):
+    (tmp_path / "a.gguf").write_bytes(b"GGUF")
+    monkeypatch.chdir(tmp_path)
+    assert where_from("a.gguf") == where_from(".:a.gguf") == str(tmp_path / "a.gguf")
+    assert where_from("owner/tiny-GGUF:tiny.gguf") == "owner/tiny-GGUF:tiny.gguf"
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):

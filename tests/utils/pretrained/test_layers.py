@@ -8,7 +8,14 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, T5Config
 
 from utils.errors import UserError
 from utils.pretrained.families import auto_class
-from utils.pretrained.layers import choose_layers, evenly_spread, keep_layers, layer_list_name, require_count
+from utils.pretrained.layers import (
+    choose_layers,
+    evenly_spread,
+    keep_layers,
+    layer_changes,
+    layer_list_name,
+    require_count,
+)
 
 LAYERS = 6
 KEPT = (0, 2, 5)
@@ -114,6 +121,16 @@ def test_the_layers_that_change_most_are_chosen():
     assert all(choice.changes[index] < 1e-3 < choice.changes[0] for index in (1, 2, 4))
     assert choice == choose_layers(model.train(), 3, list(TEXT)), "the same choice every time"
     assert model.training
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_are_measured_as_if_the_dropped_ones_were_not_there(family):
+    model = model_of(family)
+    windows = list(TEXT)
+    measured = layer_changes(model, windows, KEPT)
+    expected = layer_changes(cut_in_place(model, KEPT), windows)
+    torch.testing.assert_close([measured[index] for index in KEPT], expected)
+    assert all(measured[index] == 0 for index in range(LAYERS) if index not in KEPT)
 
 
 def test_without_text_layers_are_evenly_spread():

@@ -9,12 +9,21 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
+import distil
 import train
 from tests.utils.logs.test_step_logger import evaluation_at, record_at
 from tests.utils.report.test_report import RESULTS, scores
 from utils.errors import UserError
 from utils.logs import console
-from utils.report.comparison import PICTURE, compare, differing_settings, read_runs, result_table
+from utils.report.comparison import (
+    PICTURE,
+    compare,
+    differing_settings,
+    interval,
+    over_seeds,
+    read_runs,
+    result_table,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +87,11 @@ def test_the_picture_is_over_steps_and_over_tokens_and_marks_what_is_unfinished(
     a, b = (line for line in steps.get_lines() if len(line.get_xdata()) == 2 and line.get_marker() == "o")
     assert list(a.get_xdata()) == [0, 1000] and list(b.get_xdata()) == [0, 500] and "(unfinished)" in b.get_label()
     assert list(tokens.get_lines()[0].get_xdata()) == [0, 4096 * 1000]
-    assert [text.get_text() for text in steps.texts] == ["teacher  0.800"]
+    assert not steps.texts and legend_of(drawn[0])[-1] == "teacher  0.800"
+
+
+def legend_of(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_settings_that_differ_are_named_and_the_folders_own_are_not(place):
@@ -89,6 +102,97 @@ def test_settings_that_differ_are_named_and_the_folders_own_are_not(place):
     three = place("c", 1.0)
     found = differing_settings(read_runs([one, two, three]))
     assert found == {"curriculum.kd.weight": ["0.7", json.dumps(ramp), "?"]}
+
+
+def test_what_no_result_depends_on_is_named_apart(place, tmp_path, capsys):
+    common = {"training": {"seed": 1, "save_every": 10}, "logging": {"every": 1}}
+    other = {"training": {"seed": 1, "save_every": 20}, "logging": {"every": 2}}
+    names = [place("a", 1.0, settings=common), place("b", 0.9, settings=other)]
+    assert differing_settings(read_runs(names)) == {}
+    compare(names, tmp_path / "out")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "without an effect on the result: logging.every, training.save_every" in shown
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (["/home/me/models/small", "/home/me/models/large"], ["…/small", "…/large"]),
+        ([["/a/b/x.txt", "/a/b/y.txt"], ["/a/b/c/z.txt"]], ["…/x.txt, …/y.txt", "…/c/z.txt"]),
+        (["owner/small", "owner/large"], ["…/small", "…/large"]),
+        (["owner/small", "/a/large"], ["owner/small", "/a/large"]),
+        (["/a/x", "/b/x"], ["/a/x", "/b/x"]),
+        ([None, "/a/x"], ["null", "/a/x"]),
+        ([0.1, 0.2], ["0.1", "0.2"]),
+    ],
+)
+def test_folders_that_all_values_share_are_cut(place, values, shown):
+    names = [place(f"r{number}", 1.0, settings={"data": {"train": value}}) for number, value in enumerate(values)]
+    assert differing_settings(read_runs(names)) == {"data.train": shown}
+
+
+def test_many_runs_with_long_names_and_paths_fit_80_columns(place, tmp_path, capsys):
+    folder = "/home/somebody/a/very/long/path/to/some/models/that/nobody/would/like/to/read"
+    names = []
+    for number in range(9):
+        settings = {"training": {"seed": number, "learning_rate": 1e-4 * (number % 3 + 1)}}
+        settings["teacher"] = {"name": f"{folder}/teacher-{number % 2}-of-quite-a-long-name"}
+        names.append(place(f"smollm-from-gemma-lr{number % 3}-seed{number}", 1.0 + number / 100, settings=settings))
+    compare(names, tmp_path / "out")
+    shown = capsys.readouterr().out
+    tables = shown[: shown.index("picture:")]
+    assert max(map(len, tables.splitlines())) <= 80 and "somebody" not in tables and "…/teacher-0" in tables
+    rows = [line for line in tables.splitlines() if line.strip().startswith("smollm-from-gemma-lr0-seed0 ")]
+    assert rows and rows[0].split()[1:] == ["1,000", "1.0000", "90.0%", "1:08:20"]
+
+
+def seeds(place, number: int, **training) -> list[str]:
+    settings = {"training": {"seed": number, **training}, "output_dir": f"runs/{number}"}
+    return [place(f"s{number}", 1.0 + number / 10, settings=settings)]
+
+
+def test_over_seeds_there_is_a_mean_with_its_interval(place, tmp_path, capsys):
+    """Of 1.0, 1.1 and 1.2 the mean is 1.1, the deviation 0.1, and t with 2 degrees of freedom 4.303."""
+    names = [*seeds(place, 0), *seeds(place, 1), *seeds(place, 2), *seeds(place, 3, learning_rate=1.0)]
+    copied = place("copy", 1.0, settings={"training": {"seed": 0}})
+    [group] = over_seeds(read_runs([*names, copied]))
+    assert [run.name for run in group.runs] == ["s0", "s1", "s2"]
+    assert interval([1.0, 1.1, 1.2]) == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-6)
+    compare(names, tmp_path / "out")
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "s0, s1, s2 3 1.1000 ± 0.2484" in shown and "without teacher" not in shown
+
+
+def test_over_seeds_the_difference_from_the_student_without_the_teacher_is_paired(place, tmp_path, capsys):
+    names = [*seeds(place, 0), *seeds(place, 1)]
+    for name, bits in zip(names, (1.05, 1.15), strict=True):
+        report = Path(name, "evaluation_report.json")
+        report.write_text(json.dumps(json.loads(report.read_text()) | {"baseline": scores(bits, 5)}))
+    compare(names, tmp_path / "out")
+    assert "1.0500 ± 0.6353 -0.0500 ± 0.0000" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_table_for_other_programs_has_the_same_figures(place, tmp_path):
+    import pandas as pd
+
+    names = [*seeds(place, 0), *seeds(place, 1)]
+    compare(names, tmp_path / "out", tmp_path / "a.csv")
+    frame = pd.read_csv(tmp_path / "a.csv")
+    assert [*frame["run"]] == ["s0", "s1"] and [*frame["student_bits_per_byte"]] == [1.0, 1.1]
+    assert [*frame["training.seed"]] == [0, 1] and "baseline_bits_per_byte" not in frame
+    compare(names, tmp_path / "out", tmp_path / "a.md")
+    lines = (tmp_path / "a.md").read_text(encoding="utf-8").splitlines()
+    assert len(lines) == 4 and lines[0].startswith("| run") and lines[3].startswith("| s1 ")
+    with pytest.raises(UserError, match="cannot be written"):
+        compare(names, tmp_path / "out", tmp_path / "nowhere" / "a.csv")
+
+
+def test_a_student_that_got_worse_has_closed_no_share(place, tmp_path, capsys):
+    names = [place("a", 1.0), place("b", 0.9)]
+    report = Path(names[0], "evaluation_report.json")
+    report.write_text(json.dumps(json.loads(report.read_text()) | {"retention": {"gap_closed": -0.2}}))
+    compare(names, tmp_path / "out")
+    assert "a finished 1,000 1.0000 0.8000 worse" in " ".join(capsys.readouterr().out.split())
 
 
 def test_what_makes_figures_incomparable_is_said(place, tmp_path, capsys):
@@ -114,7 +218,7 @@ def test_each_teachers_line_tells_whose_it_is(place, tmp_path, drawn):
     report = tmp_path / "runs" / "b" / "evaluation_report.json"
     report.write_text(json.dumps(json.loads(report.read_text()) | {"teacher": scores(0.6, 9)}))
     compare(folders, tmp_path)
-    assert [text.get_text() for text in drawn[0].axes[0].texts] == ["teacher of a, c  0.800", "teacher of b  0.600"]
+    assert legend_of(drawn[0])[-2:] == ["teacher of a, c  0.800", "teacher of b  0.600"]
 
 
 def test_a_report_that_the_run_has_left_behind_is_not_taken(place):
@@ -286,8 +390,7 @@ def test_names_and_values_are_shown_as_they_are(place, tmp_path, capsys, drawn, 
     assert [name] in [line.split()[:1] for line in shown.splitlines()]
     assert value in shown
 
-    legend = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-    assert [label.split()[0] for label in legend] == ["b", name]
+    assert [label.split()[0] for label in legend_of(drawn[0])] == ["b", name, "teacher"]
 
 
 def test_a_run_in_a_folder_that_looks_like_markup(place, tmp_path, capsys):
@@ -311,10 +414,12 @@ def test_damaged_settings_are_named(place, tmp_path, capsys, content):
 
 
 def test_the_command_compares_and_loads_nothing(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(train, "run", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(distil, "run", lambda *_: pytest.fail("it trained"))
     names = [place("a", 1.0), place("b", 0.9)]
     assert train.main(["--compare", *names, "--output-dir", str(tmp_path / "o")]) == 0
     assert (tmp_path / "o" / PICTURE).is_file() and "-10.0%" in capsys.readouterr().out
+    assert train.main(["--compare", *names, "--output-dir", str(tmp_path), "--csv", str(tmp_path / "a.csv")]) == 0
+    assert (tmp_path / "a.csv").is_file() and train.main(["--csv", "a.csv"]) == 2
     assert train.main(["--compare", *names, "--epochs", "2"]) == 2
     assert "trains nothing" in capsys.readouterr().out
     assert train.main(["--compare", names[0], "nowhere"]) == 2

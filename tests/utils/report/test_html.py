@@ -14,12 +14,15 @@ from matplotlib.image import imread
 
 from tests.utils.report.test_report import RESULTS, run, scores
 from utils.report.charts import THEME, curves_as_svg, routing_as_svg
-from utils.report.html import page
+from utils.report.html import collapsed, page
 from utils.report.report import REPORT_HTML, write_report
 
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 EVIL = '</pre><script>alert("1")</script><img src=http://a.b/c> & \x00\x1b[31m \u202e $title'
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
+COUNTS = {"tokens": 20, "at_boundary": 10, "anchored": 15}
+TOKENS = [{"text": EVIL, "probability": 0.9}, {"text": 90 * "z", "probability": 0.1}]
+DIFFERENCE = {"context": EVIL, "next": "\n", "kl": 3.2, "teacher": TOKENS, "student": TOKENS}
 ROUTING = {"step": 9, "student_layers": [1, 2], "teacher_layers": [3, 4], "weights": [[0.9, 0.1], [0.2, 0.8]]}
 
 
@@ -55,12 +58,21 @@ class Page(HTMLParser):
 
 def whole() -> str:
     """A page with everything in it."""
-    sample = dict.fromkeys(("prompt", "teacher", "student", "baseline", "initial_student"), EVIL)
-    results = RESULTS | {"samples": [sample] * 3, "baseline": scores(1.1, 5)}
+    texts = (EVIL, 400 * "x", 300 * " \n")
+    samples = [dict.fromkeys(("prompt", "teacher", "student", "baseline", "initial_student"), text) for text in texts]
+    score = {"value": 0.75, "stderr": 0.01}
+    task = {"task": EVIL, "metric": "acc", "higher_is_better": True, "documents": 2376, "student": score}
+    results = RESULTS | {
+        "samples": samples,
+        "baseline": scores(1.1, 5),
+        "tasks": [{**task, "teacher": score, "initial_student": score}],
+        "alignment": {"spans": [{"student": [EVIL, " a"], "teacher": [120 * "y"]}] * 9, **COUNTS},
+        "differences": [DIFFERENCE, DIFFERENCE],
+    }
     pictures = [*curves_as_svg(run(kd=0.7, lm=0.3), results, run(lm=1.0)), routing_as_svg(ROUTING)]
-    settings = {"teacher": {"name": "a/b"}, "student": {"name": EVIL}, "training": {"seed": 1}, "resume": None}
-    told = {"notes": {"device": "cpu"}, "environment": {"packages": {"torch": "2.13"}}}
-    return page(EVIL, results, pictures, settings, told, [f"[RED FLAG] number {n} {EVIL}" for n in range(40)])
+    settings = {"teacher": {"name": "a/b"}, "student": {"name": EVIL}, "training": {"seed": 1}, "output_dir": EVIL}
+    notes = {"notes": {"device": "cpu"}, "environment": {"packages": {"torch": "2.13"}}}
+    return page(EVIL, results, pictures, settings, notes, [f"[RED FLAG] number {n} {EVIL}" for n in range(40)])
 
 
 def test_the_page_is_well_formed_and_has_all_parts():
@@ -70,7 +82,9 @@ def test_the_page_is_well_formed_and_has_all_parts():
         assert part in text
     for part in ("and 10 more in train.log", "AutoModelForCausalLM", "seed", "torch", "Beginning", "closed 90.0%"):
         assert part in text
-    assert read.tags.count("svg") == 5 and text.count("Teacher") >= 4 and "number 30" not in text
+    for part in ("One text, two tokenizations", "What the teacher would have said", "3.20", "Tasks", "Repeat the run"):
+        assert part in text
+    assert read.tags.count("svg") == 6 and text.count("Teacher") >= 4 and "number 30" not in text
 
 
 def test_what_a_student_of_conversations_says_are_answers_to_prompts():
@@ -100,13 +114,22 @@ def test_the_page_loads_nothing_and_runs_nothing():
 
 
 @given(st.text())
-def test_any_text_is_shown_as_it_is(said):
-    read = Page(page("a", RESULTS | {"samples": [{"prompt": "", "student": f"<{said}>"}]}, [], {}, {}, [said]))
-    shown = re.sub("[\ud800-\udfff\x80-\x9f]", "\ufffd", said.replace("\r\n", "\n"))
+def test_any_text_is_shown_as_it_is(written):
+    read = Page(page("a", RESULTS | {"samples": [{"prompt": "", "student": f"<{written}>"}]}, [], {}, {}, [written]))
+    shown = re.sub("[\ud800-\udfff\x80-\x9f]", "\ufffd", written.replace("\r\n", "\n"))
     shown = "".join(c if (ord(c) >= 32 and ord(c) != 127) or c in "\t\n" else "?" for c in shown)
-    seen = [re.sub("[\u2400-\u241f\u2421]", "?", text) for text in read.texts]
-    wanted = re.sub("[\u2400-\u241f\u2421]", "?", f"<{shown}>")
-    assert wanted in seen and "script" not in read.tags
+    texts = [re.sub("[\u2400-\u241f\u2421]", "?", text) for text in read.texts]
+    shown = re.sub("[\u2400-\u241f\u2421]", "?", shown)
+    assert collapsed(f"<{shown}>") in texts and "script" not in read.tags
+    assert shown in texts or not shown.strip()
+
+
+def test_a_sample_that_is_mostly_space_is_shown_without_it():
+    assert (
+        collapsed("\n\n a  b\t\tc \n\n\n\n    d  \n" + 500 * "\n" + 400 * " " + "e")
+        == "a b c\n\n    d\n\n            e"
+    )
+    assert len(collapsed(5000 * " \n")) == 0
 
 
 def test_every_colour_of_the_curves_follows_the_readers_theme():
@@ -133,28 +156,45 @@ def test_a_run_without_anything_to_tell_is_still_a_page():
     assert "The run raised none." in read.texts and "Samples" not in read.texts and "details" not in read.tags
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome is installed: the page is not opened in a browser")
-def test_in_a_browser_it_is_drawn_in_light_and_dark_and_fits_a_phone(tmp_path):
+NO_BROWSER = "no chromium or chrome is installed: the page is not opened in a browser"
+
+
+@pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_in_a_browser_it_is_drawn_in_light_and_dark(tmp_path, width):
     (tmp_path / "a.html").write_text(whole(), encoding="utf-8")
     bright = {}
     for theme, number in (("dark", 0), ("light", 1)):
         picture = tmp_path / f"{theme}.png"
-        browse(tmp_path, "a.html", f"--screenshot={picture}", f"--blink-settings=preferredColorScheme={number}")
-        bright[theme] = imread(picture)[..., :3].mean()
-        assert imread(picture)[..., :3].std() > 0.02
+        scheme = f"--blink-settings=preferredColorScheme={number}"
+        browse(tmp_path, "a.html", f"--screenshot={picture}", scheme, f"--window-size={width},2400")
+        pixels = imread(picture)[..., :3]
+        assert pixels.shape[1] == width and pixels.std() > 0.02
+        bright[theme] = pixels.mean()
     assert bright["dark"] < 0.3 and bright["light"] > 0.8
+
+
+@pytest.mark.skipif(BROWSER is None, reason=NO_BROWSER)
+def test_in_a_browser_nothing_sticks_out_on_a_phone_or_a_desk(tmp_path):
+    """Every element ends inside of the page, with all that is folded opened; the page itself runs no script."""
+    widths = (390, 1280)
     unfolded = html.escape(whole().replace("<details>", "<details open>"))
-    frames = "".join(f'<iframe width="{width}" srcdoc="{unfolded}"></iframe>' for width in (360, 1280))
-    width = "frame => frame.contentDocument.documentElement.scrollWidth"
-    script = f"onload = () => {{ document.title = [...document.querySelectorAll('iframe')].map({width}) }}"
+    frames = "".join(f'<iframe width="{width}" srcdoc="{unfolded}"></iframe>' for width in widths)
+    script = """onload = () => { document.title = [...document.querySelectorAll("iframe")].map(frame => {
+      const page = frame.contentDocument, elements = [...page.querySelectorAll("body *")];
+      const ends = elements.filter(e => !e.closest("svg")).map(e => e.getBoundingClientRect().right);
+      return Math.max(page.documentElement.scrollWidth, ...ends) + " " + elements.length }) }"""
     (tmp_path / "b.html").write_text(f"<title></title>{frames}<script>{script}</script>", encoding="utf-8")
-    needed, wide = re.search(r"<title>(\d+),(\d+)</title>", browse(tmp_path, "b.html", "--dump-dom")).groups()
-    assert int(needed) <= 360 and int(wide) <= 1280
+
+    title = re.search(r"<title>(.*?)</title>", browse(tmp_path, "b.html", "--dump-dom"))[1]
+    for width, measured in zip(widths, title.split(","), strict=True):
+        end, elements = measured.split()
+        assert float(end) <= width and int(elements) > 100
 
 
 def browse(folder: Path, name: str, *options: str) -> str:
     """What the browser prints; in a profile of its own, without network."""
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
     alone = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={folder / 'profile'}"]
-    command = [BROWSER, *alone, *quiet, "--window-size=1280,2400", *options, (folder / name).as_uri()]
+    command = [BROWSER, *alone, *quiet, *options, (folder / name).as_uri()]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout

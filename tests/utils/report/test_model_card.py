@@ -98,6 +98,29 @@ def test_an_adapter_says_what_it_adapts(merge, library):
     assert ("AutoPeftModelForCausalLM.from_pretrained" in card) is not merge and "rank: 8" in card
 
 
+def test_the_hubs_index_has_the_results():
+    results = ModelCard(model_card(settings() | {"output_dir": "runs/first"}, RESULTS)).data
+    assert results.model_name == "first"
+    measured = [(one.dataset_name, one.metric_type, one.metric_value) for one in results.eval_results]
+    assert measured == [("held-out text of owner/text:plain", "bits_per_byte", 1.25), ("arc_easy", "acc", 0.5)]
+    assert {one.task_type for one in results.eval_results} == {"text-generation"}
+
+
+def test_a_base_in_the_hubs_cache_is_called_by_its_hub_id(tmp_path):
+    snapshot = tmp_path / "models--owner--small" / "snapshots" / "0123"
+    snapshot.mkdir(parents=True)
+    (snapshot / "config.json").write_text('{"model_type": "llama"}')
+    card = model_card(settings(str(snapshot), enabled=True), RESULTS)
+    assert ModelCard(card).data.base_model == "owner/small" and "A LoRA adapter of `owner/small`." in card
+    assert "pretrained=owner/small,peft=path/to/this/folder" in card and str(tmp_path) not in card
+
+
+def test_a_student_that_got_worse_is_called_worse_in_its_card():
+    worse = RESULTS | {"student": {"bits_per_byte": 2.6, "perplexity": 1.0}, "retention": {"gap_closed": -0.1}}
+    card = model_card(settings(), worse)
+    assert "got worse: 2.6000 bits per byte on unseen text, 2.5000 before training" in card and "closed" not in card
+
+
 def test_it_is_where_the_hub_looks(tmp_path):
     export(tiny_llama(280), byte_bpe(280), tmp_path / "student", model_card(settings(), RESULTS))
     assert ModelCard.load(tmp_path / "student" / "README.md").data.base_model == "owner/small"

@@ -3,16 +3,19 @@
 import copy
 import json
 import math
+import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from utils.report import report
-from utils.report.charts import draw_curves, draw_routing
+from utils.report.charts import curves_as_svg, draw_curves, draw_routing
 from utils.report.markdown import markdown
 from utils.report.report import print_summary, write_report
-from utils.report.results import headline
+from utils.report.results import headline, worse_than_before
 from utils.run_layout import CURVES, REPORT_HTML, REPORT_JSON, REPORT_MD, ROUTING
 
 
@@ -89,18 +92,26 @@ def test_not_a_number_becomes_null_and_a_dash(tmp_path):
     assert "| Distilled student | 1.0000 | - |" in (tmp_path / REPORT_MD).read_text()
 
 
+def legend_of(panel) -> list[str]:
+    return [text.get_text() for text in panel.get_legend().get_texts()]
+
+
 def test_the_picture_has_terms_weights_schedule_and_levels(tmp_path, figures):
     draw_curves(tmp_path / "a.png", run(kd=0.7, lm=0.3, feat=0.0), RESULTS, run(lm=1.0))
-    losses, evaluation, weights, rate = figures[0].axes[:4]
-    texts = [[text.get_text() for text in panel.get_legend().get_texts()] for panel in (losses, weights, rate)]
-    assert texts[0] == ["KD", "LM", "feature", "total", "weighted", "weight 0"] and texts[1] == ["KD", "LM"]
-    assert texts[2] == ["learning rate", "gradient norm (right)"]
+    panels = {panel.get_title(loc="left"): panel for panel in figures[0].axes}
+    losses = panels["Loss terms"]
+    assert legend_of(losses) == ["KD", "LM", "feature", "total", "weighted", "weight 0"]
+    assert legend_of(panels["Curriculum weights"]) == ["KD", "LM"]
+    rates = legend_of(panels["Learning rate and gradient norm"])
+    assert rates == ["learning rate", "gradient norm (right)"]
+
     lines = {line.get_label(): line for line in losses.get_lines()}
     faint = [name for name in ("KD", "LM", "feature", "total") if lines[name].get_linestyle() != "-"]
     assert faint == ["feature"] and lines["feature"].get_alpha() < 1
     draw_curves(tmp_path / "b.png", run(kd=0.7, lm=0.3))
-    assert "weight 0" not in [text.get_text() for text in figures[1].axes[0].get_legend().get_texts()]
-    labels = [text.get_text() for text in [*evaluation.texts, *evaluation.get_legend().get_texts()]]
+    assert "weight 0" not in legend_of(figures[1].axes[0])
+
+    labels = legend_of(panels["Evaluation, bits per byte"])
     for part in ("Teacher  0.800", "Student before training  2.800", "Distilled", "without the teacher"):
         assert any(part in label for label in labels)
 
@@ -108,7 +119,30 @@ def test_the_picture_has_terms_weights_schedule_and_levels(tmp_path, figures):
 def test_baseline_and_student_that_end_close_together_are_magnified(tmp_path, figures):
     draw_curves(tmp_path / "a.png", run(lm=0.3), RESULTS, run(lm=1.0))
     draw_curves(tmp_path / "b.png", run(lm=0.3), RESULTS)
-    assert [len(figure.axes[1].child_axes) for figure in figures] == [1, 0]
+    titles = [[panel.get_title(loc="left") for panel in figure.axes] for figure in figures]
+    assert ["Last half of the evaluation" in names for names in titles] == [True, False]
+
+
+TERMS = dict.fromkeys(("kd", "span", "lm", "feat", "rel", "attn", "layer", "contr"), 0.1)
+
+
+@pytest.mark.parametrize("high", [1, 100])
+def test_no_name_lies_on_a_curve(figures, high):
+    """Names of curves stand above their panel, and below the title; nothing but ticks is written beside them."""
+    records = run(**TERMS)
+    for record in records:
+        record["grad_norm"] = high
+    curves_as_svg(records, RESULTS, run(lm=1.0))
+    assert len(figures) == 5
+    for figure in figures:
+        panel = figure.axes[0]
+        legend = panel.get_legend().get_window_extent()
+        assert legend.y0 >= panel.bbox.y1 and not panel.texts and not panel.child_axes
+        title = next(
+            child for child in panel.get_children() if getattr(child, "get_text", str)() == panel.get_title("left")
+        )
+        assert title.get_window_extent().y0 >= legend.y1 - 2 and title.get_window_extent().y1 <= figure.bbox.y1
+        assert legend.x1 <= figure.bbox.x1
 
 
 @pytest.mark.parametrize("records", [[], [training(7, lm=1.0)], [{"step": 0, "split": "eval", "bits_per_byte": 2.0}]])
@@ -195,10 +229,49 @@ def test_what_models_wrote_cannot_break_the_table():
 
 def test_the_headline_tells_gain_loss_and_a_teacher_that_cannot_help():
     assert "10.0% fewer bits per byte" in headline(RESULTS | {"baseline": scores(1 / 0.9, 5)})
+    assert "did not help" in headline(RESULTS | {"baseline": scores(0.8, 5)})
     assert "25.0% more bits per byte" in headline(RESULTS | {"baseline": scores(0.8, 5)})
+    assert "as many bits per byte as" in headline(RESULTS | {"baseline": scores(1.0001, 5)})
     assert "closed 90.0% of the gap" in headline(RESULTS)
     weak = RESULTS | {"teacher": scores(2.9, 5), "retention": {"gap_closed": None}}
     assert "no better" in headline(weak)
+    assert "fewer bits per byte than the teacher" in headline(RESULTS | {"student": scores(0.7, 5)})
+
+
+def test_the_start_is_called_by_what_it_was():
+    trained, random = RESULTS | {"student_init": "pretrained"}, RESULTS | {"student_init": "random"}
+    assert "itself before training" in headline(trained) and "random" not in headline(trained) + markdown(trained)
+    assert "itself with random weights" in headline(random)
+    assert "| Student with random weights | 2.8000 |" in markdown(random) and "before training" not in markdown(random)
+
+
+WORSE = RESULTS | {"student": scores(3.0, 5), "retention": {"gap_closed": -0.1}}
+
+
+def test_a_student_that_got_worse_is_called_worse_and_never_praised_for_a_negative_share(tmp_path):
+    write_report(tmp_path, WORSE, run(kd=0.7))
+    page = (tmp_path / REPORT_HTML).read_text(encoding="utf-8")
+    for text in (headline(WORSE), page, (tmp_path / REPORT_MD).read_text(encoding="utf-8")):
+        assert "got worse: 3.0000 bits per byte on unseen text, 2.8000 before training" in text
+        assert "-10.0%" not in text and "closed -" not in text
+    assert worse_than_before(RESULTS) is None and worse_than_before(WORSE)
+    alone = {key: value for key, value in WORSE.items() if key not in ("teacher", "retention")}
+    assert headline(alone).startswith("The trained student got worse")
+
+
+SHARES = st.one_of(st.none(), st.floats(0.01, 10))
+
+
+@given(SHARES, SHARES, SHARES, SHARES, st.sampled_from(["random", "pretrained", None]))
+def test_no_headline_begins_with_a_pronoun_or_praises_what_is_negative(student, start, teacher, baseline, init):
+    bits = {"student": student, "initial_student": start, "teacher": teacher, "baseline": baseline}
+    models = {key: {"bits_per_byte": value} for key, value in bits.items() if value is not None}
+    share = None
+    if None not in (student, start, teacher) and start > teacher:
+        share = (start - student) / (start - teacher)
+    text = headline({**models, "retention": {"gap_closed": share}, "student_init": init})
+    assert not text.startswith("It") and not re.search(r"-\d", text)
+    assert not (share is not None and share < 0 and "closed" in text)
 
 
 def test_a_student_that_is_not_a_number_is_reported_all_the_same(tmp_path):
@@ -217,6 +290,20 @@ def test_the_console_table_fits_80_columns(capsys, monkeypatch):
     assert "Same student without the teacher" in shown and "3,410,560" in shown and "…" not in shown
 
 
+def test_tasks_are_in_the_last_table_within_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    report.console.cache_clear()
+    score = {"value": 0.75, "stderr": 0.0089}
+    models = dict.fromkeys(("teacher", "student", "initial_student"), score)
+    task = {"task": "hellaswag_of_a_long_name", "metric": "acc_norm", "higher_is_better": True, "documents": 2376}
+    print_summary(RESULTS | {"tasks": [{**task, **models}]})
+    shown = capsys.readouterr().out
+    report.console.cache_clear()
+    assert max(map(len, shown.splitlines())) <= 80 and "Tasks, measured by lm_eval" in shown
+    # The columns are folded where they do not fit, and nothing is cut.
+    assert shown.count("0.7500") == 3 and "…" not in shown
+
+
 def test_tasks_are_told_with_their_error_and_their_better_side(tmp_path):
     row = {"task": "arc_easy", "metric": "acc", "higher_is_better": True, "documents": 2376}
     tasks = [
@@ -229,7 +316,7 @@ def test_tasks_are_told_with_their_error_and_their_better_side(tmp_path):
     assert "| arc_easy | acc ↑ | 2,376 | 0.7500 ± 0.0089 | 0.5000 |" in markdown
     assert "| arc_easy | ppl ↓ | 2,376 | - | 12.5000 |" in markdown
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert "<td>0.7500 ± 0.0089</td>" in page and "Measured by lm_eval" in page
+    assert ">0.7500 ± 0.0089</td>" in page and "Measured by lm_eval" in page
     write_report(tmp_path, RESULTS, run(kd=0.7))
     assert "lm_eval" not in (tmp_path / "evaluation_report.md").read_text(encoding="utf-8")
     assert "lm_eval" not in (tmp_path / "report.html").read_text(encoding="utf-8")

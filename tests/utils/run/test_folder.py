@@ -58,3 +58,20 @@ def test_the_export_of_a_run_does_not_replace_the_model_that_it_starts_from(tmp_
     student.mkdir(parents=True)
     with pytest.raises(UserError, match=r"which it reads from .student\.name"):
         run_folder.check(tmp_path / "run", CONFIG | {"student": {"name": str(student)}}, "auto")
+
+
+@pytest.mark.parametrize("init", ["random", "pretrained", "layers:2"])
+def test_a_finished_run_that_is_given_more_steps_says_how_a_follow_up_is_started(tmp_path, init):
+    (tmp_path / "checkpoints" / "step-00000020").mkdir(parents=True)
+    config = CONFIG | {"student": {"init": init}, "training": {"max_steps": 20}}
+    run_folder.write_config(tmp_path, config, {})
+    more = config | {"training": {"max_steps": 40}}
+    with pytest.raises(UserError, match=r"max_steps: 20 -> 40") as unfinished:
+        run_folder.check(tmp_path, more, "auto")
+    assert "--student" not in str(unfinished.value)
+
+    (tmp_path / "evaluation_report.json").write_text("{}")
+    with pytest.raises(UserError, match="That run is finished") as finished:
+        run_folder.check(tmp_path, more, "auto")
+    assert f"--student {tmp_path / 'student'}" in str(finished.value)
+    assert ("--student-init pretrained" in str(finished.value)) is (init != "pretrained")

@@ -1,4 +1,3 @@
-import ast
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
 from utils.config.settings import DataConfig, ModelConfig, StudentConfig
-from utils.data import python_docs
-from utils.data.documents import load_documents
+from utils.data.documents import leakage, load_documents
 from utils.errors import UserError
 from utils.run import quickstart
 
@@ -35,31 +33,27 @@ def material(cache) -> quickstart.Material:
     return quickstart.material(cache)
 
 
-def test_text_is_plentiful_distinct_and_free_of_stubs(material):
-    assert 1_000_000 < sum(map(len, material.texts)) < 6_000_000
-    assert len(set(material.texts)) == len(material.texts) > 1_000
-    assert min(map(len, material.texts)) >= python_docs.MIN_DOCUMENT
-
-
-def test_documents_describe_a_class_with_its_methods():
-    (node,) = ast.parse('class A(B):\n "What."\n def f(self, x=1): "How."\n def g(self): pass').body
-    assert list(python_docs._described(node)) == ["class A(B):\n    What.", "def f(self, x=1):\n    How."]
-
-
 def test_second_call_reads_what_the_first_built(cache, material, monkeypatch):
-    monkeypatch.setattr(quickstart, "collect_text", lambda: pytest.fail("built again"))
+    monkeypatch.setattr(quickstart.stories, "write_stories", lambda count: pytest.fail("built again"))
     assert quickstart.material(cache) == material
     assert [path.name for path in cache.iterdir()] == [material.file.parent.name]
 
 
-def test_material_is_read_by_the_data_module_without_loss(material):
+def test_material_is_read_without_loss_and_no_held_out_story_is_trained_on(material):
     corpus = load_documents(DataConfig(train=[str(material.file)]))
     assert corpus.report["read"] == corpus.report["train"] + corpus.report["eval"] == len(material.texts)
+    assert len(corpus.eval) > 100 and leakage(corpus.train, corpus.eval) == 0
+
+
+def test_nearly_every_story_fits_into_a_window(material, tokenizer):
+    length = train.configure(["--config", "quickstart"])[0].data.max_length
+    sizes = [len(ids) for ids in tokenizer(material.texts[:300])["input_ids"]]
+    assert sum(size < length for size in sizes) > 0.95 * len(sizes)
 
 
 def test_models_have_their_tokenizers_size_and_tied_embeddings(material):
     sizes = {}
-    for name, vocabulary in (("teacher", 4096), ("student", 1024)):
+    for name, vocabulary in (("teacher", 2048), ("student", 1024)):
         folder = getattr(material, name)
         config = AutoConfig.from_pretrained(folder)
         assert len(AutoTokenizer.from_pretrained(folder)) == config.vocab_size == vocabulary
@@ -94,31 +88,29 @@ def test_cache_that_cannot_be_written_is_a_clear_error(tmp_path):
 
 
 def test_a_failed_build_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(quickstart, "collect_text", lambda: ["text " * 50] * 3)
+    monkeypatch.setattr(quickstart.stories, "write_stories", lambda count: ["text " * 50] * 3)
     monkeypatch.setattr(quickstart, "train_tokenizer", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         quickstart.material(tmp_path)
     assert os.listdir(tmp_path) == []
 
 
-def test_a_python_without_sources_is_a_clear_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(python_docs, "_topics", lambda: iter(()))
-    monkeypatch.setattr(quickstart.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(UserError, match="standard library with sources"):
-        python_docs.collect_text()
-
-
-def test_other_models_or_vocabularies_have_another_cache(material, monkeypatch):
-    key, fingerprint = quickstart._python_key(), quickstart.fingerprint(material.texts)
-    sound = quickstart.student_config
-    for name, value in (
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
         ("student_config", lambda size: quickstart._llama(size, width=64, layers=2, heads=4)),
-        ("TEACHER_VOCABULARY", 2048),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(quickstart, name, value)
-            assert quickstart._python_key() != key and quickstart.fingerprint(material.texts) != fingerprint
-    assert quickstart.student_config is sound and quickstart._python_key() == key
+        ("TEACHER_VOCABULARY", 512),
+        ("STORIES", 60),
+        ("stories.NAMES", {"she": ["Ann", "Eve", "Joan"], "he": ["Bob"]}),
+    ],
+)
+def test_other_models_vocabularies_or_stories_are_built_elsewhere(cache, material, tmp_path, monkeypatch, name, value):
+    if name != "STORIES":
+        monkeypatch.setattr(quickstart, "STORIES", 80)
+    before = quickstart.material(tmp_path)
+    monkeypatch.setattr(f"utils.run.quickstart.{name}" if "." not in name else f"utils.data.{name}", value)
+    after = quickstart.material(tmp_path)
+    assert after.file.parent != before.file.parent and after.fingerprint != before.fingerprint
 
 
 def test_names_stand_for_paths_of_models_and_of_both_texts(material):

@@ -9,7 +9,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import validate_repo_id
 
-from utils.config.settings import HubConfig
+from utils.config.settings import HubConfig, LoraConfig, StudentConfig
 from utils.errors import UserError
 from utils.run import upload as hub
 
@@ -45,13 +45,13 @@ def there(monkeypatch) -> Hub:
 
 
 def test_without_a_repository_nothing_is_asked(there, tmp_path):
-    hub.check(HubConfig(), tmp_path)
+    hub.check(HubConfig(), tmp_path, StudentConfig())
     hub.push(HubConfig(), tmp_path)
     assert not there.created and not there.uploaded
 
 
 def test_the_repository_is_private_and_has_its_owner(there, tmp_path):
-    hub.check(HubConfig("mine"), tmp_path)
+    hub.check(HubConfig("mine"), tmp_path, StudentConfig())
     hub.push(HubConfig("mine"), tmp_path)
     assert there.created == [("mine", {"private": True, "exist_ok": True})] * 2
     (upload,) = there.uploaded
@@ -59,20 +59,20 @@ def test_the_repository_is_private_and_has_its_owner(there, tmp_path):
 
 
 def test_public_must_be_asked_for(there, tmp_path):
-    hub.check(HubConfig("me/mine", private=False), tmp_path)
+    hub.check(HubConfig("me/mine", private=False), tmp_path, StudentConfig())
     assert there.created[0][1]["private"] is False
 
 
 def test_offline_is_refused_with_what_to_do_later(monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "hub_is_reachable", lambda: False)
     with pytest.raises(UserError, match=r"cannot be reached.*hf upload me/mine .*student \. --private"):
-        hub.check(HubConfig("me/mine"), tmp_path / "student")
+        hub.check(HubConfig("me/mine"), tmp_path / "student", StudentConfig())
 
 
 def test_without_a_token_it_is_refused(there, monkeypatch, tmp_path):
     monkeypatch.setattr(hub, "get_token", lambda: None)
     with pytest.raises(UserError, match=r"no token.*hf auth login.*HF_TOKEN"):
-        hub.check(HubConfig("me/mine"), tmp_path)
+        hub.check(HubConfig("me/mine"), tmp_path, StudentConfig())
     assert not there.created
 
 
@@ -90,7 +90,7 @@ def test_what_the_hub_refuses_is_told_before_the_run(there, tmp_path, repository
         refusal = HfHubHTTPError("forbidden", response=response)
     there.refusal = refusal
     with pytest.raises(UserError, match=told):
-        hub.check(HubConfig(repository), tmp_path)
+        hub.check(HubConfig(repository), tmp_path, StudentConfig())
 
 
 def test_a_failing_upload_is_told_with_the_command_that_repeats_it(there, tmp_path, caplog):
@@ -104,3 +104,24 @@ def test_the_real_client_takes_what_is_asked_of_it(tmp_path):
     """Its signatures, without a network."""
     inspect.signature(HfApi.create_repo).bind(None, "me/mine", private=True, exist_ok=True)
     inspect.signature(HfApi.upload_folder).bind(None, repo_id="a/b", folder_path=tmp_path, commit_message="c")
+
+
+def test_an_adapter_of_a_local_folder_is_refused_since_nobody_else_could_load_it(there, tmp_path):
+    base = tmp_path / "models--owner--small" / "snapshots" / "abc"
+    base.mkdir(parents=True)
+    (base / "config.json").write_text("{}")
+    local = tmp_path / "small"
+    local.mkdir()
+    (local / "config.json").write_text("{}")
+
+    def check(name, **lora):
+        hub.check(HubConfig("mine"), tmp_path, StudentConfig(name=str(name), lora=LoraConfig(**lora)))
+
+    with pytest.raises(UserError, match=r"LoRA adapter of .*small, a model of this machine.*--merge-lora"):
+        check(local, enabled=True)
+    assert not there.created
+    check(local, enabled=True, merge=True)
+    check(local)
+    check(base, enabled=True)
+    check("owner/small", enabled=True)
+    assert len(there.created) == 4

@@ -92,6 +92,13 @@ def test_a_low_evaluation_loss_is_flagged_but_a_text_learnt_by_heart_is_not():
     assert flags.warned == ["copying"]
 
 
+def test_a_low_loss_on_a_text_that_repeats_itself_is_not_flagged():
+    flags, _ = watch(initial_loss=8.3, text_repeats=True)
+    flags.check(record_at(300, 0.05))
+    flags.check({"step": 300, "split": "eval", "loss": 0.05})
+    assert flags.warned == []
+
+
 @pytest.mark.parametrize("shift", [0, 1])
 def test_a_real_model_trained_without_the_shift_is_flagged_and_with_it_is_not(shift):
     """An embedding, one recurrent layer and a head on a language with real structure, 150 steps."""

@@ -1,0 +1,44 @@
+"""Short forms of settings, for those that can mean one thing only.
+
+teacher: PATH                   teacher: {name: PATH}                  and so the student
+data: PATH                      data: {train: [PATH]}
+curriculum: {kd: 0.5}           curriculum: {kd: {weight: 0.5}}
+logging: {track: wandb}         logging: {track: [wandb]}              and so every list of texts
+"""
+
+from collections.abc import Container, Mapping
+from typing import Any
+
+MAIN_KEYS = {"teacher": "name", "student": "name", "data": "train", "curriculum.*": "weight"}
+"""Path of a section (`*`: each section in it) -> the key that a value in place of its keys is meant for."""
+
+
+def main_key(path: str) -> str | None:
+    """Return the key of a section that its short form sets; None: it has no short form."""
+    parent, _, _ = path.rpartition(".")
+    return MAIN_KEYS.get(path) or MAIN_KEYS.get(f"{parent}.*")
+
+
+def full_key(path: str, value: Any) -> str:
+    """Return the key that is meant by a path and a value: `teacher.name` for a `teacher` that is no mapping."""
+    main = main_key(path)
+    # a ramp, `{points: [...]}`, is a value and not the keys of a section
+    has_keys = isinstance(value, Mapping) and "points" not in value
+    return f"{path}.{main}" if main and not has_keys else path
+
+
+def expand(value: Any, lists: Container[str], path: str = "") -> Any:
+    """Return nested values in which every short form is written in full.
+
+    Args:
+        lists: keys of settings that are lists of texts.
+        path: dotted path of the value itself.
+    """
+    if full_key(path, value) != path:
+        value = {main_key(path): value}
+
+    if isinstance(value, Mapping):
+        return {key: expand(inner, lists, f"{path}.{key}" if path else str(key)) for key, inner in value.items()}
+    if path in lists and isinstance(value, str):
+        return [value]
+    return value
