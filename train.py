@@ -16,7 +16,7 @@ from utils.logs.console import setup_logging
 from utils.logs.streams import make_streams_safe
 from utils.machine.launcher import rank
 from utils.paths import user_path
-from utils.run.exit_codes import exit_code
+from utils.run.exit_codes import end_process, exit_code
 
 __all__ = ["RunConfig", "configure", "main"]
 
@@ -54,4 +54,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -11,6 +11,7 @@ import train
 from tests.faults.test_comparison import report_of
 from tests.faults.test_kill import ROOT, Session, hidden_in, steps_in
 from utils.commands import run as run_command
+from utils.run import stages
 
 WORKERS = ("--set", "data.num_workers=2")
 PATIENCE = 30
@@ -123,3 +124,23 @@ def test_a_signal_during_the_export_fails_the_run_only_if_something_is_left_out(
     monkeypatch.setattr(run_command, "export_student", export)
     assert train.main(command) == 0
     assert ("baseline" in report_of(tmp_path / "run")) == left_out
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "first"), [(stages, "fit", "work"), (run_command, "export_student", "signal")]
+)
+def test_ctrl_c_after_the_last_step_and_in_the_export_ends_at_once(place, tmp_path, monkeypatch, module, name, first):
+    work = getattr(module, name)
+
+    def interrupted(*arguments, **options):
+        result = work(*arguments, **options) if first == "work" else None
+        os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    command = place.arguments(tmp_path / "run", "--max-steps", "2", "--set", "evaluation.every=0")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, interrupted)
+        assert train.main(command) == 130
+    assert not (tmp_path / "run" / "student").exists()
+    assert train.main(command) == 0
+    assert (tmp_path / "run" / "student" / "model.safetensors").is_file()

@@ -58,7 +58,7 @@ def start(config: RunConfig, recipe: str, started: float) -> None:
     run_folder.refuse_sources(Path(config.output_dir), to_plain(config))  # before the folder gets its lock
     folder = run_folder.locked_run_folder(config.output_dir) if is_main else nullcontext()
     deterministic = deterministic_kernels(config.training.deterministic)
-    with StopSignal(config.training.max_hours, started) as stop, folder, deterministic:
+    with StopSignal(config.training.max_hours, started) as stop, stop.raising(), folder, deterministic:
         run(config, recipe, stop)
 
 

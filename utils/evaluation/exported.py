@@ -103,7 +103,7 @@ def load_anew(trained: nn.Module, held_out: HeldOut, folder: Path, config: Stude
     tolerance = _tolerance(trained, config, same_device=place == device)
     check = LoadedAnew(trained_loss, exported_loss, tolerance=tolerance, folder=folder)
     if check.is_same:
-        log.info("the exported student, loaded anew, has the loss that was measured (%+.1e)", check.difference)
+        log.info("the exported student, loaded anew, has the loss that was measured")
     else:
         log.error(
             "the exported student, loaded anew, has a loss of %.4f; in memory it has %.4f: do not use %s",

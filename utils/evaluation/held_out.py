@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,8 @@ from ..data.windows import windows_fingerprint
 from ..errors import RunError, UserError
 from ..files import write_json
 from ..interfaces import Batch, Collator, Side, Teacher
+from ..logs.progress import Progress
+from ..logs.time_left import Kind
 from ..machine.device_memory import FittingParts
 from ..run_layout import START
 from . import scores as scoring
@@ -124,6 +126,8 @@ class HeldOut:
     together: bool = False
     """Every process asks the teacher about all windows, not about its share: a sharded one must be asked equally often
     by all."""
+    progress: Progress = field(default_factory=lambda: Progress(shown=False))
+    """Shows how far a measurement is; may end it between two windows."""
 
     # --- windows and batches ----------------------------------------------------------------------------------------
 
@@ -164,21 +168,31 @@ class HeldOut:
         if device.type == "cuda":
             size = max(size, GPU_WINDOWS)
 
-        return scoring.evaluate(
-            model,
-            self._scored(side, share.batches(len(self.windows), size)),
-            device,
-            share.summed_over,
-            float32=side == "student",
-            survives=share.survives,
-        )
+        batches = share.batches(len(self.windows), size)
+        kind: Kind = "teacher window" if side == "teacher" else "student window"
+        with self._shown(f"{side} on held-out text", batches, kind) as note:
+            return scoring.evaluate(
+                model,
+                self._scored(side, batches, note),
+                device,
+                share.summed_over,
+                float32=side == "student",
+                survives=share.survives,
+            )
 
-    def _scored(self, side: Side, batches: Sequence[Sequence[int]]) -> Iterator[Counted]:
-        """Yield each batch as `scores.evaluate` takes it."""
+    def _scored(self, side: Side, batches: Sequence[Sequence[int]], note: Callable[[int], None]) -> Iterator[Counted]:
+        """Yield each batch as `scores.evaluate` takes it, and note it once it is done."""
         for indices in batches:
             batch = self._batch(indices)
             inputs, labels = batch.scored(side)
             yield inputs, labels, int(batch.bytes.sum())
+            note(len(indices))
+
+    def _shown(
+        self, label: str, batches: Sequence[Sequence[int]], kind: Kind
+    ) -> AbstractContextManager[Callable[[int], None]]:
+        """Return the context in which a measurement of these windows is shown."""
+        return self.progress.over(label, sum(map(len, batches)), kind)
 
     def describe(self, model: nn.Module, side: Side) -> dict[str, Any]:
         """Return metrics, bytes that the model's tokens do not say, number of parameters and dtype of a model."""
@@ -239,7 +253,8 @@ class HeldOut:
         totals = self.coverage()
         positions = max(totals["lm"], 1)
         log.info(
-            "coverage: %.1f %% of student positions have an anchor, %.1f %% at depth 0",
+            "coverage: the teacher has a say on %.1f %% of the student's tokens; "
+            "before %.1f %% both have read the same",
             100 * totals["kd"] / positions,
             100 * totals["depth0"] / positions,
         )
@@ -294,9 +309,22 @@ class HeldOut:
     def continuations(self, model: nn.Module, side: Side) -> list[str | None]:
         """Return the text with which a model goes on from each prompt; None where it cannot generate, which is
         logged."""
-        prompts = [ids for _, ids in self.prompts(side)]
+        return self._continue(model, side, [ids for _, ids in self.prompts(side)])
+
+    def sample(self, model: nn.Module) -> dict[str, str] | None:
+        """Return the first prompt and how the student goes on from it, to be read while it trains; None without
+        prompts, or where it cannot generate."""
+        for prompt, ids in self.prompts("student")[:1]:
+            [text] = self._continue(model, "student", [ids])
+            if text is not None:
+                return {"prompt": prompt, "text": text}
+        return None
+
+    def _continue(self, model: nn.Module, side: Side, prompts: Sequence[list[int]]) -> list[str | None]:
+        """Return the text with which a model goes on from each prompt."""
         texts: list[str | None] = [None] * len(prompts)
-        with advice(f"samples of the {side}"):
+        tokens = len(prompts) * self.config.new_tokens
+        with advice(f"samples of the {side}"), self.progress.over(f"samples of the {side}", tokens, "token") as note:
             texts = generate_samples(
                 model,
                 self.tokenizers[side],
@@ -304,6 +332,7 @@ class HeldOut:
                 self.config.new_tokens,
                 forced_bos=self._start(side).forced_bos,
                 float32=side == "student",
+                note=note,
             )
         return texts
 
@@ -375,7 +404,7 @@ class HeldOut:
         figures = ", ".join(f"{bits[start]:.4f} behind {names[start]}" for start in candidates)
         in_use = candidates[0]
         best = min(bits, key=bits.__getitem__)
-        log.info(
+        log.debug(
             "%s: plain text starts with %s; bits per byte of %d beginnings: %s",
             side,
             names[in_use],
@@ -427,13 +456,16 @@ class HeldOut:
         # 1. The probabilities of the text, which its signals have, over all processes; not as a cache has rounded them.
         running = getattr(teacher, "teacher", None) or teacher
         share = self._teacher_share
+        batches = share.batches(len(self.windows), self.batch_size)
         nats, tokens, num_bytes = 0.0, 0, 0
-        for indices in share.batches(len(self.windows), self.batch_size):
-            batch = self._batch(indices).to(self.accelerator.device)
-            batch_nats, batch_tokens = batch.teacher_nll(running.signal(batch, 1))
-            nats += batch_nats
-            tokens += batch_tokens
-            num_bytes += int(batch.bytes.sum())
+        with self._shown("teacher on held-out text", batches, "teacher window") as note:
+            for indices in batches:
+                batch = self._batch(indices).to(self.accelerator.device)
+                batch_nats, batch_tokens = batch.teacher_nll(running.signal(batch, 1))
+                nats += batch_nats
+                tokens += batch_tokens
+                num_bytes += int(batch.bytes.sum())
+                note(len(indices))
         sums = scoring.sum_over_processes([nats, tokens, num_bytes], share.summed_over)
 
         # 2. The same record as of a model, but for what only its weights tell.
@@ -483,7 +515,9 @@ class HeldOut:
             start[key] = measured["metrics"]
             start["samples"][key] = measured["samples"]
             start["generation"][key] = measured["generation"]
-            log.info("%s: %.4f bits per byte on held-out text", key.replace("_", " "), start[key]["bits_per_byte"])
+            # The student has a line of its own, as at every evaluation.
+            level = logging.INFO if key == "teacher" else logging.DEBUG
+            log.log(level, "%s: %.4f bits/byte on held-out text", key.replace("_", " "), start[key]["bits_per_byte"])
 
         # written once, and not read by anybody before it is whole
         if self.accelerator.is_main_process:
@@ -551,10 +585,12 @@ class HeldOut:
 
         def compare_batch(indices: Sequence[int]) -> dict[str, float]:
             sums = list(parts.of(indices, compare_part))
+            note(len(indices))
             return {name: sum(part[name] for part in sums) for name in sums[0]}
 
-        with scoring.float32_evaluation(student):
-            batches = share.batches(len(self.windows), self.batch_size)
+        batches = share.batches(len(self.windows), self.batch_size)
+        shown = self._shown("student beside teacher", batches, "agreement window")
+        with scoring.float32_evaluation(student), shown as note:
             return scoring.compare(compare_batch, batches, share.summed_over)
 
     def with_baseline(self, results: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -1,11 +1,11 @@
 """Continuations that a model writes: the samples beside its figures."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .scores import evaluation_mode, float32_evaluation, has_encoder
@@ -19,6 +19,7 @@ def generate_samples(
     *,
     forced_bos: int | None = None,
     float32: bool = True,
+    note: Callable[[int], None] | None = None,
 ) -> list[str]:
     """Return greedy continuations, without the prompts; of an encoder-decoder model, what its decoder writes.
 
@@ -28,6 +29,7 @@ def generate_samples(
         new_tokens: at most; fewer where the model's context ends.
         forced_bos: the token that a decoder reads between its start and a text, if any.
         float32: as in `evaluate`.
+        note: called with the number of tokens that were just written; may raise to end it.
     """
     # peft's wrapper has generation settings of its own
     if hasattr(model, "get_base_model"):
@@ -36,7 +38,7 @@ def generate_samples(
     texts = []
     with float32_evaluation(model) if float32 else evaluation_mode(model):
         for prompt in prompts:
-            texts.append(_sample(model, tokenizer, list(prompt), new_tokens, forced_bos))
+            texts.append(_sample(model, tokenizer, list(prompt), new_tokens, forced_bos, note))
     return texts
 
 
@@ -46,9 +48,10 @@ def _sample(
     prompt: list[int],
     new_tokens: int,
     forced_bos: int | None,
+    note: Callable[[int], None] | None,
 ) -> str:
     """Return the continuation of one prompt; "" where the model's context is full."""
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, StoppingCriteriaList
 
     # a decoder has read its own start, and perhaps that of a text; the prompt is read by the encoder
     is_encoder_decoder = has_encoder(model)
@@ -72,11 +75,27 @@ def _sample(
     device = next(model.parameters()).device
     ids = torch.tensor([prompt], device=device)
     with plain_generation(model):
-        outputs = model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=settings)
+        outputs = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList([] if note is None else [_Noting(note)]),
+        )
 
     # of a decoder-only model the output begins with the prompt
     repeated = [] if is_encoder_decoder else prompt
     return continuation(tokenizer, repeated, outputs[0].tolist())
+
+
+class _Noting:
+    """Notes every token that is written, and stops nothing."""
+
+    def __init__(self, note: Callable[[int], None]) -> None:
+        self.note = note
+
+    def __call__(self, ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+        self.note(1)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 @contextmanager

@@ -1,11 +1,13 @@
 """Logs: console and train.log, records of metrics.jsonl, the progress display, trackers.
 
-console        `setup_logging`, and the one rich console
+terminal       the one rich console, its columns, and whether a person may watch
+console        `setup_logging`: records on the console and in train.log
 streams        `make_streams_safe`: standard output and error that never raise
 step_logger    `StepLogger`: everything that is written at a logged step
-lines          the tagged lines of a step
+lines          the lines of a step, an evaluation and a sample
 records        metrics.jsonl and warnings, read back
 progress       `Progress`: a bar or status lines
+time_left      `TimeLeft`: an estimate of what a command still takes
 trackers       TensorBoard, Weights & Biases and others
 """
 

@@ -5,17 +5,14 @@ import re
 import sys
 import time
 from contextlib import suppress
-from functools import cache
 from pathlib import Path
 
-from rich.console import Console
 from rich.text import Text
-from tqdm import tqdm
 
 from ..errors import RunError, UserError
 from ..machine.launcher import rank
 from ..run_layout import LOG
-from .progress import person_may_watch
+from .terminal import console, line_columns, person_may_watch
 
 OWN_LOGGERS = ("curriculum_distillation", "models", "utils", "train", "verify_fixes", "__main__")
 """Loggers of this project, which speak from INFO on; everybody else only from WARNING on."""
@@ -26,25 +23,16 @@ REPEATS = 3
 DATE_FORMAT = "%Y-%m-%d %H:%M:%S"
 """Of a line of train.log; `records.read_warnings` reads it."""
 
+CLOCK_COLUMNS = 100
+"""Columns from which a line has room for the time of day in front; train.log has it always."""
+
 _TAG_STYLES = {
-    "[CURRICULUM]": "cyan",
-    "[KD]": "magenta",
-    "[ROUTING]": "blue",
-    "[LM]": "green",
     "[TOTAL]": "bold",
     "[Eval]": "bold yellow",
+    "[sample]": "dim",
     "[learned]": "bold green",
     "[read]": "dim",
 }
-
-
-@cache
-def console() -> Console:
-    """Return the one console of the process; it writes to whatever `sys.stdout` is at that moment.
-
-    Text is shown as it is: names of folders, settings and what models write may look like rich's markup or emoji.
-    """
-    return Console(highlight=False, markup=False, emoji=False)
 
 
 def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main_process: bool = True) -> None:
@@ -52,7 +40,8 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
 
     Args:
         output_dir: created if missing; None keeps the log on the console only.
-        level: of this project's own loggers; libraries are heard from WARNING on.
+        level: from which this project's own loggers are heard on the console; the file also has what they say below
+            it, for nobody to act on. Libraries are heard from WARNING on.
         main_process: the other processes of a run write no file, and nothing but errors, with their number.
 
     Calling it again replaces the earlier set-up, for instance to move from one run to the next. Of libraries only those
@@ -67,7 +56,7 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
         file.parent.mkdir(parents=True, exist_ok=True)
     prefix = "" if main_process else f"process {rank()}: "
 
-    handlers: list[logging.Handler] = [_ConsoleHandler(file, prefix)]
+    handlers: list[logging.Handler] = [_ConsoleHandler(file, prefix, level)]
     if file is not None:
         handlers.append(_file_handler(file))
     for handler in handlers:
@@ -78,7 +67,7 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
     # The root's level holds for libraries.
     root.setLevel(logging.WARNING if main_process else logging.ERROR)
     for name in OWN_LOGGERS:
-        logging.getLogger(name).setLevel(level if main_process else logging.ERROR)
+        logging.getLogger(name).setLevel(logging.DEBUG if main_process else logging.ERROR)
     logging.captureWarnings(True)
     if "transformers" in sys.modules:
         _join_libraries()
@@ -100,50 +89,61 @@ def _file_handler(file: Path) -> logging.Handler:
 
 
 def _join_libraries() -> None:
-    """Let transformers log through our handlers, and no library draw progress bars where a bar would be kept."""
+    """Let transformers log through our handlers, and libraries draw bars of downloads alone, for a person."""
+    from huggingface_hub.utils import enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_default_handler()
     transformers_logging.enable_propagation()
 
-    # A notebook keeps every state of a bar.
-    if not person_may_watch(sys.stdout):
-        import datasets
+    # Transformers draws one for every model that is read or written, and switches those of downloads off with it.
+    transformers_logging.disable_progress_bar()
+    if person_may_watch(sys.stdout):
+        enable_progress_bars()
+        return
 
-        transformers_logging.disable_progress_bar()
-        datasets.disable_progress_bars()
+    # A notebook keeps every state of a bar.
+    import datasets
+
+    datasets.disable_progress_bars()
 
 
 class _ConsoleHandler(logging.Handler):
-    """One record, one line (the terminal may fold it, a captured log does not), never through the bar.
+    """One record, one line (the terminal may fold it, a captured log does not), above the bar.
+
+    A record with `extra={"screen": f}` is shown as `f` returns it for the columns that there are.
 
     Args:
         file: the log that has the tracebacks. None: there is none, so that of an unexpected failure is shown.
         prefix: of every line.
+        level: from which records are shown.
     """
 
-    def __init__(self, file: Path | None, prefix: str = "") -> None:
-        super().__init__()
+    def __init__(self, file: Path | None, prefix: str, level: str | int) -> None:
+        super().__init__(level)
         self.file = file
         self.prefix = prefix
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            # Takes a bar away while the line is written, and draws it again below.
-            with tqdm.external_write_mode(file=console().file):
-                console().print(self._render(record), soft_wrap=True)
+            # A terminal would fold a line in the middle of a word; what is captured keeps one line.
+            is_captured = not person_may_watch(console().file)
+            console().print(self._render(record), soft_wrap=is_captured)
         except Exception:
             self.handleError(record)
 
     def _render(self, record: logging.LogRecord) -> Text:
         """Return the line of a record: time, level if it is a warning or worse, message."""
         text = Text()
-        text.append(time.strftime("%H:%M:%S ", time.localtime(record.created)), "dim")
+        columns = line_columns()
+        if columns >= CLOCK_COLUMNS - 1:
+            text.append(time.strftime("%H:%M:%S ", time.localtime(record.created)), "dim")
         if record.levelno >= logging.WARNING:
             style = "bold red" if record.levelno >= logging.ERROR else "yellow"
             text.append(f"{record.levelname.capitalize()}: {self.prefix}", style)
 
-        message = record.getMessage()
+        screen = getattr(record, "screen", None)
+        message = screen(columns - len(text)) if screen else record.getMessage()
         is_unexpected = _is_unexpected(record)
         if is_unexpected and self.file:
             message = _without_traceback(message)

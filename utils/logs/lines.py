@@ -1,12 +1,21 @@
-"""Lines of the log about a step: one a group of terms, with a tag in front by which they can be filtered."""
+"""Lines of the log about a step, an evaluation and a sample: one row each, with a tag in front to filter by."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
 
+from ..errors import shorten
+
 ROUTER_TERMS = ("feat", "rel", "attn", "layer", "contr")
-"""Terms on hidden states, in the order of the [ROUTING] line."""
+"""Terms on hidden states, in the order in which they are shown."""
+
+FIRST_LEFT_OUT = ("memory", "norm", "lr", "speed")
+"""Parts of a step's line that a narrow console lacks, in this order, and then terms; metrics.jsonl has them all."""
+
+SHOWN_PROMPT = 24
+"""Characters of a prompt's end that are shown on the console."""
 
 
 def learned_lines(
@@ -41,78 +50,96 @@ def learned_lines(
     return lines
 
 
-def training_lines(
-    record: Mapping[str, Any], total_steps: int, weights: Mapping[str, float] | None = None
-) -> list[str]:
-    """Return the tagged lines of a logged step: one a group of terms that were measured.
+def training_line(
+    record: Mapping[str, Any], total_steps: int, seconds_left: float | None = None, columns: int | None = None
+) -> str:
+    """Return the [TOTAL] line of a logged step: loss, the terms that are on, rate, norm, speed, memory, time left.
 
     Args:
         record: of metrics.jsonl.
         total_steps: of the run.
-        weights: of all terms; None: of those in the record.
+        seconds_left: of the whole command; None: unknown.
+        columns: of the line, at most; what matters least is left out where there are fewer. None: no limit.
     """
-    terms = record["terms"]
-    step = f"step {record['step']}"
-    if weights is None:
-        weights = {name: term["weight"] for name, term in terms.items()}
+    parts = {
+        "step": f"[TOTAL] step {record['step']}/{total_steps}",
+        "loss": f"loss {_number(record['loss'])}",
+    }
+    for name, term in record["terms"].items():
+        if term["weight"] or term["weighted"]:
+            parts[name] = f"{name} {_number(term['raw'])}"
 
-    lines = [
-        f"[CURRICULUM] {step}/{total_steps} progress {record['progress']:.1%} epoch {_number(record['epoch'])}"
-        + "".join(f" {name} {weight:.3f}" for name, weight in weights.items())
-    ]
-    if "kd" in terms:
-        lines.append(f"[KD] {step} {_kd(record)}")
-    if "span" in terms:
-        lines.append(f"[KD] {step} span {_term(terms['span'])}")
+    parts["lr"] = f"lr {record['lr']:.1e}"
+    if record.get("grad_norm") is not None:
+        parts["norm"] = f"norm {_number(record['grad_norm'])}"
+    if record.get("tokens_per_second") is not None:
+        parts["speed"] = f"{_thousands(record['tokens_per_second'])} tok/s"
+    if record.get("peak_memory_mb") is not None:
+        parts["memory"] = memory(record["peak_memory_mb"])
+    if seconds_left:
+        parts["left"] = f"{clock_time(seconds_left)} left"
+    return _fitted(parts, columns)
 
-    routed = [f"{name} {_term(terms[name])}" for name in ROUTER_TERMS if name in terms]
-    if routed:
-        lines.append(f"[ROUTING] {step} " + "; ".join(routed))
-    if "lm" in terms:
-        lines.append(f"[LM] {step} {_term(terms['lm'])} tokens {terms['lm']['count']}")
 
-    lines.append(
-        f"[TOTAL] {step} loss {_number(record['loss'])} lr {record['lr']:.2e}"
-        f" grad_norm {_number(record.get('grad_norm'))} tokens/s {_number(record.get('tokens_per_second'), 0)}"
-        f" memory {_number(record.get('peak_memory_mb'), 0)} MB"
-    )
-    return lines
+def _fitted(parts: Mapping[str, str], columns: int | None) -> str:
+    """Return the parts in one line of so many columns, without those that matter least where there are fewer."""
+    fitting = dict(parts)
+    terms = [name for name in parts if name not in ("step", "loss", "left", *FIRST_LEFT_OUT)]
+    for name in (*FIRST_LEFT_OUT, *reversed(terms), "left"):
+        if columns is None or len(" ".join(fitting.values())) <= columns:
+            break
+        fitting.pop(name, None)
+    return " ".join(fitting.values())
 
 
 def evaluation_line(record: Mapping[str, Any]) -> str:
     """Return the [Eval] line."""
     return (
-        f"[Eval] step {record['step']} {record.get('split', 'eval')} loss {_number(record['loss'])}"
-        f" perplexity {_number(record['perplexity'], 2)} bits/byte {_number(record['bits_per_byte'])}"
-        f" tokens {record['tokens']} bytes {record['bytes']}"
+        f"[Eval] step {record['step']} bits/byte {record['bits_per_byte']:.4f}"
+        f" perplexity {_number(record['perplexity'])} loss {_number(record['loss'])}"
     )
 
 
-def _kd(record: Mapping[str, Any]) -> str:
-    """Return what the [KD] line says after the step."""
-    coverage = record.get("coverage") or {}
-    return (
-        f"{_term(record['terms']['kd'])} nats/token {_number(record.get('kd_nats_per_token'))}"
-        f" temperature {_number(record.get('temperature'))} top-k {_number(record.get('top_k'))}"
-        f" coverage {_share(coverage.get('anchored'))} depth0 {_share(coverage.get('depth0'))}"
-    )
+def sample_line(sample: Mapping[str, str], columns: int | None = None) -> str:
+    """Return the [sample] line: the end of a prompt, and the text with which the student goes on.
+
+    Args:
+        columns: of the line, at most; None: prompt and text are whole.
+    """
+    prompt = " ".join(sample["prompt"].split())
+    text = " ".join(sample["text"].split())
+    if columns is None:
+        return f"[sample] {prompt} | {text}"
+
+    if len(prompt) > SHOWN_PROMPT:
+        prompt = f"...{prompt[3 - SHOWN_PROMPT :]}"
+    return shorten(f"[sample] {prompt} | {text}", columns)
 
 
-def _term(term: Mapping[str, Any]) -> str:
-    gradient = f" grad_norm {_number(term['grad_norm'])}" if "grad_norm" in term else ""
-    return f"raw {_number(term['raw'])} weight {term['weight']:.3f} weighted {_number(term['weighted'])}{gradient}"
-
-
-def _number(value: float | int | None, digits: int = 4) -> str:
-    if value is None:
+def _number(value: float | int | None) -> str:
+    """Return a number in about five characters; a dash where there is none."""
+    if value is None or math.isnan(value):
         return "-"
-    if isinstance(value, int):
-        return str(value)
-    # What diverges must not fill the line. NaN is no less than 1e6 either, and is written the same in both ways.
-    if abs(value) < 1e6:
-        return f"{value:.{digits}f}"
-    return f"{value:.3e}"
+    if abs(value) >= 1e4:
+        return f"{value:.1e}"
+    if abs(value) >= 100:
+        return f"{value:.1f}"
+    return f"{value:#.4g}" if abs(value) >= 1 else f"{value:.3f}"
 
 
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1%}"
+def _thousands(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def memory(megabytes: float) -> str:
+    """Return an amount of memory, as `13.2 GB` or `758 MB`."""
+    return f"{megabytes / 1024:.1f} GB" if megabytes >= 1000 else f"{megabytes:.0f} MB"
+
+
+def clock_time(seconds: float) -> str:
+    """Return seconds as `3:34:59` or `14:39`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02d}:{rest:02d}"
+    return f"{minutes}:{rest:02d}"

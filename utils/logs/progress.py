@@ -1,216 +1,272 @@
-"""The one progress display of a run: a bar of one line where a person may watch, else a status line now and then.
+"""The progress display of a command: a bar of one line where a person may watch, else a status line now and then.
 
 A saved notebook keeps every byte a child process wrote, carriage returns included, and its child sees
-a terminal of 80 x 24, so `isatty()` does not tell whether a person watches. Hence one display, drawn at
-most every two seconds on a terminal, a status line every 30 s elsewhere, and both slow down in a long
+a terminal of 80 x 24, so `isatty()` does not tell whether a person watches. Hence one line, drawn at
+most every two seconds on a terminal, a status line after a minute of silence elsewhere, and both slow down in a long
 run, so that what a run writes is bounded whatever its length.
 """
 
-import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import IO, Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, cached_property
+from typing import IO
 
-from tqdm import tqdm
+from rich.console import Console
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from .lines import clock_time
+from .terminal import console, line_columns, person_may_watch
+from .time_left import STEPS, Kind, TimeLeft
 
 BAR_SECONDS = 2.0
-LINE_SECONDS = 30.0
+LINE_SECONDS = 60.0
 """Seconds between two draws, at least, of the bar and of the status line."""
 
 BAR_DRAWS = 5000
-STATUS_LINES = 1500
+STATUS_LINES = 500
 """How often each is drawn in a run, at most: the interval grows with the expected length of the run."""
 
-WIDEST = 140
-"""Columns of the whole line, at most."""
-
 NARROWEST_BAR = 3
-"""Columns of the bar in it, at least."""
+WIDEST_BAR = 40
+"""Columns of the bar."""
 
 
-def person_may_watch(stream: IO[str]) -> bool:
-    """Return whether a moving bar makes sense on `stream`: a terminal, and not a notebook that runs unattended.
+@dataclass
+class Task:
+    """A stretch of work that is shown: training, or the measurement of a model."""
 
-    `KAGGLE_KERNEL_RUN_TYPE=Batch` is Kaggle's "Save & Run All".
-    """
-    if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" or os.environ.get("TERM") == "dumb":
-        return False
-    try:
-        return stream.isatty()
-    except ValueError:  # closed
-        return False
+    label: str
+    total: int
+    kind: Kind
+    unit: str
+    done: int
+    """Units that are done, those of earlier sessions included."""
+    began: float
+    noted: float
+    """Time at which `done` was last set; the time of tasks within this one moves it on."""
+    is_begun: bool = False
+    """Something was noted."""
+
+
+class Bar:
+    """The one line below the log that is drawn anew, by rich."""
+
+    def __init__(self, on: Console) -> None:
+        self.on = on
+        self._live: Live | None = None
+
+    def show(self, before: str, share: float, after: str) -> None:
+        """Draw the line: words, a bar that is filled to a share, words."""
+        columns = line_columns() - len(before) - len(after) - 2
+        row = Table.grid(padding=(0, 1))
+        cells: list[Text | ProgressBar] = [Text(before, no_wrap=True)]
+        if columns >= NARROWEST_BAR:
+            cells.append(ProgressBar(total=1.0, completed=share, width=min(columns, WIDEST_BAR)))
+        cells.append(Text(after, no_wrap=True))
+        row.add_row(*cells)
+        self._draw(row)
+
+    def clear(self) -> None:
+        """Leave an empty line, which the log goes on above."""
+        if self._live is not None:
+            self._draw(Text(""))
+
+    def stop(self) -> None:
+        """Give the terminal back."""
+        if self._live is not None:
+            self._draw(Text(""))
+            self._live.stop()
+            self._live = None
+
+    def _draw(self, content: Table | Text) -> None:
+        if self._live is None:
+            # Not transient: what is then written moves the cursor up, which a saved notebook does not understand.
+            self._live = Live(console=self.on, auto_refresh=False)
+            self._live.start()
+            # A command that is killed leaves a terminal as it was.
+            self.on.show_cursor(True)
+        self._live.update(content, refresh=True)
+
+
+@cache
+def terminal_bar() -> Bar:
+    """Return the bar of the process's console."""
+    return Bar(console())
 
 
 class Progress:
-    """The display.
-
-    The interval between two draws is the larger of `BAR_SECONDS` (`LINE_SECONDS`) and the expected
-    duration of the run over `BAR_DRAWS` (`STATUS_LINES`): 12 hours cost about 0.5 MB in a notebook.
+    """The display of a command, and the time that it still takes.
 
     Args:
-        total: optimizer steps of the run.
-        start: steps already done (resume).
         stream: where to draw; None: standard output.
         clock: monotonic seconds.
-        deadline: when, by that clock, the run is stopped; None: never.
-        unit: what is counted, where it is not optimizer steps.
+        deadline: when, by that clock, training is stopped; None: never.
+        check: called after each part of the work that `over` shows; may raise to end it.
+        shown: False: only times are measured, as in all processes but the main one.
     """
 
     def __init__(
         self,
-        total: int,
-        start: int = 0,
         stream: IO[str] | None = None,
+        *,
         clock: Callable[[], float] = time.monotonic,
         deadline: float | None = None,
-        unit: str = "step",
+        check: Callable[[], None] | None = None,
+        shown: bool = True,
     ) -> None:
-        self.total = total
-        self.start = start
-        self.stream = stream if stream is not None else sys.stdout
+        self.stream = stream
         self.clock = clock
         self.deadline = deadline
-        self.unit = unit
+        self.check = check
+        self.shown = shown
+        self.time_left = TimeLeft()
+        self._tasks: list[Task] = []
+        self._drawn = clock()
+        self._began = self._drawn
 
-        self.first: int | None = None
-        self.bar: tqdm | None = None
-        self.as_bar = person_may_watch(self.stream)
-        self.began = clock()
-        self.drawn = self.began
+    # --- work -------------------------------------------------------------------------------------------------------
 
-    def update(self, step: int, status: Mapping[str, str] | None = None) -> None:
-        """Say that `step` optimizer steps are done; draws only when it is time.
+    @contextmanager
+    def over(self, label: str, total: int, kind: Kind, unit: str = "window") -> Iterator[Callable[[int], None]]:
+        """Show work while the context lasts; yields a function that takes the number of units that were just done."""
+        task = self.begin(label, total, kind, unit)
+
+        def note(units: int) -> None:
+            self.update(task, task.done + units)
+            if self.check is not None:
+                self.check()
+
+        try:
+            yield note
+        finally:
+            self.end(task)
+
+    def begin(self, label: str, total: int, kind: Kind, unit: str = "step", done: int = 0) -> Task:
+        """Start to show work; a task that is under way is shown again after it.
 
         Args:
-            status: name -> value, the most important first: a narrow terminal shows as many as it has room for.
+            done: units that an earlier session has done.
         """
         now = self.clock()
-        # Time counts from here: what was done before the first step is not its speed.
-        if self.first is None:
-            self.first = step
-            self.began = now
-            self.drawn = now
+        # What is quickly done is not shown at all.
+        if not self._tasks:
+            self._drawn = now
+        task = Task(label, total, kind, unit, done, began=now, noted=now)
+        self._tasks.append(task)
+        return task
 
-        is_last = step >= self.total
-        if now - self.drawn < self._interval(step, now) and not is_last:
+    def update(self, task: Task, done: int) -> None:
+        """Note that `done` units of a task are done; draws only when it is time."""
+        now = self.clock()
+        # The first step has what is only done once, and is no measure of the others.
+        is_typical = task.is_begun or task.kind not in STEPS
+        self.time_left.done(task.kind, done - task.done, now - task.noted if is_typical else None)
+        task.is_begun = True
+        task.done = done
+        task.noted = now
+
+        if self.shown and now - self._drawn >= self._interval(now):
+            self._drawn = now
+            if self._is_bar:
+                self._draw_bar(task, now)
+            else:
+                self._write_line(task, now)
+
+    def end(self, task: Task) -> None:
+        """Show a task no longer."""
+        if task not in self._tasks:
             return
+        self._tasks.remove(task)
 
-        self.drawn = now
-        words = [f"{name} {value}" for name, value in (status or {}).items()]
-        if self.as_bar:
-            self._draw_bar(step, now, words)
-        else:
-            self._write_line(step, now, words)
+        # What lay within another task is no part of that one's pace.
+        for outer in self._tasks:
+            outer.noted += self.clock() - task.began
+        if self.shown and self._is_bar:
+            self._bar.clear()
+
+    def line_written(self) -> None:
+        """Note that the log has a line about where the run is: no status line is due for a while."""
+        if not self._is_bar:
+            self._drawn = self.clock()
 
     def close(self) -> None:
-        """Leave the display as it stands and end its line."""
-        if self.bar is not None:
-            self.bar.close()
-            self.bar = None
+        """Show nothing any more."""
+        self._tasks.clear()
+        if self.shown and self._is_bar:
+            self._bar.stop()
 
-    def _interval(self, step: int, now: float) -> float:
+    # --- time -------------------------------------------------------------------------------------------------------
+
+    def seconds_left(self) -> float | None:
+        """Return the seconds that the whole command still takes; None: not known yet."""
+        return self.time_left.seconds(self._limit(self.clock()))
+
+    def _limit(self, now: float) -> float | None:
+        """Return the seconds until training is stopped; None: it is not."""
+        return None if self.deadline is None else max(self.deadline - now, 0.0)
+
+    def _interval(self, now: float) -> float:
         """Return the seconds between two draws."""
-        expected = (now - self.began) + self._seconds_left(step, now)
-        if self.as_bar:
+        expected = (now - self._began) + (self.seconds_left() or 0.0)
+        if self._is_bar:
             return max(BAR_SECONDS, expected / BAR_DRAWS)
         return max(LINE_SECONDS, expected / STATUS_LINES)
 
-    def _seconds_left(self, step: int, now: float) -> float:
-        """Return the seconds the remaining steps will take at the pace so far; 0 before there is one."""
-        done = step - (self.first or 0)
-        if done <= 0:
-            return 0.0
-        return (now - self.began) * (self.total - step) / done
+    def _times(self, task: Task, now: float, written: Callable[[float], str]) -> list[str]:
+        """Return what is said of time: what the command still takes, or else this task; and the limit.
 
-    # --- a bar ------------------------------------------------------------------------------------------------------
-
-    def _draw_bar(self, step: int, now: float, words: Sequence[str]) -> None:
-        """Draw the bar with the times and as many of `words` as fit into the terminal."""
-        if self.bar is None:
-            self.bar = self._new_bar()
-        # One column less than there are: a full line folds.
-        self.bar.ncols = min(shutil.get_terminal_size().columns, WIDEST) - 1
-
+        Args:
+            written: seconds -> text.
+        """
         times = []
-        seconds_left = self._seconds_left(step, now)
-        if seconds_left > 0:
-            times.append(f"{tqdm.format_interval(seconds_left)} left")
-        if self.deadline is not None and step < self.total:
-            times.append(f"limit {tqdm.format_interval(max(self.deadline - now, 0))}")
+        whole = self.time_left.seconds(self._limit(now))
+        pace = self.time_left.pace(task.kind)
+        if whole is not None:
+            times.append(f"{written(whole)} left")
+        elif pace is not None:
+            times.append(f"{written(pace * (task.total - task.done))} for this")
 
-        columns = self.bar.ncols - len(f"100% || {step}/{self.total} ") - NARROWEST_BAR
-        self.bar.desc = _first_that_fit([*times, *words], columns)
-        self.bar.update(step - self.bar.n)
+        limit = self._limit(now)
+        if limit is not None and task.kind in STEPS:
+            times.append(f"limit in {written(limit)}")
+            # The step is worth a word only where the limit is what ends the training.
+            if pace and limit < pace * (task.total - task.done):
+                times.append(f"about at step {task.done + int(limit / pace):,}")
+        return times
 
-    def _new_bar(self) -> tqdm:
-        """Return a bar that is drawn by our own clock: tqdm's intervals are switched off."""
-        return tqdm(
-            total=self.total,
-            initial=self.start,
-            file=self.stream,
-            mininterval=0,
-            miniters=1,
-            delay=1e-9,
-            bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt} {desc}",
-        )
+    # --- drawing ----------------------------------------------------------------------------------------------------
 
-    # --- a status line ----------------------------------------------------------------------------------------------
+    @property
+    def _is_bar(self) -> bool:
+        """A person may watch."""
+        return person_may_watch(self.stream or sys.stdout)
 
-    def _write_line(self, step: int, now: float, words: Sequence[str]) -> None:
+    @cached_property
+    def _bar(self) -> Bar:
+        if self.stream is None:
+            return terminal_bar()
+        return Bar(Console(file=self.stream, highlight=False, markup=False, emoji=False))
+
+    def _draw_bar(self, task: Task, now: float) -> None:
+        """Draw the bar between what is done and the times, as many as fit."""
+        before = f"{task.label} {task.done}/{task.total}"
+        times = self._times(task, now, clock_time)
+        while times and len(before) + len(", ".join(times)) + NARROWEST_BAR + 2 > line_columns():
+            times.pop()
+        self._bar.show(before[: line_columns()], task.done / max(task.total, 1), ", ".join(times))
+
+    def _write_line(self, task: Task, now: float) -> None:
         """Write one line that stays."""
-        share = step / max(self.total, 1)
-        parts = [f"{self.unit} {step:,}/{self.total:,} ({share:.1%})", duration(now - self.began)]
-
-        seconds_left = self._seconds_left(step, now)
-        if seconds_left > 0:
-            parts.append(f"{duration(seconds_left)} left")
-        if self.deadline is not None and step < self.total:
-            parts.append(self._limit(step, max(self.deadline - now, 0), seconds_left))
-        print(", ".join([*parts, *words]), file=self.stream, flush=True)
-
-    def _limit(self, step: int, limit: float, seconds_left: float) -> str:
-        """Return the seconds until the run is stopped, and the step it will have reached if that is not the last."""
-        text = f"limit in {duration(limit)}"
-        if 0 < limit < seconds_left:
-            reached = step + int((self.total - step) * limit / seconds_left)
-            # Not "step 0", which a run that has only begun would be said to reach.
-            if reached:
-                text += f", about at step {reached:,}"
-        return text
-
-
-def _first_that_fit(words: Sequence[str], columns: int) -> str:
-    """Return the first words, with spaces between, up to the first that does not fit."""
-    line = ""
-    for word in words:
-        if len(line) + len(word) + 1 > columns:
-            break
-        line = f"{line} {word}" if line else word
-    return line
-
-
-def status_of(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return what the display shows of a logged step: loss, raw terms that have a weight, speed, rate, memory."""
-    status = {"loss": _short(record.get("loss"))}
-    for name, term in record["terms"].items():
-        if term["weight"]:
-            status[name] = _short(term["raw"])
-
-    # Units short, for a narrow terminal.
-    speed = record.get("tokens_per_second")
-    if speed is not None:
-        status["tok/s"] = f"{speed / 1000:.1f}k" if speed >= 1000 else f"{speed:.0f}"
-    status["lr"] = f"{record['lr']:.1e}"
-    memory = record.get("peak_memory_mb")
-    if memory is not None:
-        status["mem"] = f"{memory / 1024:.1f}G" if memory >= 1000 else f"{memory:.0f}M"
-    return status
-
-
-def _short(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3g}"
+        share = task.done / max(task.total, 1)
+        parts = [f"{task.label}: {task.unit} {task.done:,}/{task.total:,} ({share:.1%})"]
+        parts += self._times(task, now, duration)
+        print(", ".join(parts), file=self.stream or sys.stdout, flush=True)
 
 
 def duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Log of a run's steps: `metrics.jsonl`, the tagged lines, the progress display, and trackers.
+"""Log of a run's steps: `metrics.jsonl`, a line a logged step, the progress display, and trackers.
 
 Every message goes through `logging`; `console.setup_logging` sends it to a rich console and to `train.log`.
 """
@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -14,9 +15,10 @@ from ..advice import advice
 from ..errors import RunError
 from ..files import write_text
 from ..run_layout import METRICS
-from .lines import evaluation_line, training_lines
-from .progress import Progress, status_of
+from .lines import evaluation_line, sample_line, training_line
+from .progress import Progress, Task
 from .records import json_safe, read_metrics
+from .time_left import Kind
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +34,7 @@ class Tracker(Protocol):
 
 
 class StepLogger:
-    """Writes `metrics.jsonl`, the tagged lines and the progress display of one run.
+    """Writes `metrics.jsonl`, a line a logged step and the progress display of one run.
 
     Step numbers count finished optimizer steps: the first one that can be logged is `every`.
 
@@ -42,7 +44,8 @@ class StepLogger:
         every: a step is logged when its number is a multiple of this, and the last one is.
         main_process: False makes every method but `due` do nothing.
         tracker: also gets every record.
-        progress: the display; None makes one on standard output.
+        progress: the display of the command; None makes one on standard output.
+        kind: of the steps, for the time that they take.
     """
 
     def __init__(
@@ -54,17 +57,18 @@ class StepLogger:
         main_process: bool = True,
         tracker: Tracker | None = None,
         progress: Progress | None = None,
+        kind: Kind = "step",
     ) -> None:
         self.total_steps = total_steps
         self.every = every
         self.main_process = main_process
         self.path = None if output_dir is None else Path(output_dir) / METRICS
-        self.display = None
-        if main_process:
-            self.display = progress or Progress(total_steps)
+        self.kind = kind
+        self.display = progress or Progress(shown=main_process)
         self.tracker = tracker
+        self._owns_display = progress is None
+        self._task: Task | None = None
         self._file: IO[str] | None = None
-        self._status: dict[str, str] = {}
 
     def due(self, step: int) -> bool:
         """Return whether `step` is to be logged: known before the step, so that no other step measures anything."""
@@ -72,30 +76,30 @@ class StepLogger:
 
     # --- records ----------------------------------------------------------------------------------------------------
 
-    def training(self, record: Mapping[str, Any], weights: Mapping[str, float] | None = None) -> None:
-        """Log one step: `record` has the keys that DESIGN.md lists for training.
-
-        Args:
-            weights: weights of all terms, for [CURRICULUM]; by default those in `record["terms"]`.
-        """
+    def training(self, record: Mapping[str, Any]) -> None:
+        """Log the steps since the last record, whose keys DESIGN.md lists for training."""
         if not self.main_process:
             return
 
         # The record first: lines are for people, and may fail without harm.
         self._append(record)
-        with advice(f"lines about step {record['step']}"):
-            for line in training_lines(record, self.total_steps, weights):
-                log.info(line)
-            self._status = status_of(record)
+        with advice(f"line about step {record['step']}"):
+            line = partial(training_line, record, self.total_steps, self.display.seconds_left())
+            log.info(line(), extra={"screen": line})
+            self.display.line_written()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
-        """Log one evaluation: `step, split, loss, perplexity, bits_per_byte, tokens, bytes`."""
+        """Log one evaluation: `step, split, loss, perplexity, bits_per_byte, tokens, bytes`, and perhaps `sample`."""
         if not self.main_process:
             return
 
         self._append(record)
         with advice(f"line about the evaluation at step {record['step']}"):
             log.info(evaluation_line(record))
+            if record.get("sample"):
+                line = partial(sample_line, record["sample"])
+                log.info(line(), extra={"screen": line})
+            self.display.line_written()
 
     def has_evaluation(self, step: int) -> bool:
         """Return whether the file has an evaluation at this step. Call it in the main process, which writes it."""
@@ -141,24 +145,33 @@ class StepLogger:
 
     # --- display ----------------------------------------------------------------------------------------------------
 
+    def begin(self, done: int) -> None:
+        """Tell the display that steps are taken from here on; `done` were taken before."""
+        # A run in which nothing else is planned ends with its last step.
+        if self._owns_display:
+            self.display.time_left.expect({self.kind: self.total_steps - done}, {})
+        self._task = self.display.begin("training", self.total_steps, self.kind, done=done)
+
     def progress(self, step: int) -> None:
         """Tell the display that `step` steps are done. Cheap: call it at every step."""
-        if self.display is None:
+        if self._task is None:
             return
 
         # Given up for good if it fails: it would fail at every step.
-        display = self.display
-        self.display = None
+        task = self._task
+        self._task = None
         with advice("further progress display"):
-            display.update(step, self._status)
-            self.display = display
+            self.display.update(task, step)
+            self._task = task
 
     def close(self) -> None:
         """Close the file, the display and the tracker."""
         self._close_file()
         if self.tracker is not None:
             self.tracker.close()
-        if self.display is not None:
+        if self._task is not None:
+            self.display.end(self._task)
+        if self._owns_display:
             self.display.close()
 
     def _close_file(self) -> None:

@@ -13,11 +13,12 @@ accelerate or psutil cannot be imported yet; import from the others by their own
 """
 
 from .packages import find_conflicts, install_missing, installed_packages, own_requirements, require
-from .stop_signals import STOP_REASONS, STOP_SIGNALS, StopSignal, ignore_stop_signals, stop_signals_delayed
+from .stop_signals import STOP_REASONS, STOP_SIGNALS, Interrupted, StopSignal, ignore_stop_signals, stop_signals_delayed
 
 __all__ = [
     "STOP_REASONS",
     "STOP_SIGNALS",
+    "Interrupted",
     "StopSignal",
     "find_conflicts",
     "ignore_stop_signals",

@@ -1,4 +1,4 @@
-"""Signals that end a run at the next step, with a checkpoint."""
+"""Signals that end a run: in training with a checkpoint, before and after it at once."""
 
 import contextlib
 import os
@@ -21,12 +21,27 @@ STOP_REASONS = ("finished", "early_stopping", "max_hours", *SIGNAL_NAMES)
 SECONDS_PER_HOUR = 3600
 
 
+SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Variables in which launchers (torchrun, Intel MPI, Open MPI, MVAPICH) say how many processes a run has."""
+
+REPEAT_SECONDS = 0.5
+"""Launchers pass Ctrl-C on to processes that have it from the terminal already: what comes so soon is no second one."""
+
+
+class Interrupted(BaseException):
+    """A signal, or the clock, ended the run before it was done; whatever it had to keep is on the disk.
+
+    Not an `Exception`: code that goes on without a sample or a picture must not go on after this.
+    """
+
+
 class StopSignal:
     """Remembers that the run has to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 or a wall-clock limit.
 
-    A context manager. Inside it, signals raise nothing, so whatever is being written is written to its end; a
-    second signal changes nothing. The former handlers return at exit. Outside the main thread, where Python
-    allows no handlers, only the limit works. A SIGHUP that is ignored already stays ignored: `nohup` asks for that.
+    A context manager. Inside it, signals raise nothing, so whatever is being written is written to its end; a second
+    Ctrl-C ends the process at once. Where nothing is lost by an end (`raising`), the first Ctrl-C raises. The former
+    handlers return at exit. Outside the main thread, where Python allows no handlers, only the limit works. A SIGHUP
+    that is ignored already stays ignored: `nohup` asks for that.
 
     Args:
         max_hours: limit; None is no limit.
@@ -38,8 +53,14 @@ class StopSignal:
             started = time.monotonic()
         self.deadline = None if max_hours is None else started + SECONDS_PER_HOUR * max_hours
         self._signal: str | None = None
+        self._arrived = 0.0
+        self._raises = False
+        self._is_writing = False
+        self._ends_after_writing = False
         self._former_handlers: dict[int, Any] = {}
         self._process = os.getpid()
+        # Others would wait for a process that ends in the middle of a step.
+        self._is_alone = all(os.environ.get(name, "1") in ("", "1") for name in SIZE_VARIABLES)
 
     def __enter__(self) -> "StopSignal":
         if threading.current_thread() is not threading.main_thread():
@@ -57,6 +78,8 @@ class StopSignal:
             signal.signal(number, handler)
         self._former_handlers.clear()
 
+    # --- where a signal is obeyed -----------------------------------------------------------------------------------
+
     def requested(self) -> str | None:
         """Return the name of the signal, such as `SIGTERM`, or `max_hours`; None to go on."""
         is_over = self.deadline is not None and time.monotonic() >= self.deadline
@@ -64,18 +87,95 @@ class StopSignal:
             return "max_hours"
         return self._signal
 
+    def check(self) -> None:
+        """End training here, within a step or an evaluation, if a signal came; a run of one process only.
+
+        Raises:
+            Interrupted: a signal came. Not outside training, where all but Ctrl-C wait for what is being done.
+        """
+        if self._signal is not None and self._is_alone and not self._raises:
+            raise Interrupted(self._signal)
+
+    def pending(self) -> str | None:
+        """Return SIGINT if it came while signals were deferred, and would raise now; else None."""
+        if self._raises and self._signal == "SIGINT":
+            return self._signal
+        return None
+
+    @contextlib.contextmanager
+    def raising(self) -> Iterator[None]:
+        """Let Ctrl-C raise `Interrupted` wherever it comes: nothing is lost by an end. In a run of one process."""
+        with self._raising(self._is_alone):
+            yield
+
+    @contextlib.contextmanager
+    def deferring(self) -> Iterator[None]:
+        """Let signals wait for `requested` and `check`, also within `raising`; for training."""
+        with self._raising(False):
+            yield
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[None]:
+        """Let a second Ctrl-C wait until a checkpoint is written, as well."""
+        self._is_writing = True
+        try:
+            yield
+        finally:
+            self._is_writing = False
+            if self._ends_after_writing:
+                self._end_at_once()
+
+    @contextlib.contextmanager
+    def _raising(self, value: bool) -> Iterator[None]:
+        before = self._raises
+        self._raises = value
+        try:
+            yield
+        finally:
+            self._raises = before
+
+    # --- the handler ------------------------------------------------------------------------------------------------
+
     def _handle(self, number: int, frame: object) -> None:
         """Remember a signal; called by Python between two instructions of whatever runs in the main thread."""
         # Forked processes inherit this handler, and a signal to the whole group reaches them too: they must go on.
-        if self._signal is not None or os.getpid() != self._process:
+        if os.getpid() != self._process:
             return
 
-        self._signal = signal.Signals(number).name
-        message = f"\n{self._signal}: stopping after this optimizer step\n"
+        name = signal.Signals(number).name
+        if self._signal is not None:
+            is_second = name == "SIGINT" and time.monotonic() - self._arrived >= REPEAT_SECONDS
+            if is_second:
+                self._handle_second()
+            return
 
-        # Not through logging, whose streams may be in use at this very moment. The terminal may be closed.
-        with contextlib.suppress(OSError):
-            os.write(2, message.encode())
+        self._signal = name
+        self._arrived = time.monotonic()
+        if self._raises and name == "SIGINT":
+            raise Interrupted(name)
+
+        hint = "; once more ends at once" if name == "SIGINT" else ""
+        _write(f"\n{name}: stopping, the same command continues{hint}\n")
+
+    def _handle_second(self) -> None:
+        """End at once, or as soon as a checkpoint is written."""
+        if self._is_writing:
+            self._ends_after_writing = True
+            _write("\na checkpoint is being written, the end comes after it\n")
+            return
+        self._end_at_once()
+
+    def _end_at_once(self) -> None:
+        """End the process without any cleaning up: files appear whole or not at all."""
+        _write("\nended at once; the same command continues from the newest checkpoint\n")
+        os._exit(128 + signal.SIGINT)
+
+
+def _write(message: str) -> None:
+    """Write to standard error from a signal handler."""
+    # Not through logging, whose streams may be in use at this very moment. The terminal may be closed.
+    with contextlib.suppress(OSError):
+        os.write(2, message.encode())
 
 
 @contextlib.contextmanager

@@ -181,7 +181,10 @@ def load_named(config: RunConfig) -> Named:
 
     names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
     for role, rows in zip(names, named.rows, strict=True):
-        log.info("%s %s: vocabulary %s, tokenizer %s", role, names[role], f"{rows:,}", f"{len(tokenizers[role]):,}")
+        # Rows that no token has are nothing to worry about, but they are a question that is asked.
+        tokens = len(tokenizers[role])
+        level = logging.DEBUG if rows == tokens else logging.INFO
+        log.log(level, "%s %s: vocabulary %s, tokenizer %s", role, names[role], f"{rows:,}", f"{tokens:,}")
     return named
 
 
@@ -243,12 +246,25 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
         if table.beyond_rows:
             left_out = ", ".join(table.beyond_rows)
             log.info("%s: no row of its head for %s, which no text yields: left out", role, left_out)
-    log.info("documents: %s", ", ".join(f"{name} {count:,}" for name, count in corpus.report.items()))
+    log.info("documents: %s", corpus_in_words(corpus.report))
     for kind, texts, cut in (("training", corpus.train, windows), ("held-out", corpus.eval, held_out)):
         warn_of_left_out(cut, kind)
         warn_of_missing(config.data, kind, texts, cut, room)
     documents.warn_of_long_documents(corpus, windows, held_out)
     return Material(corpus, pair, windows, held_out)
+
+
+def corpus_in_words(report: Mapping[str, int]) -> str:
+    """Return how many documents there are to learn from and to measure on, and why others are left out."""
+    words = [
+        f"{report['train']:,} to learn from ({report['train_bytes'] / 1e6:.2f} MB)",
+        f"{report['eval']:,} held out ({report['eval_bytes'] / 1e6:.2f} MB)",
+    ]
+    reasons = {"empty": "empty", "duplicate": "seen before", "in_eval": "in the held-out text too"}
+    for name, reason in reasons.items():
+        if report.get(name):
+            words.append(f"{report[name]:,} left out ({reason})")
+    return ", ".join(words)
 
 
 def text_starts(config: RunConfig, pair: Pair) -> dict[str, TextStart]:

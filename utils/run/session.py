@@ -12,16 +12,17 @@ from ..config.plain import to_plain
 from ..config.protocols import RunConfig
 from ..errors import UserError
 from ..logs.console import setup_logging
+from ..logs.progress import Progress
 from ..machine import hardware, kernels
 from ..machine.launcher import rank
-from ..machine.stop_signals import StopSignal
+from ..machine.stop_signals import Interrupted, StopSignal
 from ..parallel.accelerator import build_accelerator
 from ..parallel.processes import main_process_first, on_main_process
 from ..run_layout import CHECKPOINTS, STUDENT
 from ..training.checkpoints import CheckpointStore
 from . import folder as run_folder
 from . import requirements, upload
-from .exit_codes import EXIT_CODES, Interrupted
+from .exit_codes import EXIT_CODES
 
 log = logging.getLogger("train")
 
@@ -38,6 +39,8 @@ class Session:
     stop: StopSignal
     notes: dict[str, str]
     """What was decided for this run, and why; written into config.yaml."""
+    progress: Progress
+    """The display, and the time that the whole command still takes."""
 
     @classmethod
     def start(cls, config: RunConfig, recipe: str, stop: StopSignal) -> "Session":
@@ -91,7 +94,8 @@ class Session:
             "mixed precision": precision.reason,
             "backend": "; ".join(backend) or "defaults",
         }
-        return cls(config, accelerator, stop, notes)
+        progress = Progress(deadline=stop.deadline, check=stop.check, shown=accelerator.is_main_process)
+        return cls(config, accelerator, stop, notes, progress)
 
     @property
     def output(self) -> Path:

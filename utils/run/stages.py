@@ -19,10 +19,10 @@ from ..evaluation.held_out import metrics_of
 from ..forecast.batch_size import Forecast
 from ..interfaces import Method, Teacher, TeacherElsewhere
 from ..logs.lines import learned_lines
-from ..logs.progress import Progress
 from ..logs.step_logger import StepLogger
 from ..logs.trackers import Tracking
 from ..machine import hardware
+from ..machine.stop_signals import Interrupted
 from ..pretrained import student as students
 from ..pretrained import teacher as teachers
 from ..pretrained.loading import fingerprint
@@ -40,7 +40,8 @@ from ..training.plan import Plan
 from ..training.red_flags import RedFlags
 from . import export, student_layers, upload
 from . import folder as run_folder
-from .exit_codes import EXIT_CODES, Interrupted
+from .exit_codes import EXIT_CODES
+from .expected_work import expect_training
 from .prepare import Job, prepare
 from .session import Session
 
@@ -80,7 +81,7 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
     """
     today = session.on_main(lambda: conversation_date.choose(config))
     job = session.main_first(lambda: prepare(config, method, session.accelerator, today.day))
-    job = replace(job, needed=needed)
+    job = replace(job, needed=needed, held_out=replace(job.held_out, progress=session.progress))
     if conversation_date.IDENTITY in job.fingerprint:
         session.notes["conversation date"] = f"{today.day}: {today.reason}"
         log.info("a chat template writes the date: for this run it is always %s, %s", today.day, today.reason)
@@ -142,7 +143,9 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
         return job.pair.cached(None, job.cache)
 
     teacher = job.pair.cached(load_teacher(job), job.cache)
-    if reason := building.build(teacher, job.collate, builds_whole_cache, session.stop):
+    with session.stop.deferring():
+        reason = building.build(teacher, job.collate, builds_whole_cache, session.stop)
+    if reason:
         raise Interrupted(reason)
     return teacher
 
@@ -184,12 +187,14 @@ def train_student(
     """
     config, accelerator = job.config, job.accelerator
     plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
-    student = students.make(config.student, config.training, accelerator, job.layers)
+    with session.progress.over("loading the student", 1, "model file", unit="model") as note:
+        student = students.make(config.student, config.training, accelerator, job.layers)
+        note(1)
 
     # Where a run goes on decides what is written anew and what is tried before.
     store = open_checkpoints(job, teacher, student, output)
     resume_from = session.on_main(lambda: store.resume_point(resume))
-    logger = open_logger(job, plan, output, session, resume_from)
+    logger = open_logger(job, plan, output, session, resume_from=resume_from, has_teacher=teacher is not None)
 
     module = make_module(job, teacher, student, plan, is_new=resume_from is None)
     rehearse(job, module, store, session, is_new=resume_from is None, compares=teacher is not None)
@@ -198,7 +203,7 @@ def train_student(
     # Step 0 of the curves; a resumed run has it in its metrics already.
     evaluate = partial(evaluation_record, job, module)
     if resume_from is None:
-        logger.evaluation({"step": 0, "split": "eval", **metrics_of(start["initial_student"])})
+        logger.evaluation({**metrics_of(start["initial_student"]), "step": 0, "split": "eval", **first_sample(start)})
     options = LoopOptions(
         logger=logger,
         evaluate=evaluate,
@@ -207,6 +212,8 @@ def train_student(
         resume_from=resume_from,
         flags=red_flags(job, plan, student, start, session),
         stop=session.stop,
+        check=session.stop.check,
+        writing=session.stop.writing,
         num_workers=config.data.num_workers,
         term_gradients=config.logging.term_gradients,
         forecast=job.needed.told,
@@ -214,8 +221,7 @@ def train_student(
         prefetch_teacher=module.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
         forward_communicates=teacher is not None and config.teacher.device == teachers.SHARDED,
     )
-    result = fit(module, job.windows, job.collate, config.training, accelerator=accelerator, options=options)
-    _say_if_nothing_was_left(result, plan, session)
+    result = _fit(job, module, plan, options, session)
 
     # The last step is evaluated however the run ended, unless a signal wants it gone.
     was_evaluated = session.on_main(lambda: logger.has_evaluation(result.steps))
@@ -225,6 +231,35 @@ def train_student(
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(module, result, start)
+
+
+def first_sample(start: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the untrained student made of the first prompt, as evaluations in training record it."""
+    samples = start["samples"]
+    for prompt, text in zip(samples["prompt"][:1], samples["initial_student"][:1], strict=True):
+        if text is not None:
+            return {"sample": {"prompt": prompt, "text": text}}
+    return {}
+
+
+def _fit(job: Job, module: Any, plan: Plan, options: LoopOptions, session: Session) -> FitResult:
+    """Train, while signals wait for a step boundary and the time that is left is known."""
+    time_left = session.progress.time_left
+    done = 0 if options.resume_from is None else step_of(options.resume_from)
+    expect_training(time_left, job, plan, done, has_teacher=module.teacher is not None)
+
+    training, accelerator = job.config.training, job.accelerator
+    with session.stop.deferring():
+        result = fit(module, job.windows, job.collate, training, accelerator=accelerator, options=options)
+
+    # Early stopping and a limit leave steps out.
+    time_left.training.clear()
+    _say_if_nothing_was_left(result, plan, session)
+
+    # Ctrl-C may have come after the last step.
+    if (reason := session.stop.pending()) is not None:
+        return replace(result, stopped_by=reason)
+    return result
 
 
 def red_flags(job: Job, plan: Plan, student: nn.Module, start: Mapping[str, Any], session: Session) -> RedFlags:
@@ -259,7 +294,10 @@ def evaluation_record(job: Job, module: Any, step: int) -> dict[str, Any]:
     """Measure the student on the held-out text; `step` steps are done."""
     scores = job.held_out.score(module.student, "student")
     routing = job.held_out.routing(module.student, module.routing)
-    return {"step": step, "split": "eval", **scores, **routing}
+    record = {"step": step, "split": "eval", **scores, **routing}
+    if (sample := job.held_out.sample(module.student)) is not None:
+        record["sample"] = sample
+    return record
 
 
 def _say_if_nothing_was_left(result: FitResult, plan: Plan, session: Session) -> None:
@@ -302,7 +340,9 @@ def teacher_measurement(job: Job, teacher: Teacher | None) -> Callable[[], dict[
     return partial(job.held_out.measure_teacher, teacher)
 
 
-def open_logger(job: Job, plan: Plan, output: Path, session: Session, resume_from: Path | None) -> StepLogger:
+def open_logger(
+    job: Job, plan: Plan, output: Path, session: Session, *, resume_from: Path | None, has_teacher: bool
+) -> StepLogger:
     """Open metrics.jsonl, empty for a new run, and the trackers."""
     done = 0 if resume_from is None else step_of(resume_from)
     tracker = None
@@ -315,7 +355,8 @@ def open_logger(job: Job, plan: Plan, output: Path, session: Session, resume_fro
         job.config.logging.every,
         main_process=session.is_main,
         tracker=tracker,
-        progress=Progress(plan.total_steps, done, deadline=session.stop.deadline),
+        progress=session.progress,
+        kind="step" if has_teacher else "step alone",
     )
     # A fresh start in a folder with an old log would draw two curves as one.
     if resume_from is None and session.is_main:
@@ -330,7 +371,7 @@ def make_module(job: Job, teacher: Teacher | None, student: nn.Module, plan: Pla
     config = job.config
     with value_errors_are_the_users():
         for line in job.method.describe_head(student, job.accelerator.device):
-            log.info("%s", line)
+            log.debug("%s", line)
 
         module = job.pair.framework(plan.total_steps, student=student, teacher=teacher)
         # A few huge channels of the teacher's states would outweigh all others; checkpoints hold the statistics.
@@ -362,16 +403,20 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
 
     # Before everything that could still fail: what was trained for hours is on the disk then.
     def write_student() -> exported.LoadedAnew:
-        export.export(
-            student,
-            job.config.student,
-            job.tokenizer,
-            folder,
-            settings,
-            {**scores, "run": ended},
-            held_out.starts["student"].forced_bos,
-        )
-        return exported.load_anew(student, held_out, folder, job.config.student)
+        with session.progress.over("export", 2, "model file", unit="step") as note:
+            export.export(
+                student,
+                job.config.student,
+                job.tokenizer,
+                folder,
+                settings,
+                {**scores, "run": ended},
+                held_out.starts["student"].forced_bos,
+            )
+            note(1)
+            loaded = exported.load_anew(student, held_out, folder, job.config.student)
+            note(1)
+        return loaded
 
     # All processes compute the comparison of student and teacher; only the main one wrote the student.
     loaded = session.on_main(write_student)
@@ -406,7 +451,7 @@ def _token_views(job: Job, trained: Trained) -> Results:
 
 def compare_without_teacher(job: Job, trained: Trained, results: Results, session: Session) -> Results:
     """Train the same student without the teacher, and add it to the report if it was trained for as many steps."""
-    log.info("for comparison: the same student, batches and steps with the LM term alone, without the teacher")
+    log.info("for comparison: the same student, batches and steps without the teacher (lm alone)")
     folder, steps = session.output / WITHOUT_TEACHER, trained.result.steps
     folder.mkdir(exist_ok=True)
 

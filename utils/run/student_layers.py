@@ -47,7 +47,7 @@ def choose(job: Job, folder: Path) -> LayerChoice:
     )
     choice = layers.choose_layers(model, student.layers, measured_windows(job))
     log.info("student: %s", choice)
-    log.info("angle by which each layer turns the hidden states: %s", _described(choice))
+    log.debug("angle by which each layer turns the hidden states: %s", _described(choice))
 
     write_json(folder / LAYERS, {"made_from": made_from, **asdict(choice)})
     return choice

@@ -356,10 +356,8 @@ class CacheBuilding:
             if not cache.holds([keys[i] for i in batch]):  # an empty batch lacks nothing
                 missing.append(batch)
 
-        progress = None
-        if accelerator.is_main_process and missing:
-            progress = Progress(len(missing), unit="batch")
-
+        display = Progress(shown=accelerator.is_main_process)
+        task = display.begin("teacher cache", len(missing), "other", unit="batch")
         flushed = time.monotonic()
         for done, batch in enumerate(loader(windows, missing, collate, self.num_workers), start=1):
             compute(batch.to(accelerator.device))
@@ -370,11 +368,9 @@ class CacheBuilding:
             if time.monotonic() - flushed >= FLUSH_EVERY:
                 cache.flush()
                 flushed = time.monotonic()
-            if progress is not None:
-                progress.update(done, {"written": f"{cache.written.bytes / 1e6:,.0f} MB"})
+            display.update(task, done)
 
-        if progress is not None:
-            progress.close()
+        display.close()
 
         # all processes write before any looks what the others have written
         cache.flush()

@@ -124,7 +124,7 @@ class CheckpointStore:
             raise self._cannot_save(final, needed, _disk_error(error)) from error
 
         self._verified.add(final)
-        log.info("checkpoint %s saved (%.1f MB, %.1f s)", final.name, size / 1e6, time.monotonic() - start)
+        log.debug("checkpoint %s saved (%.1f MB, %.1f s)", final.name, size / 1e6, time.monotonic() - start)
         self._prune(step, set(protect))
         return final
 

@@ -6,7 +6,7 @@ last step) and DDP's average over processes is undone. Hence 8x1, 4x2, 1x8 accum
 the same gradient.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from ..data.batch_source import BatchSource, MicroBatch, StepBatches
 from ..interfaces import Batch, StepOutput
 from ..parallel.engine import Engine
 from ..seeding import seed_forward
-from .measurements import HostSum, Measured
+from .measurements import HostSum, StepSums
 from .out_of_memory import Attempt
 from .step_guard import StepGuard
 
@@ -30,8 +30,10 @@ class StepWork:
     batches: StepBatches
     counts: Mapping[str, int]
     """Items of every term in the whole step, over all micro-batches and processes."""
-    measured: Measured | None
-    """Takes the sums of a step that is logged."""
+    sums: StepSums
+    """Takes what the micro-batches say."""
+    is_logged: bool
+    """Terms whose weight is 0 are measured too."""
 
 
 class StepGradient:
@@ -44,6 +46,7 @@ class StepGradient:
         guard: looks at each output.
         host: sums over processes.
         forward_communicates: processes exchange data within a forward.
+        check: called before each micro-batch; may raise to end the step.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class StepGradient:
         guard: StepGuard,
         host: HostSum,
         forward_communicates: bool,
+        check: Callable[[], None],
     ) -> None:
         self.engine = engine
         self.accelerator = accelerator
@@ -62,6 +66,7 @@ class StepGradient:
         self.guard = guard
         self.host = host
         self.forward_communicates = forward_communicates
+        self.check = check
 
     def add_up(self, work: StepWork) -> bool:
         """Compute the gradient, micro-batch by micro-batch. False, in every process: one does not fit into memory.
@@ -74,6 +79,7 @@ class StepGradient:
 
         micro_batches = work.batches.micro_batches
         for index, micro_batch in enumerate(micro_batches):
+            self.check()
             is_last = index == len(micro_batches) - 1
             with nullcontext() if is_last else self.engine.no_sync():
                 loss = attempt(self._forward, work, index, micro_batch)
@@ -107,11 +113,11 @@ class StepGradient:
 
         # Only what is needed: a module need not know the options that it is never given.
         options: dict[str, Any] = {}
-        if work.measured is not None and work.measured.gradients is not None:
+        if work.sums.gradients is not None:
             options["term_graphs"] = True
         if micro_batch.signal is not None:
             options["signal"] = micro_batch.signal
-        loss, hidden = self.engine.model(batch, step, counts=work.counts, measure=work.measured is not None, **options)
+        loss, hidden = self.engine.model(batch, step, counts=work.counts, measure=work.is_logged, **options)
         self._take_notes(work, hidden.output, micro_batch.batch)
 
         # DDP averages gradients over processes; counts are global, so the sum is wanted. An idle process takes part
@@ -121,13 +127,11 @@ class StepGradient:
 
     def _take_notes(self, work: StepWork, output: StepOutput, batch: Batch | None) -> None:
         """Note what an output says, before the backward frees its graph; `batch` is None for an idle process."""
-        measured = work.measured
+        sums = work.sums
         if batch is not None:
-            if measured is not None and measured.gradients is not None:
+            if sums.gradients is not None:
                 scaler = self.accelerator.scaler
                 scale = 1.0 if scaler is None else scaler.get_scale()
-                measured.gradients.add(output, work.counts, scale)
+                sums.gradients.add(output, work.counts, scale)
             self.guard.look(output, batch.documents)
-
-        if measured is not None:
-            measured.add(output, is_idle=batch is None)
+        sums.add(output, is_idle=batch is None)

@@ -35,13 +35,13 @@ from ..errors import RunError, UserError
 from ..interfaces import Batch
 from ..logs.step_logger import StepLogger
 from ..machine import device_memory, hardware
-from ..machine.stop_signals import STOP_REASONS
+from ..machine.stop_signals import STOP_REASONS, Interrupted
 from ..parallel.accelerator import accelerator_for, engine_kind
 from ..parallel.processes import on_main_process
 from ..seeding import preserve_rng_and_mode
 from .early_stopping import EarlyStopping
 from .gradient import StepGradient, StepWork
-from .measurements import Clock, HostSum, Measured, TermGradients
+from .measurements import Clock, HostSum, IntervalMeans, StepSums, TermGradients
 from .optimizer import build_optimizer, build_scheduler, taught_parameters
 from .options import LoopOptions
 from .out_of_memory import OutOfMemory, explain_out_of_memory, halve_micro_batches
@@ -50,6 +50,9 @@ from .state import RunState
 from .step_guard import StepGuard
 
 log = logging.getLogger(__name__)
+
+MUCH_WAITING = 5.0
+"""Per cent of a session's time spent waiting for batches from which the console says so: more workers may help."""
 
 _STEP_PROTOCOL = "a DistillationFramework, or another module with the step protocol"
 
@@ -218,6 +221,7 @@ class TrainingLoop:
             guard=self.guard,
             host=self._host,
             forward_communicates=options.forward_communicates or self.engine.sharded or module.couples_windows,
+            check=options.check,
         )
 
     def _prepare(self) -> None:
@@ -239,6 +243,7 @@ class TrainingLoop:
 
         self.early = EarlyStopping(self.config.patience)
         self._clock = Clock()
+        self._means = IntervalMeans()
         total = partial(accelerator.reduce, reduction="sum")
         self.guard = StepGuard(total, gather_object, scaled=scaler is not None)
         self.state = RunState(
@@ -250,6 +255,7 @@ class TrainingLoop:
             guard=self.guard,
             flags=self.flags,
             clock=self._clock,
+            means=self._means,
         )
 
     @property
@@ -262,12 +268,13 @@ class TrainingLoop:
     def run(self) -> FitResult:
         """Take steps until something stops the run; save at the end."""
         self.logger.truncate_after(self.step)
-        log.info("%s, from step %d", self.plan, self.step)
+        log.info("%s%s", self.plan, f", from step {self.step}" if self.step else "")
         self.engine.model.train()
+        self.logger.begin(self.step)
         reason = self._take_steps()
 
         # Save before anything can raise: whatever ended the run, the next session continues from here.
-        self.guard.read()
+        self._read_device()
         self._save()
         self.engine.gather()
         self.module.to(self.accelerator.device)
@@ -282,14 +289,24 @@ class TrainingLoop:
     def _take_steps(self) -> str | None:
         """Take optimizer steps until there is a reason to stop; None: too many steps were not finite."""
         batches = self._batches()
-        while (reason := self._reason_to_stop()) is None and not self.guard.exhausted:
-            if self.advance(self._clock.delivered(batches)):
-                self._at_boundary()
-            else:
-                # The batches that are prepared are too large as well.
-                batches.close()
-                self._halve_micro_batches()
-                batches = self._batches()
+        reason = None
+        try:
+            # The last session was stopped in the evaluation that was due where it ended.
+            if self.state.awaits_evaluation:
+                self._evaluate_and_save()
+
+            while (reason := self._reason_to_stop()) is None and not self.guard.exhausted:
+                if self.advance(self._clock.delivered(batches)):
+                    self._at_boundary()
+                else:
+                    # The batches that are prepared are too large as well.
+                    batches.close()
+                    self._halve_micro_batches()
+                    batches = self._batches()
+        except Interrupted as interrupted:
+            # Nothing of the step that was under way is in the weights, and the next session takes it anew.
+            self._take_back()
+            reason = str(interrupted)
         batches.close()
         return reason
 
@@ -318,11 +335,16 @@ class TrainingLoop:
     def _at_boundary(self) -> None:
         """Show progress, evaluate and save between two steps, where that is due."""
         self.logger.progress(self.step)
-
-        improved = False
         every = self.options.evaluate_every
-        if self.options.evaluate is not None and every and self.step % every == 0:
+        self.state.awaits_evaluation = bool(self.options.evaluate and every and self.step % every == 0)
+        self._evaluate_and_save()
+
+    def _evaluate_and_save(self) -> None:
+        """Evaluate and save, where that is due."""
+        improved = False
+        if self.state.awaits_evaluation:
             improved = self._evaluate()
+            self.state.awaits_evaluation = False
 
         # Early stopping goes back to the best weights, so they must be on the disk.
         is_best = improved and self.config.patience
@@ -332,9 +354,10 @@ class TrainingLoop:
     def _log_end(self, reason: str) -> None:
         """Log why the run ended, and whether it was the data that it waited for."""
         log.info("training ended after step %d of %d: %s", self.step, self.plan.total_steps, reason)
-        share = 100 * self._clock.waited / max(self._clock.total() - self._clock.before, 1e-9)
+        waited = 100 * self._clock.waited / max(self._clock.total() - self._clock.before, 1e-9)
         workers = self.options.num_workers
-        log.info("%.1f %% of this session was spent waiting for batches (data.num_workers %d)", share, workers)
+        level = logging.DEBUG if waited < MUCH_WAITING else logging.INFO
+        log.log(level, "%.1f %% of this session was spent waiting for batches (data.num_workers %d)", waited, workers)
 
     def _result(self, reason: str) -> FitResult:
         """Return the end of the run for the caller."""
@@ -356,8 +379,9 @@ class TrainingLoop:
     def advance(self, batches: StepBatches) -> bool:
         """Take one optimizer step. False, in every process: it does not fit into memory, and nothing was changed."""
         counts = self._host.sum_counts([batch.counts for batch in batches.batches])
-        measured = self._measurement()
-        if not self._gradient.add_up(StepWork(batches, counts, measured)):
+        is_logged = self.logger.due(self.step + 1)
+        sums = self._step_sums(is_logged)
+        if not self._gradient.add_up(StepWork(batches, counts, sums, is_logged)):
             return False
 
         # Only now: a step that is done again must not look like text that repeats itself.
@@ -369,13 +393,21 @@ class TrainingLoop:
         self.update(norm)
         self.state.step += 1
         self._clock.tokens += counts.get("lm", 0)
+        self._means.add(sums, counts, norm)
 
-        if measured is not None:
-            self._log_step(measured, counts, lr=lr, norm=norm)
+        if is_logged:
+            self._log_step(sums, lr=lr)
         # Reading waits for the device. A logged step waits anyway, and a CPU has computed everything.
-        if measured is not None or self.accelerator.device.type == "cpu" or self.guard.must_read:
+        if is_logged or self.accelerator.device.type == "cpu" or self.guard.must_read:
             self.guard.read()
+        if self._means.must_read:
+            self._means.read(self._host)
         return True
+
+    def _read_device(self) -> None:
+        """Read what the steps since the last time have left on the device."""
+        self.guard.read()
+        self._means.read(self._host)
 
     def update(self, norm: Tensor) -> None:
         """Take the step, unless the gradient is not finite; that is decided without waiting for the device.
@@ -392,12 +424,16 @@ class TrainingLoop:
             # also after a step that was left out, in every precision: the schedule is one over steps, as the curriculum
             self.scheduler.step()
 
-    def _measurement(self) -> Measured | None:
-        """Return what takes the sums of the step that begins, None if it is not logged."""
-        if not self.logger.due(self.step + 1):
-            return None
-        gradients = TermGradients(self._taught) if self.options.term_gradients else None
-        return Measured(gradients=gradients)
+    def _step_sums(self, is_logged: bool) -> StepSums:
+        """Return what takes the sums of the step that begins."""
+        if is_logged and self.options.term_gradients:
+            return StepSums(gradients=TermGradients(self._taught))
+        return StepSums()
+
+    def _take_back(self) -> None:
+        """Forget what the step under way has computed so far."""
+        self.engine.forget()
+        self.guard.forget()
 
     def _halve_micro_batches(self) -> None:
         """Take back a step that does not fit into memory, and go on in micro-batches of half the size.
@@ -405,8 +441,7 @@ class TrainingLoop:
         Raises:
             OutOfMemory: there is but one window in each; the steps before are saved.
         """
-        self.engine.forget()
-        self.guard.forget()
+        self._take_back()
         device_memory.release()
 
         if self.plan.micro_batch == 1:
@@ -417,21 +452,31 @@ class TrainingLoop:
             self.engine.wrap_again()
         self.plan = halve_micro_batches(self.plan, self.step, couples_windows=self.module.couples_windows)
 
-    def _log_step(self, measured: Measured, counts: Mapping[str, int], *, lr: float, norm: Tensor) -> None:
-        """Write the record of the step that was just taken."""
-        terms = measured.record(self._host, counts, self.accelerator)
+    def _log_step(self, sums: StepSums, *, lr: float) -> None:
+        """Write the record of the steps since the last one: means, and the schedules' values at the step just taken.
+
+        Args:
+            sums: of that step.
+        """
+        self._means.read(self._host)
+        means = self._means.record()
+        if sums.gradients is not None:
+            norms = sums.gradients.norms(sums.weights, self.accelerator)
+            for name in means["terms"].keys() & norms.keys():
+                means["terms"][name]["grad_norm"] = norms[name]
+
         record = {
             "step": self.step,
             "epoch": self.step / self.plan.steps_per_epoch,
             "progress": self.step / self.plan.total_steps,
-            "loss": terms["loss"],
+            "loss": means.pop("loss"),
             "lr": lr,
-            "grad_norm": norm.item(),
+            "grad_norm": means.pop("grad_norm"),
             "tokens_per_second": self._clock.tokens_per_second(),
             **hardware.memory_use(self.accelerator.device),
-            **terms,
+            **means,
         }
-        self.logger.training(record, measured.weights)
+        self.logger.training(record)
         self._check_record(record)
 
     # --- red flags --------------------------------------------------------------------------------------------------
@@ -491,7 +536,7 @@ class TrainingLoop:
 
         self.options.before_checkpoint()
         with self._clock.paused():
-            self.guard.read()
+            self._read_device()
             parts = self.state.parts()
             best_step = self.early.best_step
             save = partial(
@@ -502,7 +547,8 @@ class TrainingLoop:
                 state=parts.state,
                 protect=[] if best_step is None else [best_step],
             )
-            on_main_process(self.accelerator, save)
+            with self.options.writing():
+                on_main_process(self.accelerator, save)
         self._saved_step = self.step
 
     def resume(self) -> None:

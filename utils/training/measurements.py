@@ -1,7 +1,8 @@
 """Numbers that the loop collects while it runs; the host waits for the device only where a step is logged.
 
 HostSum        sums over processes, of numbers on the host
-Measured       losses and terms of one logged step
+StepSums       losses and terms of one optimizer step
+IntervalMeans  their means since the last logged step
 TermGradients  norm of the gradient of each term, for debugging
 Clock          seconds and tokens
 """
@@ -10,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..interfaces import StepOutput
+from .step_guard import MOST_PENDING
 
 # ---------------------------------------------------------------------------- sums over processes
 
@@ -74,24 +76,24 @@ class HostSum:
             torch.distributed.destroy_process_group(self._group)
 
 
-# ---------------------------------------------------------------------------------- a logged step
+# ------------------------------------------------------------------------------------ means over steps
 
 
 @dataclass
-class Measured:
-    """Sums of one logged optimizer step; they stay on the device until `read`."""
+class StepSums:
+    """Sums of one optimizer step, by micro-batch; they stay on the device until `IntervalMeans.read`."""
 
     losses: list[Tensor] = field(default_factory=list)
     """By micro-batch."""
     sums: dict[str, list[Tensor]] = field(default_factory=dict)
     """By term and micro-batch."""
-    counts: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, list[Tensor]] = field(default_factory=dict)
+    """By term and micro-batch: items that turned out to say nothing."""
+    items: dict[str, int] = field(default_factory=dict)
     """Items of each term in this process."""
     weights: dict[str, float] = field(default_factory=dict)
     scalars: dict[str, float] = field(default_factory=dict)
     """Scheduled values: temperature, top-k."""
-    skipped: dict[str, list[Tensor]] = field(default_factory=dict)
-    """By term and micro-batch: items that turned out to say nothing."""
     gradients: "TermGradients | None" = None
     """Only where they are to be logged."""
 
@@ -106,97 +108,245 @@ class Measured:
         self.losses.append(output.loss.detach())
         for name, term in output.terms.items():
             self.sums.setdefault(name, []).append(term.sum.detach())
-            self.counts[name] = self.counts.get(name, 0) + int(term.count)
+            self.items[name] = self.items.get(name, 0) + int(term.count)
             skipped = getattr(term, "skipped", None)
             if skipped is not None:
                 self.skipped.setdefault(name, []).append(skipped)
 
-    def skips(self, name: str, host: HostSum) -> int:
-        """Return the items of a term that turned out to say nothing, over all processes."""
-        skipped = 0.0
-        if name in self.skipped:
-            skipped = float(torch.stack(self.skipped[name]).sum())
-        [total] = host([skipped])
-        return int(total)
 
-    def read(self, host: HostSum, counts: Mapping[str, int]) -> tuple[float, dict[str, dict[str, float]]]:
-        """Return (loss, terms) of the step over all processes; the one place that waits for the device."""
-        names = sorted(self.weights)
-        loss, *sums = self._sums_on_host(names)
+@dataclass(frozen=True)
+class _PendingStep:
+    """A step whose sums the host has not read yet."""
 
-        # One row a term: its sum, processes that computed it, its items. One exchange for all of them.
-        rows = [(loss, 0.0, 0.0)]
-        for name, value in zip(names, sums, strict=True):
-            is_computed = float(name in self.sums)
-            items = float(self.counts.get(name, 0))
-            rows.append((value, is_computed, items))
-        table = host.of_tensor(torch.tensor(rows, dtype=torch.float64))
-        (loss, _, _), *term_rows = table.tolist()
+    values: Tensor | None
+    """[N] on the device, the sums of all its micro-batches; None in a process that was idle."""
+    columns: list[int]
+    """[N] column of the step's row to which each value is added."""
+    items: dict[str, int]
+    counts: dict[str, int]
+    """Items of every term in the whole step, as the collator counted them."""
+    weights: dict[str, float]
+    scalars: dict[str, float]
+    norm: Tensor
+    """Scalar on the device."""
 
-        # In the order of the curriculum, without terms that no process has computed.
-        totals = dict(zip(names, term_rows, strict=True))
-        terms = {}
-        for name, weight in self.weights.items():
-            value, processes, items = totals[name]
-            if not processes:
-                continue
-            # The collator's count, which the loss was divided by; a term that it does not count says it itself.
-            count = counts.get(name, int(items))
-            raw = value / max(count, 1)
-            terms[name] = {
-                "raw": raw,
-                "weight": weight,
-                "weighted": weight * raw,
-                "count": int(count),
-            }
-        return loss, terms
 
-    def _sums_on_host(self, names: Sequence[str]) -> list[float]:
-        """Return the sums over this process's micro-batches: of the loss, then of each term."""
-        if not self.losses:
-            return [0.0] * (1 + len(names))
+@dataclass
+class TermTotals:
+    """Sums over steps of one term."""
 
-        # One copy from the device for all of them, and exact sums of what was copied.
-        columns = [self.losses]
-        for name in names:
-            columns.append(self.sums.get(name, []))
-        values = torch.stack([value for column in columns for value in column]).cpu()
-        lengths = [len(column) for column in columns]
-        return [math.fsum(part.tolist()) for part in values.split(lengths)]
+    steps: int = 0
+    """Steps in which it was computed: all of them where it has a weight."""
+    raw: float = 0.0
+    """Sum of its mean over the items of each step."""
+    weighted: float = 0.0
+    count: float = 0.0
+    skipped: float = 0.0
 
-    def record(self, host: HostSum, counts: Mapping[str, int], accelerator: Accelerator) -> dict[str, Any]:
-        """Return what a record of `metrics.jsonl` says of the loss: terms, coverage, scheduled scalars.
+
+@dataclass
+class IntervalTotals:
+    """Sums over the steps since the last logged one, over all processes; steps that were left out are not in them."""
+
+    steps: int = 0
+    loss: float = 0.0
+    norm: float = 0.0
+    kd_nats: float = 0.0
+    """Of KD without the square of the temperature that its loss is multiplied by."""
+    counts: dict[str, float] = field(default_factory=dict)
+    """Items as the collator counted them, by name."""
+    terms: dict[str, TermTotals] = field(default_factory=dict)
+
+
+class IntervalMeans:
+    """Means over the optimizer steps since the last logged one.
+
+    Sums wait on the device, one small tensor a step, until `read`; nothing here makes an unlogged step wait.
+    """
+
+    def __init__(self) -> None:
+        self.totals = IntervalTotals()
+        self._pending: list[_PendingStep] = []
+        self._weights: dict[str, float] = {}
+        self._scalars: dict[str, float] = {}
+
+    # --- at every step, on the device -------------------------------------------------------------------------------
+
+    def add(self, step: StepSums, counts: Mapping[str, int], norm: Tensor) -> None:
+        """Take a step that is done.
 
         Args:
-            counts: of the whole optimizer step.
+            counts: items of every term in the whole step.
+            norm: scalar, of the whole gradient before clipping.
         """
-        loss, terms = self.read(host, counts)
-        if self.gradients is not None:
-            norms = self.gradients.norms(self.weights, accelerator)
-            for name in terms.keys() & norms.keys():
-                terms[name]["grad_norm"] = norms[name]
+        # 1. The values of each column of the step's row, see `_row_columns`.
+        names = sorted(step.weights)
+        parts = [step.losses]
+        for name in names:
+            parts.append(step.sums.get(name, []))
+        for name in names:
+            parts.append(step.skipped.get(name, []))
 
-        record: dict[str, Any] = {"loss": loss, "terms": terms}
+        # 2. One tensor for all of them.
+        values: list[Tensor] = []
+        columns: list[int] = []
+        for column, part in enumerate(parts):
+            values += [value.to(torch.float32) if not value.is_floating_point() else value for value in part]
+            columns += [column] * len(part)
+
+        self._pending.append(
+            _PendingStep(
+                values=torch.stack(values) if values else None,
+                columns=columns,
+                items=dict(step.items),
+                counts=dict(counts),
+                weights=step.weights,
+                scalars=step.scalars,
+                norm=norm.detach(),
+            )
+        )
+
+    @property
+    def must_read(self) -> bool:
+        """Reading is due: many steps wait on the device."""
+        return len(self._pending) >= MOST_PENDING
+
+    # --- at logged steps and checkpoints, on the host ---------------------------------------------------------------
+
+    def read(self, host: HostSum) -> None:
+        """Add the steps that wait on the device to the totals; waits for the device. Call it in all processes."""
+        pending = self._pending
+        self._pending = []
+        if not pending:
+            return
+
+        rows = host.of_tensor(torch.stack(_rows_on_host(pending))).tolist()
+        norms = torch.stack([step.norm for step in pending]).tolist()
+        for step, row, norm in zip(pending, rows, norms, strict=True):
+            self._weights = step.weights
+            self._scalars = step.scalars
+            self._take(step, row, norm)
+
+    def _take(self, step: _PendingStep, row: Sequence[float], norm: float) -> None:
+        """Add one step to the totals, from its row over all processes."""
+        names = sorted(step.weights)
+        loss, *columns = row
+        sums, skipped, computed, items = (columns[i * len(names) : (i + 1) * len(names)] for i in range(4))
+
+        totals = self.totals
+        by_name = zip(names, sums, skipped, computed, items, strict=True)
+        terms = {name: values for name, *values in by_name if values[2]}  # those that some process has computed
+        for name in terms:
+            totals.terms.setdefault(name, TermTotals())
+
+        # One step that was left out would make the mean of a hundred not a number.
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return
+
+        totals.steps += 1
+        totals.loss += loss
+        totals.norm += norm
+        for name, count in step.counts.items():
+            totals.counts[name] = totals.counts.get(name, 0.0) + count
+
+        for name, (value, left_out, _, counted) in terms.items():
+            # The collator's count, which the loss was divided by; a term that it does not count says it itself.
+            count = step.counts.get(name, int(counted))
+            raw = value / max(count, 1)
+            total = totals.terms[name]
+            total.steps += 1
+            total.raw += raw
+            total.weighted += step.weights[name] * raw
+            total.count += count
+            total.skipped += left_out
+            if name == "kd":
+                # The loss of KD is multiplied by the temperature squared, nats are not.
+                totals.kd_nats += raw / step.scalars.get("temperature", 1.0) ** 2
+
+    def record(self) -> dict[str, Any]:
+        """Return what a record of `metrics.jsonl` says of the steps that were read, and begin anew.
+
+        Losses, terms and coverage are means over the steps; `weight` and the scheduled scalars are those of the last.
+        The loss is the sum of `weighted` over the terms.
+        """
+        totals = self.totals
+        self.totals = IntervalTotals()
+
+        terms = {}
+        for name, weight in self._weights.items():
+            if name in totals.terms:
+                term = totals.terms[name]
+                terms[name] = {
+                    "raw": _mean(term.raw, term.steps),
+                    "weight": weight,
+                    "weighted": _mean(term.weighted, totals.steps),
+                    "count": _mean(term.count, term.steps),
+                }
+
+        record: dict[str, Any] = {
+            "loss": _mean(totals.loss, totals.steps),
+            "grad_norm": _mean(totals.norm, totals.steps),
+            "terms": terms,
+        }
         if "kd" in terms:
-            # The loss of KD is multiplied by the temperature squared, nats are not.
-            record["kd_nats_per_token"] = terms["kd"]["raw"] / self.scalars.get("temperature", 1.0) ** 2
-        if counts.get("lm"):
-            record["coverage"] = self._coverage(host, counts)
+            record["kd_nats_per_token"] = _mean(totals.kd_nats, totals.terms["kd"].steps)
+        if totals.counts.get("lm"):
+            record["coverage"] = _coverage(totals)
         for key in ("top_k", "temperature"):
-            if key in self.scalars:
-                record[key] = self.scalars[key]
+            if key in self._scalars:
+                record[key] = self._scalars[key]
         return record
 
-    def _coverage(self, host: HostSum, counts: Mapping[str, int]) -> dict[str, float]:
-        """Return the shares of the student's tokens that have an anchor, and one at depth 0."""
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain containers, for a checkpoint between two logged steps; `read` first."""
+        return asdict(self.totals)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state_dict` was taken."""
+        terms = {name: TermTotals(**term) for name, term in state["terms"].items()}
+        self.totals = IntervalTotals(**{**state, "terms": terms})
+
+
+def _rows_on_host(pending: Sequence[_PendingStep]) -> list[Tensor]:
+    """Return a row for each step, of this process: the loss; then, of all terms by name, their sums, skipped items,
+    1 where they were computed, and items."""
+    # One copy from the device for all steps.
+    tensors = [step.values for step in pending if step.values is not None]
+    values = torch.cat(tensors).cpu().tolist() if tensors else []
+
+    rows = []
+    first = 0
+    for step in pending:
+        names = sorted(step.weights)
+        row = [0.0] * (1 + 2 * len(names))
+        for column, value in zip(step.columns, values[first : first + len(step.columns)], strict=True):
+            row[column] += value
+        first += len(step.columns)
+
+        row += [float(name in step.items) for name in names]
+        row += [float(step.items.get(name, 0)) for name in names]
+        rows.append(torch.tensor(row, dtype=torch.float64))
+    return rows
+
+
+def _coverage(totals: IntervalTotals) -> dict[str, float]:
+    """Return the shares of the student's tokens that have an anchor, and one at depth 0."""
+    counts = totals.counts
+    coverage = {}
+    if "kd" in counts:
         # KD rows that turned out to say nothing are no anchors.
-        skipped = self.skips("kd", host)
-        coverage = {}
-        if "kd" in counts:
-            coverage["anchored"] = (counts["kd"] - skipped) / counts["lm"]
-        if "depth0" in counts:
-            coverage["depth0"] = counts["depth0"] / counts["lm"]
-        return coverage
+        skipped = totals.terms["kd"].skipped if "kd" in totals.terms else 0.0
+        coverage["anchored"] = (counts["kd"] - skipped) / counts["lm"]
+    if "depth0" in counts:
+        coverage["depth0"] = counts["depth0"] / counts["lm"]
+    return coverage
+
+
+def _mean(total: float, number: int) -> float:
+    """Return a mean; not a number of nothing."""
+    return total / number if number else math.nan
 
 
 # ------------------------------------------------------------------------------ gradients of terms

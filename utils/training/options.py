@@ -1,6 +1,7 @@
 """Options of `fit`: log, evaluation, checkpoints, a way to stop, and what a teacher elsewhere needs."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,11 @@ class LoopOptions:
     """Red flags to watch for."""
     stop: StopSignal | None = None
     """Asks the loop to stop at the next step boundary."""
+    check: Callable[[], None] = do_nothing
+    """Called between two micro-batches. Where it raises `Interrupted`, their step is taken back, and the run ends with
+    a checkpoint of the steps before. For a run of one process."""
+    writing: Callable[[], AbstractContextManager[None]] = nullcontext
+    """Makes the context in which a checkpoint is written."""
     num_workers: int = 0
     """Processes that prepare batches; 0: a thread."""
     term_gradients: bool = False

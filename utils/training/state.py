@@ -14,7 +14,7 @@ from ..parallel.engine import Engine
 from ..seeding import rng_state, set_rng_state
 from .checkpoints import Checkpoint
 from .early_stopping import EarlyStopping
-from .measurements import Clock
+from .measurements import Clock, IntervalMeans
 from .plan import Plan
 from .red_flags import RedFlags
 from .step_guard import StepGuard
@@ -45,7 +45,10 @@ class RunState:
     guard: StepGuard
     flags: RedFlags | None
     clock: Clock
+    means: IntervalMeans
     step: int = 0
+    awaits_evaluation: bool = False
+    """The evaluation that is due at this step was cut short."""
 
     def parts(self) -> StateParts:
         """Return the state as a checkpoint holds it.
@@ -67,8 +70,10 @@ class RunState:
             "step": self.step,
             "plan": self.plan.identity(),
             "seconds": self.clock.total(),
+            "awaits_evaluation": self.awaits_evaluation,
             "early_stopping": asdict(self.early),
             "guard": self.guard.state_dict(),
+            "means": self.means.state_dict(),
             "flags": None if self.flags is None else self.flags.state_dict(),
         }
         return StateParts(tensors={"module": learned(self.engine.module)}, objects=objects, state=state)
@@ -96,11 +101,15 @@ class RunState:
         set_rng_state(generators[PartialState().process_index % len(generators)])
 
         self.step = state["step"]
+        self.awaits_evaluation = state.get("awaits_evaluation", False)
         self.clock.before = state["seconds"]
         self.early.best = state["early_stopping"]["best"]
         self.early.best_step = state["early_stopping"]["best_step"]
         self.early.waited = state["early_stopping"]["waited"]
         self.guard.load_state_dict(state["guard"])
+        # Checkpoints from before means were logged have none.
+        if "means" in state:
+            self.means.load_state_dict(state["means"])
         if self.flags is not None and state["flags"] is not None:
             self.flags.load_state_dict(state["flags"])
 

@@ -13,6 +13,8 @@ from torch import nn
 from tests.models.tiny import byte_bpe, tiny_llama
 from utils.config.settings import EvaluationConfig
 from utils.evaluation.held_out import ROUTING_BATCHES, HeldOut, TextStart
+from utils.logs.progress import Progress
+from utils.machine.stop_signals import Interrupted
 
 
 class Batch:
@@ -177,7 +179,7 @@ def test_a_model_that_finds_texts_likelier_behind_another_start_says_so_with_the
     worst, best = max(bits, key=bits.get), min(bits, key=bits.get)
     assert bits[best] < 0.99 * bits[worst]
 
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         started([worst, *(start for start in bits if start != worst)], documents).compare_starts(model, "student")
     names = byte_bpe(300).convert_ids_to_tokens([worst, best])
     assert all(f"{value:.4f} behind" in caplog.text for value in bits.values())
@@ -185,14 +187,80 @@ def test_a_model_that_finds_texts_likelier_behind_another_start_says_so_with_the
     assert f"--set student.text_start='{names[1]}'" in caplog.text
 
     caplog.clear()
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         started([best, *(start for start in bits if start != best)], documents).compare_starts(model, "student")
-    assert [record.levelname for record in caplog.records] == ["INFO"]
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
 
 
 def test_nothing_is_measured_where_there_is_one_way_to_start_and_samples_start_like_windows(caplog):
     of = started([7], ["A girl."])
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.DEBUG):
         of.compare_starts(tiny_llama(300), "student")
     assert caplog.records == []
     assert of.prompts("student")[0][1][0] == 7
+
+
+class Counted:
+    """Collated windows of four tokens, whose model is asked for as many logits."""
+
+    def __init__(self, windows: list[int]) -> None:
+        self.bytes = torch.full((len(windows),), 9)
+        self.ids = torch.tensor([[window, 1, 2, 3] for window in windows])
+
+    def scored(self, side: str):
+        return {"input_ids": self.ids}, self.ids
+
+
+def shown(check=None) -> tuple[HeldOut, list[str]]:
+    """A held-out text, and what its display was told."""
+    noted = []
+
+    class Display(Progress):
+        def update(self, task, done: int) -> None:
+            noted.append(f"{task.label} {done}/{task.total}")
+            super().update(task, done)
+
+    accelerator = SimpleNamespace(device=torch.device("cpu"), process_index=0, num_processes=1)
+    tokenizer = byte_bpe(300)
+    text = HeldOut(
+        EvaluationConfig(samples=2, prompt_tokens=3, new_tokens=4),
+        accelerator,
+        range(5),
+        ["A girl and a dog.", "There was a park."],
+        Counted,
+        {"student": tokenizer, "teacher": tokenizer},
+        batch_size=2,
+        progress=Display(shown=False, check=check),
+    )
+    return text, noted
+
+
+def test_every_measurement_shows_how_far_it_is():
+    model = tiny_llama(300, eos_token_id=None)
+    text, noted = shown()
+    text.score(model, "student")
+    assert noted == [f"student on held-out text {done}/5" for done in (2, 4, 5)]
+    noted.clear()
+    text.score(model, "teacher")
+    assert noted == [f"teacher on held-out text {done}/5" for done in (2, 4, 5)]
+    noted.clear()
+    sample = text.sample(model)
+    assert noted[0] == "samples of the student 1/4" and len(noted) <= 4
+    assert sample == {"prompt": text.beginnings()[0], "text": text.continuations(model, "student")[0]}
+
+
+@pytest.mark.parametrize("measure", [lambda text, model: text.score(model, "student"), HeldOut.sample])
+def test_a_measurement_can_be_ended_between_two_parts_and_leaves_the_model_as_it_was(measure):
+    def check() -> None:
+        raise Interrupted("SIGINT")
+
+    model = tiny_llama(300).half().train()
+    text, noted = shown(check)
+    with pytest.raises(Interrupted):
+        measure(text, model)
+    assert len(noted) == 1 and model.training and next(model.parameters()).dtype == torch.float16
+
+
+def test_without_prompts_there_is_no_sample():
+    text = replace(shown()[0], config=EvaluationConfig(samples=0))
+    assert text.sample(tiny_llama(300)) is None

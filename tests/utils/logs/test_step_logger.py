@@ -3,6 +3,8 @@
 import io
 import json
 import logging
+import math
+import re
 import warnings
 from pathlib import Path
 
@@ -11,14 +13,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.utils.logs.test_progress import Clock, Terminal
 from utils.errors import RunError, UserError
-from utils.logs import console
+from utils.logs import console, progress, terminal
 from utils.logs.console import setup_logging
-from utils.logs.lines import evaluation_line, learned_lines, training_lines
+from utils.logs.lines import ROUTER_TERMS, evaluation_line, learned_lines, sample_line, training_line
 from utils.logs.progress import Progress
 from utils.logs.records import read_metrics
 from utils.logs.step_logger import StepLogger
 
-TAGS = ("[CURRICULUM]", "[KD]", "[ROUTING]", "[LM]", "[TOTAL]", "[Eval]")
+TAGS = ("[TOTAL]", "[Eval]")
 TWELVE_HOURS = 12 * 3600.0
 
 
@@ -35,7 +37,9 @@ def _restore_logging(monkeypatch):
     for name in ("KAGGLE_KERNEL_RUN_TYPE", "TERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
+    terminal.console.cache_clear()  # colours are decided on once, from what standard output is then
     yield
+    terminal.console.cache_clear()
     for handler in [h for h in logging.getLogger().handlers if getattr(h, "_of_this_project", False)]:
         logging.getLogger().removeHandler(handler)
         handler.close()
@@ -55,7 +59,7 @@ def record_at(step: int, total: int, **changes) -> dict:
         "grad_norm": 0.875,
         "tokens_per_second": 12345.6,
         "peak_memory_mb": 2048.0,
-        "terms": {"kd": term(32.0, 0.7), "span": term(0.2, 0.1), "lm": term(3.0, 0.3), "feat": term(1.0, 0.1)},
+        "terms": {"kd": term(32.0, 0.7), "span": term(0.2, 0.0), "lm": term(3.0, 0.3), "feat": term(1.0, 0.1)},
         "kd_nats_per_token": 2.0,
         "coverage": {"anchored": 0.981, "depth0": 0.932},
         "top_k": 256,
@@ -79,8 +83,10 @@ def evaluation_at(step: int, split: str = "eval") -> dict:
 def simulate(output_dir, stream, clock, *, total=25_000, seconds=TWELVE_HOURS, every=100) -> None:
     """A whole run as the loop drives it: steps, logged steps, evaluations and saves, but no training."""
     setup_logging(output_dir)
-    progress = Progress(total, stream=stream, clock=clock)
-    steps = StepLogger(output_dir, total, every, progress=progress)
+    display = Progress(stream, clock=clock)
+    steps = StepLogger(output_dir, total, every, progress=display)
+    display.time_left.expect({"step": total}, {})
+    steps.begin(0)
     loop = logging.getLogger("utils.training.loop")
     for step in range(1, total + 1):
         clock.now += seconds / total
@@ -88,79 +94,101 @@ def simulate(output_dir, stream, clock, *, total=25_000, seconds=TWELVE_HOURS, e
             steps.training(record_at(step, total))
         steps.progress(step)
         if step % 200 == 0:
-            loop.info("saved checkpoints/step-%08d", step)
+            loop.debug("saved checkpoints/step-%08d", step)
         if step % 500 == 0:
             steps.evaluation(evaluation_at(step))
     steps.close()
+    display.close()
 
 
 @pytest.mark.parametrize("seconds", [600.0, TWELVE_HOURS, 10 * TWELVE_HOURS])
-def test_25000_steps_stay_under_5000_lines_in_the_log_and_on_a_captured_console(tmp_path, monkeypatch, seconds):
+def test_25000_steps_are_a_line_a_logged_step_and_a_status_line_after_a_minute_of_silence(
+    tmp_path, monkeypatch, seconds
+):
     stream = io.StringIO()
     monkeypatch.setattr("sys.stdout", stream)
     simulate(tmp_path, stream, Clock(), seconds=seconds)
     log_lines = (tmp_path / "train.log").read_text().splitlines()
     console_lines = stream.getvalue().splitlines()
-    assert 1000 < len(log_lines) < 5000
-    assert 1000 < len(console_lines) < 5000
-    for tag in TAGS:
-        assert sum(tag in line for line in log_lines) == sum(tag in line for line in console_lines) > 0
+    assert len(log_lines) == 250 + 50 + 125
+    assert 300 <= len(console_lines) < 300 + 500
+    for tag, count in zip(TAGS, (250, 50), strict=True):
+        assert sum(tag in line for line in log_lines) == sum(tag in line for line in console_lines) == count
     assert len(read_metrics(tmp_path / "metrics.jsonl")) == 250 + 50
+    assert max(map(len, console_lines)) < 80
 
 
 def test_a_notebook_keeps_less_than_a_megabyte_and_a_half_of_12_hours(tmp_path, monkeypatch):
     stream = Terminal()
     monkeypatch.setattr("sys.stdout", stream)
+    monkeypatch.setattr(progress, "BAR_DRAWS", 500)
     simulate(tmp_path, stream, Clock())
     written = stream.getvalue()
-    assert len(written.encode()) < 1_500_000
-    assert written.count("\r") < 25_000
+    assert len(written.encode()) < 150_000 + 300 * 120
+    assert 400 < written.count("\r") < 2500
     assert "\x1b[1A" not in written  # a saved notebook does not understand cursor movements
-    assert "100%" in written.splitlines()[-1]
+    assert written.endswith("\x1b[?25h")  # the cursor is there again
 
 
 def test_steps_are_due_by_number_alone_and_the_first_five_are_not():
-    steps = StepLogger(None, 1234, 100, progress=Progress(1234, stream=io.StringIO()))
+    steps = StepLogger(None, 1234, 100, progress=Progress(io.StringIO()))
     due = [step for step in range(1235) if steps.due(step)]
     assert due == [*range(100, 1201, 100), 1234]
 
 
-def test_every_term_has_raw_weight_and_weighted_and_kd_both_its_figures():
-    lines = training_lines(record_at(100, 25_000), 25_000)
-    assert [line.split()[0] for line in lines] == ["[CURRICULUM]", "[KD]", "[KD]", "[ROUTING]", "[LM]", "[TOTAL]"]
-    kd = lines[1]
-    for part in ("raw 32.0000", "weight 0.700", "weighted 22.4000", "nats/token 2.0000", "temperature 4.0", "98.1%"):
-        assert part in kd
-    assert "depth0 93.2%" in kd and "progress 0.4%" in lines[0]
-    assert "feat raw 1.0000 weight 0.100 weighted 0.1000" in lines[3]
-    assert not any("\n" in line for line in lines)
-    assert evaluation_line(evaluation_at(100)).startswith("[Eval] step 100 eval loss 2.5000 perplexity 12.18")
-
-
-def test_the_routing_line_has_all_router_terms_and_their_gradients_where_measured():
-    record, names = record_at(100, 1000), ("feat", "rel", "attn", "layer", "contr")
-    for place, name in enumerate(names, 1):
-        record["terms"][name] = {"raw": place / 2, "weight": place / 10, "weighted": place**2 / 20, "count": 7}
-    record["terms"]["rel"]["grad_norm"] = record["terms"]["lm"]["grad_norm"] = 0.25
-    lines = {line.split()[0]: line for line in training_lines(record, 1000)}
-    assert lines["[ROUTING]"] == (
-        "[ROUTING] step 100 feat raw 0.5000 weight 0.100 weighted 0.0500"
-        "; rel raw 1.0000 weight 0.200 weighted 0.2000 grad_norm 0.2500"
-        "; attn raw 1.5000 weight 0.300 weighted 0.4500"
-        "; layer raw 2.0000 weight 0.400 weighted 0.8000"
-        "; contr raw 2.5000 weight 0.500 weighted 1.2500"
+def test_a_logged_step_is_one_line_with_the_terms_that_are_on():
+    line = training_line(record_at(100, 25_000), 25_000, seconds_left=12_345)
+    assert line == (
+        "[TOTAL] step 100/25000 loss 5.250 kd 32.00 lm 3.000 feat 1.000 lr 1.0e-04 norm 0.875 12.3k tok/s 2.0 GB "
+        "3:25:45 left"
     )
-    assert "weighted 0.9000 grad_norm 0.2500 tokens" in lines["[LM]"]
+    failed = training_line(record_at(100, 25_000, loss=None, grad_norm=None, peak_memory_mb=None), 25_000)
+    assert failed == "[TOTAL] step 100/25000 loss - kd 32.00 lm 3.000 feat 1.000 lr 1.0e-04 12.3k tok/s"
 
 
-def test_without_router_terms_there_is_no_routing_line():
+def test_a_term_that_was_on_for_a_part_of_the_steps_is_shown():
     record = record_at(100, 1000)
-    del record["terms"]["feat"]
-    assert not any("[ROUTING]" in line for line in training_lines(record, 1000))
+    record["terms"]["span"] |= {"weight": 0.0, "weighted": 0.01}
+    assert " span 0.200 " in training_line(record, 1000)
+
+
+@pytest.mark.parametrize("columns", [20, 40, 60, 79, 100, 119])
+def test_a_narrow_console_lacks_what_matters_least(columns):
+    record = record_at(12_300, 25_000, loss=math.pi, grad_norm=12345.678)
+    record["terms"] |= {name: {"raw": 0.1234567, "weight": 0.1, "weighted": 0.01} for name in ROUTER_TERMS}
+    line = training_line(record, 25_000, 100_000, columns=columns)
+    assert len(line) <= max(columns, len("[TOTAL] step 12300/25000 loss 3.142"))
+    assert line.startswith("[TOTAL] step 12300/25000 loss 3.142")
+    assert ("left" in line) == (columns >= 60) and (" layer " in line) == (columns >= 119) and "GB" not in line
+
+
+def test_an_evaluation_is_one_line_and_its_sample_another():
+    assert evaluation_line(evaluation_at(100)) == "[Eval] step 100 bits/byte 0.9000 perplexity 12.18 loss 2.500"
+    sample = {"prompt": "Once upon a time, there was a\nlittle girl", "text": " who  liked\n" + "very " * 100}
+    whole = sample_line(sample)
+    assert whole.startswith("[sample] Once upon a time, there was a little girl | who liked very very")
+    assert whole.count("very") == 100
+    short = sample_line(sample, 70)
+    assert short.startswith("[sample] ...ere was a little girl | who") and short.endswith("...") and len(short) <= 70
+
+
+def test_the_console_shows_less_than_the_file_and_no_clock_where_there_is_little_room(tmp_path, capsys, monkeypatch):
+    setup_logging(tmp_path)
+    steps = StepLogger(tmp_path, 1000, 100)
+    steps.evaluation({**evaluation_at(0), "sample": {"prompt": "Once", "text": "upon " * 100}})
+    logging.getLogger("utils.x").debug("nobody can act on this")
+    monkeypatch.setenv("COLUMNS", "120")
+    logging.getLogger("utils.x").info("wide")
+    steps.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["[Eval]", "[sample]"] and len(lines) == 3
+    assert len(lines[1]) < 80 and re.fullmatch(r"\d\d:\d\d:\d\d wide", lines[2])
+    kept = (tmp_path / "train.log").read_text()
+    assert "upon " * 99 in kept and "nobody can act on this" in kept
 
 
 def test_resume_drops_later_records_and_a_line_cut_by_a_kill(tmp_path):
-    steps = StepLogger(tmp_path, 1000, 100, progress=Progress(1000, stream=io.StringIO()))
+    steps = StepLogger(tmp_path, 1000, 100, progress=Progress(io.StringIO()))
     for step in (100, 200, 300):
         steps.training(record_at(step, 1000))
         steps.evaluation(evaluation_at(step))
@@ -168,7 +196,7 @@ def test_resume_drops_later_records_and_a_line_cut_by_a_kill(tmp_path):
     path = tmp_path / "metrics.jsonl"
     whole = path.read_text().splitlines(keepends=True)
     path.write_text("".join(whole) + '{"step": 150, "lo')
-    resumed = StepLogger(tmp_path, 1000, 100, progress=Progress(1000, 200, stream=io.StringIO()))
+    resumed = StepLogger(tmp_path, 1000, 100, progress=Progress(io.StringIO()))
     resumed.truncate_after(200)
     assert path.read_text() == "".join(whole[:4])
     resumed.training(record_at(300, 1000))
@@ -177,7 +205,7 @@ def test_resume_drops_later_records_and_a_line_cut_by_a_kill(tmp_path):
 
 
 def test_not_a_number_is_null_in_the_metrics(tmp_path):
-    steps = StepLogger(tmp_path, 10, 1, progress=Progress(10, stream=io.StringIO()))
+    steps = StepLogger(tmp_path, 10, 1, progress=Progress(io.StringIO()))
     steps.training(record_at(1, 10, loss=float("nan"), grad_norm=float("inf")))
     steps.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
@@ -260,7 +288,7 @@ def test_setting_up_again_moves_the_log(tmp_path):
 
 
 def test_an_evaluation_is_found_by_its_step_and_a_training_step_is_none(tmp_path):
-    steps = StepLogger(tmp_path, total_steps=2, every=1, progress=Progress(2, stream=io.StringIO()))
+    steps = StepLogger(tmp_path, total_steps=2, every=1, progress=Progress(io.StringIO()))
     assert not steps.has_evaluation(1)
     steps.training(record_at(1, 2))
     assert not steps.has_evaluation(1)

@@ -66,7 +66,7 @@ import sys
 sys.stdout = sys.stderr = None
 from utils.logs.streams import make_streams_safe
 make_streams_safe()
-from utils.logs.progress import person_may_watch
+from utils.logs.terminal import person_may_watch
 print("nowhere", flush=True)
 print("nowhere", file=sys.stderr)
 sys.exit(7 if not person_may_watch(sys.stdout) else 1)

@@ -29,7 +29,7 @@ def tensorboard(tmp_path):
 
     def logger(done: int = 0) -> StepLogger:
         accelerator = build_accelerator("no", cpu=True, track=["tensorboard"], folder=tmp_path)
-        display = Progress(1000, stream=io.StringIO())
+        display = Progress(io.StringIO())
         return StepLogger(
             tmp_path, 1000, 100, tracker=Tracking(accelerator, tmp_path, SETTINGS, done), progress=display
         )

@@ -3,10 +3,24 @@
 import os
 import signal
 import threading
+from contextlib import suppress
 
 import pytest
 
-from utils.machine.stop_signals import STOP_SIGNALS, StopSignal, ignore_stop_signals, stop_signals_delayed
+from utils.machine import stop_signals
+from utils.machine.stop_signals import (
+    STOP_SIGNALS,
+    Interrupted,
+    StopSignal,
+    ignore_stop_signals,
+    stop_signals_delayed,
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_process(monkeypatch):
+    for name in stop_signals.SIZE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
@@ -56,3 +70,70 @@ def test_a_signal_that_is_delayed_arrives_and_one_that_is_ignored_meanwhile_neve
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def test_where_nothing_is_lost_ctrl_c_raises_and_the_others_wait():
+    with StopSignal() as stop, stop.raising():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.requested() == "SIGTERM"
+        stop.check()  # outside training
+
+    with StopSignal() as stop:
+        with pytest.raises(Interrupted, match="SIGINT"), stop.raising():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested() == "SIGINT"
+
+
+def test_in_training_a_signal_waits_for_a_check():
+    with StopSignal() as stop, stop.raising(), stop.deferring():
+        stop.check()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(Interrupted, match="SIGINT"):
+            stop.check()
+
+
+def test_ctrl_c_that_came_after_the_last_check_of_training_is_known_behind_it():
+    with StopSignal() as stop, stop.raising():
+        with stop.deferring():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.pending() is None
+        assert stop.pending() == "SIGINT"
+
+    with StopSignal() as stop, stop.raising(), stop.deferring():
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.pending() is None
+
+
+def test_one_of_several_processes_ends_at_a_step_boundary_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with StopSignal() as stop, stop.raising():
+        os.kill(os.getpid(), signal.SIGINT)
+        stop.check()
+        assert stop.requested() == "SIGINT"
+
+
+@pytest.mark.parametrize("raising", [False, True])
+def test_a_second_ctrl_c_ends_at_once_and_one_that_a_launcher_passes_on_is_none(monkeypatch, raising):
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    with StopSignal() as stop, stop.raising() if raising else stop.deferring():
+        with suppress(Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ends == []
+        monkeypatch.setattr(stop_signals, "REPEAT_SECONDS", 0.0)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert ends == [130]
+
+
+def test_a_checkpoint_is_written_to_its_end_before_a_second_ctrl_c_ends_the_run(monkeypatch, capfd):
+    events = []
+    monkeypatch.setattr(stop_signals, "REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr(os, "_exit", lambda code: events.append(code))
+    with StopSignal() as stop, stop.writing():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        events.append("written")
+    assert events == ["written", 130]
+    assert "a checkpoint is being written" in capfd.readouterr().err

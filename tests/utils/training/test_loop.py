@@ -17,7 +17,7 @@ from tests.toy import ToyModule, digest, toy_collate, toy_config, toy_windows, t
 from utils.errors import RunError, UserError
 from utils.logs.records import read_metrics
 from utils.logs.step_logger import StepLogger
-from utils.machine.stop_signals import StopSignal
+from utils.machine.stop_signals import Interrupted, StopSignal
 from utils.parallel.accelerator import build_accelerator
 from utils.training.checkpoints import CheckpointStore
 from utils.training.early_stopping import EarlyStopping
@@ -137,6 +137,37 @@ def test_record_has_the_documented_keys_and_its_arithmetic_holds(tmp_path):
     last = records[-1]
     assert (last["epoch"], last["progress"], last["temperature"], last["top_k"]) == (3.0, 1.0, 2.0, 4)
     assert last["terms"]["kd"]["weight"] == 0.05 * 8  # the module counts steps from 0
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_logged_values_are_means_since_the_last_logged_step(tmp_path, every):
+    """Twelve steps; `kd` weighs nothing in the first, and 0.05 more in each."""
+    for number, folder in ((1, tmp_path / "each"), (every, tmp_path / "means")):
+        train(ToyModule(), toy_config(epochs=4), folder, every=number, total=12)
+    each, means = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("each", "means"))
+    assert [record["step"] for record in means] == list(range(every, 13, every))
+
+    for record in means:
+        steps = each[record["step"] - every : record["step"]]
+        for key in ("loss", "grad_norm", "kd_nats_per_token"):
+            assert record[key] == pytest.approx(sum(step[key] for step in steps) / every, rel=1e-6)
+        for name in ("lm", "kd"):
+            for key in ("raw", "weighted", "count"):
+                mean = sum(step["terms"][name][key] for step in steps) / every
+                assert record["terms"][name][key] == pytest.approx(mean, rel=1e-6)
+            assert record["terms"][name]["weight"] == steps[-1]["terms"][name]["weight"]
+        lm = record["terms"]["lm"]
+        assert lm["weighted"] == pytest.approx(lm["weight"] * lm["raw"])
+        assert record["loss"] == pytest.approx(sum(term["weighted"] for term in record["terms"].values()), rel=1e-6)
+        assert (record["lr"], record["temperature"]) == (steps[-1]["lr"], steps[-1]["temperature"])
+
+
+def test_a_step_that_is_left_out_is_not_in_the_means(tmp_path):
+    for name, steps in (("plain", ()), ("poisoned", {3})):
+        train(Poisoned(steps, math.nan), toy_config(), tmp_path / name, every=1 if name == "plain" else 4, total=4)
+    plain, poisoned = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "poisoned"))
+    assert poisoned[0]["loss"] == pytest.approx(sum(record["loss"] for record in plain[:3]) / 3, rel=1e-6)
+    assert poisoned[0]["grad_norm"] == pytest.approx(sum(record["grad_norm"] for record in plain[:3]) / 3, rel=1e-6)
 
 
 def test_gradient_norm_is_the_one_before_clipping(tmp_path):
@@ -264,7 +295,7 @@ def test_a_module_that_does_not_say_whether_it_couples_windows_is_refused():
 def test_without_options_steps_are_logged_on_the_console(caplog):
     with caplog.at_level("INFO", "utils"):
         result = fit(**arguments(config=toy_config(max_steps=2)))
-    assert result.steps == 2 and "[TOTAL] step 2 " in caplog.text
+    assert result.steps == 2 and "[TOTAL] step 2/2 loss " in caplog.text
 
 
 def test_a_batch_size_that_is_not_known_yet_is_refused():
@@ -411,18 +442,77 @@ def test_signal_is_obeyed_at_the_next_boundary_and_handlers_come_back(tmp_path, 
     former = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     store = CheckpointStore(tmp_path)
 
-    class Interrupted(ToyModule):
+    class Signalled(ToyModule):
         def forward(self, batch, step, **options):
             if step == 2:
                 os.kill(os.getpid(), number)
             return super().forward(batch, step, **options)
 
     with StopSignal() as stop:
-        result = train(Interrupted(), toy_config(), stop=stop, checkpoints=store)
+        result = train(Signalled(), toy_config(), stop=stop, checkpoints=store)
     assert (result.steps, result.stopped_by) == (3, number.name)
     assert list(store.steps()) == [3]
     assert [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)] == former
-    assert capfd.readouterr().err.count("stopping after this optimizer step") == 1
+    assert capfd.readouterr().err.count(f"{number.name}: stopping") == 1
+
+
+def signal_at(call: int):
+    """A check that raises when it is called so often."""
+    calls = itertools.count(1)
+
+    def check() -> None:
+        if next(calls) == call:
+            raise Interrupted("SIGINT")
+
+    return check
+
+
+@pytest.mark.parametrize(("call", "steps"), [(1, 0), (2, 0), (7, 1), (12, 3)])
+@pytest.mark.parametrize("every", [1, 4])
+def test_a_step_that_is_broken_off_is_taken_back_and_the_run_goes_on_as_if_nothing_was(tmp_path, call, steps, every):
+    """Steps have four micro-batches, the third and sixth have three."""
+    plain = ToyModule(dropout=0.3)
+    train(plain, toy_config(), tmp_path / "plain", every=every, total=6)
+
+    store = CheckpointStore(tmp_path / "checkpoints")
+    first = train(
+        ToyModule(dropout=0.3), toy_config(), tmp_path, every=every, total=6, checkpoints=store, check=signal_at(call)
+    )
+    assert (first.stopped_by, first.steps) == ("SIGINT", steps)
+
+    module, newest = ToyModule(dropout=0.3, seed=9), store.newest_whole()
+    assert newest.name == f"step-{first.steps:08d}"
+    second = train(
+        module, toy_config(), tmp_path, every=every, total=6, checkpoints=store, resume_from=store.steps()[first.steps]
+    )
+    assert second.stopped_by == "finished" and digest(module) == digest(plain)
+    kept, expected = (read_metrics(folder / "metrics.jsonl") for folder in (tmp_path, tmp_path / "plain"))
+    for record in (*kept, *expected):
+        del record["tokens_per_second"], record["peak_memory_mb"]
+    assert kept == expected
+
+
+def test_an_evaluation_that_is_broken_off_is_made_by_the_next_session(tmp_path):
+    plain, moments = ToyModule(dropout=0.3), []
+
+    def broken(step):
+        moments.append(step)
+        torch.rand(3)
+        if len(moments) == 2:
+            raise Interrupted("SIGTERM")
+        return evaluation(step, bits=5.0 - step)
+
+    train(plain, toy_config())
+    store, module = CheckpointStore(tmp_path / "checkpoints"), ToyModule(dropout=0.3)
+    options = {"evaluate": broken, "evaluate_every": 2, "checkpoints": store, "every": 100}
+    first = train(module, toy_config(), tmp_path, **options)
+    assert (first.stopped_by, first.steps, moments) == ("SIGTERM", 4, [2, 4])
+    assert module.training and module.dropout.training
+
+    module = ToyModule(dropout=0.3, seed=9)
+    second = train(module, toy_config(), tmp_path, resume_from=store.steps()[4], **options)
+    assert moments == [2, 4, 4, 6] and second.best_step == 6 and digest(module) == digest(plain)
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [2, 4, 6]
 
 
 def test_a_second_signal_during_the_save_corrupts_nothing(tmp_path, monkeypatch):
