@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from .config import CurriculumConfig, LossConfig, RouterConfig, Term
 from .curriculum import CurriculumScheduler
 from .distillation_framework import DistillationFramework
-from .language_model import vocabulary_size
+from .language_model import context_length, vocabulary_size
 from .losses import head_passes
 from .losses.chunk_size import chunk_rows
 from .student_aware_router import ROUTER_TERMS
@@ -188,7 +188,7 @@ class Distillation:
 
         Args:
             student, teacher: names on the hub, or folders.
-            max_length: tokens of a window, in either tokenizer.
+            max_length: most tokens of a window, in either tokenizer; fewer where a model reads no more at once.
             conversations: the documents are conversations, each a list of messages with `role` and `content`, instead
                 of plain text; the assistant's messages are learned.
 
@@ -246,8 +246,9 @@ class Distillation:
         if conversations:
             tokenizers, _ = tokenizers_for_chat(tokenizers)
 
+        limits = (context_length(student), context_length(teacher))
         text = _Text(
-            max_length,
+            int(min(max_length, *limits)),
             conversations,
             rows=(vocabulary_size(student), vocabulary_size(teacher)),
             decoder_starts=_decoder_starts(student, teacher),

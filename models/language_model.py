@@ -5,6 +5,7 @@ Its body is that of a causal language model, or an encoder and a decoder, whose 
 Shapes: B rows, S tokens of a row, H width, V vocabulary, r states at once.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -157,6 +158,15 @@ def depth_and_width(model: nn.Module) -> tuple[int, int]:
 def vocabulary_size(model: nn.Module) -> int:
     """Return the number of rows of the head, which may be more than the tokenizer's tokens."""
     return model.get_output_embeddings().weight.shape[0]
+
+
+def context_length(model: nn.Module) -> float:
+    """Return how many tokens a model can read at once; infinite where its config names no limit."""
+    config = model.config.get_text_config()
+
+    # Without absolute positions there is none of these, or it is -1 (XLNet).
+    limits = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions", "max_seq_len")]
+    return min((limit for limit in limits if isinstance(limit, int) and limit > 0), default=math.inf)
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -104,3 +104,10 @@ def test_what_is_no_conversation_is_refused_with_its_place(document):
     assert pair.windows([CONVERSATION, tuple(CONVERSATION)])
     with pytest.raises(TypeError, match=r"texts\[1\]: got .*, expected a list of messages"):
         pair.windows([CONVERSATION, document])
+
+
+def test_windows_are_no_longer_than_either_model_reads():
+    student, teacher = tiny_llama(280, seed=1), tiny_llama(330, seed=2, max_position_embeddings=24)
+    pair = Distillation.from_models(student, teacher, TOKENIZERS, 48, method=Method(loss=LOSS))
+    pair.framework(total_steps=10)(pair.batch(STORIES), 0)
+    assert max(len(window["teacher_ids"]) for window in pair.windows(STORIES)) <= 24
