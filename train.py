@@ -2,14 +2,14 @@
 
     python train.py --batch-size 2 --epochs 1
 
-The command: from its words to the settings of a run, which `distil.py` then does.
+The command: from its words to the settings of a run, which `utils/commands/run.py` then does.
 """
 
 import sys
 import time
 from collections.abc import Sequence
 
-from run_config import RunConfig, configure, parse
+from utils.commands.settings import RunConfig, configure, parse
 from utils.config.plain import to_plain
 from utils.config.yaml_files import as_yaml
 from utils.logs.console import setup_logging
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return print(as_yaml(to_plain(config)), end="")
 
         # Only now: this loads torch, which takes seconds, and a mistake is answered at once.
-        from distil import start
+        from utils.commands.run import start
 
         start(config, recipe, started)
 

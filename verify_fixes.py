@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from run_config import configure, parse
+from utils.commands.settings import configure, parse
 from utils.errors import UserError
 from utils.logs.streams import make_streams_safe
 from utils.run.exit_codes import EXIT_CODES
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         import transformers
 
         from utils.checks import checklist
-        from verification import all_checks
+        from utils.commands.checks import all_checks
 
         transformers.utils.logging.disable_progress_bar()
         # Tiny products gain nothing from more threads, and on a busy machine lose a hundredfold.

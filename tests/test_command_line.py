@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import run_config
 import train
 from models.config import Ramp
 from models.curriculum import CurriculumScheduler
+from utils.commands import settings as run_config
 from utils.config.build import build
 from utils.config.plain import to_plain
 from utils.config.schema import sections_of, settings_of

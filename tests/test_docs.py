@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import transformers
 
-import run_config
 import train
 from benchmarks import alignment, memory_forecast
 from tests.models.tiny import STORIES, byte_bpe, pretend_hub
 from tests.toy import digest
+from utils.commands import settings as run_config
 from utils.config.build import build
 from utils.config.plain import to_plain
 from utils.config.schema import keys_of

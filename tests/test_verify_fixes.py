@@ -11,8 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import run_config
-import verification
 import verify_fixes
 from models import distillation_framework
 from models.config import CurriculumConfig, Term
@@ -26,6 +24,8 @@ from models.types import IGNORE
 from utils import files
 from utils.checks import checklist, miniature
 from utils.checks import setup as preflight
+from utils.commands import checks as verification
+from utils.commands import settings as run_config
 from utils.data import delivery as delivery_module
 from utils.data import documents as data
 from utils.evaluation import scores

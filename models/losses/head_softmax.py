@@ -168,20 +168,16 @@ def chunk_gradient(
         label: [c, 1] the token that each row predicts.
         comparison: as `tokens`, None without a target.
     """
-    # Where the target names every token there is no rest.
-    no_rest = sums.peak == -torch.inf
-    peak = sums.peak.masked_fill(no_rest, 0.0)
-    rest_total = sums.rest_total.masked_fill(no_rest, 1.0)
-    log_rest = peak + rest_total.log()
-    log_rest = log_rest.masked_fill(no_rest, -torch.inf)
+    rest = _rest_of(sums)
+    log_rest = rest.log_total
     label_logit = head_passes.adjusted(sums.label, scale, softcap)
 
     if tokens is None or comparison is None:
-        slope = weights.lm / rest_total
-        label_gradient = (label_logit - peak).exp() * slope - weights.lm
+        slope = weights.lm / rest.total
+        label_gradient = (label_logit - rest.peak).exp() * slope - weights.lm
         label_gradient = _through_softcap(label_gradient, sums.label, scale, softcap)
         log_probs = (label_logit - log_rest)[:, 0]
-        return ChunkGradient(log_probs, None, peak, slope, columns=label, values=label_gradient)
+        return ChunkGradient(log_probs, None, rest.peak, slope, columns=label, values=label_gradient)
 
     # From here on logits count from the largest of the row's K + 1 outcomes.
     named = head_passes.adjusted(sums.named, scale, softcap)
@@ -190,17 +186,9 @@ def chunk_gradient(
     named = torch.where(tokens.is_token, named - shift, PADDING)
     total = log_rest.exp() + named.exp().sum(1, keepdim=True)
 
-    def divergence(outcomes: Tensor) -> Tensor:
-        return kd_loss(outcomes, tokens.target, **comparison._asdict())
-
-    # The outcomes are a whole vocabulary to it, of which the target names all but the last.
+    # To KD the outcomes are a whole vocabulary, of which the target names all but the last.
     outcomes = torch.cat([named, log_rest], 1)
-    if weights.kd is None:
-        kd_gradient = None
-        kd_sum = divergence(outcomes)
-    else:
-        kd_gradient, kd_sum = torch.func.grad_and_value(divergence)(outcomes)
-        kd_gradient = kd_gradient * weights.kd
+    kd_sum, kd_gradient = _divergence(outcomes, tokens.target, comparison, weights.kd)
 
     # That of the rest is divided by its own sum, which is 1 or more: a rest of any smallness has its gradient.
     rest_gradient = weights.lm * log_rest.exp() / total
@@ -208,29 +196,78 @@ def chunk_gradient(
     if kd_gradient is not None:
         rest_gradient = rest_gradient + kd_gradient[:, -1:]
         named_gradient = named_gradient + kd_gradient[:, :-1]
-    slope = rest_gradient / rest_total
+    slope = rest_gradient / rest.total
 
     # The label's exponential has the slope of the rest, or its gradient as a named token; d LM / d logit is the
     # probability, but 1 less at the label.
     is_label = tokens.is_token & (tokens.columns == label)
     label_as_named = (named_gradient * is_label).sum(1, keepdim=True)
-    label_as_rest = (label_logit - peak).exp() * slope
+    label_as_rest = (label_logit - rest.peak).exp() * slope
     label_gradient = torch.where(is_label.any(1, keepdim=True), label_as_named, label_as_rest) - weights.lm
     label_gradient = _through_softcap(label_gradient, sums.label, scale, softcap)
     named_gradient = _through_softcap(named_gradient, sums.named, scale, softcap)
 
-    # A column that stands twice, as the label or as padding, has the same number at both places.
-    named_gradient = torch.where(is_label, label_gradient, named_gradient)
-    repeated_gradient = named_gradient.gather(1, tokens.repeated)
-    named_gradient = torch.where(tokens.is_token, named_gradient, repeated_gradient)
     return ChunkGradient(
         log_probs=(label_logit - shift - total.log())[:, 0],
         kd_sum=kd_sum,
-        peak=peak,
+        peak=rest.peak,
         slope=slope,
         columns=torch.cat([tokens.columns, label], 1),
-        values=torch.cat([named_gradient, label_gradient], 1),
+        values=_values(tokens, named_gradient, label_gradient, is_label),
     )
+
+
+def _divergence(
+    outcomes: Tensor,
+    target: SparseTarget,
+    comparison: Comparison,
+    weight: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the sum of the divergences of a chunk, and its weighted gradient; None for it where nothing is learned."""
+
+    def divergence(outcomes: Tensor) -> Tensor:
+        return kd_loss(outcomes, target, **comparison._asdict())
+
+    if weight is None:
+        return divergence(outcomes), None
+    gradient, value = torch.func.grad_and_value(divergence)(outcomes)
+    return value, gradient * weight
+
+
+def _values(
+    tokens: NamedTokens,
+    named_gradient: Tensor,
+    label_gradient: Tensor,
+    is_label: Tensor,
+) -> Tensor:
+    """Return [c, K + 1] the gradients in the columns of the named tokens and of the label.
+
+    A column that stands twice, as the label or as padding, has the same number at both places.
+    """
+    named_gradient = torch.where(is_label, label_gradient, named_gradient)
+    repeated_gradient = named_gradient.gather(1, tokens.repeated)
+    named_gradient = torch.where(tokens.is_token, named_gradient, repeated_gradient)
+    return torch.cat([named_gradient, label_gradient], 1)
+
+
+class _Rest(NamedTuple):
+    """The tokens that a target does not name, merged into one."""
+
+    peak: Tensor
+    """[c, 1] largest of their logits; 0 where there is none."""
+    total: Tensor
+    """[c, 1] sum of their exponentials, counted from the peak; 1 where there is none."""
+    log_total: Tensor
+    """[c, 1] log-sum-exp of their logits; -inf where there is none."""
+
+
+def _rest_of(sums: RawSums) -> _Rest:
+    """Return what is read of the rest, as finite as it can be where the target names every token."""
+    no_rest = sums.peak == -torch.inf
+    peak = sums.peak.masked_fill(no_rest, 0.0)
+    total = sums.rest_total.masked_fill(no_rest, 1.0)
+    log_total = (peak + total.log()).masked_fill(no_rest, -torch.inf)
+    return _Rest(peak, total, log_total)
 
 
 def _through_softcap(gradient: Tensor, raw: Tensor, scale: float, softcap: float | None) -> Tensor:

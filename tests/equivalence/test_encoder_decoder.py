@@ -10,10 +10,10 @@ import torch
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 import train
-import verification
 from models import self_check
 from tests.models.tiny import STORIES, bart_like, byte_bpe, t5_like, tiny_bart, tiny_llama, tiny_t5
 from utils.checks import setup as preflight
+from utils.commands import checks as verification
 from utils.logs.records import read_metrics
 
 ROWS = [

@@ -20,11 +20,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import run_config
 import train
 from benchmarks import memory_forecast
 from tests.faults.conftest import Place, documents, write_jsonl
 from tests.test_docs import BENCHMARK, PROSE
+from utils.commands import settings as run_config
 from utils.config import command_line
 from utils.config.yaml_files import load_yaml
 from utils.forecast import step_memory

@@ -8,8 +8,8 @@ import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import train
-import verification
 import verify_fixes
+from utils.commands import checks as verification
 from utils.evaluation import exported
 from utils.forecast import step_memory
 from utils.run import export as export_module

@@ -13,14 +13,14 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 
-import run_config
 import train
-import verification
-from distil import method_of
 from tests.faults.conftest import documents, write_jsonl
 from tests.faults.test_documented_commands import ASKS_FOR, TRAINING
 from tests.pretended import MACHINES, pretend
 from utils.checks import setup
+from utils.commands import checks as verification
+from utils.commands import settings as run_config
+from utils.commands.run import method_of
 from utils.config import command_line
 from utils.config.described_by import DESCRIBED_BY
 from utils.config.plain import to_plain

@@ -7,10 +7,10 @@ import time
 import psutil
 import pytest
 
-import distil
 import train
 from tests.faults.test_comparison import report_of
 from tests.faults.test_kill import ROOT, Session, hidden_in, steps_in
+from utils.commands import run as run_command
 from utils.run import stages
 
 WORKERS = ("--set", "data.num_workers=2")
@@ -106,7 +106,7 @@ def test_a_signal_to_all_processes_while_text_is_tokenised(place, tmp_path):
 
 @pytest.mark.parametrize("left_out", [False, True])
 def test_a_signal_during_the_export_fails_the_run_only_if_something_is_left_out(place, tmp_path, monkeypatch, left_out):
-    export = distil.export_student
+    export = run_command.export_student
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGHUP)
@@ -116,17 +116,19 @@ def test_a_signal_during_the_export_fails_the_run_only_if_something_is_left_out(
     if left_out:
         command.append("evaluation.without_teacher=true")
 
-    monkeypatch.setattr(distil, "export_student", interrupted)
+    monkeypatch.setattr(run_command, "export_student", interrupted)
     assert train.main(command) == (129 if left_out else 0)
     assert (tmp_path / "run" / "student" / "model.safetensors").is_file()
     assert "baseline" not in report_of(tmp_path / "run")
 
-    monkeypatch.setattr(distil, "export_student", export)
+    monkeypatch.setattr(run_command, "export_student", export)
     assert train.main(command) == 0
     assert ("baseline" in report_of(tmp_path / "run")) == left_out
 
 
-@pytest.mark.parametrize(("module", "name", "first"), [(stages, "fit", "work"), (distil, "export_student", "signal")])
+@pytest.mark.parametrize(
+    ("module", "name", "first"), [(stages, "fit", "work"), (run_command, "export_student", "signal")]
+)
 def test_ctrl_c_after_the_last_step_and_in_the_export_ends_at_once(place, tmp_path, monkeypatch, module, name, first):
     work = getattr(module, name)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import train
-from distil import method_of
 from models import distillation
 from tests.faults.conftest import Place, documents
+from utils.commands.run import method_of
 from utils.errors import UserError
 from utils.parallel.accelerator import build_accelerator
 from utils.run.prepare import Job

@@ -23,7 +23,7 @@ the first line of those in `configs/`), and `--print-completion bash` what compl
 Where it can mean one thing only, the short form is taken: `teacher: PATH` and `student: PATH` for their `name`,
 `data: PATH` for `data.train`, `curriculum: {kd: 0.5}` for the weight of the term, one text for a list of one.
 
-This page is generated of the settings' docstrings: `python run_config.py` writes it."""
+This page is generated of the settings' docstrings: `python -m utils.commands.settings` writes it."""
 
 RANGES = {"minimum": "from {}", "exclusiveMinimum": "above {}", "maximum": "to {}", "exclusiveMaximum": "below {}"}
 """Key of a JSON schema -> its words."""

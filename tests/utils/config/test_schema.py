@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-import run_config
-from run_config import RunConfig
+from utils.commands import settings as run_config
+from utils.commands.settings import RunConfig
 from utils.config.build import build
 from utils.config.schema import json_schema, keys_of, lists_of_texts, settings_of
 from utils.config.short_forms import expand
@@ -37,7 +37,9 @@ def schema_errors(recipe: dict) -> list[str]:
 def test_generated_files_are_those_of_these_settings(file):
     read = json.loads if file.suffix == ".json" else str
     expected = read(run_config.generated_files()[file])
-    assert read(file.read_text(encoding="utf-8")) == expected, f"{file.name} is old: python run_config.py writes it"
+    assert read(file.read_text(encoding="utf-8")) == expected, (
+        f"{file.name} is old: python -m utils.commands.settings writes it"
+    )
 
 
 def test_every_setting_is_on_the_page_with_its_default_and_in_the_schema():

@@ -9,10 +9,10 @@ import yaml
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-import distil
 import train
 from tests.utils.logs.test_step_logger import evaluation_at, record_at
 from tests.utils.report.test_report import RESULTS, scores
+from utils.commands import run as run_command
 from utils.errors import UserError
 from utils.logs import console
 from utils.report.comparison import (
@@ -414,7 +414,7 @@ def test_damaged_settings_are_named(place, tmp_path, capsys, content):
 
 
 def test_the_command_compares_and_loads_nothing(place, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(distil, "run", lambda *_: pytest.fail("it trained"))
+    monkeypatch.setattr(run_command, "run", lambda *_: pytest.fail("it trained"))
     names = [place("a", 1.0), place("b", 0.9)]
     assert train.main(["--compare", *names, "--output-dir", str(tmp_path / "o")]) == 0
     assert (tmp_path / "o" / PICTURE).is_file() and "-10.0%" in capsys.readouterr().out

@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import nn
 
-from distil import method_of
 from models import self_check
 from models.config import CurriculumConfig, Ramp, Term
 from models.curriculum import CurriculumScheduler
@@ -16,12 +15,13 @@ from models.distillation_framework import DistillationFramework
 from models.losses.chunk_size import chunk_rows
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher.frozen import FrozenTeacher
-from run_config import RunConfig, configure
 from utils.checks import checklist, evaluation, loop, machine, miniature
 from utils.checks import setup as run_setup
 from utils.checks.bench import Bench
 from utils.checks.checklist import Check, Measured, Row, above, at_least, below, equal_to, near, within
 from utils.checks.setup import SetUp
+from utils.commands.run import method_of
+from utils.commands.settings import RunConfig, configure
 from utils.config import quickstart_names
 from utils.config.settings import DataConfig, EvaluationConfig, ModelConfig, StudentConfig, TrainingConfig
 from utils.data.documents import DOCUMENTS_REMEDY

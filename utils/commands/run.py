@@ -11,7 +11,7 @@ from pathlib import Path
 
 from models.distillation import Method
 from models.losses.chunk_size import chunk_rows
-from run_config import RunConfig, configure
+from utils.commands.settings import RunConfig, configure
 from utils.config.plain import to_plain
 from utils.forecast.batch_size import choose_batch_size
 from utils.logs.console import setup_logging

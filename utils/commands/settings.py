@@ -1,6 +1,6 @@
 """Everything that a run depends on: the settings of both towers in one configuration, and the command line for it.
 
-    python run_config.py        writes what is generated of the settings: docs/settings.md and configs/schema.json
+    python -m utils.commands.settings    writes what is generated of it: docs/settings.md and configs/schema.json
 
 Nothing here loads torch.
 """
@@ -69,7 +69,7 @@ configure = partial(command_line.configure, RunConfig)
 
 def generated_files() -> dict[Path, str]:
     """Return the files that are made of the settings, and their text."""
-    root = Path(__file__).resolve().parent
+    root = Path(__file__).resolve().parents[2]
     return {
         root / "docs" / "settings.md": reference.page(RunConfig),
         root / "configs" / "schema.json": json.dumps(json_schema(RunConfig), indent=2) + "\n",
