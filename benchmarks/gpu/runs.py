@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from unittest import mock
@@ -17,7 +17,7 @@ from unittest import mock
 import torch
 
 from benchmarks.gpu.made import PairFolders, real_pair, small_pair, true_pair
-from benchmarks.gpu.settings import ROOT, Bench, Skipped
+from benchmarks.gpu.settings import ROOT, Bench
 
 TEACHER_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
 WAITING = re.compile(r"([\d.]+) % of this session was spent waiting for batches")
@@ -179,7 +179,6 @@ def repeat(bench: Bench, deterministic: bool) -> Iterator[dict]:
     """
     settings = [*_small_settings(8), "training.save_every=4"]
     if deterministic:
-        _require_setting("deterministic")
         settings.append("training.deterministic=true")
 
     # Float32 only where there is nothing else: the time goes to the precisions that people train in.
@@ -216,14 +215,6 @@ def _repeat_and_continue(pair: PairFolders, folders: list[Path], settings: list[
         "continued": _compare_digest(continued, second_digest),
         "seconds_a_run": median(run.seconds for run in runs),
     }
-
-
-def _require_setting(name: str) -> None:
-    """Raise `Skipped` where training has no such setting."""
-    from utils.config.settings import TrainingConfig
-
-    if name not in {field.name for field in fields(TrainingConfig)}:
-        raise Skipped(f"this version has no setting training.{name}")
 
 
 def _small_settings(steps: int) -> list[str]:

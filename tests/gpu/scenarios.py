@@ -14,6 +14,8 @@ from typing import Any
 from tests.gpu import pretended
 
 IS_REAL = os.environ.get("GPU_TESTS") == "1"
+MEMORY = ("peak_memory_mb", "reserved_memory_mb")
+"""Of the record of a step on a GPU."""
 MOST_PLACES = 5
 """So many places where the host waits are named."""
 
@@ -60,6 +62,9 @@ def run_training(device: Any, arguments: list[str], log: Path) -> dict[str, Any]
         TrainingLoop.advance = advance
 
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    metrics = log.parent / "metrics.jsonl"
+    records = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    logged = [json.loads(record) for record in records]
     unlogged = [waits for is_logged, waits in steps if not is_logged]
     return {
         "code": code,
@@ -67,6 +72,7 @@ def run_training(device: Any, arguments: list[str], log: Path) -> dict[str, Any]
         "update": update,
         "waits": [len(waits) for waits in unlogged],
         "where": Counter(f"{why} at {line}" for waits in unlogged for why, line in waits).most_common(MOST_PLACES),
+        "memory": [[record[name] for name in MEMORY] for record in logged if "tokens_per_second" in record],
         "peak": [device.peak(index) - before for index, before in enumerate(held_before)],
         "kernels": dict(device.kernels),
         "errors": [line[:300] for line in lines if " CRITICAL " in line or " ERROR " in line],

@@ -91,6 +91,10 @@ def test_weights_are_updated_by_one_kernel_or_with_the_scaler_of_fp16_by_a_few(r
     assert run["update"] == {"fused": not is_fp16, "foreach": is_fp16}
 
 
+def test_what_torch_has_reserved_is_logged_beside_what_is_allocated(run):
+    assert run["memory"] and all(0 < allocated <= reserved for allocated, reserved in run["memory"])
+
+
 def test_attention_writes_no_scores_to_memory(run, gpu_kind):
     """Grouped heads included, on every card."""
     if gpu_kind == "real":
