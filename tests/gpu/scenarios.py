@@ -102,7 +102,6 @@ def leave_out_what_needs_no_gpu() -> None:
 
 def runs(device: Any, variants: list[dict[str, Any]]) -> dict[str, Any]:
     """`run_training` of each variant: `name`, `card`, `count`, `arguments`, `output`."""
-    leave_out_what_needs_no_gpu()
     results = {}
     for variant in variants:
         try:
@@ -186,6 +185,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    leave_out_what_needs_no_gpu()
     result = SCENARIOS[name](device, **arguments)
     print("\n" + json.dumps(result))
 
