@@ -63,12 +63,27 @@ class TeacherSignal(_Movable):
     """[B, T, H_T] states after the teacher layers that the router asked for; None where it asked for none."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TeacherSignal":
-        """Return a copy with its tensors, the hidden states too, on a device."""
-        moved = super().to(device, non_blocking)
-        if not self.hidden:
+        """Return a copy with its tensors, the hidden states too, on a device.
+
+        From the host's memory to a GPU the host waits for none of them.
+        """
+        signal = self
+        if torch.device(device).type == "cuda" and self.ids.device.type == "cpu":
+            signal = self.pin_memory()
+            non_blocking = True
+
+        moved = super(TeacherSignal, signal).to(device, non_blocking)
+        if not signal.hidden:
             return moved
-        hidden = tuple(state.to(device, non_blocking=non_blocking) for state in self.hidden)
+        hidden = tuple(state.to(device, non_blocking=non_blocking) for state in signal.hidden)
         return replace(moved, hidden=hidden)
+
+    def pin_memory(self) -> "TeacherSignal":
+        """Return a copy whose tensors, the hidden states too, the host need not wait for."""
+        pinned = super().pin_memory()
+        if not self.hidden:
+            return pinned
+        return replace(pinned, hidden=tuple(state.pin_memory() for state in self.hidden))
 
 
 @dataclass

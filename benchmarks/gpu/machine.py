@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu.settings import Bench
-from benchmarks.gpu.timing import measure_fitting, repeated, seconds
+from benchmarks.gpu.timing import measure_fitting, repeated, seconds, sees_kernels
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate", "datasets", "tokenizers", "peft", "bitsandbytes")
 PEERS = ("liger_kernel", "trl")
@@ -112,7 +112,7 @@ def _random_states(bench: Bench, heads: int, dtype: torch.dtype) -> Tensor:
 
 def _kernels(work: Callable[[], object]) -> list[str]:
     """Return names of kernels of attention that a work launches, three at most."""
-    if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
+    if not sees_kernels():
         return ["not seen: this torch build has no CUDA profiler"]
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.gpu.made import small_pair, true_pair
-from benchmarks.gpu.settings import Bench
+from benchmarks.gpu.settings import Bench, Skipped
 from benchmarks.gpu.timing import measure_fitting, seconds
 from benchmarks.step_time import random_batch, vocabulary_map
 from models.config import CurriculumConfig, LossConfig, Term
@@ -105,9 +105,18 @@ def _gradient(pair: Distillation, batch: PairedBatch, case: Arithmetic, device: 
 
 
 def quantised(bench: Bench) -> Iterator[dict]:
-    """Yield memory, time and agreement of the teacher's weights in 8 and 4 bits beside half precision."""
+    """Yield memory, time and agreement of the teacher's weights in 8 and 4 bits beside half precision.
+
+    Raises:
+        Skipped: bitsandbytes has no kernels for this card.
+    """
+    from bitsandbytes.cextension import lib
+
     from utils.pretrained.loading import load_model
     from utils.pretrained.precision import check_weights
+
+    if not lib.compiled_with_cuda:
+        raise Skipped("bitsandbytes could not load its library for CUDA; the part's log has its reason")
 
     folder = str(true_pair(bench).teacher)
     vocabulary = vocabulary_map(bench.scale.teacher_vocabulary, bench.scale.student_vocabulary)

@@ -20,8 +20,8 @@ class Measured(NamedTuple):
     failures: dict[str, str]
     """Reason, by the name of the work."""
     busy: dict[str, float]
-    """Seconds of kernels, by the name of the work; empty without a GPU. Where they are far below the seconds of the
-    clock, the card waits for the host to launch them."""
+    """Seconds of kernels, by the name of the work; empty where torch does not see them. Where they are far below the
+    seconds of the clock, the card waits for the host to launch them."""
 
 
 def measure_fitting(
@@ -62,11 +62,16 @@ def measure_fitting(
 
     # Apart from the rounds, since the profiler slows the host down.
     busy = {}
-    if device.type == "cuda":
+    if device.type == "cuda" and sees_kernels():
         for name, work in fitting.items():
             before()
             busy[name] = _kernel_seconds(work)
     return Measured(runs, failures, busy)
+
+
+def sees_kernels() -> bool:
+    """Return True if the profiler of this torch build sees kernels of a GPU."""
+    return ProfilerActivity.CUDA in torch.profiler.supported_activities()
 
 
 def _kernel_seconds(work: Work) -> float:

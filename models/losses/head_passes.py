@@ -15,6 +15,7 @@ by step, which stays the reference.
 import functools
 import warnings
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -170,6 +171,10 @@ def try_passes(device: torch.device) -> str:
     Returns:
         the error in one line; empty where there is none.
     """
+    # Said at once: the compiler would load for seconds before it found out.
+    if device.type == "cuda" and find_spec("triton") is None:
+        return "Triton is not installed"
+
     logits = torch.linspace(-3, 3, 48, device=device).reshape(3, 16)
     expected = logits.softmax(1)
 

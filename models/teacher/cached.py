@@ -142,8 +142,7 @@ class CachedTeacher:
 
         # Numbers are on the host, whatever device the teacher is on; hidden states are never stored.
         device = batch.student_ids.device
-        on_device = _pinned(stored, device).to(device, non_blocking=True)
-        return replace(on_device, hidden=hidden)
+        return replace(stored.to(device), hidden=hidden)
 
     def _compute_and_store(
         self, batch: PairedBatch, layers: Sequence[int]
@@ -208,15 +207,3 @@ def _to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     for device in {tensor.device for tensor in tensors if tensor.is_cuda}:
         torch.cuda.synchronize(device)
     return copies
-
-
-def _pinned(signal: TeacherSignal, device: torch.device) -> TeacherSignal:
-    """Return a signal whose copy to a GPU the host need not wait for."""
-    if device.type != "cuda":
-        return signal
-
-    pinned = {}
-    for name in NUMBERS:
-        tensor = getattr(signal, name)
-        pinned[name] = tensor if tensor.is_cuda else tensor.pin_memory()
-    return replace(signal, **pinned)

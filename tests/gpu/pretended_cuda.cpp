@@ -498,6 +498,25 @@ at::Tensor& addmm_dtype_out(const at::Tensor& self, const at::Tensor& a, const a
   at::addmm_out(there, on_host(self), on_host(a).to(dtype), on_host(b).to(dtype), beta, alpha);
   return out;
 }
+// the CPU's softmax takes no half precision to float32, as CUDA's does
+at::Tensor log_softmax(const at::Tensor& self, int64_t dim, bool half_to_float) {
+  auto there = half_to_float ? on_host(self).to(kFloat) : on_host(self);
+  return on_device(at::_log_softmax(there, dim, false), self.device().index());
+}
+at::Tensor softmax(const at::Tensor& self, int64_t dim, bool half_to_float) {
+  auto there = half_to_float ? on_host(self).to(kFloat) : on_host(self);
+  return on_device(at::_softmax(there, dim, false), self.device().index());
+}
+at::Tensor log_softmax_backward(const at::Tensor& grad, const at::Tensor& output, int64_t dim, ScalarType dtype) {
+  TORCH_CHECK(grad.device() == output.device(), "Expected all tensors to be on the same device (log_softmax)");
+  auto there = at::_log_softmax_backward_data(on_host(grad), on_host(output), dim, grad.scalar_type());
+  return on_device(there.to(dtype), grad.device().index());
+}
+at::Tensor softmax_backward(const at::Tensor& grad, const at::Tensor& output, int64_t dim, ScalarType dtype) {
+  TORCH_CHECK(grad.device() == output.device(), "Expected all tensors to be on the same device (softmax)");
+  auto there = at::_softmax_backward_data(on_host(grad), on_host(output), dim, grad.scalar_type());
+  return on_device(there.to(dtype), grad.device().index());
+}
 at::Tensor& set_(at::Tensor& self, Storage source, int64_t offset, IntArrayRef size, IntArrayRef stride) {
   auto* t = self.unsafeGetTensorImpl();
   t->set_storage_keep_dtype(std::move(source));
@@ -538,6 +557,10 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("mm.dtype", &mm_dtype);
   m.impl("mm.dtype_out", &mm_dtype_out);
   m.impl("addmm.dtype_out", &addmm_dtype_out);
+  m.impl("_log_softmax", &log_softmax);
+  m.impl("_softmax", &softmax);
+  m.impl("_log_softmax_backward_data", &log_softmax_backward);
+  m.impl("_softmax_backward_data", &softmax_backward);
   m.impl("set_.source_Storage_storage_offset", &set_);
   m.impl("set_.source_Storage", &set_storage);
   m.impl("record_stream", &record_stream);

@@ -14,7 +14,9 @@ from typing import Any
 from tests.gpu import pretended
 
 IS_REAL = os.environ.get("GPU_TESTS") == "1"
-MOST_TOLD = 5
+MEMORY = ("peak_memory_mb", "reserved_memory_mb")
+"""Of the record of a step on a GPU."""
+MOST_PLACES = 5
 """So many places where the host waits are named."""
 
 
@@ -40,13 +42,14 @@ def run_training(device: Any, arguments: list[str], log: Path) -> dict[str, Any]
 
     kernels._launch = lambda *_: None  # starts another Python, which would not pretend
     AcceleratorState._reset_state(reset_partial_state=True)
-    advance, steps = TrainingLoop.advance, []
+    advance, steps, update = TrainingLoop.advance, [], {}
 
     def watched(loop, batches):
         is_logged = loop.logger.due(loop.step + 1)
         with device.watched() as waits:
             advanced = advance(loop, batches)
         steps.append((is_logged, waits))
+        update.update({name: loop.engine.optimizer.defaults[name] for name in ("fused", "foreach")})
         return advanced
 
     TrainingLoop.advance = watched
@@ -59,18 +62,42 @@ def run_training(device: Any, arguments: list[str], log: Path) -> dict[str, Any]
         TrainingLoop.advance = advance
 
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    metrics = log.parent / "metrics.jsonl"
+    records = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+    logged = [json.loads(record) for record in records]
     unlogged = [waits for is_logged, waits in steps if not is_logged]
     return {
         "code": code,
         "steps": len(steps),
+        "update": update,
         "waits": [len(waits) for waits in unlogged],
-        "where": Counter(f"{why} at {line}" for waits in unlogged for why, line in waits).most_common(MOST_TOLD),
+        "where": Counter(f"{why} at {line}" for waits in unlogged for why, line in waits).most_common(MOST_PLACES),
+        "memory": [[record[name] for name in MEMORY] for record in logged if "tokens_per_second" in record],
         "peak": [device.peak(index) - before for index, before in enumerate(held_before)],
         "kernels": dict(device.kernels),
         "errors": [line[:300] for line in lines if " CRITICAL " in line or " ERROR " in line],
         "warnings": [line[:300] for line in lines if " WARNING " in line],
         "teacher": [line[:300] for line in lines if "teacher on " in line],
     }
+
+
+def leave_out_what_needs_no_gpu() -> None:
+    """Draw no curves, and measure the models for the forecast once, not in each run of this process."""
+    from utils.forecast import step_memory
+    from utils.report import report
+
+    report.draw_curves = lambda path, *_: path.touch()
+    report.curves_as_svg = lambda *_: []
+
+    measure_body, measured = step_memory.measure_body, {}
+
+    def measure_once(config, run):
+        key = (config.to_json_string(use_diff=False), run)
+        if key not in measured:
+            measured[key] = measure_body(config, run)
+        return measured[key]
+
+    step_memory.measure_body = measure_once
 
 
 def runs(device: Any, variants: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,6 +185,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    leave_out_what_needs_no_gpu()
     result = SCENARIOS[name](device, **arguments)
     print("\n" + json.dumps(result))
 

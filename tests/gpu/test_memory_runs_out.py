@@ -8,7 +8,12 @@ SHORT = ["--max-steps", "6", "--eval-every", "3", "--save-every", "4"]
 
 
 @pytest.mark.parametrize(("card", "precision"), [("T4", "fp16"), pytest.param("H100", "bf16", marks=pytest.mark.slow)])
-def test_a_run_that_was_halved_for_memory_is_exported(scenario, gpu_place, tmp_path, card, precision):
+def test_a_run_that_was_halved_for_memory_is_exported(scenario, gpu_kind, gpu_place, tmp_path, card, precision):
+    if gpu_kind == "real":
+        # and products take a workspace of up to 32 MiB: what models of kilobytes need is nothing beside that
+        reason = "torch's own allocator takes memory in blocks of 2 and 20 MiB"
+        pytest.skip(f"{reason}; larger models run out of it in `python -m benchmarks.gpu --parts tight`")
+
     output = tmp_path / "run"
     large = ["--batch-size", "4", "--gradient-accumulation-steps", "1"]
     settings = ["--set", f"training.mixed_precision={precision}", "teacher.dtype=auto", "student.lora.enabled=false"]

@@ -32,7 +32,7 @@ from utils.training.optimizer import build_optimizer
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BLOCK = 512
 """Bytes: torch's allocator rounds sizes up to multiples of it."""
-STEPS, MICRO_BATCHES = 2, 2
+MICRO_BATCHES = 2
 GPU = torch.device("cuda:0")
 
 
@@ -149,19 +149,26 @@ def _steps(case: Case, mode: FakeTensorMode, live: LiveBytes) -> None:
 
     windows = random_windows(vocabulary, case.windows, case.length)
     batch = _without_content(mode, PairCollator(vocabulary, (None, None), loss.max_depth)(windows))
-    for _ in range(STEPS):
-        for _ in range(MICRO_BATCHES):
-            live.phase = "forward"
-            with torch.autocast("cuda", case.dtype, enabled=case.precision != "no"):
-                output = framework(batch.to(GPU, non_blocking=True), 0)
-            live.phase = "backward"
-            output.loss.backward()
-            del output
-        live.phase = "clip"
-        torch.nn.utils.clip_grad_norm_(list(framework.parameters()), 1.0)
-        live.phase = "update"
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+
+    # the moments exist from the first update on, which needs no forward: the second step has the peak
+    live.phase = "first update"
+    for parameter in framework.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(MICRO_BATCHES):
+        live.phase = "forward"
+        with torch.autocast("cuda", case.dtype, enabled=case.precision != "no"):
+            output = framework(batch.to(GPU, non_blocking=True), 0)
+        live.phase = "backward"
+        output.loss.backward()
+        del output
+    live.phase = "clip"
+    torch.nn.utils.clip_grad_norm_(list(framework.parameters()), 1.0)
+    live.phase = "update"
+    optimizer.step()
 
 
 def _in_phase(live: LiveBytes, phase: str, function: Any) -> Any:

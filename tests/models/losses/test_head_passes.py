@@ -149,6 +149,19 @@ def test_old_gpus_and_other_devices_go_step_by_step_with_the_reason(monkeypatch)
     assert not compiles and "7.0" in reason and "6.0" in reason
 
 
+def test_without_triton_no_compiler_is_loaded_for_a_gpu(monkeypatch):
+    def compile_anyway(function):
+        raise AssertionError("loads a compiler that cannot compile")
+
+    monkeypatch.setattr(head_passes, "find_spec", lambda name: None)
+    monkeypatch.setattr(torch, "compile", compile_anyway)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    device = torch.device("cuda:7")
+    assert head_passes.choose("auto", device) == (False, head_passes.can_compile(device)[1])
+    assert "Triton is not installed" in head_passes.can_compile(device)[1]
+    head_passes.try_passes.cache_clear()
+
+
 def test_a_compiler_that_fails_is_told_and_the_reference_serves(monkeypatch):
     def broken(function):
         raise RuntimeError("no C compiler\nlong trace")

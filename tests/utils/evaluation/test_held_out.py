@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.models.tiny import byte_bpe, tiny_llama
 from utils.config.settings import EvaluationConfig
+from utils.evaluation import scores as scoring
 from utils.evaluation.held_out import ROUTING_BATCHES, HeldOut, TextStart
 from utils.logs.progress import Progress
 from utils.machine.stop_signals import Interrupted
@@ -45,6 +46,16 @@ class Measure:
         self.seen.append(batch.windows)
         share = sum(batch.windows) / len(batch.windows) / 100
         return {"student_layers": [2], "teacher_layers": [3, 6], "weights": [[share, 1 - share]]}
+
+
+@pytest.mark.parametrize(("device", "configured", "largest"), [("cpu", 2, 2), ("cuda:0", 2, 16), ("cuda:0", 20, 20)])
+def test_a_gpu_is_scored_in_larger_batches_than_it_is_trained_in(device, configured, largest, monkeypatch):
+    parameter = SimpleNamespace(device=torch.device(device))
+    model = SimpleNamespace(parameters=lambda: iter([parameter]))
+    monkeypatch.setattr(HeldOut, "_scored", lambda self, side, batches, note: batches)
+    monkeypatch.setattr(scoring, "evaluate", lambda model, batches, *_, **__: batches)
+    batches = held_out(windows=80, batch_size=configured).score(model, "student")
+    assert max(map(len, batches)) == largest and sum(map(len, batches)) == 40
 
 
 @pytest.mark.parametrize("process", [0, 1])

@@ -95,6 +95,14 @@ def test_logits_in_one_go_are_bounded(monkeypatch):
     assert max(seen) == 3 * 12 * VOCABULARY and len(seen) == 9
 
 
+def test_a_gpu_is_given_more_windows_at_a_time():
+    """One window of 512 tokens and SmolLM2's vocabulary does not keep it busy."""
+    model = SimpleNamespace(config=SimpleNamespace(vocab_size=49_152))
+    assert scores._rows_at_once(model, 512, CPU) == 1
+    assert scores._rows_at_once(model, 512, torch.device("cuda:0")) == 5
+    assert scores._rows_at_once(model, 2**20, torch.device("cuda:0")) == 1
+
+
 def test_uneven_batches_are_weighted_by_tokens_not_by_batches():
     """By hand: a model that gives every token p = 1/4 in one batch of 1 token and 1/64 in one of 9."""
 
