@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ..errors import UserError
 from .schema import Setting, json_schema, lists_of_texts, sections_of, settings_of
-from .short_forms import expand, full_key, main_key
+from .short_forms import expand, full_key, main_key, own_path
 from .yaml_files import read_assignment, read_value, set_dotted
 
 SHORT_FLAGS = {
@@ -376,7 +376,7 @@ def _check_comparison(arguments: Arguments) -> None:
 def _assignment(text: str, lists: Container[str]) -> tuple[str, Any]:
     """Return the key and the value of a --set, without short forms."""
     key, value = read_assignment(text)
-    full = full_key(key, value)
+    full = full_key(own_path(key), value)
     return full, expand(value, lists, full)
 
 

@@ -4,6 +4,7 @@ teacher: PATH                   teacher: {name: PATH}                  and so th
 data: PATH                      data: {train: [PATH]}
 curriculum: {kd: 0.5}           curriculum: {kd: {weight: 0.5}}
 logging: {track: wandb}         logging: {track: [wandb]}              and so every list of texts
+training: {lr: 1e-4}            training: {learning_rate: 1e-4}
 """
 
 from collections.abc import Container, Mapping
@@ -11,6 +12,9 @@ from typing import Any
 
 MAIN_KEYS = {"teacher": "name", "student": "name", "data": "train", "curriculum.*": "weight"}
 """Path of a section (`*`: each section in it) -> the key that a value in place of its keys is meant for."""
+
+OTHER_NAMES = {"training.lr": "training.learning_rate"}
+"""Another name of a setting -> its own."""
 
 
 def main_key(path: str) -> str | None:
@@ -38,7 +42,23 @@ def expand(value: Any, lists: Container[str], path: str = "") -> Any:
         value = {main_key(path): value}
 
     if isinstance(value, Mapping):
-        return {key: expand(inner, lists, f"{path}.{key}" if path else str(key)) for key, inner in value.items()}
+        prefix = f"{path}." if path else ""
+        own_keys = {key: _own_key(prefix, key, value) for key in value}
+        return {own: expand(value[key], lists, f"{prefix}{own}") for key, own in own_keys.items()}
     if path in lists and isinstance(value, str):
         return [value]
     return value
+
+
+def own_path(path: str) -> str:
+    """Return the path of a setting by its own name."""
+    return OTHER_NAMES.get(path, path)
+
+
+def _own_key(prefix: str, key: Any, section: Mapping[Any, Any]) -> Any:
+    """Return a key by the setting's own name; where the section has both names, the other one stays, as a mistake."""
+    path = f"{prefix}{key}"
+    if path not in OTHER_NAMES:
+        return key
+    own = own_path(path).removeprefix(prefix)
+    return key if own in section else own
