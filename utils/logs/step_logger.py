@@ -5,7 +5,7 @@ Every message goes through `logging`; `console.setup_logging` sends it to a rich
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -84,8 +84,10 @@ class StepLogger:
         # The record first: lines are for people, and may fail without harm.
         self._append(record)
         with advice(f"line about step {record['step']}"):
+            if self.display.panel is not None:
+                self.display.panel.training(record, self.total_steps)
             line = partial(training_line, record, self.total_steps, self.display.seconds_left())
-            log.info(line(), extra={"screen": line})
+            self._log(line(), screen=line)
             self.display.line_written()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
@@ -95,11 +97,21 @@ class StepLogger:
 
         self._append(record)
         with advice(f"line about the evaluation at step {record['step']}"):
-            log.info(evaluation_line(record))
+            if self.display.panel is not None:
+                self.display.panel.evaluation(record)
+            self._log(evaluation_line(record))
             if record.get("sample"):
                 line = partial(sample_line, record["sample"])
-                log.info(line(), extra={"screen": line})
+                self._log(line(), screen=line)
             self.display.line_written()
+
+    def _log(self, message: str, screen: Callable[[int], str] | None = None) -> None:
+        """Log a line, which the console leaves out where a panel shows the same.
+
+        Args:
+            screen: the line for a console of so many columns; None: the message.
+        """
+        log.info(message, extra={"screen": screen, "is_in_panel": self.display.panel is not None})
 
     def has_evaluation(self, step: int) -> bool:
         """Return whether the file has an evaluation at this step. Call it in the main process, which writes it."""
@@ -150,6 +162,8 @@ class StepLogger:
         # A run in which nothing else is planned ends with its last step.
         if self._owns_display:
             self.display.time_left.expect({self.kind: self.total_steps - done}, {})
+        if self.display.panel is not None:
+            self.display.panel.begin()
         self._task = self.display.begin("training", self.total_steps, self.kind, done=done)
 
     def progress(self, step: int) -> None:
