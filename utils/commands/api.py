@@ -78,13 +78,7 @@ def distil(
     """
     started = time.monotonic()
     setup_logging(None, main_process=True)
-    data_name = "data" if isinstance(data, dict) else "train_data"
-    named = {"teacher": teacher, "student": student, data_name: data, **settings}
-    words = _words({name: value for name, value in named.items() if value is not None})
-    if config is not None:
-        words = ["--config", fspath(config), *words]
-
-    run_config, recipe = configure(words)
+    run_config, recipe = configure(flags(teacher, student, data, config=config, **settings))
     stopped_by = None
     try:
         start(run_config, recipe, started)
@@ -104,6 +98,27 @@ def distil(
     folder = Path(run_config.output_dir)
     results = folder / RESULTS_NAME
     return Distilled(folder, json.loads(results.read_text(encoding="utf-8")) if results.exists() else {})
+
+
+def flags(
+    teacher: FileName | None = None,
+    student: FileName | None = None,
+    data: FileName | Sequence[FileName] | dict[str, Any] | None = None,
+    *,
+    config: FileName | None = None,
+    **settings: Any,
+) -> list[str]:
+    """Return the words of the command line that says the same as a call of `distil`, for its arguments.
+
+    With them `verify_fixes.py` checks a run before it starts, and a launcher starts it in several processes.
+
+    Raises:
+        UserError: a value that no command line can say.
+    """
+    data_name = "data" if isinstance(data, dict) else "train_data"
+    named = {"teacher": teacher, "student": student, data_name: data, **settings}
+    words = _words({name: value for name, value in named.items() if value is not None})
+    return words if config is None else ["--config", fspath(config), *words]
 
 
 def _words(settings: dict[str, Any]) -> list[str]:

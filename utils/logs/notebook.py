@@ -15,8 +15,8 @@ from jinja2 import Environment
 from ..errors import shorten
 from .lines import compact_number, sample_line, thousands
 
-LAST_ROWS = 10
-EARLIER_ROWS = 14
+LAST_ROWS = 5
+EARLIER_ROWS = 7
 """Rows of the table: the newest ones, and some of those before them."""
 
 KEPT_ROWS = 600

@@ -41,9 +41,9 @@ class StopSignal:
     """Remembers that the run has to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 or a wall-clock limit.
 
     A context manager. Inside it, signals raise nothing, so whatever is being written is written to its end; a second
-    Ctrl-C ends the process at once, or in the kernel of a notebook the cell. Where nothing is lost by an end (`raising`), the first Ctrl-C raises. The former
-    handlers return at exit. Outside the main thread, where Python allows no handlers, only the limit works. A SIGHUP
-    that is ignored already stays ignored: `nohup` asks for that.
+    Ctrl-C ends the process at once, or in the kernel of a notebook the cell. Where nothing is lost by an end
+    (`raising`), the first Ctrl-C raises. The former handlers return at exit. Outside the main thread, where Python
+    allows no handlers, only the limit works. A SIGHUP that is ignored already stays ignored: `nohup` asks for that.
 
     Args:
         max_hours: limit; None is no limit.
