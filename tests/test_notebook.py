@@ -72,7 +72,8 @@ def inputs(cache, tmp_path, monkeypatch):
     output = tmp_path / "inputs" / "notebooks" / "earlier" / "runs" / "notebook"
     boundaries = iter(range(100))
     with monkeypatch.context() as patch:
-        reached = lambda self: "max_hours" if next(boundaries) == STOPPED_AT else None  # noqa: E731
+        # The first of all is asked before the first step.
+        reached = lambda self: "max_hours" if next(boundaries) == STOPPED_AT + 1 else None  # noqa: E731
         patch.setattr(StopSignal, "requested", reached)
         assert train.main([*flags(**SETTINGS), "--output-dir", str(output), "--max-hours", "1"]) == 0
     written = [tmp_path / "inputs", *(tmp_path / "inputs").rglob("*")]

@@ -16,6 +16,7 @@ from ..errors import RunError
 from ..files import write_text
 from ..run_layout import METRICS
 from .lines import evaluation_line, sample_line, training_line
+from .notebook import Panel
 from .progress import Progress, Task
 from .records import json_safe, read_metrics
 from .time_left import Kind
@@ -163,8 +164,20 @@ class StepLogger:
         if self._owns_display:
             self.display.time_left.expect({self.kind: self.total_steps - done}, {})
         if self.display.panel is not None:
-            self.display.panel.begin()
+            self._begin_panel(self.display.panel)
         self._task = self.display.begin("training", self.total_steps, self.kind, done=done)
+
+    def _begin_panel(self, panel: Panel) -> None:
+        """Begin a table, with what the sessions before this one logged."""
+        panel.begin()
+        if self.path is None or not self.path.exists():
+            return
+        with advice("table of earlier sessions"):
+            for record in read_metrics(self.path):
+                if "terms" in record:
+                    panel.training(record, self.total_steps)
+                else:
+                    panel.evaluation(record)
 
     def progress(self, step: int) -> None:
         """Tell the display that `step` steps are done. Cheap: call it at every step."""
