@@ -131,6 +131,7 @@ def _words(settings: dict[str, Any]) -> list[str]:
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
         plain = _plain(name, value)
+
         if flag not in SHORT_FLAGS and isinstance(plain, dict):
             # One by one: the section as a whole would lose what the recipe says in it.
             for key, inner in plain.items():
@@ -143,6 +144,7 @@ def _words(settings: dict[str, Any]) -> list[str]:
             words += [flag, *plain]
         else:
             words += [flag, plain if isinstance(plain, str) else json.dumps(plain)]
+
     return words
 
 

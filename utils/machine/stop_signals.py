@@ -157,8 +157,8 @@ class StopSignal:
             raise Interrupted(name)
 
         hint = "; once more ends at once" if name == "SIGINT" else ""
-        again = "cell" if in_kernel() else "command"
-        _write(f"\n{name}: stopping, the same {again} continues{hint}\n")
+        message = "stopping, the same cell continues" if in_kernel() else "stopping, the same command continues"
+        _write(f"\n{name}: {message}{hint}\n")
 
     def _handle_second(self) -> None:
         """End at once, or as soon as a checkpoint is written."""
