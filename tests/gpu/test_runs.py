@@ -106,7 +106,7 @@ def test_the_teacher_is_where_it_was_asked_for(results):
     if "skipped" in on_second:
         pytest.skip(on_second["skipped"])
     assert "teacher on cuda:1" in on_second["teacher"][0] and on_second["peak"][1] > 0
-    assert "teacher on cuda:1: a GPU of its own" in by_itself["teacher"][0] and by_itself["peak"] == on_second["peak"]
+    assert "teacher on cuda:1: a GPU of its own" in by_itself["teacher"][0] and by_itself["peak"][1] > 0
     assert "teacher on cuda:1, whole" in spread["teacher"][0]
     assert results["T4 x2, teacher on the first, by name"]["peak"][1] == 0
 

@@ -112,7 +112,8 @@ def spare_gpu(student: torch.device, processes: int) -> Choice[torch.device] | N
     # One that drives a screen, or is busy, may have no room for a teacher.
     if free[index] < LEAST_SPARE * at_student:
         return None
-    reason = f"a GPU of its own, with {free[index] / 2**30:.1f} GiB free; --teacher-device {student} puts it with the student"
+    room = f"{free[index] / 2**30:.1f} GiB free"
+    reason = f"a GPU of its own, with {room}; --teacher-device {student} puts it with the student"
     return Choice(torch.device("cuda", index), reason=reason)
 
 
