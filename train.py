@@ -15,6 +15,7 @@ from utils.config.yaml_files import as_yaml
 from utils.logs.console import setup_logging
 from utils.logs.streams import make_streams_safe
 from utils.machine.launcher import rank
+from utils.machine.stop_signals import interrupt_ends_process
 from utils.paths import user_path
 from utils.run.exit_codes import end_process, exit_code
 
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     def command() -> None:
         words = sys.argv[1:] if argv is None else argv
         if words[:1] == ["chat"]:
-            from utils.commands.run import chat
+            with interrupt_ends_process():
+                from utils.commands.run import chat
 
             return chat(words[1:])
 
@@ -46,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return print(as_yaml(to_plain(config)), end="")
 
         # Only now: this loads torch, which takes seconds, and a mistake is answered at once.
-        from utils.commands.run import start
+        with interrupt_ends_process():
+            from utils.commands.run import start
 
         start(config, recipe, started)
 

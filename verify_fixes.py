@@ -18,6 +18,7 @@ from pathlib import Path
 from utils.commands.settings import configure, parse
 from utils.errors import UserError
 from utils.logs.streams import make_streams_safe
+from utils.machine.stop_signals import interrupt_ends_process
 from utils.run.exit_codes import EXIT_CODES
 
 VERBOSE = ("-v", "--verbose")
@@ -40,11 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         config, recipe = configure(words)
 
         # Only now: these load torch, which takes seconds, and a mistake is answered at once.
-        import torch
-        import transformers
+        with interrupt_ends_process():
+            import torch
+            import transformers
 
-        from utils.checks import checklist
-        from utils.commands.checks import all_checks
+            from utils.checks import checklist
+            from utils.commands.checks import all_checks
 
         transformers.utils.logging.disable_progress_bar()
         # Tiny products gain nothing from more threads, and on a busy machine lose a hundredfold.

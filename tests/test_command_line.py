@@ -33,6 +33,7 @@ ALONE = {"--help", "--help-all", "--print-config", "--print-schema", "--no-resum
 SWITCHES = {
     "--lora",
     "--merge-lora",
+    "--without-teacher",
     "--gradient-checkpointing",
     "--build-cache-only",
     "--cache-accept-mismatch",
@@ -162,6 +163,7 @@ def test_help_is_grouped_names_every_short_flag_and_says_where_the_others_are():
         (["--track", "tensorboard", "wandb"], "logging.track", ["tensorboard", "wandb"]),
         (["--log-term-gradients"], "logging.term_gradients", True),
         (["--eval-every", "12"], "evaluation.every", 12),
+        (["--without-teacher"], "evaluation.without_teacher", True),
         (["--eval-tasks", "arc_easy", "piqa"], "evaluation.tasks", ["arc_easy", "piqa"]),
         (["--eval-tasks-path", "d"], "evaluation.tasks_path", "d"),
         (["--push-to-hub", "me/mine"], "hub.repository", "me/mine"),

@@ -9,6 +9,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from utils.commands.run import start
@@ -140,12 +141,19 @@ def _words(settings: dict[str, Any]) -> list[str]:
             words += ["--set", f"{name}={json.dumps(plain)}"]
         elif isinstance(plain, dict):
             words += ["--set", f"{SHORT_FLAGS[flag]}={json.dumps(plain)}"]
+        elif plain == []:  # no flag says it: one of a list wants a word
+            words += ["--set", f"{SHORT_FLAGS[flag]}=[]"]
         elif isinstance(plain, list):
-            words += [flag, *plain]
+            words += [flag, *map(_word, plain)]
         else:
-            words += [flag, plain if isinstance(plain, str) else json.dumps(plain)]
+            words += [flag, _word(plain)]
 
     return words
+
+
+def _word(value: Any) -> str:
+    """Return a plain value as a word of a command line."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -160,6 +168,8 @@ def _plain(name: str, value: Any) -> Any:
         return {key: _plain(f"{name}.{key}", inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(name, inner) for inner in value]
+    if isinstance(value, np.generic):  # a number of numpy, from a grid of settings
+        return value.item()
     if value is None or isinstance(value, str | int | float | bool):
         return value
     raise UserError(

@@ -44,6 +44,7 @@ SHORT_FLAGS = {
     "--max-hours": "training.max_hours",
     "--save-every": "training.save_every",
     "--eval-every": "evaluation.every",
+    "--without-teacher": "evaluation.without_teacher",
     "--eval-tasks": "evaluation.tasks",
     "--eval-tasks-path": "evaluation.tasks_path",
     "--cache-teacher": "cache.folder",

@@ -81,6 +81,10 @@ def find_config(name_or_path: str) -> Path:
     if name_or_path in recipes:
         return recipes[name_or_path]
 
+    inside = user_path(name_or_path) / "config.yaml"
+    if inside.is_file():
+        raise UserError(f"--config {name_or_path}: a folder; expected a YAML file, such as {inside}")
+
     raise UserError(
         f"--config {name_or_path}: no such file and no such recipe.\n"
         f"  expected: a YAML file, or one of {', '.join(recipes) or '(no recipes are installed)'}"

@@ -57,6 +57,7 @@ class StopSignal:
         self._signal: str | None = None
         self._arrived = 0.0
         self._raises = False
+        self._has_raised = False
         self._is_writing = False
         self._ends_after_writing = False
         self._former_handlers: dict[int, Any] = {}
@@ -133,6 +134,11 @@ class StopSignal:
         self._raises = value
         try:
             yield
+        except Exception as error:
+            # Compiled modules that are being loaded turn what is raised in them into an error of their own.
+            if self._has_raised and self._signal is not None:
+                raise Interrupted(self._signal) from error
+            raise
         finally:
             self._raises = before
 
@@ -154,6 +160,7 @@ class StopSignal:
         self._signal = name
         self._arrived = time.monotonic()
         if self._raises and name == "SIGINT":
+            self._has_raised = True
             raise Interrupted(name)
 
         hint = "; once more ends at once" if name == "SIGINT" else ""
@@ -185,6 +192,28 @@ def _write(message: str) -> None:
     # Not through logging, whose streams may be in use at this very moment. The terminal may be closed.
     with contextlib.suppress(OSError):
         os.write(2, message.encode())
+
+
+@contextlib.contextmanager
+def interrupt_ends_process() -> Iterator[None]:
+    """Let Ctrl-C end this process at once, while libraries are loaded and nothing is begun.
+
+    `KeyboardInterrupt` is no use there: compiled modules turn it into an error of theirs, or go on without it. Outside
+    the main thread, where Python allows no handlers, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(*_: object) -> None:
+        _write("\nstopped by SIGINT, before anything was begun\n")
+        os._exit(128 + signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -139,7 +139,8 @@ def _require_gguf(file: Path, label: str) -> None:
             f"{label}: this is no GGUF file: it begins with {start!r}, expected {MAGIC!r}. Is the download complete?"
         )
 
-    is_part = "-of-" in file.stem and file.stem.split("-of-")[-1].isdigit()
+    _, _, parts = file.stem.rpartition("-of-")
+    is_part = file.stem != parts and parts.isdecimal() and int(parts) > 1
     if is_part:
         raise UserError(
             f"{label}: this is one part of several. Expected a single file: `llama-gguf-split --merge FIRST_PART "
@@ -200,9 +201,11 @@ def _read(from_pretrained: Callable[..., Any], file: Path, label: str, **options
     except Exception as error:  # several libraries raise errors of their own for files that do not fit
         words = " ".join(str(error).split())
         raise UserError(
-            f"{label}: transformers {transformers.__version__} cannot read this GGUF file. Expected an "
-            "architecture that its documentation of GGUF names, such as llama, qwen3, gemma3 or gpt2. Give the model "
-            f"that the file was made from: its page on the hub names it.\n  {type(error).__name__}: {words}"
+            f"{label}: transformers {transformers.__version__} cannot read this GGUF file of "
+            f"{file.stat().st_size:,} bytes. Expected a whole file (compare its size with that on its page) of an "
+            "architecture that the documentation of transformers on GGUF names, such as llama, qwen3, gemma3 or gpt2. "
+            "For any other give the model that the file was made from: its page on the hub names it.\n  "
+            f"{type(error).__name__}: {words}"
         ) from error
 
 

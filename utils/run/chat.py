@@ -119,10 +119,21 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(prog=f"{program()} chat", description=__doc__, allow_abbrev=False)
     result.add_argument("run", metavar="RUN", help="folder of a finished run, such as runs/quickstart")
     result.add_argument(
-        "--new-tokens", type=int, default=120, metavar="N", help="tokens that each writes, at most (default: 120)"
+        "--new-tokens", type=_positive, default=120, metavar="N", help="tokens that each writes, at most (default: 120)"
     )
     result.add_argument("--student-only", action="store_true", help="leave the teacher out: quicker, and less memory")
     return result
+
+
+def _positive(word: str) -> int:
+    """Return the whole number above 0 that a word says.
+
+    Raises:
+        ArgumentTypeError: it says none.
+    """
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"got {word!r}, expected a whole number above 0")
+    return int(word)
 
 
 def _require_student(folder: Path, name: str) -> None:
@@ -162,7 +173,8 @@ def load_speakers(folder: Path, chat_tokenizers: ChatTokenizers, *, with_teacher
     if with_teacher and teacher is not None:
         try:
             name = _teacher_source(teacher)
-            tokenizers["teacher"] = loading.load_tokenizer(name, "teacher")
+            named = get_dotted(settings, "teacher.tokenizer") or name
+            tokenizers["teacher"] = loading.load_tokenizer(named, "teacher")
             models["teacher"] = _load_teacher(name, settings, device)
         except UserError as error:
             tokenizers.pop("teacher", None)
@@ -234,8 +246,10 @@ def _inputs(is_watched: bool) -> Iterator[str]:
             if is_watched:
                 console().print()
             return
-        if line.strip():
-            yield line.strip()
+        # bytes that are no UTF-8 come as halves of characters, which no tokenizer takes
+        text = line.encode(errors="replace").decode().strip()
+        if text:
+            yield text
 
 
 def _exchange(speakers: Sequence[Speaker], text: str, new_tokens: int, is_watched: bool) -> None:

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.faults.conftest import place  # noqa: F401  the set-up of a run
@@ -27,6 +28,14 @@ def test_settings_are_flags_without_dashes_and_sections():
     assert settings.student.lora.enabled
     assert settings.curriculum.kd.weight == 0.5
     assert settings.loss.top_k == 8
+
+
+def test_numbers_of_numpy_empty_lists_and_numbers_in_lists_are_taken():
+    words = api._words({"max_steps": np.int64(3), "lr": np.float32(0.5), "eval_tasks": [], "train_data": ["c", 3]})
+    settings, _ = configure([*words, "--teacher", "a", "--student", "b"])
+    assert (settings.training.max_steps, settings.training.learning_rate) == (3, 0.5)
+    assert settings.evaluation.tasks == []
+    assert settings.data.train == ["c", "3"]
 
 
 def test_a_run_is_done_and_continued(place, tmp_path):  # noqa: F811

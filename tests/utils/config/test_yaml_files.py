@@ -61,3 +61,9 @@ def test_a_recipe_is_found_by_name_with_or_without_suffix_and_by_path(tmp_path):
     assert find_config(str(own)) == own
     with pytest.raises(UserError, match=r"did you mean quickstart\?"):
         find_config("quikstart")
+
+
+def test_the_folder_of_a_run_is_answered_with_the_recipe_in_it(tmp_path):
+    (tmp_path / "config.yaml").write_text("training: {seed: 7}")
+    with pytest.raises(UserError, match=r"a folder; expected a YAML file, such as .*config\.yaml"):
+        find_config(str(tmp_path))

@@ -13,6 +13,7 @@ from utils.machine.stop_signals import (
     Interrupted,
     StopSignal,
     ignore_stop_signals,
+    interrupt_ends_process,
     stop_signals_delayed,
 )
 
@@ -150,3 +151,32 @@ def test_in_a_notebook_a_second_interrupt_ends_the_cell_and_not_the_kernel(monke
         with pytest.raises(KeyboardInterrupt, match="the same cell continues"):
             os.kill(os.getpid(), signal.SIGINT)
     assert raising or "the same cell continues" in capfd.readouterr().err
+
+
+def test_ctrl_c_that_a_library_turns_into_an_error_of_its_own_stays_an_interruption():
+    def load():
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except BaseException as error:
+            raise ModuleNotFoundError("Could not import module") from error
+
+    with pytest.raises(Interrupted, match="SIGINT"), StopSignal() as stop, stop.raising():
+        load()
+
+
+def test_a_failure_after_a_signal_that_waited_stays_a_failure():
+    with pytest.raises(OSError, match="full"), StopSignal() as stop, stop.raising():
+        with stop.deferring():
+            os.kill(os.getpid(), signal.SIGINT)
+        raise OSError("the disk is full")
+
+
+def test_ctrl_c_while_libraries_are_loaded_ends_the_process_at_once(monkeypatch, capfd):
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    before = signal.getsignal(signal.SIGINT)
+    with interrupt_ends_process(), suppress(Exception):
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ends == [130]
+    assert "before anything was begun" in capfd.readouterr().err
+    assert signal.getsignal(signal.SIGINT) is before

@@ -124,6 +124,17 @@ def test_an_architecture_that_is_not_read_is_refused_with_the_way(tmp_path):
         locate(str(file), "teacher")
 
 
+@pytest.mark.parametrize("share", [0.02, 0.9], ids=["in its header", "in its tensors"])
+def test_a_file_that_is_cut_off_is_named_as_one_possibility_with_its_size(tmp_path, share):
+    file = tmp_path / "tiny-00001-of-00001.gguf"
+    write_gguf(file)
+    content = file.read_bytes()
+    size = int(share * len(content))
+    file.write_bytes(content[:size])
+    with pytest.raises(UserError, match=f"{size:,} bytes. Expected a whole file"):
+        locate(str(file), "teacher")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [

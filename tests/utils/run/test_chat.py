@@ -53,6 +53,33 @@ def test_a_teacher_that_is_gone_is_named_and_the_student_writes_alone(run_folder
     assert "writes alone" in caplog.text and "nowhere" in caplog.text
 
 
+def test_a_line_that_is_no_utf8_is_answered_too(run_folder, monkeypatch, capsys):
+    shown = piped(monkeypatch, capsys, "caf\udce9\nOnce\n", run_folder, "--student-only")
+    assert shown.count("Student: ") == 2
+
+
+def test_the_teacher_reads_with_the_tokenizer_that_the_run_gave_it(run_folder):
+    teacher = run_folder.parent / "teacher"
+    apart = run_folder.parent / "tokenizer"
+    apart.mkdir()
+    for file in teacher.glob("tokenizer*"):
+        file.rename(apart / file.name)
+
+    write(run_folder, teacher=str(teacher))
+    config = yaml.safe_load((run_folder / "config.yaml").read_text())
+    config["teacher"]["tokenizer"] = str(apart)
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
+    speakers = chat.load_speakers(run_folder, Method.chat_tokenizers)
+    assert [speaker.name for speaker in speakers] == ["Student", "Teacher"]
+
+
+@pytest.mark.parametrize("word", ["0", "-3", "many"])
+def test_a_count_of_tokens_that_is_none_is_refused(run_folder, word, capsys):
+    with pytest.raises(SystemExit):
+        chat.main([str(run_folder), f"--new-tokens={word}"], Method.chat_tokenizers)
+    assert "expected a whole number above 0" in capsys.readouterr().err
+
+
 def test_a_student_of_conversations_remembers_its_own_answers_until_a_new_one_begins(run_folder, monkeypatch, capsys):
     write(run_folder, teacher=str(run_folder.parent / "teacher"), prompted=True)
     speakers = chat.load_speakers(run_folder, Method.chat_tokenizers)
