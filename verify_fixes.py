@@ -2,6 +2,7 @@
 
     python verify_fixes.py                                                 this machine and this code
     python verify_fixes.py --teacher DIR --student DIR --train-data FILE   and your own set-up (flags of train.py)
+    python verify_fixes.py -v                                              every check of this code, one a line
 
 The first group of checks trains tiny models with the real loop, loss, loader and evaluation, on text that ships
 with Python: no network, nothing left behind. Exit code 0: all is well; 1: a check failed; 2: a mistake in what
@@ -20,11 +21,16 @@ from utils.logs.streams import make_streams_safe
 from utils.machine.stop_signals import interrupt_ends_process
 from utils.run.exit_codes import EXIT_CODES
 
+VERBOSE = ("-v", "--verbose")
+"""Flags that show every check of this code; else those are shown that fail, and how many passed."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     make_streams_safe()
-    words = list(sys.argv[1:] if argv is None else argv)
+    all_words = list(sys.argv[1:] if argv is None else argv)
+    # The one flag that train.py does not have.
+    words = [word for word in all_words if word not in VERBOSE]
     # The loop says much of toy runs that is no news.
     logging.getLogger("utils").setLevel(logging.ERROR)
 
@@ -46,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Tiny products gain nothing from more threads, and on a busy machine lose a hundredfold.
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory() as folder:
-            return checklist.run(all_checks(config, recipe, is_default=not words, folder=Path(folder)))
+            checks = all_checks(config, recipe, is_default=not words, folder=Path(folder))
+            return checklist.run(checks, shows_all=words != all_words)
 
     except UserError as error:
         print(error, file=sys.stderr)

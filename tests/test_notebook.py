@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import train
 from models.text.chat_template import chat_tokenizer
 from tests.models.tiny import byte_bpe, t5_like, tiny_llama, tiny_t5
+from utils.commands.api import flags
 from utils.config import resume_rules
 from utils.config.plain import to_plain
 from utils.errors import UserError
@@ -29,10 +30,14 @@ NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "kaggle_distil
 MOST_BYTES = 1_000_000
 """Of a saved run."""
 STEPS, STOPPED_AT = 6, 2
-FLAGS = (
-    f"--config quickstart --max-steps {STEPS} --max-length 64 --save-every 2 --set data.max_documents=300 "
-    "evaluation.every=0 evaluation.max_windows=8 evaluation.new_tokens=8 evaluation.without_teacher=false"
-)
+SETTINGS = {
+    "config": "quickstart",
+    "max_steps": STEPS,
+    "max_length": 64,
+    "save_every": 2,
+    "data": {"max_documents": 300},
+    "evaluation": {"every": 0, "max_windows": 8, "new_tokens": 8, "without_teacher": False},
+}
 
 
 @pytest.fixture
@@ -67,9 +72,10 @@ def inputs(cache, tmp_path, monkeypatch):
     output = tmp_path / "inputs" / "notebooks" / "earlier" / "runs" / "notebook"
     boundaries = iter(range(100))
     with monkeypatch.context() as patch:
-        reached = lambda self: "max_hours" if next(boundaries) == STOPPED_AT else None  # noqa: E731
+        # The first of all is asked before the first step.
+        reached = lambda self: "max_hours" if next(boundaries) == STOPPED_AT + 1 else None  # noqa: E731
         patch.setattr(StopSignal, "requested", reached)
-        assert train.main([*FLAGS.split(), "--output-dir", str(output), "--max-hours", "1"]) == 0
+        assert train.main([*flags(**SETTINGS), "--output-dir", str(output), "--max-hours", "1"]) == 0
     written = [tmp_path / "inputs", *(tmp_path / "inputs").rglob("*")]
     for path in written:
         path.chmod(path.stat().st_mode & ~(stat.S_IWUSR | stat.S_IWGRP | stat.S_IWOTH))
@@ -127,7 +133,7 @@ def test_it_runs_from_top_to_bottom_and_continues_the_attached_run(notebook, inp
     work = tmp_path / "work"
     work.mkdir()
     (work / "curriculum-distillation").symlink_to(NOTEBOOK.parent.parent)
-    values = f'FLAGS, OUTPUT, INPUTS, MAX_HOURS = "{FLAGS}", "runs/notebook", "{inputs}", 0.5'
+    values = f'SETTINGS, OUTPUT, INPUTS, MAX_HOURS = {SETTINGS!r}, "runs/notebook", "{inputs}", 0.5'
     place = notebook.cells.index(cell(notebook, "parameters"))
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(values))
     variables = {**os.environ, "KAGGLE_KERNEL_RUN_TYPE": "Batch"}
@@ -135,9 +141,15 @@ def test_it_runs_from_top_to_bottom_and_continues_the_attached_run(notebook, inp
     client.execute(env=variables)
 
     assert "nothing was missing" in said(cell(notebook, "packages"))
-    assert "[learned]" in said(cell(notebook, "preflight")) and "✓ memory" in said(cell(notebook, "preflight"))
+    assert "[learned]" in said(cell(notebook, "preflight")) and "label shift: copying" not in said(
+        cell(notebook, "preflight")
+    )
+    assert "✓ memory" in said(cell(notebook, "preflight"))
     assert "Continuing" in said(cell(notebook, "resume"))
-    assert f"step-{STOPPED_AT:08d}" in said(cell(notebook, "train"))
+    trained = cell(notebook, "train")
+    assert f"step-{STOPPED_AT:08d}" in said(trained) and "[TOTAL]" not in said(trained)
+    (panel,) = [output for output in trained.outputs if "text/html" in output.get("data", {})]
+    assert f"step {STEPS} of {STEPS}" in panel.data["text/html"] and "<th>loss</th>" in panel.data["text/html"]
     (shown,) = cell(notebook, "report").outputs
     assert "<iframe srcdoc=" in shown["data"]["text/html"] and "image/png" in cell(notebook, "curves").outputs[0].data
     assert "student.zip" in said(cell(notebook, "export")) and (work / "runs" / "student.zip").is_file()

@@ -94,7 +94,7 @@ def command(folder: Path, *flags: str) -> subprocess.CompletedProcess:
 
 
 def test_everything_is_ticked_in_order_and_nothing_is_left_behind(tmp_path):
-    done = command(tmp_path)
+    done = command(tmp_path, "-v")
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     ticked = [line.strip().removeprefix("✓ ") for line in lines if line.startswith("  ✓")]
@@ -622,6 +622,25 @@ def test_an_exception_is_a_failed_check_and_not_a_crash(tiny, monkeypatch, capsy
     monkeypatch.setattr(fused_head, "kd_loss", broken)
     assert checklist.run([check("KD of equal models", tiny)]) == 1
     assert "KD of equal models: ZeroDivisionError: by zero, of all things" in capsys.readouterr().out
+
+
+def test_of_the_projects_own_checks_those_that_fail_are_shown_and_how_many_passed(capsys):
+    def result(name: str, passed: bool = True) -> checklist.Check:
+        return checklist.Check(name, "1", "1", passed, hint=f"mend {name}")
+
+    items = [
+        *("This machine", result("device"), checklist.BriefGroup("This code"), result("one"), result("two", False)),
+        *(result("three"), "Your set-up", result("memory")),
+    ]
+    assert checklist.run(items, shows_all=False) == 1
+    brief = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0].split(" (")[0].strip() for line in brief[:-2]] == [
+        *("This machine", "✓ device", "This code", "✗ two", "→ mend two", "✗ 2 of 3", "Your set-up", "✓ memory"),
+    ]
+    assert brief[-2].startswith("4 of 5 checks passed")
+
+    assert checklist.run(items) == 1
+    assert len(capsys.readouterr().out.splitlines()) == len(brief) + 2 - 1
 
 
 def test_a_crash_between_checks_is_a_failed_one(monkeypatch, capsys):

@@ -1,10 +1,18 @@
-"""The two exceptions whose message is all that a user needs, and helpers for their messages."""
+"""The exceptions whose message is all that a user needs, and helpers for their messages."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
-class UserError(Exception):
+class Plain(BaseException):
+    """An exception whose message a notebook shows without a traceback."""
+
+    def _render_traceback_(self) -> list[str]:
+        """Return the lines that IPython shows."""
+        return [f"{type(self).__name__}: {self}"]
+
+
+class UserError(Plain, Exception):
     """Something the user can put right: a setting, a path, a file's content, a missing device.
 
     The message says three things in plain words: what was found, what was expected, and what to do about it.
@@ -13,7 +21,7 @@ class UserError(Exception):
     """
 
 
-class RunError(RuntimeError):
+class RunError(Plain, RuntimeError):
     """An end of a run that is no mistake of the user: a full disk, gradients that stay not finite, too little memory.
 
     The message says what happened, what is kept, and what to do. `train.py` prints it without a traceback and exits

@@ -41,6 +41,7 @@ VARIANTS = {
     "T4, batch size auto": Variant("T4", (FP16,), ("--batch-size", "auto")),
     "T4, teacher on the host": Variant("T4", (FP16, "teacher.dtype=float32"), ("--teacher-device", "cpu")),
     "T4 x2, teacher on the second": Variant("T4", (FP16,), ("--teacher-device", "cuda:1"), 2),
+    "T4 x2, teacher by itself": Variant("T4", (FP16,), count=2),
     "T4 x2, teacher on the first, by name": Variant("T4", (FP16,), ("--teacher-device", "cuda:0"), 2),
     "T4 x2, teacher spread": Variant("T4", (FP16,), ("--teacher-device", "spread"), 2),
 }
@@ -104,10 +105,12 @@ def test_attention_writes_no_scores_to_memory(run, gpu_kind):
 
 def test_the_teacher_is_where_it_was_asked_for(results):
     on_second = results["T4 x2, teacher on the second"]
+    by_itself = results["T4 x2, teacher by itself"]
     spread = results["T4 x2, teacher spread"]
     if "skipped" in on_second:
         pytest.skip(on_second["skipped"])
     assert "teacher on cuda:1" in on_second["teacher"][0] and on_second["peak"][1] > 0
+    assert "teacher on cuda:1: a GPU of its own" in by_itself["teacher"][0] and by_itself["peak"][1] > 0
     assert "teacher on cuda:1, whole" in spread["teacher"][0]
     assert results["T4 x2, teacher on the first, by name"]["peak"][1] == 0
 

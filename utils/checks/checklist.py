@@ -177,10 +177,20 @@ class Row:
 # ------------------------------------------------------------------------------------------ printing
 
 
-def run(items: Iterable[str | Check]) -> int:
+@dataclass(frozen=True)
+class BriefGroup:
+    """The title of checks of which only those are printed that fail, and how many passed, unless all are asked for."""
+
+    title: str
+
+
+def run(items: Iterable[str | BriefGroup | Check], *, shows_all: bool = True) -> int:
     """Print titles and checks as they come, then a summary.
 
     An error between two checks becomes a failed check, the last one.
+
+    Args:
+        shows_all: print every check of brief groups as well.
 
     Returns:
         the exit code: 1 if a check failed, else 0.
@@ -191,13 +201,25 @@ def run(items: Iterable[str | Check]) -> int:
     # Printed as they come: the last line on the screen names what takes so long, or what crashed.
     start = time.monotonic()
     checks: list[Check] = []
+    group: list[Check] | None = None
     try:
         for item in items:
             if isinstance(item, Check):
                 checks.append(item)
-                _show(item)
-            else:
-                print(item, flush=True)
+                if group is not None:
+                    group.append(item)
+                if group is None or item.doubtful or not item.passed:
+                    _show(item)
+                continue
+
+            # The title of what follows ends the group before it.
+            _show_passed(group)
+            group = None
+            if isinstance(item, BriefGroup) and not shows_all:
+                group = []
+            print(item.title if isinstance(item, BriefGroup) else item, flush=True)
+        _show_passed(group)
+
     except UserError:
         raise
     except Exception as error:
@@ -224,12 +246,25 @@ def _summarise(checks: Sequence[Check], seconds: float) -> int:
     return 1 if failed else 0
 
 
+def _show_passed(group: Sequence[Check] | None) -> None:
+    """Print how many checks of a brief group passed, if there is one."""
+    if not group:
+        return
+    passed = sum(check.passed for check in group)
+    mark, failed, _ = _marks()
+    print(f"  {mark if passed == len(group) else failed} {passed} of {len(group)} (-v shows each)", flush=True)
+
+
+def _marks() -> tuple[str, str, str]:
+    """Return the signs for passed, failed and what to do, as far as the terminal's encoding has them."""
+    if _can_print("✓✗→"):
+        return "✓", "✗", "→"
+    return "ok", "FAILED", "->"
+
+
 def _show(check: Check) -> None:
     """Print one line, and a second one where there is something to do."""
-    if _can_print("✓✗→"):
-        passed, failed, arrow = "✓", "✗", "→"
-    else:
-        passed, failed, arrow = "ok", "FAILED", "->"
+    passed, failed, arrow = _marks()
 
     mark = passed if check.passed else failed
     if check.doubtful:

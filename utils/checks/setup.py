@@ -25,6 +25,7 @@ from ..forecast import model_size, step_memory
 from ..interfaces import Job
 from ..machine import hardware
 from ..pretrained import loading, locate, model_folders, precision
+from ..pretrained.teacher import with_spare_gpu
 from ..run import folder as run_folder
 from ..seeding import seed_everything
 from .checklist import Measured
@@ -300,12 +301,15 @@ def _memory(setup: SetUp) -> Measured:
         device=device,
         chunk_rows=setup.chunk_rows,
     )
-    demand = step_memory.demand_of(setup.config, setting)
+    config, spare = with_spare_gpu(setup.config, device, processes=1)
+    demand = step_memory.demand_of(config, setting)
 
     # With a complete cache the teacher is not loaded at all.
     spares_teacher = step_memory.spares_teacher(setup.config)
     parts = replace(demand, apart=demand.apart or spares_teacher).memory(_batch_size(setup.config))
     condition = ", if the teacher cache is complete" if spares_teacher else ""
+    if spare is not None:
+        condition += f", if one process trains: the teacher is then on {config.teacher.device}"
 
     free = hardware.free_memory(device)
     return Measured(

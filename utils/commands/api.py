@@ -15,8 +15,9 @@ import torch
 from utils.commands.run import start
 from utils.commands.settings import configure
 from utils.config.arguments import SHORT_FLAGS
-from utils.errors import UserError
+from utils.errors import Plain, UserError
 from utils.logs.console import setup_logging
+from utils.logs.progress import terminal_bar
 from utils.run.exit_codes import Interrupted
 
 RESULTS_NAME = "evaluation_report.json"
@@ -46,10 +47,14 @@ class Distilled:
         return f"Distilled({str(self.folder)!r}, bits per byte: {scores})"
 
 
+class Stopped(Plain, KeyboardInterrupt):
+    """A run was interrupted, and can be continued."""
+
+
 def distil(
     teacher: FileName | None = None,
     student: FileName | None = None,
-    data: FileName | Sequence[FileName] | None = None,
+    data: FileName | Sequence[FileName] | dict[str, Any] | None = None,
     *,
     config: FileName | None = None,
     **settings: Any,
@@ -62,36 +67,59 @@ def distil(
     Args:
         teacher: hub id, local folder or GGUF file; None: as the recipe says.
         student: likewise.
-        data: texts to learn from, such as files and ids of data sets.
+        data: texts to learn from, such as files and ids of data sets; a dict holds settings of the section `data`.
         config: recipe or YAML file; None: as the command chooses one.
         settings: flags of the command without their dashes (`max_steps`, `output_dir`), and sections
             (`training={"seed": 7}`).
 
     Raises:
         UserError: every mistake in what was asked for, at once.
-        KeyboardInterrupt: the run was interrupted; a checkpoint is saved, and the same call continues.
+        KeyboardInterrupt: the run was interrupted (in a notebook by Interrupt); a checkpoint is saved, and the same
+            call continues.
     """
     started = time.monotonic()
     setup_logging(None, main_process=True)
-    named = {"teacher": teacher, "student": student, "train_data": data, **settings}
-    words = _words({name: value for name, value in named.items() if value is not None})
-    if config is not None:
-        words = ["--config", fspath(config), *words]
-
-    run_config, recipe = configure(words)
+    run_config, recipe = configure(flags(teacher, student, data, config=config, **settings))
+    stopped_by = None
     try:
         start(run_config, recipe, started)
     except Interrupted as interrupted:
-        raise KeyboardInterrupt(f"stopped by {interrupted}; the same call continues where it stopped") from None
+        stopped_by = str(interrupted)
     finally:
+        terminal_bar().stop()
         # A notebook goes on, with the memory of its GPU.
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
+    # Out here: an exception keeps those before it, and with them the models of the frames that they passed.
+    if stopped_by is not None:
+        raise Stopped(f"stopped by {stopped_by}; {run_config.output_dir} is kept, the same call continues it")
+
     folder = Path(run_config.output_dir)
     results = folder / RESULTS_NAME
     return Distilled(folder, json.loads(results.read_text(encoding="utf-8")) if results.exists() else {})
+
+
+def flags(
+    teacher: FileName | None = None,
+    student: FileName | None = None,
+    data: FileName | Sequence[FileName] | dict[str, Any] | None = None,
+    *,
+    config: FileName | None = None,
+    **settings: Any,
+) -> list[str]:
+    """Return the words of the command line that says the same as a call of `distil`, for its arguments.
+
+    With them `verify_fixes.py` checks a run before it starts, and a launcher starts it in several processes.
+
+    Raises:
+        UserError: a value that no command line can say.
+    """
+    data_name = "data" if isinstance(data, dict) else "train_data"
+    named = {"teacher": teacher, "student": student, data_name: data, **settings}
+    words = _words({name: value for name, value in named.items() if value is not None})
+    return words if config is None else ["--config", fspath(config), *words]
 
 
 def _words(settings: dict[str, Any]) -> list[str]:
@@ -104,7 +132,12 @@ def _words(settings: dict[str, Any]) -> list[str]:
     for name, value in settings.items():
         flag = f"--{name.replace('_', '-')}"
         plain = _plain(name, value)
-        if flag not in SHORT_FLAGS:
+
+        if flag not in SHORT_FLAGS and isinstance(plain, dict):
+            # One by one: the section as a whole would lose what the recipe says in it.
+            for key, inner in plain.items():
+                words += ["--set", f"{name}.{key}={json.dumps(inner)}"]
+        elif flag not in SHORT_FLAGS:
             words += ["--set", f"{name}={json.dumps(plain)}"]
         elif isinstance(plain, dict):
             words += ["--set", f"{SHORT_FLAGS[flag]}={json.dumps(plain)}"]
@@ -114,6 +147,7 @@ def _words(settings: dict[str, Any]) -> list[str]:
             words += [flag, *map(_word, plain)]
         else:
             words += [flag, _word(plain)]
+
     return words
 
 

@@ -18,7 +18,7 @@ from models.teacher.frozen import FrozenTeacher
 from utils.checks import checklist, evaluation, loop, machine, miniature
 from utils.checks import setup as run_setup
 from utils.checks.bench import Bench
-from utils.checks.checklist import Check, Measured, Row, above, at_least, below, equal_to, near, within
+from utils.checks.checklist import BriefGroup, Check, Measured, Row, above, at_least, below, equal_to, near, within
 from utils.checks.setup import SetUp
 from utils.commands.run import method_of
 from utils.commands.settings import RunConfig, configure
@@ -502,7 +502,7 @@ def own_setup(config: RunConfig) -> tuple[SetUp, Job]:
 # --------------------------------------------------------------------------------------- the report
 
 
-def all_checks(config: RunConfig, recipe: str, *, is_default: bool, folder: Path) -> Iterator[str | Check]:
+def all_checks(config: RunConfig, recipe: str, *, is_default: bool, folder: Path) -> Iterator[str | BriefGroup | Check]:
     """Yield titles and checks, one by one as they are done: this machine, then this code, then what would be trained.
 
     Args:
@@ -530,7 +530,7 @@ def all_checks(config: RunConfig, recipe: str, *, is_default: bool, folder: Path
     is_embedded = is_default and config.student.name in quickstart_names.NAMES
     setup, job = (default_setup(config), None) if is_embedded else own_setup(config)
 
-    yield "This code, on tiny models"
+    yield BriefGroup("This code, on tiny models")
     for row in (*CODE, *TINY, DUPLICATES, LEAKAGE, COVERAGE):
         yield row.check(tiny)
 

@@ -18,6 +18,7 @@ from utils.forecast.batch_size import choose_batch_size
 from utils.logs.console import setup_logging
 from utils.machine.launcher import rank
 from utils.machine.stop_signals import StopSignal
+from utils.pretrained.teacher import with_spare_gpu
 from utils.run import chat as chat_command
 from utils.run import folder as run_folder
 from utils.run import quickstart
@@ -73,6 +74,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     session = Session.start(config, recipe, stop)
     if quickstart.is_named(config):
         config = quickstart.resolve(config, session, *quickstart_teacher(config, stop))
+    config = with_teacher_device(config, session)
     config, needed = choose_batch_size(config, session.accelerator, chunk_rows)
     job = prepare_run(config, method_of(config), session, needed)
     session.write_config()
@@ -110,6 +112,16 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
     if is_cut_short and reason in EXIT_CODES:
         raise Interrupted(reason)
     return trained.result.stopped_by
+
+
+def with_teacher_device(config: RunConfig, session: Session) -> RunConfig:
+    """Return the settings with the GPU that the teacher gets by itself, if there is one; noted and logged."""
+    accelerator = session.accelerator
+    config, reason = with_spare_gpu(config, accelerator.device, accelerator.num_processes)
+    if reason is not None:
+        session.notes["teacher device"] = reason
+        log.info("teacher on %s", reason)
+    return config
 
 
 def method_of(config: RunConfig) -> Method:

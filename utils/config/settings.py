@@ -61,8 +61,9 @@ class ModelConfig(Validated):
     need an NVIDIA GPU and bitsandbytes."""
 
     device: str = "auto"
-    """auto: the student's; cpu, or a GPU of its own such as cuda:1, where it works one step ahead of the student; its
-    layers spread over all GPUs, or sharded over all processes."""
+    """auto: in one process a second GPU, where there is one with room, else the student's; cpu, or a GPU such as
+    cuda:1. On one of its own it works one step ahead of the student. Or its layers spread over all GPUs, or sharded
+    over all processes."""
 
     allow_pickle: bool = False
     """Also take weights that are only there as pickle files (.bin); safetensors cannot carry code, they can."""

@@ -6,7 +6,8 @@ streams        `make_streams_safe`: standard output and error that never raise
 step_logger    `StepLogger`: everything that is written at a logged step
 lines          the lines of a step, an evaluation and a sample
 records        metrics.jsonl and warnings, read back
-progress       `Progress`: a bar or status lines
+progress       `Progress`: a bar, the panel of a notebook, or status lines
+notebook       `Panel`: table, curves and progress below the cell of a notebook
 time_left      `TimeLeft`: an estimate of what a command still takes
 trackers       TensorBoard, Weights & Biases and others
 """

@@ -111,7 +111,8 @@ def _join_libraries() -> None:
 class _ConsoleHandler(logging.Handler):
     """One record, one line (the terminal may fold it, a captured log does not), above the bar.
 
-    A record with `extra={"screen": f}` is shown as `f` returns it for the columns that there are.
+    A record with `extra={"screen": f}` is shown as `f` returns it for the columns that there are, and one with
+    `is_in_panel` is not, because the panel of a notebook shows it.
 
     Args:
         file: the log that has the tracebacks. None: there is none, so that of an unexpected failure is shown.
@@ -125,6 +126,8 @@ class _ConsoleHandler(logging.Handler):
         self.prefix = prefix
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "is_in_panel", False):
+            return
         try:
             # A terminal would fold a line in the middle of a word; what is captured keeps one line.
             is_captured = not person_may_watch(console().file)

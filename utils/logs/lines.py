@@ -63,17 +63,17 @@ def training_line(
     """
     parts = {
         "step": f"[TOTAL] step {record['step']}/{total_steps}",
-        "loss": f"loss {_number(record['loss'])}",
+        "loss": f"loss {compact_number(record['loss'])}",
     }
     for name, term in record["terms"].items():
         if term["weight"] or term["weighted"]:
-            parts[name] = f"{name} {_number(term['raw'])}"
+            parts[name] = f"{name} {compact_number(term['raw'])}"
 
     parts["lr"] = f"lr {record['lr']:.1e}"
     if record.get("grad_norm") is not None:
-        parts["norm"] = f"norm {_number(record['grad_norm'])}"
+        parts["norm"] = f"norm {compact_number(record['grad_norm'])}"
     if record.get("tokens_per_second") is not None:
-        parts["speed"] = f"{_thousands(record['tokens_per_second'])} tok/s"
+        parts["speed"] = f"{thousands(record['tokens_per_second'])} tok/s"
     if record.get("peak_memory_mb") is not None:
         parts["memory"] = memory(record["peak_memory_mb"])
     if seconds_left:
@@ -96,7 +96,7 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
     """Return the [Eval] line."""
     return (
         f"[Eval] step {record['step']} bits/byte {record['bits_per_byte']:.4f}"
-        f" perplexity {_number(record['perplexity'])} loss {_number(record['loss'])}"
+        f" perplexity {compact_number(record['perplexity'])} loss {compact_number(record['loss'])}"
     )
 
 
@@ -116,7 +116,7 @@ def sample_line(sample: Mapping[str, str], columns: int | None = None) -> str:
     return shorten(f"[sample] {prompt} | {text}", columns)
 
 
-def _number(value: float | int | None) -> str:
+def compact_number(value: float | int | None) -> str:
     """Return a number in about five characters; a dash where there is none."""
     if value is None or math.isnan(value):
         return "-"
@@ -127,7 +127,7 @@ def _number(value: float | int | None) -> str:
     return f"{value:#.4g}" if abs(value) >= 1 else f"{value:.3f}"
 
 
-def _thousands(value: float) -> str:
+def thousands(value: float) -> str:
     return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
 
 

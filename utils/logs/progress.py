@@ -1,4 +1,5 @@
-"""The progress display of a command: a bar of one line where a person may watch, else a status line now and then.
+"""The progress display of a command: a bar of one line where a person may watch, a panel below the cell of a notebook,
+else a status line now and then.
 
 A saved notebook keeps every byte a child process wrote, carriage returns included, and its child sees
 a terminal of 80 x 24, so `isatty()` does not tell whether a person watches. Hence one line, drawn at
@@ -20,7 +21,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from ..machine.jupyter import in_kernel
 from .lines import clock_time
+from .notebook import Panel
 from .terminal import console, line_columns, person_may_watch
 from .time_left import STEPS, Kind, TimeLeft
 
@@ -104,7 +107,7 @@ class Progress:
     """The display of a command, and the time that it still takes.
 
     Args:
-        stream: where to draw; None: standard output.
+        stream: where to draw; None: standard output, or in the kernel of a notebook a panel below the cell.
         clock: monotonic seconds.
         deadline: when, by that clock, training is stopped; None: never.
         check: called after each part of the work that `over` shows; may raise to end it.
@@ -126,6 +129,7 @@ class Progress:
         self.check = check
         self.shown = shown
         self.time_left = TimeLeft()
+        self.panel = Panel() if shown and stream is None and in_kernel() else None
         self._tasks: list[Task] = []
         self._drawn = clock()
         self._began = self._drawn
@@ -173,7 +177,9 @@ class Progress:
 
         if self.shown and now - self._drawn >= self._interval(now):
             self._drawn = now
-            if self._is_bar:
+            if self.panel is not None:
+                self._draw_panel(self.panel, task, now)
+            elif self._is_bar:
                 self._draw_bar(task, now)
             else:
                 self._write_line(task, now)
@@ -187,18 +193,22 @@ class Progress:
         # What lay within another task is no part of that one's pace.
         for outer in self._tasks:
             outer.noted += self.clock() - task.began
-        if self.shown and self._is_bar:
+        if self.panel is not None:
+            self._rest(self.panel)
+        elif self.shown and self._is_bar:
             self._bar.clear()
 
     def line_written(self) -> None:
         """Note that the log has a line about where the run is: no status line is due for a while."""
-        if not self._is_bar:
+        if self.panel is None and not self._is_bar:
             self._drawn = self.clock()
 
     def close(self) -> None:
         """Show nothing any more."""
         self._tasks.clear()
-        if self.shown and self._is_bar:
+        if self.panel is not None:
+            self._rest(self.panel)
+        elif self.shown and self._is_bar:
             self._bar.stop()
 
     # --- time -------------------------------------------------------------------------------------------------------
@@ -214,7 +224,7 @@ class Progress:
     def _interval(self, now: float) -> float:
         """Return the seconds between two draws."""
         expected = (now - self._began) + (self.seconds_left() or 0.0)
-        if self._is_bar:
+        if self.panel is not None or self._is_bar:
             return max(BAR_SECONDS, expected / BAR_DRAWS)
         return max(LINE_SECONDS, expected / STATUS_LINES)
 
@@ -260,6 +270,16 @@ class Progress:
         while times and len(before) + len(", ".join(times)) + NARROWEST_BAR + 2 > line_columns():
             times.pop()
         self._bar.show(before[: line_columns()], task.done / max(task.total, 1), ", ".join(times))
+
+    def _draw_panel(self, panel: Panel, task: Task, now: float) -> None:
+        """Draw the panel with what is done and the times."""
+        state = f"{task.label}: {task.unit} {task.done:,} of {task.total:,}"
+        panel.draw(", ".join([state, *self._times(task, now, clock_time)]), task.done / max(task.total, 1))
+
+    def _rest(self, panel: Panel) -> None:
+        """Draw the panel without work, once none is under way."""
+        if not self._tasks:
+            panel.rest()
 
     def _write_line(self, task: Task, now: float) -> None:
         """Write one line that stays."""

@@ -5,7 +5,7 @@ Every message goes through `logging`; `console.setup_logging` sends it to a rich
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from ..errors import RunError
 from ..files import write_text
 from ..run_layout import METRICS
 from .lines import evaluation_line, sample_line, training_line
+from .notebook import Panel
 from .progress import Progress, Task
 from .records import json_safe, read_metrics
 from .time_left import Kind
@@ -84,8 +85,10 @@ class StepLogger:
         # The record first: lines are for people, and may fail without harm.
         self._append(record)
         with advice(f"line about step {record['step']}"):
+            if self.display.panel is not None:
+                self.display.panel.training(record, self.total_steps)
             line = partial(training_line, record, self.total_steps, self.display.seconds_left())
-            log.info(line(), extra={"screen": line})
+            self._log(line(), screen=line)
             self.display.line_written()
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
@@ -95,11 +98,21 @@ class StepLogger:
 
         self._append(record)
         with advice(f"line about the evaluation at step {record['step']}"):
-            log.info(evaluation_line(record))
+            if self.display.panel is not None:
+                self.display.panel.evaluation(record)
+            self._log(evaluation_line(record))
             if record.get("sample"):
                 line = partial(sample_line, record["sample"])
-                log.info(line(), extra={"screen": line})
+                self._log(line(), screen=line)
             self.display.line_written()
+
+    def _log(self, message: str, screen: Callable[[int], str] | None = None) -> None:
+        """Log a line, which the console leaves out where a panel shows the same.
+
+        Args:
+            screen: the line for a console of so many columns; None: the message.
+        """
+        log.info(message, extra={"screen": screen, "is_in_panel": self.display.panel is not None})
 
     def has_evaluation(self, step: int) -> bool:
         """Return whether the file has an evaluation at this step. Call it in the main process, which writes it."""
@@ -150,7 +163,21 @@ class StepLogger:
         # A run in which nothing else is planned ends with its last step.
         if self._owns_display:
             self.display.time_left.expect({self.kind: self.total_steps - done}, {})
+        if self.display.panel is not None:
+            self._begin_panel(self.display.panel)
         self._task = self.display.begin("training", self.total_steps, self.kind, done=done)
+
+    def _begin_panel(self, panel: Panel) -> None:
+        """Begin a table, with what the sessions before this one logged."""
+        panel.begin()
+        if self.path is None or not self.path.exists():
+            return
+        with advice("table of earlier sessions"):
+            for record in read_metrics(self.path):
+                if "terms" in record:
+                    panel.training(record, self.total_steps)
+                else:
+                    panel.evaluation(record)
 
     def progress(self, step: int) -> None:
         """Tell the display that `step` steps are done. Cheap: call it at every step."""

@@ -17,7 +17,8 @@ def console() -> Console:
 
     Text is shown as it is: names of folders, settings and what models write may look like rich's markup or emoji.
     """
-    return Console(highlight=False, markup=False, emoji=False)
+    # In a notebook rich would make a display of HTML of each line.
+    return Console(highlight=False, markup=False, emoji=False, force_jupyter=False)
 
 
 def line_columns() -> int:

@@ -3,6 +3,7 @@
 - `hardware`: what this machine has, and the device, precision and backends that are chosen for it, with reasons.
 - `device_memory`: memory that runs out: how it is recognised, given back, and work in parts that fit.
 - `kernels`: check that this build of PyTorch can compute on the GPUs.
+- `jupyter`: the kernel of a notebook, recognised.
 - `launcher`: the number of a process among several, and its end.
 - `packages`: packages that are missing or too old, and their installation in a notebook.
 - `torch_build`: facts about the installed torch that need not load it.

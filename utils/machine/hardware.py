@@ -59,6 +59,9 @@ class Choice(Generic[T]):
 
 # ----------------------------------------------------------------------------------------------------- devices
 
+LEAST_SPARE = 0.5
+"""Free memory of a GPU that the teacher gets without being asked for it, beside that of the student's."""
+
 
 def choose_device() -> Choice[torch.device]:
     """Return the device to train on: a CUDA GPU, else the CPU."""
@@ -90,6 +93,28 @@ def unused_gpus(processes: int, used_here: int) -> str | None:
         "train.py ...` with the same flags trains on all of them, and --teacher-device cuda:1 gives the teacher one "
         "of its own (docs/scaling.md)"
     )
+
+
+def spare_gpu(student: torch.device, processes: int) -> Choice[torch.device] | None:
+    """Return a GPU that the teacher can have for itself; None: there is none.
+
+    Args:
+        student: device of the student.
+        processes: of the run; of several each has its GPU already.
+    """
+    if processes > 1 or student.type != "cuda" or _gpu_count() < 2:
+        return None
+
+    free = {index: torch.cuda.mem_get_info(index)[0] for index in range(_gpu_count())}
+    at_student = free.pop(student.index or 0)
+    index = max(free, key=lambda gpu: free[gpu])
+
+    # One that drives a screen, or is busy, may have no room for a teacher.
+    if free[index] < LEAST_SPARE * at_student:
+        return None
+    room = f"{free[index] / 2**30:.1f} GiB free"
+    reason = f"a GPU of its own, with {room}; --teacher-device {student} puts it with the student"
+    return Choice(torch.device("cuda", index), reason=reason)
 
 
 def choose_teacher_device(requested: str, student: torch.device, processes: int) -> Choice[torch.device]:

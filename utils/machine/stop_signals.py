@@ -8,6 +8,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from .jupyter import in_kernel
+
 SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 """Signals that ask a run to end: a scheduler or `kill`, Ctrl-C, a terminal or ssh connection that was closed; and
 SIGUSR1, which batch systems are asked to send some time before the end."""
@@ -39,9 +41,9 @@ class StopSignal:
     """Remembers that the run has to stop: SIGTERM, SIGINT (Ctrl-C), SIGHUP, SIGUSR1 or a wall-clock limit.
 
     A context manager. Inside it, signals raise nothing, so whatever is being written is written to its end; a second
-    Ctrl-C ends the process at once. Where nothing is lost by an end (`raising`), the first Ctrl-C raises. The former
-    handlers return at exit. Outside the main thread, where Python allows no handlers, only the limit works. A SIGHUP
-    that is ignored already stays ignored: `nohup` asks for that.
+    Ctrl-C ends the process at once, or in the kernel of a notebook the cell. Where nothing is lost by an end
+    (`raising`), the first Ctrl-C raises. The former handlers return at exit. Outside the main thread, where Python
+    allows no handlers, only the limit works. A SIGHUP that is ignored already stays ignored: `nohup` asks for that.
 
     Args:
         max_hours: limit; None is no limit.
@@ -162,7 +164,8 @@ class StopSignal:
             raise Interrupted(name)
 
         hint = "; once more ends at once" if name == "SIGINT" else ""
-        _write(f"\n{name}: stopping, the same command continues{hint}\n")
+        message = "stopping, the same cell continues" if in_kernel() else "stopping, the same command continues"
+        _write(f"\n{name}: {message}{hint}\n")
 
     def _handle_second(self) -> None:
         """End at once, or as soon as a checkpoint is written."""
@@ -173,7 +176,13 @@ class StopSignal:
         self._end_at_once()
 
     def _end_at_once(self) -> None:
-        """End the process without any cleaning up: files appear whole or not at all."""
+        """End the process without any cleaning up: files appear whole or not at all.
+
+        Raises:
+            KeyboardInterrupt: the process is the kernel of a notebook, whose other cells need it.
+        """
+        if in_kernel():
+            raise KeyboardInterrupt("ended at once; the same cell continues from the newest checkpoint")
         _write("\nended at once; the same command continues from the newest checkpoint\n")
         os._exit(128 + signal.SIGINT)
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import get_max_memory
 from torch import nn
 
-from ..config.protocols import RunConfig
+from ..config.protocols import ConfigT, RunConfig
 from ..config.settings import ModelConfig
 from ..errors import UserError
 from ..interfaces import Job
@@ -35,6 +35,24 @@ ROOM = 0.9
 
 
 # ---------------------------------------------------------------- choice of devices
+
+
+def with_spare_gpu(config: ConfigT, device: torch.device, processes: int) -> tuple[ConfigT, str | None]:
+    """Return the RunConfig whose teacher, on `auto`, has a GPU for itself where there is one to spare, and the reason.
+
+    Args:
+        device: of the student.
+        processes: of the run.
+    """
+    is_trained_with = config.teacher.name is not None and not config.cache.build_only
+    if config.teacher.device != "auto" or not is_trained_with:
+        return config, None
+
+    spare = hardware.spare_gpu(device, processes)
+    if spare is None:
+        return config, None
+    placed = replace(config, teacher=replace(config.teacher, device=str(spare.value)))
+    return placed, f"{spare.value}: {spare.reason}"
 
 
 def choose_teacher_device(config: RunConfig, accelerator: Accelerator) -> torch.device:

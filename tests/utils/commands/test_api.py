@@ -10,6 +10,7 @@ from tests.faults.conftest import place  # noqa: F401  the set-up of a run
 from utils.commands import api
 from utils.commands.settings import configure
 from utils.errors import UserError
+from utils.run.exit_codes import Interrupted
 
 SHORT = {
     "max_steps": 2,
@@ -60,3 +61,26 @@ def test_mistakes_are_told_all_at_once():
 def test_a_model_that_is_loaded_is_refused_with_the_way():
     with pytest.raises(UserError, match=r"teacher: got a dict_keys, expected a name.*Distillation"):
         api.distil({}.keys(), "b", Path("c"))
+
+
+def test_a_section_changes_a_recipe_and_does_not_replace_it():
+    settings, _ = configure(api.flags(config="kaggle_p100", data={"max_documents": 9}, training={"seed": 7}))
+    recipe, _ = configure(["--config", "kaggle_p100"])
+    assert (settings.data.max_documents, settings.training.seed) == (9, 7)
+    assert settings.data.train == recipe.data.train
+    assert settings.training.learning_rate == recipe.training.learning_rate
+
+
+def test_an_interrupted_run_is_told_in_a_sentence_and_keeps_no_models(monkeypatch):
+    def start(*_):
+        raise Interrupted("SIGINT")
+
+    monkeypatch.setattr(api, "start", start)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped by SIGINT; .*quickstart is kept, the same call") as caught:
+        api.distil(config="quickstart")
+    # The frames of the run hold its models.
+    assert caught.value.__context__ is None
+
+    # IPython shows what this returns, and no traceback.
+    assert caught.value._render_traceback_() == [f"Stopped: {caught.value}"]
+    assert UserError("a mistake")._render_traceback_() == ["UserError: a mistake"]

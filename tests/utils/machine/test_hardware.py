@@ -15,6 +15,7 @@ from utils.machine.hardware import (
     configure_backends,
     describe,
     peak_memory_mb,
+    spare_gpu,
     unused_gpus,
 )
 
@@ -76,6 +77,27 @@ def test_the_teacher_computes_where_it_is_told_to_and_no_gpu_serves_two_processe
         choose_teacher_device("cuda:2", GPU, 1)
     with pytest.raises(UserError, match="each of the 2 processes"):
         choose_teacher_device("cuda:1", GPU, 2)
+
+
+@pytest.mark.parametrize(
+    ("student", "processes", "free", "expected"),
+    [
+        (GPU, 1, [14, 15], "cuda:1"),
+        (GPU, 1, [14, 9, 15], "cuda:2"),
+        (torch.device("cuda", 1), 1, [14, 15], "cuda:0"),
+        (GPU, 1, [14, 6], None),  # it drives a screen, or is busy
+        (GPU, 1, [14], None),
+        (GPU, 2, [14, 15], None),  # each process has one
+        (CPU, 1, [14, 15], None),
+    ],
+)
+def test_a_second_gpu_with_room_is_the_teachers(monkeypatch, student, processes, free, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (free[index] * 2**30, 16 * 2**30))
+    spare = spare_gpu(student, processes)
+    assert (None if spare is None else str(spare.value)) == expected
+    assert spare is None or str(student) in spare.reason
 
 
 def test_tf32_is_set_by_an_interface_that_leaves_all_getters_readable(gpu):

@@ -140,6 +140,19 @@ def test_a_checkpoint_is_written_to_its_end_before_a_second_ctrl_c_ends_the_run(
     assert "a checkpoint is being written" in capfd.readouterr().err
 
 
+@pytest.mark.parametrize("raising", [True, False])
+def test_in_a_notebook_a_second_interrupt_ends_the_cell_and_not_the_kernel(monkeypatch, capfd, raising):
+    monkeypatch.setattr(stop_signals, "in_kernel", lambda: True)
+    monkeypatch.setattr(stop_signals, "REPEAT_SECONDS", 0.0)
+    monkeypatch.setattr(os, "_exit", lambda code: pytest.fail("the kernel was ended"))
+    with StopSignal() as stop, stop.raising() if raising else stop.deferring():
+        with suppress(Interrupted):
+            os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt, match="the same cell continues"):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert raising or "the same cell continues" in capfd.readouterr().err
+
+
 def test_ctrl_c_that_a_library_turns_into_an_error_of_its_own_stays_an_interruption():
     def load():
         try:

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from tests.models.tiny import byte_bpe, pair_of, tiny_llama
+from utils.commands.settings import configure
 from utils.config.settings import CacheConfig, ModelConfig
 from utils.errors import UserError
+from utils.machine import hardware
 from utils.pretrained import loading
 from utils.pretrained import teacher as teachers
 
@@ -20,6 +22,29 @@ def asked(device: str, dtype: str = "auto", folder: str | None = None) -> Simple
 
 def accelerator(processes: int) -> SimpleNamespace:
     return SimpleNamespace(device=CPU, num_processes=processes)
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), "cuda:1"),
+        (("--teacher-device", "cuda:0"), "cuda:0"),
+        (("--teacher-device", "spread"), "spread"),
+        (("--set", "teacher.name=null", "curriculum.kd.weight=0"), "auto"),
+        (("--cache-teacher", "c", "--set", "cache.build_only=true"), "auto"),  # no student takes its GPU
+    ],
+)
+def test_a_teacher_that_nobody_placed_gets_a_gpu_that_is_there_to_spare(monkeypatch, flags, expected):
+    monkeypatch.setattr(hardware, "_gpu_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (2**34, 2**34))
+    config, _ = configure(["--config", "kaggle_p100", *flags])
+    placed, reason = teachers.with_spare_gpu(config, torch.device("cuda", 0), 1)
+    assert placed.teacher.device == expected
+    assert (reason is not None) == (placed != config)
+
+    # It is asked ahead there, and the forecast of the student's GPU leaves it out, as where it is named.
+    named, _ = configure(["--config", "kaggle_p100", "--teacher-device", "cuda:1"])
+    assert expected != "cuda:1" or placed == named
 
 
 @pytest.mark.parametrize(
