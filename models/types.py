@@ -220,6 +220,17 @@ class PairedBatch(_Movable):
     is_filler: bool = False
     """The batch only keeps other processes company: its items are in no count of the step."""
 
+    def __repr__(self) -> str:
+        """Return what a person wants to know of it; the fields are tensors of thousands of numbers."""
+        windows, student_length = self.student_ids.shape
+        counts = ", ".join(f"{name} {count:,}" for name, count in self.counts.items())
+        answers = "with" if self.signal is not None else "without"
+        return (
+            f"PairedBatch of {windows} windows on {self.student_ids.device}, {answers} the teacher's answers\n"
+            f"  tokens: {student_length} of the student, {self.teacher_ids.shape[1]} of the teacher, padding included\n"
+            f"  items: {counts}"
+        )
+
     def without_anchors(self) -> "PairedBatch":
         """Return a copy without anchors, for a process that has no micro-batch left in a step.
 

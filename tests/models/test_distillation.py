@@ -111,3 +111,10 @@ def test_windows_are_no_longer_than_either_model_reads():
     pair = Distillation.from_models(student, teacher, TOKENIZERS, 48, method=Method(loss=LOSS))
     pair.framework(total_steps=10)(pair.batch(STORIES), 0)
     assert max(len(window["teacher_ids"]) for window in pair.windows(STORIES)) <= 24
+
+
+def test_a_batch_shows_itself_in_three_lines():
+    pair = joined()
+    lines = repr(pair.batch(STORIES)).splitlines()
+    assert len(lines) == 3
+    assert f"lm {pair.batch(STORIES).counts['lm']:,}" in lines[2]
