@@ -72,7 +72,7 @@ def test_every_arm_runs_and_none_twice(command, few_arms, tmp_path, capsys):
     assert [(line["layers"], line["teacher"], line["name"]) for line in trained] == [
         (arm.layers, arm.teacher or "nobody", arm.name) for arm in few_arms
     ]
-    assert all(0 < line["bits"]["all"] < 20 and line["written"]["samples"] == 3 for line in trained)
+    assert all(0 < line["bits"]["all"] < 20 and 1 <= line["written"]["samples"] <= 3 for line in trained)
     assert "KD, hidden states early" in capsys.readouterr().out
 
     before = results.read_text()
