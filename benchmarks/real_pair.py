@@ -170,7 +170,7 @@ class Benchmark:
             print(f"left out: {_title(arm, seed)}: it would take longer than what is left", flush=True)
             return None
         except Exception:
-            # A lent GPU is too dear to lose all other arms with one.
+            # A GPU by the hour is too dear to lose all other arms with one.
             print(f"failed: {_title(arm, seed)}", flush=True)
             traceback.print_exc()
             return None
