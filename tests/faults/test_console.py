@@ -32,7 +32,9 @@ def test_a_run_is_told_line_by_line_on_a_console_that_shows_little(place, tmp_pa
     shown = done.stdout.decode("ascii")
     assert "Logging error" not in done.stderr.decode("ascii")
     lines = (output / "train.log").read_text(encoding="utf-8").splitlines()
-    messages = [re.sub(r"^\S+ \S+ (INFO|WARNING) +", "", line) for line in lines]
+    # What nobody can act on is in the log alone, and a row of a narrow console has the beginning of a step's figures.
+    on_screen = [line for line in lines if " DEBUG " not in line and "[TOTAL]" not in line and "[sample]" not in line]
+    messages = [re.sub(r"^\S+ \S+ (INFO|WARNING) +", "", line) for line in on_screen]
     assert any("子供" in message for message in messages)
     for message in messages:
         # The log spells out what UTF-8 lacks, the console replaces it.

@@ -90,7 +90,7 @@ def test_a_hub_that_cannot_be_reached_is_told_before_the_run(place, tmp_path, mo
 
 def test_an_upload_that_fails_after_the_run_costs_nothing(place, whole, monkeypatch, caplog):
     """No pretended upload here: this suite is offline, and so the hub's client fails by itself."""
-    monkeypatch.setattr(upload, "check", lambda config, student: None)
+    monkeypatch.setattr(upload, "check", lambda config, student, model: None)
     (whole / "report.html").unlink()
     with caplog.at_level(logging.ERROR):
         assert train.main(place.arguments(whole, *SHORT, "--push-to-hub", "me/mine")) == 0
@@ -100,7 +100,7 @@ def test_an_upload_that_fails_after_the_run_costs_nothing(place, whole, monkeypa
 
 def test_a_finished_run_is_uploaded_by_the_same_command(place, whole, monkeypatch):
     pushed = []
-    monkeypatch.setattr(upload, "check", lambda config, student: None)
+    monkeypatch.setattr(upload, "check", lambda config, student, model: None)
     monkeypatch.setattr(upload, "push", lambda config, student: pushed.append((config.repository, student)))
     assert train.main(place.arguments(whole, *SHORT, "--push-to-hub", "me/mine")) == 0
     assert pushed == [("me/mine", whole / "student")]
