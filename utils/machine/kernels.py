@@ -23,7 +23,7 @@ def compiles_head(setting: str, device: torch.device) -> bool:
     Args:
         setting: `loss.head_passes`.
     """
-    if setting == "eager" or device.type != "cuda":
+    if setting == "eager" or device.type != "cuda" or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability(device) >= OLDEST_FOR_TRITON
 
