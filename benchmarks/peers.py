@@ -130,12 +130,7 @@ class Problem:
         other.states = self.states[part]
         other.labels = self.labels[part]
         other.teacher_states = self.teacher_states[part]
-        other.target = SparseTarget(
-            ids=self.target.ids[part],
-            probs=self.target.probs[part],
-            tail=self.target.tail[part],
-            valid=self.target.valid[part],
-        )
+        other.target = self.target.rows(part)
         return other
 
 

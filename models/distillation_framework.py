@@ -463,12 +463,7 @@ class DistillationFramework(nn.Module):
                 continue
 
             logits = head_logits(self.student, states[batch.row_student[chunk]])
-            teacher = SparseTarget(
-                ids=target.ids[chunk],
-                probs=target.probs[chunk],
-                tail=target.tail[chunk],
-                valid=target.valid[chunk],
-            )
+            teacher = target.rows(chunk)
             log_p, log_q = outcome_log_probs(logits, teacher, "bucket")
             kl = (log_p.exp() * (log_p - log_q)).sum(1)
             yield _Compared(batch.row_student[chunk], logits, teacher, kl)

@@ -309,6 +309,15 @@ class SparseTarget:
     valid: Tensor
     """[N] bool: rows that count; others contribute zero."""
 
+    def rows(self, index: slice | Tensor) -> "SparseTarget":
+        """Return some of the rows."""
+        return SparseTarget(
+            ids=self.ids[index],
+            probs=self.probs[index],
+            tail=self.tail[index],
+            valid=self.valid[index],
+        )
+
 
 @dataclass
 class LossTerm:

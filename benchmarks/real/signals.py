@@ -4,6 +4,7 @@ Plain arrays in memory, and on disk for the next run: this is read more often th
 wait for the packing that a cache for large texts needs.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from models.teacher.cached import NUMBERS
+from utils.files import write_bytes
 
 NUMBER = "number"
 """Column of a window: its number, by which its signal is found."""
@@ -72,10 +74,10 @@ class SignalArrays:
             stored[name] = np.concatenate(column)
             stored[f"{name} ends"] = np.cumsum([len(array) for array in column])
 
+        content = io.BytesIO()
+        np.savez(content, **stored)
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = self.file.with_suffix(".tmp.npz")
-        np.savez(unfinished, **stored)
-        unfinished.rename(self.file)
+        write_bytes(self.file, content.getvalue())
 
 
 def _key(number: int) -> bytes:

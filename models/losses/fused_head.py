@@ -19,7 +19,7 @@ float32's rounding.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -39,6 +39,7 @@ from .head_softmax import (
     columns_of,
     name_tokens,
     sum_softmax,
+    target_of_outcomes,
 )
 from .losses import PADDING, kd_loss
 
@@ -356,23 +357,13 @@ class _HeadPass:
 
         whole = self.target.distribution
         if self.row_at is None:
-            return SparseTarget(
-                ids=whole.ids[part],
-                probs=whole.probs[part],
-                tail=whole.tail[part],
-                valid=whole.valid[part],
-            )
+            return whole.rows(part)
 
         # A position without a row takes the first one, marked as invalid.
         row = self.row_at[part]
         has_row = row >= 0
-        row = row.clamp_min(0)
-        return SparseTarget(
-            ids=whole.ids[row],
-            probs=whole.probs[row],
-            tail=whole.tail[row],
-            valid=whole.valid[row] & has_row,
-        )
+        target = whole.rows(row.clamp_min(0))
+        return replace(target, valid=target.valid & has_row)
 
     def _eager_chunk(
         self,
@@ -495,16 +486,11 @@ class _HeadPass:
             outcomes: [c, K + 1] logits of the named tokens and, merged into one, of all others.
             is_token: [c, K] False for padding.
         """
-        # To `kd_loss` these outcomes are a whole vocabulary, whose first K tokens the target names in their order.
-        place = torch.arange(is_token.shape[1], device=is_token.device)
-        ids = torch.where(is_token, place, -1)
-        merged = SparseTarget(ids, target.probs, target.tail, target.valid)
-
         settings = self.target
         with torch.set_grad_enabled(learns):
             kd_sum = kd_loss(
                 outcomes.requires_grad_(learns),
-                merged,
+                target_of_outcomes(target, is_token),
                 temperature=settings.temperature,
                 kind=settings.kind,
                 tail=settings.tail,

@@ -10,6 +10,7 @@ take on a fast GPU. The gradient is then `slope * exponential` in every column b
 label, whose values are computed on their own and written over it.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -53,13 +54,7 @@ class NamedTokens(NamedTuple):
 
     def rows(self, part: slice) -> "NamedTokens":
         """Return those of some positions."""
-        target = SparseTarget(
-            ids=self.target.ids[part],
-            probs=self.target.probs[part],
-            tail=self.target.tail[part],
-            valid=self.target.valid[part],
-        )
-        return NamedTokens(target, self.columns[part], self.is_token[part], self.repeated[part])
+        return NamedTokens(self.target.rows(part), self.columns[part], self.is_token[part], self.repeated[part])
 
 
 class RawSums(NamedTuple):
@@ -112,16 +107,23 @@ def columns_of(ids: Tensor) -> tuple[Tensor, Tensor]:
     return columns, is_token
 
 
+def target_of_outcomes(target: SparseTarget, is_token: Tensor) -> SparseTarget:
+    """Return a target as one of the outcomes [c, K + 1] of its rows: the tokens that it names in their order, the rest.
+
+    To `kd_loss` these outcomes are a whole vocabulary, whose first K tokens the target names.
+
+    Args:
+        is_token: [c, K] False for padding.
+    """
+    place = torch.arange(is_token.shape[1], device=is_token.device)
+    return replace(target, ids=torch.where(is_token, place, -1))
+
+
 def name_tokens(target: SparseTarget) -> NamedTokens:
     """Return the tokens that a target names, ready to be gathered."""
     columns, is_token = columns_of(target.ids)
     repeated = torch.where(is_token, columns, -1).argmax(1, keepdim=True)
-
-    # The target of a chunk's outcomes, which are the named tokens in their order and the rest.
-    place = torch.arange(columns.shape[1], device=columns.device)
-    places = torch.where(is_token, place, -1)
-    as_places = SparseTarget(places, target.probs, target.tail, target.valid)
-    return NamedTokens(as_places, columns, is_token, repeated)
+    return NamedTokens(target_of_outcomes(target, is_token), columns, is_token, repeated)
 
 
 def sum_softmax(

@@ -3,12 +3,16 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from .scores import evaluation_mode, float32_evaluation, has_encoder
+
+if TYPE_CHECKING:
+    from transformers import GenerationConfig
 
 
 def generate_samples(
@@ -31,10 +35,7 @@ def generate_samples(
         float32: as in `evaluate`.
         note: called with the number of tokens that were just written; may raise to end it.
     """
-    # peft's wrapper has generation settings of its own
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-
+    model = writing_model(model)
     texts = []
     with float32_evaluation(model) if float32 else evaluation_mode(model):
         for prompt in prompts:
@@ -51,26 +52,11 @@ def _sample(
     note: Callable[[int], None] | None,
 ) -> str:
     """Return the continuation of one prompt; "" where the model's context is full."""
-    from transformers import GenerationConfig, StoppingCriteriaList
+    from transformers import StoppingCriteriaList
 
-    # a decoder has read its own start, and perhaps that of a text; the prompt is read by the encoder
-    is_encoder_decoder = has_encoder(model)
-    already_read = 2 if is_encoder_decoder else len(prompt)
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    most_tokens = int(min(new_tokens, context - already_read))
-    if most_tokens < 1:
+    settings = generation_settings(model, len(prompt), new_tokens, end=tokenizer.eos_token_id, forced_bos=forced_bos)
+    if settings is None:
         return ""
-
-    end = tokenizer.eos_token_id
-    settings = GenerationConfig(
-        max_new_tokens=most_tokens,
-        do_sample=False,
-        eos_token_id=end,
-        pad_token_id=end or 0,
-    )
-    if is_encoder_decoder:
-        settings.decoder_start_token_id = model.config.decoder_start_token_id
-        settings.forced_bos_token_id = forced_bos
 
     device = next(model.parameters()).device
     ids = torch.tensor([prompt], device=device)
@@ -83,8 +69,58 @@ def _sample(
         )
 
     # of a decoder-only model the output begins with the prompt
-    repeated = [] if is_encoder_decoder else prompt
+    repeated = [] if has_encoder(model) else prompt
     return continuation(tokenizer, repeated, outputs[0].tolist())
+
+
+def writing_model(model: nn.Module) -> nn.Module:
+    """Return the model that generates: peft's wrapper has generation settings of its own."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def readable_tokens(model: nn.Module) -> float:
+    """Return how many tokens a model can read; infinite where its config names no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or math.inf
+
+
+def generation_settings(
+    model: nn.Module,
+    prompt_length: int,
+    new_tokens: int,
+    *,
+    end: int | None,
+    forced_bos: int | None,
+    samples: bool = False,
+) -> "GenerationConfig | None":
+    """Return the settings of a continuation; None where the model's context is full.
+
+    Args:
+        new_tokens: at most; fewer where the context ends.
+        end: end-of-text token.
+        forced_bos: the token that a decoder reads between its start and a text, if any.
+        samples: draw from the whole vocabulary at temperature 1, instead of taking the likeliest token.
+    """
+    from transformers import GenerationConfig
+
+    # a decoder has read its own start, and perhaps that of a text; the prompt is read by the encoder
+    is_encoder_decoder = has_encoder(model)
+    already_read = 2 if is_encoder_decoder else prompt_length
+    most_tokens = int(min(new_tokens, readable_tokens(model) - already_read))
+    if most_tokens < 1:
+        return None
+
+    whole_vocabulary = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if samples else {}
+    settings = GenerationConfig(
+        max_new_tokens=most_tokens,
+        do_sample=samples,
+        eos_token_id=end,
+        pad_token_id=end or 0,
+        **whole_vocabulary,
+    )
+    if is_encoder_decoder:
+        settings.decoder_start_token_id = model.config.decoder_start_token_id
+        settings.forced_bos_token_id = forced_bos
+    return settings
 
 
 class _Noting:

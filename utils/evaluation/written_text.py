@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from .samples import continuation, plain_generation
+from .samples import continuation, generation_settings, plain_generation, readable_tokens, writing_model
 from .scores import IGNORE, evaluation_mode, float32_evaluation, has_encoder, token_nll
 
 NGRAM = 4
@@ -41,7 +41,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How texts are sampled."""
+    """Settings of sampled texts."""
 
     new_tokens: int
     """Tokens of a sample, at most; fewer where the model's context ends."""
@@ -67,10 +67,7 @@ def sample_texts(
         prompts: token ids, what stands before a text included; or what an encoder reads.
         float32: compute in float32 whatever the model's dtype.
     """
-    # peft's wrapper has generation settings of its own
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-
+    model = writing_model(model)
     device = next(model.parameters()).device
     devices = [device] if device.type == "cuda" else []
     samples: list[Sample] = []
@@ -91,28 +88,19 @@ def _sample_together(
     sampling: Sampling,
 ) -> list[Sample]:
     """Return a continuation of each of some prompts."""
-    # A decoder has read its own start, and perhaps that of a text; the prompt is read by the encoder.
-    is_encoder_decoder = has_encoder(model)
     length = max(map(len, prompts))
-    already_read = 2 if is_encoder_decoder else length
-    context = getattr(model.config, "max_position_embeddings", None) or math.inf
-    most_tokens = int(min(sampling.new_tokens, context - already_read))
-    if most_tokens < 1 or length < 1:
+    settings = generation_settings(
+        model,
+        length,
+        sampling.new_tokens,
+        end=sampling.end,
+        forced_bos=sampling.forced_bos,
+        samples=True,
+    )
+    if settings is None or length < 1:
         return [Sample(prompt, [], has_ended=False) for prompt in prompts]
 
-    settings = GenerationConfig(
-        max_new_tokens=most_tokens,
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        eos_token_id=sampling.end,
-        pad_token_id=sampling.end or 0,
-    )
-    if is_encoder_decoder:
-        settings.decoder_start_token_id = model.config.decoder_start_token_id
-        settings.forced_bos_token_id = sampling.forced_bos
-
+    is_encoder_decoder = has_encoder(model)
     device = next(model.parameters()).device
     ids, mask = _padded(prompts, left=not is_encoder_decoder)
     outputs = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)
@@ -184,7 +172,7 @@ class Judge:
             # Something has to stand before the first token that is predicted, and all has to fit into the context.
             first = len(before) + written[0]
             row = [*before, *ids]
-            if first and len(row) <= self._context:
+            if first and len(row) <= readable_tokens(self.model):
                 rows.append((row, first))
                 num_bytes += len((prompt + text)[begins[written[0]] :].encode("utf-8", "replace"))
         if not num_bytes:
@@ -194,11 +182,6 @@ class Judge:
         batches = [self._batch(rows[i : i + SCORED_TOGETHER]) for i in range(0, len(rows), SCORED_TOGETHER)]
         nats, _ = token_nll(self.model, batches, next(self.model.parameters()).device)
         return nats / num_bytes / math.log(2)
-
-    @property
-    def _context(self) -> float:
-        """Tokens that the model can read."""
-        return getattr(self.model.config, "max_position_embeddings", None) or math.inf
 
     def _tokens(self, text: str) -> tuple[list[int], list[int]]:
         """Return the ids of a text and the character at which each begins."""
