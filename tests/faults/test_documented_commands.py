@@ -34,6 +34,8 @@ from utils.report import report
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = "settings.md"
 """Page made of the settings, where a flag stands for a name and not for a command."""
+OTHERS = ("--data DIR",)
+"""Flags of other commands that train.py has too, with another meaning."""
 TEXT = {
     page.name: prose.replace("\\\n", " ").replace("\\|", "|") for page, prose in PROSE.items() if page.name != REFERENCE
 }
@@ -86,7 +88,7 @@ def commands() -> list[tuple[str, str, str]]:
     for page, text in TEXT.items():
         for flag in QUOTED_FLAG.findall(text):
             name, *values = flag.split()
-            if name in takes and bool(values) == takes[name]:
+            if name in takes and bool(values) == takes[name] and flag not in OTHERS:
                 found.append((page, "python", f"... {flag}"))
     once = {(starter, way): page for page, starter, words in found for way in alternatives(words)}
     return [(page, *command) for command, page in once.items() if not {*command[1].split()} & {*PLACEHOLDERS}]
@@ -136,7 +138,7 @@ class Toys:
             r"(--train-data) (?!/)\S+": self.text,
             r"(--cache-teacher) DIR": folder / "cache",
             r"(--max-hours) H": 1,
-            r"(--teacher-device) cuda:1": "cpu",
+            r"(--teacher-device) cuda:[01]": "cpu",
             r"(--student-init) layers:\d+": "layers:1",
         }.items():
             words = re.sub(name, rf"\1 {toy}", words)

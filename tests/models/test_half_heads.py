@@ -26,7 +26,11 @@ def as_on_cuda(monkeypatch):
         result = FLOAT_PRODUCTS(a.float(), b.float())
         return result if out is None else out.copy_(result)
 
+    def added_product(total, a, b, *, out_dtype, out):
+        return out.copy_(total + product(a, b, out_dtype=out_dtype))
+
     monkeypatch.setattr(torch, "mm", product)
+    monkeypatch.setattr(torch, "addmm", added_product)
     for module in (language_model, head_products):
         monkeypatch.setattr(module, "has_float32_products", lambda x: True)
 

@@ -61,8 +61,12 @@ class BrokenDisplay:
     """Cannot estimate how long the run takes."""
 
     calls = 0
+    panel = None
 
-    def update(self, step, status):
+    def begin(self, *args):
+        return object()
+
+    def update(self, task, done):
         self.calls += 1
         raise OverflowError("too long")
 
@@ -73,6 +77,7 @@ class BrokenDisplay:
 def test_a_progress_display_that_fails_is_given_up_once(caplog):
     display = BrokenDisplay()
     logger = StepLogger(None, 10, progress=display)
+    logger.begin(0)
     for step in (1, 2, 3):
         logger.progress(step)
     assert display.calls == 1 and caplog.text.count("no further progress display") == 1

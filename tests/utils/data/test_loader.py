@@ -3,6 +3,7 @@ import queue
 import subprocess
 import sys
 import threading
+import time
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -202,7 +203,10 @@ def test_batches_that_are_not_needed_any_more_are_not_made(windows):
 
     batches = loader(windows, [[i] for i in range(20)], slow, at_once=8)
     assert next(batches)
-    threading.Timer(0.3, go_on.set).start()
+    while len(made) < 2:
+        time.sleep(0.01)
+    # Well after the loader was told to end, whatever else the machine does.
+    threading.Timer(2, go_on.set).start()
     batches.close()
     assert len(made) == 2
 
