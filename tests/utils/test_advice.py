@@ -63,7 +63,7 @@ class BrokenDisplay:
     calls = 0
     panel = None
 
-    def begin(self, *args):
+    def begin(self, *args, **options):
         return object()
 
     def update(self, task, done):
