@@ -35,6 +35,7 @@ FLOORS = {
         {"pretrained"},
         {"forecast", "data"},
         {"evaluation"},
+        {"on_policy"},
         {"training"},
         {"teacher_cache", "report"},
         {"run"},

@@ -114,6 +114,49 @@ class StepModule(Protocol):
 # --------------------------------------------------------------------------------------- what is run
 
 
+class TokenReading(Protocol):
+    """Tokens of one side, as `models.text.tokens.Reading` holds them."""
+
+    @property
+    def ids(self) -> Any:
+        """[T] token ids."""
+
+
+class OwnPrompt(Protocol):
+    """The beginning of a given window, which both models have read before the student writes."""
+
+    @property
+    def student_ids(self) -> list[int]:
+        """Tokens that the student has read."""
+
+    @property
+    def teacher(self) -> TokenReading:
+        """The same in the teacher's tokens."""
+
+
+class OwnText(Protocol):
+    """A text that the student wrote behind a prompt."""
+
+    @property
+    def window(self) -> dict[str, Any] | None:
+        """To learn from; None where nothing can be learned."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens that the text is made of."""
+
+    @property
+    def ended(self) -> bool:
+        """The student ended it by itself."""
+
+    @property
+    def broken(self) -> bool:
+        """A special token in its middle, or bytes that are no UTF-8, cut it short."""
+
+
 class Pair(Protocol):
     """A student and a teacher with all between their vocabularies, as `models.distillation.Distillation` is."""
 
@@ -141,6 +184,23 @@ class Pair(Protocol):
 
     def framework(self, total_steps: int, *, student: Any, teacher: Any) -> Any:
         """Make the module that is trained, a `StepModule`."""
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens with which the student ends a text, or its turn."""
+
+    def require_own_text(self) -> None:
+        """Check that the student can learn from text that it writes itself; ValueError: it cannot."""
+
+    def own_prompt(self, window: Mapping[str, Any], tokens: int, draw: float) -> OwnPrompt | None:
+        """Return the beginning of a document of a window, of so many tokens at most; None: there is no place to write.
+
+        Args:
+            draw: in [0, 1); chooses among the places.
+        """
+
+    def own_window(self, prompt: Any, sampled: Sequence[int]) -> OwnText:
+        """Make a window of the tokens that the student sampled behind a prompt."""
 
     def read_and_learned(self, window: dict[str, Any]) -> tuple[Any, ...]: ...
 

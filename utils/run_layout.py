@@ -23,6 +23,9 @@ CURVES = "training_curves.png"
 ROUTING = "routing.png"
 
 CHECKPOINTS = "checkpoints"
+ROUNDS = "rounds"
+"""Texts that the student wrote itself to learn from them."""
+
 STUDENT = "student"
 """The exported student, as transformers loads it."""
 
@@ -33,5 +36,5 @@ WITHOUT_TEACHER = "without_teacher"
 """Run of the same student without the teacher, for comparison."""
 
 FILES = (CONFIG, LOCK, LOG, METRICS, START, LAYERS, REPORT_JSON, REPORT_MD, REPORT_HTML, CURVES, ROUTING)
-FOLDERS = (CHECKPOINTS, STUDENT, TRACKERS, WITHOUT_TEACHER)
+FOLDERS = (CHECKPOINTS, ROUNDS, STUDENT, TRACKERS, WITHOUT_TEACHER)
 """With FILES, everything that a run writes: hours later, it must not meet something of the other kind."""

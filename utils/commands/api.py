@@ -18,6 +18,7 @@ from utils.config.arguments import SHORT_FLAGS
 from utils.errors import Plain, UserError
 from utils.logs.console import setup_logging
 from utils.logs.progress import terminal_bar
+from utils.on_policy.sampling import Engine
 from utils.run.exit_codes import Interrupted
 
 RESULTS_NAME = "evaluation_report.json"
@@ -57,6 +58,7 @@ def distil(
     data: FileName | Sequence[FileName] | dict[str, Any] | None = None,
     *,
     config: FileName | None = None,
+    engine: Engine | None = None,
     **settings: Any,
 ) -> Distilled:
     """Do a whole run: the same checks, files and results as the command, and continued like it.
@@ -69,6 +71,8 @@ def distil(
         student: likewise.
         data: texts to learn from, such as files and ids of data sets; a dict holds settings of the section `data`.
         config: recipe or YAML file; None: as the command chooses one.
+        engine: writes the text that the student learns from under `curriculum.on_policy`, in place of transformers;
+            see `utils.on_policy.sampling.Engine`.
         settings: flags of the command without their dashes (`max_steps`, `output_dir`), and sections
             (`training={"seed": 7}`).
 
@@ -82,7 +86,7 @@ def distil(
     run_config, recipe = configure(flags(teacher, student, data, config=config, **settings))
     stopped_by = None
     try:
-        start(run_config, recipe, started)
+        start(run_config, recipe, started, engine)
     except Interrupted as interrupted:
         stopped_by = str(interrupted)
     finally:

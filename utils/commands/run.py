@@ -18,6 +18,7 @@ from utils.forecast.batch_size import choose_batch_size
 from utils.logs.console import setup_logging
 from utils.machine.launcher import rank
 from utils.machine.stop_signals import StopSignal
+from utils.on_policy.sampling import Engine
 from utils.pretrained.teacher import with_spare_gpu
 from utils.run import chat as chat_command
 from utils.run import folder as run_folder
@@ -46,12 +47,13 @@ def chat(words: Sequence[str]) -> None:
     chat_command.main(words, Method.chat_tokenizers)
 
 
-def start(config: RunConfig, recipe: str, started: float) -> None:
+def start(config: RunConfig, recipe: str, started: float, engine: Engine | None = None) -> None:
     """Do one run in its folder, which no other run may use meanwhile, until it is done, stopped or out of time.
 
     Args:
         recipe: the sentence of `configure` on where the settings come from.
         started: seconds of the monotonic clock when the command began; `training.max_hours` counts from there.
+        engine: writes the student's own text; None: transformers does.
     """
     is_main = rank() == 0
     setup_logging(None, main_process=is_main)  # once more: the libraries that are loaded by now log here too
@@ -60,10 +62,10 @@ def start(config: RunConfig, recipe: str, started: float) -> None:
     folder = run_folder.locked_run_folder(config.output_dir) if is_main else nullcontext()
     deterministic = deterministic_kernels(config.training.deterministic)
     with StopSignal(config.training.max_hours, started) as stop, stop.raising(), folder, deterministic:
-        run(config, recipe, stop)
+        run(config, recipe, stop, engine)
 
 
-def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
+def run(config: RunConfig, recipe: str, stop: StopSignal, engine: Engine | None = None) -> str:
     """Do one run, from its settings to its report; return what ended it (`stop_signals.STOP_REASONS`).
 
     Raises:
@@ -71,7 +73,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal) -> str:
         Interrupted: a signal ended the run; a checkpoint is saved.
     """
     # 1. Whatever can fail cheaply fails here: machine, folder, memory, tokenizers, text.
-    session = Session.start(config, recipe, stop)
+    session = replace(Session.start(config, recipe, stop), engine=engine)
     if quickstart.is_named(config):
         config = quickstart.resolve(config, session, *quickstart_teacher(config, stop))
     config = with_teacher_device(config, session)

@@ -22,6 +22,7 @@ from utils.config.settings import (
     LoggingConfig,
     ModelConfig,
     Name,
+    OnPolicyConfig,
     StudentConfig,
     TrainingConfig,
 )
@@ -39,6 +40,7 @@ class RunConfig(Validated):
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     router: RouterConfig = field(default_factory=RouterConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    on_policy: OnPolicyConfig = field(default_factory=OnPolicyConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -25,6 +25,9 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[str]:
     if config.teacher.name is None:
         problems += _problems_without_teacher(config, terms)
 
+    if config.curriculum.uses_own_text:
+        problems += _own_text_problems(config, terms)
+
     if config.training.patience and not config.evaluation.every:
         problems.append("training.patience counts evaluations, and evaluation.every is 0: give --eval-every")
     return problems
@@ -48,6 +51,29 @@ def _student_problems(student: StudentConfig) -> list[str]:
 
     if student.lora.merge and not student.lora.enabled:
         problems.append("lora.merge is for a student with an adapter: give --lora too")
+    return problems
+
+
+def _own_text_problems(config: RunConfig, terms: set[str]) -> list[str]:
+    """Return the settings that contradict a student that learns from its own text.
+
+    Args:
+        terms: those that weigh more than 0 at some time.
+    """
+    problems = []
+    if config.teacher.name is None:
+        problems.append("curriculum.on_policy: without a teacher nobody corrects the student's text: give --teacher")
+    elif not terms - {"lm"}:
+        problems.append("curriculum.on_policy: lm learns nothing from the student's own text: give kd or span a weight")
+    if config.teacher.device == "sharded":
+        problems.append("curriculum.on_policy: a sharded teacher cannot answer about it: choose another teacher.device")
+
+    prompt_tokens = config.on_policy.prompt_tokens
+    if prompt_tokens >= config.data.max_length:
+        problems.append(
+            f"on_policy.prompt_tokens {prompt_tokens} leaves no room in windows of data.max_length "
+            f"{config.data.max_length} tokens: give a smaller one"
+        )
     return problems
 
 

@@ -13,6 +13,7 @@ from .settings import (
     HubConfig,
     LoggingConfig,
     ModelConfig,
+    OnPolicyConfig,
     StudentConfig,
     TrainingConfig,
 )
@@ -96,6 +97,8 @@ class RunConfig(Protocol):
     def router(self) -> RouterSettings: ...
     @property
     def training(self) -> TrainingConfig: ...
+    @property
+    def on_policy(self) -> OnPolicyConfig: ...
     @property
     def evaluation(self) -> EvaluationConfig: ...
     @property

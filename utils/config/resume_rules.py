@@ -58,6 +58,7 @@ FREE_TO_CHANGE = {
     "training.save_every",
     "training.keep_checkpoints",
     "student.lora.merge",
+    "on_policy.stop_on_collapse",
 }
 """Settings, or whole sections, that a resumed run may have otherwise: they do not change what is computed, or their
 content is compared (the fingerprint of a run holds that of models and texts)."""
@@ -66,12 +67,15 @@ MICRO_BATCH = {"training.batch_size", "training.gradient_accumulation_steps"}
 """Settings that cut an optimizer step into micro-batches. They are free only as long as no loss term depends on the
 cut; `contr` does, because it compares the windows of a micro-batch with one another."""
 
-CHANGEABLE = ("curriculum.", "loss.", "training.max_grad_norm", "training.patience")
+CHANGEABLE = ("curriculum.", "loss.", "on_policy.", "training.max_grad_norm", "training.patience")
 """Settings, or beginnings of their keys, that `resume_changed=true` allows to differ on resume. They weight the loss;
 the size of no saved tensor depends on them."""
 
 DETERMINISTIC = "training.deterministic"
 """Compared only where it is on: runs made before there was this setting have none, and ran as if it were off."""
+
+OWN_TEXT = {"on_policy", "curriculum.on_policy"}
+"""Compared only where the student learns from its own text at some time; runs made before it could have none."""
 
 LONGEST_VALUE = 60
 """Characters of a setting that are quoted in the list of differences."""
@@ -88,6 +92,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         free -= MICRO_BATCH
     if not config.get("training", {}).get("deterministic"):
         free.add(DETERMINISTIC)
+    if not _is_above_zero(config.get("curriculum", {}).get("on_policy", 0)):
+        free |= OWN_TEXT
 
     compared = {}
     for key, value in flatten(config).items():
@@ -99,10 +105,14 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _couples_windows(config: Mapping[str, Any]) -> bool:
     """Return whether the contrastive term, which compares the windows of a micro-batch, ever has a weight."""
-    weight = config.get("curriculum", {}).get("contr", {}).get("weight", 0)
-    if isinstance(weight, Mapping):
-        return any(value for _, value in weight["points"])
-    return bool(weight)
+    return _is_above_zero(config.get("curriculum", {}).get("contr", {}).get("weight", 0))
+
+
+def _is_above_zero(schedule: Any) -> bool:
+    """Return whether a constant, or a ramp at one of its points, is above 0."""
+    if isinstance(schedule, Mapping):
+        return any(value for _, value in schedule["points"])
+    return bool(schedule)
 
 
 def check_same_run(where: str, saved: Mapping[str, Any], current: Mapping[str, Any], changed: bool) -> None:

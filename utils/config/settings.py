@@ -253,6 +253,36 @@ class TrainingConfig(Validated):
 
 
 @dataclass(frozen=True)
+class OnPolicyConfig(Validated):
+    """Text that the student writes itself and learns from; `curriculum.on_policy` says how much of it."""
+
+    every: Annotated[int, Gt(0)] = 50
+    """Optimizer steps of a round: at its beginning the student writes the texts that it learns from in all of them."""
+
+    prompt_tokens: Annotated[int, Gt(0)] = 32
+    """Length of the beginnings of plain texts that it goes on from, in student tokens, at most. In conversations it
+    writes an answer in place of one of the assistant's."""
+
+    new_tokens: Annotated[int, Gt(0)] = 128
+    """Length of what it writes, in student tokens, at most."""
+
+    temperature: Annotated[float, Gt(0)] = 1.0
+    """Temperature that it samples at."""
+
+    top_p: Annotated[float, Gt(0), Le(1)] = 1.0
+    """Sample from the fewest likeliest tokens whose probabilities add up to this; 1: from all."""
+
+    stop_on_collapse: bool = False
+    """End training, with a checkpoint, when the student's texts show that it loses itself in them: they have no end,
+    grow round by round, are one token, are empty, or the teacher finds them ever less likely. False: only warn."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a plain text that the student has written, its beginning included."""
+        return self.prompt_tokens + self.new_tokens
+
+
+@dataclass(frozen=True)
 class EvaluationConfig(Validated):
     """Measurements on the held-out text."""
 

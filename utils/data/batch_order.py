@@ -1,6 +1,6 @@
 """Order of windows and micro-batches: a pure function of seed, epoch and step, so that a resumed run repeats none."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
 
@@ -32,19 +32,35 @@ def micro_batches_in_step(n: int, step: int, *, global_batch: int, micro_batch: 
     return ceil(windows / (micro_batch * processes))
 
 
-def step_batches(n: int, geometry: BatchGeometry, *, seed: int, epoch: int, start_step: int = 0) -> Iterator[list[int]]:
-    """Window indices of one process for one epoch, micro-batch by micro-batch, from a step of the epoch on.
+Replaced = Mapping[tuple[int, int], int | None]
+"""(step of the epoch, slot of the step) -> the index of another window in its place; None: no window."""
+
+
+def step_batches(
+    n: int,
+    geometry: BatchGeometry,
+    *,
+    seed: int,
+    epoch: int,
+    steps: range | None = None,
+    replaced: Replaced | None = None,
+) -> Iterator[list[int]]:
+    """Window indices of one process for one epoch, micro-batch by micro-batch.
 
     Step s consumes order[s * global_batch : (s + 1) * global_batch] of the epoch's permutation, whatever
     `micro_batch` and `processes` are. It is cut into `micro_batches_in_step` micro-batches a process, as even as
     can be, none above `micro_batch`. With several processes, micro-batches of a short last step can be empty.
+
+    Args:
+        steps: of the epoch; None: all.
+        replaced: slots of steps that do not have their window; None: every slot has.
     """
     order = permutation(n, seed, epoch)
     global_batch = geometry.global_batch
     processes = geometry.processes
 
-    for step in range(start_step, steps_per_epoch(n, global_batch)):
-        step_windows = order[step * global_batch : (step + 1) * global_batch]
+    for step in range(steps_per_epoch(n, global_batch)) if steps is None else steps:
+        step_windows = _windows_of_step(order, step, global_batch, replaced)
         per_process = micro_batches_in_step(
             n, step, global_batch=global_batch, micro_batch=geometry.micro_batch, processes=processes
         )
@@ -52,7 +68,21 @@ def step_batches(n: int, geometry: BatchGeometry, *, seed: int, epoch: int, star
         # Dealt out in turn: the processes' shares differ by one window a micro-batch at most.
         micro_batches = np.array_split(step_windows, per_process * processes)
         for indices in micro_batches[geometry.rank :: processes]:
-            yield indices.tolist()
+            yield indices[indices >= 0].tolist()
+
+
+def _windows_of_step(order: np.ndarray, step: int, global_batch: int, replaced: Replaced | None) -> np.ndarray:
+    """Return the window index of each slot of a step; -1 for a slot without a window."""
+    windows = order[step * global_batch : (step + 1) * global_batch]
+    if not replaced:
+        return windows
+
+    windows = windows.copy()
+    for slot in range(len(windows)):
+        if (step, slot) in replaced:
+            index = replaced[step, slot]
+            windows[slot] = -1 if index is None else index
+    return windows
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:

@@ -5,7 +5,7 @@
 They are a function of the seed and the step alone, so a resumed run sees the batches of an uninterrupted one.
 """
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
@@ -16,6 +16,7 @@ from ..interfaces import Batch
 from ..machine import device_memory
 from .batch_order import BatchGeometry, micro_batches_in_step, step_batches
 from .loader import loader
+from .windows import Window
 
 
 class StepPlan(Protocol):
@@ -61,6 +62,31 @@ class StepBatches:
 
 
 @dataclass(frozen=True)
+class OwnWindows:
+    """Windows that the student wrote itself, for a stretch of optimizer steps."""
+
+    end: int
+    """The first step behind the stretch."""
+    by_slot: Mapping[tuple[int, int], Window | None]
+    """(step, slot) -> the window in place of the given one; None: the slot stays empty."""
+
+
+@dataclass(frozen=True)
+class _WithOwnWindows(Sequence[Any]):
+    """Given windows, and behind them those that the student wrote."""
+
+    windows: Sequence[Any]
+    own: Sequence[Window]
+
+    def __len__(self) -> int:
+        return len(self.windows) + len(self.own)
+
+    def __getitem__(self, index: Any) -> Any:
+        count = len(self.windows)
+        return self.windows[index] if index < count else self.own[index - count]
+
+
+@dataclass(frozen=True)
 class BatchSource:
     """Makes the batches of one process of a run."""
 
@@ -78,20 +104,35 @@ class BatchSource:
     after_epoch: Callable[[], None]
     """Called when an epoch has been delivered."""
 
-    def steps(self, plan: StepPlan, first_step: int) -> Generator[StepBatches, None, None]:
-        """Yield the batches of step `first_step`, of the step after it, and so on without end."""
-        epoch, step_of_epoch = divmod(first_step, plan.steps_per_epoch)
-        while True:
-            yield from self._epoch(plan, epoch, step_of_epoch)
+    def steps(
+        self, plan: StepPlan, first_step: int, own: OwnWindows | None = None
+    ) -> Generator[StepBatches, None, None]:
+        """Yield the batches of step `first_step`, of the step after it, and so on.
+
+        Args:
+            own: windows that the student wrote, and where the steps end; None: given windows alone, without end.
+        """
+        step = first_step
+        while own is None or step < own.end:
+            epoch, step_of_epoch = divmod(step, plan.steps_per_epoch)
+            end = plan.steps_per_epoch
+            if own is not None:
+                end = min(end, own.end - epoch * plan.steps_per_epoch)
+
+            yield from self._stretch(plan, epoch, range(step_of_epoch, end), own)
+            step = epoch * plan.steps_per_epoch + end
 
             # What was buffered in this epoch is written before the next one begins.
-            self.after_epoch()
-            epoch += 1
-            step_of_epoch = 0
+            if end == plan.steps_per_epoch:
+                self._end_epoch()
 
-            # Batches of many shapes leave unused blocks of many sizes in the allocator.
-            if self.device.type == "cuda":
-                device_memory.release()
+    def _end_epoch(self) -> None:
+        """Do what is due between two epochs."""
+        self.after_epoch()
+
+        # Batches of many shapes leave unused blocks of many sizes in the allocator.
+        if self.device.type == "cuda":
+            device_memory.release()
 
     def filler(self) -> Batch:
         """Return a batch that is computed and not learned from, for a process that must take part in a forward.
@@ -101,14 +142,23 @@ class BatchSource:
         batch = self.collate([self.windows[0]])
         return batch.without_anchors() if hasattr(batch, "without_anchors") else batch
 
-    def _epoch(self, plan: StepPlan, epoch: int, first_step: int) -> Iterator[StepBatches]:
-        """Yield the steps of one epoch, from one of its steps on."""
+    def _stretch(self, plan: StepPlan, epoch: int, steps: range, own: OwnWindows | None) -> Iterator[StepBatches]:
+        """Yield some steps of one epoch."""
         geometry = BatchGeometry(plan.global_batch, plan.micro_batch, plan.processes, self.rank)
-        order = step_batches(plan.windows, geometry, seed=self.seed, epoch=epoch, start_step=first_step)
+        first_step = epoch * plan.steps_per_epoch
+        windows, replaced = self._with_own(plan, own, first_step)
+        order = step_batches(
+            plan.windows,
+            geometry,
+            seed=self.seed,
+            epoch=epoch,
+            steps=steps,
+            replaced=replaced,
+        )
 
-        # One loader an epoch: it prepares the batches of the next step while this one is computed.
+        # One loader a stretch: it prepares the batches of the next step while this one is computed.
         batches = loader(
-            self.windows,
+            windows,
             order,
             self.collate,
             num_workers=self.num_workers,
@@ -117,7 +167,7 @@ class BatchSource:
         )
 
         # The last step of an epoch may have fewer micro-batches, but the same number in every process.
-        for step in range(first_step, plan.steps_per_epoch):
+        for step in steps:
             count = micro_batches_in_step(
                 plan.windows,
                 step,
@@ -126,14 +176,35 @@ class BatchSource:
                 processes=plan.processes,
             )
             yield StepBatches(
-                step=epoch * plan.steps_per_epoch + step,
+                step=first_step + step,
                 epoch=epoch,
                 micro_batches=[MicroBatch(batch) for batch in islice(batches, count)],
             )
 
+    def _with_own(
+        self, plan: StepPlan, own: OwnWindows | None, first_step: int
+    ) -> tuple[Sequence[Any], dict[tuple[int, int], int | None]]:
+        """Return the windows of a stretch, and for the slots of the student's own their index.
+
+        Args:
+            first_step: of the epoch.
+        """
+        if own is None or not own.by_slot:
+            return self.windows, {}
+
+        written: list[Window] = []
+        replaced: dict[tuple[int, int], int | None] = {}
+        for (step, slot), window in own.by_slot.items():
+            index = None
+            if window is not None:
+                index = plan.windows + len(written)
+                written.append(window)
+            replaced[step - first_step, slot] = index
+        return _WithOwnWindows(self.windows, written), replaced
+
 
 def with_signals(
-    steps: Iterator[StepBatches], ask: Callable[[Batch, int], Any], total_steps: int
+    steps: Iterator[StepBatches], ask: Callable[[Batch, int], Any], end: int
 ) -> Generator[StepBatches, None, None]:
     """Yield the steps with the teacher's signals, which are asked for while the step before has still to be computed.
 
@@ -141,13 +212,14 @@ def with_signals(
 
     Args:
         ask: (batch, step) -> signal.
-        total_steps: of the run. Nothing is asked about the step behind the last one.
+        end: the first step that is not taken, which nothing is asked about: behind the run, or behind the texts that
+            the student has written so far.
     """
     waiting = None
     for step in steps:
-        # The source has no end, but the run has.
+        # The source may have no end, but the run has.
         answered = step
-        if step.step < total_steps:
+        if step.step < end:
             pairs = [(batch, None if batch is None else ask(batch, step.step)) for batch, _ in step.micro_batches]
             answered = replace(step, micro_batches=[MicroBatch(batch, signal) for batch, signal in pairs])
 
@@ -155,3 +227,6 @@ def with_signals(
         if waiting is not None:
             yield waiting
         waiting = answered
+
+    if waiting is not None:
+        yield waiting

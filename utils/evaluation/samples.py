@@ -88,7 +88,7 @@ def generation_settings(
     prompt_length: int,
     new_tokens: int,
     *,
-    end: int | None,
+    end: int | Sequence[int] | None,
     forced_bos: int | None,
     samples: bool = False,
 ) -> "GenerationConfig | None":
@@ -96,7 +96,7 @@ def generation_settings(
 
     Args:
         new_tokens: at most; fewer where the context ends.
-        end: end-of-text token.
+        end: end-of-text token, or several tokens that end a text.
         forced_bos: the token that a decoder reads between its start and a text, if any.
         samples: draw from the whole vocabulary at temperature 1, instead of taking the likeliest token.
     """
@@ -109,12 +109,13 @@ def generation_settings(
     if most_tokens < 1:
         return None
 
+    ends = [end] if isinstance(end, int) else list(end or [])
     whole_vocabulary = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if samples else {}
     settings = GenerationConfig(
         max_new_tokens=most_tokens,
         do_sample=samples,
-        eos_token_id=end,
-        pad_token_id=end or 0,
+        eos_token_id=ends or None,
+        pad_token_id=ends[0] if ends else 0,
         **whole_vocabulary,
     )
     if is_encoder_decoder:

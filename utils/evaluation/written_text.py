@@ -102,7 +102,7 @@ def _sample_together(
 
     is_encoder_decoder = has_encoder(model)
     device = next(model.parameters()).device
-    ids, mask = _padded(prompts, left=not is_encoder_decoder)
+    ids, mask = padded(prompts, left=not is_encoder_decoder)
     outputs = model.generate(ids.to(device), attention_mask=mask.to(device), generation_config=settings)
 
     # Of a decoder-only model the output begins with the padded prompt, else with the decoder's start.
@@ -111,7 +111,7 @@ def _sample_together(
     return [_until_end(prompt, row, sampling.end) for prompt, row in zip(prompts, rows, strict=True)]
 
 
-def _padded(prompts: Sequence[Sequence[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def padded(prompts: Sequence[Sequence[int]], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ids and mask of prompts: a text goes on at the right; an encoder counts positions from the left."""
     length = max(map(len, prompts))
     ids = torch.zeros(len(prompts), length, dtype=torch.long)

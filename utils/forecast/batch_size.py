@@ -18,6 +18,7 @@ from ..pretrained import loading
 from ..pretrained.named import load_shapes
 from .disk import largest
 from .step_memory import CPU_MEMORY_SHARE, ChunkRows, Demand, StepSetting, demand_of, in_gib, spares_teacher
+from .writing_memory import WRITTEN_TOGETHER, TextMemory
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +26,9 @@ REMEDY = (
     "Lower --batch-size and raise --gradient-accumulation-steps by the same factor (--batch-size auto does both), or "
     "try --gradient-checkpointing, a lower --max-length, --lora, or smaller models"
 )
+
+HELD_BETWEEN_STEPS = {"optimizer", "teacher weights", "student weights", "runtime"}
+"""Parts of a step's memory that are held between steps too."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,8 @@ class Forecast:
     """The forecast as a message."""
     size: int = 0
     """Bytes."""
+    written_together: int = WRITTEN_TOGETHER
+    """Texts that the student writes in one batch, where it learns from its own."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,14 @@ def _choose(config: ConfigT, machine: Machine, chunk_rows: ChunkRows) -> tuple[C
 
     if is_auto:
         config = _in_micro_batches(config, fit.windows)
-    return config, Forecast(message, fit.size)
+    if fit.text is None:
+        return config, Forecast(message, fit.size)
+
+    # what the step needs besides weights and moments is free while the student writes
+    together = fit.text.texts_within(fit.passing)
+    size = in_gib(together * fit.text.bytes)
+    log.info("the student writes up to %d texts at a time, in about %s GiB", together, size)
+    return config, Forecast(message, max(fit.size, fit.size - fit.passing + together * fit.text.bytes), together)
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,13 @@ class _Fit:
     """Bytes of a step in micro-batches of one window, without a teacher that a cache spares."""
     free: int
     """Bytes free on the student's device."""
+    text: TextMemory | None
+    """Of a text that the student writes; None: it writes none."""
+
+    @property
+    def passing(self) -> int:
+        """Bytes of a step that are free between two steps."""
+        return sum(size for name, size in self.parts.items() if name not in HELD_BETWEEN_STEPS)
 
     @property
     def size(self) -> int:
@@ -144,12 +164,16 @@ def _fit(config: RunConfig, machine: Machine, chunk_rows: ChunkRows) -> _Fit:
         budget = free * (1 if demand.on_gpu else CPU_MEMORY_SHARE)
         windows = _largest_fitting(demand, config.training.gradient_accumulation_steps, budget)
 
+    text = None
+    if config.curriculum.uses_own_text:
+        text = TextMemory.of(demand.student, min(demand.length, config.on_policy.tokens))
     without_spared = replace(demand, apart=demand.apart or spares_teacher(config))
     return _Fit(
         windows=windows,
         parts=demand.memory(windows),
         least=sum(without_spared.memory(1).values()),
         free=free,
+        text=text,
     )
 
 

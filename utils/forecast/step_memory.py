@@ -473,6 +473,10 @@ def spares_teacher(config: RunConfig) -> bool:
     if folder is None or not user_path(folder).is_dir():
         return False
 
+    # nobody knows beforehand what a student will write
+    if config.curriculum.uses_own_text:
+        return False
+
     # hidden states are not cached: the router's terms need the teacher in every step
     return not config.curriculum.used() & {*ROUTER_TERMS}
 

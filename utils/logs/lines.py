@@ -100,6 +100,24 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
     )
 
 
+def own_text_line(record: Mapping[str, Any]) -> str:
+    """Return the [own text] line: figures of the texts that the student wrote to learn from them."""
+    parts = [
+        f"[own text] step {record['step']} {record['texts']} texts",
+        f"{record['ended']:.0%} end (given {record['given_ended']:.0%})",
+        f"{record['tokens']:.0f} tokens (95 % below {record['tokens_95']:.0f})",
+    ]
+    if record["repeated_4grams"] is not None:
+        parts.append(f"repeated 4-grams {record['repeated_4grams']:.1%}")
+    if record["teacher_bits_per_byte"] is not None:
+        parts.append(f"teacher {record['teacher_bits_per_byte']:.3f} bits/byte")
+    if record["kl_nats_per_token"] is not None:
+        parts.append(f"KL {compact_number(record['kl_nats_per_token'])}")
+    if record["seconds"] is not None:
+        parts.append(f"written in {record['seconds']:.1f} s")
+    return ", ".join(parts)
+
+
 def sample_line(sample: Mapping[str, str], columns: int | None = None) -> str:
     """Return the [sample] line: the end of a prompt, and the text with which the student goes on.
 

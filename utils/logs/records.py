@@ -12,6 +12,9 @@ from ..run_layout import LOG
 
 log = logging.getLogger(__name__)
 
+OWN_TEXT = "own_text"
+"""`split` of the records of texts that the student wrote to learn from them."""
+
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Return all whole records of a `metrics.jsonl`; a line cut short by a kill is left out."""
@@ -41,6 +44,21 @@ def _record_of(line: str) -> dict[str, Any] | None:
     except (ValueError, RecursionError):  # ValueError: no JSON, or a number of thousands of digits
         return None
     return record if isinstance(record, dict) else None
+
+
+def is_training(record: Mapping[str, Any]) -> bool:
+    """Return True for the record of training steps."""
+    return "terms" in record
+
+
+def is_evaluation(record: Mapping[str, Any]) -> bool:
+    """Return True for the record of an evaluation; not for that of texts that the student wrote."""
+    return "terms" not in record and "bits_per_byte" in record
+
+
+def is_own_text(record: Mapping[str, Any]) -> bool:
+    """Return True for the record of texts that the student wrote to learn from them."""
+    return record.get("split") == OWN_TEXT
 
 
 def read_warnings(folder: Path) -> list[str]:

@@ -15,10 +15,10 @@ from ..advice import advice
 from ..errors import RunError
 from ..files import write_text
 from ..run_layout import METRICS
-from .lines import evaluation_line, sample_line, training_line
+from .lines import evaluation_line, own_text_line, sample_line, training_line
 from .notebook import Panel
 from .progress import Progress, Task
-from .records import json_safe, read_metrics
+from .records import is_evaluation, is_own_text, is_training, json_safe, read_metrics
 from .time_left import Kind
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,17 @@ class StepLogger:
                 self._log(line(), screen=line)
             self.display.line_written()
 
+    def own_text(self, record: Mapping[str, Any]) -> None:
+        """Log the figures of texts that the student wrote, as `utils.on_policy.rounds` records them; once a step."""
+        # A run that goes on where a round begins has measured its texts before.
+        if not self.main_process or self._has(record["step"], is_own_text):
+            return
+
+        self._append(record)
+        with advice(f"line about the student's own text at step {record['step']}"):
+            self._log(own_text_line(record))
+            self.display.line_written()
+
     def _log(self, message: str, screen: Callable[[int], str] | None = None) -> None:
         """Log a line, which the console leaves out where a panel shows the same.
 
@@ -116,10 +127,13 @@ class StepLogger:
 
     def has_evaluation(self, step: int) -> bool:
         """Return whether the file has an evaluation at this step. Call it in the main process, which writes it."""
+        return self._has(step, is_evaluation)
+
+    def _has(self, step: int, is_meant: Callable[[Mapping[str, Any]], bool]) -> bool:
+        """Return whether the file has a record of a kind at this step."""
         if self.path is None or not self.path.exists():
             return False
-        # Only records of training steps have terms.
-        return any("terms" not in record and record.get("step") == step for record in read_metrics(self.path))
+        return any(is_meant(record) and record.get("step") == step for record in read_metrics(self.path))
 
     def truncate_after(self, step: int) -> None:
         """Drop what a killed run logged after `step`, and a line it left half-written; called before a resume there."""
@@ -174,9 +188,9 @@ class StepLogger:
             return
         with advice("table of earlier sessions"):
             for record in read_metrics(self.path):
-                if "terms" in record:
+                if is_training(record):
                     panel.training(record, self.total_steps)
-                else:
+                elif is_evaluation(record):
                     panel.evaluation(record)
 
     def progress(self, step: int) -> None:

@@ -5,10 +5,19 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal[
-    "step", "step alone", "teacher window", "student window", "agreement window", "token", "model file", "other"
+    "step",
+    "step alone",
+    "teacher window",
+    "student window",
+    "agreement window",
+    "token",
+    "own text",
+    "model file",
+    "other",
 ]
 """Kinds of work, each with a pace of its own: an optimizer step, with and without a teacher; a window that a model
-scores, or both; a token that a model writes; a student that is read from or written to the disk."""
+scores, or both; a token that a model writes; a text that the student writes to learn from it; a student that is read
+from or written to the disk."""
 
 STEPS: tuple[Kind, ...] = ("step", "step alone")
 """Kinds without whose pace nothing is known of a command."""

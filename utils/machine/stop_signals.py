@@ -17,7 +17,7 @@ SIGUSR1, which batch systems are asked to send some time before the end."""
 STOP_SIGNALS = tuple(getattr(signal, name) for name in SIGNAL_NAMES if hasattr(signal, name))
 """Those of them that this system has: Windows has neither SIGHUP nor SIGUSR1."""
 
-STOP_REASONS = ("finished", "early_stopping", "max_hours", *SIGNAL_NAMES)
+STOP_REASONS = ("finished", "early_stopping", "max_hours", "collapse", *SIGNAL_NAMES)
 """Values of `FitResult.stopped_by`."""
 
 SECONDS_PER_HOUR = 3600

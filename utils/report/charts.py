@@ -18,6 +18,7 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from ..logs.records import is_evaluation, is_own_text, is_training
 from .results import model_name
 
 Records = Sequence[Mapping[str, Any]]
@@ -153,8 +154,7 @@ DrawPanel = Callable[[Axes], None]
 
 def _panels(records: Records, results: Mapping[str, Any], baseline: Records) -> dict[str, DrawPanel]:
     """Return the functions that draw the panels, by name, all but the magnified one over the same range of steps."""
-    # Records of evaluations have no terms.
-    steps = [record for record in records if "terms" in record]
+    steps = [record for record in records if is_training(record)]
     last = max([1, *(record["step"] for record in [*records, *baseline])])
     curves = _evaluation_curves(records, baseline)
     levels = {key: (results.get(key) or {}).get("bits_per_byte") for key in ("initial_student", "teacher")}
@@ -175,7 +175,8 @@ def _panels(records: Records, results: Mapping[str, Any], baseline: Records) -> 
         first = min(x[0] for x, _ in end.values())
         panels["evaluation_end"] = over_steps(_draw_evaluation_end, first, curves=end, results=results)
     panels["losses"] = over_steps(_draw_losses, steps=steps)
-    panels["weights"] = over_steps(_draw_weights, steps=steps)
+    own_text = [record for record in records if is_own_text(record)]
+    panels["weights"] = over_steps(_draw_weights, steps=steps, own_text=own_text)
     panels["optimisation"] = over_steps(_draw_optimisation, steps=steps)
     return panels
 
@@ -240,8 +241,8 @@ def _draw_losses(panel: Axes, steps: Records) -> None:
     _legend_above(panel, columns=4)
 
 
-def _draw_weights(panel: Axes, steps: Records) -> None:
-    """Draw the weights of all terms that weigh anything."""
+def _draw_weights(panel: Axes, steps: Records, own_text: Records = ()) -> None:
+    """Draw the weights of all terms that weigh anything, and the share of text that the student writes itself."""
     panel.set_title("Curriculum weights")
     if not steps:
         _say_empty(panel)
@@ -254,6 +255,12 @@ def _draw_weights(panel: Axes, steps: Records) -> None:
         # Later lines are thinner, so that of two equal ones both are seen.
         width = max(3.6 - 0.7 * order, 1.4)
         panel.plot(x, y, **_term_style(name), linewidth=width)
+
+    # Of each round, until the next one begins.
+    if own_text:
+        rounds = [record["step"] for record in own_text]
+        share = _series(own_text, "share")
+        panel.plot(rounds, share, color="#222222", linestyle=":", drawstyle="steps-post", label="share of own text")
 
     panel.set_ylim(0, max(panel.get_ylim()[1], 1e-3))
     _legend_above(panel, columns=4)
@@ -390,7 +397,7 @@ def _legend_above(panel: Axes, columns: int, handles: Sequence[Any] | None = Non
 
 def _is_of_student(record: Mapping[str, Any]) -> bool:
     """Return True for an evaluation of what is trained, not of the teacher or of the start."""
-    if "terms" in record or record.get("bits_per_byte") is None:
+    if not is_evaluation(record) or record["bits_per_byte"] is None:
         return False
     return record.get("split") not in _NOT_THE_STUDENT
 

@@ -31,7 +31,7 @@ from ..errors import UserError
 from ..evaluation.comparability import MOST_UNSPELT, unspelt_share
 from ..files import write_text
 from ..logs.console import console
-from ..logs.records import read_lines
+from ..logs.records import is_evaluation, read_lines
 from ..paths import user_path
 from ..run_layout import CONFIG, METRICS, REPORT_JSON, START
 from .charts import STYLE, save
@@ -85,7 +85,7 @@ class Run:
     @cached_property
     def evaluations(self) -> list[Mapping[str, Any]]:
         """Evaluations of the student, by step."""
-        evaluations = [record for record in self.records if "terms" not in record]
+        evaluations = [record for record in self.records if is_evaluation(record)]
         return [record for record in evaluations if record.get("bits_per_byte") is not None]
 
     @property
@@ -127,7 +127,7 @@ class Run:
         for record in self.records:
             lm_term = record.get("terms", {}).get("lm", {})
             if "count" in lm_term:
-                counts.append(lm_term["count"])
+                counts.append(lm_term["count"] + record.get("own_tokens", 0))
         return statistics.median(counts) if counts else None
 
 
@@ -376,6 +376,7 @@ class _Record(_Read):
     step: Count
     progress: Annotated[float, Ge(0), Le(1)] = 0.0
     terms: dict[str, _Term] = {}
+    own_tokens: Annotated[float, Ge(0), Le(1e15)] = 0.0
     bits_per_byte: Bits | None = None
     bytes: Count | None = None
 

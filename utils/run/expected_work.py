@@ -8,12 +8,15 @@ from ..training.plan import Plan
 from .prepare import Job
 
 
-def expect_training(time_left: TimeLeft, job: Job, plan: Plan, done: int, *, has_teacher: bool) -> None:
+def expect_training(
+    time_left: TimeLeft, job: Job, plan: Plan, done: int, *, has_teacher: bool, own_texts: int = 0
+) -> None:
     """Replace what `time_left` expects by a training from here on, and all that follows it.
 
     Args:
         done: optimizer steps that earlier sessions have done.
         has_teacher: False: this is a training without one, such as that of the comparison.
+        own_texts: that the student still writes to learn from them.
     """
     config = job.config.evaluation
     training = _training(job, plan, done, "step" if has_teacher else "step alone")
@@ -28,6 +31,8 @@ def expect_training(time_left: TimeLeft, job: Job, plan: Plan, done: int, *, has
     if has_teacher or not config.without_teacher:
         # The export: written, and loaded anew.
         after["model file"] += 2
+    if own_texts:
+        training["own text"] = own_texts
     time_left.expect(training, after)
 
 

@@ -16,6 +16,7 @@ from ..logs.progress import Progress
 from ..machine import hardware, kernels
 from ..machine.launcher import rank
 from ..machine.stop_signals import Interrupted, StopSignal
+from ..on_policy.sampling import Engine
 from ..parallel.accelerator import build_accelerator
 from ..parallel.processes import main_process_first, on_main_process
 from ..run_layout import CHECKPOINTS, STUDENT
@@ -41,6 +42,8 @@ class Session:
     """What was decided for this run, and why; written into config.yaml."""
     progress: Progress
     """The display, and the time that the whole command still takes."""
+    engine: Engine | None = None
+    """Writes the student's own text; None: transformers does."""
 
     @classmethod
     def start(cls, config: RunConfig, recipe: str, stop: StopSignal) -> "Session":

@@ -23,12 +23,15 @@ from ..logs.step_logger import StepLogger
 from ..logs.trackers import Tracking
 from ..machine import hardware
 from ..machine.stop_signals import Interrupted
+from ..on_policy.round_files import RoundFiles
+from ..on_policy.rounds import RoundMaterial, Rounds
+from ..on_policy.sampling import GenerateEngine
 from ..pretrained import student as students
 from ..pretrained import teacher as teachers
 from ..pretrained.loading import fingerprint
 from ..report import report, token_views
 from ..report.results import worse_than_before
-from ..run_layout import CHECKPOINTS, METRICS, REPORT_HTML, START, STUDENT, WITHOUT_TEACHER
+from ..run_layout import CHECKPOINTS, METRICS, REPORT_HTML, ROUNDS, START, STUDENT, WITHOUT_TEACHER
 from ..teacher_cache import conversation_date
 from ..teacher_cache.building import CacheBuilding, cache_statistics, flush_cache, open_teacher_cache
 from ..training import dry_run
@@ -37,7 +40,7 @@ from ..training.checkpoints import CheckpointStore
 from ..training.loop import FitResult, fit
 from ..training.options import LoopOptions
 from ..training.plan import Plan
-from ..training.red_flags import RedFlags
+from ..training.red_flags import RedFlags, ignore_message
 from . import export, student_layers, upload
 from . import folder as run_folder
 from .exit_codes import EXIT_CODES
@@ -66,6 +69,8 @@ class Trained:
     result: FitResult
     start: dict[str, Any]
     """Teacher and untrained student on the held-out text."""
+    rounds: Rounds | None = None
+    """Texts that it wrote itself, and learned from."""
 
     @property
     def student(self) -> nn.Module:
@@ -95,6 +100,10 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
         layers = session.on_main(lambda: student_layers.choose(job, session.output))
         session.notes["student layers"] = str(layers)
         job = replace(job, layers=layers)
+
+    if job.config.curriculum.uses_own_text:
+        with value_errors_are_the_users():
+            job.pair.require_own_text()
 
     has_teacher = job.config.teacher.name is not None
     if has_teacher:
@@ -139,7 +148,9 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
     # The windows of the whole run are known, and so is what the cache lacks of them.
     building = CacheBuilding.of(job)
     builds_whole_cache = job.config.cache.build_only
-    if not building.needs_teacher(set() if builds_whole_cache else job.method.state_terms):
+    states_for = set() if builds_whole_cache else job.method.state_terms
+    answers_student = job.config.curriculum.uses_own_text and not builds_whole_cache
+    if not building.needs_teacher(states_for, answers_student=answers_student):
         return job.pair.cached(None, job.cache)
 
     teacher = job.pair.cached(load_teacher(job), job.cache)
@@ -200,6 +211,8 @@ def train_student(
     rehearse(job, module, store, session, is_new=resume_from is None, compares=teacher is not None)
     start = job.held_out.measure_start(student, teacher_measurement(job, teacher), output)
 
+    rounds = make_rounds(job, module, store, output, session)
+
     # Step 0 of the curves; a resumed run has it in its metrics already.
     evaluate = partial(evaluation_record, job, module)
     if resume_from is None:
@@ -211,6 +224,7 @@ def train_student(
         checkpoints=store,
         resume_from=resume_from,
         flags=red_flags(job, plan, student, start, session),
+        rounds=rounds,
         stop=session.stop,
         check=session.stop.check,
         writing=session.stop.writing,
@@ -230,7 +244,33 @@ def train_student(
     logger.close()
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
-    return Trained(module, result, start)
+    return Trained(module, result, start, rounds)
+
+
+def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, session: Session) -> Rounds | None:
+    """Return what lets the student write text to learn from; None where it learns from given text alone."""
+    # the comparison without a teacher has a curriculum of its own
+    if module.teacher is None or not job.config.curriculum.uses_own_text:
+        return None
+
+    material = RoundMaterial(
+        pair=job.pair,
+        windows=job.windows,
+        collate=job.collate,
+        module=module,
+        share=module.curriculum.on_policy,
+        seed=job.config.training.seed,
+        accelerator=job.accelerator,
+    )
+    return Rounds(
+        job.config.on_policy,
+        material,
+        engine=session.engine or GenerateEngine(job.needed.written_together, job.accelerator.autocast),
+        files=RoundFiles(output / ROUNDS),
+        kept_steps=store.steps,
+        progress=session.progress,
+        warn=None if session.is_main else ignore_message,
+    )
 
 
 def first_sample(start: Mapping[str, Any]) -> dict[str, Any]:
@@ -246,7 +286,9 @@ def _fit(job: Job, module: Any, plan: Plan, options: LoopOptions, session: Sessi
     """Train, while signals wait for a step boundary and the time that is left is known."""
     time_left = session.progress.time_left
     done = 0 if options.resume_from is None else step_of(options.resume_from)
-    expect_training(time_left, job, plan, done, has_teacher=module.teacher is not None)
+    rounds = options.rounds
+    own_texts = 0 if rounds is None else rounds.texts_left(plan, done)
+    expect_training(time_left, job, plan, done, has_teacher=module.teacher is not None, own_texts=own_texts)
 
     training, accelerator = job.config.training, job.accelerator
     with session.stop.deferring():
@@ -424,6 +466,8 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
     results["run"] = {**ended, "loss_difference_loaded_anew": loaded.difference}
     if "teacher" in results:
         results |= _token_views(job, trained)
+    if trained.rounds is not None:
+        results |= _own_texts(job, trained)
 
     def write_report() -> None:
         export.describe(folder, settings, results)
@@ -447,6 +491,15 @@ def _token_views(job: Job, trained: Trained) -> Results:
             job.held_out, job.pair, trained.student, trained.module.differences
         )
     return views
+
+
+def _own_texts(job: Job, trained: Trained) -> Results:
+    """Return texts of the last round for the report, beside the teacher's where its model is in this process."""
+    texts: Results = {}
+    if trained.rounds is not None and job.accelerator.is_main_process:
+        with advice("texts of the last round"):
+            texts["own_text"] = trained.rounds.examples(job.held_out.judge)
+    return texts
 
 
 def compare_without_teacher(job: Job, trained: Trained, results: Results, session: Session) -> Results:

@@ -247,11 +247,12 @@ class CacheBuilding:
 
     # --- what is missing --------------------------------------------------------------------------------------------
 
-    def needs_teacher(self, states_for: set[str]) -> bool:
+    def needs_teacher(self, states_for: set[str], *, answers_student: bool = False) -> bool:
         """Return whether the teacher must be loaded; the log tells what for.
 
         Args:
             states_for: terms that need its hidden states, which are not stored.
+            answers_student: it is asked about text that the student writes, which nobody knows beforehand.
 
         Raises:
             UserError: something is missing, and the cache cannot be written to.
@@ -266,6 +267,8 @@ class CacheBuilding:
         # hidden states are no reason to refuse: they are never written
         if states_for:
             reasons.append(f"the hidden states that {', '.join(sorted(states_for))} need in every step")
+        if answers_student:
+            reasons.append("the text that the student writes itself")
         if not reasons:
             log.info("the teacher is not loaded: all that it says is in %s", self.cache.folder)
             return False

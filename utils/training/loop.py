@@ -30,18 +30,19 @@ from torch import Tensor, nn
 
 from ..advice import advice
 from ..config.settings import TrainingConfig
-from ..data.batch_source import BatchSource, StepBatches, with_signals
+from ..data.batch_source import BatchSource, OwnWindows, StepBatches, with_signals
 from ..errors import RunError, UserError
 from ..interfaces import Batch
 from ..logs.step_logger import StepLogger
 from ..machine import device_memory, hardware
 from ..machine.stop_signals import STOP_REASONS, Interrupted
+from ..on_policy.rounds import Rounds
 from ..parallel.accelerator import accelerator_for, engine_kind
 from ..parallel.processes import on_main_process
 from ..seeding import preserve_rng_and_mode
 from .early_stopping import EarlyStopping
 from .gradient import StepGradient, StepWork
-from .measurements import Clock, HostSum, IntervalMeans, StepSums, TermGradients
+from .measurements import Clock, HostSum, IntervalMeans, StepSums, TermGradients, supervised_tokens
 from .optimizer import build_optimizer, build_scheduler, taught_parameters
 from .options import LoopOptions
 from .out_of_memory import OutOfMemory, explain_out_of_memory, halve_micro_batches
@@ -115,6 +116,10 @@ def fit(
         accelerator = accelerator_for(config.mixed_precision)
     if options.term_gradients and engine_kind(accelerator).sharded:
         raise UserError("logging.term_gradients needs whole weights, and they are sharded: leave one of the two out.")
+    if options.rounds is not None and engine_kind(accelerator).sharded:
+        raise UserError(
+            "curriculum.on_policy needs whole weights to write with, and they are sharded: leave one of the two out."
+        )
     if not len(dataset):
         raise UserError("got 0 training windows, expected at least 1. Give more text, or a smaller data.max_length.")
 
@@ -256,6 +261,7 @@ class TrainingLoop:
             flags=self.flags,
             clock=self._clock,
             means=self._means,
+            rounds=self.options.rounds,
         )
 
     @property
@@ -268,6 +274,8 @@ class TrainingLoop:
     def run(self) -> FitResult:
         """Take steps until something stops the run; save at the end."""
         self.logger.truncate_after(self.step)
+        if self.options.rounds is not None:
+            self.options.rounds.truncate_after(self.resumed_from)
         log.info("%s%s", self.plan, f", from step {self.step}" if self.step else "")
         self.engine.model.train()
         self.logger.begin(self.step)
@@ -311,11 +319,39 @@ class TrainingLoop:
         return reason
 
     def _batches(self) -> Generator[StepBatches, None, None]:
-        """Return the batches of each step from the current one on, with the teacher's signals if it is asked ahead."""
-        steps = self._source.steps(self.plan, self.step)
+        """Yield the batches of each step from the current one on, with the teacher's signals if it is asked ahead."""
+        if self.options.rounds is None:
+            yield from self._with_signals(self._source.steps(self.plan, self.step), self.plan.total_steps)
+            return
+
+        # Round by round: the student's weights at the begin of the next one are not known before.
+        step = self.step
+        while step < self.plan.total_steps:
+            windows = self._begin_round(self.options.rounds, step)
+            yield from self._with_signals(self._source.steps(self.plan, step, windows), windows.end)
+            step = windows.end
+
+    def _with_signals(self, steps: Generator[StepBatches, None, None], end: int) -> Generator[StepBatches, None, None]:
+        """Return steps, up to `end`, with the teacher's signals if it is asked ahead."""
         if self.options.prefetch_teacher is None:
             return steps
-        return with_signals(steps, self._ask_teacher, self.plan.total_steps)
+        return with_signals(steps, self._ask_teacher, end)
+
+    def _begin_round(self, rounds: Rounds, step: int) -> OwnWindows:
+        """Return the windows that the student writes itself in the round of a step.
+
+        Raises:
+            Interrupted: a signal came while it wrote; or its texts show that it loses itself, and that ends the run.
+        """
+        with self._clock.writing(), preserve_rng_and_mode(self.module), self.engine.evaluation():
+            begun = rounds.begin(self.plan, step)
+
+        if begun.record is not None:
+            self.logger.own_text(begun.record)
+        if begun.signs and rounds.ends_on_collapse:
+            log.warning("on_policy.stop_on_collapse: training ends here, before anything of this text is learned")
+            raise Interrupted("collapse")
+        return begun.windows
 
     def _ask_teacher(self, batch: Batch, step: int) -> Any:
         return self.options.prefetch_teacher(batch, step, self.logger.due(step + 1))
@@ -392,7 +428,7 @@ class TrainingLoop:
         norm = self.engine.clip(self.config.max_grad_norm)
         self.update(norm)
         self.state.step += 1
-        self._clock.tokens += counts.get("lm", 0)
+        self._clock.tokens += int(supervised_tokens(counts))
         self._means.add(sums, counts, norm)
 
         if is_logged:

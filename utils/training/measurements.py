@@ -252,13 +252,17 @@ class IntervalMeans:
         for name, (value, left_out, _, counted) in terms.items():
             # The collator's count, which the loss was divided by; a term that it does not count says it itself.
             count = step.counts.get(name, int(counted))
-            raw = value / max(count, 1)
             total = totals.terms[name]
+            total.skipped += left_out
+            # A step without items of a term says nothing of it, such as LM where the student wrote every window.
+            if not count:
+                continue
+
+            raw = value / count
             total.steps += 1
             total.raw += raw
             total.weighted += step.weights[name] * raw
             total.count += count
-            total.skipped += left_out
             if name == "kd":
                 # The loss of KD is multiplied by the temperature squared, nats are not.
                 totals.kd_nats += raw / step.scalars.get("temperature", 1.0) ** 2
@@ -280,7 +284,7 @@ class IntervalMeans:
                     "raw": _mean(term.raw, term.steps),
                     "weight": weight,
                     "weighted": _mean(term.weighted, totals.steps),
-                    "count": _mean(term.count, term.steps),
+                    "count": term.count / max(term.steps, 1),
                 }
 
         record: dict[str, Any] = {
@@ -290,8 +294,10 @@ class IntervalMeans:
         }
         if "kd" in terms:
             record["kd_nats_per_token"] = _mean(totals.kd_nats, totals.terms["kd"].steps)
-        if totals.counts.get("lm"):
+        if supervised_tokens(totals.counts):
             record["coverage"] = _coverage(totals)
+        if totals.counts.get("own"):
+            record["own_tokens"] = _mean(totals.counts["own"], totals.steps)
         for key in ("top_k", "temperature"):
             if key in self._scalars:
                 record[key] = self._scalars[key]
@@ -334,14 +340,20 @@ def _rows_on_host(pending: Sequence[_PendingStep]) -> list[Tensor]:
 def _coverage(totals: IntervalTotals) -> dict[str, float]:
     """Return the shares of the student's tokens that have an anchor, and one at depth 0."""
     counts = totals.counts
+    tokens = supervised_tokens(counts)
     coverage = {}
     if "kd" in counts:
         # KD rows that turned out to say nothing are no anchors.
         skipped = totals.terms["kd"].skipped if "kd" in totals.terms else 0.0
-        coverage["anchored"] = (counts["kd"] - skipped) / counts["lm"]
+        coverage["anchored"] = (counts["kd"] - skipped) / tokens
     if "depth0" in counts:
-        coverage["depth0"] = counts["depth0"] / counts["lm"]
+        coverage["depth0"] = counts["depth0"] / tokens
     return coverage
+
+
+def supervised_tokens(counts: Mapping[str, float]) -> float:
+    """Return the student tokens that are learned: those of given text, which LM counts, and those it wrote itself."""
+    return counts.get("lm", 0) + counts.get("own", 0)
 
 
 def _mean(total: float, number: int) -> float:
@@ -444,6 +456,14 @@ class Clock:
         batch = next(batches)
         self.waited += time.monotonic() - start
         return batch
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Let time pass in which the student writes: neither time for tokens that are learned, nor waiting."""
+        start = time.monotonic()
+        with self.paused():
+            yield
+        self.waited -= time.monotonic() - start
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -9,6 +9,7 @@ from typing import Any
 from ..interfaces import Batch
 from ..logs.step_logger import StepLogger
 from ..machine.stop_signals import StopSignal
+from ..on_policy.rounds import Rounds
 from .checkpoints import CheckpointStore
 from .red_flags import RedFlags
 
@@ -40,6 +41,8 @@ class LoopOptions:
     """A checkpoint that `checkpoints.resume_point` returned."""
     flags: RedFlags | None = None
     """Red flags to watch for."""
+    rounds: Rounds | None = None
+    """Text that the student writes itself, in place of given windows; None: given windows alone."""
     stop: StopSignal | None = None
     """Asks the loop to stop at the next step boundary."""
     check: Callable[[], None] = do_nothing
@@ -71,7 +74,7 @@ class LoopOptions:
                 raise ValueError(f"{name}: got {number}, expected 0 or more")
 
         # What is only met at the end would cost the whole training.
-        methods = {"logger": "due", "checkpoints": "save", "stop": "requested"}
+        methods = {"logger": "due", "checkpoints": "save", "stop": "requested", "rounds": "begin"}
         for name, method in methods.items():
             value = getattr(self, name)
             if value is not None and not hasattr(value, method):

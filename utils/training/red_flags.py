@@ -98,7 +98,7 @@ class RedFlags:
             warmup_steps=math.ceil(warmup_ratio * total_steps),
             initial_loss=start["initial_student"]["loss"],
             text_repeats=text_repeats,
-            warn=None if main else _ignore_message,
+            warn=None if main else ignore_message,
         )
 
         if "teacher" in start:
@@ -300,5 +300,5 @@ class RedFlags:
             self._warn(f"[RED FLAG] {message}.")
 
 
-def _ignore_message(message: str) -> None:
+def ignore_message(message: str) -> None:
     """Take a warning and drop it: the main process says it."""

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..on_policy.rounds import Rounds
 from ..parallel.engine import Engine
 from ..seeding import rng_state, set_rng_state
 from .checkpoints import Checkpoint
@@ -46,6 +47,7 @@ class RunState:
     flags: RedFlags | None
     clock: Clock
     means: IntervalMeans
+    rounds: Rounds | None = None
     step: int = 0
     awaits_evaluation: bool = False
     """The evaluation that is due at this step was cut short."""
@@ -76,6 +78,8 @@ class RunState:
             "means": self.means.state_dict(),
             "flags": None if self.flags is None else self.flags.state_dict(),
         }
+        if self.rounds is not None:
+            state["rounds"] = self.rounds.state_dict()
         return StateParts(tensors={"module": learned(self.engine.module)}, objects=objects, state=state)
 
     def load(self, saved: Checkpoint, path: Path) -> None:
@@ -112,6 +116,8 @@ class RunState:
             self.means.load_state_dict(state["means"])
         if self.flags is not None and state["flags"] is not None:
             self.flags.load_state_dict(state["flags"])
+        if self.rounds is not None and "rounds" in state:
+            self.rounds.load_state_dict(state["rounds"])
 
     def load_weights(self, saved: Checkpoint) -> None:
         """Give the module, and not yet the engine, the weights of a checkpoint."""

@@ -73,7 +73,7 @@ def test_an_epoch_is_reported_once_its_batches_are_delivered():
 
 
 def test_signals_belong_to_their_batches_and_none_are_asked_for_behind_the_last_step():
-    steps = with_signals(source().steps(plan(), 0), lambda batch, step: (step, batch.documents), total_steps=2)
+    steps = with_signals(source().steps(plan(), 0), lambda batch, step: (step, batch.documents), end=2)
     first, second, behind = islice(steps, 3)
     for step in (first, second):
         assert [signal for _, signal in step.micro_batches] == [(step.step, b.documents) for b in step.batches]

@@ -33,8 +33,9 @@ def test_every_index_comes_exactly_once_per_epoch(shape, epoch, start):
     n, micro, accumulation, processes = shape
     options = {"global_batch": micro * accumulation * processes, "micro_batch": micro, "processes": processes}
     start = min(start, steps_per_epoch(n, options["global_batch"]))
+    steps = range(start, steps_per_epoch(n, options["global_batch"]))
     per_rank = [
-        list(step_batches(n, BatchGeometry(**options, rank=rank), seed=1, epoch=epoch, start_step=start))
+        list(step_batches(n, BatchGeometry(**options, rank=rank), seed=1, epoch=epoch, steps=steps))
         for rank in range(processes)
     ]
     position = 0
@@ -57,7 +58,7 @@ def test_a_resumed_epoch_continues_with_the_same_batches():
     whole = list(step_batches(45, geometry, seed=3, epoch=2))
     for step in range(7):
         skipped = sum(micro_batches_in_step(45, s, global_batch=8, micro_batch=2, processes=2) for s in range(step))
-        assert list(step_batches(45, geometry, seed=3, epoch=2, start_step=step)) == whole[skipped:]
+        assert list(step_batches(45, geometry, seed=3, epoch=2, steps=range(step, 6))) == whole[skipped:]
 
 
 def test_epochs_and_seeds_differ():
