@@ -185,24 +185,20 @@ class Pair(Protocol):
     def framework(self, total_steps: int, *, student: Any, teacher: Any) -> Any:
         """Make the module that is trained, a `StepModule`."""
 
+    def read_and_learned(self, window: dict[str, Any]) -> tuple[Any, ...]: ...
+
     @property
     def stop_ids(self) -> tuple[int, ...]:
         """Tokens with which the student ends a text, or its turn."""
 
     def require_own_text(self) -> None:
-        """Check that the student can learn from text that it writes itself; ValueError: it cannot."""
+        """Raise a ValueError if the student cannot learn from text that it writes itself."""
 
-    def own_prompt(self, window: Mapping[str, Any], tokens: int, draw: float) -> OwnPrompt | None:
-        """Return the beginning of a document of a window, of so many tokens at most; None: there is no place to write.
+    def own_prompt(self, window: "Mapping[str, Any]", tokens: int, draw: float) -> "OwnPrompt | None":
+        """Return the begin of a document of a window, for the student to go on from."""
 
-        Args:
-            draw: in [0, 1); chooses among the places.
-        """
-
-    def own_window(self, prompt: Any, sampled: Sequence[int]) -> OwnText:
+    def own_window(self, prompt: Any, sampled: Sequence[int]) -> "OwnText":
         """Make a window of the tokens that the student sampled behind a prompt."""
-
-    def read_and_learned(self, window: dict[str, Any]) -> tuple[Any, ...]: ...
 
     def without_teacher(self) -> "Pair": ...
 

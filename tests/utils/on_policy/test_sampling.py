@@ -113,7 +113,7 @@ def test_random_numbers_are_those_of_a_slot():
     different = {uniforms(*key, 1)[0] for key in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)]}
     assert len(different) == 4
     numbers = uniforms(0, 0, 0, 10_000)
-    assert 0 <= numbers.min() and numbers.max() < 1 and abs(numbers.mean() - 0.5) < 0.02
+    assert numbers.min() >= 0 and numbers.max() < 1 and abs(numbers.mean() - 0.5) < 0.02
     assert uniforms(0, 0, 0, 1)[0] == FIRST
 
 

@@ -1,5 +1,7 @@
 """Which windows of a step the student writes itself: as many as the share says, the same in every process."""
 
+from itertools import pairwise
+
 import pytest
 
 from utils.on_policy.slots import own_slots
@@ -23,7 +25,7 @@ def test_slots_are_different_ones_spread_over_the_step():
     for step in range(100):
         slots = own_slots(0.5, step, 16)
         assert len(set(slots)) == 8 and slots == sorted(slots) and max(slots) < 16
-        assert all(1 <= later - earlier <= 3 for earlier, later in zip(slots, slots[1:], strict=False))
+        assert all(1 <= later - earlier <= 3 for earlier, later in pairwise(slots))
 
 
 def test_over_many_steps_every_slot_has_its_turn():
