@@ -153,7 +153,7 @@ class CachedTeacher:
         # Copied to the host first, so that the time includes the GPU's.
         windows = _split_by_window(batch, exact)
         seconds = time.monotonic() - start
-        tokens = batch.counts["lm"]
+        tokens = batch.counts["lm"] + batch.counts.get("own", 0)
         arrays = self.memory.keep(batch.keys, windows, tokens, seconds)
         return _as_signal(arrays), exact.hidden
 

@@ -41,21 +41,26 @@ def describe(texts: Sequence[SlotText]) -> dict[str, Any]:
     `commonest_token` (share of the tokens that are the most frequent one), `empty` and `broken` (shares).
     """
     written = [text for text in texts if text.own is not None]
-    count = max(len(written), 1)
-    lengths = [text.own.tokens for text in written if text.own is not None]
+    own = [text.own for text in texts if text.own is not None]
+    lengths = [text.tokens for text in own]
     tokens = Counter(token for text in written for token in text.ids)
-    commonest = max(tokens.values(), default=0)
+
     return {
         "texts": len(texts),
-        "ended": sum(text.own.ended for text in written if text.own is not None) / count,
-        "given_ended": sum(text.given_ends for text in written) / count,
-        "tokens": sum(lengths) / count,
+        "ended": _share([text.ended for text in own]),
+        "given_ended": _share([text.given_ends for text in written]),
+        "tokens": sum(lengths) / max(len(own), 1),
         "tokens_95": float(np.quantile(lengths, 0.95)) if lengths else 0.0,
         "repeated_4grams": repeated_share([text.ids for text in written]),
-        "commonest_token": commonest / max(sum(tokens.values()), 1),
-        "empty": sum(text.own is None or text.own.window is None for text in texts) / max(len(texts), 1),
-        "broken": sum(text.own.broken for text in written if text.own is not None) / count,
+        "commonest_token": max(tokens.values(), default=0) / max(tokens.total(), 1),
+        "empty": _share([text.own is None or text.own.window is None for text in texts]),
+        "broken": _share([text.broken for text in own]),
     }
+
+
+def _share(facts: Sequence[bool]) -> float:
+    """Return the share of facts that are true; 0 of none."""
+    return sum(facts) / max(len(facts), 1)
 
 
 class OpinionOf(NamedTuple):
@@ -76,10 +81,12 @@ def teachers_opinion(
 
     Args:
         module: the framework that is trained.
-        windows: of the student's texts, the same in every process; the first `MEASURED_WINDOWS` are measured.
+        windows: of the student's texts, the same in every process; `MEASURED_WINDOWS` of them are measured.
         batch_size: windows of a forward.
     """
-    measured = list(windows[:MEASURED_WINDOWS])[accelerator.process_index :: accelerator.num_processes]
+    # spread over the round
+    spread = windows[:: max(1, len(windows) // MEASURED_WINDOWS)][:MEASURED_WINDOWS]
+    measured = spread[accelerator.process_index :: accelerator.num_processes]
     sums = [0.0] * len(OpinionOf._fields)
     with advice("the teacher's opinion of the student's texts"), scores.float32_evaluation(module.student):
         for start in range(0, len(measured), batch_size):

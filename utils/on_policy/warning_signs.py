@@ -13,10 +13,10 @@ log = logging.getLogger(__name__)
 
 FEWEST_TEXTS = 16
 """Texts of a round below which its figures say nothing."""
-ROUNDS_IN_A_ROW = 4
+ROUNDS_IN_A_ROW = 5
 """Rounds over which something must grow without a break."""
 LENGTH_GROWTH = 1.5
-BITS_GROWTH = 1.15
+BITS_GROWTH = 1.3
 """Growth over these rounds that is a sign, of the mean length and of the teacher's bits per byte."""
 MOST_OF_ONE_TOKEN = 0.5
 """Share of the tokens that one of them may have."""

@@ -22,6 +22,8 @@ from .results import (
     headline,
     is_random_start,
     model_name,
+    own_text_note,
+    own_text_samples,
     percent,
     retention_lines,
     run_lines,
@@ -104,7 +106,9 @@ def page(
         alignment=results.get("alignment"),
         differences=results.get("differences"),
         student_name=model_name("student", results),
-        samples=_samples(results),
+        samples=_samples(results, results.get("samples") or []),
+        own_text=_samples(results, own_text_samples(results)),
+        own_text_note=own_text_note(results),
         samples_title=samples_title(results),
         # A plain text has a beginning, a conversation or an example has a prompt.
         prompt_title="Prompt" if results.get("prompted") else "Beginning",
@@ -224,10 +228,10 @@ def _task_table(results: Mapping[str, Any]) -> TableOfRows:
     return TableOfRows(heads, [Row(cells) for cells in rows])
 
 
-def _samples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the samples, each with its prompt and with (name, text) of every model that wrote one."""
+def _samples(results: Mapping[str, Any], written: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return samples, each with its prompt and with (name, text) of every model that wrote one."""
     samples = []
-    for sample in results.get("samples") or []:
+    for sample in written:
         texts = [(model_name(key, results), sample[key]) for key in MODELS if sample.get(key) is not None]
         samples.append({"prompt": sample.get("prompt", ""), "texts": texts})
     return samples

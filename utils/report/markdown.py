@@ -4,7 +4,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..run_layout import CURVES, ROUTING
-from .results import MODELS, figure, headline, model_name, retention_lines, run_lines, samples_title, task_table
+from .results import (
+    MODELS,
+    figure,
+    headline,
+    model_name,
+    own_text_note,
+    own_text_samples,
+    retention_lines,
+    run_lines,
+    samples_title,
+    task_table,
+)
 from .written_text import written_text_table
 
 _MARKUP = "\\`*_{}[]#|~$"
@@ -32,6 +43,9 @@ def markdown(results: Mapping[str, Any]) -> str:
     if samples := results.get("samples"):
         parts.append(f"## Samples\n\n{samples_title(results)}.")
         parts += [_sample(number, sample, results) for number, sample in enumerate(samples, 1)]
+    if texts := own_text_samples(results):
+        parts.append(f"## The student's own text\n\n{own_text_note(results)}")
+        parts += [_sample(number, text, results) for number, text in enumerate(texts, 1)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

@@ -9,6 +9,7 @@ row for each metric (see `utils.evaluation.lm_eval_tasks`). And beside the model
 - `prompted`: the samples answer prompts, as the student learned to from conversations or from examples; else they go
   on from the beginnings of texts, behind the tokens `text_starts` of each side.
 - `alignment` and `differences`: views of single tokens, see `token_views`.
+- `own_text`: texts of the last round that the student wrote to learn from, see `utils.on_policy.rounds`.
 """
 
 from collections.abc import Mapping
@@ -116,6 +117,20 @@ def _against_start(results: Mapping[str, Any], bits: Mapping[str, float]) -> str
     closed = retention.get("gap_closed")
     return (
         None if closed is None else f"The {name} closed {closed:.1%} of the gap between itself {start} and the teacher."
+    )
+
+
+def own_text_samples(results: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return texts that the student wrote to learn from, in the form of samples: prompt, and text by model."""
+    return [dict(text) for text in (results.get("own_text") or {}).get("texts") or []]
+
+
+def own_text_note(results: Mapping[str, Any]) -> str:
+    """Return what these texts are."""
+    step = (results.get("own_text") or {}).get("step") or 0
+    return (
+        f"What the student wrote after step {step:,} and learned from, beside what the teacher writes behind the same "
+        "beginnings. Both are sampled."
     )
 
 

@@ -211,8 +211,6 @@ def train_student(
     rehearse(job, module, store, session, is_new=resume_from is None, compares=teacher is not None)
     start = job.held_out.measure_start(student, teacher_measurement(job, teacher), output)
 
-    rounds = make_rounds(job, module, store, output, session)
-
     # Step 0 of the curves; a resumed run has it in its metrics already.
     evaluate = partial(evaluation_record, job, module)
     if resume_from is None:
@@ -224,7 +222,7 @@ def train_student(
         checkpoints=store,
         resume_from=resume_from,
         flags=red_flags(job, plan, student, start, session),
-        rounds=rounds,
+        rounds=make_rounds(job, module, store, output, session),
         stop=session.stop,
         check=session.stop.check,
         writing=session.stop.writing,
@@ -244,7 +242,7 @@ def train_student(
     logger.close()
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
-    return Trained(module, result, start, rounds)
+    return Trained(module, result, start, options.rounds)
 
 
 def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, session: Session) -> Rounds | None:

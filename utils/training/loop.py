@@ -525,6 +525,9 @@ class TrainingLoop:
         self.flags = None
         with advice("further red flags"):
             for batch in batches.batches:
+                # short texts of a student may well be equal, and are no duplicates in the data
+                if batch.counts.get("own"):
+                    continue
                 flags.batch(batch.labels, batches.epoch + 1, batch.documents)
             self.flags = flags
 
