@@ -9,6 +9,7 @@ import torch
 from models.config import CurriculumConfig, Ramp, Term
 from models.distillation import Distillation, Method
 from models.text.collate import PairCollator
+from tests.gloo import launch
 from tests.models.tiny import byte_bpe, tiny_llama
 from tests.toy import StopAfter, digest, toy_config
 from utils.config.settings import OnPolicyConfig
@@ -266,3 +267,28 @@ def test_slots_are_those_of_the_plan_whatever_its_micro_batches():
     whole, halves = Plan.of(config, windows), Plan(windows, 2, 4, 2, STEPS)
     assert rounds._slots(whole, 0, STEPS) == rounds._slots(halves, 0, STEPS)
     assert {slot.number for slot in rounds._slots(whole, 0, STEPS)} <= set(range(4))
+
+
+# ------------------------------------------------------------------------------------------- several processes
+
+
+def shared(folder: Path) -> dict:
+    """Texts, figures and weights of a run without dropout, in however many processes."""
+    _, _, rounds = run(folder, dropout=0.0, accumulation=1)
+    return {
+        "texts": [text["text"] for text in rounds._shown[1]],
+        "told": rounds.signs.state_dict()["rounds"],
+        "weights": [parameter.detach().numpy() for parameter in rounds.material.module.parameters()],
+    }
+
+
+def test_two_processes_write_and_learn_what_one_does(tmp_path):
+    alone = shared(tmp_path / "alone")
+    for process in launch(2, shared, tmp_path / "two"):
+        assert process["texts"] == alone["texts"]
+        for one, other in zip(process["weights"], alone["weights"], strict=True):
+            assert np.allclose(one, other, atol=1e-4)
+
+    for one, other in zip(own_records(tmp_path / "two"), own_records(tmp_path / "alone"), strict=True):
+        numbers = {name: value for name, value in other.items() if name != "split"}
+        assert {name: one[name] for name in numbers} == pytest.approx(numbers, rel=1e-3)

@@ -1,0 +1,73 @@
+"""Signs of a student that loses itself: raised by rounds that show them, and by no others."""
+
+import pytest
+
+from utils.on_policy.warning_signs import ROUNDS_IN_A_ROW, WarningSigns
+
+HEALTHY = {
+    "texts": 100,
+    "ended": 0.4,
+    "given_ended": 0.5,
+    "tokens": 60.0,
+    "commonest_token": 0.06,
+    "empty": 0.0,
+    "teacher_bits_per_byte": 1.2,
+}
+
+
+def signs_of(*rounds: dict) -> tuple[list[str], list[str]]:
+    """The signs that the last of some rounds shows, and all warnings."""
+    warnings: list[str] = []
+    signs = WarningSigns(warnings.append)
+    shown: list[str] = []
+    for figures in rounds:
+        shown = signs.check(HEALTHY | figures)
+    return shown, warnings
+
+
+def test_healthy_rounds_show_none():
+    wandering = [{"tokens": 60 + (-1) ** n * n, "teacher_bits_per_byte": 1.2 + 0.2 * (-1) ** n} for n in range(20)]
+    assert signs_of(*wandering) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds", "cause"),
+    [
+        ("no_ends", [{"ended": 0.0}] * 2, "instruct teacher's template"),
+        ("longer", [{"tokens": 50 * 1.2**n} for n in range(ROUNDS_IN_A_ROW)], "learning rate"),
+        ("one_token", [{"commonest_token": 0.7}], "70% of the tokens"),
+        ("empty", [{"empty": 0.9}], "ends at once"),
+        ("unlikely", [{"teacher_bits_per_byte": 1.2**n} for n in range(ROUNDS_IN_A_ROW)], "1.000, 1.200, 1.440"),
+    ],
+)
+def test_a_sign_is_told_once_with_its_cause_and_seen_as_long_as_it_lasts(name, rounds, cause):
+    shown, warnings = signs_of(*rounds)
+    assert shown == [name]
+    assert len(warnings) == 1 and warnings[0].startswith("[RED FLAG]") and cause in warnings[0]
+
+    # one round less, or one that breaks the row, shows none
+    assert signs_of(*rounds[:-1]) == ([], []) and signs_of(*rounds[:-1], {})[0] == []
+    assert len(signs_of(*rounds, rounds[-1])[1]) == 1
+
+
+def test_a_student_whose_given_texts_do_not_end_either_is_no_sign():
+    assert signs_of(*[{"ended": 0.0, "given_ended": 0.1}] * 5) == ([], [])
+
+
+def test_few_texts_say_nothing():
+    assert signs_of(*[{"texts": 3, "ended": 0.0, "commonest_token": 1.0, "empty": 1.0}] * 5) == ([], [])
+
+
+def test_figures_that_could_not_be_measured_are_left_out():
+    assert signs_of(*[{"teacher_bits_per_byte": None}] * 5) == ([], [])
+
+
+def test_signs_go_on_where_a_checkpoint_was_saved():
+    first = WarningSigns(lambda message: None)
+    for n in range(ROUNDS_IN_A_ROW - 1):
+        assert first.check(HEALTHY | {"tokens": 20 * 1.2**n, "commonest_token": 0.9}) == ["one_token"]
+    warnings: list[str] = []
+    second = WarningSigns(warnings.append)
+    second.load_state_dict(first.state_dict())
+    shown = second.check(HEALTHY | {"tokens": 20 * 1.2 ** (ROUNDS_IN_A_ROW - 1), "commonest_token": 0.9})
+    assert shown == ["longer", "one_token"] and len(warnings) == 1
