@@ -258,6 +258,8 @@ class CacheBuilding:
             UserError: something is missing, and the cache cannot be written to.
         """
         reasons = self._missing()
+        if answers_student:
+            reasons.append("the text that the student writes itself")
         if reasons and not self.cache.writable:
             raise UserError(
                 f"teacher cache {self.cache.folder} lacks {', '.join(reasons)} and cannot be written to. Copy it to a "
@@ -267,8 +269,6 @@ class CacheBuilding:
         # hidden states are no reason to refuse: they are never written
         if states_for:
             reasons.append(f"the hidden states that {', '.join(sorted(states_for))} need in every step")
-        if answers_student:
-            reasons.append("the text that the student writes itself")
         if not reasons:
             log.info("the teacher is not loaded: all that it says is in %s", self.cache.folder)
             return False

@@ -1,0 +1,63 @@
+"""A student that learns from its own text, in the real program: with a cache, in conversations, and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import train
+from models.teacher.frozen import FrozenTeacher
+from tests.faults.conftest import Place
+from utils.files import sha256_of
+from utils.logs.records import is_own_text, read_metrics
+
+OWN = ["--set", "curriculum.on_policy=0.5", "on_policy.every=2", "on_policy.new_tokens=8", "on_policy.prompt_tokens=6"]
+SHORT = ["--max-steps", "4", "--eval-every", "0", "--log-every", "1"]
+
+
+def run(place: Place, output: Path, *more: str) -> int:
+    return train.main(place.arguments(output, *SHORT, *OWN, *more))
+
+
+def report_of(output: Path) -> dict:
+    return json.loads((output / "evaluation_report.json").read_text())
+
+
+def test_a_cache_answers_about_text_that_the_student_has_written_before(place, tmp_path, monkeypatch, capsys):
+    """The second run writes the same texts, whose answers it reads; the teacher is there for others."""
+    cache = ["--cache-teacher", str(tmp_path / "cache")]
+    assert run(place, tmp_path / "writing", *cache) == 0
+    assert "the text that the student writes itself" in " ".join(capsys.readouterr().out.split())
+
+    monkeypatch.setattr(FrozenTeacher, "signal", lambda *_: pytest.fail("the cache has it all"))
+    assert run(place, tmp_path / "reading", *cache) == 0
+    files = [tmp_path / name / "student" / "model.safetensors" for name in ("writing", "reading")]
+    assert sha256_of(files[0]) == sha256_of(files[1])
+
+
+def test_the_report_has_texts_of_the_last_round_beside_the_teachers(place, tmp_path):
+    assert run(place, tmp_path / "run") == 0
+    records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if is_own_text(r)]
+    assert [(record["step"], record["share"]) for record in records] == [(0, 0.5), (2, 0.5)]
+
+    texts = report_of(tmp_path / "run")["own_text"]
+    assert texts["step"] == 2 and texts["texts"] and all(text["prompt"] for text in texts["texts"])
+    assert all(text["student"] is not None and text["teacher"] is not None for text in texts["texts"])
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "The student's own text" in page and "share of own text" in page
+    assert "The student's own text" in (tmp_path / "run" / "evaluation_report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (["--set", "curriculum.kd.weight=0"], "lm learns nothing from the student's own text"),
+        (["--teacher-device", "sharded"], "a sharded teacher cannot answer about it"),
+        (["--set", "on_policy.prompt_tokens=64"], "leaves no room in windows of data.max_length 64"),
+        (["--set", "curriculum.on_policy=1.5"], "from 0 to 1"),
+    ],
+)
+def test_contradictions_are_refused_before_anything_is_loaded(changed, words, place, tmp_path, capsys):
+    assert run(place, tmp_path / "run", *changed) == 2
+    assert words in " ".join(capsys.readouterr().out.split())
+    assert not (tmp_path / "run").exists()
