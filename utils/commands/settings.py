@@ -50,7 +50,7 @@ class RunConfig(Validated):
     resume: str = "auto"
     """auto: continue from the newest whole checkpoint in output_dir, if any; never; or a checkpoint's path."""
     resume_changed: bool = False
-    """Continue although curriculum, loss, max_grad_norm or patience are no longer those of the checkpoint."""
+    """Continue although curriculum, on_policy, loss, max_grad_norm or patience differ from those of the checkpoint."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -67,7 +67,17 @@ MICRO_BATCH = {"training.batch_size", "training.gradient_accumulation_steps"}
 """Settings that cut an optimizer step into micro-batches. They are free only as long as no loss term depends on the
 cut; `contr` does, because it compares the windows of a micro-batch with one another."""
 
-CHANGEABLE = ("curriculum.", "loss.", "on_policy.", "training.max_grad_norm", "training.patience")
+CHANGEABLE = (
+    "curriculum.",
+    "loss.",
+    "on_policy.every",
+    "on_policy.new_tokens",
+    "on_policy.prompt_tokens",
+    "on_policy.temperature",
+    "on_policy.top_p",
+    "training.max_grad_norm",
+    "training.patience",
+)
 """Settings, or beginnings of their keys, that `resume_changed=true` allows to differ on resume. They weight the loss;
 the size of no saved tensor depends on them."""
 

@@ -39,6 +39,18 @@ def test_micro_batches_are_free_only_while_no_term_compares_their_windows(key, w
     assert identity(contrastive)[key] == contrastive["training"][key.rpartition(".")[2]]
 
 
+def test_settings_of_own_text_are_compared_only_where_there_is_any():
+    """So that runs which were made before there was such a thing can be continued."""
+    rounds = {"every": 50, "stop_on_collapse": False}
+    unused = {**changed("curriculum.on_policy", 0), "on_policy": rounds}
+    assert identity(unused) == identity(SETTINGS)
+
+    used = {**changed("curriculum.on_policy", {"points": [[0, 0], [1, 1]]}), "on_policy": rounds}
+    compared = identity(used).keys() - identity(SETTINGS).keys()
+    assert compared == {"curriculum.on_policy", "on_policy.every"}
+    check_same_run("run", identity(SETTINGS), identity(used), True)
+
+
 def test_a_whole_section_that_is_free_is_not_compared():
     assert identity({**SETTINGS, "logging": {"every": 3}}) == identity(SETTINGS)
 
