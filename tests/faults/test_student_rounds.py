@@ -8,8 +8,10 @@ import pytest
 import train
 from models.teacher.frozen import FrozenTeacher
 from tests.faults.conftest import Place
+from utils.commands.api import distil
 from utils.files import sha256_of
 from utils.logs.records import is_own_text, read_metrics
+from utils.on_policy.sampling import GenerateEngine
 
 OWN = ["--set", "curriculum.on_policy=0.5", "on_policy.every=2", "on_policy.new_tokens=8", "on_policy.prompt_tokens=6"]
 SHORT = ["--max-steps", "4", "--eval-every", "0", "--log-every", "1"]
@@ -35,8 +37,17 @@ def test_a_cache_answers_about_text_that_the_student_has_written_before(place, t
     assert sha256_of(files[0]) == sha256_of(files[1])
 
 
-def test_the_report_has_texts_of_the_last_round_beside_the_teachers(place, tmp_path):
-    assert run(place, tmp_path / "run") == 0
+def test_an_engine_handed_to_distil_writes_and_the_report_shows_texts_beside_the_teachers(place, tmp_path):
+    asked = []
+
+    def engine(student, prompts, rule, note):
+        asked.append(len(prompts))
+        return GenerateEngine(2)(student, prompts, rule, note)
+
+    own = {"every": 2, "new_tokens": 8, "prompt_tokens": 6}
+    settings = {"curriculum": {"on_policy": 0.5}, "on_policy": own, "evaluation": {"every": 0}}
+    distil(config=place.recipe, output_dir=tmp_path / "run", max_steps=4, engine=engine, **settings)
+    assert asked == [8, 8]
     records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if is_own_text(r)]
     assert [(record["step"], record["share"]) for record in records] == [(0, 0.5), (2, 0.5)]
 
