@@ -243,7 +243,7 @@ def test_a_collapse_ends_the_run_before_it_is_learned_where_that_is_asked_for(tm
     _, result, rounds = run(tmp_path, share=1.0, lengths=lengths, engine=as_prompted)
     assert (result.steps, result.stopped_by) == (0, "collapse")
     assert CheckpointStore(tmp_path / "checkpoints").newest_whole() is not None
-    assert caplog.text.count("[RED FLAG]") == len(rounds.signs.told) >= 1
+    assert caplog.text.count("[RED FLAG]") == len(rounds.signs.warned) >= 1
 
     # the same command stops again, and one without the setting goes on
     assert run(tmp_path, share=1.0, lengths=lengths, engine=as_prompted)[1].stopped_by == "collapse"
@@ -277,7 +277,6 @@ def shared(folder: Path) -> dict:
     _, _, rounds = run(folder, dropout=0.0, accumulation=1)
     return {
         "texts": [text["text"] for text in rounds._shown[1]],
-        "told": rounds.signs.state_dict()["rounds"],
         "weights": [parameter.detach().numpy() for parameter in rounds.material.module.parameters()],
     }
 

@@ -21,7 +21,7 @@ MEASURED_WINDOWS = 16
 
 @dataclass(frozen=True)
 class SlotText:
-    """What the student wrote in one slot, and what it is compared with."""
+    """A text that the student wrote in one slot, and facts that it is compared with."""
 
     own: OwnText | None
     """None: there was no place to write."""

@@ -143,16 +143,18 @@ class Rounds:
             return Round(first, OwnWindows(end, {}))
 
         begun = self._texts_of(slots, first, step)
-        windows = {}
+        windows: dict[tuple[int, int], Any] = {}
         for slot, text in zip(slots, begun.texts, strict=True):
             windows[slot.step, slot.number] = None if text.own is None else text.own.window
-        record, signs = None, []
+
         # what a session before this one has measured is in its log
+        record = None
+        signs: list[str] = []
         if begun.seconds is not None or step == first:
             record = self._record(plan, begun, step, len(slots) / self._places(plan, first, end))
             signs = self.signs.check(record)
 
-        # a round that is taken up again is not logged again
+        # a round that is taken up again, in smaller micro-batches, is not logged again
         self._current = Round(first, OwnWindows(end, windows))
         return Round(first, self._current.windows, record, signs)
 
@@ -235,12 +237,12 @@ class Rounds:
 
     # --- texts ------------------------------------------------------------------------------------------------------
 
-    def _texts_of(self, slots: Sequence[Slot], first: int, step: int) -> "_Begun":
+    def _texts_of(self, slots: Sequence[Slot], first: int, step: int) -> "_RoundTexts":
         """Return the texts of a round: read, or written now by the student of `step`."""
         prompts = [self._prompt(slot) for slot in self._mine(slots)]
         stored = self._stored(slots, first)
         if stored is not None:
-            return _Begun(self._slot_texts(slots, prompts, stored), None)
+            return _RoundTexts(self._slot_texts(slots, prompts, stored), None)
 
         if step != first:
             log.warning(
@@ -254,7 +256,7 @@ class Rounds:
         seconds = time.monotonic() - start
         texts = self._slot_texts(slots, prompts, ids)
         self._keep(first, slots, ids, texts)
-        return _Begun(texts, seconds)
+        return _RoundTexts(texts, seconds)
 
     def _stored(self, slots: Sequence[Slot], first: int) -> list[list[int] | None] | None:
         """Return the ids of every slot as they were kept; None where they are not, or are those of other slots."""
@@ -297,14 +299,15 @@ class Rounds:
         material = self.material
         places = [number for number, prompt in enumerate(prompts) if prompt is not None]
         mine = self._mine(slots)
-        asked = []
+        beginnings = []
         for number in places:
             prompt = prompts[number]
             assert prompt is not None
-            asked.append(Prompt(prompt.student_ids, self._draws(mine[number])[1 : 1 + self._limit(prompt)]))
+            draws = self._draws(mine[number])[1 : 1 + self._limit(prompt)]
+            beginnings.append(Prompt(prompt.student_ids, draws))
 
-        with self.progress.over("the student's own text", len(asked), "own text", unit="text") as note:
-            rows = self.engine(material.module.student, asked, self._rule, note)
+        with self.progress.over("the student's own text", len(beginnings), "own text", unit="text") as note:
+            rows = self.engine(material.module.student, beginnings, self._rule, note)
         if material.accelerator.device.type == "cuda":
             device_memory.release()
 
@@ -347,7 +350,7 @@ class Rounds:
         if self.files is None:
             return
         files = self.files
-        written = [WrittenText(*slot, ids=row) for slot, row in zip(slots, ids, strict=True)]
+        written = [WrittenText(slot.step, slot.number, slot.window, row) for slot, row in zip(slots, ids, strict=True)]
 
         def keep() -> None:
             files.write(first, written, shown)
@@ -358,7 +361,7 @@ class Rounds:
 
     # --- figures ----------------------------------------------------------------------------------------------------
 
-    def _record(self, plan: RoundPlan, begun: "_Begun", step: int, share: float) -> dict[str, Any]:
+    def _record(self, plan: RoundPlan, begun: "_RoundTexts", step: int, share: float) -> dict[str, Any]:
         """Return the record of a round for metrics.jsonl."""
         material = self.material
         windows = [text.own.window for text in begun.texts if text.own is not None and text.own.window is not None]
@@ -384,7 +387,7 @@ class Rounds:
         }
 
 
-class _Begun(NamedTuple):
+class _RoundTexts(NamedTuple):
     """The texts of a round that begins, or is taken up again."""
 
     texts: list[SlotText]

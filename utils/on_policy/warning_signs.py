@@ -27,22 +27,28 @@ LEAST_GIVEN_ENDS = 0.2
 
 
 class WarningSigns:
-    """Looks at the figures of each round; `signs` are the names of those that it has told of.
+    """Looks at the figures of each round beside those of the rounds before.
 
     Args:
         warn: where a warning goes; None: the log.
+
+    Attributes:
+        warned: names of the signs that a warning was given of, in order.
     """
 
     def __init__(self, warn: Callable[[str], None] | None = None) -> None:
-        self.told: list[str] = []
+        self.warned: list[str] = []
         self._warn = warn or log.warning
         self._rounds: list[dict[str, Any]] = []
 
     def check(self, figures: Mapping[str, Any]) -> list[str]:
-        """Take the figures of a new round, warn of signs that are new, and return the names of all that it shows."""
+        """Take the figures of a round, warn of signs that are new, and return the names of all that it shows."""
         if figures["texts"] < FEWEST_TEXTS:
             return []
-        self._rounds = [*self._rounds, dict(figures)][-ROUNDS_IN_A_ROW:]
+
+        # A run that goes on where a round begins has seen its figures before.
+        earlier = [r for r in self._rounds if r["step"] < figures["step"]]
+        self._rounds = [*earlier, dict(figures)][-ROUNDS_IN_A_ROW:]
 
         signs = {
             "no_ends": self._never_ends(),
@@ -53,18 +59,18 @@ class WarningSigns:
         }
         shown = [name for name, message in signs.items() if message]
         for name in shown:
-            if name not in self.told:
-                self.told.append(name)
+            if name not in self.warned:
+                self.warned.append(name)
                 self._warn(f"[RED FLAG] {signs[name]}.")
         return shown
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain containers, for a checkpoint."""
-        return {"told": list(self.told), "rounds": list(self._rounds)}
+        return {"warned": list(self.warned), "rounds": list(self._rounds)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state_dict` was taken."""
-        self.told = list(state["told"])
+        self.warned = list(state["warned"])
         self._rounds = list(state["rounds"])
 
     def _never_ends(self) -> str | None:

@@ -43,6 +43,7 @@ def markdown(results: Mapping[str, Any]) -> str:
     if samples := results.get("samples"):
         parts.append(f"## Samples\n\n{samples_title(results)}.")
         parts += [_sample(number, sample, results) for number, sample in enumerate(samples, 1)]
+
     if texts := own_text_samples(results):
         parts.append(f"## The student's own text\n\n{own_text_note(results)}")
         parts += [_sample(number, text, results) for number, text in enumerate(texts, 1)]
