@@ -236,6 +236,7 @@ def test_the_float32_copy_of_a_half_precision_base_is_forecast():
     config = tiny_llama(600, width=256, num_hidden_layers=12).config
     size = sum(p.numel() for p in tiny_llama(600, width=256, num_hidden_layers=12).parameters())
     options = {"student": config, "teacher": None, "length": 8, "precision": "bf16", "lora": LoraConfig(enabled=True)}
+    options["scored_logits"] = 1
     demands = [replace(demand_of(**options), student_dtype=dtype) for dtype in (torch.bfloat16, torch.float32)]
     half, whole = (demand.memory(1) for demand in demands)
     assert half["student in float32 for evaluation"] == 4 * size
