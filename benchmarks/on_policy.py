@@ -114,7 +114,8 @@ def run(args: argparse.Namespace, name: str, seed: int, known: Sequence[Result])
         )
         seconds = time.perf_counter() - began
         if finished.returncode:
-            raise SystemExit(f"{name}, seed {seed}: train.py ended with {finished.returncode}:\n{finished.stdout[-3000:]}")
+            said = finished.stdout[-3000:]
+            raise SystemExit(f"{name}, seed {seed}: train.py ended with {finished.returncode}:\n{said}")
         report = json.loads((output / "evaluation_report.json").read_text(encoding="utf-8"))
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {
