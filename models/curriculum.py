@@ -60,6 +60,7 @@ class CurriculumScheduler:
         }
 
         self._own_text = curriculum.on_policy
+        self.uses_own_text = curriculum.uses_own_text
 
         self.loss = loss
         self.used = curriculum.used()

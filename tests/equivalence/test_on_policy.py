@@ -23,6 +23,7 @@ from utils.on_policy.rounds import RoundMaterial, Rounds
 from utils.parallel.accelerator import build_accelerator
 from utils.parallel.processes import on_main_process
 from utils.training.checkpoints import CheckpointStore
+from utils.training.distillation_trainer import DistillationTrainer
 from utils.training.loop import FitResult, fit
 from utils.training.options import LoopOptions
 from utils.training.plan import Plan
@@ -258,6 +259,16 @@ def test_sharded_weights_are_refused(monkeypatch):
     monkeypatch.setattr(loop, "engine_kind", lambda accelerator: FullySharded)
     with pytest.raises(UserError, match="whole weights to write with"):
         run(None)
+
+
+def test_a_share_without_anything_that_writes_is_refused():
+    """Neither loop learns from given text alone without a word."""
+    pair = pair_for(0.5)
+    framework, windows = pair.framework(STEPS), pair.windows(TEXTS)
+    with pytest.raises(UserError, match=r"LoopOptions\(rounds"):
+        fit(framework, windows, pair.collate, toy_config(), accelerator=build_accelerator("no", cpu=True))
+    with pytest.raises(UserError, match=r"curriculum.on_policy above 0"):
+        DistillationTrainer(model=framework, train_dataset=windows, data_collator=pair.collate)
 
 
 def test_slots_are_those_of_the_plan_whatever_its_micro_batches():

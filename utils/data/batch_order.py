@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
 
 import numpy as np
@@ -85,6 +86,7 @@ def _windows_of_step(order: np.ndarray, step: int, global_batch: int, replaced: 
     return windows
 
 
+@lru_cache(maxsize=2)
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """Order of n items in an epoch: [n] int64, a pure function of its arguments.
 
@@ -93,4 +95,6 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     """
     bits = np.random.PCG64(np.random.SeedSequence([seed, epoch]))
     # A stable sort: equal outputs, however rare, must not be ordered by the sorting algorithm of the day.
-    return np.argsort(bits.random_raw(n), kind="stable")
+    order = np.argsort(bits.random_raw(n), kind="stable")
+    order.setflags(write=False)  # it is kept, for rounds of few steps ask for it again and again
+    return order

@@ -49,6 +49,11 @@ class DistillationTrainer(Trainer):
             raise UserError(
                 f"DistillationTrainer: got a {type(self.model).__name__} as model, expected a DistillationFramework"
             )
+        if self.model.curriculum.uses_own_text:
+            raise UserError(
+                "DistillationTrainer: got a curriculum.on_policy above 0, and Trainer has no place to write between "
+                "two steps: leave it at 0, or train with `fit` and LoopOptions(rounds=...)"
+            )
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise UserError(
                 f"DistillationTrainer: got {self.accelerator.distributed_type.value}, expected one process or DDP. "

@@ -116,6 +116,11 @@ def fit(
         accelerator = accelerator_for(config.mixed_precision)
     if options.term_gradients and engine_kind(accelerator).sharded:
         raise UserError("logging.term_gradients needs whole weights, and they are sharded: leave one of the two out.")
+    if options.rounds is None and getattr(getattr(module, "curriculum", None), "uses_own_text", False):
+        raise UserError(
+            "curriculum.on_policy: got a share above 0 and nothing that writes, expected LoopOptions(rounds=...) with "
+            "utils.on_policy.rounds.Rounds; or leave it at 0."
+        )
     if options.rounds is not None and engine_kind(accelerator).sharded:
         raise UserError(
             "curriculum.on_policy needs whole weights to write with, and they are sharded: leave one of the two out."
