@@ -386,7 +386,7 @@ class TokenTable:
         """
         # A piece of a character becomes U+FFFD, whose tokens do not spell it: the longest match does.
         texts = [piece.decode("utf-8", "replace") for piece in pieces]
-        encodings = self._without_edges().encode_batch_fast(texts, add_special_tokens=False)
+        encodings = self._without_edges.encode_batch_fast(texts, add_special_tokens=False)
 
         spellings = []
         for piece, encoding in zip(pieces, encodings, strict=True):
@@ -396,8 +396,9 @@ class TokenTable:
             spellings.append(ids)
         return spellings
 
+    @functools.cached_property
     def _without_edges(self) -> tokenizers.Tokenizer:
-        """Return the tokenizer without what it does to the begin and the end of a text only."""
+        """The tokenizer without what it does to the begin and the end of a text only."""
         spec = self.spec | {"post_processor": None, "added_tokens": []}
         inside = [part for part in normalisers(spec) if part["type"] not in ("Prepend", "Strip")]
         spec["normalizer"] = {"type": "Sequence", "normalizers": inside}
