@@ -247,7 +247,9 @@ def test_kaggle_without_internet(home, measured_once, tmp_path, monkeypatch, cap
 
     ((_, *pip_words),) = calls
     assert {"--no-index", f"--find-links={inputs / 'wheels'}"} <= {*pip_words}
-    assert_shown(shown, capsys.readouterr().out.replace(str(inputs), "/kaggle/input").replace(str(tmp_path) + "/", ""))
+    assert_shown(
+        shown, capsys.readouterr().out.replace(str(inputs), "/kaggle/input").replace(str(tmp_path), "/kaggle/working")
+    )
     assert_reported(scope["OUTPUT"])
 
 
