@@ -5,6 +5,12 @@
 The command: from its words to the settings of a run, which `utils/commands/run.py` then does.
 """
 
+if __name__ == "__main__":
+    # Before all else, which takes half a second to import.
+    from utils.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 import sys
 import time
 from collections.abc import Sequence
@@ -12,6 +18,7 @@ from collections.abc import Sequence
 from utils.commands.settings import RunConfig, configure, parse
 from utils.config.plain import to_plain
 from utils.config.yaml_files import as_yaml
+from utils.interrupt import raise_on_interrupt
 from utils.logs.console import setup_logging
 from utils.logs.streams import make_streams_safe
 from utils.machine.launcher import rank
@@ -29,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(None, main_process=rank() == 0)
 
     def command() -> None:
+        raise_on_interrupt()
         words = sys.argv[1:] if argv is None else argv
         if words[:1] == ["chat"]:
             with interrupt_ends_process():
