@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 
 from utils.commands.settings import RunConfig, configure, parse
+from utils.config import chat_arguments
 from utils.config.plain import to_plain
 from utils.config.yaml_files import as_yaml
 from utils.interrupt import raise_on_interrupt
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise_on_interrupt()
         words = sys.argv[1:] if argv is None else argv
         if words[:1] == ["chat"]:
+            chat_arguments.parse(words[1:])
             with interrupt_ends_process():
                 from utils.commands.run import chat
 

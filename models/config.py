@@ -127,13 +127,12 @@ class CurriculumConfig(Validated):
     def __post_init__(self) -> None:
         super().__post_init__()
 
-        wrong = {}
+        wrong = []
         for name, term in vars(self).items():
-            weights = values_of(term.weight)
-            if not all(0 <= weight < math.inf for weight in weights):
-                wrong[f"{name}.weight"] = weights
+            outside = [weight for weight in values_of(term.weight) if not 0 <= weight < math.inf]
+            wrong += [f"{name}.weight {weight:g}" for weight in outside]
         if wrong:
-            raise ValueError(f"weights must be 0 or more, got {wrong}")
+            raise ValueError(f"weights must be 0 or more, got {', '.join(wrong)}")
 
     def used(self) -> set[str]:
         """Return the names of the terms whose weight leaves 0 anywhere in the run."""
@@ -188,13 +187,12 @@ class LossConfig(Validated):
         super().__post_init__()
 
         # Logits are divided by a temperature.
-        wrong = {}
+        wrong = []
         for name in ("temperature", "span_temperature"):
-            temperatures = values_of(getattr(self, name))
-            if not all(0 < temperature < math.inf for temperature in temperatures):
-                wrong[name] = temperatures
+            outside = [value for value in values_of(getattr(self, name)) if not 0 < value < math.inf]
+            wrong += [f"{name} {value:g}" for value in outside]
         if wrong:
-            raise ValueError(f"temperatures must be greater than 0, got {wrong}; 1 is a good start")
+            raise ValueError(f"temperatures must be greater than 0, got {', '.join(wrong)}; 1 is a good start")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from ..paths import user_path
 from .arguments import Arguments, parse
 from .build import build, check_values
 from .described_by import drop_descriptions, limit_to_training_text
-from .schema import lists_of_texts
+from .schema import lists_of_texts, sections_of
 from .settings import TrainingConfig
 from .short_forms import expand
 from .yaml_files import find_config, get_dotted, load_yaml, set_dotted
@@ -105,7 +105,7 @@ def _load_recipe(schema: type, name: str, overrides: dict[str, Any]) -> _Recipe:
         UserError: there is no such recipe, or it is not YAML.
     """
     path = find_config(name)
-    values = {"output_dir": f"runs/{path.stem}", **expand(load_yaml(path), lists_of_texts(schema))}
+    values = {"output_dir": f"runs/{path.stem}", **expand(load_yaml(path), lists_of_texts(schema), sections_of(schema))}
     # in this order: where the training text is replaced too, nothing is left to limit
     dropped = drop_descriptions(values, overrides)
     limited = limit_to_training_text(values, overrides)
