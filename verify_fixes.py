@@ -25,6 +25,7 @@ from utils.commands.settings import configure, parse
 from utils.errors import UserError
 from utils.interrupt import raise_on_interrupt
 from utils.logs.streams import make_streams_safe
+from utils.logs.terminal import printable
 from utils.machine.stop_signals import interrupt_ends_process
 from utils.run.exit_codes import EXIT_CODES, end_process
 
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return checklist.run(checks, shows_all=words != all_words)
 
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped by SIGINT", file=sys.stderr)

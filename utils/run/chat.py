@@ -25,6 +25,7 @@ from ..errors import UserError
 from ..evaluation.samples import generate_samples
 from ..evaluation.scores import has_encoder
 from ..logs.console import console
+from ..logs.terminal import printable
 from ..machine.hardware import choose_device
 from ..paths import user_path
 from ..pretrained import loading, model_folders
@@ -275,6 +276,5 @@ def _show(replies: Sequence[tuple[str, str]], *, in_columns: bool) -> None:
 
 
 def _printable(text: str) -> str:
-    """Return what a model wrote without characters that would command the terminal."""
-    visible = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
-    return visible.strip() or "(nothing: it ended the text at once)"
+    """Return what a model wrote as a terminal can show it."""
+    return printable(text).strip() or "(nothing: it ended the text at once)"
