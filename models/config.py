@@ -8,6 +8,7 @@ makes one, in a program or from a file.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from operator import attrgetter
@@ -102,7 +103,7 @@ def _facts(
 
 @dataclass(frozen=True)
 class CurriculumConfig(Validated):
-    """Weight of every loss term over the run.
+    """Weight of every loss term over the run, and whose text is learned from.
 
     To add a term on hidden states: a field here, and its row in `models/losses/hidden_state_terms.py`.
     """
@@ -124,23 +125,47 @@ class CurriculumConfig(Validated):
     contr: Term = field(default_factory=Term, metadata=_facts("contrastive", "hidden states"))
     """Router: contrastive, which teacher state of a span of text belongs to the student's."""
 
+    on_policy: Schedule = 0.0
+    """Share of a step's windows that the student writes itself, between 0 and 1; no term of the loss."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
 
         wrong = []
-        for name, term in vars(self).items():
+        for name, term in self.terms().items():
             outside = [weight for weight in values_of(term.weight) if not 0 <= weight < math.inf]
             wrong += [f"{name}.weight {weight:g}" for weight in outside]
         if wrong:
             raise ValueError(f"weights must be 0 or more, got {', '.join(wrong)}")
 
+        shares = [f"{share:g}" for share in values_of(self.on_policy) if not 0 <= share <= 1]
+        if shares:
+            raise ValueError(f"on_policy is a share of windows, from 0 to 1, got {', '.join(shares)}")
+
+    @classmethod
+    def of_weights(cls, weights: Mapping[str, Schedule]) -> "CurriculumConfig":
+        """Make a curriculum of the weights of some terms; those of the others are the defaults."""
+        terms: dict[str, Any] = {name: Term(weight) for name, weight in weights.items()}
+        return cls(**terms)
+
+    def terms(self) -> dict[str, Term]:
+        """Return every term by name."""
+        return {name: getattr(self, name) for name in TERMS}
+
     def used(self) -> set[str]:
         """Return the names of the terms whose weight leaves 0 anywhere in the run."""
         # Between two points a ramp lies between their values: it leaves 0 only if one of them does.
-        return {name for name, term in vars(self).items() if any(values_of(term.weight))}
+        return {name for name, term in self.terms().items() if any(values_of(term.weight))}
+
+    @property
+    def uses_own_text(self) -> bool:
+        """Whether the student learns from text that it writes itself, anywhere in the run."""
+        return any(values_of(self.on_policy))
 
 
-TERMS = {column.name: TermInfo(column.name, **column.metadata) for column in fields(CurriculumConfig)}
+TERMS = {
+    column.name: TermInfo(column.name, **column.metadata) for column in fields(CurriculumConfig) if column.metadata
+}
 """Every loss term by name, in the order of the curriculum's fields."""
 
 _on_head = [term for term in TERMS.values() if term.source == "head"]
