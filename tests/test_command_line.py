@@ -238,6 +238,13 @@ def test_of_epochs_and_steps_together_the_steps_count_and_it_is_said():
     assert "replaces" not in train.configure([*PAIR, "--max-steps", "5"])[1]
 
 
+def test_a_recipe_for_toys_says_so_where_another_student_learns_by_it():
+    said = "made for its own student"
+    assert said in train.configure(PAIR)[1]
+    for words in (["--config", "quickstart"], ["--config", "kaggle_p100", *PAIR[2:]], PAIR[2:]):
+        assert said not in train.configure(words)[1]
+
+
 @pytest.mark.parametrize("words", [["a", "b"], ["[a,b]"], ["[a, b]"], ["[a]", "b"]])
 def test_a_list_is_words_or_in_brackets(words):
     config, _ = train.configure(["--teacher", "a", "--student", "b", "--train-data", *words, "--eval-tasks", *words])
