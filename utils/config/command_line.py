@@ -148,8 +148,8 @@ def _without_effect(arguments: Arguments, recipe: _Recipe) -> str:
         )
     if recipe.is_for_toys:
         notes += (
-            "; its learning rate and curriculum are made for its own student, which is small and has random weights, and "
-            "stay where no flag says otherwise (without --config all settings have their defaults)"
+            "; its learning rate and curriculum are made for its own student, small and with random weights, and stay "
+            "where no flag says otherwise (without --config all settings have their defaults)"
         )
     return notes
 
