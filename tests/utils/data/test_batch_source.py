@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.toy import toy_collate, toy_config, toy_windows
-from utils.data.batch_source import BatchSource, with_signals
+from utils.data.batch_source import BatchSource, OwnWindows, with_signals
 from utils.training.plan import Plan
 
 WINDOWS = 11
@@ -78,3 +78,50 @@ def test_signals_belong_to_their_batches_and_none_are_asked_for_behind_the_last_
     for step in (first, second):
         assert [signal for _, signal in step.micro_batches] == [(step.step, b.documents) for b in step.batches]
     assert {signal for _, signal in behind.micro_batches} == {None}
+
+
+# --- windows that the student wrote -----------------------------------------------------------------------------------
+
+
+def written(number: int) -> dict:
+    return {**toy_windows(1)[0], "documents": f"own{number}"}
+
+
+def test_windows_of_the_student_stand_in_their_slots_and_all_others_stay():
+    """Over the end of an epoch, where a step has three windows."""
+    given = documents(source().steps(plan(4, 1), 0), 5)
+    own = OwnWindows(5, {(1, 0): written(10), (1, 3): written(13), (2, 2): written(22), (4, 1): None})
+    mixed = documents(source().steps(plan(4, 1), 0, own), 9)
+    assert [step for step, _, _ in mixed] == list(range(5))
+
+    expected = [list(batches[0]) for _, _, batches in given]
+    expected[1][0], expected[1][3], expected[2][2] = "own10", "own13", "own22"
+    del expected[4][1]
+    assert [batches[0] for _, _, batches in mixed] == expected
+
+
+def test_windows_of_the_student_are_the_same_in_smaller_micro_batches_and_in_two_processes():
+    own = OwnWindows(3, {(step, 1): written(step) for step in range(3)})
+    whole = documents(source().steps(plan(4, 1), 0, own), 3)
+    small = documents(source().steps(plan(1, 4), 0, own), 3)
+    shares = [documents(source(rank).steps(plan(1, 2, processes=2), 0, own), 3) for rank in range(2)]
+    for number, (_, _, batches) in enumerate(whole):
+        expected = sorted(chain(*batches))
+        assert f"own{number}" in expected
+        assert sorted(chain(*small[number][2])) == expected
+        assert sorted(chain(*shares[0][number][2], *shares[1][number][2])) == expected
+
+
+def test_no_step_behind_the_texts_that_are_written_is_looked_at():
+    """Not by a teacher that is asked one step ahead either: the student's weights are not known there yet."""
+    asked = []
+    steps = source().steps(plan(), 0, OwnWindows(2, {}))
+    answered = list(with_signals(steps, lambda batch, step: asked.append(step), 2))
+    assert [step.step for step in answered] == [0, 1] and set(asked) == {0, 1}
+
+
+@pytest.mark.parametrize(("end", "epochs"), [(2, 0), (3, 1), (4, 1), (7, 2)])
+def test_epochs_that_end_within_the_texts_or_with_them_are_reported(end, epochs):
+    ended: list[int] = []
+    list(source(after_epoch=lambda: ended.append(1)).steps(plan(), 0, OwnWindows(end, {})))
+    assert len(ended) == epochs
