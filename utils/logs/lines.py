@@ -100,22 +100,33 @@ def evaluation_line(record: Mapping[str, Any]) -> str:
     )
 
 
-def own_text_line(record: Mapping[str, Any]) -> str:
-    """Return the [own text] line: figures of the texts that the student wrote to learn from them."""
-    parts = [
-        f"[own text] step {record['step']} {record['texts']} texts",
-        f"{record['ended']:.0%} end (given {record['given_ended']:.0%})",
-        f"{record['tokens']:.0f} tokens (95 % below {record['tokens_95']:.0f})",
-    ]
+def own_text_line(record: Mapping[str, Any], columns: int | None = None) -> str:
+    """Return the [own text] line: figures of the texts that the student wrote to learn from them.
+
+    Args:
+        columns: of the line, at most; what matters least is left out where there are fewer. None: no limit.
+    """
+    parts = {
+        "texts": f"[own text] step {record['step']} {record['texts']} texts",
+        "ended": f"{record['ended']:.0%} end",
+        "given": f"given {record['given_ended']:.0%}",
+        "tokens": f"{record['tokens']:.0f} tokens",
+        "longest": f"95 % below {record['tokens_95']:.0f}",
+    }
     if record["repeated_4grams"] is not None:
-        parts.append(f"repeated 4-grams {record['repeated_4grams']:.1%}")
+        parts["repeated"] = f"repeated 4-grams {record['repeated_4grams']:.1%}"
     if record["teacher_bits_per_byte"] is not None:
-        parts.append(f"teacher {record['teacher_bits_per_byte']:.3f} bits/byte")
+        parts["teacher"] = f"teacher {record['teacher_bits_per_byte']:.3f} bits/byte"
     if record["kl_nats_per_token"] is not None:
-        parts.append(f"KL {compact_number(record['kl_nats_per_token'])}")
+        parts["kl"] = f"KL {compact_number(record['kl_nats_per_token'])}"
     if record["seconds"] is not None:
-        parts.append(f"written in {record['seconds']:.1f} s")
-    return ", ".join(parts)
+        parts["seconds"] = f"written in {record['seconds']:.1f} s"
+
+    for name in ("seconds", "longest", "repeated", "given", "kl"):
+        if columns is None or len(", ".join(parts.values())) <= columns:
+            break
+        parts.pop(name, None)
+    return ", ".join(parts.values())
 
 
 def sample_line(sample: Mapping[str, str], columns: int | None = None) -> str:

@@ -114,7 +114,8 @@ class StepLogger:
 
         self._append(record)
         with advice(f"line about the student's own text at step {record['step']}"):
-            self._log(own_text_line(record))
+            line = partial(own_text_line, record)
+            self._log(line(), screen=line)
             self.display.line_written()
 
     def _log(self, message: str, screen: Callable[[int], str] | None = None) -> None:

@@ -15,7 +15,7 @@ from tests.utils.logs.test_progress import Clock, Terminal
 from utils.errors import RunError, UserError
 from utils.logs import console, progress, terminal
 from utils.logs.console import setup_logging
-from utils.logs.lines import ROUTER_TERMS, evaluation_line, learned_lines, sample_line, training_line
+from utils.logs.lines import ROUTER_TERMS, evaluation_line, learned_lines, own_text_line, sample_line, training_line
 from utils.logs.progress import Progress
 from utils.logs.records import read_metrics
 from utils.logs.step_logger import StepLogger
@@ -319,3 +319,26 @@ def test_on_a_full_disk_metrics_end_the_run_in_one_sentence_and_the_log_is_silen
     logger = StepLogger(tmp_path, 10, 1)
     with pytest.raises(RunError, match=r"metrics\.jsonl cannot be written: No space left"):
         logger.evaluation({"step": 0, "split": "eval", "loss": 1.0, "perplexity": 2.7, "bits_per_byte": 1.0})
+
+
+def own_text(step: int) -> dict:
+    """The record of a round of the student's own text."""
+    figures = {"texts": 40, "ended": 0.4, "given_ended": 0.5, "tokens": 61.2, "tokens_95": 128.0}
+    opinion = {"repeated_4grams": 0.012, "teacher_bits_per_byte": 1.2342, "kl_nats_per_token": None, "seconds": 2.0}
+    return {"step": step, "split": "own_text", "share": 0.5, **figures, **opinion}
+
+
+def test_a_round_of_own_text_is_one_record_and_line_and_no_evaluation(tmp_path, caplog):
+    logger = StepLogger(tmp_path, 10)
+    with caplog.at_level("INFO"):
+        for step in (4, 4, 8):
+            logger.own_text(own_text(step))
+    logger.close()
+
+    assert read_metrics(tmp_path / "metrics.jsonl") == [own_text(4), own_text(8)]
+    assert not logger.has_evaluation(4)
+    assert caplog.text.count("[own text] step 4 40 texts, 40% end, given 50%, 61 tokens, 95 % below 128") == 1
+    assert own_text_line(own_text(4), 70) == "[own text] step 4 40 texts, 40% end, 61 tokens, teacher 1.234 bits/byte"
+
+    logger.truncate_after(5)
+    assert read_metrics(tmp_path / "metrics.jsonl") == [own_text(4)]
