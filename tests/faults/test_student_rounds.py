@@ -8,6 +8,7 @@ import pytest
 import train
 from models.teacher.frozen import FrozenTeacher
 from tests.faults.conftest import Place
+from tests.models.tiny import wordpiece
 from utils.commands.api import distil
 from utils.files import sha256_of
 from utils.logs.records import is_own_text, read_metrics
@@ -72,3 +73,14 @@ def test_contradictions_are_refused_before_anything_is_loaded(changed, words, pl
     assert run(place, tmp_path / "run", *changed) == 2
     assert words in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_a_student_whose_tokens_do_not_spell_its_text_is_refused_before_models_are_loaded(place, tmp_path, capsys):
+    student = tmp_path / "student"
+    tokenizer = wordpiece()
+    tokenizer.save_pretrained(student)
+    config = json.loads((place.student / "config.json").read_text()) | {"vocab_size": len(tokenizer)}
+    (student / "config.json").write_text(json.dumps(config))
+
+    assert run(place, tmp_path / "run", "--student", str(student)) == 2
+    assert "whose tokenizer drops spaces" in " ".join(capsys.readouterr().out.split())

@@ -227,6 +227,8 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
             cache_dir=cache_dir() / "vocabularies",
         )
         pair = method.join(tokenizers, text)
+        if config.curriculum.uses_own_text:
+            pair.require_own_text()
         for note in pair.encoder.notes(corpus.train):
             log.warning("%s", note)
 

@@ -101,10 +101,6 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
         session.notes["student layers"] = str(layers)
         job = replace(job, layers=layers)
 
-    if job.config.curriculum.uses_own_text:
-        with value_errors_are_the_users():
-            job.pair.require_own_text()
-
     has_teacher = job.config.teacher.name is not None
     if has_teacher:
         with advice("figure of the coverage"):
@@ -251,6 +247,13 @@ def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, ses
     if module.teacher is None or not job.config.curriculum.uses_own_text:
         return None
 
+    settings = job.config.on_policy
+    log.info(
+        "the student writes a share of the windows itself (curriculum.on_policy): every %d steps, up to %d tokens "
+        "behind the beginning of a given window; the teacher corrects them, and lm does not apply to them",
+        settings.every,
+        settings.new_tokens,
+    )
     material = RoundMaterial(
         pair=job.pair,
         windows=job.windows,
@@ -261,7 +264,7 @@ def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, ses
         accelerator=job.accelerator,
     )
     return Rounds(
-        job.config.on_policy,
+        settings,
         material,
         engine=session.engine or GenerateEngine(job.needed.written_together, job.accelerator.autocast),
         files=RoundFiles(output / ROUNDS),
