@@ -16,6 +16,8 @@ from utils.on_policy.sampling import GenerateEngine
 
 OWN = ["--set", "curriculum.on_policy=0.5", "on_policy.every=2", "on_policy.new_tokens=8", "on_policy.prompt_tokens=6"]
 SHORT = ["--max-steps", "4", "--eval-every", "0", "--log-every", "1"]
+MEASURED = {"every": 0, "max_windows": 2, "samples": 0, "generation": 0}
+SHORT += ["--set", *(f"evaluation.{name}={value}" for name, value in MEASURED.items())]
 
 
 def run(place: Place, output: Path, *more: str) -> int:
@@ -46,7 +48,7 @@ def test_an_engine_handed_to_distil_writes_and_the_report_shows_texts_beside_the
         return GenerateEngine(2)(student, prompts, rule, note)
 
     own = {"every": 2, "new_tokens": 8, "prompt_tokens": 6}
-    settings = {"curriculum": {"on_policy": 0.5}, "on_policy": own, "evaluation": {"every": 0}}
+    settings = {"curriculum": {"on_policy": 0.5}, "on_policy": own, "evaluation": MEASURED}
     distil(config=place.recipe, output_dir=tmp_path / "run", max_steps=4, engine=engine, **settings)
     assert asked == [8, 8]
     records = [r for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if is_own_text(r)]
