@@ -141,6 +141,16 @@ class CurriculumConfig(Validated):
         return {name for name, term in vars(self).items() if any(values_of(term.weight))}
 
 
+Beginning = Literal["trained", "cut", "random"]
+"""Kind of the weights that a student starts from: a trained model's, those of some of its layers, or random ones."""
+
+AUTOMATIC_CURRICULA: dict[Beginning, CurriculumConfig] = {
+    "trained": CurriculumConfig(),
+    "cut": CurriculumConfig(),
+    "random": CurriculumConfig(feat=Term(1.0), attn=Term(1.0)),
+}
+"""Weights for a student by its beginning, as measured (docs/experiments.md, docs/choosing.md)."""
+
 TERMS = {column.name: TermInfo(column.name, **column.metadata) for column in fields(CurriculumConfig)}
 """Every loss term by name, in the order of the curriculum's fields."""
 

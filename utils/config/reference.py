@@ -22,6 +22,7 @@ the first line of those in `configs/`), and `--print-completion bash` what compl
 
 Where it can mean one thing only, the short form is taken: `teacher: PATH` and `student: PATH` for their `name`,
 `data: PATH` for `data.train`, `curriculum: {kd: 0.5}` for the weight of the term, one text for a list of one.
+`curriculum: auto`, the default, gives no weight at all: those that are not given suit the student's beginning.
 
 This page is generated of the settings' docstrings: `python -m utils.commands.settings` writes it."""
 

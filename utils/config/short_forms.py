@@ -3,6 +3,7 @@
 teacher: PATH                   teacher: {name: PATH}                  and so the student
 data: PATH                      data: {train: [PATH]}
 curriculum: {kd: 0.5}           curriculum: {kd: {weight: 0.5}}
+curriculum: auto                curriculum: {}
 logging: {track: wandb}         logging: {track: [wandb]}              and so every list of texts
 training: {lr: 1e-4}            training: {learning_rate: 1e-4}
 """
@@ -12,6 +13,9 @@ from typing import Any
 
 MAIN_KEYS = {"teacher": "name", "student": "name", "data": "train", "curriculum.*": "weight"}
 """Path of a section (`*`: each section in it) -> the key that a value in place of its keys is meant for."""
+
+AUTOMATIC = {"curriculum": "auto"}
+"""Section -> the word for none of its keys: all of them are chosen by the program."""
 
 OTHER_NAMES = {"training.lr": "training.learning_rate"}
 """Another name of a setting -> its own."""
@@ -38,6 +42,8 @@ def expand(value: Any, lists: Container[str], path: str = "") -> Any:
         lists: keys of settings that are lists of texts.
         path: dotted path of the value itself.
     """
+    if isinstance(value, str) and AUTOMATIC.get(path) == value:
+        return {}
     if full_key(path, value) != path:
         value = {main_key(path): value}
 

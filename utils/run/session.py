@@ -81,7 +81,8 @@ class Session:
 
         # The folder is this run's now, and the log goes there.
         setup_logging(output, main_process=accelerator.is_main_process)
-        log.info("%s", recipe)
+        for line in recipe.splitlines():
+            log.info("%s", line)
         backend = hardware.configure_backends(device.value)
         if allocator is not None and device.value.type == "cuda":
             backend.append(allocator)
