@@ -73,6 +73,9 @@ def _suitable(config: RunConfig) -> tuple[CurriculumConfig, str]:
     without_states = replace(weights, **dict.fromkeys(state_terms, Term(0.0)))
     if config.teacher.name is None:
         return without_states, "since there is no teacher"
+    # Who sets KD to 0 wants to learn from the text alone, such as for a comparison.
+    if state_terms and "kd" not in config.curriculum.used():
+        return without_states, "since kd is 0"
     if state_terms and config.cache.folder is not None:
         left_out = " and ".join(state_terms)
         reason += f", but without {left_out}, which need the teacher in every step that the teacher cache is to spare"

@@ -70,6 +70,9 @@ def test_terms_that_cannot_be_had_are_left_out_and_not_refused(tmp_path):
     config, _ = configured(*random, "--cache-teacher", str(tmp_path), "--curriculum.feat", "1")
     assert config.curriculum.used() & STATES == {"feat"}
 
+    config, line = configured(*random, "--set", "curriculum={kd: 0, lm: 1}")
+    assert config.curriculum.used() == {"lm"} and "since kd is 0" in line
+
     alone, line = configured(*random, "--set", "teacher.name=null", "curriculum={kd: 0, lm: 1}")
     assert alone.curriculum.used() == {"lm"} and "no teacher" in line
 
