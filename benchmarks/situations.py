@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 from benchmarks.measure import table
 from benchmarks.quality import DATA, MALLOC, NEO, Pair, Variant, bits_per_byte, train
 from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
-from utils.evaluation.written_text import Judge, Sampling, describe, sample_texts
+from utils.evaluation.written_text import Judge, Sample, Sampling, describe, sample_texts
 
 STEPS = 160
 SIZE = 4
@@ -100,6 +100,7 @@ class Writing:
         encoded = self.tokenizer(pair.unseen_texts, add_special_tokens=False, verbose=False)["input_ids"]
         texts = [ids for ids in encoded if len(ids) >= PROMPT_TOKENS + NEW_TOKENS][:PROMPTS]
         self.prompts = [[*start, *ids[:PROMPT_TOKENS]] for ids in texts]
+        self.continuations = [ids[PROMPT_TOKENS:][:NEW_TOKENS] for ids in texts]
 
         read = [self.tokenizer.decode(ids[:PROMPT_TOKENS]) for ids in texts]
         prompts = [(teacher_start, prompt) for prompt in read]
@@ -108,6 +109,12 @@ class Writing:
     def measure(self, student: torch.nn.Module, seed: int) -> dict[str, float | int | None]:
         """Return the metrics of the texts that a student writes."""
         samples = sample_texts(student, self.prompts, Sampling(NEW_TOKENS, self.end, seed=seed))
+        return describe(samples, self.tokenizer, self.judges)
+
+    def measure_real_text(self) -> dict[str, float | int | None]:
+        """Return the metrics of the stories themselves, as far as a student would go on."""
+        pairs = zip(self.prompts, self.continuations, strict=True)
+        samples = [Sample(prompt, ids, has_ended=False) for prompt, ids in pairs]
         return describe(samples, self.tokenizer, self.judges)
 
 
@@ -135,6 +142,8 @@ class Benchmark:
         levels = {
             "teacher": bits_per_byte(pair.teacher.model, pair, "teacher"),
             "before": bits_per_byte(pair.student(0), pair, "student"),
+            "written_before": writing.measure(pair.student(0), 0),
+            "written_really": writing.measure_real_text(),
         }
         for job in missing:
             student, training = train(pair, ARMS[job["arm"]], job["seed"], STEPS, SIZE)
@@ -159,13 +168,23 @@ def tables(results: Sequence[dict]) -> str:
         header = ["arm", "bits per byte, unseen", "seeds", "range", "against off", "range", "the teacher's bits/byte"]
         header += ["repeated 4-grams", "ended", "tokens"]
         off = {line["seed"]: line["bits_per_byte"] for line in lines if line["arm"] == "off"}
-        rows = []
+        rows = _levels(lines)
         for arm in ARMS:
             runs = [line for line in lines if line["arm"] == arm]
             if runs:
                 rows.append([arm, *_bits(runs, off), *_written(runs)])
         parts.append(f"{title}\n\n{table(header, rows)}")
     return "\n\n".join(parts)
+
+
+def _levels(lines: Sequence[dict]) -> list[list[str]]:
+    """Return the rows of the stories themselves and of the student before its training, with written text alone."""
+    rows = []
+    for title, name in (("the stories", "written_really"), ("before training", "written_before")):
+        measured = [{"written": line[name]} for line in lines if name in line]
+        if measured:
+            rows.append([title, "", "", "", "", "", *_written(measured[:1])])
+    return rows
 
 
 def _bits(runs: Sequence[dict], off: dict[int, float]) -> list[str]:
