@@ -8,6 +8,7 @@ makes one, in a program or from a file.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from operator import attrgetter
@@ -102,7 +103,9 @@ def _facts(
 
 @dataclass(frozen=True)
 class CurriculumConfig(Validated):
-    """Weight of every loss term over the run.
+    """Weight of every loss term over the run, and whose text is learned from. Weights that a run is not given suit what
+    its student starts from (`curriculum: auto`): those of `feat` and `attn` are 1 for random weights. The defaults
+    below are those of a trained student.
 
     To add a term on hidden states: a field here, and its row in `models/losses/hidden_state_terms.py`.
     """
@@ -124,34 +127,48 @@ class CurriculumConfig(Validated):
     contr: Term = field(default_factory=Term, metadata=_facts("contrastive", "hidden states"))
     """Router: contrastive, which teacher state of a span of text belongs to the student's."""
 
+    on_policy: Schedule = 0.0
+    """Share of a step's windows that the student writes itself, between 0 and 1; no term of the loss."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
 
         wrong = {}
-        for name, term in vars(self).items():
+        for name, term in self.terms().items():
             weights = values_of(term.weight)
             if not all(0 <= weight < math.inf for weight in weights):
                 wrong[f"{name}.weight"] = weights
         if wrong:
             raise ValueError(f"weights must be 0 or more, got {wrong}")
 
+        shares = values_of(self.on_policy)
+        if not all(0 <= share <= 1 for share in shares):
+            raise ValueError(f"on_policy is a share of windows, from 0 to 1, got {shares}")
+
+    @classmethod
+    def of_weights(cls, weights: Mapping[str, Schedule]) -> "CurriculumConfig":
+        """Make a curriculum of the weights of some terms; those of the others are the defaults."""
+        terms: dict[str, Any] = {name: Term(weight) for name, weight in weights.items()}
+        return cls(**terms)
+
+    def terms(self) -> dict[str, Term]:
+        """Return every term by name."""
+        return {name: getattr(self, name) for name in TERMS}
+
     def used(self) -> set[str]:
         """Return the names of the terms whose weight leaves 0 anywhere in the run."""
         # Between two points a ramp lies between their values: it leaves 0 only if one of them does.
-        return {name for name, term in vars(self).items() if any(values_of(term.weight))}
+        return {name for name, term in self.terms().items() if any(values_of(term.weight))}
+
+    @property
+    def uses_own_text(self) -> bool:
+        """Whether the student learns from text that it writes itself, anywhere in the run."""
+        return any(values_of(self.on_policy))
 
 
-Beginning = Literal["trained", "cut", "random"]
-"""Kind of the weights that a student starts from: a trained model's, those of some of its layers, or random ones."""
-
-AUTOMATIC_CURRICULA: dict[Beginning, CurriculumConfig] = {
-    "trained": CurriculumConfig(),
-    "cut": CurriculumConfig(),
-    "random": CurriculumConfig(feat=Term(1.0), attn=Term(1.0)),
+TERMS = {
+    column.name: TermInfo(column.name, **column.metadata) for column in fields(CurriculumConfig) if column.metadata
 }
-"""Weights for a student by its beginning, as measured (docs/experiments.md, docs/choosing.md)."""
-
-TERMS = {column.name: TermInfo(column.name, **column.metadata) for column in fields(CurriculumConfig)}
 """Every loss term by name, in the order of the curriculum's fields."""
 
 _on_head = [term for term in TERMS.values() if term.source == "head"]
@@ -165,6 +182,16 @@ ROUTER_TERMS = tuple(term.name for term in TERMS.values() if term.source == "hid
 
 TEXT_TERMS = frozenset(term.name for term in TERMS.values() if not term.needs_teacher)
 """Names of the terms that are learned from the text alone, without a teacher."""
+
+Beginning = Literal["trained", "cut", "random"]
+"""Kind of the weights that a student starts from: a trained model's, those of some of its layers, or random ones."""
+
+AUTOMATIC_CURRICULA: dict[Beginning, CurriculumConfig] = {
+    "trained": CurriculumConfig(),
+    "cut": CurriculumConfig(),
+    "random": CurriculumConfig.of_weights({"feat": 1.0, "attn": 1.0}),
+}
+"""Weights for a student by its beginning, as measured (docs/experiments.md, docs/choosing.md)."""
 
 
 @dataclass(frozen=True)

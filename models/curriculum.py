@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from dataclasses import fields
 from itertools import pairwise
 
 from .config import CurriculumConfig, LossConfig, Ramp, Schedule
@@ -53,12 +52,14 @@ class CurriculumScheduler:
         total_steps = expect_count("total_steps", total_steps, 1)
 
         self._weights: dict[str, Schedule] = {}
-        for term in fields(curriculum):
-            self._weights[term.name] = getattr(curriculum, term.name).weight
+        for name, term in curriculum.terms().items():
+            self._weights[name] = term.weight
         self._scalars: dict[str, Schedule] = {
             "temperature": loss.temperature,
             "span_temperature": loss.span_temperature,
         }
+
+        self._own_text = curriculum.on_policy
 
         self.loss = loss
         self.used = curriculum.used()
@@ -89,3 +90,7 @@ class CurriculumScheduler:
     def scalars(self, step: int | None) -> dict[str, float]:
         """Return every other scheduled scalar at an optimizer step."""
         return {name: value_at(schedule, self.progress(step)) for name, schedule in self._scalars.items()}
+
+    def on_policy(self, step: int | None) -> float:
+        """Return the share of the windows of an optimizer step that the student writes itself."""
+        return value_at(self._own_text, self.progress(step))

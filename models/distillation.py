@@ -26,6 +26,7 @@ from .teacher.frozen import FrozenTeacher
 from .text.chat_template import tokenizers_for_chat
 from .text.collate import PairCollator, count_channel, read_and_learned
 from .text.encoder_decoder import make_encoder
+from .text.own_text import OwnPrompt, OwnText, own_prompt, own_window, require_own_text, stop_ids
 from .text.vocabulary import VocabularyMap
 from .text.windows import ModelFacts, PairEncoder
 from .types import PairedBatch
@@ -337,6 +338,31 @@ class Distillation:
     def remember(collate: PairCollator, memory: Any, ahead: bool = True) -> RememberingCollator:
         """Make a collator whose batches come with what is in memory of them."""
         return RememberingCollator(collate, memory, ahead)
+
+    # ------------------------------------------------------- the student's own text
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens with which the student ends a text, or its turn."""
+        return stop_ids(self.encoder)
+
+    def require_own_text(self) -> None:
+        """Check that the student can learn from text that it writes itself.
+
+        Raises:
+            ValueError: the models are encoder-decoders, or the student's tokens do not spell its text.
+        """
+        require_own_text(self.encoder)
+
+    def own_prompt(self, window: Mapping[str, Any], tokens: int, draw: float) -> OwnPrompt | None:
+        """Return the begin of a document of a window, for the student to go on from; see `models.text.own_text`."""
+        return own_prompt(self.encoder, window, tokens, draw)
+
+    def own_window(self, prompt: OwnPrompt, sampled: Sequence[int]) -> OwnText:
+        """Make a window of the tokens that the student sampled behind a prompt."""
+        return own_window(self.encoder, prompt, sampled)
+
+    # ------------------------------------------------------- for the log
 
     @staticmethod
     def read_and_learned(window: dict[str, Any]) -> tuple[Any, Any]:

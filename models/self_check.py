@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from .config import CurriculumConfig, LossConfig, RouterConfig, Schedule, Term
+from .config import CurriculumConfig, LossConfig, RouterConfig, Schedule
 from .curriculum import CurriculumScheduler
 from .distillation_framework import DistillationFramework
 from .divergences import DIVERGENCES
@@ -84,7 +84,7 @@ def assemble(
 ) -> DistillationFramework:
     """Join models for a few steps; weights that are not given are those of `CurriculumConfig`."""
     loss = loss or LossConfig()
-    curriculum = CurriculumConfig(**{name: Term(weight) for name, weight in weights.items()})
+    curriculum = CurriculumConfig.of_weights(weights)
     scheduler = CurriculumScheduler(curriculum, loss, SCHEDULED_STEPS)
     return DistillationFramework(student, teacher, vocabulary, loss, scheduler)
 

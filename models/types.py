@@ -193,8 +193,9 @@ class PairedBatch(_Movable):
     # --- facts about the windows
 
     counts: dict[str, int]
-    """Items, known before any forward: lm (supervised student tokens), kd (N), span (P), depth0 (rows at depth 0), and
-    those of the terms on hidden states (`models.losses.hidden_state_terms`)."""
+    """Items, known before any forward: lm (supervised student tokens of given text), own (those of text that the
+    student wrote), kd (N), span (P), depth0 (rows at depth 0), and those of the terms on hidden states
+    (`models.losses.hidden_state_terms`)."""
     bytes: Tensor
     """[B] bytes of supervised text (end-of-text tokens are not counted)."""
     end_of_text: tuple[int | None, int | None]
@@ -215,6 +216,8 @@ class PairedBatch(_Movable):
     """Flat student positions that predict markup of its chat template, which is no text."""
     teacher_markup: Tensor | None = None
     """Likewise for the teacher."""
+    given: Tensor | None = None
+    """[n] bool: supervised positions in given text, to which LM applies; None: all. The others the student wrote."""
     vocabulary_sizes: tuple[int, int] | None = None
     """Rows of student and teacher in the collator's vocabulary map; every token id is below."""
     is_filler: bool = False

@@ -114,6 +114,36 @@ class StepModule(Protocol):
 # --------------------------------------------------------------------------------------- what is run
 
 
+class OwnPrompt(Protocol):
+    """The begin of a window, which both models have read before the student writes."""
+
+    @property
+    def student_ids(self) -> list[int]: ...
+
+
+class OwnText(Protocol):
+    """What the student wrote behind a prompt, as `models.text.own_text.OwnText`."""
+
+    @property
+    def window(self) -> dict[str, Any] | None:
+        """To learn from; None where nothing can be learned."""
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def tokens(self) -> int:
+        """Sampled tokens that the text is made of."""
+
+    @property
+    def ended(self) -> bool:
+        """The student ended it by itself."""
+
+    @property
+    def broken(self) -> bool:
+        """A special token in its middle, or bytes that are no UTF-8, cut it short."""
+
+
 class Pair(Protocol):
     """A student and a teacher with all between their vocabularies, as `models.distillation.Distillation` is."""
 
@@ -143,6 +173,19 @@ class Pair(Protocol):
         """Make the module that is trained, a `StepModule`."""
 
     def read_and_learned(self, window: dict[str, Any]) -> tuple[Any, ...]: ...
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens with which the student ends a text, or its turn."""
+
+    def require_own_text(self) -> None:
+        """Raise a ValueError if the student cannot learn from text that it writes itself."""
+
+    def own_prompt(self, window: "Mapping[str, Any]", tokens: int, draw: float) -> "OwnPrompt | None":
+        """Return the begin of a document of a window, for the student to go on from."""
+
+    def own_window(self, prompt: Any, sampled: Sequence[int]) -> "OwnText":
+        """Make a window of the tokens that the student sampled behind a prompt."""
 
     def without_teacher(self) -> "Pair": ...
 

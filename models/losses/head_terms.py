@@ -67,6 +67,8 @@ class HeadTerms:
         # The span term is a function of the log-probabilities that LM sums. So its slope, taken off LM's weight at each
         # position, gives the gradient of both in one pass.
         lm_weight: float | Tensor = shares.get("lm", 0.0)
+        if lm_weight and self.batch.given is not None:
+            lm_weight = lm_weight * self.batch.given
         span = None
         if "span" in shares:
             span = self.span(learns=bool(shares["span"]))
@@ -92,8 +94,11 @@ class HeadTerms:
         return HeadResult(loss, terms)
 
     def language_model(self, head: HeadLosses) -> LossTerm:
-        """Return the next-token cross-entropy that a pass of the head has summed."""
-        return LossTerm(head.lm_sum, self.batch.counts["lm"])
+        """Return the next-token cross-entropy that a pass of the head has summed, of given text alone."""
+        lm_sum = head.lm_sum
+        if self.batch.given is not None:
+            lm_sum = -head.log_probs.masked_fill(~self.batch.given, 0.0).sum()
+        return LossTerm(lm_sum, self.batch.counts["lm"])
 
     def distillation(self, head: HeadLosses) -> LossTerm:
         """Return the KD that a pass of the head has summed; measure it apart if that pass left it out.

@@ -10,6 +10,7 @@ In the order of a batch's life:
 - `chat_template`: chat templates, generation prompts, ends of turns
 - `chat`: windows of conversations
 - `encoder_decoder`: windows of prompts and completions
+- `own_text`: windows of text that the student writes itself
 - `alignment`: anchors and spans of a window
 - `collate`: windows -> a batch of tensors
 """

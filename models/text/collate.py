@@ -27,7 +27,7 @@ from .anchors import collect_anchors
 from .padding import pad_rows
 from .tokens import MARKER, MISMATCH, WRITTEN, Reading
 from .vocabulary import VocabularyMap
-from .windows import SIDES, _reading
+from .windows import OWN, SIDES, _reading
 
 Window = Mapping[str, Any]
 """A window as `PairEncoder.windows` makes it."""
@@ -128,7 +128,8 @@ class PairCollator:
         order = _order_teacher(rows, teacher.mask)
 
         # Losses are divided by the items of a whole step, which have to be known before its first forward.
-        counts = _count_head_items(supervised, rows, aligned)
+        given = _given_positions(windows, supervised, student.width)
+        counts = _count_head_items(given, rows, aligned)
         anchors = None
         if self.router is not None:
             anchors = collect_anchors(
@@ -157,6 +158,7 @@ class PairCollator:
             student_source=student.source,
             teacher_source=teacher.source,
             counts=counts,
+            given=None if given.all() else _tensor(given),
             anchors=anchors,
             bytes=torch.tensor(text_bytes, dtype=torch.int64),
             end_of_text=self.end_of_text,
@@ -382,10 +384,17 @@ def _order_teacher(rows: _Rows, mask: np.ndarray) -> _TeacherOrder:
     )
 
 
-def _count_head_items(supervised: np.ndarray, rows: _Rows, aligned: list[Alignment]) -> dict[str, int]:
+def _given_positions(windows: Sequence[Window], supervised: np.ndarray, width: int) -> np.ndarray:
+    """Return [n] bool: which of the supervised flat positions lie in windows that the student did not write."""
+    is_own = np.array([bool(window.get(OWN)) for window in windows])
+    return ~is_own[supervised // width]
+
+
+def _count_head_items(given: np.ndarray, rows: _Rows, aligned: list[Alignment]) -> dict[str, int]:
     """Return the items of the terms on the student's head, and the rows at depth 0."""
     return {
-        "lm": len(supervised),
+        "lm": int(given.sum()),
+        "own": int((~given).sum()),
         "kd": len(rows.row_student),
         "depth0": int((rows.depth == 0).sum()),
         "span": sum(alignment.spans for alignment in aligned),

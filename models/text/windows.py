@@ -25,6 +25,8 @@ from .tokens import END, FORMAT, MARKER, Reading, TokenTable
 
 SIDES = ("student", "teacher")
 
+OWN = "own"
+"""Column of a window that the student wrote itself (`models.text.own_text`)."""
 
 BEHIND = 2**40
 """A byte behind every text."""

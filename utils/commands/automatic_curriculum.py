@@ -5,11 +5,11 @@ A weight that a recipe or the command line gives stands. The others suit what th
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models.config import AUTOMATIC_CURRICULA, ROUTER_TERMS, Beginning, CurriculumConfig, Ramp, Schedule, Term
+from models.config import AUTOMATIC_CURRICULA, ROUTER_TERMS, TERMS, Beginning, CurriculumConfig, Ramp, Schedule, Term
 from utils.config.build import build
 from utils.config.protocols import ConfigT, RunConfig
 from utils.config.schema import lists_of_texts
@@ -35,7 +35,7 @@ def with_automatic_curriculum(config: ConfigT, values: Mapping[str, Any]) -> tup
         UserError: the run to be continued has a config.yaml that cannot be read.
     """
     given = values.get("curriculum", {})
-    missing = [term.name for term in fields(CurriculumConfig) if term.name not in given]
+    missing = [name for name in TERMS if name not in given]
     if not missing:
         return config, ""
 
@@ -70,15 +70,16 @@ def _suitable(config: RunConfig) -> tuple[CurriculumConfig, str]:
     reason = f"since {REASONS[beginning]} (docs/choosing.md)"
 
     state_terms = [name for name in ROUTER_TERMS if name in weights.used()]
-    without_states = replace(weights, **dict.fromkeys(state_terms, Term(0.0)))
+    left_out: dict[str, Any] = dict.fromkeys(state_terms, Term(0.0))
+    without_states = replace(weights, **left_out)
     if config.teacher.name is None:
         return without_states, "since there is no teacher"
     # Who sets KD to 0 wants to learn from the text alone, such as for a comparison.
     if state_terms and "kd" not in config.curriculum.used():
         return without_states, "since kd is 0"
     if state_terms and config.cache.folder is not None:
-        left_out = " and ".join(state_terms)
-        reason += f", but without {left_out}, which need the teacher in every step that the teacher cache is to spare"
+        names = " and ".join(state_terms)
+        reason += f", but without {names}, which need the teacher in every step that the teacher cache is to spare"
         return without_states, reason
     return weights, reason
 

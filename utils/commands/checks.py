@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from models import self_check
-from models.config import CurriculumConfig, Ramp, Term
+from models.config import CurriculumConfig, Ramp
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.losses.chunk_size import chunk_rows
@@ -436,7 +436,7 @@ def tiny_subjects(folder: Path) -> dict[str, Any]:
         training=TrainingConfig(batch_size=2, gradient_accumulation_steps=2, epochs=2, learning_rate=1e-2),
         evaluation=EvaluationConfig(max_windows=24),
         # With hidden-state terms, so that the batches have anchors.
-        curriculum=CurriculumConfig(**dict.fromkeys(ROUTER_TERMS, Term(0.1))),
+        curriculum=CurriculumConfig.of_weights(dict.fromkeys(ROUTER_TERMS, 0.1)),
     )
     with miniature.cache_in(folder):
         job = prepare(config, method_of(config), build_accelerator("no", cpu=True))

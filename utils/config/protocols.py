@@ -39,6 +39,14 @@ class CurriculumSettings(Protocol):
     @property
     def kd(self) -> Term: ...
 
+    @property
+    def on_policy(self) -> float | Schedule:
+        """Share of a step's windows that the student writes itself."""
+
+    @property
+    def uses_own_text(self) -> bool:
+        """Whether that share is above 0 at some time."""
+
     def used(self) -> set[str]:
         """Return the names of the terms whose weight is above 0 at some time."""
 

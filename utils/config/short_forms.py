@@ -21,8 +21,14 @@ OTHER_NAMES = {"training.lr": "training.learning_rate"}
 """Another name of a setting -> its own."""
 
 
+NO_SECTIONS = ("curriculum.on_policy",)
+"""Settings among sections that have a short form."""
+
+
 def main_key(path: str) -> str | None:
     """Return the key of a section that its short form sets; None: it has no short form."""
+    if path in NO_SECTIONS:
+        return None
     parent, _, _ = path.rpartition(".")
     return MAIN_KEYS.get(path) or MAIN_KEYS.get(f"{parent}.*")
 

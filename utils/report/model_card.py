@@ -152,7 +152,11 @@ def _table(results: Mapping[str, Any]) -> str:
 
 def _recipe(settings: Mapping[str, Any]) -> str:
     """Return the settings that shaped the model as YAML: curriculum, loss and training; without terms of no weight."""
-    terms = {name: term for name, term in settings["curriculum"].items() if term["weight"] != 0}
+    terms = {}
+    for name, term in settings["curriculum"].items():
+        weight = term["weight"] if isinstance(term, Mapping) and "weight" in term else term
+        if weight != 0:
+            terms[name] = term
     recipe = {"curriculum": terms, "loss": settings["loss"], "training": settings["training"]}
     if settings["student"]["lora"]["enabled"]:
         recipe["lora"] = settings["student"]["lora"]
