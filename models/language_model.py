@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import ModelOutput
 
-from .attention import repeat_grouped_heads_where_needed
+from .attention import fill_empty_rows_of_masks, repeat_grouped_heads_where_needed
 from .mask_checks import without_mask_checks
 from .types import Source
 from .validation import expect
 
 repeat_grouped_heads_where_needed()
+fill_empty_rows_of_masks()
 
 CPU_BLOCK = 512
 """Tokens for each thread whose logits a CPU computes at once: their weights then stay in its cache. 224 rows, 288

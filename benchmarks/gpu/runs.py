@@ -101,8 +101,9 @@ def flags(pair: PairFolders, folder: Path, settings: list[str]) -> list[str]:
 
     # What the default recipe says of its own text does not hold for this one.
     of_text = ["data.eval=null", "data.document_start=null"]
-    # Written texts would take most of the time, token by token.
-    of_evaluation = ["evaluation.max_windows=16", "evaluation.samples=1", "evaluation.generation=0"]
+    # Longer texts would take most of the time, token by token; two of them, so that the shorter prompt is padded.
+    of_evaluation = ["evaluation.max_windows=16", "evaluation.samples=1", "evaluation.generation=2"]
+    of_evaluation += ["evaluation.new_tokens=8"]
     return [*flags, "--set", *of_text, *of_evaluation, *settings]
 
 

@@ -296,7 +296,7 @@ class _HeadPass:
         learns = any(needs) and (self.learns_lm or self.learns_kd)
 
         # Gradients are computed with weights of order 1 (see `magnitude`), and boosted where they are rounded.
-        factor = self.precision.boost / self.magnitude()
+        factor = self.precision.boost / self.magnitude
         lm_weight = (self.lm_weight * factor).expand(len(states))
         kd_weight = self.kd_weight * factor
 
@@ -335,8 +335,9 @@ class _HeadPass:
             compiled=self._is_compiled,
         )
 
+    @functools.cached_property
     def magnitude(self) -> Tensor:
-        """Return the power of two above both weights.
+        """Return the power of two above both weights; computed once for forward and backward.
 
         What is computed is then a gradient of order 1, never one divided by a count, and dividing and multiplying by a
         power of two rounds nothing.
@@ -557,7 +558,7 @@ class _FusedHead(torch.autograd.Function):
         states, *params = ctx.saved_tensors  # raises where the graph is gone
         head_pass = ctx.head_pass
         share = head_pass.computation.scale / head_pass.precision.boost
-        factor = grad * head_pass.magnitude() * share
+        factor = grad * head_pass.magnitude * share
 
         if head_pass.module is None:
             # They are given away, so they may be scaled in place: no second [V, H]. A repeated backward computes anew.

@@ -321,7 +321,7 @@ def _attention(device: Device) -> Callable:
     """`scaled_dot_product_attention` with the kernel that the card would take, as far as the CPU has one like it."""
     import torch
 
-    from tests.gpu.attention_kernels import MATH, AttentionCall, choose_kernel
+    from tests.gpu.attention_kernels import CUDNN_OR_FLASH, MATH, AttentionCall, choose_kernel
 
     as_shipped = torch.nn.functional.scaled_dot_product_attention
 
@@ -335,7 +335,10 @@ def _attention(device: Device) -> Callable:
         device.kernels[kernel] += 1
         if kernel == MATH or dropout_p or (attn_mask is not None and attn_mask.requires_grad):
             return as_shipped(query, key, value, **options, enable_gqa=enable_gqa)
-        return _fused(call, scale)
+        states = _fused(call, scale)
+        if kernel == CUDNN_OR_FLASH and attn_mask is not None and attn_mask.dtype == torch.bool:
+            return states.masked_fill(~attn_mask.any(-1, keepdim=True), torch.nan)  # as cuDNN is reported to do
+        return states
 
     return attend
 

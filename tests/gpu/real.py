@@ -7,6 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
+WAIT = "called a synchronizing CUDA operation"
+"""What torch's watch says of each wait; once it also says that it is a prototype, in words much like it."""
+
 
 class RealDevice:
     """The interface of `pretended.Device` for the cards that there are."""
@@ -37,7 +40,8 @@ class RealDevice:
         return torch.cuda.max_memory_allocated(index) if index < torch.cuda.device_count() else 0
 
     def reset_peak(self, index: int = 0) -> None:
-        if index < torch.cuda.device_count():
+        # torch raises before it has used a GPU, when there is nothing to forget
+        if torch.cuda.is_initialized() and index < torch.cuda.device_count():
             torch.cuda.reset_peak_memory_stats(index)
 
     @contextmanager
@@ -52,7 +56,7 @@ class RealDevice:
             finally:
                 torch.cuda.set_sync_debug_mode("default")
         for warning in caught:
-            if "synchronizing" in str(warning.message):
+            if WAIT in str(warning.message):
                 waits.append((str(warning.message), f"{warning.filename}:{warning.lineno}"))
 
 

@@ -21,7 +21,7 @@ SLOW = [
 def forecasts(gpu_kind, scenario):
     """(cases) -> what was measured and forecast of each, in one process."""
     if gpu_kind == "real":
-        pytest.skip("steps without content are counted on a pretended GPU; real ones are those of tests/equivalence")
+        pytest.skip("steps without content are counted on a pretended GPU; `python -m benchmarks.gpu` counts real ones")
     return lambda cases: scenario("forecasts", cases=cases)
 
 

@@ -81,6 +81,11 @@ def test_a_run_ends_well(run):
     assert run["steps"] >= 4
 
 
+def test_every_model_writes_text(run):
+    """In batches, so that shorter prompts are padded."""
+    assert not any("no written text" in line for line in run["warnings"]), run["warnings"]
+
+
 def test_a_step_that_is_not_logged_waits_for_nothing_but_the_scaler_of_fp16(run):
     allowed = OTHER_WAITS.get(run["name"], 0) + VARIANTS[run["name"]].is_fp16
     assert max(run["waits"]) <= allowed, run["where"]
@@ -119,4 +124,4 @@ def test_a_teacher_on_the_students_gpu_by_name_leaves_the_other_gpu_unused_and_s
     named = results["T4 x2, teacher on the first, by name"]
     if "skipped" in named:
         pytest.skip(named["skipped"])
-    assert any("1 of 2 GPUs stay unused" in line for line in named["warnings"])
+    assert any("GPUs stay unused" in line for line in named["warnings"])

@@ -1,12 +1,13 @@
-"""Grouped heads reach attention as they are only where a kernel reads them so."""
+"""Grouped heads reach attention as they are only where a kernel reads them so; masks have no empty rows."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.integrations import sdpa_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-from models.attention import repeat_grouped_heads_where_needed
+from models.attention import fill_empty_rows_of_masks, repeat_grouped_heads_where_needed
 from models.language_model import body_states
 from tests.models.tiny import tiny_llama
 
@@ -71,3 +72,29 @@ def test_asking_for_it_twice_changes_nothing():
     before = sdpa_attention.use_gqa_in_sdpa
     repeat_grouped_heads_where_needed()
     assert sdpa_attention.use_gqa_in_sdpa is before
+
+
+def test_padding_on_the_left_is_no_nan_where_a_kernel_has_nothing_to_attend_to(monkeypatch):
+    """Some kernels of GPUs give NaN for such a row, and the next layer spreads it."""
+    attend = F.scaled_dot_product_attention
+
+    def like_cudnn(query, key, value, attn_mask=None, **options):
+        states = attend(query, key, value, attn_mask=attn_mask, **options)
+        return states.masked_fill(~attn_mask.any(-1, keepdim=True), torch.nan)
+
+    model, ids = tiny_llama(300), torch.arange(1, 8)[None]
+    padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], dim=1)
+    mask = (padded != 0).long()
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        monkeypatch.setattr(F, "scaled_dot_product_attention", like_cudnn)
+        logits = model(input_ids=padded, attention_mask=mask, position_ids=places).logits
+    assert logits.isfinite().all()
+    torch.testing.assert_close(logits[:, 3:], expected)
+
+
+def test_asking_twice_for_masks_without_empty_rows_changes_nothing():
+    before = ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    fill_empty_rows_of_masks()
+    assert ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] is before

@@ -26,7 +26,7 @@ from ..files import write_json
 from ..interfaces import Batch, Collator, Side, Teacher
 from ..logs.progress import Progress
 from ..logs.time_left import Kind
-from ..machine.device_memory import FittingParts
+from ..machine.device_memory import GPU_SCORED_WINDOWS, FittingParts
 from ..run_layout import START
 from . import scores as scoring
 from .comparability import MOST_UNSPELT
@@ -39,8 +39,6 @@ log = logging.getLogger(__name__)
 METRICS = ("loss", "perplexity", "bits_per_byte", "tokens", "bytes")
 SAMPLE_SETTINGS = ("samples", "prompt_tokens", "new_tokens", "generation")
 """Settings of an evaluation that samples depend on."""
-GPU_WINDOWS = 16
-"""Windows of a batch to score on a GPU, at least; `scores` passes as many of them at once as its logits allow."""
 ROUTING_BATCHES = 4
 """So many batches are enough to see how hidden states are routed."""
 BEGINNING = 2000
@@ -166,7 +164,7 @@ class HeldOut:
         device = next(model.parameters()).device
         size = self.batch_size
         if device.type == "cuda":
-            size = max(size, GPU_WINDOWS)
+            size = max(size, GPU_SCORED_WINDOWS)
 
         batches = share.batches(len(self.windows), size)
         kind: Kind = "teacher window" if side == "teacher" else "student window"

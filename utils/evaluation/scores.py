@@ -20,7 +20,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..machine.device_memory import FittingParts
+from ..machine.device_memory import FittingParts, scored_logits
 from .comparability import unspelt_text
 
 log = logging.getLogger(__name__)
@@ -31,11 +31,6 @@ Counted = tuple[dict[str, Tensor], Tensor, int]
 """The same, and the bytes of text that the batch scores."""
 
 IGNORE = -100
-LOGIT_ELEMENTS = 2**24
-"""Logits looked at in one go, at most: 64 MiB in float32."""
-GPU_LOGIT_ELEMENTS = 2**27
-"""The same on a GPU, which one window of 512 tokens does not keep busy: 512 MiB."""
-
 HALF = (torch.float16, torch.bfloat16)
 LARGEST_EXPONENT = 700
 """Nats per token from which a perplexity is infinite: exp(710) is more than a float64 can hold."""
@@ -307,11 +302,7 @@ def _rows_at_once(model: nn.Module, positions: int, device: torch.device) -> int
     """Return the rows of a batch whose logits are made in one go, at least one."""
     config = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", None) or 1
-    return max(1, _logit_elements(device) // (vocabulary * max(positions, 1)))
-
-
-def _logit_elements(device: torch.device) -> int:
-    return GPU_LOGIT_ELEMENTS if device.type == "cuda" else LOGIT_ELEMENTS
+    return max(1, scored_logits(device) // (vocabulary * max(positions, 1)))
 
 
 def _part_nll(
@@ -342,7 +333,7 @@ def _rows_nll(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> tu
     targets = labels.to(logits.device)
 
     # a float32 copy of all logits at once might not fit
-    chunk_size = max(1, _logit_elements(logits.device) // logits.shape[1])
+    chunk_size = max(1, scored_logits(logits.device) // logits.shape[1])
     losses = []
     for chunk in positions.to(logits.device).split(chunk_size):
         losses.append(F.cross_entropy(logits[chunk].float(), targets[chunk], reduction="none"))

@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 from ..config.protocols import RunConfig
 from ..config.settings import LoraConfig, ModelConfig
 from ..logs.lines import ROUTER_TERMS
+from ..machine.device_memory import GPU_SCORED_WINDOWS, scored_logits
 from ..machine.kernels import compiles_head
 from ..parallel.deepspeed import BUCKET
 from ..paths import user_path
@@ -53,8 +54,9 @@ KEPT_OUTCOME, PASSING_OUTCOME, CHUNK_OUTCOME = 24, 72, 110
 of the head's chunk, in the KD term."""
 ROUTED_KEPT = 10
 """Teacher widths in float32 that the router keeps per student layer and token for the backward pass, all terms used."""
-EVALUATED_LOGIT = 12
-"""Bytes for each logit of a window that is scored: the logits, those of supervised positions and their softmax."""
+SCORED_LOGIT = 8
+"""Bytes beside each logit that an evaluation looks at: it in float32, among those of supervised positions, and its
+softmax."""
 EXCHANGED = 2 * 4 * BUCKET
 """Bytes of gradients on their way to the processes that keep them, where they are sharded."""
 ZERO3_WHOLE = 10**9
@@ -113,6 +115,8 @@ class Demand:
     """That share it then."""
     compiled_head: bool = False
     """The student's head writes its gradient in compiled passes, all tokens of a chunk at once."""
+    scored_logits: int = 0
+    """Logits that an evaluation looks at in one go, at most; 0: nothing is evaluated."""
 
     @cached_property
     def shapes(self) -> tuple[Shape, Shape | None]:
@@ -307,15 +311,34 @@ class StepMemory:
         return self.gradients() | {"update": copies}
 
     def evaluation(self) -> Breakdown:
-        """Peak of an evaluation between two steps, window by window: without gradients, with float32 weights."""
+        """Peak where the student is scored between two steps: without gradients, with float32 weights."""
         demand = self.demand
-        breakdown: Breakdown = {"evaluation logits": demand.length * self.student.vocabulary * EVALUATED_LOGIT}
+        breakdown: Breakdown = {"evaluation logits": self._scored(self.student.vocabulary, FLOAT32)}
 
         # `float32_evaluation` copies half-precision weights; those of a full student are float32 already
         has_half_weights = demand.student_dtype.itemsize < FLOAT32 and demand.lora.base not in QUANTISED
         if demand.lora.enabled and has_half_weights:
             breakdown["student in float32 for evaluation"] = self.student.parameters * FLOAT32
         return breakdown
+
+    def teacher_evaluation(self) -> Breakdown:
+        """Peak where the teacher is scored, before the first step: the optimizer's moments are not there yet."""
+        logits = self._scored(self.teacher.vocabulary, self.demand.teacher_dtype.itemsize)
+        return {"teacher's evaluation logits": max(0, logits - self.always()["optimizer"])}
+
+    def _scored(self, vocabulary: int, logit: int) -> int:
+        """Return the bytes of logits while windows are scored, as many at once as an evaluation may look at.
+
+        Args:
+            logit: bytes of one as the model makes it.
+        """
+        of_window = self.demand.length * vocabulary
+        most_windows = max(self.windows, GPU_SCORED_WINDOWS) if self.demand.on_gpu else self.windows
+        windows = max(1, min(most_windows, self.demand.scored_logits // of_window))
+
+        # a model makes those of a whole window, of which a part is looked at in one go
+        made = windows * of_window
+        return made * logit + min(made, self.demand.scored_logits) * SCORED_LOGIT
 
     # --- the highest ------------------------------------------------------------------------------------------------
 
@@ -326,11 +349,15 @@ class StepMemory:
             RuntimeError: see `measure_body`.
         """
         # without a teacher nothing is projected; on a device of its own it takes nothing here
-        peaks = [self.student_head(), self.backward(), self.update(), self.evaluation()]
+        peaks = [self.student_head(), self.backward(), self.update()]
         if self.teacher is not None:
             peaks.append(self.projection())
         if self.holds_teacher:
             peaks += [self.teacher_forward(), self.teacher_head()]
+        if self.demand.scored_logits:
+            peaks.append(self.evaluation())
+        if self.demand.scored_logits and self.holds_teacher:
+            peaks.append(self.teacher_evaluation())
 
         # a sharded student is gathered layer by layer in a step, and whole for an evaluation
         size = self._weights_size()
@@ -464,6 +491,7 @@ def demand_of(config: RunConfig, setting: StepSetting) -> Demand:
         sharded=setting.sharded,
         processes=setting.processes,
         compiled_head=compiles_head(config.loss.head_passes, device),
+        scored_logits=scored_logits(device),
     )
 
 

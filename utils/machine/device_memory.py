@@ -1,4 +1,4 @@
-"""Memory that runs out: how it is recognised and given back, and how work is cut into parts that fit."""
+"""Memory of a device: how much is taken at a time, and how what does not fit is recognised and cut into parts."""
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +16,18 @@ MESSAGES = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUDA err
 
 MARGIN = 1.25
 """A run whose forecast is so many times what is free is refused: more than the forecast can be wrong."""
+
+SCORED_LOGITS = 2**24
+"""Logits that an evaluation looks at in one go, at most: 64 MiB in float32."""
+GPU_SCORED_LOGITS = 2**27
+"""The same on a GPU, which one window of 512 tokens does not keep busy: 512 MiB."""
+GPU_SCORED_WINDOWS = 16
+"""Windows of a batch to score on a GPU, at least; as many of them pass at once as their logits allow."""
+
+
+def scored_logits(device: torch.device) -> int:
+    """Return how many logits an evaluation looks at in one go on a device, at most."""
+    return GPU_SCORED_LOGITS if device.type == "cuda" else SCORED_LOGITS
 
 
 def is_out_of_memory(error: BaseException) -> bool:

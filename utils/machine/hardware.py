@@ -36,6 +36,9 @@ PACKAGES = (
 ALLOCATOR_SETTINGS = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 """Variables that torch reads its CUDA allocator's settings from."""
 
+GROWING_BLOCKS = "expandable_segments:True"
+"""Setting by which that allocator's blocks grow."""
+
 BF16_CAPABILITY = (8, 0)
 """First NVIDIA compute capability with bf16 and TF32 arithmetic."""
 
@@ -241,8 +244,20 @@ def configure_allocator() -> str | None:
 
     # torch up to 2.9 reads the first variable only, and later ones warn where it stands alone
     for name in ALLOCATOR_SETTINGS:
-        os.environ[name] = "expandable_segments:True"
+        os.environ[name] = GROWING_BLOCKS
+
+    # torch reads them when it starts CUDA, as bitsandbytes, which peft imports, makes it do
+    if torch.cuda.is_initialized():
+        _set_allocator(GROWING_BLOCKS)
     return "allocator: expandable segments, as batches have many shapes"
+
+
+def _set_allocator(setting: str) -> None:
+    """Change a setting of torch's allocator after CUDA has started."""
+    anew = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # the CUDA function's successor
+    if anew is None:
+        anew = torch.cuda.memory._set_allocator_settings
+    anew(setting)
 
 
 # ------------------------------------------------------------------------------------------------------ memory

@@ -25,6 +25,7 @@ from utils.evaluation.scores import (
     retention,
     token_nll,
 )
+from utils.machine import device_memory
 
 CPU = torch.device("cpu")
 VOCABULARY = 61
@@ -81,7 +82,7 @@ def test_nll_is_a_sum_over_tokens_whatever_the_padding_and_the_chunks(kind, monk
     model, batches = tiny(kind).eval(), uneven_batches()
     expected = plain_nll(model, batches)
     for elements in (2**24, 3 * VOCABULARY, 1):
-        monkeypatch.setattr(scores, "LOGIT_ELEMENTS", elements)
+        monkeypatch.setattr(device_memory, "SCORED_LOGITS", elements)
         nll, tokens = token_nll(model, batches, CPU)
         assert tokens == expected[1] and nll == pytest.approx(expected[0], rel=1e-6)
 
@@ -89,7 +90,7 @@ def test_nll_is_a_sum_over_tokens_whatever_the_padding_and_the_chunks(kind, monk
 def test_logits_in_one_go_are_bounded(monkeypatch):
     seen = []
     model = tiny("llama")
-    monkeypatch.setattr(scores, "LOGIT_ELEMENTS", 3 * 12 * VOCABULARY)
+    monkeypatch.setattr(device_memory, "SCORED_LOGITS", 3 * 12 * VOCABULARY)
     model.register_forward_hook(lambda module, args, kwargs, out: seen.append(out.logits.numel()), with_kwargs=True)
     token_nll(model, uneven_batches(), CPU)
     assert max(seen) == 3 * 12 * VOCABULARY and len(seen) == 9

@@ -148,6 +148,18 @@ def test_the_allocator_grows_its_blocks_unless_the_user_says_otherwise(monkeypat
 
 
 @pytest.mark.usefixtures("no_allocator_settings")
+@pytest.mark.parametrize("is_started", [False, True])
+def test_an_allocator_that_has_read_its_variables_is_told_itself(monkeypatch, is_started):
+    """bitsandbytes starts CUDA when it is imported, before a run begins."""
+    settings = []
+    monkeypatch.setattr(hardware.sys, "platform", "linux")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: is_started)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append, raising=False)
+    hardware.configure_allocator()
+    assert settings == ["expandable_segments:True"] * is_started
+
+
+@pytest.mark.usefixtures("no_allocator_settings")
 def test_other_systems_have_no_such_blocks(monkeypatch):
     monkeypatch.setattr(hardware.sys, "platform", "win32")
     assert hardware.configure_allocator() is None

@@ -1,0 +1,291 @@
+"""Bits per byte and written text of students that learn from given text, from their own, or from both.
+
+    REAL_MODELS_DIR=... python -m benchmarks.on_policy --pair neo-260k --seeds 0 1 2
+    REAL_MODELS_DIR=... python -m benchmarks.on_policy --pair neo-260k --table
+    REAL_MODELS_DIR=... python -m benchmarks.on_policy --pair neo-260k --cost
+
+Every arm is a whole run of train.py: equal steps, windows and seeds, so that the arms of a seed see the same beginnings
+of texts. Windows are as long as a prompt and what may be written behind it. "given, as long" has as many more steps as
+the fully on-policy run takes more time. A student that starts from random weights learns from given text first
+(`--cold-steps`). Every run is one line of the results file; a run that is there is not repeated.
+
+`--cost` tells where the time of a run goes, and how many tokens a second are written beside `generate` of transformers
+alone, in the same batches.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.measure import table
+from benchmarks.real.tables import interval
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("REAL_MODELS_DIR", ""))
+TEACHER = "models/tinystories-neo-chat-3m"
+TEXT = "corpora/tinystories-v1.txt"
+PROMPT, NEW = 32, 96
+"""Tokens of a prompt, and of what is written behind it."""
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PairOfModels:
+    """A pair of models, and how its student is trained."""
+
+    student: str
+    tokenizer_only: bool
+    """The student is a small Llama with random weights and this tokenizer."""
+    learning_rate: float
+
+
+PAIRS = {
+    "neo-260k": PairOfModels("models/stories260k-llama", False, 3e-4),
+    "neo-4096": PairOfModels("tokenizers/llama2c-tok4096", True, 1e-3),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way to choose whose text is learned from, and how it is compared with the teacher."""
+
+    share: str
+    """Value of `curriculum.on_policy`."""
+    divergence: str = "forward_kl"
+    as_long_as: str | None = None
+    """Name of an arm whose time this one is given."""
+
+    def flags(self) -> list[str]:
+        """Return the arm's flags of train.py."""
+        return [f"--curriculum.on_policy={self.share}", f"--loss.divergence={self.divergence}"]
+
+
+UP = "{points: [[0, 0], [0.3, 0], [1, 1]]}"
+DOWN = "{points: [[0, 1], [0.7, 0], [1, 0]]}"
+ARMS = {
+    "given": Arm("0"),
+    "half": Arm("0.5"),
+    "up": Arm(UP),
+    "down": Arm(DOWN),
+    "own": Arm("1"),
+    "given, reverse KL": Arm("0", "reverse_kl"),
+    "half, reverse KL": Arm("0.5", "reverse_kl"),
+    "up, reverse KL": Arm(UP, "reverse_kl"),
+    "own, reverse KL": Arm("1", "reverse_kl"),
+    "given, as long": Arm("0", as_long_as="own"),
+}
+BASE = "given"
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+def run(args: argparse.Namespace, name: str, seed: int, known: Sequence[Result]) -> Result:
+    """Train one arm, and return what its run left."""
+    arm = ARMS[name]
+    steps = args.steps
+    if arm.as_long_as is not None:
+        ratio = _seconds(known, arm.as_long_as) / _seconds(known, BASE)
+        steps = round(steps * ratio)
+
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "run"
+        began = time.perf_counter()
+        finished = subprocess.run(
+            [sys.executable, "train.py", *_arguments(args, seed, steps), *arm.flags(), "--output-dir", str(output)],
+            cwd=ROOT,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        seconds = time.perf_counter() - began
+        if finished.returncode:
+            said = finished.stdout[-3000:]
+            raise SystemExit(f"{name}, seed {seed}: train.py ended with {finished.returncode}:\n{said}")
+        report = json.loads((output / "evaluation_report.json").read_text(encoding="utf-8"))
+        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        "pair": args.pair,
+        "arm": name,
+        "seed": seed,
+        "steps": steps,
+        "command_seconds": seconds,
+        "report": {key: report[key] for key in ("student", "teacher", "initial_student", "run", "retention")},
+        "generation": report.get("generation"),
+        "rounds": [record for line in lines if "round" in (record := json.loads(line))],
+    }
+
+
+def _arguments(args: argparse.Namespace, seed: int, steps: int) -> list[str]:
+    """Return the flags of train.py that all arms have in common."""
+    pair = PAIRS[args.pair]
+    init = "random" if pair.tokenizer_only else "pretrained"
+    student = args.start if pair.tokenizer_only and args.start else DATA / pair.student
+    if pair.tokenizer_only and args.start:
+        init = "pretrained"
+    return [
+        *("--teacher", str(DATA / TEACHER), "--student", str(student), "--student-init", init),
+        *("--train-data", str(DATA / TEXT), "--max-length", str(PROMPT + NEW), "--batch-size", "8"),
+        *("--learning-rate", str(pair.learning_rate), "--max-steps", str(steps), "--eval-every", "0"),
+        *("--on-policy.every", str(args.every), "--on-policy.prompt-tokens", str(PROMPT)),
+        *("--on-policy.new-tokens", str(NEW), "--training.seed", str(seed)),
+        *("--evaluation.generation", "64", "--evaluation.without-teacher", "false"),
+        *("--training.gradient-accumulation-steps", "1"),
+    ]
+
+
+def _seconds(results: Sequence[Result], name: str) -> float:
+    """Return the mean seconds of training of an arm's runs."""
+    seconds = [result["report"]["run"]["seconds"] for result in results if result["arm"] == name]
+    if not seconds:
+        raise SystemExit(f"the time of {name!r} is not known: run it first")
+    return statistics.fmean(seconds)
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def tables(results: Sequence[Result]) -> str:
+    """Return the results, arm by arm, with differences from given text that are paired by seed."""
+    base = {result["seed"]: _bits(result) for result in results if result["arm"] == BASE}
+    rows = []
+    for name in ARMS:
+        runs = [result for result in results if result["arm"] == name]
+        if runs:
+            differences = [100 * (_bits(r) / base[r["seed"]] - 1) for r in runs if r["seed"] in base]
+            rows.append([name, len(runs), *_cells(runs), _share(differences)])
+    header = ["arm", "seeds", "steps", "seconds", "bits/byte", "teacher's of its text", "repeated", "ended", "tokens"]
+    levels = results[0]["report"]
+    caption = ", ".join(
+        f"{role.replace('_', ' ')} {levels[role]['bits_per_byte']:.4f}" for role in ("teacher", "initial_student")
+    )
+    return f"bits per byte: {caption}\n\n" + table([*header, "bits/byte from given"], rows)
+
+
+def _bits(result: Result) -> float:
+    return result["report"]["student"]["bits_per_byte"]
+
+
+def _cells(runs: Sequence[Result]) -> list[str]:
+    """Return the columns of an arm."""
+    written = [run["generation"]["student"] for run in runs]
+    return [
+        str(runs[0]["steps"]),
+        f"{statistics.fmean(run['report']['run']['seconds'] for run in runs):.0f}",
+        interval([_bits(run) for run in runs]),
+        interval([text["teacher_bits_per_byte"] for text in written]),
+        _percent(text["repeated_4grams"] for text in written),
+        _percent(text["ended"] for text in written),
+        f"{statistics.fmean(text['tokens'] for text in written):.0f}",
+    ]
+
+
+def _percent(shares: Any) -> str:
+    return f"{100 * statistics.fmean(shares):.0f} %"
+
+
+def _share(differences: Sequence[float]) -> str:
+    """Return a mean difference in per cent, with its interval."""
+    return f"{interval(differences)} %" if differences else "-"
+
+
+# ------------------------------------------------------------------------------------------ cost
+
+
+def cost(results: Sequence[Result], args: argparse.Namespace) -> str:
+    """Return where the time of a fully on-policy run goes, and how fast its texts are written."""
+    runs = [result for result in results if result["arm"].startswith("own")]
+    if not runs:
+        raise SystemExit("no run of the arm 'own' yet")
+    rows = []
+    for run in runs:
+        writing = sum(record["round"]["seconds"] for record in run["rounds"])
+        tokens = sum(record["round"]["tokens"] for record in run["rounds"])
+        training = run["report"]["run"]["seconds"]
+        rows.append([run["arm"], run["seed"], f"{writing:.1f}", f"{training:.1f}", f"{tokens / writing:.0f}"])
+    alone = _generate_alone(args)
+    header = ["arm", "seed", "writing, s", "the whole training, s", "tokens written a second"]
+    return table(header, rows) + f"\n\n`generate` alone, 64 prompts at once: {alone:.0f} tokens a second"
+
+
+def _generate_alone(args: argparse.Namespace) -> float:
+    """Return the tokens a second that transformers writes behind prompts of the same length, sampling."""
+    folder = DATA / PAIRS[args.pair].student
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer((DATA / TEXT).read_text(encoding="utf-8")[:200_000])["input_ids"]
+    prompts = torch.tensor([ids[n * PROMPT : (n + 1) * PROMPT] for n in range(64)])
+
+    rates = []
+    for _ in range(3):
+        began = time.perf_counter()
+        with torch.no_grad():
+            written = model.generate(prompts, do_sample=True, max_new_tokens=NEW, min_new_tokens=NEW)
+        tokens = written.shape[0] * (written.shape[1] - PROMPT)
+        rates.append(tokens / (time.perf_counter() - began))
+    return statistics.median(rates)
+
+
+# ------------------------------------------------------------------------------------------ command
+
+
+def read_results(file: Path, pair: str) -> list[Result]:
+    """Return the results of a pair that are on the disk."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return [result for line in lines if (result := json.loads(line))["pair"] == pair]
+
+
+def _is_there(results: Sequence[Mapping[str, Any]], name: str, seed: int) -> bool:
+    return any(result["arm"] == name and result["seed"] == seed for result in results)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--pair", choices=[*PAIRS], default="neo-260k")
+    made.add_argument("--arms", nargs="+", choices=[*ARMS], default=[*ARMS])
+    made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    made.add_argument("--steps", type=int, default=200, help="optimizer steps of 8 windows")
+    made.add_argument("--every", type=int, default=20, help="steps of a round")
+    made.add_argument("--start", help="folder of a student that learned from given text, for a pair without weights")
+    made.add_argument("--results", type=Path, default=Path("on-policy-results.jsonl"))
+    made.add_argument("--table", action="store_true", help="print the table of the results alone")
+    made.add_argument("--cost", action="store_true", help="print where the time goes")
+    return made
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what is missing and print the table."""
+    args = parser().parse_args(arguments)
+    results = read_results(args.results, args.pair)
+    if not (args.table or args.cost):
+        for seed in args.seeds:
+            for name in args.arms:
+                if _is_there(results, name, seed):
+                    continue
+                result = run(args, name, seed, results)
+                results.append(result)
+                with args.results.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+                print(f"{name}, seed {seed}: {_bits(result):.4f} bits per byte", flush=True)
+    print(cost(results, args) if args.cost else tables(results))
+
+
+if __name__ == "__main__":
+    main()
