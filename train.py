@@ -5,13 +5,21 @@
 The command: from its words to the settings of a run, which `utils/commands/run.py` then does.
 """
 
+if __name__ == "__main__":
+    # Before all else, which takes half a second to import.
+    from utils.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 import sys
 import time
 from collections.abc import Sequence
 
 from utils.commands.settings import RunConfig, configure, parse
+from utils.config import chat_arguments
 from utils.config.plain import to_plain
 from utils.config.yaml_files import as_yaml
+from utils.interrupt import raise_on_interrupt
 from utils.logs.console import setup_logging
 from utils.logs.streams import make_streams_safe
 from utils.machine.launcher import rank
@@ -29,8 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     setup_logging(None, main_process=rank() == 0)
 
     def command() -> None:
+        raise_on_interrupt()
         words = sys.argv[1:] if argv is None else argv
         if words[:1] == ["chat"]:
+            chat_arguments.parse(words[1:])
             with interrupt_ends_process():
                 from utils.commands.run import chat
 

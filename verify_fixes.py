@@ -9,6 +9,12 @@ with Python: no network, nothing left behind. Exit code 0: all is well; 1: a che
 was asked for.
 """
 
+if __name__ == "__main__":
+    # Before all else, which takes half a second to import.
+    from utils.interrupt import end_on_interrupt
+
+    end_on_interrupt()
+
 import logging
 import sys
 import tempfile
@@ -17,9 +23,11 @@ from pathlib import Path
 
 from utils.commands.settings import configure, parse
 from utils.errors import UserError
+from utils.interrupt import raise_on_interrupt
 from utils.logs.streams import make_streams_safe
+from utils.logs.terminal import printable
 from utils.machine.stop_signals import interrupt_ends_process
-from utils.run.exit_codes import EXIT_CODES
+from utils.run.exit_codes import EXIT_CODES, end_process
 
 VERBOSE = ("-v", "--verbose")
 """Flags that show every check of this code; else those are shown that fail, and how many passed."""
@@ -35,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("utils").setLevel(logging.ERROR)
 
     try:
+        raise_on_interrupt()
         arguments = parse(words, program="verify_fixes.py", description=__doc__)
         if arguments.compare or arguments.print_config:
             raise UserError("--compare and --print-config are answered by train.py; expected the flags of a run")
@@ -56,11 +65,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return checklist.run(checks, shows_all=words != all_words)
 
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
         return EXIT_CODES["SIGINT"]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -133,17 +133,16 @@ class CurriculumConfig(Validated):
     def __post_init__(self) -> None:
         super().__post_init__()
 
-        wrong = {}
+        wrong = []
         for name, term in self.terms().items():
-            weights = values_of(term.weight)
-            if not all(0 <= weight < math.inf for weight in weights):
-                wrong[f"{name}.weight"] = weights
+            outside = [weight for weight in values_of(term.weight) if not 0 <= weight < math.inf]
+            wrong += [f"{name}.weight {weight:g}" for weight in outside]
         if wrong:
-            raise ValueError(f"weights must be 0 or more, got {wrong}")
+            raise ValueError(f"weights must be 0 or more, got {', '.join(wrong)}")
 
-        shares = values_of(self.on_policy)
-        if not all(0 <= share <= 1 for share in shares):
-            raise ValueError(f"on_policy is a share of windows, from 0 to 1, got {shares}")
+        shares = [f"{share:g}" for share in values_of(self.on_policy) if not 0 <= share <= 1]
+        if shares:
+            raise ValueError(f"on_policy is a share of windows, from 0 to 1, got {', '.join(shares)}")
 
     @classmethod
     def of_weights(cls, weights: Mapping[str, Schedule]) -> "CurriculumConfig":
@@ -225,13 +224,12 @@ class LossConfig(Validated):
         super().__post_init__()
 
         # Logits are divided by a temperature.
-        wrong = {}
+        wrong = []
         for name in ("temperature", "span_temperature"):
-            temperatures = values_of(getattr(self, name))
-            if not all(0 < temperature < math.inf for temperature in temperatures):
-                wrong[name] = temperatures
+            outside = [value for value in values_of(getattr(self, name)) if not 0 < value < math.inf]
+            wrong += [f"{name} {value:g}" for value in outside]
         if wrong:
-            raise ValueError(f"temperatures must be greater than 0, got {wrong}; 1 is a good start")
+            raise ValueError(f"temperatures must be greater than 0, got {', '.join(wrong)}; 1 is a good start")
 
 
 @dataclass(frozen=True)

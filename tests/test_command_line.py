@@ -16,7 +16,7 @@ from utils.commands import settings as run_config
 from utils.config.build import build
 from utils.config.plain import to_plain
 from utils.config.schema import sections_of, settings_of
-from utils.config.settings import ModelConfig
+from utils.config.settings import ModelConfig, TrainingConfig
 from utils.config.yaml_files import find_config, load_yaml
 from utils.errors import UserError
 from utils.machine import hardware
@@ -217,11 +217,17 @@ def test_epochs_on_the_command_line_overrule_the_steps_of_a_recipe(tmp_path):
     assert train.configure(["--config", str(recipe)])[0].output_dir == "runs/own"
 
 
-@pytest.mark.parametrize("training", ["null", "5"])
-def test_automatic_batch_size_beside_a_section_that_is_none(tmp_path, training):
+def test_automatic_batch_size_beside_a_section_that_is_none(tmp_path):
     """A section without content is the defaults; one that is no mapping is a mistake, and told as one."""
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(f"student: {{name: s}}\nteacher: {{name: t}}\ndata: {{train: [x]}}\ntraining: {training}\n")
+    beginning = "student: {name: s}\nteacher: {name: t}\ndata: {train: [x]}\n"
+    recipe.write_text(f"{beginning}training:\n")
+    config, _ = train.configure(["--config", str(recipe), "--batch-size", "auto"])
+    defaults = TrainingConfig()
+    step_windows = defaults.batch_size * defaults.gradient_accumulation_steps
+    assert config.training.gradient_accumulation_steps == step_windows
+
+    recipe.write_text(f"{beginning}training: 5\n")
     with pytest.raises(UserError, match="training"):
         train.configure(["--config", str(recipe), "--batch-size", "auto"])
 
@@ -230,6 +236,44 @@ def test_of_epochs_and_steps_together_the_steps_count_and_it_is_said():
     config, told = train.configure([*PAIR, "--epochs", "2", "--max-steps", "5"])
     assert config.training.max_steps == 5 and "max_steps 5 replaces epochs 2" in told
     assert "replaces" not in train.configure([*PAIR, "--max-steps", "5"])[1]
+
+
+def test_a_recipe_for_toys_says_so_where_another_student_learns_by_it():
+    said = "made for its own student"
+    assert said in train.configure(PAIR)[1]
+    for words in (["--config", "quickstart"], ["--config", "kaggle_p100", *PAIR[2:]], PAIR[2:]):
+        assert said not in train.configure(words)[1]
+
+
+@pytest.mark.parametrize("words", [["a", "b"], ["[a,b]"], ["[a, b]"], ["[a]", "b"]])
+def test_a_list_is_words_or_in_brackets(words):
+    config, _ = train.configure(["--teacher", "a", "--student", "b", "--train-data", *words, "--eval-tasks", *words])
+    assert config.data.train == config.evaluation.tasks == ["a", "b"]
+
+
+def test_a_list_may_have_commas_but_for_names_of_files():
+    config, _ = train.configure([*PAIR, "--eval-tasks", "a,b", "--track", "aim,wandb", "--set", "data.train=a,b"])
+    assert config.data.train == ["a,b"]
+    assert config.evaluation.tasks == ["a", "b"] and config.logging.track == ["aim", "wandb"]
+
+
+def test_an_empty_section_of_a_recipe_has_its_defaults(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("teacher: a\nstudent: b\ndata: c\ntraining:\nloss:\ncurriculum:\n  kd:\n")
+    defaults, _ = train.configure(["--teacher", "a", "--student", "b", "--train-data", "c"])
+    config, _ = train.configure(["--config", str(recipe), "--set", "router="])
+    assert replace(config, output_dir=defaults.output_dir) == defaults
+
+
+@pytest.mark.parametrize("wrong", ["data.trian=x", "data.train=3"])
+def test_what_follows_from_a_mistake_is_not_another_one(wrong):
+    no_text = ("--teacher", "a", "--student", "b", "--set")
+    with pytest.raises(UserError) as one:
+        train.configure([*no_text, wrong])
+    assert str(one.value).count("  - ") == 1 and "no training data" not in str(one.value)
+    with pytest.raises(UserError) as two:
+        train.configure([*no_text, "loss.top_k=0"])
+    assert str(two.value).count("  - ") == 2 and "no training data" in str(two.value)
 
 
 def test_unknown_flags_are_all_reported_with_the_nearest_known_one():

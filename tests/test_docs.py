@@ -15,11 +15,11 @@ from benchmarks import alignment, memory_forecast
 from tests.models.tiny import STORIES, byte_bpe, pretend_hub
 from tests.toy import digest
 from utils.commands import settings as run_config
+from utils.config import chat_arguments
 from utils.config.build import build
 from utils.config.plain import to_plain
 from utils.config.schema import keys_of
 from utils.config.yaml_files import load_yaml
-from utils.run import chat
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -58,7 +58,7 @@ def test_every_flag_exists(page):
         assert any(place.is_file() for place in places), f"{page.name}: there is no benchmarks.{name}"
         assert set(FLAG.findall(arguments)) <= OF_BENCHMARKS, f"{page.name}: {arguments}"
     known |= OF_BENCHMARKS if "python -m benchmarks." in text else set()
-    known |= flags_of(chat.parser()) if "train.py chat" in text else set()
+    known |= flags_of(chat_arguments.parser()) if "train.py chat" in text else set()
     found = set(FLAG.findall(FOREIGN.sub(" ", BENCHMARK.sub(" ", text))))
     assert found <= known, f"{page.name}: there is no {', '.join(sorted(found - known))}"
 

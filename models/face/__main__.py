@@ -16,6 +16,10 @@ from curriculum_distillation.towers import make_importable
 def main() -> int:
     """Run the script that the command line names; returns its exit code."""
     make_importable()
+    # Before the commands, which take half a second to import.
+    from utils.interrupt import end_on_interrupt
+
+    end_on_interrupt()
     if sys.argv[1:2] == ["verify"]:
         del sys.argv[1]
         import verify_fixes

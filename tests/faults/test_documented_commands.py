@@ -32,12 +32,14 @@ from utils.logs.records import read_metrics
 from utils.report import report
 
 ROOT = Path(__file__).resolve().parents[2]
-REFERENCE = "settings.md"
-"""Page made of the settings, where a flag stands for a name and not for a command."""
+NOT_HERE = ("settings.md", "paths.md")
+"""The page made of the settings, where a flag stands for a name and not for a command; and that of test_paths.py."""
 OTHERS = ("--data DIR",)
 """Flags of other commands that train.py has too, with another meaning."""
 TEXT = {
-    page.name: prose.replace("\\\n", " ").replace("\\|", "|") for page, prose in PROSE.items() if page.name != REFERENCE
+    page.name: prose.replace("\\\n", " ").replace("\\|", "|")
+    for page, prose in PROSE.items()
+    if page.name not in NOT_HERE
 }
 LINE = re.compile(r"((?:python|accelerate launch|torchrun)(?: [^`\n]*?)?) ?train\.py((?: [^`\n#]+)?)")
 QUOTED_FLAG = re.compile(r"`(--[a-z.-]+(?: [^`\n]+)?)`")

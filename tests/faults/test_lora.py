@@ -2,12 +2,13 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
 from utils.machine.stop_signals import StopSignal
@@ -113,3 +114,32 @@ def test_merged_it_is_a_plain_model_that_computes_the_same(run_in, whole, capsys
         assert not (whole / "student" / "adapter_config.json").exists()
         plain = AutoModelForCausalLM.from_pretrained(whole / "student")
         assert torch.allclose(plain(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
+
+
+def test_lm_eval_measures_the_adapter_by_the_command_of_its_card(lora_place, whole, monkeypatch):
+    huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="pip install -e .[eval]")
+    from lm_eval.api.instance import Instance
+
+    # a card names a base of one's own by its folder's name alone
+    monkeypatch.chdir(lora_place.student.parent)
+    card = (whole / "student" / "README.md").read_text(encoding="utf-8")
+    (models,) = re.findall(r"lm_eval --model hf --model_args (\S+) --tasks", card)
+    models = models.replace("path/to/this/folder", str(whole / "student"))
+    measured = huggingface.HFLM.create_from_arg_string(models, {"device": "cpu", "batch_size": 1})
+
+    text, ending = "The red dog sees the", " cat"
+    (score, _), *_ = measured.loglikelihood([Instance("loglikelihood", {}, (text, ending), 0)])
+    student = peft.AutoPeftModelForCausalLM.from_pretrained(whole / "student")
+    base = AutoModelForCausalLM.from_pretrained(lora_place.student)
+    tokenizer = AutoTokenizer.from_pretrained(whole / "student")
+    assert score == pytest.approx(log_likelihood(student, tokenizer, text, ending), abs=1e-4)
+    assert score != pytest.approx(log_likelihood(base, tokenizer, text, ending), abs=1e-4)
+
+
+def log_likelihood(model, tokenizer, text: str, ending: str) -> float:
+    """Return the log probability of an ending after a text."""
+    before, whole = (tokenizer(words, return_tensors="pt")["input_ids"] for words in (text, text + ending))
+    with torch.no_grad():
+        log_probabilities = model(whole).logits[0, :-1].log_softmax(-1)
+    tokens = whole[0, before.shape[1] :]
+    return log_probabilities[-len(tokens) :].gather(1, tokens[:, None]).sum().item()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import UserError
+from ..logs.terminal import printable
 
 # ------------------------------------------------------------------------------------------- results
 
@@ -269,9 +270,9 @@ def _show(check: Check) -> None:
     mark = passed if check.passed else failed
     if check.doubtful:
         mark = "?"
-    print(f"  {mark} {check.name}: {check.value}  [{check.allowed}]", flush=True)
+    print(printable(f"  {mark} {check.name}: {check.value}  [{check.allowed}]"), flush=True)
     if check.doubtful or not check.passed:
-        print(f"      {arrow} {check.hint}", flush=True)
+        print(printable(f"      {arrow} {check.hint}"), flush=True)
 
 
 def _can_print(text: str) -> bool:

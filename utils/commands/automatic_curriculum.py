@@ -12,7 +12,7 @@ from typing import Any
 from models.config import AUTOMATIC_CURRICULA, ROUTER_TERMS, TERMS, Beginning, CurriculumConfig, Ramp, Schedule, Term
 from utils.config.build import build
 from utils.config.protocols import ConfigT, RunConfig
-from utils.config.schema import lists_of_texts
+from utils.config.schema import lists_of_texts, sections_of
 from utils.config.short_forms import expand
 from utils.config.yaml_files import load_yaml
 from utils.run_layout import CHECKPOINTS, CONFIG
@@ -59,7 +59,8 @@ def _weights_of_run(config: RunConfig) -> CurriculumConfig | None:
     if config.resume == "never" or not has_checkpoints or not file.is_file():
         return None
 
-    settings = expand(load_yaml(file), lists_of_texts(type(config)))
+    schema = type(config)
+    settings = expand(load_yaml(file), lists_of_texts(schema), sections_of(schema))
     return build(CurriculumConfig, settings.get("curriculum", {}), source=str(file))
 
 

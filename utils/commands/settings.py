@@ -13,6 +13,7 @@ from pathlib import Path
 from models.config import HEAD_TERMS, CurriculumConfig, LossConfig, RouterConfig
 from utils.config import arguments, command_line, reference
 from utils.config.contradictions import contradictions
+from utils.config.error_messages import Contradictions
 from utils.config.schema import json_schema
 from utils.config.settings import (
     CacheConfig,
@@ -56,7 +57,7 @@ class RunConfig(Validated):
         super().__post_init__()
 
         if wrong := contradictions(self, HEAD_TERMS):
-            raise ValueError("; ".join(wrong))
+            raise Contradictions(wrong)
 
 
 parser = partial(arguments.parser, RunConfig)

@@ -3,6 +3,7 @@
 - `settings`: the sections of a run as frozen dataclasses, with every default.
 - `schema`: the settings as data: a table of all keys, and a JSON schema for editors, made of the dataclasses.
 - `arguments`: the words of a command line; every setting is a flag.
+- `chat_arguments`: the words of a chat.
 - `command_line`: `configure`, which makes a configuration of a recipe and these words.
 - `short_forms`: `teacher: PATH` and other forms that can mean one thing only.
 - `yaml_files`: recipes and the config.yaml of a run; dotted keys.

@@ -7,7 +7,7 @@ a short flag too: a line in `SHORT_FLAGS`.
 import argparse
 import difflib
 import json
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from ..errors import UserError
 from .schema import Setting, json_schema, lists_of_texts, sections_of, settings_of
-from .short_forms import expand, full_key, main_key, own_path
+from .short_forms import expand, full_key, main_key, own_path, split_list
 from .yaml_files import read_assignment, read_value, set_dotted
 
 SHORT_FLAGS = {
@@ -117,11 +117,16 @@ class Arguments:
 # ----------------------------------------------------------------------------------------------- parser
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """A parser that reports mistakes as `UserError`, not by an end of the process."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}\n  python {self.prog} --help shows the flags")
+        raise UserError(f"{message}\n  {self.program} --help shows the flags")
+
+    @property
+    def program(self) -> str:
+        """Return how the command is started."""
+        return f"python {self.prog}" if self.prog.endswith(".py") else self.prog
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
@@ -148,7 +153,7 @@ class _Answer(argparse.Action):
         parser.exit()
 
 
-def parser(config: type, *, everything: bool = False) -> argparse.ArgumentParser:
+def parser(config: type, *, everything: bool = False) -> Parser:
     """Make the parser of the command line.
 
     Args:
@@ -156,7 +161,7 @@ def parser(config: type, *, everything: bool = False) -> argparse.ArgumentParser
         everything: the help has all settings, not only those with a short flag.
     """
     settings = settings_of(config)
-    result = _Parser(
+    result = Parser(
         prog="train.py",
         usage="%(prog)s [--config NAME|PATH] [flags]",
         description=DESCRIPTION,
@@ -313,7 +318,7 @@ def completion(config: type, shell: str) -> str:
 
 
 @cache
-def _parser(config: type) -> argparse.ArgumentParser:
+def _parser(config: type) -> Parser:
     """Make the parser for `parse`, once."""
     return parser(config)
 
@@ -336,7 +341,8 @@ def parse(config: type, argv: Sequence[str], program: str = "train.py", descript
     words = [_with_dashes(word) for word in _join_separator(argv)]
     namespace, unknown = flags.parse_known_args(words)
     if unknown:
-        raise UserError(_describe_unknown(unknown, [*flags._option_string_actions], program))
+        closing = f"{flags.program} --help shows the flags of everyday, --help-all those of every setting"
+        raise UserError(describe_unknown(unknown, flags, closing))
 
     words_of = {key: words for key, words in vars(namespace).items() if words is not None}
     _require_words(words_of, {action.dest: action.option_strings[0] for action in flags._actions})
@@ -352,7 +358,7 @@ def parse(config: type, argv: Sequence[str], program: str = "train.py", descript
     arguments = Arguments(
         config=words_of.get("config"),
         flags=values,
-        assignments=[_assignment(text, lists_of_texts(config)) for text in words_of["set"]],
+        assignments=[_assignment(config, text) for text in words_of["set"]],
         compare=words_of.get("compare", []),
         csv=words_of.get("csv"),
         print_config=words_of["print_config"],
@@ -373,17 +379,17 @@ def _check_comparison(arguments: Arguments) -> None:
         raise UserError(f"--csv {arguments.csv}: a table of a comparison. Expected --compare RUN RUN ... beside it.")
 
 
-def _assignment(text: str, lists: Container[str]) -> tuple[str, Any]:
+def _assignment(config: type, text: str) -> tuple[str, Any]:
     """Return the key and the value of a --set, without short forms."""
     key, value = read_assignment(text)
     full = full_key(own_path(key), value)
-    return full, expand(value, lists, full)
+    return full, expand(value, lists_of_texts(config), sections_of(config), full)
 
 
 def _value(setting: Setting, words: Any) -> Any:
     """Return the value of a flag: its text, which pydantic reads, unless it is null or in YAML's brackets."""
     if isinstance(words, list):
-        return words
+        return [value for word in words for value in _values_of_list(setting.key, word)]
     if words == "null" and setting.may_be_null:
         return None
 
@@ -398,6 +404,13 @@ def _value(setting: Setting, words: Any) -> Any:
         with suppress(ValueError):
             return float(words)
     return words
+
+
+def _values_of_list(key: str, word: str) -> list[Any]:
+    """Return the values that one word says of a list: `[a, b]`, `a,b`, or itself."""
+    if word.startswith("[") and word.endswith("]"):
+        return read_value(f"--{key} {word}", word)
+    return split_list(key, word)
 
 
 def _require_words(values: dict[str, Any], names: dict[str, str]) -> None:
@@ -443,8 +456,9 @@ def _join_separator(argv: Sequence[str]) -> list[str]:
     return words
 
 
-def _describe_unknown(words: Sequence[str], options: Sequence[str], program: str) -> str:
-    """Return a message with one line for each word that no flag takes."""
+def describe_unknown(words: Sequence[str], flags: argparse.ArgumentParser, closing: str) -> str:
+    """Return a message with one line for each word that no flag takes, and a closing one."""
+    options = [*flags._option_string_actions]
     lines = ["not understood on the command line:"]
     is_value = False
     for word in words:
@@ -463,5 +477,5 @@ def _describe_unknown(words: Sequence[str], options: Sequence[str], program: str
         else:
             lines.append(f"  - {word}: no flag takes this word")
 
-    lines.append(f"  python {program} --help shows the flags of everyday, --help-all those of every setting")
+    lines.append(f"  {closing}")
     return "\n".join(lines)

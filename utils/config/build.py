@@ -58,11 +58,17 @@ def _validate(schema: Any, values: dict[str, Any]) -> tuple[Any, list[Mistake]]:
     # values are taken out, their defaults stand in, and the rest is checked again until nothing new is wrong.
     while True:
         try:
-            return adapter(schema).validate_python(remaining), mistakes
+            return adapter(schema).validate_python(remaining), _causes(mistakes)
         except ValidationError as error:
             mistakes += [mistake for mistake in describe(error, remaining, keys_of(schema)) if mistake not in mistakes]
             if not _take_out(error, remaining):
-                return None, mistakes
+                return None, _causes(mistakes)
+
+
+def _causes(mistakes: list[Mistake]) -> list[Mistake]:
+    """Return the mistakes without those contradictions that a wrong key or value beside them may have made."""
+    wrong_sections = {mistake.path.partition(".")[0] for mistake in mistakes if mistake.path}
+    return [mistake for mistake in mistakes if mistake.section not in wrong_sections]
 
 
 def _take_out(error: ValidationError, values: dict[str, Any]) -> bool:

@@ -9,7 +9,8 @@ from ..paths import user_path
 from .arguments import Arguments, parse
 from .build import build, check_values
 from .described_by import drop_descriptions, limit_to_training_text
-from .schema import lists_of_texts
+from .quickstart_names import NAMES
+from .schema import lists_of_texts, sections_of
 from .settings import TrainingConfig
 from .short_forms import expand
 from .yaml_files import find_config, get_dotted, load_yaml, set_dotted
@@ -100,6 +101,9 @@ class _Recipe:
     limited: list[str] = field(default_factory=list)
     """Settings of the recipe that the evaluation text is read without."""
 
+    is_for_toys: bool = False
+    """The recipe teaches the embedded student, and the command line names another one."""
+
 
 def _load_recipe(schema: type, name: str, overrides: dict[str, Any]) -> _Recipe:
     """Load a recipe in full, without what describes a text or a model that is replaced.
@@ -113,7 +117,10 @@ def _load_recipe(schema: type, name: str, overrides: dict[str, Any]) -> _Recipe:
         UserError: there is no such recipe, or it is not YAML.
     """
     path = find_config(name)
-    values = {"output_dir": f"runs/{path.stem}", **expand(load_yaml(path), lists_of_texts(schema))}
+    values = {"output_dir": f"runs/{path.stem}", **expand(load_yaml(path), lists_of_texts(schema), sections_of(schema))}
+    student = get_dotted(overrides, "student.name")
+    is_for_toys = get_dotted(values, "student.name") in NAMES and student is not None and student not in NAMES
+
     # in this order: where the training text is replaced too, nothing is left to limit
     dropped = drop_descriptions(values, overrides)
     limited = limit_to_training_text(values, overrides)
@@ -124,6 +131,7 @@ def _load_recipe(schema: type, name: str, overrides: dict[str, Any]) -> _Recipe:
         values=values,
         dropped=dropped,
         limited=limited,
+        is_for_toys=is_for_toys,
     )
 
 
@@ -145,6 +153,11 @@ def _without_effect(arguments: Arguments, recipe: _Recipe) -> str:
         notes += (
             "; the evaluation text is another one, and is read without what the recipe says of its training text: "
             f"{', '.join(recipe.limited)} (--set KEY=VALUE sets it for both)"
+        )
+    if recipe.is_for_toys:
+        notes += (
+            "; its learning rate and curriculum are made for its own student, small and with random weights, and stay "
+            "where no flag says otherwise (without --config all settings have their defaults)"
         )
     return notes
 

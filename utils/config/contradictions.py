@@ -2,37 +2,40 @@
 
 from collections.abc import Sequence
 
+from .error_messages import Contradiction
 from .protocols import RunConfig
 from .quickstart_names import NAMES
 from .settings import StudentConfig
 
 
-def contradictions(config: RunConfig, heads: Sequence[str]) -> list[str]:
-    """Return one line for each contradiction, with what to do about it.
+def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradiction]:
+    """Return every contradiction.
 
     Args:
         heads: terms on the student's own predictions; one of them is needed to learn from.
     """
     problems = _student_problems(config.student)
     if not config.data.train:
-        problems.append("no training data: give --train-data")
+        problems.append(Contradiction("data", "no training data: give --train-data"))
 
     # without a weight on a term of its own predictions, the student is never told a next token
     terms = config.curriculum.used()
     if not terms & set(heads):
-        problems.append(f"nothing to learn from: the weights of {', '.join(heads)} are 0; raise one of them")
+        message = f"nothing to learn from: the weights of {', '.join(heads)} are 0; raise one of them"
+        problems.append(Contradiction("curriculum", message))
 
     if config.teacher.name is None:
         problems += _problems_without_teacher(config, terms)
 
     if config.training.patience and not config.evaluation.every:
-        problems.append("training.patience counts evaluations, and evaluation.every is 0: give --eval-every")
+        message = "training.patience counts evaluations, and evaluation.every is 0: give --eval-every"
+        problems.append(Contradiction("evaluation", message))
     return problems
 
 
-def _student_problems(student: StudentConfig) -> list[str]:
+def _student_problems(student: StudentConfig) -> list[Contradiction]:
     """Return the contradictions between the student's beginning and its adapter."""
-    problems = []
+    problems: list[str] = []
     if student.name is None:
         problems.append("no student: give --student ID or DIR")
 
@@ -48,16 +51,16 @@ def _student_problems(student: StudentConfig) -> list[str]:
 
     if student.lora.merge and not student.lora.enabled:
         problems.append("lora.merge is for a student with an adapter: give --lora too")
-    return problems
+    return [Contradiction("student", problem) for problem in problems]
 
 
-def _problems_without_teacher(config: RunConfig, terms: set[str]) -> list[str]:
+def _problems_without_teacher(config: RunConfig, terms: set[str]) -> list[Contradiction]:
     """Return the settings that need a teacher, in a run that has none.
 
     Args:
         terms: those that weigh more than 0 at some time; all but the language model's need a teacher.
     """
-    problems = []
+    problems: list[str] = []
     signals = sorted(terms - {"lm"})
     if signals:
         problems.append(f"no teacher, but {' and '.join(signals)} weigh more than 0: give --teacher or set them to 0")
@@ -65,4 +68,4 @@ def _problems_without_teacher(config: RunConfig, terms: set[str]) -> list[str]:
         problems.append("evaluation.without_teacher compares with a run that has a teacher: give --teacher")
     if config.cache.folder:
         problems.append("a teacher cache, but no teacher: give --teacher")
-    return problems
+    return [Contradiction("teacher", problem) for problem in problems]

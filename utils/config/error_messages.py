@@ -12,6 +12,24 @@ LONGEST_VALUE = 80
 """Characters of a wrong value that are quoted."""
 
 
+class Contradiction(NamedTuple):
+    """A mistake between settings, each of which is right."""
+
+    section: str
+    """Section that decides it: a mistake in there may be the cause."""
+
+    message: str
+    """With what to do about it."""
+
+
+class Contradictions(ValueError):
+    """Everything in which settings contradict one another."""
+
+    def __init__(self, contradictions: Sequence[Contradiction]) -> None:
+        super().__init__("; ".join(contradiction.message for contradiction in contradictions))
+        self.contradictions = contradictions
+
+
 class Mistake(NamedTuple):
     """A mistake in the settings."""
 
@@ -20,6 +38,9 @@ class Mistake(NamedTuple):
 
     message: str
     """What is wrong with the value."""
+
+    section: str = ""
+    """Of a mistake in the whole: the section whose mistakes may be its cause."""
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}" if self.path else self.message
@@ -41,6 +62,11 @@ def describe(error: ValidationError, values: Any, keys: Sequence[str] = ()) -> l
 
     mistakes = []
     for path, items in items_by_path.items():
+        cause = items[0].get("ctx", {}).get("error")
+        if isinstance(cause, Contradictions):
+            mistakes += [Mistake(path, each.message, each.section) for each in cause.contradictions]
+            continue
+
         # A ramp with mistakes inside was also tried as a number, and the mistakes inside say more.
         has_inner_mistakes = any(other.startswith(f"{path}.") for other in items_by_path)
         if items[0]["type"] in ("unexpected_keyword_argument", "invalid_key"):

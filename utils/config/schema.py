@@ -243,6 +243,8 @@ def _complete(schema: Json, properties: dict[str, Json], values: Mapping[str, An
             main = main_key(key)
             forms += _forms_of(definition["properties"][main]) if main else []
             forms += [{"const": AUTOMATIC[key]}] if key in AUTOMATIC else []
+            if {"type": "null"} not in forms:  # a section with nothing in it
+                forms.append({"type": "null"})
         elif form.get("type") == "array" and form.get("items", {}).get("type") == "string":
             forms = [{"type": form.pop("type"), "items": form["items"]}, form.pop("items")]
 

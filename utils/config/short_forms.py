@@ -5,6 +5,8 @@ data: PATH                      data: {train: [PATH]}
 curriculum: {kd: 0.5}           curriculum: {kd: {weight: 0.5}}
 curriculum: auto                curriculum: {}
 logging: {track: wandb}         logging: {track: [wandb]}              and so every list of texts
+logging: {track: "wandb,aim"}   logging: {track: [wandb, aim]}         but for names of files, which may have commas
+training:                       nothing, so its defaults               and so every section with nothing in it
 training: {lr: 1e-4}            training: {learning_rate: 1e-4}
 """
 
@@ -16,6 +18,9 @@ MAIN_KEYS = {"teacher": "name", "student": "name", "data": "train", "curriculum.
 
 AUTOMATIC = {"curriculum": "auto"}
 """Section -> the word for none of its keys: all of them are chosen by the program."""
+
+NAMES_OF_FILES = ("data.train",)
+"""Lists whose values may have commas in them."""
 
 OTHER_NAMES = {"training.lr": "training.learning_rate"}
 """Another name of a setting -> its own."""
@@ -41,14 +46,16 @@ def full_key(path: str, value: Any) -> str:
     return f"{path}.{main}" if main and not has_keys else path
 
 
-def expand(value: Any, lists: Container[str], path: str = "") -> Any:
+def expand(value: Any, lists: Container[str], sections: Container[str], path: str = "") -> Any:
     """Return nested values in which every short form is written in full.
 
     Args:
         lists: keys of settings that are lists of texts.
+        sections: paths of all sections.
         path: dotted path of the value itself.
     """
-    if isinstance(value, str) and AUTOMATIC.get(path) == value:
+    is_automatic = isinstance(value, str) and AUTOMATIC.get(path) == value
+    if is_automatic or (value is None and path in sections):
         return {}
     if full_key(path, value) != path:
         value = {main_key(path): value}
@@ -56,10 +63,25 @@ def expand(value: Any, lists: Container[str], path: str = "") -> Any:
     if isinstance(value, Mapping):
         prefix = f"{path}." if path else ""
         own_keys = {key: _own_key(prefix, key, value) for key in value}
-        return {own: expand(value[key], lists, f"{prefix}{own}") for key, own in own_keys.items()}
+        # left out and not made an empty mapping, which for a term is the weight 0
+        stated = {
+            key: own for key, own in own_keys.items() if value[key] is not None or f"{prefix}{own}" not in sections
+        }
+        return {own: expand(value[key], lists, sections, f"{prefix}{own}") for key, own in stated.items()}
     if path in lists and isinstance(value, str):
-        return [value]
+        return split_list(path, value)
     return value
+
+
+def split_list(path: str, text: str) -> list[str]:
+    """Return the values that one text says of a list: those between its commas.
+
+    Args:
+        path: key of the list.
+    """
+    if path in NAMES_OF_FILES:
+        return [text]
+    return [value.strip() for value in text.split(",")]
 
 
 def own_path(path: str) -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 from ..errors import RunError, UserError
 from ..machine.launcher import rank
 from ..run_layout import LOG
-from .terminal import console, line_columns, person_may_watch
+from .terminal import console, line_columns, person_may_watch, printable
 
 OWN_LOGGERS = ("curriculum_distillation", "models", "utils", "train", "verify_fixes", "__main__")
 """Loggers of this project, which speak from INFO on; everybody else only from WARNING on."""
@@ -84,7 +84,7 @@ def _remove_handlers(root: logging.Logger) -> None:
 def _file_handler(file: Path) -> logging.Handler:
     # A file name that is no UTF-8 has characters that UTF-8 lacks.
     handler = _File(file, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", DATE_FORMAT))
+    handler.setFormatter(_Printable("%(asctime)s %(levelname)-7s %(message)s", DATE_FORMAT))
     return handler
 
 
@@ -150,15 +150,15 @@ class _ConsoleHandler(logging.Handler):
         is_unexpected = _is_unexpected(record)
         if is_unexpected and self.file:
             message = _without_traceback(message)
-        tag, space, rest = message.partition(" ")
+        tag, space, rest = printable(message).partition(" ")
         text.append(tag, _TAG_STYLES.get(tag, ""))
         text.append(space + rest)
 
         # A person needs to know where the traceback is; without a file it would be lost.
         if is_unexpected and self.file:
-            text.append(f"\n  The traceback is in {self.file}")
+            text.append(printable(f"\n  The traceback is in {self.file}"))
         elif is_unexpected:
-            text.append("\n" + logging.Formatter().formatException(record.exc_info))
+            text.append("\n" + printable(logging.Formatter().formatException(record.exc_info)))
         return text
 
 
@@ -175,6 +175,13 @@ def _without_traceback(message: str) -> str:
         return message
     # The lines around it say what happened.
     return f"{before.strip()} {after.strip().splitlines()[-1]}"
+
+
+class _Printable(logging.Formatter):
+    """Lines of a log that a terminal can show."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _File(logging.FileHandler):

@@ -1,6 +1,7 @@
 """The terminal that a run writes to: the one rich console, its columns, and whether a person may watch."""
 
 import os
+import re
 import shutil
 from functools import cache
 from typing import IO
@@ -9,6 +10,22 @@ from rich.console import Console
 
 CAPTURED_COLUMNS = 120
 """Columns of a line where nobody says how many there are: in a file, a pipe, a saved notebook. No line is longer."""
+
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f"  # commands of the terminal, but for tab and line end
+    "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # marks that turn the direction of what follows
+    "\u2028\u2029\ufeff\ufff9-\ufffb\U000e0000-\U000e007f"  # other line ends, and marks that nobody sees
+    "\ud800-\udfff]"  # halves of characters, from names of files that are no UTF-8
+)
+
+
+def printable(text: str) -> str:
+    """Return a text in which what would command the terminal, or hide or turn what follows, is written as an escape.
+
+    Texts, names of files and what models write go through this on their way to a screen. What joins letters and emoji
+    stays as it is.
+    """
+    return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 @cache

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+from pathlib import Path
 
 log = logging.getLogger(__name__)
 
@@ -16,6 +17,12 @@ def rank() -> int:
         if name in os.environ:
             return int(os.environ[name])
     return 0
+
+
+def program() -> str:
+    """Return how this program was started, for commands that are shown: from a checkout, or installed."""
+    is_checkout = Path(sys.argv[0]).name == "train.py"
+    return "python train.py" if is_checkout else "curriculum-distill"
 
 
 def leave() -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from .. import interrupt
 from .jupyter import in_kernel
 
 SIGNAL_NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
@@ -184,7 +185,7 @@ class StopSignal:
         if in_kernel():
             raise KeyboardInterrupt("ended at once; the same cell continues from the newest checkpoint")
         _write("\nended at once; the same command continues from the newest checkpoint\n")
-        os._exit(128 + signal.SIGINT)
+        os._exit(interrupt.EXIT_CODE)
 
 
 def _write(message: str) -> None:
@@ -205,11 +206,7 @@ def interrupt_ends_process() -> Iterator[None]:
         yield
         return
 
-    def end(*_: object) -> None:
-        _write("\nstopped by SIGINT, before anything was begun\n")
-        os._exit(128 + signal.SIGINT)
-
-    before = signal.signal(signal.SIGINT, end)
+    before = signal.signal(signal.SIGINT, interrupt.end)
     try:
         yield
     finally:

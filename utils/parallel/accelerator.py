@@ -1,5 +1,6 @@
 """The accelerator as a run needs it: precision, processes, DDP, and the engine that takes the steps."""
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -63,6 +64,9 @@ def build_accelerator(
         deepspeed_plugin=deepspeed_plugin,
     )
     _number_device(accelerator)
+    if accelerator.device.type == "cpu":
+        # transformers loads DeepSpeed where it is installed, and that would warn that it had to look for a device
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return accelerator
 
 

@@ -32,6 +32,7 @@ from ..evaluation.comparability import MOST_UNSPELT, unspelt_share
 from ..files import write_text
 from ..logs.console import console
 from ..logs.records import read_lines
+from ..logs.terminal import printable
 from ..paths import user_path
 from ..run_layout import CONFIG, METRICS, REPORT_JSON, START
 from .charts import STYLE, save
@@ -222,7 +223,7 @@ def read_runs(folders: Sequence[str]) -> list[Run]:
     # A run is called by as much of its path as tells it from the others.
     paths = [user_path(folder).absolute() for folder in folders]
     shared = Path(os.path.commonpath([path.parent for path in paths]))
-    return [_read(path.relative_to(shared).as_posix(), path) for path in paths]
+    return [_read(printable(path.relative_to(shared).as_posix()), path) for path in paths]
 
 
 def _problem(folder: Path) -> str | None:

@@ -1,11 +1,11 @@
 """Examples for model card and report: code that loads an exported student without this project, and a command."""
 
 import shlex
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..machine.launcher import program
 from ..run_layout import CONFIG
 
 _CODE = """\
@@ -112,9 +112,3 @@ def repeat_command(settings: Mapping[str, Any]) -> str:
     config = shlex.quote(str(Path(folder) / CONFIG))
     again = shlex.quote(f"{folder}-again")
     return f"{program()} --config {config} --output-dir {again}"
-
-
-def program() -> str:
-    """Return how this program was started, for commands that are shown: from a checkout, or installed."""
-    is_checkout = Path(sys.argv[0]).name == "train.py"
-    return "python train.py" if is_checkout else "curriculum-distill"

@@ -4,7 +4,6 @@ Both go on from the same text, or answer the same conversation, where the studen
 report, each writes what it finds likeliest. In a pipe every line of the input is one text or question.
 """
 
-import argparse
 import json
 import logging
 import sys
@@ -19,17 +18,18 @@ from rich.text import Text
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from ..config import chat_arguments
 from ..config.quickstart_names import NAMES
 from ..config.yaml_files import get_dotted, read_config
 from ..errors import UserError
 from ..evaluation.samples import generate_samples
 from ..evaluation.scores import has_encoder
 from ..logs.console import console
+from ..logs.terminal import printable
 from ..machine.hardware import choose_device
 from ..paths import user_path
 from ..pretrained import loading, model_folders
 from ..pretrained.precision import frozen_dtype
-from ..report.usage_example import program
 from ..run_layout import REPORT_JSON, STUDENT
 from . import quickstart
 
@@ -100,9 +100,9 @@ def main(words: Sequence[str], chat_tokenizers: ChatTokenizers) -> None:
         words: of the command line, behind `chat`.
 
     Raises:
-        UserError: there is no finished run in the folder, or its student cannot be loaded.
+        UserError: mistakes in the words, no finished run in the folder, or a student that cannot be loaded.
     """
-    options = parser().parse_args(words)
+    options = chat_arguments.parse(words)
     folder = user_path(options.run)
     _require_student(folder, options.run)
 
@@ -112,28 +112,6 @@ def main(words: Sequence[str], chat_tokenizers: ChatTokenizers) -> None:
         _introduce(speakers)
     for text in _inputs(is_watched):
         _exchange(speakers, text, options.new_tokens, is_watched)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Make the parser of the command line."""
-    result = argparse.ArgumentParser(prog=f"{program()} chat", description=__doc__, allow_abbrev=False)
-    result.add_argument("run", metavar="RUN", help="folder of a finished run, such as runs/quickstart")
-    result.add_argument(
-        "--new-tokens", type=_positive, default=120, metavar="N", help="tokens that each writes, at most (default: 120)"
-    )
-    result.add_argument("--student-only", action="store_true", help="leave the teacher out: quicker, and less memory")
-    return result
-
-
-def _positive(word: str) -> int:
-    """Return the whole number above 0 that a word says.
-
-    Raises:
-        ArgumentTypeError: it says none.
-    """
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"got {word!r}, expected a whole number above 0")
-    return int(word)
 
 
 def _require_student(folder: Path, name: str) -> None:
@@ -298,6 +276,5 @@ def _show(replies: Sequence[tuple[str, str]], *, in_columns: bool) -> None:
 
 
 def _printable(text: str) -> str:
-    """Return what a model wrote without characters that would command the terminal."""
-    visible = "".join(character if character.isprintable() or character == "\n" else " " for character in text)
-    return visible.strip() or "(nothing: it ended the text at once)"
+    """Return what a model wrote as a terminal can show it."""
+    return printable(text).strip() or "(nothing: it ended the text at once)"

@@ -3,10 +3,12 @@
 import atexit
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from .. import interrupt
 from ..errors import RunError, UserError
 from ..logs.progress import terminal_bar
 from ..machine.launcher import leave, rank, tell_launcher
@@ -46,7 +48,7 @@ def exit_code(command: Callable[[], None]) -> int:
         return 2 if isinstance(error, UserError) else 1
 
     except KeyboardInterrupt:
-        log.warning("stopped by SIGINT, before anything was begun")
+        log.warning(interrupt.MESSAGE)
         return EXIT_CODES["SIGINT"]
 
     except Exception as error:
@@ -60,6 +62,8 @@ def end_process(code: int) -> NoReturn:
 
     After a signal the interpreter is not taken down, which takes a second that a person waits at the terminal.
     """
+    # All is done: what Ctrl-C would stop now is the taking down alone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if code in EXIT_CODES.values():
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -9,7 +9,7 @@ import yaml
 from utils.commands import settings as run_config
 from utils.commands.settings import RunConfig
 from utils.config.build import build
-from utils.config.schema import json_schema, keys_of, lists_of_texts, settings_of
+from utils.config.schema import json_schema, keys_of, lists_of_texts, sections_of, settings_of
 from utils.config.short_forms import expand
 from utils.errors import UserError
 
@@ -79,6 +79,7 @@ def test_a_recipe_names_the_schema_and_fulfils_it(recipe):
 
 def test_the_schema_admits_short_forms_and_refuses_what_the_program_refuses():
     assert schema_errors(SHORT) == []
+    assert schema_errors({"training": None, "curriculum": {"kd": None}, "teacher": None}) == []
     for wrong in (
         {"training": {"batchsize": 2}},
         {"training": {"seed": -1}},
@@ -89,11 +90,11 @@ def test_the_schema_admits_short_forms_and_refuses_what_the_program_refuses():
     ):
         assert schema_errors(wrong), wrong
         with pytest.raises(UserError):
-            build(RunConfig, expand(wrong, lists_of_texts(RunConfig)), source="test")
+            build(RunConfig, expand(wrong, lists_of_texts(RunConfig), sections_of(RunConfig)), source="test")
 
 
 def test_short_forms_are_written_in_full():
-    assert expand(SHORT, lists_of_texts(RunConfig)) == {
+    assert expand(SHORT, lists_of_texts(RunConfig), sections_of(RunConfig)) == {
         "teacher": {"name": "some/teacher"},
         "student": {"name": "some/student"},
         "data": {"train": ["text.txt"]},
@@ -102,9 +103,23 @@ def test_short_forms_are_written_in_full():
     }
 
 
+def test_a_section_with_nothing_in_it_has_its_defaults():
+    empty = yaml.safe_load("training:\ncurriculum:\n  kd:\n  lm: 0.5\nstudent:\n  lora:\n")
+    full = expand(empty, lists_of_texts(RunConfig), sections_of(RunConfig))
+    assert full == {"curriculum": {"lm": {"weight": 0.5}}, "student": {}}
+
+
+def test_commas_part_a_list_but_not_the_name_of_a_file():
+    short = {"evaluation": {"tasks": "piqa, arc_easy"}, "data": "one,two.txt"}
+    assert expand(short, lists_of_texts(RunConfig), sections_of(RunConfig)) == {
+        "evaluation": {"tasks": ["piqa", "arc_easy"]},
+        "data": {"train": ["one,two.txt"]},
+    }
+
+
 def test_what_is_written_in_full_stays_as_it_is():
-    full = expand(SHORT, lists_of_texts(RunConfig))
-    assert expand(full, lists_of_texts(RunConfig)) == full
+    full = expand(SHORT, lists_of_texts(RunConfig), sections_of(RunConfig))
+    assert expand(full, lists_of_texts(RunConfig), sections_of(RunConfig)) == full
 
 
 def test_keys_are_those_of_sections_settings_and_ramps():

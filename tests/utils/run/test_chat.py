@@ -74,10 +74,9 @@ def test_the_teacher_reads_with_the_tokenizer_that_the_run_gave_it(run_folder):
 
 
 @pytest.mark.parametrize("word", ["0", "-3", "many"])
-def test_a_count_of_tokens_that_is_none_is_refused(run_folder, word, capsys):
-    with pytest.raises(SystemExit):
+def test_a_count_of_tokens_that_is_none_is_refused(run_folder, word):
+    with pytest.raises(UserError, match="expected a whole number above 0"):
         chat.main([str(run_folder), f"--new-tokens={word}"], Method.chat_tokenizers)
-    assert "expected a whole number above 0" in capsys.readouterr().err
 
 
 def test_a_student_of_conversations_remembers_its_own_answers_until_a_new_one_begins(run_folder, monkeypatch, capsys):
