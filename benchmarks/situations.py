@@ -1,4 +1,4 @@
-"""Which weights suit a student that is trained, cut or random, and what divergence and temperature do to its writing.
+"""Weights that suit a student which is trained, cut or random, and what divergence and temperature do to its writing.
 
     REAL_MODELS_DIR=... python -m benchmarks.situations
     REAL_MODELS_DIR=... python -m benchmarks.situations --table

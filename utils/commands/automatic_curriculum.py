@@ -34,8 +34,8 @@ def with_automatic_curriculum(config: ConfigT, values: Mapping[str, Any]) -> tup
     Raises:
         UserError: the run to be continued has a config.yaml that cannot be read.
     """
-    given = values.get("curriculum", {})
-    missing = [name for name in TERMS if name not in given]
+    explicit = values.get("curriculum", {})
+    missing = [name for name in TERMS if name not in explicit]
     if not missing:
         return config, ""
 
@@ -45,10 +45,10 @@ def with_automatic_curriculum(config: ConfigT, values: Mapping[str, Any]) -> tup
     else:
         weights, reason = _suitable(config)
 
-    curriculum = replace(weights, **{name: getattr(config.curriculum, name) for name in given})
+    curriculum = replace(weights, **{name: getattr(config.curriculum, name) for name in explicit})
     line = f"curriculum auto: {_in_words(weights, missing)}, {reason}"
-    if given:
-        line += f"; as they were given: {', '.join(given)}"
+    if explicit:
+        line += f"; as they were given: {', '.join(explicit)}"
     return replace(config, curriculum=curriculum), line
 
 
@@ -71,8 +71,8 @@ def _suitable(config: RunConfig) -> tuple[CurriculumConfig, str]:
     reason = f"since {REASONS[beginning]} (docs/choosing.md)"
 
     state_terms = [name for name in ROUTER_TERMS if name in weights.used()]
-    left_out: dict[str, Any] = dict.fromkeys(state_terms, Term(0.0))
-    without_states = replace(weights, **left_out)
+    zeros: dict[str, Any] = dict.fromkeys(state_terms, Term(0.0))
+    without_states = replace(weights, **zeros)
     if config.teacher.name is None:
         return without_states, "since there is no teacher"
     # Who sets KD to 0 wants to learn from the text alone, such as for a comparison.
