@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import table
 from benchmarks.real.tables import interval
+from utils.logs.records import OWN_TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("REAL_MODELS_DIR", ""))
@@ -126,7 +127,7 @@ def run(args: argparse.Namespace, name: str, seed: int, known: Sequence[Result])
         "command_seconds": seconds,
         "report": {key: report[key] for key in ("student", "teacher", "initial_student", "run", "retention")},
         "generation": report.get("generation"),
-        "rounds": [record for line in lines if "round" in (record := json.loads(line))],
+        "rounds": [record for line in lines if (record := json.loads(line)).get("split") == OWN_TEXT],
     }
 
 
@@ -213,10 +214,10 @@ def cost(results: Sequence[Result], args: argparse.Namespace) -> str:
         raise SystemExit("no run of the arm 'own' yet")
     rows = []
     for run in runs:
-        writing = sum(record["round"]["seconds"] for record in run["rounds"])
-        tokens = sum(record["round"]["tokens"] for record in run["rounds"])
+        writing = sum(record["seconds"] for record in run["rounds"])
+        speed = statistics.median(record["written_tokens_per_second"] for record in run["rounds"])
         training = run["report"]["run"]["seconds"]
-        rows.append([run["arm"], run["seed"], f"{writing:.1f}", f"{training:.1f}", f"{tokens / writing:.0f}"])
+        rows.append([run["arm"], run["seed"], f"{writing:.1f}", f"{training:.1f}", f"{speed:.0f}"])
     alone = _generate_alone(args)
     header = ["arm", "seed", "writing, s", "the whole training, s", "tokens written a second"]
     return table(header, rows) + f"\n\n`generate` alone, 64 prompts at once: {alone:.0f} tokens a second"
