@@ -25,22 +25,46 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, get_scheduler
 from transformers.utils import logging as transformers_logging
 
 from models.config import CurriculumConfig, LossConfig, Term
 from models.distillation import Distillation, Method
 from models.types import PairedBatch, TeacherSignal
+from utils.pretrained.layers import LayerChoice, choose_layers, keep_layers
 
 # without it every large temporary is mapped and unmapped again, a third of a step's time on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 DATA = Path(os.environ.get("REAL_MODELS_DIR", ""))
 NEO = "models/tinystories-neo-chat-3m"
+CHOICE_WINDOWS = 16
+"""Windows on which is measured how much a layer changes."""
+
+
+@dataclass(frozen=True)
+class Models:
+    """A teacher, and a student before its training."""
+
+    teacher: str
+    tokenizer: str
+    """Folder of the student's tokenizer."""
+    weights: str | None
+    """Folder of the student; None: a random Llama of width 128."""
+    learning_rate: float
+    layers: int | None = None
+    """Layers that the student takes of its folder; None: all."""
+    random: bool = False
+    """Only the config of the student is read, and its weights are random."""
+
+
+STORIES = "models/stories260k-llama"
 PAIRS = {
-    # name: teacher, student's tokenizer, student's weights (None: random Llama), learning rate
-    "neo-4096": (NEO, "tokenizers/llama2c-tok4096", None, 2e-3),
-    "neo-260k": (NEO, "models/stories260k-llama", "models/stories260k-llama", 1e-3),
-    "bit-260k": ("models/bitstories-3m", "models/stories260k-llama", "models/stories260k-llama", 1e-3),
+    "neo-4096": Models(NEO, "tokenizers/llama2c-tok4096", None, 2e-3),
+    "neo-260k": Models(NEO, STORIES, STORIES, 1e-3),
+    "bit-260k": Models("models/bitstories-3m", STORIES, STORIES, 1e-3),
+    "random neo-260k": Models(NEO, STORIES, STORIES, 2e-3, random=True),
+    "cut neo-260k": Models(NEO, STORIES, STORIES, 2e-3, layers=3),
+    "cut neo-neo": Models(NEO, NEO, NEO, 1e-3, layers=4),
 }
 
 
@@ -104,22 +128,30 @@ class Pair:
     """Windows, students and the teacher's signals of one pair of models; signals are kept in a folder."""
 
     def __init__(self, name: str, share: float, cache: Path) -> None:
-        teacher_name, student_tokenizer, self.weights, self.learning_rate = PAIRS[name]
-        tokenizers = {
-            "student": AutoTokenizer.from_pretrained(DATA / student_tokenizer),
-            "teacher": AutoTokenizer.from_pretrained(DATA / teacher_name),
+        self.models = PAIRS[name]
+        self.learning_rate = self.models.learning_rate
+        self.tokenizers = {
+            "student": AutoTokenizer.from_pretrained(DATA / self.models.tokenizer),
+            "teacher": AutoTokenizer.from_pretrained(DATA / self.models.teacher),
         }
-        self.student_rows = len(tokenizers["student"])
-        teacher = AutoModelForCausalLM.from_pretrained(DATA / teacher_name, dtype=torch.float32)
+        self.student_rows = len(self.tokenizers["student"])
+        self.layers: LayerChoice | None = None
+        teacher = AutoModelForCausalLM.from_pretrained(DATA / self.models.teacher, dtype=torch.float32)
 
-        pair = Distillation.from_models(self.student(0), teacher, tokenizers, max_length=256)
-        train, unseen = stories(share)
-        self.windows, self.unseen = pair.windows(train), pair.windows(unseen)
+        whole = self.student(0)
+        pair = Distillation.from_models(whole, teacher, self.tokenizers, max_length=256)
+        train, self.unseen_texts = stories(share)
+        self.windows, self.unseen = pair.windows(train), pair.windows(self.unseen_texts)
+        if self.models.layers is not None:
+            texts = [torch.from_numpy(window["student_ids"]).long() for window in self.windows[:CHOICE_WINDOWS]]
+            self.layers = choose_layers(whole, self.models.layers, texts)
+            print(self.layers, flush=True)
 
         pair = pair.with_counted_channel(self.windows)
         self.teacher = pair.frozen(teacher)
         self.distillation = replace(pair, student=None, teacher=self.teacher)
-        self.file = cache / f"{name}-{share:g}.pt"
+        # Pairs that differ in their students' weights alone have the same signals.
+        self.file = cache / f"{Path(self.models.teacher).name}-{Path(self.models.tokenizer).name}-{share:g}.pt"
 
     def under(self, method: Method) -> Distillation:
         """Return the pair under other settings of what is learned."""
@@ -144,10 +176,13 @@ class Pair:
         return [TeacherSignal(**signal) for signal in torch.load(file, mmap=True)]
 
     def student(self, seed: int) -> torch.nn.Module:
-        """Load the student, or make one of random weights."""
+        """Load the student, with the layers that it takes once they are chosen, or make one of random weights."""
         torch.manual_seed(seed)
-        if self.weights:
-            return AutoModelForCausalLM.from_pretrained(DATA / self.weights, dtype=torch.float32)
+        if self.models.random:
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(DATA / self.models.weights))
+        if self.models.weights:
+            whole = AutoModelForCausalLM.from_pretrained(DATA / self.models.weights, dtype=torch.float32)
+            return whole if self.layers is None else keep_layers(whole, self.layers.indices)
 
         config = LlamaConfig(
             vocab_size=self.student_rows,
@@ -293,7 +328,13 @@ def window_order(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def run(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> dict:
-    """Train one student and measure it."""
+    """Train one student and measure it on text that nobody was trained on."""
+    student, training = train(pair, variant, seed, steps, size)
+    return {"bits_per_byte": bits_per_byte(student, pair, "student"), **training}
+
+
+def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tuple[torch.nn.Module, dict]:
+    """Train one student; return it and what the training was like."""
     # 1. The student, and the signals that it will be taught by.
     distillation = pair.under(variant)
     student = pair.student(seed)
@@ -333,9 +374,7 @@ def run(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> dict:
         schedule.step()
         optimizer.zero_grad()
 
-    # 3. The student on text that nobody was trained on.
-    return {
-        "bits_per_byte": bits_per_byte(student, pair, "student"),
+    return student, {
         "terms": terms,
         "training_bits_per_byte": float(np.mean(last_bits)) if last_bits else None,
         "seconds": round(time.time() - started),

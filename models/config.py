@@ -103,7 +103,9 @@ def _facts(
 
 @dataclass(frozen=True)
 class CurriculumConfig(Validated):
-    """Weight of every loss term over the run, and whose text is learned from.
+    """Weight of every loss term over the run, and whose text is learned from. Weights that a run is not given suit what
+    its student starts from (`curriculum: auto`): those of `feat` and `attn` are 1 for random weights. The defaults
+    below are those of a trained student.
 
     To add a term on hidden states: a field here, and its row in `models/losses/hidden_state_terms.py`.
     """
@@ -179,6 +181,16 @@ ROUTER_TERMS = tuple(term.name for term in TERMS.values() if term.source == "hid
 
 TEXT_TERMS = frozenset(term.name for term in TERMS.values() if not term.needs_teacher)
 """Names of the terms that are learned from the text alone, without a teacher."""
+
+Beginning = Literal["trained", "cut", "random"]
+"""Kind of the weights that a student starts from: a trained model's, those of some of its layers, or random ones."""
+
+AUTOMATIC_CURRICULA: dict[Beginning, CurriculumConfig] = {
+    "trained": CurriculumConfig(),
+    "cut": CurriculumConfig(),
+    "random": CurriculumConfig.of_weights({"feat": 1.0, "attn": 1.0}),
+}
+"""Weights for a student by its beginning, as measured (docs/experiments.md, docs/choosing.md)."""
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,15 @@ def body_layers(
         return body_states(model, ids, source), ()
 
     output = _run_body(model, ids, source, output_hidden_states=True)
-    return output.last_hidden_state, tuple(output.hidden_states[layer] for layer in layers)
+    return output.last_hidden_state, tuple(_main_stream(model, output.hidden_states[layer]) for layer in layers)
+
+
+def _main_stream(model: nn.Module, states: Tensor) -> Tensor:
+    """Return the states after a layer [B, S, H]; of a model with N streams, [N, B, S, H], the one that layers read."""
+    if states.dim() == 3:
+        return states
+    # Gemma 3n names it
+    return states[getattr(model.config.get_text_config(), "altup_active_idx", 0)]
 
 
 def _run_body(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cache, measure, peers, quality, step_time
+from benchmarks import cache, measure, peers, quality, situations, step_time
 from models.config import LossConfig
 
 CPU = torch.device("cpu")
@@ -71,3 +71,26 @@ def test_a_real_pair_learns_the_same_from_a_cache_as_from_the_running_teacher(re
     assert losses["256, float32"] == losses["online, 256"]
     off = {name: np.abs(np.subtract(losses["64"], losses[f"online, {name}"])).max() for name in (64, 256)}
     assert 0 < off[64] < 1e-3 < off[256], "of the running teacher with as many outcomes, and of another loss"
+
+
+def result(arm: str, seed: int, bits: float, likely: float) -> dict:
+    """A line of the results of `benchmarks.situations`."""
+    written = {"teacher_bits_per_byte": likely, "repeated_4grams": 0.01, "ended": 0.5, "tokens": 90.0}
+    levels = {"pair": "neo-260k", "teacher": 0.9, "before": 1.1, "written_before": written, "epochs": 0.5}
+    return levels | {"arm": arm, "seed": seed, "bits_per_byte": bits, "written": written}
+
+
+def test_arms_of_a_situation_are_compared_seed_by_seed():
+    runs = [("off", 0, 1.0), ("off", 1, 2.0), ("on", 0, 0.99), ("on", 1, 1.96), ("T 2", 1, 2.2)]
+    rows = situations.tables([result(arm, seed, bits, likely=seed + 1.0) for arm, seed, bits in runs]).splitlines()
+    cells = {row.split(" | ")[0].removeprefix("| "): row.split(" | ") for row in rows if row.startswith("| ")}
+    assert cells["off"][4] == "+0.00%" and cells["T 2"][4] == "+10.00%"
+    assert cells["on"][4:6] == ["-1.50%", "-2.00% to -1.00%"] and cells["on"][6] == "1.500"
+    assert cells["before training"][6] == "1.000"
+
+
+def test_every_arm_of_the_plan_exists_for_a_pair_that_exists():
+    for part in situations.PLAN:
+        assert part.pair in quality.PAIRS and set(part.arms) <= situations.ARMS.keys()
+    off, early = situations.ARMS["off"].curriculum, situations.ARMS["early"].curriculum
+    assert off.used() == {"kd", "lm"} and early.used() == {"kd", "lm", "feat", "attn"}

@@ -126,7 +126,8 @@ def test_own_set_up_is_checked_and_a_teacher_without_weights_is_found(tmp_path, 
     out = capsys.readouterr().out
     assert "✓ label shift: your architecture" in out and "✓ window length: 64 tokens" in out
     assert "✗ models: teacher" in out
-    assert out.splitlines()[-1] == "Not ready: models."
+    # whose states a random student is to learn from
+    assert out.splitlines()[-1] == "Not ready: models; router at the start."
     assert not (tmp_path / "run").exists()
 
 

@@ -79,7 +79,13 @@ def make_place(folder: Path, key_value_heads: int = 2, dropout: float = 0.1) -> 
         "teacher": {"name": str(folder / "teacher")},
         "student": {"name": str(folder / "student"), "init": "random"},
         "data": {"train": [str(text)], "max_length": 64},
-        "curriculum": {"kd": {"weight": {"points": [[0, 0.2], [1, 0.8]]}}, "lm": {"weight": 0.5}},
+        "curriculum": {
+            "kd": {"weight": {"points": [[0, 0.2], [1, 0.8]]}},
+            "lm": {"weight": 0.5},
+            # a random student would get them
+            "feat": {"weight": 0.0},
+            "attn": {"weight": 0.0},
+        },
         "training": {
             "batch_size": 2,
             "gradient_accumulation_steps": 4,

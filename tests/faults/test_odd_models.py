@@ -105,8 +105,15 @@ def test_a_student_whose_config_the_forecast_does_not_know_is_trained(architectu
 @pytest.mark.parametrize("architecture", ["Mamba", "Llama4Text"])
 def test_such_a_teacher_teaches(architecture, run, place, tmp_path):
     teacher = made(place, tmp_path / "teacher", architecture, **ARCHITECTURES[architecture])
-    code, said = run("--teacher", teacher, "--student-init", "random")
-    assert code == 0, said
+    code, said = run("--teacher", teacher, "--student-init", "random", "--set", "curriculum=auto")
+    assert code == 0 and "feat 1, attn 1, since the student starts from random weights" in said, said
+
+
+def test_a_student_of_several_streams_is_compared_by_the_one_that_its_layers_read(run, place, tmp_path):
+    student = made(place, tmp_path / "student", "Gemma3nText", **ARCHITECTURES["Gemma3nText"])
+    code, said = run("--student", student, "--student-init", "random", "--set", "curriculum=auto")
+    assert code == 0 and "feat 1, attn 1" in said, said
+    assert "feat 1, attn 1" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_the_checklist_says_that_there_is_no_forecast_and_goes_on(place, tmp_path, capsys, monkeypatch):

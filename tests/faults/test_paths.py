@@ -41,7 +41,7 @@ MODELS = {
     "HuggingFaceTB/SmolLM2-135M": "student",
 }
 """Name on the page -> role of the toy that stands there."""
-TOY_SIZE = [*SMALL, "training.batch_size=16", "training.gradient_accumulation_steps=1"]
+TOY_SIZE = [*SMALL, "training.batch_size=8", "training.gradient_accumulation_steps=1", "data.max_length=64"]
 """What makes a run small, behind the words of the page."""
 SHORT = {"max_windows": 4, "new_tokens": 4, "generation": 2, "samples": 1}
 """What makes an evaluation small, in Python."""
@@ -238,7 +238,7 @@ def test_kaggle_without_internet(home, measured_once, tmp_path, monkeypatch, cap
     exec(cell("parameters"), scope)
     exec(filled_in.code.replace("/kaggle/input", str(inputs)), scope)
     scope |= {"INPUTS": str(inputs)}
-    scope["SETTINGS"] |= {"max_steps": 2, "batch_size": 16, "gradient_accumulation_steps": 1, "evaluation": SHORT}
+    scope["SETTINGS"] |= {"max_steps": 2, "batch_size": 8, "max_length": 64, "evaluation": SHORT}
     exec(cell("project"), scope)
     exec(cell("packages"), scope)
     exec("from utils.commands.api import distil", scope)  # as the cell of the checks does, which runs a program
@@ -270,7 +270,8 @@ def test_a_run_is_done_from_python(at_home, as_installed, capsys, monkeypatch):
     run(install)
     in_size = {
         "max_steps": 2,
-        "batch_size": 16,
+        "batch_size": 8,
+        "max_length": 64,
         "gradient_accumulation_steps": 1,
         "evaluation": SHORT,
     }

@@ -539,7 +539,7 @@ def all_checks(config: RunConfig, recipe: str, *, is_default: bool, folder: Path
     else:
         default = "The default of this machine (flags of train.py check your own set-up)"
         yield default if is_default else "Your set-up"
-        yield f"  {recipe}"
+        yield from (f"  {line}" for line in recipe.splitlines())
         yield from run_checks(setup, job)
 
     for row in RESOURCES:

@@ -29,6 +29,8 @@ from utils.config.settings import (
 )
 from utils.config.validation import Validated
 
+from .automatic_curriculum import with_automatic_curriculum
+
 
 @dataclass(frozen=True)
 class RunConfig(Validated):
@@ -66,8 +68,8 @@ parser = partial(arguments.parser, RunConfig)
 parse = partial(arguments.parse, RunConfig)
 """argv -> the words of a command line, sorted."""
 
-configure = partial(command_line.configure, RunConfig)
-"""argv -> the configuration a command line asks for, and which recipe it starts from and why."""
+configure = partial(command_line.configure, RunConfig, complete=with_automatic_curriculum)
+"""argv -> the configuration a command line asks for; its recipe and why, and where its weights come from."""
 
 
 def generated_files() -> dict[Path, str]:

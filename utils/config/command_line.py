@@ -1,6 +1,6 @@
 """From a command line to the configuration of a run: a recipe, with flags and --set laid over it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -17,13 +17,19 @@ from .yaml_files import find_config, get_dotted, load_yaml, set_dotted
 
 Config = TypeVar("Config")
 
+Completion = Callable[[Config, Mapping[str, Any]], tuple[Config, str]]
+"""From a configuration, and the nested values that a recipe and a command line give, to the configuration in which
+settings that are not given suit the others, and a line on them; empty: nothing is to be said."""
 
-def configure(schema: type[Config], argv: Sequence[str]) -> tuple[Config, str]:
-    """Return the configuration a command line asks for, and a sentence on the recipe that it starts from and why.
+
+def configure(schema: type[Config], argv: Sequence[str], complete: Completion) -> tuple[Config, str]:
+    """Return the configuration a command line asks for, and where it comes from: a line on the recipe that it starts
+    from and why, and one on what followed from the other settings, if anything did.
 
     Args:
         schema: the dataclass of a whole run.
         argv: without the program's name.
+        complete: chooses settings that are not given.
 
     Raises:
         UserError: every mistake in recipe and flags.
@@ -47,7 +53,9 @@ def configure(schema: type[Config], argv: Sequence[str]) -> tuple[Config, str]:
         values["output_dir"] = str(user_path(folder))
 
     config = build(schema, values, source=recipe.source)
-    return config, f"{recipe.title}: {why}{_without_effect(arguments, recipe)}"
+    config, choice = complete(config, values)
+    origin = f"{recipe.title}: {why}{_without_effect(arguments, recipe)}"
+    return config, "\n".join(filter(None, [origin, choice]))
 
 
 def _lay_over(arguments: Arguments, values: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, get_args, get_type_hints
 from pydantic import TypeAdapter
 
 from .plain import to_plain
-from .short_forms import main_key
+from .short_forms import AUTOMATIC, main_key
 
 Json = dict[str, Any]
 """A part of a JSON schema."""
@@ -242,6 +242,7 @@ def _complete(schema: Json, properties: dict[str, Json], values: Mapping[str, An
             _complete(schema, definition["properties"], default, f"{key}.")
             main = main_key(key)
             forms += _forms_of(definition["properties"][main]) if main else []
+            forms += [{"const": AUTOMATIC[key]}] if key in AUTOMATIC else []
             if {"type": "null"} not in forms:  # a section with nothing in it
                 forms.append({"type": "null"})
         elif form.get("type") == "array" and form.get("items", {}).get("type") == "string":

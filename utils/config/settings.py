@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, InstanceOf, WithJsonSchema
 
+from .quickstart_names import NAMES
 from .validation import Validated
 
 # An instance, for a name of a file may hold bytes that are no UTF-8. Python writes them as lone surrogates, and
@@ -126,6 +127,14 @@ class StudentConfig(Validated):
 
     tokenizer: Name | None = None
     """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
+
+    @property
+    def beginning(self) -> Literal["trained", "cut", "random"]:
+        """Kind of the weights that it starts from; an adapter is beside trained ones."""
+        # what is built for the first run has no weights yet
+        if self.init == "random" or self.name in NAMES:
+            return "random"
+        return "trained" if self.layers is None else "cut"
 
     @property
     def layers(self) -> int | None:

@@ -3,6 +3,7 @@
 teacher: PATH                   teacher: {name: PATH}                  and so the student
 data: PATH                      data: {train: [PATH]}
 curriculum: {kd: 0.5}           curriculum: {kd: {weight: 0.5}}
+curriculum: auto                curriculum: {}
 logging: {track: wandb}         logging: {track: [wandb]}              and so every list of texts
 logging: {track: "wandb,aim"}   logging: {track: [wandb, aim]}         but for names of files, which may have commas
 training:                       nothing, so its defaults               and so every section with nothing in it
@@ -14,6 +15,9 @@ from typing import Any
 
 MAIN_KEYS = {"teacher": "name", "student": "name", "data": "train", "curriculum.*": "weight"}
 """Path of a section (`*`: each section in it) -> the key that a value in place of its keys is meant for."""
+
+AUTOMATIC = {"curriculum": "auto"}
+"""Section -> the word for none of its keys: all of them are chosen by the program."""
 
 NAMES_OF_FILES = ("data.train",)
 """Lists whose values may have commas in them."""
@@ -50,7 +54,8 @@ def expand(value: Any, lists: Container[str], sections: Container[str], path: st
         sections: paths of all sections.
         path: dotted path of the value itself.
     """
-    if value is None and path in sections:
+    is_automatic = isinstance(value, str) and AUTOMATIC.get(path) == value
+    if is_automatic or (value is None and path in sections):
         return {}
     if full_key(path, value) != path:
         value = {main_key(path): value}

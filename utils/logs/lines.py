@@ -7,6 +7,7 @@ from operator import itemgetter
 from typing import Any
 
 from ..errors import shorten
+from .terminal import printable
 
 ROUTER_TERMS = ("feat", "rel", "attn", "layer", "contr")
 """Terms on hidden states, in the order in which they are shown."""
@@ -135,8 +136,9 @@ def sample_line(sample: Mapping[str, str], columns: int | None = None) -> str:
     Args:
         columns: of the line, at most; None: prompt and text are whole.
     """
-    prompt = " ".join(sample["prompt"].split())
-    text = " ".join(sample["text"].split())
+    # escapes are longer than what they stand for, and count towards the columns
+    prompt = printable(" ".join(sample["prompt"].split()))
+    text = printable(" ".join(sample["text"].split()))
     if columns is None:
         return f"[sample] {prompt} | {text}"
 

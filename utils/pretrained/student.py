@@ -17,11 +17,6 @@ from .precision import frozen_dtype
 
 log = logging.getLogger(__name__)
 
-RANDOM_HINT = (
-    "a student that starts from random weights learns more from the teacher's hidden states besides "
-    "(docs/experiments.md): --set curriculum.feat.weight=1 curriculum.attn.weight=1"
-)
-
 
 def check(config: StudentConfig) -> None:
     """Check, with nothing loaded, that the exported student can be loaded by other programs.

@@ -50,7 +50,7 @@ class Session:
         """Choose device, precision and processes; check machine and folder; begin the log.
 
         Args:
-            recipe: where the settings come from, for the log.
+            recipe: where the settings come from, for the log: a line on the recipe, and one on the curriculum if any.
 
         Raises:
             UserError: this machine cannot do what was asked for, or the folder is not one to write to.
@@ -84,7 +84,8 @@ class Session:
 
         # The folder is this run's now, and the log goes there.
         setup_logging(output, main_process=accelerator.is_main_process)
-        log.info("%s", recipe)
+        for line in recipe.splitlines():
+            log.info("%s", line)
         backend = hardware.configure_backends(device.value)
         if allocator is not None and device.value.type == "cuda":
             backend.append(allocator)
@@ -92,11 +93,13 @@ class Session:
             "device %s: %s; mixed precision %s: %s", device.value, device.reason, precision.value, precision.reason
         )
         notes = {
-            "recipe": recipe,
+            "recipe": recipe.partition("\n")[0],
             "device": f"{device.value}: {device.reason}",
             "mixed precision": precision.reason,
             "backend": "; ".join(backend) or "defaults",
         }
+        if choice := recipe.partition("\n")[2]:
+            notes["curriculum"] = choice.removeprefix("curriculum ")
         progress = Progress(deadline=stop.deadline, check=stop.check, shown=accelerator.is_main_process)
         return cls(config, accelerator, stop, notes, progress)
 

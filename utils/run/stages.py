@@ -162,9 +162,6 @@ def load_teacher(job: Job) -> Teacher | None:
     if job.config.teacher.name is None:
         return None
 
-    # Random weights learn faster with terms on hidden states, which nobody would guess.
-    if job.config.student.init == "random" and not job.method.compares_states:
-        log.info(students.RANDOM_HINT)
     model = teachers.load(job)
     with value_errors_are_the_users():
         return job.pair.frozen(model)

@@ -3,6 +3,7 @@ import logging
 import pytest
 
 from utils.logs.console import setup_logging
+from utils.logs.lines import sample_line
 from utils.logs.terminal import printable
 
 COMMANDS = {
@@ -47,3 +48,8 @@ def test_no_line_of_a_run_commands_the_terminal(tmp_path, capsys):
     seen = capsys.readouterr().out + (tmp_path / "train.log").read_text(encoding="utf-8")
     assert not {"\x1b", "\x07", "\u202e", "\u2067"} & {*seen}
     assert seen.count("\\u202egpj.txt") == 2 and "[sample] \\x1b[31m\\u2067red" in seen
+
+
+def test_a_sample_with_escapes_stays_in_its_columns():
+    line = sample_line({"prompt": "once\u202e", "text": "\x0e" * 60}, 60)
+    assert line.startswith("[sample] once\\u202e | \\x0e\\x0e") and len(line) == 60
