@@ -135,6 +135,9 @@ def prepare(config: RunConfig, method: Method, accelerator: Accelerator, today: 
 
     material = read_material(config, method, named, today)
     pair = material.pair
+    if config.curriculum.uses_own_text:
+        with value_errors_are_the_users():
+            pair.require_own_text()
 
     if config.loss.correction == "channel":
         # on windows that no setting but the text decides on
@@ -227,8 +230,6 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
             cache_dir=cache_dir() / "vocabularies",
         )
         pair = method.join(tokenizers, text)
-        if config.curriculum.uses_own_text:
-            pair.require_own_text()
         for note in pair.encoder.notes(corpus.train):
             log.warning("%s", note)
 
