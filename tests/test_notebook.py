@@ -93,6 +93,28 @@ def test_it_is_committed_without_outputs_in_short_cells_that_are_explained(noteb
     assert all(cell.cell_type == "markdown" for cell in before)
 
 
+def test_the_saved_run_is_one_of_this_notebook(notebook):
+    """All cells but the one with the settings are its own; it tells what was run, and of no other folder."""
+    saved = nbformat.read(NOTEBOOK.with_name("smollm2_from_gemma3.ipynb"), as_version=4)
+    nbformat.validate(saved)
+    own, others = ([cell for cell in book.cells if cell.cell_type == "code"] for book in (saved, notebook))
+    assert [cell.source for cell in own[1:]] == [cell.source for cell in others[1:]]
+    assert flags(**settings_in(own[0].source))
+
+    assert "Ready to train!" in said(cell(saved, "preflight"))
+    assert "Evaluation on unseen text" in said(cell(saved, "train"))
+    outputs = json.dumps([cell.outputs for cell in own])
+    assert "Error" not in said(cell(saved, "train")) and "/home/" not in outputs
+    assert len(nbformat.writes(saved).encode()) < MOST_BYTES
+
+
+def settings_in(source: str) -> dict:
+    """Return the `SETTINGS` of a cell that writes a text first."""
+    scope = {"TEXT": Path("text.jsonl")}
+    exec(source[source.index("SETTINGS") :], scope)
+    return scope["SETTINGS"]
+
+
 def test_an_attached_project_is_copied_and_a_missing_one_asked_for(notebook, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

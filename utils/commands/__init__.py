@@ -7,3 +7,8 @@
 
 Both towers are imported by their full names here: relative ones would not reach from one to the other.
 """
+
+import warnings
+
+# In a notebook without widgets tqdm gives advice about bars that no run draws.
+warnings.filterwarnings("ignore", message="IProgress not found")
