@@ -71,6 +71,10 @@ def test_the_documents_have_commands_for_a_text_of_ones_own():
 @pytest.mark.parametrize("recipe", [None, *RECIPES])
 def test_every_documented_command_reads_the_text_it_names_and_nothing_else(machine, recipe):
     for documented in WITH_TEXT:
+        # A recipe that learns from the text alone has no use for what the student writes, and says so.
+        if recipe == "quickstart_teacher" and "on_policy" in documented:
+            continue
+
         words = filled(documented)
         if recipe is not None and "--config" not in words:
             words = ["--config", recipe, *words]
