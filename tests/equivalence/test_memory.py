@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import train
-from models.config import RouterConfig
+from models.config import CurriculumConfig, RouterConfig
 from models.losses.chunk_size import chunk_rows
 from models.text.encoder_decoder import SourceEncoder
 from models.text.vocabulary import VocabularyMap
@@ -221,6 +221,8 @@ def test_a_run_that_cannot_fit_is_refused_and_one_that_may_not_is_warned_of(monk
 
 def test_a_run_that_fits_without_the_teacher_is_not_refused_once_its_cache_is_there(monkeypatch, config, tmp_path):
     monkeypatch.setattr(step_memory, "RUNTIME", 0)
+    # Hidden states are in no cache.
+    config = replace(config, curriculum=CurriculumConfig())
     least = sum(demand_of_run(config, tiny_llama(600).config).memory(1).values())
     free = 0.99 * least / device_memory.MARGIN
     cached = replace(config, cache=replace(config.cache, folder=str(tmp_path)))
