@@ -193,6 +193,20 @@ def test_every_third_party_import_is_a_declared_dependency():
             assert names & allowed, f"{path.name} imports {top}, which setup.cfg does not ask for"
 
 
+def test_every_package_is_installed():
+    """In a checkout a package that `setup.cfg` does not list is found all the same."""
+    import configparser
+
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    listed = {*setup["options"]["packages"].split()}
+    for tower in TOWERS:
+        for file in (ROOT / tower).rglob("__init__.py"):
+            path = file.parent.relative_to(ROOT)
+            if path != Path("models", "face"):  # the face of the whole
+                assert ".".join(("curriculum_distillation", *path.parts)) in listed
+
+
 # ------------------------------------------------------------------------------------------- functions
 
 MOST_LINES, MOST_PARAMETERS, WITHOUT_PARAGRAPH = 40, 7, 15

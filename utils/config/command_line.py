@@ -119,7 +119,8 @@ def _load_recipe(schema: type, name: str, overrides: dict[str, Any]) -> _Recipe:
     path = find_config(name)
     values = {"output_dir": f"runs/{path.stem}", **expand(load_yaml(path), lists_of_texts(schema), sections_of(schema))}
     student = get_dotted(overrides, "student.name")
-    is_for_toys = get_dotted(values, "student.name") in NAMES and student is not None and student not in NAMES
+    # Whatever the recipe has as a name: that it is none is told later.
+    is_for_toys = get_dotted(values, "student.name") in [*NAMES] and student is not None and student not in NAMES
 
     # in this order: where the training text is replaced too, nothing is left to limit
     dropped = drop_descriptions(values, overrides)
