@@ -101,21 +101,6 @@ def test_another_base_is_refused_on_resume(run_in, lora_place, whole, tmp_path, 
     assert "belongs to a run with other settings" in capsys.readouterr().out
 
 
-def test_merged_it_is_a_plain_model_that_computes_the_same(run_in, whole, capsys):
-    """The finished run is asked for another export: nothing is trained again."""
-    from peft import AutoPeftModelForCausalLM
-
-    ids = torch.arange(1, 30)[None]
-    with torch.no_grad():
-        expected = AutoPeftModelForCausalLM.from_pretrained(whole / "student")(input_ids=ids).logits
-        weights = ("--set", "curriculum.feat.weight=0.1", "curriculum.span.weight=0.2")
-        assert run_in(whole, *weights, "--merge-lora") == 0
-        assert "already finished" in " ".join(capsys.readouterr().out.split())
-        assert not (whole / "student" / "adapter_config.json").exists()
-        plain = AutoModelForCausalLM.from_pretrained(whole / "student")
-        assert torch.allclose(plain(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
-
-
 def test_lm_eval_measures_the_adapter_by_the_command_of_its_card(lora_place, whole, monkeypatch):
     huggingface = pytest.importorskip("lm_eval.models.huggingface", reason="pip install -e .[eval]")
     from lm_eval.api.instance import Instance
@@ -143,3 +128,21 @@ def log_likelihood(model, tokenizer, text: str, ending: str) -> float:
         log_probabilities = model(whole).logits[0, :-1].log_softmax(-1)
     tokens = whole[0, before.shape[1] :]
     return log_probabilities[-len(tokens) :].gather(1, tokens[:, None]).sum().item()
+
+
+def test_merged_it_is_a_plain_model_that_computes_the_same(run_in, whole, capsys):
+    """The finished run is asked for another export: nothing is trained again.
+
+    Last in this file: the run has no adapter to load any more.
+    """
+    from peft import AutoPeftModelForCausalLM
+
+    ids = torch.arange(1, 30)[None]
+    with torch.no_grad():
+        expected = AutoPeftModelForCausalLM.from_pretrained(whole / "student")(input_ids=ids).logits
+        weights = ("--set", "curriculum.feat.weight=0.1", "curriculum.span.weight=0.2")
+        assert run_in(whole, *weights, "--merge-lora") == 0
+        assert "already finished" in " ".join(capsys.readouterr().out.split())
+        assert not (whole / "student" / "adapter_config.json").exists()
+        plain = AutoModelForCausalLM.from_pretrained(whole / "student")
+        assert torch.allclose(plain(input_ids=ids).logits, expected, rtol=0, atol=1e-5)
