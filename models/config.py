@@ -161,7 +161,7 @@ class CurriculumConfig(Validated):
 
     @property
     def uses_own_text(self) -> bool:
-        """Whether the student learns from text that it writes itself, anywhere in the run."""
+        """True if the student learns from text that it writes itself, anywhere in the run."""
         return any(values_of(self.on_policy))
 
 

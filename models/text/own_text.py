@@ -16,11 +16,11 @@ import numpy as np
 
 from .encoder_decoder import SourceEncoder
 from .tokens import END, MARKER, TEXT, Reading, TokenTable
-from .windows import OWN, SIDES, PairEncoder, _reading
+from .windows import OWN, SIDES, PairEncoder, _columns, _reading
 
 
 class OwnText(NamedTuple):
-    """What the student wrote behind a prompt."""
+    """Text that the student wrote behind a prompt."""
 
     window: dict[str, Any] | None
     """To learn from, with the columns of `PairEncoder.windows` and `own`; None where nothing can be learned."""
@@ -46,7 +46,7 @@ class OwnPrompt:
 
     @property
     def student_ids(self) -> list[int]:
-        """What the student has read."""
+        """Tokens that the student has read."""
         return self.student.ids.tolist()
 
     @property
@@ -220,7 +220,7 @@ def own_window(encoder: PairEncoder, prompt: OwnPrompt, sampled: Sequence[int]) 
     ):
         text = _text_reading(data, table, own_ids).shifted(prompt.byte)
         if None not in end_ids:
-            text = _with_end(text, end_id, prompt.byte + len(data))
+            text = text.with_end(end_id, prompt.byte + len(data))
         readings.append(Reading.joined([before, text]).part(0, encoder.max_length))
 
     window = _window(readings, prompt, len(data)) if ended or count else None
@@ -285,22 +285,10 @@ def _text_reading(data: bytes, table: TokenTable, ids: Sequence[int] | None) -> 
     )
 
 
-def _with_end(reading: Reading, end: int, byte: int) -> Reading:
-    """Return a reading with an end of text or turn, one pseudo-byte after the text."""
-    return Reading(
-        ids=np.append(reading.ids, end),
-        starts=np.append(reading.starts, byte),
-        ends=np.append(reading.ends, byte + 1),
-        roles=np.append(reading.roles, END),
-    )
-
-
 def _window(readings: Sequence[Reading], prompt: OwnPrompt, size: int) -> dict[str, Any]:
     """Return the window of two readings, with the columns of `PairEncoder.windows`."""
     window: dict[str, Any] = {"bytes": size, "left_out": 0, "documents": prompt.document, OWN: True}
     for side, reading in zip(SIDES, readings, strict=True):
         window[f"{side}_unspelt"] = 0
-        for column, values in reading._asdict().items():
-            kind = np.int8 if column == "roles" else np.int32
-            window[f"{side}_{column}"] = values.astype(kind)
+        window |= _columns(reading, side)
     return window

@@ -52,6 +52,15 @@ class Reading(NamedTuple):
         """Return the same tokens, `count` bytes further on."""
         return self._replace(starts=self.starts + count, ends=self.ends + count)
 
+    def with_end(self, token: int, byte: int) -> "Reading":
+        """Return the same tokens and behind them an end of text or turn, which is one pseudo-byte at `byte`."""
+        return Reading(
+            ids=np.append(self.ids, token),
+            starts=np.append(self.starts, byte),
+            ends=np.append(self.ends, byte + 1),
+            roles=np.append(self.roles, END),
+        )
+
     @staticmethod
     def joined(readings: Sequence["Reading"]) -> "Reading":
         """Return the tokens of all readings, one after another."""

@@ -21,7 +21,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..validation import expect_count, expect_texts
-from .tokens import END, FORMAT, MARKER, Reading, TokenTable
+from .tokens import FORMAT, MARKER, Reading, TokenTable
 
 SIDES = ("student", "teacher")
 
@@ -362,12 +362,7 @@ class PairEncoder:
         end_of_text = self.tables[side].end_of_text
         if end_of_text is None:
             return reading
-        return Reading(
-            ids=np.append(reading.ids, end_of_text),
-            starts=np.append(reading.starts, size),
-            ends=np.append(reading.ends, size + 1),
-            roles=np.append(reading.roles, END),
-        )
+        return reading.with_end(end_of_text, size)
 
     # ------------------------------------------------------------ pieces -> windows
 
@@ -415,9 +410,7 @@ class PairEncoder:
                     reading = reading.part(1, len(reading.ids))
                 readings.append(reading.shifted(begins[number] - piece.first_byte))
 
-            for column, values in Reading.joined(readings)._asdict().items():
-                kind = np.int8 if column == "roles" else np.int32
-                window[f"{name}_{column}"] = values.astype(kind)
+            window |= _columns(Reading.joined(readings), name)
         return window
 
 
@@ -447,6 +440,15 @@ def _common_cuts(readings: Sequence[Reading], size: int) -> np.ndarray:
 def _supervised_ends(reading: Reading) -> np.ndarray:
     """[T] byte at which each token ends; -1 for tokens that are not supervised."""
     return np.where(reading.roles != MARKER, reading.ends, -1)
+
+
+def _columns(reading: Reading, side: str) -> dict[str, np.ndarray]:
+    """Return one side of a window as its columns; `_reading` reads them back."""
+    columns = {}
+    for column, values in reading._asdict().items():
+        kind = np.int8 if column == "roles" else np.int32
+        columns[f"{side}_{column}"] = values.astype(kind)
+    return columns
 
 
 def _reading(window: Mapping[str, Any], side: str) -> Reading:

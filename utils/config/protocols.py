@@ -46,7 +46,7 @@ class CurriculumSettings(Protocol):
 
     @property
     def uses_own_text(self) -> bool:
-        """Whether that share is above 0 at some time."""
+        """True if that share is above 0 at some time."""
 
     def used(self) -> set[str]:
         """Return the names of the terms whose weight is above 0 at some time."""

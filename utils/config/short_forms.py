@@ -13,8 +13,15 @@ training: {lr: 1e-4}            training: {learning_rate: 1e-4}
 from collections.abc import Container, Mapping
 from typing import Any
 
-MAIN_KEYS = {"teacher": "name", "student": "name", "data": "train", "curriculum.*": "weight"}
-"""Path of a section (`*`: each section in it) -> the key that a value in place of its keys is meant for."""
+MAIN_KEYS = {
+    "teacher": "name",
+    "student": "name",
+    "data": "train",
+    "curriculum.*": "weight",
+    "curriculum.on_policy": None,
+}
+"""Path of a section (`*`: each section in it) -> the key that a value in place of its keys is meant for; None: a
+setting among such sections, which has no keys."""
 
 AUTOMATIC = {"curriculum": "auto"}
 """Section -> the word for none of its keys: all of them are chosen by the program."""
@@ -26,16 +33,10 @@ OTHER_NAMES = {"training.lr": "training.learning_rate"}
 """Another name of a setting -> its own."""
 
 
-NO_SECTIONS = ("curriculum.on_policy",)
-"""Settings among sections that have a short form."""
-
-
 def main_key(path: str) -> str | None:
     """Return the key of a section that its short form sets; None: it has no short form."""
-    if path in NO_SECTIONS:
-        return None
     parent, _, _ = path.rpartition(".")
-    return MAIN_KEYS.get(path) or MAIN_KEYS.get(f"{parent}.*")
+    return MAIN_KEYS.get(path, MAIN_KEYS.get(f"{parent}.*"))
 
 
 def full_key(path: str, value: Any) -> str:
