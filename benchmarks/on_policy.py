@@ -6,8 +6,12 @@
 
 Every arm is a whole run of train.py: equal steps, windows and seeds, so that the arms of a seed see the same beginnings
 of texts. Windows are as long as a prompt and what may be written behind it. "given, as long" has as many more steps as
-the fully on-policy run takes more time. A student that starts from random weights learns from given text first
-(`--cold-steps`). Every run is one line of the results file; a run that is there is not repeated.
+the fully on-policy run takes more time. Every run is one line of the results file; a run that is there is not repeated.
+
+A student that cannot write yet learns from given text first, and all arms begin with it:
+
+    REAL_MODELS_DIR=... python -m benchmarks.on_policy --pair neo-4096 --cold-start starts/neo-4096 --steps 1000
+    REAL_MODELS_DIR=... python -m benchmarks.on_policy --pair neo-4096 --start starts/neo-4096 --learning-rate 1e-4
 
 `--cost` tells where the time of a run goes, and how many tokens a second are written beside `generate` of transformers
 alone, in the same batches.
@@ -16,6 +20,7 @@ alone, in the same batches.
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -85,7 +90,11 @@ ARMS = {
     "given, reverse KL": Arm("0", "reverse_kl"),
     "half, reverse KL": Arm("0.5", "reverse_kl"),
     "up, reverse KL": Arm(UP, "reverse_kl"),
+    "down, reverse KL": Arm(DOWN, "reverse_kl"),
     "own, reverse KL": Arm("1", "reverse_kl"),
+    "given, JSD": Arm("0", "jsd"),
+    "half, JSD": Arm("0.5", "jsd"),
+    "own, JSD": Arm("1", "jsd"),
     "given, as long": Arm("0", as_long_as="own"),
 }
 BASE = "given"
@@ -105,18 +114,8 @@ def run(args: argparse.Namespace, name: str, seed: int, known: Sequence[Result])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "run"
         began = time.perf_counter()
-        finished = subprocess.run(
-            [sys.executable, "train.py", *_arguments(args, seed, steps), *arm.flags(), "--output-dir", str(output)],
-            cwd=ROOT,
-            env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        _train([*_arguments(args, seed, steps), *arm.flags()], output)
         seconds = time.perf_counter() - began
-        if finished.returncode:
-            said = finished.stdout[-3000:]
-            raise SystemExit(f"{name}, seed {seed}: train.py ended with {finished.returncode}:\n{said}")
         report = json.loads((output / "evaluation_report.json").read_text(encoding="utf-8"))
         lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return {
@@ -124,6 +123,7 @@ def run(args: argparse.Namespace, name: str, seed: int, known: Sequence[Result])
         "arm": name,
         "seed": seed,
         "steps": steps,
+        "learning_rate": args.learning_rate or PAIRS[args.pair].learning_rate,
         "command_seconds": seconds,
         "report": {key: report[key] for key in ("student", "teacher", "initial_student", "run", "retention")},
         "generation": report.get("generation"),
@@ -131,17 +131,46 @@ def run(args: argparse.Namespace, name: str, seed: int, known: Sequence[Result])
     }
 
 
+def _train(arguments: Sequence[str], output: Path) -> None:
+    """Run train.py.
+
+    Raises:
+        SystemExit: It failed; with the end of what it printed.
+
+    """
+    finished = subprocess.run(
+        [sys.executable, "train.py", *arguments, "--output-dir", str(output)],
+        cwd=ROOT,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if finished.returncode:
+        said = (finished.stdout + finished.stderr)[-3000:]
+        raise SystemExit(f"train.py ended with {finished.returncode}:\n{said}")
+
+
+def make_start(args: argparse.Namespace) -> None:
+    """Write a student that has learned from given text alone to `args.cold_start`."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "run"
+        _train([*_arguments(args, args.seeds[0], args.steps), *ARMS[BASE].flags()], output)
+        report = json.loads((output / "evaluation_report.json").read_text(encoding="utf-8"))
+        shutil.copytree(output / "student", args.cold_start)
+    print(f"{args.cold_start}: {report['student']['bits_per_byte']:.4f} bits per byte")
+
+
 def _arguments(args: argparse.Namespace, seed: int, steps: int) -> list[str]:
     """Return the flags of train.py that all arms have in common."""
     pair = PAIRS[args.pair]
-    init = "random" if pair.tokenizer_only else "pretrained"
-    student = args.start if pair.tokenizer_only and args.start else DATA / pair.student
-    if pair.tokenizer_only and args.start:
-        init = "pretrained"
+    student = args.start or DATA / pair.student
+    init = "random" if pair.tokenizer_only and not args.start else "pretrained"
+    rate = args.learning_rate or pair.learning_rate
     return [
         *("--teacher", str(DATA / TEACHER), "--student", str(student), "--student-init", init),
         *("--train-data", str(DATA / TEXT), "--max-length", str(PROMPT + NEW), "--batch-size", "8"),
-        *("--learning-rate", str(pair.learning_rate), "--max-steps", str(steps), "--eval-every", "0"),
+        *("--learning-rate", str(rate), "--max-steps", str(steps), "--eval-every", "0"),
         *("--on-policy.every", str(args.every), "--on-policy.prompt-tokens", str(PROMPT)),
         *("--on-policy.new-tokens", str(NEW), "--training.seed", str(seed)),
         *("--evaluation.generation", "64", "--evaluation.without-teacher", "false"),
@@ -264,7 +293,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     made.add_argument("--steps", type=int, default=200, help="optimizer steps of 8 windows")
     made.add_argument("--every", type=int, default=20, help="steps of a round")
-    made.add_argument("--start", help="folder of a student that learned from given text, for a pair without weights")
+    made.add_argument("--learning-rate", type=float, help="in place of the pair's")
+    made.add_argument("--start", help="folder of the student that all arms begin with")
+    made.add_argument("--cold-start", help="write such a student to this folder, and do nothing else")
     made.add_argument("--results", type=Path, default=Path("on-policy-results.jsonl"))
     made.add_argument("--table", action="store_true", help="print the table of the results alone")
     made.add_argument("--cost", action="store_true", help="print where the time goes")
@@ -274,6 +305,9 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     """Run what is missing and print the table."""
     args = parser().parse_args(arguments)
+    if args.cold_start:
+        make_start(args)
+        return
     results = read_results(args.results, args.pair)
     if not (args.table or args.cost):
         for seed in args.seeds:

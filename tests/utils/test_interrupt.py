@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parents[2]
 AT_AN_IMPORT = """
 import os, runpy, signal, sys
 
+# A job in the background is born with an ignored SIGINT, and so are all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 class Interrupt:
     def find_spec(self, name, path=None, target=None):
         if name == {module!r}:
