@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.measure import table
 from benchmarks.real.tables import interval
@@ -54,7 +54,7 @@ class PairOfModels:
 
     student: str
     tokenizer_only: bool
-    """The student is a small Llama with random weights and this tokenizer."""
+    """The student is a small Llama with this tokenizer, which has no weights before its cold start."""
     learning_rate: float
 
 
@@ -71,12 +71,18 @@ class Arm:
     share: str
     """Value of `curriculum.on_policy`."""
     divergence: str = "forward_kl"
+    temperature: float = 1.0
+    """Of the student's sampling."""
     as_long_as: str | None = None
     """Name of an arm whose time this one is given."""
 
     def flags(self) -> list[str]:
         """Return the arm's flags of train.py."""
-        return [f"--curriculum.on_policy={self.share}", f"--loss.divergence={self.divergence}"]
+        return [
+            f"--curriculum.on_policy={self.share}",
+            f"--loss.divergence={self.divergence}",
+            f"--on-policy.temperature={self.temperature}",
+        ]
 
 
 UP = "{points: [[0, 0], [0.3, 0], [1, 1]]}"
@@ -92,7 +98,7 @@ ARMS = {
     "up, reverse KL": Arm(UP, "reverse_kl"),
     "down, reverse KL": Arm(DOWN, "reverse_kl"),
     "own, reverse KL": Arm("1", "reverse_kl"),
-    "given, JSD": Arm("0", "jsd"),
+    "own, reverse KL, T 0.7": Arm("1", "reverse_kl", 0.7),
     "half, JSD": Arm("0.5", "jsd"),
     "own, JSD": Arm("1", "jsd"),
     "given, as long": Arm("0", as_long_as="own"),
@@ -153,22 +159,43 @@ def _train(arguments: Sequence[str], output: Path) -> None:
 
 def make_start(args: argparse.Namespace) -> None:
     """Write a student that has learned from given text alone to `args.cold_start`."""
+    pair = PAIRS[args.pair]
     with tempfile.TemporaryDirectory() as folder:
+        arguments = _arguments(args, args.seeds[0], args.steps)
+        if pair.tokenizer_only:
+            untrained = _write_untrained(DATA / pair.student, Path(folder) / "untrained")
+            arguments += ["--student", str(untrained), "--student-init", "random"]
         output = Path(folder) / "run"
-        _train([*_arguments(args, args.seeds[0], args.steps), *ARMS[BASE].flags()], output)
+        _train([*arguments, *ARMS[BASE].flags()], output)
         report = json.loads((output / "evaluation_report.json").read_text(encoding="utf-8"))
         shutil.copytree(output / "student", args.cold_start)
     print(f"{args.cold_start}: {report['student']['bits_per_byte']:.4f} bits per byte")
+
+
+def _write_untrained(tokenizer_folder: Path, folder: Path) -> Path:
+    """Write the config of a small Llama beside a copy of its tokenizer, and return the folder."""
+    shutil.copytree(tokenizer_folder, folder)
+    config = LlamaConfig(
+        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(folder)
+    return folder
 
 
 def _arguments(args: argparse.Namespace, seed: int, steps: int) -> list[str]:
     """Return the flags of train.py that all arms have in common."""
     pair = PAIRS[args.pair]
     student = args.start or DATA / pair.student
-    init = "random" if pair.tokenizer_only and not args.start else "pretrained"
     rate = args.learning_rate or pair.learning_rate
     return [
-        *("--teacher", str(DATA / TEACHER), "--student", str(student), "--student-init", init),
+        *("--teacher", str(DATA / TEACHER), "--student", str(student)),
         *("--train-data", str(DATA / TEXT), "--max-length", str(PROMPT + NEW), "--batch-size", "8"),
         *("--learning-rate", str(rate), "--max-steps", str(steps), "--eval-every", "0"),
         *("--on-policy.every", str(args.every), "--on-policy.prompt-tokens", str(PROMPT)),
@@ -308,18 +335,25 @@ def main(arguments: list[str] | None = None) -> None:
     if args.cold_start:
         make_start(args)
         return
+
     results = read_results(args.results, args.pair)
     if not (args.table or args.cost):
-        for seed in args.seeds:
-            for name in args.arms:
-                if _is_there(results, name, seed):
-                    continue
-                result = run(args, name, seed, results)
-                results.append(result)
-                with args.results.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(result) + "\n")
-                print(f"{name}, seed {seed}: {_bits(result):.4f} bits per byte", flush=True)
+        _run_missing(args, results)
     print(cost(results, args) if args.cost else tables(results))
+
+
+def _run_missing(args: argparse.Namespace, results: list[Result]) -> None:
+    """Run the arms that have no result yet, and add them to the results and their file."""
+    for seed in args.seeds:
+        for name in args.arms:
+            if _is_there(results, name, seed):
+                continue
+            result = run(args, name, seed, results)
+            results.append(result)
+
+            with args.results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(result) + "\n")
+            print(f"{name}, seed {seed}: {_bits(result):.4f} bits per byte", flush=True)
 
 
 if __name__ == "__main__":

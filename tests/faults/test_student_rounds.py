@@ -45,7 +45,7 @@ def test_an_engine_handed_to_distil_writes_and_the_report_shows_texts_beside_the
 
     def engine(student, prompts, rule, note):
         asked.append(len(prompts))
-        return GenerateEngine(2)(student, prompts, rule, note)
+        return GenerateEngine(lambda tokens: 2)(student, prompts, rule, note)
 
     own = {"every": 2, "new_tokens": 8, "prompt_tokens": 6}
     settings = {"curriculum": {"on_policy": 0.5}, "on_policy": own, "evaluation": MEASURED}

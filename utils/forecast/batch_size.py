@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
+from transformers import PretrainedConfig
 
 from ..advice import advice
 from ..config.protocols import ConfigT, RunConfig
@@ -18,7 +19,7 @@ from ..pretrained import loading
 from ..pretrained.named import load_shapes
 from .disk import largest
 from .step_memory import CPU_MEMORY_SHARE, ChunkRows, Demand, StepSetting, demand_of, in_gib, spares_teacher
-from .writing_memory import WRITTEN_TOGETHER, TextMemory
+from .writing_memory import WritingMemory
 
 log = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ class Forecast:
     """The forecast as a message."""
     size: int = 0
     """Bytes."""
-    written_together: int = WRITTEN_TOGETHER
-    """Texts that the student writes in one batch, where it learns from its own."""
+    writing: WritingMemory | None = None
+    """Of the texts that the student writes, where it learns from its own."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +119,23 @@ def _choose(config: ConfigT, machine: Machine, chunk_rows: ChunkRows) -> tuple[C
 
     if is_auto:
         config = _in_micro_batches(config, fit.windows)
-    if fit.text is None:
-        return config, Forecast(message, fit.size)
+    if config.curriculum.uses_own_text:
+        return config, _with_writing(config, fit, message)
+    return config, Forecast(message, fit.size)
 
+
+def _with_writing(config: RunConfig, fit: "_Fit", message: str) -> Forecast:
+    """Return a forecast with the batches of texts that the student writes; log how many fit."""
     # what the step needs besides weights and moments is free while the student writes
-    together = fit.text.texts_within(fit.passing)
-    size = in_gib(together * fit.text.bytes)
-    log.info("the student writes up to %d texts at a time, in about %s GiB", together, size)
-    return config, Forecast(message, max(fit.size, fit.size - fit.passing + together * fit.text.bytes), together)
+    writing = WritingMemory.of(fit.student, fit.passing)
+    tokens = min(fit.length, config.on_policy.tokens)
+    together = writing.texts(tokens)
+    size = writing.batch(together, tokens)
+    log.info("the student writes up to %d texts at a time, in about %s GiB", together, in_gib(size))
+
+    # the prompts of conversations may be as long as a window
+    longest = writing.batch(writing.texts(fit.length), fit.length)
+    return Forecast(message, fit.size - fit.passing + max(fit.passing, size, longest), writing)
 
 
 @dataclass(frozen=True)
@@ -140,8 +150,9 @@ class _Fit:
     """Bytes of a step in micro-batches of one window, without a teacher that a cache spares."""
     free: int
     """Bytes free on the student's device."""
-    text: TextMemory | None
-    """Of a text that the student writes; None: it writes none."""
+    student: PretrainedConfig
+    length: int
+    """Tokens of a window."""
 
     @property
     def passing(self) -> int:
@@ -164,16 +175,14 @@ def _fit(config: RunConfig, machine: Machine, chunk_rows: ChunkRows) -> _Fit:
         budget = free * (1 if demand.on_gpu else CPU_MEMORY_SHARE)
         windows = _largest_fitting(demand, config.training.gradient_accumulation_steps, budget)
 
-    text = None
-    if config.curriculum.uses_own_text:
-        text = TextMemory.of(demand.student, min(demand.length, config.on_policy.tokens))
     without_spared = replace(demand, apart=demand.apart or spares_teacher(config))
     return _Fit(
         windows=windows,
         parts=demand.memory(windows),
         least=sum(without_spared.memory(1).values()),
         free=free,
-        text=text,
+        student=demand.student,
+        length=demand.length,
     )
 
 

@@ -5,8 +5,6 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-WRITTEN_TOGETHER = 64
-"""Texts that are written in one batch, where no forecast says how many fit."""
 MOST_TOGETHER = 256
 """Texts of a batch, at most: more of them are written hardly faster."""
 FLOAT32 = 4
@@ -16,14 +14,19 @@ LOGIT = 32
 
 
 @dataclass(frozen=True)
-class TextMemory:
-    """Memory of one text that is written."""
+class WritingMemory:
+    """Memory that texts take while they are written together."""
 
-    bytes: int
+    token: int
+    """Bytes for each token of a text, its beginning included."""
+    text: int
+    """Bytes for each text besides."""
+    budget: int
+    """Bytes that a batch of texts may take."""
 
     @classmethod
-    def of(cls, student: PretrainedConfig, tokens: int) -> "TextMemory":
-        """Return that of a text of so many tokens, its beginning included."""
+    def of(cls, student: PretrainedConfig, budget: int) -> "WritingMemory":
+        """Return that of the texts of a model."""
         config: Any = student.get_text_config()
         heads = config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -31,12 +34,19 @@ class TextMemory:
 
         # a layer that grows by a token is there twice, for a moment
         layers = config.num_hidden_layers + 1
-        cache = 2 * layers * key_heads * head_width * tokens * FLOAT32
-        return cls(cache + config.vocab_size * LOGIT)
+        return cls(
+            token=2 * layers * key_heads * head_width * FLOAT32,
+            text=config.vocab_size * LOGIT,
+            budget=budget,
+        )
 
-    def texts_within(self, budget: float) -> int:
-        """Return how many texts a batch may have, a power of two, so that it fits into `budget` bytes; at least 1."""
+    def texts(self, tokens: int) -> int:
+        """Return how many texts of so many tokens a batch may have, a power of two; at least 1."""
         together = MOST_TOGETHER
-        while together > 1 and together * self.bytes > budget:
+        while together > 1 and self.batch(together, tokens) > self.budget:
             together //= 2
         return together
+
+    def batch(self, texts: int, tokens: int) -> int:
+        """Return the bytes of a batch of texts."""
+        return texts * (tokens * self.token + self.text)

@@ -8,6 +8,7 @@ Shapes: B texts of a batch, V tokens of the vocabulary, N new tokens.
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -20,13 +21,16 @@ from torch import Tensor, nn
 from ..evaluation.samples import generation_settings, plain_generation, readable_tokens, writing_model
 from ..evaluation.scores import evaluation_mode
 from ..evaluation.written_text import padded
-from ..forecast.writing_memory import WRITTEN_TOGETHER
 from ..machine import device_memory
 
 log = logging.getLogger(__name__)
 
 STREAM = 20_477
 """Number that sets these random numbers apart from all others that are made from the run's seed."""
+
+
+WRITTEN_TOGETHER = 64
+"""Texts of a batch, where nothing says how many fit."""
 
 
 @dataclass(frozen=True)
@@ -83,13 +87,15 @@ class GenerateEngine:
     """Writes by `transformers.generate`, in batches of prompts of about the same length.
 
     Args:
-        together: texts of a batch, at most; halved where they do not fit into a GPU's memory.
+        fitting: tokens of the longest text of a batch, its prompt included -> texts of the batch, at most; None:
+            `WRITTEN_TOGETHER`. What does not fit into a GPU's memory nevertheless is halved.
         precision: makes the context of the student's forward, such as `accelerator.autocast`.
     """
 
-    def __init__(self, together: int = WRITTEN_TOGETHER, precision: Callable = nullcontext) -> None:
-        self.together = together
+    def __init__(self, fitting: Callable[[int], int] | None = None, precision: Callable = nullcontext) -> None:
+        self.fitting = fitting or (lambda tokens: WRITTEN_TOGETHER)
         self.precision = precision
+        self._most: float = math.inf
 
     def __call__(
         self, student: nn.Module, prompts: Sequence[Prompt], sampling: SamplingRule, note: Callable[[int], None]
@@ -100,7 +106,7 @@ class GenerateEngine:
         waiting = _in_order(prompts)
         with evaluation_mode(model), plain_generation(model), self.precision():
             while waiting:
-                numbers = _next_batch(prompts, waiting, self.together, readable_tokens(model))
+                numbers = self._next_batch(prompts, waiting, readable_tokens(model))
                 rows = self._written(model, [prompts[number] for number in numbers], sampling)
                 if rows is None:
                     continue  # in smaller batches
@@ -120,30 +126,31 @@ class GenerateEngine:
                 raise
 
         # outside of the handler: the exception holds what did not fit
-        self.together = max(1, len(prompts) // 2)
+        self._most = max(1, len(prompts) // 2)
         device_memory.release()
-        log.warning("memory: the student writes %d texts at a time from here on; more do not fit", self.together)
+        log.warning("memory: the student writes %d texts at a time from here on; more do not fit", self._most)
         return None
+
+    def _next_batch(self, prompts: Sequence[Prompt], waiting: Sequence[int], context: float) -> list[int]:
+        """Return the first of the prompts that wait, as many as fit together into memory and the model's context."""
+        new_tokens = 0
+        numbers: list[int] = []
+        for number in waiting:
+            prompt = prompts[number]
+            most_new = max(new_tokens, len(prompt.uniforms))
+            tokens = len(prompt.ids) + most_new
+            has_room = len(numbers) < min(self._most, self.fitting(tokens)) and tokens <= context
+            if numbers and not has_room:
+                break
+            new_tokens = most_new
+            numbers.append(number)
+        return numbers
 
 
 def _in_order(prompts: Sequence[Prompt]) -> list[int]:
     """Return the numbers of the prompts that have room for a token, shortest first."""
     numbers = [number for number, prompt in enumerate(prompts) if len(prompt.uniforms)]
     return sorted(numbers, key=lambda number: (len(prompts[number].ids), -len(prompts[number].uniforms)))
-
-
-def _next_batch(prompts: Sequence[Prompt], waiting: Sequence[int], most: int, context: float) -> list[int]:
-    """Return the first of the prompts that wait, as many as go on together within the model's context."""
-    new_tokens = 0
-    numbers: list[int] = []
-    for number in waiting[:most]:
-        prompt = prompts[number]
-        longest = max(new_tokens, len(prompt.uniforms))
-        if numbers and len(prompt.ids) + longest > context:
-            break
-        new_tokens = longest
-        numbers.append(number)
-    return numbers
 
 
 def _write_batch(model: nn.Module, prompts: Sequence[Prompt], sampling: SamplingRule) -> list[list[int]]:

@@ -6,18 +6,20 @@ and the teacher's opinion show it rounds before the evaluation does.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from statistics import fmean
 from typing import Any
 
 log = logging.getLogger(__name__)
 
 FEWEST_TEXTS = 16
 """Texts of a round below which its figures say nothing."""
-ROUNDS_IN_A_ROW = 5
-"""Rounds over which something must grow without a break."""
+KEPT_ROUNDS = 12
+"""Rounds that are looked at."""
+COMPARED_ROUNDS = 3
+"""First and last ones of them whose means are compared: a round's figures are of few texts, and go up and down."""
 LENGTH_GROWTH = 1.5
-BITS_GROWTH = 1.3
-"""Growth over these rounds that is a sign, of the mean length and of the teacher's bits per byte."""
+BITS_GROWTH = 1.2
+"""Growth from the first to the last of them that is a sign, of the mean length and of the teacher's bits per byte."""
 MOST_OF_ONE_TOKEN = 0.5
 """Share of the tokens that one of them may have."""
 MOST_EMPTY = 0.5
@@ -48,7 +50,7 @@ class WarningSigns:
 
         # A run that goes on where a round begins has seen its figures before.
         earlier = [r for r in self._rounds if r["step"] < figures["step"]]
-        self._rounds = [*earlier, dict(figures)][-ROUNDS_IN_A_ROW:]
+        self._rounds = [*earlier, dict(figures)][-KEPT_ROUNDS:]
 
         signs = {
             "no_ends": self._never_ends(),
@@ -135,10 +137,10 @@ class WarningSigns:
 
 
 def _grows(values: Sequence[float], factor: float) -> bool:
-    """Return True if values of enough rounds grow without a break, and altogether by more than a factor."""
-    if len(values) < ROUNDS_IN_A_ROW:
+    """Return True if the last of enough rounds have more than the first, by more than a factor."""
+    if len(values) < 2 * COMPARED_ROUNDS:
         return False
-    return all(a < b for a, b in pairwise(values)) and values[-1] > factor * values[0]
+    return fmean(values[-COMPARED_ROUNDS:]) > factor * fmean(values[:COMPARED_ROUNDS])
 
 
 def _listed(values: Sequence[float], form: str) -> str:

@@ -263,12 +263,18 @@ def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, ses
     return Rounds(
         settings,
         material,
-        engine=session.engine or GenerateEngine(job.needed.written_together, job.accelerator.autocast),
+        engine=session.engine or _writer(job),
         files=RoundFiles(output / ROUNDS),
         kept_steps=store.steps,
         progress=session.progress,
         warn=None if session.is_main else ignore_message,
     )
+
+
+def _writer(job: Job) -> GenerateEngine:
+    """Return what writes the student's text, in batches that fit where a forecast was possible."""
+    writing = job.needed.writing
+    return GenerateEngine(None if writing is None else writing.texts, job.accelerator.autocast)
 
 
 def first_sample(start: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from utils.forecast.writing_memory import LOGIT, MOST_TOGETHER, TextMemory
+from utils.forecast.writing_memory import LOGIT, MOST_TOGETHER, WritingMemory
 
 SHAPE = {
     "vocab_size": 1000,
@@ -22,10 +22,13 @@ def test_keys_and_values_are_those_that_transformers_keeps():
     kept = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
     # and one layer twice, while it grows
-    forecast = TextMemory.of(LlamaConfig(**SHAPE), 10).bytes - 1000 * LOGIT
-    assert forecast == kept * 4 / 3
+    writing = WritingMemory.of(LlamaConfig(**SHAPE), budget=0)
+    assert writing.batch(1, 10) == kept * 4 / 3 + 1000 * LOGIT
 
 
 def test_as_many_texts_are_written_together_as_fit_and_at_least_one():
-    text = TextMemory(100)
-    assert [text.texts_within(budget) for budget in (0, 199, 200, 1000, 10**9)] == [1, 1, 2, 8, MOST_TOGETHER]
+    def texts(budget: int, tokens: int) -> int:
+        return WritingMemory(token=8, text=20, budget=budget).texts(tokens)
+
+    assert [texts(budget, tokens=10) for budget in (0, 199, 200, 1000, 10**9)] == [1, 1, 2, 8, MOST_TOGETHER]
+    assert [texts(1000, tokens) for tokens in (1, 10, 60, 200)] == [32, 8, 2, 1]

@@ -39,7 +39,7 @@ def prompts(count: int, new_tokens: int = 9) -> list[Prompt]:
 
 
 def write(student: nn.Module, asked: list[Prompt], together: int = 64, rule: SamplingRule = RULE) -> list[list[int]]:
-    return GenerateEngine(together)(student, asked, rule, lambda count: None)
+    return GenerateEngine(lambda tokens: together)(student, asked, rule, lambda count: None)
 
 
 def test_a_text_does_not_depend_on_the_batch_it_is_written_in(student):
@@ -138,6 +138,14 @@ def test_a_batch_that_does_not_fit_is_written_in_smaller_ones(student, monkeypat
     assert "writes 4 texts at a time" in caplog.text
 
 
+def test_batches_hold_fewer_texts_where_prompts_are_longer(student):
+    asked = [Prompt([3] * length, np.full(4, 0.5)) for length in (2, 20, 2, 20, 2, 6)]
+    batches = []
+    # so many tokens in all, with what is written behind each prompt
+    GenerateEngine(lambda tokens: 30 // tokens)(student, asked, RULE, batches.append)
+    assert batches == [3, 1, 1, 1]
+
+
 def test_writing_can_be_ended_between_two_batches(student):
     written = []
 
@@ -147,5 +155,5 @@ def test_writing_can_be_ended_between_two_batches(student):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        GenerateEngine(2)(student, prompts(9), RULE, note)
+        GenerateEngine(lambda tokens: 2)(student, prompts(9), RULE, note)
     assert written == [2, 2]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.on_policy.warning_signs import ROUNDS_IN_A_ROW, WarningSigns
+from utils.on_policy.warning_signs import COMPARED_ROUNDS, WarningSigns
 
 HEALTHY = {
     "texts": 100,
@@ -28,16 +28,26 @@ def signs_of(*rounds: dict) -> tuple[list[str], list[str]]:
 def test_healthy_rounds_show_none():
     wandering = [{"tokens": 60 + (-1) ** n * n, "teacher_bits_per_byte": 1.2 + 0.2 * (-1) ** n} for n in range(20)]
     assert signs_of(*wandering) == ([], [])
+    # of a run that neither gained nor lost
+    bits = [1.82, 1.83, 1.81, 1.90, 1.94, 1.65, 1.87, 1.89, 1.89, 1.96]
+    assert signs_of(*[{"teacher_bits_per_byte": value} for value in bits]) == ([], [])
+
+
+def test_a_growth_with_breaks_is_seen():
+    # of a run whose student got 6 % worse on given text; one more round than that
+    bits = [1.82, 1.85, 2.03, 2.19, 2.13, 2.45, 2.39, 2.27, 2.30, 2.60]
+    shown, warnings = signs_of(*[{"teacher_bits_per_byte": value} for value in bits])
+    assert shown == ["unlikely"] and len(warnings) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "rounds", "cause"),
     [
         ("no_ends", [{"ended": 0.0}] * 2, "instruct teacher's template"),
-        ("longer", [{"tokens": 50 * 1.2**n} for n in range(ROUNDS_IN_A_ROW)], "learning rate"),
+        ("longer", [{"tokens": 50 * 1.15**n} for n in range(2 * COMPARED_ROUNDS)], "learning rate"),
         ("one_token", [{"commonest_token": 0.7}], "70% of the tokens"),
         ("empty", [{"empty": 0.9}], "ends at once"),
-        ("unlikely", [{"teacher_bits_per_byte": 1.2**n} for n in range(ROUNDS_IN_A_ROW)], "1.000, 1.200, 1.440"),
+        ("unlikely", [{"teacher_bits_per_byte": 1.07**n} for n in range(2 * COMPARED_ROUNDS)], "1.000, 1.070, 1.145"),
     ],
 )
 def test_a_sign_is_told_once_with_its_cause_and_seen_as_long_as_it_lasts(name, rounds, cause):
@@ -67,11 +77,12 @@ def test_signs_go_on_where_a_checkpoint_was_saved():
         return HEALTHY | {"step": number, "tokens": 20 * 1.2**number, "commonest_token": 0.9}
 
     first = WarningSigns(lambda message: None)
-    for n in range(ROUNDS_IN_A_ROW - 1):
+    last = 2 * COMPARED_ROUNDS - 1
+    for n in range(last):
         assert first.check(round_of(n)) == ["one_token"]
     warnings: list[str] = []
     second = WarningSigns(warnings.append)
     second.load_state_dict(first.state_dict())
     # the same round is looked at again where a run goes on at its begin
     for _ in range(2):
-        assert second.check(round_of(ROUNDS_IN_A_ROW - 1)) == ["longer", "one_token"] and len(warnings) == 1
+        assert second.check(round_of(last)) == ["longer", "one_token"] and len(warnings) == 1
