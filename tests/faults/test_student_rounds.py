@@ -7,7 +7,7 @@ import pytest
 
 import train
 from models.teacher.frozen import FrozenTeacher
-from tests.faults.conftest import Place
+from tests.faults.conftest import Place, documents
 from tests.models.tiny import wordpiece
 from utils.commands.api import distil
 from utils.files import sha256_of
@@ -60,6 +60,34 @@ def test_an_engine_handed_to_distil_writes_and_the_report_shows_texts_beside_the
     page = (tmp_path / "run" / "report.html").read_text()
     assert "The student's own text" in page and "share of own text" in page
     assert "The student's own text" in (tmp_path / "run" / "evaluation_report.md").read_text()
+
+
+def test_in_conversations_the_student_writes_answers_of_its_own_to_what_was_asked(place, tmp_path):
+    asked = [f"Say {number}." for number in range(40)]
+    with (tmp_path / "talks.jsonl").open("w") as file:
+        for question, answer in zip(asked, documents(40), strict=True):
+            turns = [question, answer[:30], "More.", answer[30:60]]
+            roles = ("user", "assistant") * 2
+            messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+            file.write(json.dumps({"messages": messages}) + "\n")
+
+    talks = ["--train-data", str(tmp_path / "talks.jsonl"), "--set", "curriculum.on_policy=1.0"]
+    for name in ("first", "second"):
+        assert run(place, tmp_path / name, *talks) == 0
+    assert sha256_of(tmp_path / "first/student/model.safetensors") == sha256_of(
+        tmp_path / "second/student/model.safetensors"
+    )
+
+    texts = report_of(tmp_path / "first")["own_text"]["texts"]
+    for text in texts:
+        assert text["prompt"].endswith("Assistant:\n") and text["prompt"].startswith("User:\nSay ")
+        assert "User:" not in text["student"]
+
+    records = read_metrics(tmp_path / "first" / "metrics.jsonl")
+    rounds = [record for record in records if is_own_text(record)]
+    assert [record["texts"] for record in rounds] == [16, 16] and all(0 < record["tokens"] <= 8 for record in rounds)
+    steps = [record for record in records if "terms" in record]
+    assert steps and all(record["terms"]["lm"]["count"] == 0 < record["terms"]["kd"]["count"] for record in steps)
 
 
 @pytest.mark.parametrize(
