@@ -206,8 +206,13 @@ class LossConfig(Validated):
     """Teacher tokens kept per position (capped at the teacher's vocabulary)."""
     temperature: Schedule = 1.0
     """Temperature of KD; teacher and student are tempered alike, and the term is multiplied by its square."""
-    skew: Annotated[float, Gt(0), Lt(1)] = 0.1
-    """skew_kl only: share of the teacher in the mixture that stands in for the student (DistiLLM, eq. 3)."""
+    skew: Schedule = 0.1
+    """Share of the teacher in a mixture with the student. skew_kl: the mixture stands in for the student (DistiLLM,
+    eq. 3). generalised_jsd: both are compared with it; 0 is forward KL, 1 reverse KL, so that a ramp goes from one to
+    the other."""
+    interpolation: Schedule = 1.0
+    """Share of the teacher in what KD learns from. 1: the teacher's distributions; below it they are mixed with the
+    student's own, in logits, so that a ramp to 1 leads the student to the teacher by targets near to it (TAID)."""
     max_depth: Annotated[int, Ge(0)] = 16
     """How many student tokens into a teacher token KD still applies; 0: common boundaries only."""
     correction: Literal["span", "channel", "none"] = "span"
@@ -230,6 +235,16 @@ class LossConfig(Validated):
             wrong += [f"{name} {value:g}" for value in outside]
         if wrong:
             raise ValueError(f"temperatures must be greater than 0, got {', '.join(wrong)}; 1 is a good start")
+
+        for name in ("skew", "interpolation"):
+            shares = values_of(getattr(self, name))
+            if not all(0 <= share <= 1 for share in shares):
+                raise ValueError(f"{name} is a share, from 0 to 1, got {', '.join(f'{share:g}' for share in shares)}")
+        if self.divergence == "skew_kl" and 1 in values_of(self.skew):
+            raise ValueError(
+                "got skew 1 with divergence skew_kl, which compares the teacher with itself then, and teaches nothing; "
+                "expected less than 1 (0 is forward KL)"
+            )
 
 
 @dataclass(frozen=True)

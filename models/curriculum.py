@@ -34,7 +34,7 @@ class CurriculumScheduler:
 
     Args:
         curriculum: the weight of every term.
-        loss: the source of the scheduled scalars (temperatures).
+        loss: the source of the scheduled scalars (temperatures, skew, interpolation).
         total_steps: optimizer steps of the whole run.
 
     Raises:
@@ -57,6 +57,8 @@ class CurriculumScheduler:
         self._scalars: dict[str, Schedule] = {
             "temperature": loss.temperature,
             "span_temperature": loss.span_temperature,
+            "skew": loss.skew,
+            "interpolation": loss.interpolation,
         }
 
         self._own_text = curriculum.on_policy

@@ -361,4 +361,4 @@ class DistillationOutput:
     weights: dict[str, float]
     """Weight of every term at this step."""
     scalars: dict[str, float]
-    """Scheduled scalars at this step: temperature, span_temperature, top_k."""
+    """Scheduled scalars at this step: temperature, span_temperature, skew, interpolation, top_k."""

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..divergences import divergence_at
 from ..language_model import is_plain_linear
 from ..types import SparseTarget
 from . import head_passes
@@ -78,7 +79,9 @@ class HeadTarget:
     tail: str
     """Treatment of the tokens that a row does not name: "bucket" or "renormalise"."""
     skew: float
-    """Share of the teacher in the mixture of skew_kl; other divergences do not read it."""
+    """Share of the teacher in the mixture of skew_kl and generalised_jsd; other divergences do not read it."""
+    interpolation: float | None = None
+    """Share of the teacher in what is learned from; None: the teacher alone."""
 
 
 class HeadLosses(NamedTuple):
@@ -471,8 +474,15 @@ class _HeadPass:
         """Return the settings of KD as a compiled function takes them."""
         if self.target is None:
             return None
-        temperature = self.kd_weight.new_full((), self.target.temperature)
-        return Comparison(temperature, kind=self.target.kind, tail=self.target.tail, skew=self.target.skew)
+        scalar = functools.partial(self.kd_weight.new_full, ())
+        interpolation = self.target.interpolation
+        return Comparison(
+            temperature=scalar(self.target.temperature),
+            kind=divergence_at(self.target.kind, self.target.skew),
+            tail=self.target.tail,
+            skew=scalar(self.target.skew),
+            interpolation=None if interpolation is None else scalar(interpolation),
+        )
 
     def _kd(
         self,
@@ -496,6 +506,7 @@ class _HeadPass:
                 kind=settings.kind,
                 tail=settings.tail,
                 skew=settings.skew,
+                interpolation=settings.interpolation,
             )
             gradient = torch.autograd.grad(kd_sum, outcomes)[0] if learns else None
         return kd_sum.detach(), gradient

@@ -27,8 +27,12 @@ class Comparison(NamedTuple):
     temperature: Tensor
     """Scalar: a number would be compiled for anew whenever a schedule changes it."""
     kind: str
+    """A key of `DIVERGENCES`; at an end of `skew` the one that it is there."""
     tail: str
-    skew: float
+    skew: Tensor
+    """Scalar, likewise."""
+    interpolation: Tensor | None
+    """Scalar, likewise; None where the teacher alone is learned from."""
 
 
 class ChunkWeights(NamedTuple):

@@ -52,7 +52,7 @@ class HeadTerms:
     """[n, H] what enters the student's head at supervised positions."""
     config: LossConfig
     scalars: Mapping[str, float]
-    """Temperatures of this step: `temperature` and `span_temperature`."""
+    """Values of this step: `temperature`, `span_temperature`, `skew` and `interpolation`."""
     signal: TeacherSignal | None
     """Needed for span likelihood."""
     target: SparseTarget | None
@@ -132,7 +132,7 @@ class HeadTerms:
                 teacher,
                 temperature=self.scalars["span_temperature"],
                 kind=self.config.divergence,
-                skew=self.config.skew,
+                skew=self.scalars["skew"],
             )
             slope = torch.autograd.grad(value, leaf)[0] if learns else None
         return SpanResult(value.detach(), slope, log_probs)
@@ -170,13 +170,16 @@ class HeadTerms:
 
     def _head_target(self) -> HeadTarget:
         """Return the teacher's distributions with the divergence that this step compares them by."""
+        interpolation = self.scalars["interpolation"]
         return HeadTarget(
             self.target,
             rows=self.batch.row_supervised,
             temperature=self.scalars["temperature"],
             kind=self.config.divergence,
             tail=self.config.tail,
-            skew=self.config.skew,
+            skew=self.scalars["skew"],
+            # A share of 1 is no mixture, bit for bit.
+            interpolation=None if interpolation == 1 else interpolation,
         )
 
 

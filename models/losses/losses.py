@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..divergences import divergence, temper
+from ..divergences import divergence, interpolate, temper
 from ..types import SparseTarget
 
 PADDING = -1e9
@@ -79,7 +79,8 @@ def kd_loss(
     temperature: float | Tensor,
     kind: str,
     tail: str,
-    skew: float,
+    skew: float | Tensor,
+    interpolation: float | Tensor | None = None,
 ) -> Tensor:
     """Return the sum over rows of the divergence between tempered teacher and student, times temperature squared.
 
@@ -92,11 +93,14 @@ def kd_loss(
         temperature: above 0.
         kind: a key of `DIVERGENCES`.
         tail: treatment of the tokens that a row does not name, "bucket" or "renormalise".
-        skew: share of the teacher in the mixture of skew_kl.
+        skew: share of the teacher in the mixture of skew_kl and generalised_jsd.
+        interpolation: share of the teacher in what the student learns from (`interpolate`); None: the teacher alone.
     """
     log_p, log_q = outcome_log_probs(logits, target, tail)
     log_p = temper(log_p, temperature)
     log_q = temper(log_q, temperature)
+    if interpolation is not None:
+        log_p = interpolate(log_p, log_q, interpolation)
 
     rows = divergence(log_p, log_q, kind=kind, skew=skew)
     rows = torch.where(target.valid, rows, 0)
@@ -122,7 +126,7 @@ def span_loss(
         teacher: [P] likewise under the teacher.
         temperature: above 0.
         kind: a key of `DIVERGENCES`.
-        skew: share of the teacher in the mixture of skew_kl.
+        skew: share of the teacher in the mixture of skew_kl and generalised_jsd.
     """
     log_p = temper(_with_opposite(teacher), temperature)
     log_q = temper(_with_opposite(student), temperature)

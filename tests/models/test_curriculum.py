@@ -84,7 +84,7 @@ def test_ramp_with_points_out_of_order_is_refused():
 def test_temperatures_can_follow_a_ramp():
     loss = LossConfig(temperature=Ramp(((0.0, 4.0), (1.0, 1.0))), span_temperature=2.0)
     scheduler = CurriculumScheduler(CurriculumConfig(), loss, 100)
-    assert scheduler.scalars(0) == {"temperature": 4.0, "span_temperature": 2.0}
+    assert scheduler.scalars(0) == {"temperature": 4.0, "span_temperature": 2.0, "skew": 0.1, "interpolation": 1.0}
     assert scheduler.scalars(50)["temperature"] == pytest.approx(2.5)
 
 

@@ -113,6 +113,40 @@ def test_without_a_step_the_end_of_the_curriculum_counts(pair):
     assert "kd" not in framework(batch).terms and "kd" in framework(batch, 9).terms
 
 
+def test_a_ramp_of_the_skew_goes_from_forward_to_reverse_kl(pair):
+    batch = pair.batch()
+    weights = {"kd": 0.7, "span": 0.3}
+    ramp = pair.framework(weights, divergence="generalised_jsd", skew=Ramp(((0.0, 0.0), (1.0, 1.0))))
+    assert [ramp(batch, step).scalars["skew"] for step in (0, 3, 10)] == [0.0, 0.3, 1.0]
+
+    for step, constant in (
+        (0, {"divergence": "forward_kl"}),
+        (3, {"divergence": "generalised_jsd", "skew": 0.3}),
+        (10, {"divergence": "reverse_kl"}),
+    ):
+        expected = pair.framework(weights, **constant)
+        assert ramp(batch, step).loss.item() == expected(batch, step).loss.item()
+        for gradient, reference in zip(
+            gradient_of(ramp, batch, step=step), gradient_of(expected, batch, step=step), strict=True
+        ):
+            assert torch.equal(gradient, reference)
+
+
+def test_a_ramp_of_the_interpolation_ends_with_the_teacher_itself(pair):
+    batch = pair.batch()
+    weights = {"kd": 0.7, "lm": 0.3}
+    ramp = pair.framework(weights, interpolation=Ramp(((0.0, 0.0), (1.0, 1.0))))
+    plain = pair.framework(weights)
+    outputs = [ramp(batch, step) for step in (0, 5, 10)]
+    assert [output.scalars["interpolation"] for output in outputs] == [0.0, 0.5, 1.0]
+    assert "interpolation" not in plain(batch).scalars
+    assert outputs[2].loss.item() == plain(batch).loss.item()
+
+    # Nothing is learned from oneself, and less than everything half-way.
+    distances = [output.terms["kd"].sum.item() for output in outputs]
+    assert abs(distances[0]) < 1e-4 < distances[1] < distances[2]
+
+
 def test_terms_of_weight_zero_are_neither_computed_nor_asked_of_the_teacher(pair, calls):
     output = pair.framework({"lm": 1.0})(pair.batch())
     assert set(output.terms) == {"lm"}

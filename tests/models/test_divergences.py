@@ -6,8 +6,8 @@ from typing import get_args
 import pytest
 import torch
 
-from models.config import LossConfig
-from models.divergences import DIVERGENCES, DivergenceName, divergence, temper
+from models.config import LossConfig, Ramp
+from models.divergences import DIVERGENCES, ENDS, MIXED, DivergenceName, divergence, temper
 
 
 def kl(p: list[float], q: list[float]) -> float:
@@ -23,11 +23,17 @@ def jensen_shannon(p: list[float], q: list[float], skew: float) -> float:
     return (kl(p, middle) + kl(q, middle)) / 2
 
 
+def generalised_jensen_shannon(p: list[float], q: list[float], share: float) -> float:
+    middle = mixture(p, q, share)
+    return kl(p, middle) / (1 - share) + kl(q, middle) / share
+
+
 REFERENCES = {
     "forward_kl": lambda p, q, skew: kl(p, q),
     "reverse_kl": lambda p, q, skew: kl(q, p),
     "jsd": jensen_shannon,
     "skew_kl": lambda p, q, skew: kl(p, mixture(p, q, skew)),
+    "generalised_jsd": generalised_jensen_shannon,
 }
 """Divergence of two lists of probabilities, one outcome after another; a new divergence needs one."""
 
@@ -70,10 +76,53 @@ def test_jsd_is_symmetric_and_bounded_by_ln_2():
     assert values.max() <= math.log(2) + 1e-12
 
 
+@pytest.mark.parametrize(("kind", "skew", "end"), [(kind, skew, end) for (kind, skew), end in ENDS.items()])
+def test_at_an_end_of_its_mixture_a_divergence_is_another(kind, skew, end):
+    log_p, log_q = random_pair()
+    assert torch.equal(divergence(log_p, log_q, kind, skew), divergence(log_p, log_q, end, 0.1))
+
+    # and comes near to it without a leap, in single precision too
+    log_p, log_q = random_pair(spread=1.0)
+    for dtype, tolerance in ((torch.float64, 1e-4), (torch.float32, 2e-4)):
+        near = divergence(log_p.to(dtype), log_q.to(dtype), kind, abs(skew - 1e-6))
+        limit = divergence(log_p, log_q, end, 0.1)
+        assert torch.allclose(near.double(), limit, rtol=tolerance, atol=tolerance)
+
+
+def test_the_generalised_divergence_is_the_mirror_image_of_its_opposite():
+    log_p, log_q = random_pair()
+    there = divergence(log_p, log_q, "generalised_jsd", 0.3)
+    back = divergence(log_q, log_p, "generalised_jsd", 0.7)
+    assert torch.allclose(there, back)
+    half = divergence(log_p, log_q, "generalised_jsd", 0.5)
+    assert torch.allclose(half, 4 * divergence(log_p, log_q, "jsd", 0.5))
+
+
+@pytest.mark.parametrize("kind", sorted(MIXED))
+@pytest.mark.parametrize("skew", [1e-4, 0.5, 1 - 1e-4])
+def test_outcomes_without_probability_leave_gradients_finite(kind, skew):
+    log_p = torch.tensor([[-1e30, -1e30, 0.0, -40.0]])
+    log_q = torch.tensor([[-1e30, 0.0, -1e30, -40.0]]).requires_grad_()
+    value = divergence(log_p, log_q, kind, skew).sum()
+    value.backward()
+    assert value.isfinite() and log_q.grad.isfinite().all()
+
+
+def test_a_skew_is_a_share_and_that_of_skew_kl_leaves_something_to_learn():
+    ramp = Ramp(((0.0, 0.0), (1.0, 1.0)))
+    assert LossConfig(divergence="generalised_jsd", skew=ramp).skew == ramp
+    for divergence_name, skew, words in (
+        ("generalised_jsd", Ramp(((0.0, 0.0), (1.0, 1.5))), "from 0 to 1, got 0, 1.5"),
+        ("skew_kl", ramp, "teaches nothing"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            LossConfig(divergence=divergence_name, skew=skew)
+
+
 def test_unknown_divergence_is_refused_by_name():
     with pytest.raises(ValueError) as refusal:
         divergence(torch.zeros(1, 2), torch.zeros(1, 2), "kl", 0.1)
-    assert str(refusal.value) == "got divergence 'kl', expected forward_kl, reverse_kl, jsd or skew_kl"
+    assert str(refusal.value) == "got divergence 'kl', expected forward_kl, reverse_kl, jsd, skew_kl or generalised_jsd"
 
 
 def test_a_setting_admits_the_names_of_the_table_and_no_other():
@@ -83,7 +132,7 @@ def test_a_setting_admits_the_names_of_the_table_and_no_other():
 
     with pytest.raises(ValueError) as refusal:
         LossConfig(divergence="kl")
-    names = "'forward_kl', 'reverse_kl', 'jsd' or 'skew_kl'"
+    names = "'forward_kl', 'reverse_kl', 'jsd', 'skew_kl' or 'generalised_jsd'"
     assert str(refusal.value) == f"LossConfig: divergence: got 'kl', expected {names}"
 
 

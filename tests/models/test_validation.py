@@ -49,7 +49,7 @@ from tests.models.tiny import STORIES, Pair, byte_bpe, pair_of, tiny_llama
         (LossConfig, "temperature", "hot", "number"),
         (LossConfig, "temperature", 0.0, "greater than 0"),
         (LossConfig, "temperature", {"points": [[0, 1]]}, "an instance of"),
-        (LossConfig, "skew", 1.0, "less than 1"),
+        (LossConfig, "skew", 1.5, "from 0 to 1"),
         (LossConfig, "skew", math.nan, "finite"),
         (LossConfig, "max_depth", -1, "greater than or equal to 0"),
         (LossConfig, "min_prefix_mass", math.inf, "finite"),

@@ -63,6 +63,8 @@ _COLOURS = {
     "teacher": "#009E73",
     "initial_student": "#888888",
 }
+_SCHEDULED = {"temperature": "#999933", "skew": "#44AA99", "interpolation": "#882255"}
+"""Scalars that may follow the run's progress beside the weights, and their colours."""
 _MEASURED_ONLY = {"linestyle": (0, (1, 1.6)), "linewidth": 1.4, "alpha": 0.6}
 """Line of a term that never weighs anything: it is measured, and nothing is learned from it."""
 _WEIGHTED = {"linestyle": (0, (3, 2)), "linewidth": 1.2}
@@ -242,7 +244,7 @@ def _draw_losses(panel: Axes, steps: Records) -> None:
 
 
 def _draw_weights(panel: Axes, steps: Records, own_text: Records = ()) -> None:
-    """Draw the weights of all terms that weigh anything, and the share of text that the student writes itself."""
+    """Draw the weights of all terms that weigh anything, what else changes with them, and the share of own text."""
     panel.set_title("Curriculum weights")
     if not steps:
         _say_empty(panel)
@@ -255,6 +257,11 @@ def _draw_weights(panel: Axes, steps: Records, own_text: Records = ()) -> None:
         # Later lines are thinner, so that of two equal ones both are seen.
         width = max(3.6 - 0.7 * order, 1.4)
         panel.plot(x, y, **_term_style(name), linewidth=width)
+
+    for name, colour in _SCHEDULED.items():
+        values = [record.get(name) for record in steps]
+        if None not in values and len(set(values)) > 1:
+            panel.plot(x, values, color=colour, linestyle="--", label=name)
 
     # Of each round, until the next one begins.
     if own_text:

@@ -49,6 +49,18 @@ def test_values_and_gradients_are_those_of_the_plain_losses(kind, tail, softcap,
         compare(case(bias=bias), **options)
 
 
+@pytest.mark.parametrize("interpolation", [0.0, 0.4, 1.0])
+def test_a_target_on_the_way_to_the_teacher_is_that_of_the_plain_losses(interpolation, uncompiled):
+    options = {"interpolation": interpolation, "temperature": 2.0, "kind": "generalised_jsd", "skew": 0.3}
+    compare(case(), **options)
+
+    # Step by step too.
+    states, head, *rest = case()
+    expected = reference(states, head, *rest, **options)
+    found = fused(states, head, *rest, chunk=4, **options)
+    assert_same(gradients(found.loss, states, head), gradients(expected[0], states, head))
+
+
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("tail", TAILS)
 def test_gradient_is_that_of_finite_differences(tail, softcap, uncompiled):

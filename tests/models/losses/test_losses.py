@@ -92,6 +92,45 @@ def test_equal_distributions_have_kd_zero_and_no_gradient(kind, tail, temperatur
     assert logits.grad.abs().max() <= 2e-6
 
 
+def on_the_way(p: list[float], q: list[float], share: float) -> list[float]:
+    """Normalised p ** share q ** (1 - share)."""
+    products = [x**share * y ** (1 - share) for x, y in zip(p, q, strict=True)]
+    return [x / sum(products) for x in products]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interpolated_target_is_its_definition_in_float64(kind, share):
+    generator = torch.Generator().manual_seed(0)
+    logits = (torch.randn(6, 5, dtype=torch.float64, generator=generator) * 3).requires_grad_()
+    target = random_target(6, 5, 3, seed=1, dtype=torch.float64)
+    options = {"temperature": 2.0, "kind": kind, "tail": "bucket", "skew": 0.1}
+    loss = kd_loss(logits, target, **options, interpolation=share)
+
+    expected = 0.0
+    targets = []
+    for row, masses in zip(logits.detach(), as_dictionaries(target), strict=True):
+        q = row.softmax(0).tolist()
+        p = tempered([*masses.values(), 1 - sum(masses.values())], 2.0)
+        mine = tempered([*(q[token] for token in masses), 1 - sum(q[token] for token in masses)], 2.0)
+        targets.append(on_the_way(p, mine, share))
+        expected += 4 * reference_divergence(targets[-1], mine, kind, 0.1)
+    assert loss.item() == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+    # The target is a constant: its gradient is that of a teacher who says just this.
+    [gradient] = torch.autograd.grad(loss, logits)
+    padded = target.probs.clone()
+    for row, masses in enumerate(targets):
+        # Tempered back, as kd_loss tempers what a teacher says.
+        said = tempered(masses, 0.5)
+        padded[row, target.ids[row] >= 0] = torch.tensor(said[:-1], dtype=torch.float64)
+    fixed = SparseTarget(target.ids, padded, 1 - padded.sum(1), target.valid)
+    [reference] = torch.autograd.grad(kd_loss(logits, fixed, **options), logits)
+    assert torch.allclose(gradient, reference, atol=1e-10)
+    if share == 0:
+        assert abs(loss.item()) < 1e-12 and gradient.abs().max() < 1e-12
+
+
 def test_temperature_squared_is_in_the_gradient():
     """At a high temperature T, T^2 KL tends to a finite limit: without the square the gradient would fall by 1/T^2."""
     target = random_target(5, 9, 4, seed=5, dtype=torch.float64)

@@ -157,6 +157,13 @@ def test_a_high_temperature_gets_a_logarithmic_axis(tmp_path, figures):
     assert figures[0].axes[0].get_yscale() == "log" and figures[0].axes[2].get_yscale() == "linear"
 
 
+def test_what_changes_beside_the_weights_is_drawn_with_them(tmp_path, figures):
+    records = [training(step, kd=0.7) | {"skew": step / 100, "temperature": 2.0} for step in (1, 50, 100)]
+    draw_curves(tmp_path / "a.png", records)
+    panels = {panel.get_title(loc="left"): panel for panel in figures[0].axes}
+    assert legend_of(panels["Curriculum weights"]) == ["KD", "skew"]
+
+
 def evaluated(step: int, weights: list[list[float]] | None = None) -> dict:
     record = {"step": step, "split": "eval", "bits_per_byte": 1.0}
     layers = {"student_layers": [4, 8], "teacher_layers": [6, 9, 12]}
