@@ -13,6 +13,8 @@ A student that cannot write yet learns from given text first, and all arms begin
     REAL_MODELS_DIR=... python -m benchmarks.on_policy --pair neo-4096 --cold-start starts/neo-4096 --steps 1000
     REAL_MODELS_DIR=... python -m benchmarks.on_policy --pair neo-4096 --start starts/neo-4096 --learning-rate 1e-4
 
+The pair smollm2-gemma3 is that of `benchmarks.real_pair`, whose packages it needs.
+
 `--cost` tells where the time of a run goes, and how many tokens a second are written beside `generate` of transformers
 alone, in the same batches.
 """
@@ -35,13 +37,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from benchmarks.measure import table
+from benchmarks.real.sources import STUDENT, TEACHER, Package, plain_folder
 from benchmarks.real.tables import interval
 from utils.logs.records import OWN_TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("REAL_MODELS_DIR", ""))
-TEACHER = "models/tinystories-neo-chat-3m"
-TEXT = "corpora/tinystories-v1.txt"
 PROMPT, NEW = 32, 96
 """Tokens of a prompt, and of what is written behind it."""
 
@@ -50,17 +51,22 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class PairOfModels:
-    """A pair of models, and how its student is trained."""
+    """A pair of models, the text, and how its student is trained."""
 
-    student: str
-    tokenizer_only: bool
-    """The student is a small Llama with this tokenizer, which has no weights before its cold start."""
+    teacher: str | Package
+    student: str | Package
+    text: str
     learning_rate: float
+    tokenizer_only: bool = False
+    """The student is a small Llama with this tokenizer, which has no weights before its cold start."""
 
 
+NEO = "models/tinystories-neo-chat-3m"
+STORIES = "corpora/tinystories-v1.txt"
 PAIRS = {
-    "neo-260k": PairOfModels("models/stories260k-llama", False, 3e-4),
-    "neo-4096": PairOfModels("tokenizers/llama2c-tok4096", True, 1e-3),
+    "neo-260k": PairOfModels(NEO, "models/stories260k-llama", STORIES, 3e-4),
+    "neo-4096": PairOfModels(NEO, "tokenizers/llama2c-tok4096", STORIES, 1e-3, tokenizer_only=True),
+    "smollm2-gemma3": PairOfModels(TEACHER, STUDENT, "corpora/wikitext2-valid.txt", 1e-5),
 }
 
 
@@ -163,7 +169,7 @@ def make_start(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = _arguments(args, args.seeds[0], args.steps)
         if pair.tokenizer_only:
-            untrained = _write_untrained(DATA / pair.student, Path(folder) / "untrained")
+            untrained = _write_untrained(_folder(pair.student), Path(folder) / "untrained")
             arguments += ["--student", str(untrained), "--student-init", "random"]
         output = Path(folder) / "run"
         _train([*arguments, *ARMS[BASE].flags()], output)
@@ -189,14 +195,21 @@ def _write_untrained(tokenizer_folder: Path, folder: Path) -> Path:
     return folder
 
 
+def _folder(model: str | Package) -> Path:
+    """Return the folder of a model: one of the data, or that of an installed package as a plain one."""
+    if isinstance(model, Package):
+        return plain_folder(None, model, Path(tempfile.gettempdir()) / "on-policy")
+    return DATA / model
+
+
 def _arguments(args: argparse.Namespace, seed: int, steps: int) -> list[str]:
     """Return the flags of train.py that all arms have in common."""
     pair = PAIRS[args.pair]
-    student = args.start or DATA / pair.student
+    student = args.start or _folder(pair.student)
     rate = args.learning_rate or pair.learning_rate
     return [
-        *("--teacher", str(DATA / TEACHER), "--student", str(student)),
-        *("--train-data", str(DATA / TEXT), "--max-length", str(PROMPT + NEW), "--batch-size", "8"),
+        *("--teacher", str(_folder(pair.teacher)), "--student", str(student)),
+        *("--train-data", str(DATA / pair.text), "--max-length", str(PROMPT + NEW), "--batch-size", "8"),
         *("--learning-rate", str(rate), "--max-steps", str(steps), "--eval-every", "0"),
         *("--on-policy.every", str(args.every), "--on-policy.prompt-tokens", str(PROMPT)),
         *("--on-policy.new-tokens", str(NEW), "--training.seed", str(seed)),
@@ -281,10 +294,11 @@ def cost(results: Sequence[Result], args: argparse.Namespace) -> str:
 
 def _generate_alone(args: argparse.Namespace) -> float:
     """Return the tokens a second that transformers writes behind prompts of the same length, sampling."""
-    folder = DATA / PAIRS[args.pair].student
+    pair = PAIRS[args.pair]
+    folder = args.start or _folder(pair.student)
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer((DATA / TEXT).read_text(encoding="utf-8")[:200_000])["input_ids"]
+    ids = tokenizer((DATA / pair.text).read_text(encoding="utf-8")[:200_000])["input_ids"]
     prompts = torch.tensor([ids[n * PROMPT : (n + 1) * PROMPT] for n in range(64)])
 
     rates = []
