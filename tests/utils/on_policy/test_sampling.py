@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from utils.errors import UserError
 from utils.on_policy import sampling as sampling_module
-from utils.on_policy.sampling import GenerateEngine, Prompt, SamplingRule, uniforms
+from utils.on_policy.sampling import GenerateEngine, Prompt, SamplingRule, checked_rows, uniforms
 
 VOCABULARY = 23
 RULE = SamplingRule(stop_ids=[5, 7])
@@ -157,3 +158,28 @@ def test_writing_can_be_ended_between_two_batches(student):
     with pytest.raises(KeyboardInterrupt):
         GenerateEngine(lambda tokens: 2)(student, prompts(9), RULE, note)
     assert written == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (None, "got NoneType None"),
+        ([[1.5], []], "expected lists of numbers"),
+        (["ab", "c"], "expected lists of numbers"),
+        ([[1]], "got 1 rows, expected 2"),
+        ([[1], [1, 2, 3, 4]], "got 4 tokens in row 1, expected at most 3"),
+        ([[1, 9], []], "got token 9 in row 0, expected 0 to 8"),
+        ([[-1], []], "got token -1 in row 0"),
+    ],
+)
+def test_what_another_engine_writes_is_checked(rows, words):
+    prompts = [Prompt([1], np.zeros(2)), Prompt([1], np.zeros(3))]
+    with pytest.raises(UserError, match=words):
+        checked_rows(rows, prompts, 9)
+
+
+def test_another_engine_may_write_in_any_whole_numbers():
+    prompts = [Prompt([1], np.zeros(2))] * 2
+    for rows in ([[1, 2], [3]], [np.array([1, 2], dtype=np.uint8), np.array([3])], (torch.tensor([1, 2]), (3,))):
+        texts = checked_rows(rows, prompts, 9)
+        assert texts == [[1, 2], [3]] and {type(token) for text in texts for token in text} == {int}
