@@ -164,8 +164,8 @@ def test_writing_can_be_ended_between_two_batches(student):
     ("rows", "words"),
     [
         (None, "got NoneType None"),
-        ([[1.5], []], "expected lists of numbers"),
-        (["ab", "c"], "expected lists of numbers"),
+        ([[1.5], []], "expected lists of whole numbers"),
+        (["ab", "c"], "expected lists of whole numbers"),
         ([[1]], "got 1 rows, expected 2"),
         ([[1], [1, 2, 3, 4]], "got 4 tokens in row 1, expected at most 3"),
         ([[1, 9], []], "got token 9 in row 0, expected 0 to 8"),
