@@ -239,8 +239,11 @@ class _Draw:
         self.width = width
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        # what has overflowed is no number, and no token lies at one: an error that a GPU does not recover from
+        finite = logits.float().nan_to_num(nan=torch.finfo(torch.float32).min)
+
         # float64: a sum over a large vocabulary in float32 is off by more than a rare token has
-        cumulative = logits.float().softmax(-1).double().cumsum(-1)
+        cumulative = finite.softmax(-1).double().cumsum(-1)
         number = self.numbers[:, ids.shape[1] - self.width, None]
 
         # a product just below 1 may be rounded up to the whole sum, which no token lies behind

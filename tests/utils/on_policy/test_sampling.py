@@ -109,6 +109,14 @@ def test_a_token_without_probability_is_never_drawn():
     assert chosen == [1, 3, 3]
 
 
+def test_a_token_is_drawn_where_logits_have_overflowed():
+    """As in float16: the loss is not finite either, and the training skips such a step."""
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[nan] * 4, [-inf] * 4, [0.0, inf, 0.0, 0.0], [nan, nan, 3.0, nan]])
+    draw = sampling_module._Draw(torch.full((4, 1), 0.6, dtype=torch.float64), width=1)
+    assert draw(torch.zeros(4, 1, dtype=torch.long), logits).argmax(-1).tolist() == [2, 2, 1, 2]
+
+
 def test_random_numbers_are_those_of_a_slot():
     assert np.array_equal(uniforms(1, 2, 3, 5), uniforms(1, 2, 3, 9)[:5])
     different = {uniforms(*key, 1)[0] for key in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)]}
