@@ -2,7 +2,10 @@
 
 The student is graded on the very tokens that it sampled: its text, tokenised again, may have others. The teacher reads
 the same bytes in its own tokens, behind its own reading of the same prompt. A prompt is the begin of a window of given
-text, up to a byte at which a token of either model begins; in a conversation, up to an answer.
+text, up to a character at which a token of either model begins; in a conversation, up to an answer.
+
+A template may write a space before an answer, and a tokenizer make one token of it and the answer's first word. Such a
+space is no part of the answer: the other model reads what its own template has there.
 
 What a student writes may be no text: it ends before the first special token and before the first byte that is no
 UTF-8. A character whose last bytes are lacking, because the limit cut it off, ends it likewise.
@@ -43,6 +46,10 @@ class OwnPrompt:
     """Likewise."""
     document: str
     """Name of the document, for messages."""
+    student_space: bytes = b""
+    """Space of the student's template that is a part of the first token of an answer."""
+    teacher_space: bytes = b""
+    """Likewise of the teacher's."""
 
     @property
     def student_ids(self) -> list[int]:
@@ -95,9 +102,9 @@ def own_prompt(encoder: PairEncoder, window: Mapping[str, Any], tokens: int, dra
     """
     student, teacher = (_reading(window, side) for side in SIDES)
     if encoder.prompt is None:
-        places = _begins_of_documents(student, teacher, tokens)
+        places = _begins_of_documents(encoder, student, teacher, tokens)
     else:
-        places = _begins_of_answers(student, teacher)
+        places = _begins_of_answers(encoder, student, teacher)
 
     # Both models need room to go on.
     places = [place for place in places if max(place.student.stop, place.teacher.stop) < encoder.max_length]
@@ -108,6 +115,8 @@ def own_prompt(encoder: PairEncoder, window: Mapping[str, Any], tokens: int, dra
         student=_as_read(student.select(place.student)),
         teacher=_as_read(teacher.select(place.teacher)),
         document=str(window["documents"]),
+        student_space=place.student_space,
+        teacher_space=place.teacher_space,
     )
 
 
@@ -116,6 +125,8 @@ class _Place(NamedTuple):
 
     student: slice
     teacher: slice
+    student_space: bytes = b""
+    teacher_space: bytes = b""
 
 
 def _as_read(reading: Reading) -> Reading:
@@ -123,12 +134,16 @@ def _as_read(reading: Reading) -> Reading:
     return reading._replace(roles=np.full(len(reading.ids), MARKER))
 
 
-def _begins_of_documents(student: Reading, teacher: Reading, tokens: int) -> list[_Place]:
+def _begins_of_documents(encoder: PairEncoder, student: Reading, teacher: Reading, tokens: int) -> list[_Place]:
     """Return the begins of the documents in a window of plain text, at most half of each."""
+    student_table, teacher_table = encoder.tables
     places = []
     for student_part, teacher_part in zip(_documents(student), _documents(teacher), strict=False):
-        # Bytes at which a token of either model begins, and that something stands before.
-        common = np.intersect1d(_text_starts(student, student_part), _text_starts(teacher, teacher_part))
+        # Characters at which a token of either model begins, and that something stands before.
+        common = np.intersect1d(
+            _text_starts(student, student_part, student_table),
+            _text_starts(teacher, teacher_part, teacher_table),
+        )
         student_tokens = np.searchsorted(student.starts, common)
         teacher_tokens = np.searchsorted(teacher.starts, common)
         has_begun = (student_tokens > student_part.start) & (teacher_tokens > teacher_part.start)
@@ -161,16 +176,40 @@ def _documents(reading: Reading) -> list[slice]:
     return parts
 
 
-def _text_starts(reading: Reading, part: slice) -> np.ndarray:
-    """Return the bytes at which tokens of a text begin."""
+def _text_starts(reading: Reading, part: slice, table: TokenTable) -> np.ndarray:
+    """Return the bytes at which tokens of a text begin that do not go on with a character."""
     tokens = reading.select(part)
-    return tokens.starts[tokens.roles == TEXT]
+    begins_character = [_begins_character(table.bytes[token]) for token in tokens.ids.tolist()]
+    return tokens.starts[(tokens.roles == TEXT) & np.array(begins_character, dtype=bool)]
 
 
-def _begins_of_answers(student: Reading, teacher: Reading) -> list[_Place]:
+def _begins_character(data: bytes | None) -> bool:
+    """Return whether bytes begin with a character; one of the form 10xxxxxx goes on with one."""
+    return not data or (data[0] & 0xC0) != 0x80
+
+
+def _begins_of_answers(encoder: PairEncoder, student: Reading, teacher: Reading) -> list[_Place]:
     """Return what stands before each answer in a window of conversations, its markup included."""
-    pairs = zip(_answers(student), _answers(teacher), strict=False)
-    return [_Place(slice(0, first), slice(0, second)) for first, second in pairs]
+    student_table, teacher_table = encoder.tables
+    places = []
+    for first, second in zip(_answers(student), _answers(teacher), strict=False):
+        begin = max(student.starts[first], teacher.starts[second])
+        places.append(
+            _Place(
+                slice(0, first),
+                slice(0, second),
+                student_space=_space_before(student, first, begin, student_table),
+                teacher_space=_space_before(teacher, second, begin, teacher_table),
+            )
+        )
+    return places
+
+
+def _space_before(reading: Reading, number: int, begin: int, table: TokenTable) -> bytes:
+    """Return the space that a token has before the byte at which an answer begins."""
+    data = table.bytes[int(reading.ids[number])] or b""
+    before = data[: max(0, begin - int(reading.starts[number]))]
+    return before if before.isspace() else b""
 
 
 def _answers(reading: Reading) -> list[int]:
@@ -211,20 +250,24 @@ def own_window(encoder: PairEncoder, prompt: OwnPrompt, sampled: Sequence[int]) 
     broken = has_special or not is_text or (ended and is_cut)
     ended = ended and not is_cut
 
+    space = prompt.student_space if data.startswith(prompt.student_space) else b""
+    answer = data[len(space) :]
+    begin = prompt.byte + max(len(space), len(prompt.teacher_space))
+
     # The teacher may need more tokens than a window has.
     end_ids = encoder.end_of_text if ended else (None, None)
     readings = []
-    for table, before, own_ids, end_id in (
-        (student_table, prompt.student, ids[:count], end_ids[0]),
-        (teacher_table, prompt.teacher, None, end_ids[1]),
+    for table, before, own_space, own_ids, end_id in (
+        (student_table, prompt.student, space, ids[:count], end_ids[0]),
+        (teacher_table, prompt.teacher, prompt.teacher_space, None, end_ids[1]),
     ):
-        text = _text_reading(data, table, own_ids).shifted(prompt.byte)
+        text = _behind_space(_text_reading(own_space + answer, table, own_ids), len(own_space)).shifted(begin)
         if None not in end_ids:
-            text = text.with_end(end_id, prompt.byte + len(data))
+            text = text.with_end(end_id, begin + len(answer))
         readings.append(Reading.joined([before, text]).part(0, encoder.max_length))
 
-    window = _window(readings, prompt, len(data)) if ended or count else None
-    return OwnText(window, data.decode(), count, ended, broken)
+    window = _window(readings, prompt, len(answer)) if ended or answer else None
+    return OwnText(window, answer.decode(), count, ended, broken)
 
 
 def _up_to_end(sampled: Sequence[int], table: TokenTable) -> tuple[list[int], bool, bool]:
@@ -258,11 +301,9 @@ def _valid_tokens(data: bytes, ends: np.ndarray) -> tuple[int, bool]:
         valid = error.start
         is_text = error.reason == "unexpected end of data"
 
-    # A byte of the form 10xxxxxx goes on with a character.
     for number in range(len(ends), 0, -1):
         end = ends[number - 1]
-        begins_character = end == len(data) or (data[end] & 0xC0) != 0x80
-        if end <= valid and (end == valid or begins_character):
+        if end <= valid and (end == valid or _begins_character(data[end:])):
             return number, is_text
     return 0, is_text
 
@@ -274,8 +315,7 @@ def _text_reading(data: bytes, table: TokenTable, ids: Sequence[int] | None) -> 
     spelt, ends = _spelling(ids, table)
     if spelt != data:
         # Bytes that the tokenizer drops or has no token for: its own reading of the text tells where they are.
-        [reading] = table.read([data.decode()])
-        return reading
+        return table.read_inside(data.decode())
 
     return Reading(
         ids=np.array(ids, dtype=np.int64),
@@ -283,6 +323,12 @@ def _text_reading(data: bytes, table: TokenTable, ids: Sequence[int] | None) -> 
         ends=ends,
         roles=np.full(len(ids), TEXT),
     )
+
+
+def _behind_space(reading: Reading, size: int) -> Reading:
+    """Return the tokens of an answer and so many bytes of a template before it; what has no other byte is markup."""
+    ends = reading.ends - size
+    return reading._replace(starts=reading.starts - size, ends=ends, roles=np.where(ends > 0, reading.roles, MARKER))
 
 
 def _window(readings: Sequence[Reading], prompt: OwnPrompt, size: int) -> dict[str, Any]:

@@ -405,6 +405,12 @@ class TokenTable:
             spellings.append(ids)
         return spellings
 
+    def read_inside(self, text: str) -> Reading:
+        """Locate the tokens of a piece in the middle of a text, by the tokenizer's own rules, also where they do not
+        spell it."""
+        encoding = self._without_edges.encode(text, add_special_tokens=False)
+        return self.place(text, encoding.ids, encoding.offsets)
+
     @functools.cached_property
     def _without_edges(self) -> tokenizers.Tokenizer:
         """The tokenizer without what it does to the begin and the end of a text only."""

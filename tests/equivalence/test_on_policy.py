@@ -19,7 +19,7 @@ from utils.logs.records import is_own_text, read_metrics
 from utils.logs.step_logger import StepLogger
 from utils.machine.stop_signals import Interrupted
 from utils.on_policy.round_files import RoundFiles
-from utils.on_policy.rounds import RoundMaterial, Rounds
+from utils.on_policy.rounds import RoundMaterial, Rounds, Slot
 from utils.parallel.accelerator import build_accelerator
 from utils.parallel.processes import on_main_process
 from utils.training.checkpoints import CheckpointStore
@@ -77,10 +77,11 @@ def run(
         accelerator=accelerator,
     )
     store = None if folder is None else CheckpointStore(folder / "checkpoints")
+    lengths = OnPolicyConfig(**LENGTHS | changed.pop("lengths", {}))
     rounds = Rounds(
-        OnPolicyConfig(**LENGTHS | changed.pop("lengths", {})),
+        lengths,
         material,
-        files=None if folder is None else RoundFiles(folder / "rounds"),
+        files=None if folder is None else RoundFiles(folder / "rounds", lengths.of_texts),
         kept_steps=tuple if store is None else store.steps,
         progress=progress,
         **changed,
@@ -170,7 +171,16 @@ def test_texts_that_are_lost_are_written_anew_which_is_said(whole, tmp_path, cap
     file.write_bytes(file.read_bytes()[:-9])
     _, result, _ = run(tmp_path)
     assert result.stopped_by == "finished"
-    assert "cannot be read (EOFError)" in caplog.text and "writes them anew" in caplog.text
+    assert "are not used (EOFError)" in caplog.text and "writes them anew" in caplog.text
+
+
+def test_texts_of_other_settings_are_written_anew_behind_their_own_prompts(tmp_path, caplog):
+    run(tmp_path, stop=StopAfter(4))
+    _, result, rounds = run(tmp_path, lengths={"prompt_tokens": 2}, stop=StopAfter(1))
+    assert result.steps == 5 and "other settings" in caplog.text and "writes them anew" in caplog.text
+    text = rounds._shown[1][-1]
+    slot = Slot(text["step"], text["number"], text["window"])
+    assert len(rounds._prompt(slot).student_ids) <= 2 and rounds._shown[0] == 3
 
 
 def test_only_texts_that_a_checkpoint_may_need_are_kept(whole):

@@ -286,6 +286,16 @@ class OnPolicyConfig(Validated):
     grow round by round, are one token, are empty, or the teacher finds them ever less likely. False: only warn."""
 
     @property
+    def of_texts(self) -> dict[str, float]:
+        """The settings that a text depends on, beside those that say which texts there are."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+        }
+
+    @property
     def tokens(self) -> int:
         """Tokens of a plain text that the student has written, its beginning included."""
         return self.prompt_tokens + self.new_tokens

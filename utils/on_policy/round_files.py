@@ -2,15 +2,16 @@
 
     OUTPUT/rounds/step-XXXXXXXX.json.gz     of the round that begins behind so many optimizer steps
 
-A file appears whole or not at all. It holds the sampled ids, which are what the student learns from, and for people
-the prompts and texts.
+A file appears whole or not at all. It holds the sampled ids, which are what the student learns from, the settings that
+they were written with, and for people the prompts and texts.
 """
 
 import gzip
 import json
 import logging
 import re
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from ..files import free_disk, write_bytes
 log = logging.getLogger(__name__)
 
 FILE_NAME = re.compile(r"step-(\d{8})\.json\.gz")
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,12 @@ class RoundFiles:
 
     Args:
         folder: `OUTPUT/rounds`; created at the first write.
+        settings: of prompts and sampling; texts that were written with others are not read.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any] | None = None) -> None:
         self.folder = folder
+        self.settings = dict(settings or {})
 
     def write(self, first_step: int, texts: Sequence[WrittenText], shown: Sequence[dict[str, Any]]) -> None:
         """Write the texts of a round.
@@ -56,8 +59,14 @@ class RoundFiles:
         Raises:
             RunError: the disk is full, or the folder may not be written to.
         """
-        value = {"format": FORMAT, "texts": [asdict(text) for text in texts], "shown": list(shown)}
+        value = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "texts": [asdict(text) for text in texts],
+            "shown": list(shown),
+        }
         content = gzip.compress(json.dumps(value).encode(), mtime=0)
+
         file = self._file(first_step)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -70,9 +79,9 @@ class RoundFiles:
             ) from error
 
     def read(self, first_step: int) -> list[WrittenText] | None:
-        """Return the texts of a round; None where there are none, or none that are whole, which is logged."""
+        """Return the texts of a round; None where there are none of these settings, or none that are whole."""
         value = self._content(self._file(first_step))
-        return None if value is None else [WrittenText(**text) for text in value["texts"]]
+        return None if value is None else value["texts"]
 
     def newest_shown(self) -> tuple[int, list[dict[str, Any]]] | None:
         """Return the step at which the last round began, and its prompts and texts for people; None: there is none."""
@@ -110,15 +119,20 @@ class RoundFiles:
         return self.folder / f"step-{first_step:08d}.json.gz"
 
     def _content(self, file: Path) -> dict[str, Any] | None:
-        """Return what a file holds; None where there is none, or none that is whole."""
+        """Return what a file holds; None where there is none of these settings, or none that is whole, which is
+        logged."""
         try:
             value = json.loads(gzip.decompress(file.read_bytes()))
-            if value["format"] == FORMAT and {"texts", "shown"} <= value.keys():
-                return value
-            problem = f"format {value['format']}"
+            if value["format"] != FORMAT:
+                problem = f"format {value['format']}"
+            elif value["settings"] != self.settings:
+                problem = "other settings"
+            else:
+                texts = [WrittenText(**text) for text in value["texts"]]
+                return {"texts": texts, "shown": value["shown"]}
         except FileNotFoundError:
             return None
-        except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
             problem = type(error).__name__
-        log.warning("texts of the student in %s cannot be read (%s)", file, problem)
+        log.warning("texts of the student in %s are not used (%s)", file, problem)
         return None

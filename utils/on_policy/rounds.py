@@ -27,7 +27,7 @@ from ..machine import device_memory
 from ..parallel.processes import on_main_process
 from .figures import SlotText, describe, teachers_opinion
 from .round_files import RoundFiles, WrittenText
-from .sampling import Engine, GenerateEngine, Prompt, SamplingRule, uniforms
+from .sampling import Engine, GenerateEngine, Prompt, SamplingRule, checked_rows, uniforms
 from .slots import own_slots
 from .warning_signs import WarningSigns
 
@@ -132,6 +132,7 @@ class Rounds:
         Raises:
             Interrupted: a signal came while the student wrote.
             RunError: the texts cannot be written to disk.
+            UserError: another engine has written no texts.
         """
         first = step - step % self.config.every
         if self._current is not None and self._current.first == first:
@@ -308,12 +309,13 @@ class Rounds:
 
         with self.progress.over("the student's own text", len(beginnings), "own text", unit="text") as note:
             rows = self.engine(material.module.student, beginnings, self._rule, note)
+        texts = checked_rows(rows, beginnings, material.pair.encoder.tables[0].rows)
         if material.accelerator.device.type == "cuda":
             device_memory.release()
 
         ids: list[list[int] | None] = [None] * len(prompts)
-        for number, row in zip(places, rows, strict=True):
-            ids[number] = [int(token) for token in row]
+        for number, text in zip(places, texts, strict=True):
+            ids[number] = text
         return self._gathered(ids)
 
     def _slot_texts(

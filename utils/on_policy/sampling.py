@@ -9,15 +9,17 @@ Shapes: B texts of a batch, V tokens of the vocabulary, N new tokens.
 
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import UserError
 from ..evaluation.samples import generation_settings, plain_generation, readable_tokens, writing_model
 from ..evaluation.scores import evaluation_mode
 from ..evaluation.written_text import padded
@@ -72,6 +74,39 @@ class Engine(Protocol):
             if there is one. The same call must return the same ids, or a resumed run differs from one that was not
             stopped: `prompt.uniforms` are there to be drawn by, or to make a seed of.
         """
+
+
+def checked_rows(rows: Any, prompts: Sequence[Prompt], vocabulary: int) -> list[list[int]]:
+    """Return what an engine has written, as plain numbers.
+
+    Args:
+        vocabulary: tokens of the student.
+
+    Raises:
+        UserError: they are not the new tokens behind each prompt.
+    """
+    expected = "the engine must return the new tokens behind each prompt (`Engine` in utils/on_policy/sampling.py)"
+    try:
+        texts = [[operator.index(token) for token in row] for row in rows]
+    except TypeError as error:
+        raise UserError(
+            f"{expected}; got {type(rows).__name__} {rows!r:.80}, expected lists of whole numbers"
+        ) from error
+
+    if len(texts) != len(prompts):
+        raise UserError(f"{expected}; got {len(texts)} rows, expected {len(prompts)}, one a prompt, in their order")
+    for number, (text, prompt) in enumerate(zip(texts, prompts, strict=True)):
+        if len(text) > len(prompt.uniforms):
+            raise UserError(
+                f"{expected}; got {len(text)} tokens in row {number}, expected at most {len(prompt.uniforms)} there, "
+                "as many as the prompt's `uniforms`, and without the prompt"
+            )
+        outside = [token for token in text if not 0 <= token < vocabulary]
+        if outside:
+            raise UserError(
+                f"{expected}; got token {outside[0]} in row {number}, expected 0 to {vocabulary - 1}, the student's"
+            )
+    return texts
 
 
 def uniforms(seed: int, step: int, slot: int, count: int) -> np.ndarray:
@@ -204,8 +239,11 @@ class _Draw:
         self.width = width
 
     def __call__(self, ids: Tensor, logits: Tensor) -> Tensor:
+        # what has overflowed is no number, and no token lies at one: an error that a GPU does not recover from
+        finite = logits.float().nan_to_num(nan=torch.finfo(torch.float32).min)
+
         # float64: a sum over a large vocabulary in float32 is off by more than a rare token has
-        cumulative = logits.float().softmax(-1).double().cumsum(-1)
+        cumulative = finite.softmax(-1).double().cumsum(-1)
         number = self.numbers[:, ids.shape[1] - self.width, None]
 
         # a product just below 1 may be rounded up to the whole sum, which no token lies behind

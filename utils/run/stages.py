@@ -264,7 +264,7 @@ def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, ses
         settings,
         material,
         engine=session.engine or _writer(job),
-        files=RoundFiles(output / ROUNDS),
+        files=RoundFiles(output / ROUNDS, settings.of_texts),
         kept_steps=store.steps,
         progress=session.progress,
         warn=None if session.is_main else ignore_message,

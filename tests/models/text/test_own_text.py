@@ -1,6 +1,8 @@
 """Text that the student writes itself: exact tokens, the bytes that the teacher reads, and what is left of no text."""
 
+import copy
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -73,6 +75,20 @@ def test_a_prompt_is_the_begin_of_a_document_up_to_a_byte_where_both_begin_a_tok
     assert (prompt.student.roles == MARKER).all() and (prompt.teacher.roles == MARKER).all()
 
 
+def test_a_prompt_ends_with_a_whole_character():
+    """Tokens of both models begin in the middle of characters."""
+    text = "Жили-были дед да баба. 你好世界 " * 4
+    pair = encoder(teacher=STUDENT, length=200)
+    window = pair.windows([text])[0]
+    ids = window["student_ids"].tolist()
+    for tokens in range(3, 40):
+        prompt = own_prompt(pair, window, tokens, 0.0)
+        if prompt is not None:
+            begin = len(prompt.student_ids)
+            own = own_window(pair, prompt, ids[begin : begin + 12])
+            assert bytes_of(pair, 0, prompt.student_ids).decode() and own.window is not None and not own.broken
+
+
 def test_every_document_of_a_window_can_be_gone_on_with():
     texts = [f"{story[:40]}." for story in STORIES[:3]]
     pair = encoder(length=400)
@@ -142,6 +158,14 @@ def test_bytes_that_are_no_text_end_it():
     assert own_window(pair, prompt_of(pair), broken).window is None
 
 
+def test_a_teacher_without_tokens_for_a_text_reads_no_space_that_is_not_there():
+    pair = encoder(teacher=metaspace())
+    own = own_window(pair, prompt_of(pair), ids_of("ing ☃ and"))
+    behind = own.window["teacher_ids"][len(prompt_of(pair).teacher.ids) :]
+    assert metaspace().convert_ids_to_tokens(behind.tolist())[0] != "▁"
+    assert own.window["teacher_ends"][-1] == own.window["student_ends"][-1]
+
+
 def test_a_special_token_in_the_middle_ends_it():
     student = metaspace()
     pair = encoder(student=student, teacher=TEACHER)
@@ -202,6 +226,35 @@ def test_a_conversation_is_gone_on_with_where_an_answer_begins():
     asked = TEACHER.decode(own.window["teacher_ids"])
     assert asked.endswith("Where?\n\nAssistant:\nIn the park.<|endoftext|>")
     assert learned(own.window, "student").tolist() == ids_of("In the park.")
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{{ ':BREAK' + m.content + eos_token }}"
+    "{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("breaks", list(itertools.product([" ", "\\n"], repeat=2)))
+def test_a_space_of_the_template_in_the_first_token_of_an_answer_stays_on_its_side(breaks):
+    """The same answer, given or written, has the same tokens, behind each model's own template."""
+    tokenizers = {"student": copy.deepcopy(TEACHER), "teacher": copy.deepcopy(STUDENT)}
+    for tokenizer, gap in zip(tokenizers.values(), breaks, strict=True):
+        tokenizer.chat_template = TEMPLATE.replace("BREAK", gap)
+    chat, _ = tokenizers_for_chat(tokenizers)
+    pair = ChatEncoder(chat["student"], chat["teacher"], 64)
+    [window] = pair.windows(['[{"role": "user", "content": "Who"}, {"role": "assistant", "content": "the park."}]'])
+
+    prompt = own_prompt(pair, window, 4, 0.0)
+    sampled = window["student_ids"][len(prompt.student_ids) :].tolist()
+    own = own_window(pair, prompt, sampled)
+    assert own.ended and own.text.strip() == "the park."
+    for side in ("student", "teacher"):
+        ids = own.window[f"{side}_ids"].tolist()
+        assert ids == window[f"{side}_ids"].tolist()[: len(ids)]
+    assert own.window["student_ends"][-1] == own.window["teacher_ends"][-1]
+
+    # nothing is taken away that the student has not written
+    assert own_window(pair, prompt, ids_of("Lily.", TEACHER)).text == "Lily."
 
 
 # ------------------------------------------------------------------------------------------ refusals

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from utils.errors import UserError
 from utils.on_policy import sampling as sampling_module
-from utils.on_policy.sampling import GenerateEngine, Prompt, SamplingRule, uniforms
+from utils.on_policy.sampling import GenerateEngine, Prompt, SamplingRule, checked_rows, uniforms
 
 VOCABULARY = 23
 RULE = SamplingRule(stop_ids=[5, 7])
@@ -108,6 +109,14 @@ def test_a_token_without_probability_is_never_drawn():
     assert chosen == [1, 3, 3]
 
 
+def test_a_token_is_drawn_where_logits_have_overflowed():
+    """As in float16: the loss is not finite either, and the training skips such a step."""
+    nan, inf = float("nan"), float("inf")
+    logits = torch.tensor([[nan] * 4, [-inf] * 4, [0.0, inf, 0.0, 0.0], [nan, nan, 3.0, nan]])
+    draw = sampling_module._Draw(torch.full((4, 1), 0.6, dtype=torch.float64), width=1)
+    assert draw(torch.zeros(4, 1, dtype=torch.long), logits).argmax(-1).tolist() == [2, 2, 1, 2]
+
+
 def test_random_numbers_are_those_of_a_slot():
     assert np.array_equal(uniforms(1, 2, 3, 5), uniforms(1, 2, 3, 9)[:5])
     different = {uniforms(*key, 1)[0] for key in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4)]}
@@ -157,3 +166,28 @@ def test_writing_can_be_ended_between_two_batches(student):
     with pytest.raises(KeyboardInterrupt):
         GenerateEngine(lambda tokens: 2)(student, prompts(9), RULE, note)
     assert written == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("rows", "words"),
+    [
+        (None, "got NoneType None"),
+        ([[1.5], []], "expected lists of whole numbers"),
+        (["ab", "c"], "expected lists of whole numbers"),
+        ([[1]], "got 1 rows, expected 2"),
+        ([[1], [1, 2, 3, 4]], "got 4 tokens in row 1, expected at most 3"),
+        ([[1, 9], []], "got token 9 in row 0, expected 0 to 8"),
+        ([[-1], []], "got token -1 in row 0"),
+    ],
+)
+def test_what_another_engine_writes_is_checked(rows, words):
+    prompts = [Prompt([1], np.zeros(2)), Prompt([1], np.zeros(3))]
+    with pytest.raises(UserError, match=words):
+        checked_rows(rows, prompts, 9)
+
+
+def test_another_engine_may_write_in_any_whole_numbers():
+    prompts = [Prompt([1], np.zeros(2))] * 2
+    for rows in ([[1, 2], [3]], [np.array([1, 2], dtype=np.uint8), np.array([3])], (torch.tensor([1, 2]), (3,))):
+        texts = checked_rows(rows, prompts, 9)
+        assert texts == [[1, 2], [3]] and {type(token) for text in texts for token in text} == {int}
