@@ -129,6 +129,9 @@ class CurriculumConfig(Validated):
 
     on_policy: Schedule = 0.0
     """Share of a step's windows that the student writes itself, between 0 and 1; no term of the loss."""
+    select: Schedule = 1.0
+    """Share of each window's positions that KD is learned at, above 0 and at most 1: those that `loss.select_by` puts
+    first."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -143,6 +146,13 @@ class CurriculumConfig(Validated):
         shares = [f"{share:g}" for share in values_of(self.on_policy) if not 0 <= share <= 1]
         if shares:
             raise ValueError(f"on_policy is a share of windows, from 0 to 1, got {', '.join(shares)}")
+
+        shares = [f"{share:g}" for share in values_of(self.select) if not 0 < share <= 1]
+        if shares:
+            raise ValueError(
+                f"select is a share of positions, above 0 and at most 1, got {', '.join(shares)}; to learn nothing by "
+                "KD give it the weight 0"
+            )
 
     @classmethod
     def of_weights(cls, weights: Mapping[str, Schedule]) -> "CurriculumConfig":
@@ -213,6 +223,10 @@ class LossConfig(Validated):
     interpolation: Schedule = 1.0
     """Share of the teacher in what KD learns from. 1: the teacher's distributions; below it they are mixed with the
     student's own, in logits, so that a ramp to 1 leads the student to the teacher by targets near to it (TAID)."""
+    select_by: Literal["student_entropy", "teacher_entropy", "divergence", "excess_loss"] = "student_entropy"
+    """Score by which `curriculum.select` puts positions in order: the entropy of either model, the KL divergence
+    between them, or the student's loss over the teacher's. All but teacher_entropy take one more pass of the
+    student's head."""
     max_depth: Annotated[int, Ge(0)] = 16
     """How many student tokens into a teacher token KD still applies; 0: common boundaries only."""
     correction: Literal["span", "channel", "none"] = "span"

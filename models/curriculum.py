@@ -5,6 +5,7 @@ import warnings
 from itertools import pairwise
 
 from .config import CurriculumConfig, LossConfig, Ramp, Schedule
+from .divergences import MIXED
 from .validation import expect, expect_count
 
 
@@ -57,9 +58,14 @@ class CurriculumScheduler:
         self._scalars: dict[str, Schedule] = {
             "temperature": loss.temperature,
             "span_temperature": loss.span_temperature,
-            "skew": loss.skew,
-            "interpolation": loss.interpolation,
         }
+        # Scalars that nothing reads are no facts about a step.
+        if loss.divergence in MIXED:
+            self._scalars["skew"] = loss.skew
+        if loss.interpolation != 1:
+            self._scalars["interpolation"] = loss.interpolation
+        if curriculum.select != 1:
+            self._scalars["select"] = curriculum.select
 
         self._own_text = curriculum.on_policy
         self.uses_own_text = curriculum.uses_own_text

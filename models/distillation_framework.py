@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from .config import HEAD_TERMS, ROUTER_TERMS, TEXT_TERMS, LossConfig, RouterConfig
 from .curriculum import CurriculumScheduler
-from .divergences import MIXED
 from .language_model import (
     body_layers,
     body_states,
@@ -215,11 +214,6 @@ class DistillationFramework(nn.Module):
             parts.append(head.loss)
         loss = torch.stack(parts).sum() if parts else self._no_loss()
 
-        # What this loss does not read is no fact about the step.
-        if self.loss_config.divergence not in MIXED:
-            del scalars["skew"]
-        if self.loss_config.interpolation == 1:
-            del scalars["interpolation"]
         scalars["top_k"] = self.loss_config.top_k
         return DistillationOutput(loss, terms, weights, scalars)
 

@@ -179,6 +179,8 @@ class PairedBatch(_Movable):
     cut."""
     deep_width: np.ndarray
     """[D] teacher tokens that begin with what was read; on the host likewise."""
+    window_rows: np.ndarray
+    """[B] rows of each window; on the host."""
     pieces: Tensor
     """[N] teacher tokens that the student's next token is made of, from the anchor's token on; 0 where it does not end
     on a common boundary."""
@@ -361,4 +363,5 @@ class DistillationOutput:
     weights: dict[str, float]
     """Weight of every term at this step."""
     scalars: dict[str, float]
-    """Scheduled scalars at this step: temperature, span_temperature, skew, interpolation, top_k."""
+    """Scheduled scalars at this step: temperature, span_temperature, top_k; skew, interpolation and
+    select where they are in use."""

@@ -4,16 +4,19 @@ Shapes: n supervised student positions, H student width.
 """
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..config import LossConfig
-from ..language_model import logit_options
+from ..language_model import head_logits, logit_options, vocabulary_size
 from ..types import LossTerm, PairedBatch, SparseTarget, TeacherSignal
-from . import head_passes
+from . import head_passes, selection
+from .chunk_size import chunk_rows
 from .fused_head import HeadComputation, HeadLosses, HeadTarget, head_losses
 from .losses import span_loss, span_sums
 
@@ -52,7 +55,7 @@ class HeadTerms:
     """[n, H] what enters the student's head at supervised positions."""
     config: LossConfig
     scalars: Mapping[str, float]
-    """Values of this step: `temperature`, `span_temperature`, `skew` and `interpolation`."""
+    """Values of this step: `temperature` and `span_temperature`; `skew`, `interpolation` and `select` where in use."""
     signal: TeacherSignal | None
     """Needed for span likelihood."""
     target: SparseTarget | None
@@ -76,7 +79,8 @@ class HeadTerms:
                 lm_weight = lm_weight - shares["span"] * span.slope
 
         # A term without a share gives no gradient; without any share the whole pass is a measurement.
-        kd_weight = shares.get("kd", 0.0)
+        # The mean over the chosen positions: their sum over a share of the count of all.
+        kd_weight = shares.get("kd", 0.0) / self._select
         is_learning = torch.is_grad_enabled() and any(shares.values())
         with torch.set_grad_enabled(is_learning):
             head = self._run_head(lm_weight, kd_weight, with_target=bool(kd_weight))
@@ -110,7 +114,7 @@ class HeadTerms:
             with torch.no_grad():
                 kd_sum = self._run_head(0.0, with_target=True).kd_sum
         skipped = (~self.target.valid).sum()
-        return LossTerm(kd_sum, self.batch.counts["kd"], skipped)
+        return LossTerm(kd_sum / self._select, self.batch.counts["kd"], skipped)
 
     def span(self, learns: bool) -> SpanResult:
         """Compute span likelihood, and its slope if it `learns`, from the log-probabilities of the labels."""
@@ -132,7 +136,7 @@ class HeadTerms:
                 teacher,
                 temperature=self.scalars["span_temperature"],
                 kind=self.config.divergence,
-                skew=self.scalars["skew"],
+                skew=self.scalars.get("skew", 0.0),
             )
             slope = torch.autograd.grad(value, leaf)[0] if learns else None
         return SpanResult(value.detach(), slope, log_probs)
@@ -155,9 +159,7 @@ class HeadTerms:
         computation = HeadComputation(scaling["scale"], scaling["softcap"], compiled=compiled)
         labels = self.batch.labels.flatten()[self.batch.supervised]
 
-        # The CPU's generator is forked in any case.
-        gpus = [device] if device.type == "cuda" else []
-        with torch.random.fork_rng(gpus):
+        with self._same_random_numbers():
             return head_losses(
                 self.states,
                 self.student.get_output_embeddings(),
@@ -170,17 +172,67 @@ class HeadTerms:
 
     def _head_target(self) -> HeadTarget:
         """Return the teacher's distributions with the divergence that this step compares them by."""
-        interpolation = self.scalars["interpolation"]
+        interpolation = self.scalars.get("interpolation", 1.0)
+        target = self.target
+        positions = self.batch.row_supervised
+        if self._chosen is not None:
+            target = target.rows(self._chosen)
+            positions = positions[self._chosen]
         return HeadTarget(
-            self.target,
-            rows=self.batch.row_supervised,
+            target,
+            rows=positions,
             temperature=self.scalars["temperature"],
             kind=self.config.divergence,
             tail=self.config.tail,
-            skew=self.scalars["skew"],
+            skew=self.scalars.get("skew", 0.0),
             # A share of 1 is no mixture, bit for bit.
             interpolation=None if interpolation == 1 else interpolation,
         )
+
+    # --- positions that KD is learned at
+
+    @property
+    def _select(self) -> float:
+        """Return the share of each window's positions that KD is learned at."""
+        return self.scalars.get("select", 1.0)
+
+    @cached_property
+    def _chosen(self) -> Tensor | None:
+        """Return [m] the rows of the target that KD is learned at; None: all."""
+        if self._select == 1:
+            return None
+        width = self.batch.student_ids.shape[1]
+        window = self.batch.row_student // width
+        scores = self._scores()
+        # What the teacher cannot judge teaches nothing.
+        scores = scores.masked_fill(~self.target.valid, -torch.inf)
+        return selection.choose(scores, window, self.batch.window_rows, self._select)
+
+    @torch.no_grad()
+    def _scores(self) -> Tensor:
+        """Return [N] the score of every row of the target; no logits of all of them exist at once."""
+        name = self.config.select_by
+        score = selection.SCORES[name]
+        positions = self.batch.row_supervised
+        labels = self.batch.labels.flatten()[self.batch.supervised][positions]
+        if not len(labels):
+            return labels.float()
+        if name in selection.WITHOUT_STUDENT:
+            return score(selection.Evidence(self.target, None, labels))
+
+        rows, _ = chunk_rows(vocabulary_size(self.student), labels.device)
+        scores = []
+        with self._same_random_numbers():
+            for first in range(0, len(labels), rows):
+                part = slice(first, first + rows)
+                logits = head_logits(self.student, self.states[positions[part]])
+                scores.append(score(selection.Evidence(self.target.rows(part), logits, labels[part])))
+        return torch.cat(scores)
+
+    def _same_random_numbers(self) -> AbstractContextManager:
+        """Return a context in which the head draws what each of its passes draws; the CPU's generator is forked too."""
+        device = self.states.device
+        return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _beyond_the_head(span: SpanResult, share: float) -> Tensor:

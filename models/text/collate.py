@@ -151,6 +151,7 @@ class PairCollator:
             teacher_labels=_tensor(teacher.labels),
             **{name: _tensor(column) for name, column in rows._asdict().items()},
             **order.fields(),
+            window_rows=np.array([len(alignment.student) for alignment in aligned]),
             student_spans=_number_spans([alignment.student_spans for alignment in aligned], aligned),
             teacher_spans=_number_spans([alignment.teacher_spans for alignment in aligned], aligned),
             student_markup=_tensor(student.markup),

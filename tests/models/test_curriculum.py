@@ -84,7 +84,7 @@ def test_ramp_with_points_out_of_order_is_refused():
 def test_temperatures_can_follow_a_ramp():
     loss = LossConfig(temperature=Ramp(((0.0, 4.0), (1.0, 1.0))), span_temperature=2.0)
     scheduler = CurriculumScheduler(CurriculumConfig(), loss, 100)
-    assert scheduler.scalars(0) == {"temperature": 4.0, "span_temperature": 2.0, "skew": 0.1, "interpolation": 1.0}
+    assert scheduler.scalars(0) == {"temperature": 4.0, "span_temperature": 2.0}
     assert scheduler.scalars(50)["temperature"] == pytest.approx(2.5)
 
 
@@ -127,7 +127,7 @@ def test_a_run_without_steps_is_refused():
 
 
 def test_the_table_of_terms_is_the_curriculum_and_every_term_comes_from_one_place():
-    assert [*TERMS, "on_policy"] == [field.name for field in fields(CurriculumConfig)]
+    assert [*TERMS, "on_policy", "select"] == [field.name for field in fields(CurriculumConfig)]
     assert sorted([*HEAD_TERMS, *ROUTER_TERMS]) == sorted(TERMS)
     assert HEAD_TERMS == ("lm", "kd", "span") and {"lm"} == TEXT_TERMS
     assert len({term.label for term in TERMS.values()}) == len(TERMS)

@@ -19,6 +19,7 @@ MAIN_KEYS = {
     "data": "train",
     "curriculum.*": "weight",
     "curriculum.on_policy": None,
+    "curriculum.select": None,
 }
 """Path of a section (`*`: each section in it) -> the key that a value in place of its keys is meant for; None: a
 setting among such sections, which has no keys."""

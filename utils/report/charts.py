@@ -63,7 +63,7 @@ _COLOURS = {
     "teacher": "#009E73",
     "initial_student": "#888888",
 }
-_SCHEDULED = {"temperature": "#999933", "skew": "#44AA99", "interpolation": "#882255"}
+_SCHEDULED = {"temperature": "#999933", "skew": "#44AA99", "interpolation": "#882255", "select": "#117733"}
 """Scalars that may follow the run's progress beside the weights, and their colours."""
 _MEASURED_ONLY = {"linestyle": (0, (1, 1.6)), "linewidth": 1.4, "alpha": 0.6}
 """Line of a term that never weighs anything: it is measured, and nothing is learned from it."""

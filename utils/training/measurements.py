@@ -298,7 +298,7 @@ class IntervalMeans:
             record["coverage"] = _coverage(totals)
         if totals.counts.get("own"):
             record["own_tokens"] = _mean(totals.counts["own"], totals.steps)
-        for key in ("top_k", "temperature", "skew", "interpolation"):
+        for key in ("top_k", "temperature", "skew", "interpolation", "select"):
             if key in self._scalars:
                 record[key] = self._scalars[key]
         return record

@@ -1,0 +1,119 @@
+"""Positions of each window that KD is learned at: those with the highest scores, in a share that may follow the run.
+
+A share of a window's positions is known before any forward, so that neither micro-batches nor processes change what a
+step learns. Positions that the teacher cannot judge come last.
+
+Shapes: N positions with a teacher's distribution, in B windows; c of them in one chunk; V student vocabulary; K tokens
+that a distribution names.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..types import SparseTarget
+from .losses import LEAST_PROBABILITY, outcome_log_probs
+
+
+class Evidence(NamedTuple):
+    """Facts about some positions that a score is computed from."""
+
+    target: SparseTarget
+    """[c] distributions of the teacher."""
+    logits: Tensor | None
+    """[c, V] of the student; None where the score does without."""
+    labels: Tensor
+    """[c] token that each position predicts."""
+
+
+Score = Callable[[Evidence], Tensor]
+"""Score [c], in nats, of some positions: the higher, the more there is to learn."""
+
+
+def student_entropy(evidence: Evidence) -> Tensor:
+    """Return the entropy of the student: where it is in doubt (SE-KD, arXiv 2602.01395)."""
+    log_q = evidence.logits.log_softmax(1)
+    return -(log_q.exp() * log_q).sum(1)
+
+
+def teacher_entropy(evidence: Evidence) -> Tensor:
+    """Return the entropy of the teacher over the tokens that it names and one outcome for all others."""
+    target = evidence.target
+    outcomes = torch.cat([target.probs, target.tail[:, None]], 1)
+    return -torch.xlogy(outcomes, outcomes).sum(1)
+
+
+def divergence(evidence: Evidence) -> Tensor:
+    """Return the KL divergence of the student from the teacher, at temperature 1, with one bucket for the rest."""
+    log_p, log_q = outcome_log_probs(evidence.logits, evidence.target, "bucket")
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def excess_loss(evidence: Evidence) -> Tensor:
+    """Return the student's loss on the real token over the teacher's (RHO-1, arXiv 2404.07965).
+
+    A token that the teacher does not name has at most the mass of all such tokens.
+    """
+    target = evidence.target
+    labels = evidence.labels[:, None]
+    is_label = target.ids == labels
+    named = (target.probs * is_label).sum(1)
+    teacher = torch.where(is_label.any(1), named, target.tail)
+
+    student = evidence.logits.log_softmax(1).gather(1, labels)[:, 0]
+    return teacher.clamp_min(LEAST_PROBABILITY).log() - student
+
+
+SCORES: dict[str, Score] = {
+    "student_entropy": student_entropy,
+    "teacher_entropy": teacher_entropy,
+    "divergence": divergence,
+    "excess_loss": excess_loss,
+}
+"""Name in `LossConfig.select_by` -> score."""
+
+WITHOUT_STUDENT = frozenset({"teacher_entropy"})
+"""Names of the scores that need no logits of the student."""
+
+
+def positions_of_share(positions: np.ndarray, share: float) -> np.ndarray:
+    """Return [B] how many positions of each window are chosen: the nearest whole number, at least one where one is.
+
+    Args:
+        positions: [B] of each window.
+        share: above 0, at most 1.
+    """
+    nearest = np.rint(share * positions.astype(np.float64))
+    return np.minimum(positions, np.maximum(nearest, 1)).astype(np.int64)
+
+
+def choose(scores: Tensor, window: Tensor, positions: np.ndarray, share: float) -> Tensor:
+    """Return [m] the chosen of N positions, in order; of equal scores the first.
+
+    The host waits for nothing: how many are chosen is known to it.
+
+    Args:
+        scores: [N].
+        window: [N] of each position.
+        positions: [B] number of positions in each window, on the host.
+        share: above 0, at most 1.
+    """
+    # On the device the same numbers again, in the same precision: a copy from the host would be waited for.
+    ones = torch.ones_like(scores, dtype=torch.float64)
+    held = ones.new_zeros(len(positions)).index_add_(0, window, ones)
+    most = (share * held).round().clamp_min(1)
+
+    # By window, and in each by score.
+    order = scores.argsort(descending=True, stable=True)
+    order = order[window[order].argsort(stable=True)]
+    window = window[order]
+    held = held.long()
+    first = held.cumsum(0) - held
+    rank = torch.arange(len(order), device=scores.device) - first[window]
+
+    is_chosen = rank < most[window]
+    count = int(positions_of_share(positions, share).sum())
+    return torch.where(is_chosen, order, len(order)).sort().values[:count]
