@@ -75,7 +75,7 @@ class RoundFiles:
             raise RunError(
                 f"{file} cannot be written: {error.strerror or error}; needs {len(content) / 1e6:,.1f} MB, "
                 f"{free_disk(self.folder) / 1e6:,.1f} MB are free. Free some space there, then the same command "
-                "continues from the newest checkpoint."
+                "continues, from its newest checkpoint if it has one."
             ) from error
 
     def read(self, first_step: int) -> list[WrittenText] | None:
