@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import cache, measure, peers, quality, situations, step_time
+from benchmarks import cache, curricula, measure, peers, quality, situations, step_time
 from models.config import LossConfig
+from models.curriculum import value_at
 
 CPU = torch.device("cpu")
 EXACT = ("online, 256", "256, float32")
@@ -94,3 +95,38 @@ def test_every_arm_of_the_plan_exists_for_a_pair_that_exists():
         assert part.pair in quality.PAIRS and set(part.arms) <= situations.ARMS.keys()
     off, early = situations.ARMS["off"].curriculum, situations.ARMS["early"].curriculum
     assert off.used() == {"kd", "lm"} and early.used() == {"kd", "lm", "feat", "attn"}
+
+
+@pytest.mark.parametrize("name", curricula.CANDIDATES)
+def test_opponents_of_a_schedule_have_its_values(name):
+    candidate = curricula.CANDIDATES[name]
+    schedule = candidate.schedule
+    arms = curricula.arms_of(candidate)
+    assert [*arms][-4:] == ["schedule", "mean", "reversed", "shuffled"] and len(arms) == 4 + len(candidate.constants)
+
+    middles = [(piece + 0.5) / curricula.PIECES for piece in range(curricula.PIECES)]
+    values = [value_at(schedule, progress) for progress in middles]
+    backwards = [value_at(arms["reversed"], progress) for progress in middles]
+    assert backwards == pytest.approx(values[::-1], abs=1e-12)
+    shuffled = [value_at(arms["shuffled"], progress) for progress in middles]
+    assert shuffled != values and sorted(shuffled) == pytest.approx(sorted(values), abs=1e-6)
+    assert arms["mean"] == pytest.approx(sum(values) / len(values), abs=0.02)
+    for arm in arms.values():
+        assert candidate.variant(arm).is_taught
+
+
+def test_a_schedule_earns_something_only_against_the_best_constant_and_its_reversal():
+    def result(arm: str, seed: int, bits: float) -> dict:
+        written = {"teacher_bits_per_byte": 1.0, "repeated_4grams": 0.1}
+        setting = {"pair": "a", "share": 1.0, "steps": 10, "schedule": "s"}
+        figures = {"kl": 0.5, "top1": 0.5, "seconds": 1.0, "bits_per_byte": bits + 0.1 * seed, "written": written}
+        return setting | figures | {"arm": arm, "seed": seed}
+
+    def verdict(**bits: float) -> str:
+        arms = {"constant 0": 1.2, "constant 1": 1.0, "schedule": 0.9, "mean": 1.0, "reversed": 1.0, "shuffled": 1.0}
+        lines = [result(arm, seed, value) for arm, value in (arms | bits).items() for seed in range(3)]
+        return curricula.tables(lines).splitlines()[-1]
+
+    assert verdict().startswith("It earns to be a default: -9.")
+    for worse in ({"reversed": 0.9}, {"constant 1": 0.9}, {"schedule": 0.997}):
+        assert verdict(**worse).startswith("It earns no default")

@@ -1,0 +1,327 @@
+"""Schedules beside the best constant, their mean, their reversal and their own values in another order.
+
+    REAL_MODELS_DIR=... python -m benchmarks.curricula --pair neo-260k --schedules "forward to reverse KL"
+    REAL_MODELS_DIR=... python -m benchmarks.curricula --table
+
+A schedule that is better than one constant may only have met a better constant on its way. So it has these opponents:
+
+- constants: as many as are listed, of which the best over all seeds counts;
+- mean: the constant that the schedule is on average;
+- reversed: from the last value to the first;
+- shuffled: the schedule in 20 pieces, in a random order that is always the same;
+- best constant, as long: with as many more steps as the schedule takes more time.
+
+All arms of a pair see the same batches and the same first student for a seed: differences are taken seed by seed. A
+schedule earns to be a default where it is below the best constant and below its reversal by at least 0.5 %, with the
+95 % interval of either difference below 0. See benchmarks/quality.py.
+
+Every run is a line of the results file, written when it ends; a run that is there is not repeated.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import torch
+from transformers.utils import logging as transformers_logging
+
+from benchmarks.measure import table
+from benchmarks.quality import DATA, MALLOC, NEO, PAIRS, Pair, Variant, bits_per_byte, train
+from benchmarks.real.tables import T_95
+from benchmarks.situations import SCORED_WINDOWS, TOP_K, Writing
+from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
+from models.curriculum import value_at
+from models.types import TeacherSignal
+
+PIECES = 20
+"""Pieces of a schedule that are shuffled."""
+LEAST_GAIN = 0.005
+"""Share of its bits per byte by which a schedule must be better."""
+COMPARED_WINDOWS = 24
+"""Unseen windows on which the student's distributions are compared with the teacher's."""
+AS_LONG = "best constant, as long"
+
+_LOSS = LossConfig(top_k=TOP_K, head_passes="eager")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A schedule, and how a student is trained under it or under another."""
+
+    schedule: Ramp
+    constants: Sequence[float]
+    """Opponents, of which the best counts."""
+    variant: Callable[[Schedule], Variant]
+
+
+def _loss(name: str, **others: object) -> Callable[[Schedule], Variant]:
+    """Return what makes an arm of KD .7 + LM .3 under a scheduled setting of the loss."""
+    return lambda schedule: Variant(replace(_LOSS, **{name: schedule}, **others))
+
+
+def _selected(by: str) -> Callable[[Schedule], Variant]:
+    """Return what makes an arm that learns KD at a scheduled share of the positions."""
+    loss = replace(_LOSS, select_by=by)
+    return lambda schedule: Variant(loss, replace(CurriculumConfig(), select=schedule))
+
+
+def _weighted(*terms: str) -> Callable[[Schedule], Variant]:
+    """Return what makes an arm of KD .7 + LM .3 in which some terms have a scheduled weight."""
+    return lambda schedule: Variant(_LOSS, replace(CurriculumConfig(), **dict.fromkeys(terms, Term(schedule))))
+
+
+CANDIDATES = {
+    "forward to reverse KL": Candidate(
+        Ramp(((0.2, 0.0), (1.0, 1.0))), (0.0, 0.25, 0.5, 1.0), _loss("skew", divergence="generalised_jsd")
+    ),
+    "interpolated targets": Candidate(Ramp(((0.0, 0.4), (0.8, 1.0))), (0.6, 0.8, 1.0), _loss("interpolation")),
+    "ever more positions": Candidate(Ramp(((0.0, 0.2), (0.8, 1.0))), (0.2, 0.5, 1.0), _selected(by="student_entropy")),
+    "ever more positions, excess loss": Candidate(
+        Ramp(((0.0, 0.2), (0.8, 1.0))), (0.2, 0.5, 1.0), _selected(by="excess_loss")
+    ),
+    "ever less KD": Candidate(Ramp(((0.0, 1.4), (1.0, 0.2))), (0.3, 0.7, 1.4), _weighted("kd")),
+    "cooling": Candidate(Ramp(((0.0, 4.0), (0.8, 1.0))), (1.0, 2.0, 4.0), _loss("temperature")),
+    "hidden states early": Candidate(Ramp(((0.3, 1.0), (0.5, 0.0))), (0.0, 0.3, 1.0), _weighted("feat", "attn")),
+}
+
+
+# ------------------------------------------------------------------------------------------ opponents
+
+
+def mean_of(schedule: Ramp) -> float:
+    """Return the mean of a schedule over the run."""
+    return mean(value_at(schedule, (step + 0.5) / 1000) for step in range(1000))
+
+
+def reversed_of(schedule: Ramp) -> Ramp:
+    """Return a schedule from its end to its beginning."""
+    points = [(1 - progress, value) for progress, value in reversed(schedule.points)]
+    return Ramp(tuple(points), schedule.shape)
+
+
+def shuffled_of(schedule: Ramp) -> Ramp:
+    """Return the values of a schedule in a random order: constant in each piece of the run."""
+    values = [value_at(schedule, (piece + 0.5) / PIECES) for piece in range(PIECES)]
+    points = []
+    for piece, place in enumerate(np.random.default_rng(0).permutation(PIECES)):
+        points += [(piece / PIECES, values[place]), ((piece + 1) / PIECES - 1e-9, values[place])]
+    return Ramp(tuple(points))
+
+
+def arms_of(candidate: Candidate) -> dict[str, Schedule]:
+    """Return the schedule and its opponents by name, but for the one that depends on their results."""
+    schedule = candidate.schedule
+    arms: dict[str, Schedule] = {f"constant {value:g}": value for value in candidate.constants}
+    return arms | {
+        "schedule": schedule,
+        "mean": mean_of(schedule),
+        "reversed": reversed_of(schedule),
+        "shuffled": shuffled_of(schedule),
+    }
+
+
+# ------------------------------------------------------------------------------------------ runs
+
+
+class Measures:
+    """The figures of a student: on unseen text, against the teacher, and of what it writes."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.pair = pair
+        self.writing = Writing(pair)
+        self.batch = pair.distillation.collate(pair.unseen[:COMPARED_WINDOWS])
+        self.signal: TeacherSignal = pair.teacher.signal(self.batch, TOP_K)
+
+    def of(self, student: torch.nn.Module, seed: int) -> dict:
+        """Return all figures of a student."""
+        framework = self.pair.under(Variant(_LOSS)).framework(1, student=student)
+        sums = framework.compare(self.batch, self.signal)
+        return {
+            "bits_per_byte": bits_per_byte(student, self.pair, "student"),
+            "kl": sums["kl_sum"] / sums["count"],
+            "top1": sums["agree"] / sums["count"],
+            "written": self.writing.measure(student, seed),
+        }
+
+
+class Benchmark:
+    """The runs that the results file lacks."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.pair = Pair(args.pair, args.share, args.cache)
+        self.pair.unseen = self.pair.unseen[:SCORED_WINDOWS]
+        self.measures = Measures(self.pair)
+
+    def run(self, name: str) -> None:
+        """Run a schedule and its opponents, seed by seed; last the best constant for as long as the schedule takes."""
+        candidate = CANDIDATES[name]
+        for seed in self.args.seeds:
+            for arm, schedule in arms_of(candidate).items():
+                self._run_arm(name, arm, candidate.variant(schedule), seed, self.args.steps)
+
+        results = [line for line in read_results(self.args.results) if self._is_of(line, name)]
+        best = best_constant(results)
+        seconds = {arm: mean(line["seconds"] for line in results if line["arm"] == arm) for arm in (best, "schedule")}
+        steps = round(self.args.steps * max(1.0, seconds["schedule"] / max(seconds[best], 1)))
+        value = float(best.removeprefix("constant "))
+        for seed in self.args.seeds:
+            self._run_arm(name, AS_LONG, candidate.variant(value), seed, steps)
+
+    def _is_of(self, line: dict, name: str) -> bool:
+        setting = {"pair": self.args.pair, "share": self.args.share, "steps": self.args.steps, "schedule": name}
+        return setting.items() <= line.items()
+
+    def _run_arm(self, name: str, arm: str, variant: Variant, seed: int, steps: int) -> None:
+        """Do one run, and add a line to the results, unless it is there."""
+        done = [line for line in read_results(self.args.results) if self._is_of(line, name)]
+        if any((line["arm"], line["seed"]) == (arm, seed) for line in done):
+            return
+
+        student, training = train(self.pair, variant, seed, steps, self.args.size)
+        result = {
+            "pair": self.args.pair,
+            "share": self.args.share,
+            "steps": self.args.steps,
+            "schedule": name,
+            "arm": arm,
+            "seed": seed,
+            "trained_steps": steps,
+            "seconds": training["seconds"],
+            **self.measures.of(student, seed),
+        }
+        with self.args.results.open("a") as file:
+            file.write(json.dumps(result) + "\n")
+        print(f"{name}, {arm}, seed {seed}: {result['bits_per_byte']:.4f} bits per byte", flush=True)
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def read_results(file: Path) -> list[dict]:
+    """Return the results that are there."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def best_constant(results: Sequence[dict]) -> str:
+    """Return the arm with the fewest bits per byte among the constants, over all seeds."""
+    arms = {line["arm"] for line in results if line["arm"].startswith("constant ")}
+    return min(arms, key=lambda arm: mean(line["bits_per_byte"] for line in results if line["arm"] == arm))
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Relative differences of bits per byte between two arms, seed by seed."""
+
+    values: Sequence[float]
+
+    @property
+    def half(self) -> float | None:
+        """Half of the 95 % interval of the mean; None of a single seed."""
+        count = len(self.values)
+        return T_95[count] * stdev(self.values) / count**0.5 if count > 1 else None
+
+    @property
+    def is_gain(self) -> bool:
+        """True if the first arm is better by enough, with the interval clear of 0."""
+        if self.half is None:
+            return False
+        return mean(self.values) <= -LEAST_GAIN and mean(self.values) + self.half < 0
+
+    def __str__(self) -> str:
+        half = "" if self.half is None else f" ± {self.half:.2%}"
+        return f"{mean(self.values):+.2%}{half}"
+
+
+def paired(results: Sequence[dict], arm: str, other: str) -> Paired:
+    """Return the differences of an arm from another on the seeds that both have."""
+    bits = {(line["arm"], line["seed"]): line["bits_per_byte"] for line in results}
+    seeds = sorted({line["seed"] for line in results})
+    both = [seed for seed in seeds if {(arm, seed), (other, seed)} <= bits.keys()]
+    return Paired([bits[arm, seed] / bits[other, seed] - 1 for seed in both])
+
+
+def tables(results: Sequence[dict]) -> str:
+    """Return a table for each pair and schedule, and what the schedule has earned."""
+    parts = []
+    for setting in dict.fromkeys((line["pair"], line["share"], line["steps"], line["schedule"]) for line in results):
+        keys = ("pair", "share", "steps", "schedule")
+        lines = [line for line in results if tuple(line[key] for key in keys) == setting]
+        pair, share, steps, name = setting
+        title = f"**{name}**, {pair}: {steps} steps, {share:.0%} of the stories"
+        parts.append(f"{title}\n\n{_table(lines)}\n\n{_verdict(lines)}")
+    return "\n\n".join(parts)
+
+
+def _table(lines: Sequence[dict]) -> str:
+    """Return the arms of one schedule, each with the schedule's difference from it."""
+    header = ["arm", "seeds", "bits per byte", "schedule against it", "KL", "top 1", "teacher's of its text"]
+    rows = [_row(arm, lines) for arm in dict.fromkeys(line["arm"] for line in lines)]
+    return table([*header, "repeated", "seconds"], rows)
+
+
+def _row(arm: str, lines: Sequence[dict]) -> list[object]:
+    """Return the cells of an arm."""
+    runs = [line for line in lines if line["arm"] == arm]
+    written = [line["written"] for line in runs]
+
+    return [
+        arm,
+        len(runs),
+        f"{mean(line['bits_per_byte'] for line in runs):.4f}",
+        "" if arm == "schedule" else paired(lines, "schedule", arm),
+        f"{mean(line['kl'] for line in runs):.4f}",
+        f"{mean(line['top1'] for line in runs):.1%}",
+        f"{mean(text['teacher_bits_per_byte'] for text in written):.3f}",
+        f"{mean(text['repeated_4grams'] for text in written):.1%}",
+        f"{mean(line['seconds'] for line in runs):.0f}",
+    ]
+
+
+def _verdict(lines: Sequence[dict]) -> str:
+    """Return what the schedule has earned, in a sentence."""
+    opponents = (best_constant(lines), "reversed")
+    gains = [paired(lines, "schedule", opponent) for opponent in opponents]
+    if all(gain.is_gain for gain in gains):
+        return f"It earns to be a default: {gains[0]} against {opponents[0]}, {gains[1]} against its reversal."
+    return f"It earns no default: {gains[0]} against {opponents[0]}, {gains[1]} against its reversal."
+
+
+def main() -> None:
+    """Do the runs that the results file lacks, and print the tables."""
+    if sys.platform == "linux" and not MALLOC.keys() <= os.environ.keys():
+        os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", choices=PAIRS, default="neo-4096")
+    parser.add_argument("--schedules", nargs="+", choices=CANDIDATES, default=list(CANDIDATES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--size", type=int, default=8, help="windows a step")
+    parser.add_argument("--share", type=float, default=1.0, help="share of the training stories")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--cache", type=Path, default=Path(".curricula-cache"))
+    parser.add_argument("--results", type=Path, default=Path("curricula-results.jsonl"))
+    parser.add_argument("--table", action="store_true", help="only print the tables of the results file")
+    args = parser.parse_args()
+
+    if not args.table:
+        if not (DATA / NEO).is_dir():
+            parser.error("set REAL_MODELS_DIR to a folder with models/, tokenizers/ and corpora/")
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        torch.set_num_threads(args.threads)
+        benchmark = Benchmark(args)
+        for name in args.schedules:
+            benchmark.run(name)
+    print(tables(read_results(args.results)))
+
+
+if __name__ == "__main__":
+    main()
