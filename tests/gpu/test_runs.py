@@ -29,6 +29,14 @@ class Variant:
 VARIANTS = {
     "P100, fp16": Variant("P100", (FP16,)),
     "T4, fp16, all terms": Variant("T4", (FP16, *ALL_TERMS)),
+    "T4, chosen positions": Variant("T4", (FP16, "curriculum.select=0.5", "loss.select_by=excess_loss")),
+    "3090, bf16, on the way to the teacher": Variant(
+        "3090", (BF16, "loss.interpolation=0.5", "loss.divergence=generalised_jsd", "loss.skew=0.3")
+    ),
+    "T4, own text": Variant(
+        "T4",
+        (FP16, "curriculum.on_policy=0.5", "on_policy.every=2", "on_policy.prompt_tokens=8", "on_policy.new_tokens=8"),
+    ),
     "T4, float32, channel": Variant("T4", (FLOAT32, "teacher.dtype=float32", "loss.correction=channel")),
     "3090, bf16, LoRA, layers computed twice": Variant(
         "3090", (BF16, "student.init=pretrained"), ("--student", "TEACHER", "--lora", "--gradient-checkpointing")
