@@ -105,6 +105,7 @@ ARMS = {
     "down, reverse KL": Arm(DOWN, "reverse_kl"),
     "own, reverse KL": Arm("1", "reverse_kl"),
     "own, reverse KL, T 0.7": Arm("1", "reverse_kl", 0.7),
+    "given, JSD": Arm("0", "jsd"),
     "half, JSD": Arm("0.5", "jsd"),
     "own, JSD": Arm("1", "jsd"),
     "given, as long": Arm("0", as_long_as="own"),
