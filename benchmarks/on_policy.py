@@ -278,19 +278,26 @@ def _share(differences: Sequence[float]) -> str:
 
 
 def cost(results: Sequence[Result], args: argparse.Namespace) -> str:
-    """Return where the time of a fully on-policy run goes, and how fast its texts are written."""
-    runs = [result for result in results if result["arm"].startswith("own")]
-    if not runs:
-        raise SystemExit("no run of the arm 'own' yet")
-    rows = []
-    for run in runs:
-        writing = sum(record["seconds"] for record in run["rounds"])
-        speed = statistics.median(record["written_tokens_per_second"] for record in run["rounds"])
-        training = run["report"]["run"]["seconds"]
-        rows.append([run["arm"], run["seed"], f"{writing:.1f}", f"{training:.1f}", f"{speed:.0f}"])
+    """Return where the time of a round goes in the fully on-policy arms, and how fast its texts are written."""
     alone = _generate_alone(args)
-    header = ["arm", "seed", "writing, s", "the whole training, s", "tokens written a second"]
-    return table(header, rows) + f"\n\n`generate` alone, 64 prompts at once: {alone:.0f} tokens a second"
+    rows = []
+    for name in ARMS:
+        runs = [result for result in results if result["arm"] == name and name.startswith("own")]
+        if not runs:
+            continue
+
+        rounds = sum(len(run["rounds"]) for run in runs)
+        writing = sum(record["seconds"] for run in runs for record in run["rounds"]) / rounds
+        training = sum(run["report"]["run"]["seconds"] for run in runs) / rounds
+        speed = statistics.median(record["written_tokens_per_second"] for run in runs for record in run["rounds"])
+        cells = [f"{writing:.2f}", f"{training - writing:.2f}", f"{speed:.0f}", f"{speed / alone:.2f}"]
+        rows.append([name, len(runs), *cells])
+    if not rows:
+        raise SystemExit("no run of the arm 'own' yet")
+
+    header = ["arm", "runs", "writing, s a round", "asking the teacher and learning, s", "tokens written a second"]
+    text = f"`generate` alone, 64 prompts at once: {alone:.0f} tokens a second"
+    return f"{table([*header, 'of `generate` alone'], rows)}\n\n{text}"
 
 
 def _generate_alone(args: argparse.Namespace) -> float:
