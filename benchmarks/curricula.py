@@ -25,7 +25,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.measure import table
 from benchmarks.quality import DATA, MALLOC, NEO, PAIRS, Pair, Variant, bits_per_byte, train
-from benchmarks.real.tables import T_95
+from benchmarks.real.tables import half_interval
 from benchmarks.situations import SCORED_WINDOWS, TOP_K, Writing
 from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
 from models.curriculum import value_at
@@ -224,8 +224,7 @@ class Paired:
     @property
     def half(self) -> float | None:
         """Half of the 95 % interval of the mean; None of a single seed."""
-        count = len(self.values)
-        return T_95[count] * stdev(self.values) / count**0.5 if count > 1 else None
+        return half_interval(self.values) if len(self.values) > 1 else None
 
     @property
     def is_gain(self) -> bool:

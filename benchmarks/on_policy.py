@@ -34,9 +34,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import table
+from benchmarks.quality import small_llama
 from benchmarks.real.sources import STUDENT, TEACHER, Package, plain_folder
 from benchmarks.real.tables import interval
 from utils.logs.records import OWN_TEXT
@@ -182,15 +183,7 @@ def make_start(args: argparse.Namespace) -> None:
 def _write_untrained(tokenizer_folder: Path, folder: Path) -> Path:
     """Write the config of a small Llama beside a copy of its tokenizer, and return the folder."""
     shutil.copytree(tokenizer_folder, folder)
-    config = LlamaConfig(
-        vocab_size=len(AutoTokenizer.from_pretrained(folder)),
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-    )
+    config = small_llama(len(AutoTokenizer.from_pretrained(folder)))
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(folder)
     return folder

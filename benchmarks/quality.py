@@ -184,17 +184,21 @@ class Pair:
             whole = AutoModelForCausalLM.from_pretrained(DATA / self.models.weights, dtype=torch.float32)
             return whole if self.layers is None else keep_layers(whole, self.layers.indices)
 
-        config = LlamaConfig(
-            vocab_size=self.student_rows,
-            hidden_size=128,
-            intermediate_size=352,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-        )
-        return AutoModelForCausalLM.from_config(config)
+        return AutoModelForCausalLM.from_config(small_llama(self.student_rows))
+
+
+def small_llama(vocabulary: int) -> LlamaConfig:
+    """Return the config of the student of pairs that have no weights for one."""
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+    )
 
 
 def join(signals: list[TeacherSignal], rows: list[torch.Tensor]) -> TeacherSignal:

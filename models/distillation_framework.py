@@ -25,7 +25,7 @@ from .language_model import (
 from .losses.chunk_size import chunk_rows
 from .losses.head_terms import HeadResult, HeadTerms
 from .losses.hidden_state_terms import HIDDEN_STATE_TERMS
-from .losses.losses import outcome_log_probs
+from .losses.losses import kl_with_bucket
 from .student_aware_router import StudentAwareRouter
 from .teacher.cached import CachedTeacher, expect_teacher
 from .teacher.frozen import FrozenTeacher
@@ -464,9 +464,7 @@ class DistillationFramework(nn.Module):
 
             logits = head_logits(self.student, states[batch.row_student[chunk]])
             teacher = target.rows(chunk)
-            log_p, log_q = outcome_log_probs(logits, teacher, "bucket")
-            kl = (log_p.exp() * (log_p - log_q)).sum(1)
-            yield _Compared(batch.row_student[chunk], logits, teacher, kl)
+            yield _Compared(batch.row_student[chunk], logits, teacher, kl_with_bucket(logits, teacher))
 
     @torch.no_grad()
     def calibrate(self, batches: Sequence[PairedBatch]) -> None:

@@ -72,7 +72,7 @@ def generalised_jensen_shannon(log_p: Tensor, log_q: Tensor, skew: Tensor) -> Te
 
 def _log_mixture_ratio(log_ratio: Tensor, share: Tensor) -> Tensor:
     """Return log(share exp(log_ratio) + 1 - share), whose error is as small as `share` is, and 0 at ratio 1."""
-    # exp would overflow for large ratios; of two branches that are not taken, neither may have a gradient that is NaN.
+    # exp would overflow for large ratios. Clamped, so that the branch which is not taken has no gradient that is NaN.
     most = 20.0
     moderate = log_ratio.clamp(max=most)
     large = log_ratio.clamp(min=most)

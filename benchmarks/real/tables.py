@@ -64,8 +64,12 @@ def interval(values: Sequence[float]) -> str:
     """Return the mean of values with its 95 % interval; of one value, only that."""
     if len(values) == 1:
         return f"{values[0]:.4f}"
-    half = T_95[len(values)] * stdev(values) / len(values) ** 0.5
-    return f"{mean(values):.4f} ± {half:.4f}"
+    return f"{mean(values):.4f} ± {half_interval(values):.4f}"
+
+
+def half_interval(values: Sequence[float]) -> float:
+    """Return half of the 95 % interval of the mean of at least two values."""
+    return T_95[len(values)] * stdev(values) / len(values) ** 0.5
 
 
 # ------------------------------------------------------------------------------------------- each table

@@ -178,6 +178,7 @@ class HeadTerms:
         if self._chosen is not None:
             target = target.rows(self._chosen)
             positions = positions[self._chosen]
+
         return HeadTarget(
             target,
             rows=positions,

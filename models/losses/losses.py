@@ -72,6 +72,12 @@ def outcome_log_probs(logits: Tensor, target: SparseTarget, tail: str) -> tuple[
     return log_p, log_q
 
 
+def kl_with_bucket(logits: Tensor, target: SparseTarget) -> Tensor:
+    """Return [N] the KL divergence of a student with logits [N, V] from the teacher, at temperature 1."""
+    log_p, log_q = outcome_log_probs(logits, target, "bucket")
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
 def kd_loss(
     logits: Tensor,
     target: SparseTarget,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..types import SparseTarget
-from .losses import LEAST_PROBABILITY, outcome_log_probs
+from .losses import LEAST_PROBABILITY, kl_with_bucket
 
 
 class Evidence(NamedTuple):
@@ -48,8 +48,7 @@ def teacher_entropy(evidence: Evidence) -> Tensor:
 
 def divergence(evidence: Evidence) -> Tensor:
     """Return the KL divergence of the student from the teacher, at temperature 1, with one bucket for the rest."""
-    log_p, log_q = outcome_log_probs(evidence.logits, evidence.target, "bucket")
-    return (log_p.exp() * (log_p - log_q)).sum(1)
+    return kl_with_bucket(evidence.logits, evidence.target)
 
 
 def excess_loss(evidence: Evidence) -> Tensor:
