@@ -29,10 +29,9 @@ from statistics import mean
 
 import numpy as np
 import torch
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.measure import table
-from benchmarks.quality import DATA, MALLOC, NEO, PAIRS, Pair, Variant, bits_per_byte, train
+from benchmarks.quality import MALLOC, PAIRS, Pair, Variant, bits_per_byte, prepare, train
 from benchmarks.real.tables import half_interval
 from benchmarks.situations import SCORED_WINDOWS, TOP_K, Writing
 from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
@@ -311,11 +310,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if not args.table:
-        if not (DATA / NEO).is_dir():
-            parser.error("set REAL_MODELS_DIR to a folder with models/, tokenizers/ and corpora/")
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        torch.set_num_threads(args.threads)
+        prepare(parser, args.threads)
         benchmark = Benchmark(args)
         for name in args.schedules:
             benchmark.run(name)

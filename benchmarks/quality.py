@@ -455,19 +455,23 @@ def main(variants: dict[str, Variant], results: str, doc: str, base: str) -> Non
     args = parser.parse_args()
 
     if not args.table:
-        if not DATA.name or not DATA.is_dir():
-            parser.error("set REAL_MODELS_DIR to a folder with models/, tokenizers/ and corpora/")
+        prepare(parser, args.threads)
         train_missing(args, variants)
     if args.results.exists():
         table(args.results, list(variants), base)
 
 
-def train_missing(args: argparse.Namespace, variants: dict[str, Variant]) -> None:
-    """Do the runs that the results file lacks, and add a line to it for each."""
+def prepare(parser: argparse.ArgumentParser, threads: int) -> None:
+    """Check that the data is there, silence transformers, and choose the threads; without data the program ends."""
+    if not (DATA / NEO).is_dir():
+        parser.error("set REAL_MODELS_DIR to a folder with models/, tokenizers/ and corpora/")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(threads)
 
+
+def train_missing(args: argparse.Namespace, variants: dict[str, Variant]) -> None:
+    """Do the runs that the results file lacks, and add a line to it for each."""
     pair = Pair(args.pair, args.share, args.cache)
     setting = {"pair": args.pair, "share": args.share, "steps": args.steps, "size": args.size}
     levels = {

@@ -21,10 +21,9 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from transformers.utils import logging as transformers_logging
 
 from benchmarks.measure import table
-from benchmarks.quality import DATA, MALLOC, NEO, Pair, Variant, bits_per_byte, train
+from benchmarks.quality import MALLOC, Pair, Variant, bits_per_byte, prepare, train
 from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
 from utils.evaluation.written_text import Judge, Sample, Sampling, describe, sample_texts
 
@@ -228,11 +227,7 @@ def main() -> None:
 
     benchmark = Benchmark(args.results, args.cache)
     if not args.table:
-        if not (DATA / NEO).is_dir():
-            parser.error("set REAL_MODELS_DIR to a folder with models/, tokenizers/ and corpora/")
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        torch.set_num_threads(args.threads)
+        prepare(parser, args.threads)
         for part in PLAN:
             benchmark.run(part)
     print(tables(benchmark.done()))

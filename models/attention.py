@@ -1,4 +1,4 @@
-"""What attention of transformers needs beside it on a GPU: kernels for grouped heads, and masks without empty rows.
+"""Remedies for attention of transformers on a GPU: kernels for grouped heads, and masks without empty rows.
 
 Grouped heads are queries that share keys and values. transformers hands them to `scaled_dot_product_attention` as they
 are wherever there is no mask. Only the flash and cuDNN kernels can read them so: in half precision, from compute
