@@ -55,6 +55,10 @@ class TextSettings(Protocol):
         """The part of conversations that is learned: the assistant's, or everything."""
 
     @property
+    def learn_reasoning(self) -> bool:
+        """False: the thinking before an answer is read, and not learned."""
+
+    @property
     def rows(self) -> tuple[int, int]:
         """Rows of the heads."""
 
@@ -108,9 +112,17 @@ class Method(Validated):
     @staticmethod
     def chat_tokenizers(
         tokenizers: dict[str, PreTrainedTokenizerBase],
+        variables: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
-        """Return tokenizers that can write conversations, and what their own templates lack, in words."""
-        return tokenizers_for_chat(tokenizers)
+        """Return tokenizers that can write conversations, and what their own templates lack, in words.
+
+        Args:
+            variables: by role, values for the variables of its chat template.
+
+        Raises:
+            ValueError: a template has no such variable.
+        """
+        return tokenizers_for_chat(tokenizers, variables)
 
     def join(self, tokenizers: dict[str, PreTrainedTokenizerBase], text: TextSettings) -> "Distillation":
         """Make the pair of two tokenizers, without models.
@@ -124,6 +136,7 @@ class Method(Validated):
             text.max_length,
             conversations=text.conversations,
             learn_from=text.learn_from,
+            learn_reasoning=text.learn_reasoning,
             starts=text.decoder_starts,
             today=text.today,
             facts=ModelFacts(text.rows, text.text_starts),
@@ -407,6 +420,7 @@ class _Text:
     rows: tuple[int, int]
     decoder_starts: tuple[int, int] | None
     learn_from: Literal["completions", "all"] = "completions"
+    learn_reasoning: bool = True
     text_starts: tuple[str | None, str | None] = (None, None)
     today: date | None = None
     cache_dir: Any = None

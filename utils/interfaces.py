@@ -219,7 +219,9 @@ class Method(Protocol):
     def check_widths(self, student: int, teacher: int) -> None: ...
 
     def chat_tokenizers(
-        self, tokenizers: "dict[str, PreTrainedTokenizerBase]"
+        self,
+        tokenizers: "dict[str, PreTrainedTokenizerBase]",
+        variables: "Mapping[str, Mapping[str, Any]] | None" = None,
     ) -> "tuple[dict[str, PreTrainedTokenizerBase], list[str]]": ...
 
     def join(self, tokenizers: "dict[str, PreTrainedTokenizerBase]", text: Any) -> Pair: ...

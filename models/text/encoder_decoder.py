@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from ..validation import expect_texts
 from .chat import ChatEncoder
 from .chat_template import ConversationError, named
+from .messages import Conversation
 from .text_start import leading_bos
 from .windows import ANY_MODEL, SIDES, ModelFacts, PairEncoder
 
@@ -140,7 +141,8 @@ class SourceEncoder(PairEncoder):
 
     def _example(self, conversation: str) -> tuple[str, str]:
         """Return (prompt, completion) of a conversation that has these two messages and no other."""
-        messages = json.loads(conversation)
+        parsed = Conversation.parse(conversation)
+        messages = parsed.messages
         roles = [message["role"] for message in messages]
         if roles != ["user", "assistant"]:
             raise ConversationError(f"{EXPECTED}. Got a conversation of {', '.join(roles)}.")
@@ -148,6 +150,16 @@ class SourceEncoder(PairEncoder):
             raise ConversationError(
                 f"{EXPECTED}. Got thinking (reasoning_content) besides, which would not be learned."
             )
+
+        others = {
+            "tools": parsed.tools,
+            "chat_template_kwargs": parsed.variables,
+            "teacher_messages": parsed.teacher_messages,
+            "tool_calls": any(message.get("tool_calls") for message in messages),
+        }
+        present = [name for name, value in others.items() if value]
+        if present:
+            raise ConversationError(f"{EXPECTED}. Got {', '.join(present)} besides, which these models do not read.")
 
         question, answer = messages
         return question["content"], self.canonical(answer["content"])
@@ -162,6 +174,7 @@ def make_encoder(
     starts: tuple[int, int] | None,
     facts: ModelFacts = ANY_MODEL,
     today: date | None = None,
+    learn_reasoning: bool = True,
 ) -> PairEncoder:
     """Return the encoder for a family of models and a kind of text.
 
@@ -170,6 +183,7 @@ def make_encoder(
         conversations: the texts are conversations, as prompts and completions are, too.
         starts: as in `SourceEncoder`; None for causal models.
         today: the day for chat templates that write it.
+        learn_reasoning: as in `ChatEncoder`.
 
     Raises:
         ConversationError: plain text for an encoder-decoder pair.
@@ -179,7 +193,7 @@ def make_encoder(
     is_causal = starts is None
 
     if is_causal and conversations:
-        return ChatEncoder(student, teacher, max_length, learn_from, today, facts)
+        return ChatEncoder(student, teacher, max_length, learn_from, today, facts, learn_reasoning=learn_reasoning)
     if is_causal:
         return PairEncoder(student, teacher, max_length, facts)
 

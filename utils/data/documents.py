@@ -21,7 +21,7 @@ import numpy as np
 from ..config.settings import DataConfig
 from ..errors import UserError
 from . import sources
-from .columns import INSTRUCTION, OUTPUT, SHAREGPT, Columns, Conversation, as_text, text_of_messages
+from .columns import INSTRUCTION, OUTPUT, SHAREGPT, Columns, Conversation, Reading, as_text, text_of_messages
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +178,7 @@ def _documents(
             _require_one_kind(config, place, places, is_conversation=is_conversation)
 
         if is_conversation:
-            yield place, value.text(place, config.learn_from, columns.unread)
+            yield place, value.text(place, Reading(config.learn_from, config.reasoning), columns.unread)
         else:
             yield place, as_text(place, value)
 

@@ -16,6 +16,7 @@ from ..advice import advice
 from ..config import resume_rules
 from ..config.plain import to_plain
 from ..config.protocols import RunConfig
+from ..config.settings import template_values
 from ..data import documents
 from ..data.batch_order import permutation
 from ..data.windows import Room, make_windows, warn_of_left_out, warn_of_missing, windows_fingerprint
@@ -101,6 +102,7 @@ class TextSettings:
     max_length: int
     conversations: bool
     learn_from: Literal["completions", "all"]
+    learn_reasoning: bool
     rows: tuple[int, int]
     decoder_starts: tuple[int, int] | None
     text_starts: tuple[str | None, str | None]
@@ -206,6 +208,14 @@ def require_widths_and_disk(config: RunConfig, method: Method, named: Named) -> 
         disk.require_disk(Path(config.output_dir), needed)
 
 
+def template_variables(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the values for the variables of chat templates, by role."""
+    return {
+        "student": template_values(config.student.chat_template_kwargs),
+        "teacher": template_values(config.teacher.chat_template_kwargs),
+    }
+
+
 def read_material(config: RunConfig, method: Method, named: Named, today: date | None) -> Material:
     """Read the text and cut it into windows; what of it is left out, or looks wrong, is logged."""
     length = loading.window_length(config.data.max_length, named.shapes.values())
@@ -215,7 +225,7 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
         # Only the text tells whether chat templates are needed.
         tokenizers = named.tokenizers
         if corpus.conversations and named.decoder_starts is None:
-            tokenizers, notes = method.chat_tokenizers(tokenizers)
+            tokenizers, notes = method.chat_tokenizers(tokenizers, template_variables(config))
             for note in notes:
                 log.warning("%s", note)
 
@@ -223,6 +233,7 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
             max_length=length,
             conversations=corpus.conversations,
             learn_from=config.data.learn_from,
+            learn_reasoning=config.data.reasoning != "read",
             rows=named.rows,
             decoder_starts=named.decoder_starts,
             text_starts=(config.student.text_start, config.teacher.text_start),
