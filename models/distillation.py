@@ -23,6 +23,7 @@ from .losses.chunk_size import chunk_rows
 from .student_aware_router import ROUTER_TERMS
 from .teacher.cached import CachedTeacher, RememberingCollator
 from .teacher.frozen import FrozenTeacher
+from .text.chat import ConversationSettings
 from .text.chat_template import tokenizers_for_chat
 from .text.collate import PairCollator, count_channel, read_and_learned
 from .text.encoder_decoder import make_encoder
@@ -131,14 +132,14 @@ class Method(Validated):
             ValueError: a tokenizer does not fit; see `PairEncoder` and `VocabularyMap.build`.
         """
         student, teacher = tokenizers["student"], tokenizers["teacher"]
+        conversations = None
+        if text.conversations:
+            conversations = ConversationSettings(text.learn_from, text.learn_reasoning, text.today)
         encoder = make_encoder(
             (student, teacher),
             text.max_length,
-            conversations=text.conversations,
-            learn_from=text.learn_from,
-            learn_reasoning=text.learn_reasoning,
+            conversations=conversations,
             starts=text.decoder_starts,
-            today=text.today,
             facts=ModelFacts(text.rows, text.text_starts),
         )
 

@@ -588,6 +588,18 @@ def _as_json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if value else ""
 
 
+@dataclass(frozen=True)
+class ConversationSettings:
+    """Settings of how conversations are learned."""
+
+    learn_from: Literal["completions", "all"] = "completions"
+    """The assistant's messages, or every one."""
+    learn_reasoning: bool = True
+    """False: the thinking before an answer is read, and not learned."""
+    today: date | None = None
+    """The day for templates that write it."""
+
+
 class _Cut(NamedTuple):
     """The end of a piece."""
 

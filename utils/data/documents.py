@@ -326,7 +326,7 @@ def _require_text(documents: list[str], names: Sequence[str], counts: dict[str, 
     if conversations:
         raise UserError(
             f"Nothing to learn from in {', '.join(names)}: in none of {counts['read']} conversations is there text of "
-            "the role 'assistant'. Rename the role that answers (gpt, bot, model), or learn from all messages: "
+            "the role 'assistant'. Rename the role that answers to it, or learn from all messages: "
             "--set data.learn_from=all."
         )
     raise UserError(

@@ -208,6 +208,28 @@ def require_widths_and_disk(config: RunConfig, method: Method, named: Named) -> 
         disk.require_disk(Path(config.output_dir), needed)
 
 
+def _text_settings(
+    config: RunConfig,
+    named: Named,
+    length: int,
+    *,
+    conversations: bool,
+    today: date | None,
+) -> TextSettings:
+    """Return what a pair needs to know of a run's text, cut into windows of this length."""
+    return TextSettings(
+        max_length=length,
+        conversations=conversations,
+        learn_from=config.data.learn_from,
+        learn_reasoning=config.data.reasoning != "read",
+        rows=named.rows,
+        decoder_starts=named.decoder_starts,
+        text_starts=(config.student.text_start, config.teacher.text_start),
+        today=today or conversation_date.choose(config).day,
+        cache_dir=cache_dir() / "vocabularies",
+    )
+
+
 def template_variables(config: RunConfig) -> dict[str, dict[str, Any]]:
     """Return the values for the variables of chat templates, by role."""
     return {
@@ -229,17 +251,7 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
             for note in notes:
                 log.warning("%s", note)
 
-        text = TextSettings(
-            max_length=length,
-            conversations=corpus.conversations,
-            learn_from=config.data.learn_from,
-            learn_reasoning=config.data.reasoning != "read",
-            rows=named.rows,
-            decoder_starts=named.decoder_starts,
-            text_starts=(config.student.text_start, config.teacher.text_start),
-            today=today or conversation_date.choose(config).day,
-            cache_dir=cache_dir() / "vocabularies",
-        )
+        text = _text_settings(config, named, length, conversations=corpus.conversations, today=today)
         pair = method.join(tokenizers, text)
         for note in pair.encoder.notes(corpus.train):
             log.warning("%s", note)
