@@ -38,6 +38,11 @@ class _Word(NamedTuple):
     control: tuple[int, int] | None
     """Of a control token: side and number, so that it equals no other word."""
 
+    @property
+    def is_spoken(self) -> bool:
+        """Return whether it is more than punctuation."""
+        return self.is_argument or (self.control is None and self.text[0].isalnum())
+
 
 def name_fields(
     pair: Sequence[Written],
@@ -149,15 +154,52 @@ def _plain_words(text: str) -> list[_Word]:
 
 def _runs(words: Sequence[Sequence[_Word]]) -> list[list[tuple[int, int]]]:
     """Return the runs of words that both sides have: for each side (begin, end) of every run."""
+    # Punctuation is alike by chance: it belongs to a run only beside words.
+    spoken = [[index for index, word in enumerate(side) if word.is_spoken] for side in words]
+    keys = [[side[index] for index in indices] for side, indices in zip(words, spoken, strict=True)]
+    pairs = []
+    for first, second, size in SequenceMatcher(a=keys[0], b=keys[1], autojunk=False).get_matching_blocks():
+        for offset in range(size):
+            pairs.append((spoken[0][first + offset], spoken[1][second + offset]))
+
     runs: list[list[tuple[int, int]]] = [[], []]
-    blocks = SequenceMatcher(a=words[0], b=words[1], autojunk=False).get_matching_blocks()
-    for student, teacher, size in blocks:
-        # Punctuation alone is markup, which is alike by chance.
-        block = words[0][student : student + size]
-        if any(word.is_argument or word.text[0].isalnum() for word in block):
-            runs[0].append((student, student + size))
-            runs[1].append((teacher, teacher + size))
+    ends = (0, 0)
+    for pair in pairs:
+        # A run before this one may already reach up to it.
+        lead = _common_before(words, pair, ends)
+        stop = _common_behind(words, pair)
+        is_continued = bool(runs[0]) and all(position - lead == end for position, end in zip(pair, ends, strict=True))
+        for side, position in enumerate(pair):
+            begin = position - lead
+            if is_continued:
+                begin, _ = runs[side].pop()
+            runs[side].append((begin, position + stop))
+        ends = (pair[0] + stop, pair[1] + stop)
     return runs
+
+
+def _common_before(
+    words: Sequence[Sequence[_Word]],
+    pair: tuple[int, int],
+    ends: tuple[int, int],
+) -> int:
+    """Count the words without sound that both sides have before a pair of words, behind the last run."""
+    count = 0
+    most = min(position - end for position, end in zip(pair, ends, strict=True))
+    while count < most and words[0][pair[0] - count - 1] == words[1][pair[1] - count - 1]:
+        count += 1
+    return count
+
+
+def _common_behind(words: Sequence[Sequence[_Word]], pair: tuple[int, int]) -> int:
+    """Count the words from a pair of words on that both sides have, up to the next that is spoken."""
+    count = 1
+    most = min(len(side) - position for side, position in zip(words, pair, strict=True))
+    while count < most and not words[0][pair[0] + count].is_spoken:
+        if words[0][pair[0] + count] != words[1][pair[1] + count]:
+            break
+        count += 1
+    return count
 
 
 def _segments(

@@ -38,7 +38,7 @@ class File(NamedTuple):
     error: str = ""
     """Pattern of the message where nothing can be learned."""
     suffix: str = ".jsonl"
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] | None = None
 
 
 def user(text: Any, **more) -> dict:
@@ -255,7 +255,7 @@ def test_a_chat_file_is_learned_or_told_with_its_line(tmp_path, name):
     file = FILES[name]
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text('{"prompt": "x", "completion": "y"}\n')
-    config = DataConfig(train=[written(tmp_path, file)], eval=str(held_out), **file.settings)
+    config = DataConfig(train=[written(tmp_path, file)], eval=str(held_out), **(file.settings or {}))
 
     def learn() -> list[list[str]]:
         with errors_name_their_document(config):
