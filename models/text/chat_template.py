@@ -10,6 +10,7 @@ renderings with all that is learned of them (`ChatTemplate`, `segments`).
 """
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -81,8 +82,9 @@ class _Placeholder(NamedTuple):
     end: int
 
 
+@functools.lru_cache(maxsize=1000)
 def _placeholders(rendered: str) -> list[_Placeholder]:
-    """Return the marks of a rendering in the order of its text."""
+    """Return the marks of a rendering in the order of its text; most conversations have the same renderings."""
     placeholders = []
     for match in PLACEHOLDER.finditer(rendered):
         placeholder = _Placeholder(
