@@ -9,7 +9,7 @@ A schedule that is better than one constant may only have met a better constant 
 - mean: the constant that the schedule is on average;
 - reversed: from the last value to the first;
 - shuffled: the schedule in 20 pieces, in a random order that is always the same;
-- best constant, as long: with as many more steps as the schedule takes more time.
+- best constant, as long: with as many more steps as the schedule takes more time of the processor.
 
 All arms of a pair see the same batches and the same first student for a seed: differences are taken seed by seed. A
 schedule earns to be a default where it is below the best constant and below its reversal by at least 0.5 %, with the
@@ -45,6 +45,8 @@ LEAST_GAIN = 0.005
 COMPARED_WINDOWS = 24
 """Unseen windows on which the student's distributions are compared with the teacher's."""
 AS_LONG = "best constant, as long"
+SETTING = ("pair", "share", "steps", "size")
+"""Names of what all runs of a table share."""
 
 _LOSS = LossConfig(top_k=TOP_K, head_passes="eager")
 
@@ -168,14 +170,14 @@ class Benchmark:
         results = [line for line in read_results(self.args.results) if self._is_of(line, name)]
         best = best_constant(results)
         seconds = {arm: mean(line["seconds"] for line in results if line["arm"] == arm) for arm in (best, "schedule")}
-        steps = round(self.args.steps * max(1.0, seconds["schedule"] / max(seconds[best], 1)))
+        steps = round(self.args.steps * max(1.0, seconds["schedule"] / seconds[best]))
         value = float(best.removeprefix("constant "))
         for seed in self.args.seeds:
             self._run_arm(name, AS_LONG, candidate.variant(value), seed, steps)
 
     def _is_of(self, line: dict, name: str) -> bool:
-        setting = {"pair": self.args.pair, "share": self.args.share, "steps": self.args.steps, "schedule": name}
-        return setting.items() <= line.items()
+        setting = {key: getattr(self.args, key) for key in SETTING}
+        return (setting | {"schedule": name}).items() <= line.items()
 
     def _run_arm(self, name: str, arm: str, variant: Variant, seed: int, steps: int) -> None:
         """Do one run, and add a line to the results, unless it is there."""
@@ -185,9 +187,7 @@ class Benchmark:
 
         student, training = train(self.pair, variant, seed, steps, self.args.size)
         result = {
-            "pair": self.args.pair,
-            "share": self.args.share,
-            "steps": self.args.steps,
+            **{key: getattr(self.args, key) for key in SETTING},
             "schedule": name,
             "arm": arm,
             "seed": seed,
@@ -248,11 +248,11 @@ def paired(results: Sequence[dict], arm: str, other: str) -> Paired:
 def tables(results: Sequence[dict]) -> str:
     """Return a table for each pair and schedule, and what the schedule has earned."""
     parts = []
-    for setting in dict.fromkeys((line["pair"], line["share"], line["steps"], line["schedule"]) for line in results):
-        keys = ("pair", "share", "steps", "schedule")
-        lines = [line for line in results if tuple(line[key] for key in keys) == setting]
-        pair, share, steps, name = setting
-        title = f"**{name}**, {pair}: {steps} steps, {share:.0%} of the stories"
+    keys = (*SETTING, "schedule")
+    for values in dict.fromkeys(tuple(line[key] for key in keys) for line in results):
+        lines = [line for line in results if tuple(line[key] for key in keys) == values]
+        pair, share, steps, size, name = values
+        title = f"**{name}**, {pair}: {steps} steps of {size} windows, {share:.0%} of the stories"
         parts.append(f"{title}\n\n{_table(lines)}\n\n{_verdict(lines)}")
     return "\n\n".join(parts)
 

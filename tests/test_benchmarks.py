@@ -118,7 +118,7 @@ def test_opponents_of_a_schedule_have_its_values(name):
 def test_a_schedule_earns_something_only_against_the_best_constant_and_its_reversal():
     def result(arm: str, seed: int, bits: float) -> dict:
         written = {"teacher_bits_per_byte": 1.0, "repeated_4grams": 0.1}
-        setting = {"pair": "a", "share": 1.0, "steps": 10, "schedule": "s"}
+        setting = {"pair": "a", "share": 1.0, "steps": 10, "size": 4, "schedule": "s"}
         figures = {"kl": 0.5, "top1": 0.5, "seconds": 1.0, "bits_per_byte": bits + 0.1 * seed, "written": written}
         return setting | figures | {"arm": arm, "seed": seed}
 
