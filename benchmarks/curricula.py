@@ -87,6 +87,9 @@ CANDIDATES = {
     ),
     "interpolated targets": Candidate(Ramp(((0.0, 0.4), (0.8, 1.0))), (0.6, 0.8, 1.0), _loss("interpolation")),
     "ever more positions": Candidate(Ramp(((0.0, 0.2), (0.8, 1.0))), (0.2, 0.5, 1.0), _selected(by="student_entropy")),
+    "ever more positions, chosen before": Candidate(
+        Ramp(((0.0, 0.2), (0.8, 1.0))), (0.2, 0.5, 1.0), _selected(by="first_student")
+    ),
     "ever more positions, excess loss": Candidate(
         Ramp(((0.0, 0.2), (0.8, 1.0))), (0.2, 0.5, 1.0), _selected(by="excess_loss")
     ),
