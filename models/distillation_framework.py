@@ -180,7 +180,7 @@ class DistillationFramework(nn.Module):
             the weighted total and the raw terms (sum, count).
         """
         self._check_batch(batch)
-        statistics = statistics or {}
+        statistics = _checked_statistics(statistics, self.curriculum, step)
         weights = self.curriculum.weights(step, statistics)
         scalars = self.curriculum.scalars(step)
         if not self.curriculum.used and not measure:
@@ -292,6 +292,9 @@ class DistillationFramework(nn.Module):
                 )
             return terms & TEXT_TERMS
 
+        if batch.places is not None:
+            terms = self._without_span(terms, weighted)
+
         # A hidden-state term that cannot be computed is an error if it is to teach, and else left unmeasured.
         obstacle = self._obstacle_to_routing(batch, signal)
         if not obstacle:
@@ -300,6 +303,17 @@ class DistillationFramework(nn.Module):
         if impossible:
             raise ValueError(f"cannot compute {', '.join(impossible)}: {obstacle}")
         return terms - {*ROUTER_TERMS}
+
+    @staticmethod
+    def _without_span(terms: set[str], weighted: set[str]) -> set[str]:
+        """Return the terms that a teacher serves which is only asked about chosen positions."""
+        if "span" in weighted:
+            raise ValueError(
+                "cannot compute span: got windows whose positions were chosen before training, and the teacher is not "
+                "asked for the probability of all of their text; give span the weight 0, or choose with another "
+                "select_by than first_student"
+            )
+        return terms - {"span"}
 
     def _obstacle_to_routing(self, batch: PairedBatch, signal: TeacherSignal | None) -> str:
         """Return what the terms on hidden states lack, with the remedy; empty where they lack nothing."""
@@ -439,6 +453,27 @@ class DistillationFramework(nn.Module):
                     student=_likeliest(None, probabilities[row], guesses),
                 )
         return sorted(largest.values(), key=lambda difference: -difference.kl)[:most]
+
+    @torch.no_grad()
+    def chosen(self, batch: PairedBatch, share: float, signal: TeacherSignal | None = None) -> Tensor:
+        """Return the flat student positions at which KD is learned under a share, with the models as they are now."""
+        self._check_batch(batch)
+        if signal is None:
+            signal = self.teacher.signal(batch, self.loss_config.top_k)
+        signal = signal.to(batch.student_ids.device)
+        with evaluating(self.student):
+            states = body_states(self.student, batch.student_ids, batch.student_source)
+            head = HeadTerms(
+                student=self.student,
+                batch=batch,
+                states=states.flatten(0, 1)[batch.supervised],
+                config=self.loss_config,
+                scalars={"select": share},
+                signal=signal,
+                target=self._target(batch, signal),
+            )
+            rows = head.chosen
+        return batch.row_student if rows is None else batch.row_student[rows]
 
     def _compared(self, batch: PairedBatch, signal: TeacherSignal | None) -> Iterator[_Compared]:
         """Yield what both models predict where they have read the same bytes, in chunks of positions."""
@@ -658,6 +693,20 @@ def _check_pair(
             "student and teacher share weights, and the teacher's are frozen; load the model a second time for the "
             "teacher"
         )
+
+
+def _checked_statistics(
+    statistics: Mapping[str, float] | None,
+    curriculum: CurriculumScheduler,
+    step: int | None,
+) -> Mapping[str, float]:
+    """Return statistics, none as an empty mapping; refuse none behind the first step of a curriculum that uses them."""
+    if statistics is None and step and curriculum.uses_statistics:
+        raise ValueError(
+            f"got no statistics in step {step}, expected those of the steps before, of which curriculum.balance and "
+            "sample_weights are made; train with `fit`, which gives them, or leave both settings out"
+        )
+    return statistics or {}
 
 
 def _checked_counts(

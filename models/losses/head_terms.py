@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import LossConfig
 from ..language_model import head_logits, logit_options, vocabulary_size
-from ..types import LossTerm, PairedBatch, SparseTarget, TeacherSignal
+from ..types import LossTerm, PairedBatch, Places, SparseTarget, TeacherSignal
 from . import head_passes, sample_weights, selection
 from .chunk_size import chunk_rows
 from .fused_head import HeadComputation, HeadLosses, HeadTarget, head_losses
@@ -181,9 +181,9 @@ class HeadTerms:
         positions = self.batch.row_supervised
         if self._row_weights is not None:
             target = replace(target, weight=self._row_weights)
-        if self._chosen is not None:
-            target = target.rows(self._chosen)
-            positions = positions[self._chosen]
+        if self.chosen is not None:
+            target = target.rows(self.chosen)
+            positions = positions[self.chosen]
 
         return HeadTarget(
             target,
@@ -206,9 +206,18 @@ class HeadTerms:
 
     @cached_property
     def _window_scores(self) -> Tensor | None:
-        """Return [B] what windows are weighted by; None: they all weigh alike."""
+        """Return [B] what windows are weighted by; None: they all weigh alike.
+
+        Raises:
+            ValueError: the teacher was not asked for the probability of all of the text.
+        """
         if not self.scalars.get("sample_weights"):
             return None
+        if self.batch.places is not None:
+            raise ValueError(
+                f"got sample_weights and select_by {selection.STORED}, under which the teacher is not asked for the "
+                "probability of all of the text; leave sample_weights at 0, or choose by another select_by"
+            )
         excess = sample_weights.excess_losses(self.batch, self.signal, self._log_probs)
         return sample_weights.frontier(excess)
 
@@ -243,14 +252,31 @@ class HeadTerms:
         return self.scalars.get("select", 1.0)
 
     @cached_property
-    def _chosen(self) -> Tensor | None:
+    def chosen(self) -> Tensor | None:
         """Return [m] the rows of the target that KD is learned at; None: all."""
         if self._select == 1:
             return None
+        if self.config.select_by == selection.STORED:
+            return selection.choose_by_places(self._places, self.batch.window_rows, self._select)
+
         scores = self._scores()
         # What the teacher cannot judge teaches nothing.
         scores = scores.masked_fill(~self.target.valid, -torch.inf)
         return selection.choose(scores, self._row_window, self.batch.window_rows, self._select)
+
+    @property
+    def _places(self) -> Places:
+        """Return the places of the rows.
+
+        Raises:
+            ValueError: the batch comes without.
+        """
+        if self.batch.places is None:
+            raise ValueError(
+                f"got select_by {selection.STORED} and a batch without places; choose the positions of the windows "
+                "before training: models.chosen_positions.with_places"
+            )
+        return self.batch.places
 
     @torch.no_grad()
     def _scores(self) -> Tensor:
