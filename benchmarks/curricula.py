@@ -273,6 +273,8 @@ class Paired:
         return mean(self.values) <= -self.metric.least_gain and mean(self.values) + self.half < 0
 
     def __str__(self) -> str:
+        if not self.values:
+            return ""  # not run yet
         half = "" if self.half is None else f" ± {self.half:.2%}"
         return f"{mean(self.values):+.2%}{half}"
 
@@ -328,6 +330,9 @@ def _row(arm: str, lines: Sequence[dict]) -> list[object]:
 
 def _verdict(lines: Sequence[dict]) -> str:
     """Return what the schedule has earned: a line of its differences in each metric, and a sentence."""
+    if not {"schedule", "reversed"} <= {line["arm"] for line in lines}:
+        return "Not all of its arms were run yet."
+
     verdict = []
     earns = False
     for metric in METRICS:

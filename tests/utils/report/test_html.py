@@ -85,7 +85,7 @@ def test_the_page_is_well_formed_and_has_all_parts():
         assert part in text
     for part in (
         "One text, two tokenizations",
-        "fewest of them, 20 %",
+        "Where the teacher is listened to",
         "What the teacher would have said",
         "3.20",
         "Tasks",
