@@ -364,10 +364,7 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
 
     # 2. Steps, on the same batches for every variant; the choice of positions is a part of the training's time.
     started = time.process_time()
-    chosen_windows = pair.windows
-    if variant.is_taught and variant.loss.select_by == STORED:
-        share = max(values_of(variant.curriculum.select))
-        chosen_windows = with_places(pair.windows, distillation.collate, student, share)
+    chosen_windows = _windows_of(pair, variant, student)
     last_bits: list[float] = []
     terms: dict[str, float] = {}
     statistics = StepStatistics(framework)
@@ -420,6 +417,14 @@ def _forward(
     accelerator = build_accelerator("no", cpu=True)
     statistics.take(sums, batch.counts, host=HostSum(accelerator, []), accelerator=accelerator)
     return output
+
+
+def _windows_of(pair: Pair, variant: Variant, student: torch.nn.Module) -> Sequence[dict]:
+    """Return the training windows, with the positions that the untrained student chooses where a variant asks for it."""
+    if not variant.is_taught or variant.loss.select_by != STORED:
+        return pair.windows
+    share = max(values_of(variant.curriculum.select))
+    return with_places(pair.windows, pair.under(variant).collate, student, share)
 
 
 def _signal_of(

@@ -87,7 +87,13 @@ DETERMINISTIC = "training.deterministic"
 OWN_TEXT = {"on_policy", "curriculum.on_policy"}
 """Compared only where the student learns from its own text at some time; runs made before it could have none."""
 
-ADDED = {"curriculum.balance": "none", "curriculum.sample_weights": 0.0}
+ADDED = {
+    "curriculum.balance": "none",
+    "curriculum.sample_weights": 0.0,
+    "curriculum.select": 1.0,
+    "loss.select_by": "student_entropy",
+    "loss.interpolation": 1.0,
+}
 """Settings that runs made before they existed have not, and the value that those ran with: compared only where it is
 another."""
 
