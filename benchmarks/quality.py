@@ -352,8 +352,7 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
     framework = distillation.framework(steps, student=student)
     signals = []
     if variant.is_taught:
-        layers = framework.router.teacher_layers if framework.router is not None else ()
-        signals = pair.signals(variant.loss.top_k, layers)
+        signals = pair.signals(variant.loss.top_k, framework.router.teacher_layers if framework.router else ())
     gold = Gold() if variant.gold else None
 
     if framework.router is not None:
@@ -420,7 +419,7 @@ def _forward(
 
 
 def _windows_of(pair: Pair, variant: Variant, student: torch.nn.Module) -> Sequence[dict]:
-    """Return the training windows, with the positions that the untrained student chooses where a variant asks for it."""
+    """Return the training windows, with positions that the untrained student chooses where a variant asks for it."""
     if not variant.is_taught or variant.loss.select_by != STORED:
         return pair.windows
     share = max(values_of(variant.curriculum.select))
