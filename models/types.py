@@ -56,7 +56,8 @@ class TeacherSignal(_Movable):
     log_tail: Tensor
     """[N] log mass of all other tokens."""
     log_mass: Tensor
-    """[N] log probability, under the full distribution, of what was read since the anchor."""
+    """[N] log probability, under the full distribution, of what was read since the anchor; -inf in a row of which too
+    little is known (`models.teacher.listed`)."""
     realised: Tensor
     """[M] log probability of the text's next teacher token, at every unpadded teacher position."""
     hidden: tuple[Tensor, ...] | None = None
