@@ -116,8 +116,8 @@ class ListedReader:
         positions = len(batch.teacher_held)
         if len(listed.ids) != positions or len(listed.realised) != positions:
             raise ValueError(
-                f"listed: got lists of {len(listed.ids):,} positions and {len(listed.realised):,} real tokens, expected "
-                f"{positions:,}, one for each teacher token of the batch"
+                f"listed: got lists of {len(listed.ids):,} positions and {len(listed.realised):,} real tokens, "
+                f"expected {positions:,}, one for each teacher token of the batch"
             )
         if listed.ids.numel() and int(listed.ids.max()) >= self.size:
             raise ValueError(
