@@ -335,6 +335,8 @@ class LossTerm:
     skipped: Tensor | None = None
     """Items that turned out to say nothing, once computed: they add 0 to the sum and stay in the count, which has to
     be known before (KD: too little teacher probability of what was read, or no token of the student's)."""
+    unlisted: Tensor | None = None
+    """Those of them of which a listed teacher tells too little (`models.teacher.listed`)."""
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,9 @@ class TeacherElsewhere(Teacher, Protocol):
     def identity(self) -> dict[str, Any]:
         """Return what makes it this teacher, for checkpoints; of a model here it is a fingerprint of its weights."""
 
+    def begin(self, batch: Any, top_k: int = ...) -> None:
+        """Begin the answer to a batch, for a `signal` that is asked for later; returns at once."""
+
 
 class TermSum(Protocol):
     """A loss term of one micro-batch, summed over its items."""
@@ -177,6 +180,9 @@ class Pair(Protocol):
     def collate(self) -> Collator: ...
 
     def frozen(self, model: nn.Module) -> Teacher: ...
+
+    def listed(self, source: Any) -> Teacher:
+        """Make a teacher of a source of lists, as `utils.served.teacher.ListServer` is."""
 
     def cached(self, teacher: Any, memory: Any) -> Teacher: ...
 

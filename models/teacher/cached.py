@@ -116,6 +116,16 @@ class CachedTeacher:
         assert self.teacher is not None, "the teacher is not loaded, and something is not in its memory"
         return self.teacher
 
+    def begin(self, batch: PairedBatch, top_k: int | None = None) -> None:
+        """Let a teacher elsewhere begin its answer to a batch that is not stored; returns at once."""
+        begin = getattr(self.teacher, "begin", None)
+        if begin is None or batch.signal is not None:
+            return
+
+        batch.signal = _read_signal(self.memory, batch.keys)
+        if batch.signal is None:
+            begin(batch, self.memory.top_k)
+
     @torch.no_grad()
     def signal(
         self,

@@ -1,4 +1,7 @@
-"""ListedReader: lists of a teacher's most probable tokens -> the `TeacherSignal` that its model would give.
+"""A teacher that is known by lists of its most probable tokens: `TeacherSignal` as its model would give it.
+
+ListedReader makes the signal of the lists of a batch. ListedTeacher asks a source for them, window by window; nothing
+here knows whether that is a server, or where. See `ListSource`.
 
 A server, or a stored capture, lists the most probable tokens of each position and tells the probability of the real
 one; the logits of the others are not known. At depth 0 nothing is lost by that. A row at depth > 0 asks for the tokens
@@ -6,12 +9,16 @@ that begin with what the student has read, and some of these may not be listed. 
 last that is, and together they have at most what the list leaves: where that could be more than a small part of the
 row's mass, the row is left to the LM term.
 
-Shapes: M unpadded teacher positions, K listed tokens of each, N KD rows, D rows at depth > 0, V teacher vocabulary.
+Shapes: M unpadded teacher positions, K listed tokens of each, N KD rows, D rows at depth > 0, V teacher vocabulary, T
+tokens of a window.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +47,30 @@ class ListedTokens:
     """[M, K] log-probabilities under the whole vocabulary; -inf where `ids` is -1."""
     realised: Tensor
     """[M] log-probability of the text's next token, listed or not; any number at the last position of a window."""
+
+
+class WindowLists(NamedTuple):
+    """Arrays of a `ListSource` on one window: a row for each token but the first, which nothing predicts."""
+
+    ids: np.ndarray
+    """[T - 1, K] int64 tokens; see `ListedTokens`."""
+    log_probs: np.ndarray
+    """[T - 1, K]."""
+    realised: np.ndarray
+    """[T - 1] log-probability of each token of the window but the first."""
+
+
+class ListSource(Protocol):
+    """Lists of a teacher's most probable tokens, window by window."""
+
+    def begin(self, windows: Sequence[Sequence[int]], top_k: int) -> None:
+        """Begin to fetch what `lists` will be asked for; returns at once."""
+
+    def lists(self, windows: Sequence[Sequence[int]], top_k: int) -> Sequence[Sequence[np.ndarray]]:
+        """Return the fields of `WindowLists` for the tokens of each window, with `top_k` tokens a row, or more."""
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes the teacher the one it is."""
 
 
 @dataclass(frozen=True)
@@ -216,3 +247,79 @@ def _probabilities(log_probs: Tensor) -> Tensor:
 def _left_of_one(sums: Tensor) -> Tensor:
     """Return the mass that is left of 1; rounding may have made a sum larger."""
     return (1 - sums).clamp_min(0)
+
+
+class ListedTeacher:
+    """A teacher whose model is elsewhere, and which is asked for lists; the framework takes it like any other.
+
+    Args:
+        source: lists of windows.
+        vocabulary: the vocabulary map of the pair.
+    """
+
+    model = None
+    """There is none in this process."""
+
+    def __init__(self, source: ListSource, vocabulary: VocabularyMap) -> None:
+        self.source = source
+        self.read = ListedReader(vocabulary)
+
+    def __deepcopy__(self, memo: dict) -> "ListedTeacher":
+        # Copies of a framework share it, as they do a model.
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """Return what makes it this teacher."""
+        return self.source.identity()
+
+    def begin(self, batch: PairedBatch, top_k: int) -> None:
+        """Begin to fetch the lists of a batch, for a `signal` that is asked for later; returns at once."""
+        self.source.begin(_windows(batch), self._most(top_k))
+
+    def signal(
+        self,
+        batch: PairedBatch,
+        top_k: int,
+        layers: Sequence[int] = (),
+    ) -> TeacherSignal:
+        """Return what `FrozenTeacher.signal` returns, on the host.
+
+        Raises:
+            ValueError: hidden states are asked for, or the batch has prompts for an encoder.
+        """
+        if layers:
+            raise ValueError(f"layers: got {list(layers)}, expected none: this teacher's model is elsewhere")
+        if batch.teacher_source is not None:
+            raise ValueError(
+                "batch: got prompts for an encoder, expected text for a causal model: lists have no others"
+            )
+        top_k = self._most(expect_count("top_k", top_k, 1))
+        windows = [WindowLists(*arrays) for arrays in self.source.lists(_windows(batch), top_k)]
+        return self.read(join_windows(windows), batch, top_k)
+
+    def _most(self, top_k: int) -> int:
+        """Return the tokens that a list can have."""
+        return min(top_k, self.read.size)
+
+
+def join_windows(windows: Sequence[WindowLists]) -> ListedTokens:
+    """Return the lists of a batch; each window has an empty one behind its last token, where the text ends."""
+    ids = []
+    log_probs = []
+    realised = []
+    for window in windows:
+        ids.append(np.pad(window.ids, ((0, 1), (0, 0)), constant_values=-1))
+        log_probs.append(np.pad(window.log_probs, ((0, 1), (0, 0)), constant_values=-np.inf))
+        realised.append(np.pad(window.realised, (0, 1)))
+    return ListedTokens(
+        ids=torch.from_numpy(np.concatenate(ids)),
+        log_probs=torch.from_numpy(np.concatenate(log_probs)),
+        realised=torch.from_numpy(np.concatenate(realised)),
+    )
+
+
+def _windows(batch: PairedBatch) -> list[list[int]]:
+    """Return the teacher's tokens of each window, without padding."""
+    lengths = batch.teacher_mask.sum(1).tolist()
+    rows = batch.teacher_ids.tolist()
+    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
