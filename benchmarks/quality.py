@@ -356,7 +356,7 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
     schedule = get_scheduler("cosine", optimizer, steps // 20, steps)
 
     # 2. Steps, on the same batches for every variant.
-    started = time.time()
+    started = time.process_time()
     last_bits: list[float] = []
     terms: dict[str, float] = {}
     student.train()
@@ -381,7 +381,7 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
     return student, {
         "terms": terms,
         "training_bits_per_byte": float(np.mean(last_bits)) if last_bits else None,
-        "seconds": round(time.time() - started),
+        "seconds": time.process_time() - started,
         "epochs": round(steps * size / len(pair.windows), 2),
     }
 

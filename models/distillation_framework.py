@@ -291,6 +291,9 @@ class DistillationFramework(nn.Module):
                 )
             return terms & TEXT_TERMS
 
+        if batch.places is not None:
+            terms = self._without_span(terms, weighted)
+
         # A hidden-state term that cannot be computed is an error if it is to teach, and else left unmeasured.
         obstacle = self._obstacle_to_routing(batch, signal)
         if not obstacle:
@@ -299,6 +302,17 @@ class DistillationFramework(nn.Module):
         if impossible:
             raise ValueError(f"cannot compute {', '.join(impossible)}: {obstacle}")
         return terms - {*ROUTER_TERMS}
+
+    @staticmethod
+    def _without_span(terms: set[str], weighted: set[str]) -> set[str]:
+        """Return the terms that a teacher serves which is only asked about chosen positions."""
+        if "span" in weighted:
+            raise ValueError(
+                "cannot compute span: got windows whose positions were chosen before training, and the teacher is not "
+                "asked for the probability of all of their text; give span the weight 0, or choose with another "
+                "select_by than first_student"
+            )
+        return terms - {"span"}
 
     def _obstacle_to_routing(self, batch: PairedBatch, signal: TeacherSignal | None) -> str:
         """Return what the terms on hidden states lack, with the remedy; empty where they lack nothing."""

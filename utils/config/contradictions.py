@@ -29,6 +29,8 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
 
     if config.curriculum.uses_own_text:
         problems += _own_text_problems(config, terms)
+    if config.loss.select_by == "first_student":
+        problems += _first_student_problems(config, terms)
 
     if config.training.patience and not config.evaluation.every:
         message = "training.patience counts evaluations, and evaluation.every is 0: give --eval-every"
@@ -55,6 +57,23 @@ def _student_problems(student: StudentConfig) -> list[Contradiction]:
     if student.lora.merge and not student.lora.enabled:
         problems.append("lora.merge is for a student with an adapter: give --lora too")
     return [Contradiction("student", problem) for problem in problems]
+
+
+def _first_student_problems(config: RunConfig, terms: set[str]) -> list[Contradiction]:
+    """Return the settings that contradict positions which the student chooses before training.
+
+    Args:
+        terms: those that weigh more than 0 at some time.
+    """
+    problems = []
+    if config.student.init == "random":
+        problems.append("a student with random weights is in doubt everywhere")
+    if config.curriculum.uses_own_text:
+        problems.append("text that the student writes later (curriculum.on_policy) has no positions chosen before")
+    if "span" in terms:
+        problems.append("span needs the teacher everywhere, and it is asked about the chosen positions alone")
+    remedy = "choose another loss.select_by, such as student_entropy"
+    return [Contradiction("loss", f"select_by first_student: {problem}; {remedy}") for problem in problems]
 
 
 def _own_text_problems(config: RunConfig, terms: set[str]) -> list[Contradiction]:

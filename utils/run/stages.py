@@ -41,7 +41,7 @@ from ..training.loop import FitResult, fit
 from ..training.options import LoopOptions
 from ..training.plan import Plan
 from ..training.red_flags import RedFlags, ignore_message
-from . import export, student_layers, upload
+from . import chosen_positions, export, student_layers, upload
 from . import folder as run_folder
 from .exit_codes import EXIT_CODES
 from .expected_work import expect_training
@@ -100,6 +100,9 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
         layers = session.on_main(lambda: student_layers.choose(job, session.output))
         session.notes["student layers"] = str(layers)
         job = replace(job, layers=layers)
+
+    if chosen_positions.are_chosen_before(job.config):
+        job = chosen_positions.choose(job, session)
 
     has_teacher = job.config.teacher.name is not None
     if has_teacher:

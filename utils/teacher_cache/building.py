@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from accelerate.utils import gather_object
 
-from ..config.protocols import RunConfig, Schedule
+from ..config.protocols import RunConfig, values_of
 from ..data.batch_order import BatchGeometry, micro_batches_in_step, permutation, step_batches
 from ..data.loader import loader
 from ..errors import UserError
@@ -156,7 +156,7 @@ def warn_of_top_k(config: RunConfig, codec: Codec) -> None:
             loss_top_k,
         )
 
-    hottest = max(_values_of(config.loss.temperature))
+    hottest = max(values_of(config.loss.temperature))
     is_narrow = cache_top_k == "adaptive" or codec.most < min(TEMPERED_TOP_K, codec.vocabulary)
     if hottest > 1 and is_narrow:
         log.warning(
@@ -167,13 +167,6 @@ def warn_of_top_k(config: RunConfig, codec: Codec) -> None:
             cache_top_k,
             TEMPERED_TOP_K,
         )
-
-
-def _values_of(schedule: float | Schedule) -> list[float]:
-    """Return the value of a constant, or those of a ramp's points."""
-    if not hasattr(schedule, "points"):
-        return [schedule]
-    return [value for _, value in schedule.points]
 
 
 def flush_cache(job: CachedJob) -> None:
