@@ -234,9 +234,7 @@ class DistillationFramework(nn.Module):
         terms = self._terms_to_compute(batch, weights, measure, signal=None)
 
         begin = getattr(self.teacher, "begin", None)
-        if begin is not None:
-            if terms - TEXT_TERMS:
-                begin(batch, self.loss_config.top_k)
+        if begin is not None and terms - TEXT_TERMS and begin(batch, self.loss_config.top_k):
             return None
         return self._ask(batch, terms)
 

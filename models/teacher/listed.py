@@ -272,10 +272,12 @@ class ListedTeacher:
         """Return what makes it this teacher."""
         return self.source.identity()
 
-    def begin(self, batch: PairedBatch, top_k: int) -> None:
-        """Begin to fetch the lists of a batch, for a `signal` that is asked for later; returns at once."""
+    def begin(self, batch: PairedBatch, top_k: int) -> bool:
+        """Begin to fetch the lists of a batch, for a `signal` that is asked for later; returns True, at once."""
         self.source.begin(_windows(batch), self._most(top_k))
+        return True
 
+    @torch.no_grad()
     def signal(
         self,
         batch: PairedBatch,

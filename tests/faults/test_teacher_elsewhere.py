@@ -28,6 +28,9 @@ class Elsewhere:
         assert not layers
         return self._behind.signal(batch, top_k)
 
+    def begin(self, batch, top_k=None):
+        return True
+
     def identity(self) -> dict[str, str]:
         return {"server": "somewhere", "model": "a teacher"}
 

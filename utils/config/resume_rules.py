@@ -38,6 +38,7 @@ FREE_TO_CHANGE = {
     # names and places of models and texts: it is their content that is compared
     "teacher.name",
     "teacher.tokenizer",
+    "teacher.model",
     "teacher.allow_pickle",
     "student.name",
     "student.tokenizer",
@@ -47,6 +48,8 @@ FREE_TO_CHANGE = {
     "cache.folder",
     "cache.build_only",
     "cache.accept_mismatch",
+    # how a served teacher is asked
+    "served",
     # the same computation at another place, in other pieces or with less memory
     "teacher.device",
     "data.num_workers",

@@ -55,7 +55,8 @@ class ModelConfig(Validated):
     """The teacher."""
 
     name: Name | None = None
-    """Hub id, local folder or GGUF file; null trains without a teacher (kd and span must then weigh 0)."""
+    """Hub id, local folder or GGUF file, or the address of a server, http://HOST:PORT/v1 (docs/served_teacher.md); null
+    trains without a teacher (kd and span must then weigh 0)."""
 
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
@@ -76,6 +77,31 @@ class ModelConfig(Validated):
 
     tokenizer: Name | None = None
     """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
+
+    model: Name | None = None
+    """Name of the model at a server of teachers (`name` is http://HOST:PORT/v1); null: the only one that it has."""
+
+    @property
+    def is_served(self) -> bool:
+        """True for a teacher behind a server, which is asked over HTTP."""
+        return self.name is not None and self.name.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
+class ServedConfig(Validated):
+    """Requests to the server of a served teacher."""
+
+    requests: Annotated[int, Gt(0)] = 8
+    """Requests under way at a time, of each process. Each asks for one window."""
+
+    timeout: Annotated[float, Gt(0)] = 120.0
+    """Seconds for one answer."""
+
+    patience: Annotated[float, Ge(0)] = 600.0
+    """Seconds for which a server that does not answer is waited for; then the run ends, with a checkpoint."""
+
+    key_variable: Name = "TEACHER_API_KEY"
+    """Environment variable with the key that the server wants, if any. The key itself is in no setting and no log."""
 
 
 @dataclass(frozen=True)
