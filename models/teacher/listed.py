@@ -26,8 +26,12 @@ from ..text.vocabulary import VocabularyMap
 from ..types import A_BATCH, PairedBatch, TeacherSignal
 from ..validation import expect, expect_count
 
-LEAST_LISTED_SHARE = 0.9
-"""Share of a row's mass that the listed tokens hold at least, however the mass of the others is spread."""
+LEAST_LISTED_SHARE = 0.5
+"""Share of a row's mass that the listed tokens hold at least, however the mass of the others is spread.
+
+Measured with k = 64 and a teacher of 14,019 tokens, students of 512 and of 105 characters: 11 % of the rows are left
+out, and the others are off by 0.004 and 0.007 of their mass on average. With 0.9 that is 22 and 27 %, 0.001 and 0.003.
+"""
 
 ROUNDING = 1e-6
 """Mass by which a sum of listed probabilities may be wrong: servers compute and write them in float32."""
