@@ -39,7 +39,7 @@ class Elsewhere:
 def elsewhere(monkeypatch):
     """Lets every run have its teacher elsewhere."""
     load = stages.load_teacher
-    return lambda: monkeypatch.setattr(stages, "load_teacher", lambda job: Elsewhere(load(job)))
+    return lambda: monkeypatch.setattr(stages, "load_teacher", lambda job, check: Elsewhere(load(job)))
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["asked", "cached"])

@@ -89,12 +89,8 @@ def _probe(client: ServerClient, server: Server, ids: Sequence[int], top_k: int)
     url, body = server.protocol.request(ids, top_k)
     reply = client.look(url, body)
     if reply.status != 200:
-        hint = ""
-        if "logprobs" in str(reply.content):
-            hint = f" Start it with --max-logprobs {top_k} or more, or ask for fewer (--top-k, --cache-top-k)."
-        if "vocabulary" in str(reply.content):
-            hint = " Expected the tokenizer of the server's model: --teacher-tokenizer."
-        raise UserError(client.refusal(reply) + hint)
+        raise UserError(client.refusal(reply) + _hint(str(reply.content), top_k))
+
     try:
         return server.protocol.read(reply.content, ids, top_k)
     except BadAnswer as error:
@@ -103,6 +99,15 @@ def _probe(client: ServerClient, server: Server, ids: Sequence[int], top_k: int)
         ) from None
     except UserError as error:
         raise UserError(f"teacher {client.address}: {error}") from None
+
+
+def _hint(refusal: str, top_k: int) -> str:
+    """Return what to do about the common reasons for which a server refuses."""
+    if "vocabulary" in refusal:
+        return " Expected the tokenizer of the server's model: --teacher-tokenizer."
+    if "logprobs" in refusal:
+        return f" Start it with --max-logprobs {top_k} or more, or ask for fewer (--top-k, --cache-top-k)."
+    return ""
 
 
 def _compare_texts(

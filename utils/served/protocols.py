@@ -153,8 +153,10 @@ def _vllm_position(entry: Any, token: int, top_k: int) -> _Position:
     except (KeyError, TypeError, ValueError):
         raise BadAnswer("a position whose entries are no tokens with a logprob") from None
 
-    # One more than was asked for is the real token.
-    if len(listed) == top_k + 1:
+    # The real token comes with its rank; where it is listed besides, that is its place in the list.
+    rank = real.get("rank")
+    is_besides = rank > top_k if isinstance(rank, int) else len(listed) > top_k
+    if is_besides:
         del listed[token]
     return _checked(_Position([*listed], [*listed.values()], realised, real.get("decoded_token")), top_k)
 

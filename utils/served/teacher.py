@@ -51,7 +51,7 @@ class ListServer:
     def begin(self, windows: Sequence[Sequence[int]], top_k: int) -> None:
         """Send the requests for some windows, unless they are under way; returns at once."""
         for window in windows:
-            self._begin((tuple(window), top_k))
+            self._begin(_key(window, top_k))
 
         # What nobody has come for is of an old order of the windows; whoever still does has it asked for again.
         size = sum(len(ids) * k * BYTES_PER_TOKEN for ids, k in self._begun)
@@ -68,7 +68,7 @@ class ListServer:
             UserError: it refuses a request.
             RunError: its answers are of no use.
         """
-        keys = [(tuple(window), top_k) for window in windows]
+        keys = [_key(window, top_k) for window in windows]
         answers = {key: self._begin(key) for key in keys}
         read = {key: self.client.wait(answer) for key, answer in answers.items()}
         for key in answers:
@@ -101,6 +101,11 @@ class ListServer:
             ids=np.where(is_unknown, -1, lists.ids),
             log_probs=np.where(is_unknown, -np.inf, lists.log_probs).astype(np.float32),
         )
+
+
+def _key(window: Sequence[int], top_k: int) -> Key:
+    """Return the key of a window, in whole numbers that JSON can write."""
+    return tuple(map(int, window)), top_k
 
 
 def connect(config: RunConfig, demand: Demand, rows: int, check: Callable[[], None]) -> ListServer:
