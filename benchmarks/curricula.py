@@ -87,6 +87,9 @@ CANDIDATES = {
     ),
     "interpolated targets": Candidate(Ramp(((0.0, 0.4), (0.8, 1.0))), (0.6, 0.8, 1.0), _loss("interpolation")),
     "ever more positions": Candidate(Ramp(((0.0, 0.2), (0.8, 1.0))), (0.2, 0.5, 1.0), _selected(by="student_entropy")),
+    "ever more positions, chosen before": Candidate(
+        Ramp(((0.0, 0.2), (0.8, 1.0))), (0.2, 0.5, 1.0), _selected(by="first_student")
+    ),
     "ever more positions, excess loss": Candidate(
         Ramp(((0.0, 0.2), (0.8, 1.0))), (0.2, 0.5, 1.0), _selected(by="excess_loss")
     ),
@@ -257,6 +260,8 @@ class Paired:
         return mean(self.values) <= -self.metric.least_gain and mean(self.values) + self.half < 0
 
     def __str__(self) -> str:
+        if not self.values:
+            return ""  # not run yet
         half = "" if self.half is None else f" ± {self.half:.2%}"
         return f"{mean(self.values):+.2%}{half}"
 
@@ -312,6 +317,9 @@ def _row(arm: str, lines: Sequence[dict]) -> list[object]:
 
 def _verdict(lines: Sequence[dict]) -> str:
     """Return what the schedule has earned: a line of its differences in each metric, and a sentence."""
+    if not {"schedule", "reversed"} <= {line["arm"] for line in lines}:
+        return "Not all of its arms were run yet."
+
     verdict = []
     earns = False
     for metric in METRICS:

@@ -462,6 +462,27 @@ class DistillationFramework(nn.Module):
                 )
         return sorted(largest.values(), key=lambda difference: -difference.kl)[:most]
 
+    @torch.no_grad()
+    def chosen(self, batch: PairedBatch, share: float, signal: TeacherSignal | None = None) -> Tensor:
+        """Return the flat student positions at which KD is learned under a share, with the models as they are now."""
+        self._check_batch(batch)
+        if signal is None:
+            signal = self.teacher.signal(batch, self.loss_config.top_k)
+        signal = signal.to(batch.student_ids.device)
+        with evaluating(self.student):
+            states = body_states(self.student, batch.student_ids, batch.student_source)
+            head = HeadTerms(
+                student=self.student,
+                batch=batch,
+                states=states.flatten(0, 1)[batch.supervised],
+                config=self.loss_config,
+                scalars={"select": share},
+                signal=signal,
+                target=self._target(batch, signal),
+            )
+            rows = head.chosen
+        return batch.row_student if rows is None else batch.row_student[rows]
+
     def _compared(self, batch: PairedBatch, signal: TeacherSignal | None) -> Iterator[_Compared]:
         """Yield what both models predict where they have read the same bytes, in chunks of positions."""
         self._check_batch(batch)

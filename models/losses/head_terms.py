@@ -176,9 +176,9 @@ class HeadTerms:
         interpolation = self.scalars.get("interpolation", 1.0)
         target = self.target
         positions = self.batch.row_supervised
-        if self._chosen is not None:
-            target = target.rows(self._chosen)
-            positions = positions[self._chosen]
+        if self.chosen is not None:
+            target = target.rows(self.chosen)
+            positions = positions[self.chosen]
 
         return HeadTarget(
             target,
@@ -199,7 +199,7 @@ class HeadTerms:
         return self.scalars.get("select", 1.0)
 
     @cached_property
-    def _chosen(self) -> Tensor | None:
+    def chosen(self) -> Tensor | None:
         """Return [m] the rows of the target that KD is learned at; None: all."""
         if self._select == 1:
             return None

@@ -140,3 +140,13 @@ class RunConfig(Protocol):
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 """The settings that a function returns changed, of the kind that it was given."""
+
+
+def share_chosen_before(config: RunConfig) -> float:
+    """Return the share of its KD positions that a training window has left, as the student before training chose them.
+
+    It is the largest that the run learns at; 1: nothing is chosen before training.
+    """
+    if config.teacher.name is None or config.loss.select_by != "first_student":
+        return 1.0
+    return max(values_of(config.curriculum.select))

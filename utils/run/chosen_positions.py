@@ -17,7 +17,7 @@ import pyarrow as pa
 import torch
 from datasets import Dataset
 
-from ..config.protocols import RunConfig, values_of
+from ..config.protocols import share_chosen_before
 from ..files import write_bytes
 from ..paths import cache_dir
 from ..pretrained import loading
@@ -29,12 +29,6 @@ log = logging.getLogger("train")
 
 COLUMN = "places"
 """Name that the collator reads (`models.text.collate.PLACES`)."""
-STORED = "first_student"
-
-
-def are_chosen_before(config: RunConfig) -> bool:
-    """Return True if the student before training chooses the positions of a run."""
-    return config.teacher.name is not None and config.loss.select_by == STORED and _largest_share(config) < 1
 
 
 def choose(job: Job, session: Session) -> Job:
@@ -44,7 +38,7 @@ def choose(job: Job, session: Session) -> Job:
         UserError: the student cannot be loaded.
     """
     rows, lengths = session.main_first(lambda: _read(_file(job)) or _choose_and_store(job, session))
-    share = _largest_share(job.config)
+    share = share_chosen_before(job.config)
     log.info(
         "positions for KD: %s of %s, at most %.0f %% of a window, where the student before training is most in doubt",
         f"{int((rows >= 0).sum()):,}",
@@ -66,17 +60,12 @@ def with_column(windows: Dataset, rows: np.ndarray, lengths: np.ndarray) -> Data
     return windows.add_column(COLUMN, column)
 
 
-def _largest_share(config: RunConfig) -> float:
-    """Return the largest share of the positions that is learned at any time of a run."""
-    return max(values_of(config.curriculum.select))
-
-
 def _choose_and_store(job: Job, session: Session) -> tuple[np.ndarray, np.ndarray]:
     """Return (places of all windows, number of places of each), after a pass of the student over the training text."""
     config = job.config
     student = students.make(config.student, config.training, job.accelerator, job.layers)
     size = cast(int, config.training.batch_size)  # `auto` is a number by now
-    share = _largest_share(config)
+    share = share_chosen_before(config)
 
     places: list[np.ndarray] = []
     with session.progress.over("choosing positions", len(job.windows), "student window") as note:
@@ -109,7 +98,7 @@ def _file(job: Job) -> Path:
         "layers": None if job.layers is None else asdict(job.layers)["indices"],
         "vocabulary_map": job.vocabulary.fingerprint,
         "max_depth": config.loss.max_depth,
-        "share": _largest_share(config),
+        "share": share_chosen_before(config),
         **{key: job.fingerprint[key] for key in ("training_text", "tokenizers_and_length")},
     }
     key = blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=16).hexdigest()
