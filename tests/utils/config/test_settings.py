@@ -61,7 +61,7 @@ def test_every_field_is_documented():
         (LoraConfig, "rank", 0, "greater than 0"),
         (OnPolicyConfig, "every", 0, "greater than 0"),
         (ServedConfig, "requests", 0, "greater than 0"),
-        (ServedConfig, "key_variable", "", "at least 1"),
+        (ServedConfig, "key_variable", "", "not empty"),
         (OnPolicyConfig, "top_p", 1.5, "less than or equal to 1"),
         (LoraConfig, "targets", "q_proj", "list"),
         (LoraConfig, "targets", [], "at least 1 item"),
