@@ -47,8 +47,8 @@ def _shape_behind_server(tokenizer: str) -> PretrainedConfig:
         rows = max(rows, loading.load_config(tokenizer, "teacher").get_text_config().vocab_size)
     return LlamaConfig(
         vocab_size=rows,
-        hidden_size=1,
-        intermediate_size=1,
+        hidden_size=64,
+        intermediate_size=64,
         num_hidden_layers=1,
         num_attention_heads=1,
         max_position_embeddings=UNLIMITED,
