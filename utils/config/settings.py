@@ -94,6 +94,10 @@ class ServedConfig(Validated):
     requests: Annotated[int, Gt(0)] = 8
     """Requests under way at a time, of each process. Each asks for one window."""
 
+    listed: Annotated[int, Gt(0)] | None = None
+    """Tokens that the server lists at each position; null: as many as the loss or the cache keeps. More of them leave
+    fewer positions inside of teacher tokens to the text alone, at the price of longer answers."""
+
     timeout: Annotated[float, Gt(0)] = 120.0
     """Seconds for one answer."""
 

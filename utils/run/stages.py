@@ -33,7 +33,7 @@ from ..report import report, token_views
 from ..report.results import worse_than_before
 from ..run_layout import CHECKPOINTS, METRICS, REPORT_HTML, ROUNDS, START, STUDENT, WITHOUT_TEACHER
 from ..served.checks import Demand
-from ..served.teacher import ListServer, connect
+from ..served.teacher import ListServer, connect, listed_tokens
 from ..teacher_cache import conversation_date
 from ..teacher_cache.building import CacheBuilding, cache_statistics, flush_cache, open_teacher_cache
 from ..training import dry_run
@@ -187,7 +187,7 @@ def _connect(job: Job, check: Callable[[], None]) -> ListServer:
     demand = Demand(
         tokenizer=job.pair.tokenizers["teacher"],
         length=job.pair.encoder.max_length,
-        top_k=min(cast(int, most), rows),
+        top_k=listed_tokens(config.served, cast(int, most), rows),
     )
     return connect(config, demand, rows, check)
 

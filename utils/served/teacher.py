@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..config.protocols import RunConfig
+from ..config.settings import ServedConfig
 from .checks import Demand, check_server
 from .http_client import BadAnswer, ServerClient
 from .protocols import Lists, Server, recognise
@@ -51,7 +52,7 @@ class ListServer:
     def begin(self, windows: Sequence[Sequence[int]], top_k: int) -> None:
         """Send the requests for some windows, unless they are under way; returns at once."""
         for window in windows:
-            self._begin(_key(window, top_k))
+            self._begin(self._key(window, top_k))
 
         # What nobody has come for is of an old order of the windows; whoever still does has it asked for again.
         size = sum(len(ids) * k * BYTES_PER_TOKEN for ids, k in self._begun)
@@ -68,12 +69,16 @@ class ListServer:
             UserError: it refuses a request.
             RunError: its answers are of no use.
         """
-        keys = [_key(window, top_k) for window in windows]
+        keys = [self._key(window, top_k) for window in windows]
         answers = {key: self._begin(key) for key in keys}
         read = {key: self.client.wait(answer) for key, answer in answers.items()}
         for key in answers:
             self._begun.pop(key, None)
         return [read[key][:3] for key in keys]
+
+    def _key(self, window: Sequence[int], top_k: int) -> Key:
+        """Return the key of a window, in whole numbers that JSON can write."""
+        return tuple(map(int, window)), listed_tokens(self.client.settings, top_k, self.rows)
 
     def _begin(self, key: Key) -> "Future[Lists]":
         """Return the answer to come of a window, for which a request is sent unless one is under way."""
@@ -103,9 +108,11 @@ class ListServer:
         )
 
 
-def _key(window: Sequence[int], top_k: int) -> Key:
-    """Return the key of a window, in whole numbers that JSON can write."""
-    return tuple(map(int, window)), top_k
+def listed_tokens(settings: ServedConfig, top_k: int, rows: int) -> int:
+    """Return how many tokens a server is asked to list where so many are kept; for one alone no more than that."""
+    if top_k == 1 or settings.listed is None:
+        return min(top_k, rows)
+    return min(max(top_k, settings.listed), rows)
 
 
 def connect(config: RunConfig, demand: Demand, rows: int, check: Callable[[], None]) -> ListServer:

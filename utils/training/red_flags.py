@@ -285,7 +285,7 @@ class RedFlags:
                 "unlisted",
                 f"the server's lists are too short for {unlisted:.1%} of the student's tokens (step {step}), which "
                 "learn from the text alone. Likely cause: the student's tokens are much shorter than the teacher's. A "
-                "larger --top-k (with a cache: --cache-top-k) lists more",
+                "larger served.listed has the server list more",
             )
         if anchored is not None and anchored < LEAST_COVERAGE:
             self._raise_flag(

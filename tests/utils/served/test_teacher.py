@@ -57,6 +57,18 @@ def test_short_lists_are_those_of_the_model_at_depth_0(pair, served, clients):
     assert 0 < term.unlisted <= term.skipped <= term.count
 
 
+def test_longer_lists_than_are_kept_leave_fewer_rows_out(pair, served, clients):
+    batch = pair.batch()
+    signals = [
+        teacher_of(pair, clients(served.address, listed=listed)).signal(batch, 8) for listed in (None, 4, 64, 10_000)
+    ]
+    lost = [int(signal.log_mass.isneginf().sum()) for signal in signals]
+    assert lost[0] == lost[1] > lost[2] > lost[3] == 0
+    assert all(signal.ids.shape == signals[0].ids.shape for signal in signals)
+    shallow = batch.depth == 0
+    assert all(torch.equal(signal.ids[shallow], signals[0].ids[shallow]) for signal in signals)
+
+
 def test_each_window_is_asked_for_once_however_it_is_asked(pair, served, clients):
     teacher, batch = teacher_of(pair, clients(served.address)), pair.batch()
     windows = len(batch.teacher_ids)
