@@ -22,7 +22,7 @@ SHOWN = 3
 
 
 class Demand(NamedTuple):
-    """What a run asks of a server."""
+    """Needs of a run that a server must meet."""
 
     tokenizer: PreTrainedTokenizerBase
     """The teacher's, as the run reads with it."""

@@ -150,25 +150,25 @@ class ServerClient:
 
     async def _answer(self, url: str, body: dict[str, Any], read: Callable[[Any], T]) -> T:
         """Send a request until it is answered."""
-        tries = 0
+        failures = 0
+        bad_answers = 0
         while True:
+            # A slot is free again while this request waits for its next turn.
             try:
                 async with self._slots:
                     response = await self._http.post(url, json=body)
                 self._end_outage()
                 return read(self._content(response))
-            except httpx.TransportError as error:
+
+            except httpx.RequestError as error:
                 self._note_outage(self._clean(error))
             except BadAnswer as error:
-                tries += 1
-                reason = self._clean(error)
-                if tries >= MOST_TRIES:
-                    raise RunError(
-                        f"teacher {self.address}: {tries} answers in a row were of no use, the last: {reason}. Look "
-                        "into the server's log; the same command continues."
-                    ) from None
-                log.log(logging.DEBUG if tries == 1 else logging.WARNING, "teacher %s: %s", self.address, reason)
-            await asyncio.sleep(min(FIRST_DELAY * 2 ** max(tries - 1, 0), LONGEST_DELAY))
+                bad_answers += 1
+                self._note_bad_answer(self._clean(error), bad_answers)
+
+            # Longer each time: a server that starts anew is not helped by questions.
+            await asyncio.sleep(min(FIRST_DELAY * 2**failures, LONGEST_DELAY))
+            failures += 1
 
     def _content(self, response: httpx.Response) -> Any:
         """Return the JSON of an answer.
@@ -211,7 +211,20 @@ class ServerClient:
             words = f"{type(cause).__name__}: {cause}" if words else type(cause).__name__
         return words.replace(self._key, "***") if self._key else words
 
-    # --- outages ----------------------------------------------------------------------------------------------------
+    # --- what is wrong with the server -------------------------------------------------------------------------------
+
+    def _note_bad_answer(self, reason: str, number: int) -> None:
+        """Log an answer of no use, from the second one of a request on.
+
+        Raises:
+            RunError: it is the last that is waited for.
+        """
+        if number >= MOST_TRIES:
+            raise RunError(
+                f"teacher {self.address}: {number} answers in a row were of no use, the last: {reason}. Look into the "
+                "server's log; the same command continues."
+            ) from None
+        log.log(logging.DEBUG if number == 1 else logging.WARNING, "teacher %s: %s", self.address, reason)
 
     def _note_outage(self, reason: str) -> None:
         """Log the begin of an outage.
