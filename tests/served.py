@@ -69,6 +69,7 @@ class PretendedServer:
                 data = text.encode()
                 self.send_response(status)
                 self.send_header("Content-Length", str(len(data)))
+                self.send_header("Connection", "close")
                 self.end_headers()
                 self.wfile.write(data)
                 # As a server that is gone: no connection stays open.

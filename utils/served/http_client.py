@@ -30,6 +30,8 @@ FIRST_DELAY = 0.5
 """Seconds before a request is sent a second time; each time after it, twice as many."""
 LONGEST_DELAY = 15.0
 """Seconds between two tries, at most."""
+LOOKS = 3
+"""Tries of a request about the server itself, before a run begins."""
 MOST_TRIES = 6
 """Tries of a request to which the server answers, but with an error of its own or with something else."""
 POLL_SECONDS = 0.2
@@ -96,7 +98,7 @@ class ServerClient:
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
 
-    # --- one request, tried once ------------------------------------------------------------------------------------
+    # --- one request, tried a few times ------------------------------------------------------------------------------
 
     def look(self, url: str, body: dict[str, Any] | None = None) -> Reply:
         """Return the reply to a GET, or to a POST with a body, whatever its status.
@@ -115,7 +117,18 @@ class ServerClient:
 
     async def _look(self, url: str, body: dict[str, Any] | None) -> Reply:
         method = "GET" if body is None else "POST"
-        response = await self._http.request(method, url, json=body)
+        response = None
+        for last in range(1, LOOKS + 1):
+            # A connection that the server has just closed says nothing of the server.
+            try:
+                response = await self._http.request(method, url, json=body)
+                break
+            except httpx.RequestError:
+                if last == LOOKS:
+                    raise
+                await asyncio.sleep(FIRST_DELAY)
+
+        assert response is not None
         try:
             return Reply(response.status_code, response.json())
         except ValueError:

@@ -110,6 +110,21 @@ def test_the_key_opens_the_server_and_its_absence_is_told(served, clients, monke
     assert ask(clients(served.address, key_variable="ANOTHER_KEY")).ids.shape == (4, 3)
 
 
+def test_a_connection_that_breaks_says_nothing_of_the_server(served, clients):
+    address, get = served.address, served.get
+    calls = []
+
+    def breaking(path):
+        calls.append(path)
+        if len(calls) == 1:
+            raise ConnectionAbortedError
+        return get(path)
+
+    served.get = breaking
+    assert clients(address).look(f"{address}/models").status == 200
+    assert len(calls) == 2
+
+
 def test_addresses():
     assert check_address("http://127.0.0.1:8000/v1/") == check_address("http://127.0.0.1:8000")
     for wrong in ("http://", "ftp://host/v1"):
