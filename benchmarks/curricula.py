@@ -76,9 +76,15 @@ def _selected(by: str) -> Callable[[Schedule], Variant]:
     return lambda schedule: Variant(loss, replace(CurriculumConfig(), select=schedule))
 
 
-def _weighted(*terms: str) -> Callable[[Schedule], Variant]:
+def _weighted(*terms: str, balance: str = "none") -> Callable[[Schedule], Variant]:
     """Return what makes an arm of KD .7 + LM .3 in which some terms have a scheduled weight."""
-    return lambda schedule: Variant(_LOSS, replace(CurriculumConfig(), **dict.fromkeys(terms, Term(schedule))))
+    curriculum = CurriculumConfig(balance=balance)
+    return lambda schedule: Variant(_LOSS, replace(curriculum, **dict.fromkeys(terms, Term(schedule))))
+
+
+def _sample_weights(schedule: Schedule) -> Variant:
+    """Return an arm of KD .7 + LM .3 in which KD weighs windows to a scheduled degree."""
+    return Variant(_LOSS, CurriculumConfig(sample_weights=schedule))
 
 
 CANDIDATES = {
@@ -94,6 +100,13 @@ CANDIDATES = {
         Ramp(((0.0, 0.2), (0.8, 1.0))), (0.2, 0.5, 1.0), _selected(by="excess_loss")
     ),
     "ever less KD": Candidate(Ramp(((0.0, 1.4), (1.0, 0.2))), (0.3, 0.7, 1.4), _weighted("kd")),
+    "ever less KD, balanced losses": Candidate(
+        Ramp(((0.0, 1.4), (1.0, 0.2))), (0.3, 0.7, 1.4), _weighted("kd", balance="loss")
+    ),
+    "ever less KD, balanced gradients": Candidate(
+        Ramp(((0.0, 1.4), (1.0, 0.2))), (0.3, 0.7, 1.4), _weighted("kd", balance="gradient")
+    ),
+    "sample weights later": Candidate(Ramp(((0.2, 0.0), (0.8, 1.0))), (0.0, 0.5, 1.0), _sample_weights),
     "cooling": Candidate(Ramp(((0.0, 4.0), (0.8, 1.0))), (1.0, 2.0, 4.0), _loss("temperature")),
     "hidden states early": Candidate(Ramp(((0.3, 1.0), (0.5, 0.0))), (0.0, 0.3, 1.0), _weighted("feat", "attn")),
 }

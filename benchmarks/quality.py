@@ -31,10 +31,14 @@ from transformers.utils import logging as transformers_logging
 from models.chosen_positions import with_places
 from models.config import CurriculumConfig, LossConfig, Term, values_of
 from models.distillation import Distillation, Method
+from models.distillation_framework import DistillationFramework
 from models.losses.selection import STORED
 from models.text.collate import PLACES
-from models.types import PairedBatch, TeacherSignal
+from models.types import DistillationOutput, PairedBatch, TeacherSignal
+from utils.parallel.accelerator import build_accelerator
 from utils.pretrained.layers import LayerChoice, choose_layers, keep_layers
+from utils.training.measurements import HostSum, StepSums, TermGradients
+from utils.training.step_statistics import StepStatistics
 
 # without it every large temporary is mapped and unmapped again, a third of a step's time on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -348,8 +352,7 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
     framework = distillation.framework(steps, student=student)
     signals = []
     if variant.is_taught:
-        layers = framework.router.teacher_layers if framework.router is not None else ()
-        signals = pair.signals(variant.loss.top_k, layers)
+        signals = pair.signals(variant.loss.top_k, framework.router.teacher_layers if framework.router else ())
     gold = Gold() if variant.gold else None
 
     if framework.router is not None:
@@ -360,12 +363,10 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
 
     # 2. Steps, on the same batches for every variant; the choice of positions is a part of the training's time.
     started = time.process_time()
-    chosen_windows = pair.windows
-    if variant.is_taught and variant.loss.select_by == STORED:
-        share = max(values_of(variant.curriculum.select))
-        chosen_windows = with_places(pair.windows, distillation.collate, student, share)
+    chosen_windows = _windows_of(pair, variant, student)
     last_bits: list[float] = []
     terms: dict[str, float] = {}
+    statistics = StepStatistics(framework)
     student.train()
     for step, chosen in zip(range(steps), window_order(len(pair.windows), size, seed), strict=False):
         windows = [chosen_windows[i] for i in chosen]
@@ -374,7 +375,7 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
             gold(student, pair.teacher.model, batch, windows).backward()
         else:
             signal = _signal_of(pair, variant, signals, chosen_windows, chosen) if variant.is_taught else None
-            output = framework(batch, step, signal=signal)
+            output = _forward(framework, statistics, batch, step, signal)
             output.loss.backward()
             terms = {name: term.sum.item() / max(term.count, 1) for name, term in output.terms.items()}
             if step >= steps - 100 and "lm" in output.terms:
@@ -391,6 +392,38 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
         "seconds": time.process_time() - started,
         "epochs": round(steps * size / len(pair.windows), 2),
     }
+
+
+def _forward(
+    framework: DistillationFramework,
+    statistics: StepStatistics,
+    batch: PairedBatch,
+    step: int,
+    signal: TeacherSignal | None,
+) -> DistillationOutput:
+    """Return the output of a step of one micro-batch, and take from it what the next step's weights are made of."""
+    if not statistics.is_used:
+        return framework(batch, step, signal=signal)
+
+    trained = [parameter for parameter in framework.student.parameters() if parameter.requires_grad]
+    sums = StepSums(gradients=TermGradients(trained) if statistics.needs_gradients else None)
+    term_graphs = statistics.needs_gradients
+    output = framework(batch, step, signal=signal, term_graphs=term_graphs, **statistics.options())
+    if sums.gradients is not None:
+        sums.gradients.add(output, batch.counts)
+    sums.add(output, is_idle=False)
+
+    accelerator = build_accelerator("no", cpu=True)
+    statistics.take(sums, batch.counts, host=HostSum(accelerator, []), accelerator=accelerator)
+    return output
+
+
+def _windows_of(pair: Pair, variant: Variant, student: torch.nn.Module) -> Sequence[dict]:
+    """Return the training windows, with positions that the untrained student chooses where a variant asks for it."""
+    if not variant.is_taught or variant.loss.select_by != STORED:
+        return pair.windows
+    share = max(values_of(variant.curriculum.select))
+    return with_places(pair.windows, pair.under(variant).collate, student, share)
 
 
 def _signal_of(

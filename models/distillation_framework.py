@@ -158,6 +158,7 @@ class DistillationFramework(nn.Module):
         measure: bool = False,
         signal: TeacherSignal | None = None,
         term_graphs: bool = False,
+        statistics: Mapping[str, float] | None = None,
     ) -> DistillationOutput:
         """Return the loss of a batch under the weights of an optimizer step, and its terms.
 
@@ -171,12 +172,16 @@ class DistillationFramework(nn.Module):
             signal: the teacher's signal for this batch, if it is there already (`ask`).
             term_graphs: give lm, kd and span graphs of their own, for a look at each one's gradient, at the price of
                 one more pass of the head for each. Without it only the total has a graph with them in it.
+            statistics: of the optimizer steps before, as `fit` gives them: the size of each term by its name, for
+                `curriculum.balance`, and the mean of `output.samples` over the rows of KD as `samples`, for
+                `curriculum.sample_weights`. What is not in it changes nothing.
 
         Returns:
             the weighted total and the raw terms (sum, count).
         """
         self._check_batch(batch)
-        weights = self.curriculum.weights(step)
+        statistics = _checked_statistics(statistics, self.curriculum, step)
+        weights = self.curriculum.weights(step, statistics)
         scalars = self.curriculum.scalars(step)
         if not self.curriculum.used and not measure:
             raise ValueError(
@@ -203,10 +208,13 @@ class DistillationFramework(nn.Module):
 
         # A term that is only measured is no part of the total. The order of the parts fixes the total's rounding.
         terms: dict[str, LossTerm] = {}
+        samples = None
         parts = []
         if head_shares:
-            head = self._head_terms(batch, states, signal, head_shares, scalars, term_graphs=term_graphs)
+            head_terms = self._head_terms(batch, states, signal, scalars, statistics, with_target="kd" in head_shares)
+            head = _computed(head_terms, head_shares, term_graphs=term_graphs)
             terms |= head.terms
+            samples = head.samples
         if routed:
             terms |= self._hidden_state_terms(batch, hidden, signal, routed, weights)
             parts += [terms[name].sum * shares[name] for name in routed if weights[name]]
@@ -215,7 +223,7 @@ class DistillationFramework(nn.Module):
         loss = torch.stack(parts).sum() if parts else self._no_loss()
 
         scalars["top_k"] = self.loss_config.top_k
-        return DistillationOutput(loss, terms, weights, scalars)
+        return DistillationOutput(loss, terms, weights, scalars, samples)
 
     def ask(
         self,
@@ -339,33 +347,22 @@ class DistillationFramework(nn.Module):
         batch: PairedBatch,
         states: Tensor,
         signal: TeacherSignal | None,
-        shares: Mapping[str, float],
         scalars: Mapping[str, float],
+        statistics: Mapping[str, float],
         *,
-        term_graphs: bool,
-    ) -> HeadResult:
-        """Compute lm, kd and span from the states [B, S, H] that enter the student's head.
-
-        Args:
-            shares: weight / count of each term that is computed.
-        """
-        head = HeadTerms(
+        with_target: bool,
+    ) -> HeadTerms:
+        """Return what computes lm, kd and span from the states [B, S, H] that enter the student's head."""
+        return HeadTerms(
             student=self.student,
             batch=batch,
             states=states.flatten(0, 1)[batch.supervised],
             config=self.loss_config,
             scalars=scalars,
             signal=signal,
-            target=self._target(batch, signal) if "kd" in shares else None,
+            target=self._target(batch, signal) if with_target else None,
+            mean_score=statistics.get("samples"),
         )
-        result = head.compute(shares)
-
-        # The terms of one pass share one graph; each with a graph of its own takes one pass more.
-        if term_graphs:
-            for name, share in shares.items():
-                if share:
-                    result.terms[name].sum = head.compute({name: 1.0}).loss
-        return result
 
     def _hidden_state_terms(
         self,
@@ -469,6 +466,7 @@ class DistillationFramework(nn.Module):
         if signal is None:
             signal = self.teacher.signal(batch, self.loss_config.top_k)
         signal = signal.to(batch.student_ids.device)
+
         with evaluating(self.student):
             states = body_states(self.student, batch.student_ids, batch.student_source)
             head = HeadTerms(
@@ -587,6 +585,27 @@ class DistillationFramework(nn.Module):
         return groups
 
 
+def _computed(
+    head_terms: HeadTerms,
+    shares: Mapping[str, float],
+    *,
+    term_graphs: bool,
+) -> HeadResult:
+    """Compute terms of the student's head.
+
+    Args:
+        shares: weight / count of each term that is computed.
+    """
+    result = head_terms.compute(shares)
+
+    # The terms of one pass share one graph; each with a graph of its own takes one pass more.
+    if term_graphs:
+        for name, share in shares.items():
+            if share:
+                result.terms[name].sum = head_terms.compute({name: 1.0}).loss
+    return result
+
+
 # ------------------------------------------------------------------------------------------- checks
 
 
@@ -680,6 +699,20 @@ def _check_pair(
             "student and teacher share weights, and the teacher's are frozen; load the model a second time for the "
             "teacher"
         )
+
+
+def _checked_statistics(
+    statistics: Mapping[str, float] | None,
+    curriculum: CurriculumScheduler,
+    step: int | None,
+) -> Mapping[str, float]:
+    """Return statistics, none as an empty mapping; refuse none behind the first step of a curriculum that uses them."""
+    if statistics is None and step and curriculum.uses_statistics:
+        raise ValueError(
+            f"got no statistics in step {step}, expected those of the steps before, of which curriculum.balance and "
+            "sample_weights are made; train with `fit`, which gives them, or leave both settings out"
+        )
+    return statistics or {}
 
 
 def _checked_counts(

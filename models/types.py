@@ -331,6 +331,8 @@ class SparseTarget:
     """[N] float32, 1 - sum of `probs`."""
     valid: Tensor
     """[N] bool: rows that count; others contribute zero."""
+    weight: Tensor | None = None
+    """[N] factor on the divergence of each row; None: 1."""
 
     def rows(self, index: slice | Tensor) -> "SparseTarget":
         """Return some of the rows."""
@@ -339,6 +341,7 @@ class SparseTarget:
             probs=self.probs[index],
             tail=self.tail[index],
             valid=self.valid[index],
+            weight=None if self.weight is None else self.weight[index],
         )
 
 
@@ -383,5 +386,8 @@ class DistillationOutput:
     weights: dict[str, float]
     """Weight of every term at this step."""
     scalars: dict[str, float]
-    """Scheduled scalars at this step: temperature, span_temperature, top_k; skew, interpolation and
-    select where they are in use."""
+    """Scheduled scalars at this step: temperature, span_temperature, top_k; skew, interpolation, select and
+    sample_weights where they are in use."""
+    samples: Tensor | None = None
+    """[2] sums over the rows of KD: what sample weights are made of (the success p of each row's window, as p(1 - p)),
+    and the square of each weight less 1; None where windows have no weights."""

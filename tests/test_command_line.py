@@ -308,6 +308,7 @@ def test_wrong_values_of_flags_and_settings_are_reported_together():
         (["--no-resume", "--resume", "auto"], "contradicts"),
         (["--batch-size"], "expected one argument"),
         (["--config", "quikstart"], "did you mean quickstart"),
+        (["--set", "loss.select_by=first_student", "curriculum.sample_weights=0.5"], "need the teacher everywhere"),
         (["--set", "nothing"], "dotted.key=value"),
     ],
 )

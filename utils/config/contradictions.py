@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from .error_messages import Contradiction
-from .protocols import RunConfig
+from .protocols import RunConfig, values_of
 from .quickstart_names import NAMES
 from .settings import StudentConfig
 
@@ -74,6 +74,8 @@ def _first_student_problems(config: RunConfig, terms: set[str]) -> list[Contradi
         problems.append("text that the student writes later (curriculum.on_policy) has no positions chosen before")
     if "span" in terms:
         problems.append("span needs the teacher everywhere, and it is asked about the chosen positions alone")
+    if any(values_of(config.curriculum.sample_weights)):
+        problems.append("curriculum.sample_weights need the teacher everywhere, as span does")
     remedy = "choose another loss.select_by, such as student_entropy"
     return [Contradiction("loss", f"select_by first_student: {problem}; {remedy}") for problem in problems]
 

@@ -58,6 +58,14 @@ class CurriculumSettings(Protocol):
     def uses_own_text(self) -> bool:
         """True if that share is above 0 at some time."""
 
+    @property
+    def sample_weights(self) -> float | Schedule:
+        """Degree to which windows are weighted in KD."""
+
+    @property
+    def balance(self) -> str:
+        """Size by which the weights of terms are balanced: none, loss or gradient."""
+
     def used(self) -> set[str]:
         """Return the names of the terms whose weight is above 0 at some time."""
 

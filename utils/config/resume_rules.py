@@ -96,6 +96,16 @@ LISTED = "served.listed"
 OWN_TEXT = {"on_policy", "curriculum.on_policy"}
 """Compared only where the student learns from its own text at some time; runs made before it could have none."""
 
+ADDED = {
+    "curriculum.balance": "none",
+    "curriculum.sample_weights": 0.0,
+    "curriculum.select": 1.0,
+    "loss.select_by": "student_entropy",
+    "loss.interpolation": 1.0,
+}
+"""Settings that runs made before they existed have not, and the value that those ran with: compared only where it is
+another."""
+
 LONGEST_VALUE = 60
 """Characters of a setting that are quoted in the list of differences."""
 
@@ -119,7 +129,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     compared = {}
     for key, value in flatten(config).items():
         section = key.partition(".")[0]
-        if key not in free and section not in free:
+        is_as_before = key in ADDED and value == ADDED[key]
+        if key not in free and section not in free and not is_as_before:
             compared[key] = value
     return compared
 

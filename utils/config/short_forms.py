@@ -20,6 +20,8 @@ MAIN_KEYS = {
     "curriculum.*": "weight",
     "curriculum.on_policy": None,
     "curriculum.select": None,
+    "curriculum.sample_weights": None,
+    "curriculum.balance": None,
 }
 """Path of a section (`*`: each section in it) -> the key that a value in place of its keys is meant for; None: a
 setting among such sections, which has no keys."""

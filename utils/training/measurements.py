@@ -91,6 +91,8 @@ class StepSums:
     """By term and micro-batch: items that turned out to say nothing."""
     unlisted: dict[str, list[Tensor]] = field(default_factory=dict)
     """Those of them of which a listed teacher tells too little."""
+    samples: list[Tensor] = field(default_factory=list)
+    """By micro-batch: what the output says of the weights of windows, where they have some."""
     items: dict[str, int] = field(default_factory=dict)
     """Items of each term in this process."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -108,6 +110,9 @@ class StepSums:
 
         # Detached: the graph must go with the backward pass, not with the record.
         self.losses.append(output.loss.detach())
+        samples = getattr(output, "samples", None)
+        if samples is not None:
+            self.samples.append(samples)
         for name, term in output.terms.items():
             self.sums.setdefault(name, []).append(term.sum.detach())
             self.items[name] = self.items.get(name, 0) + int(term.count)
@@ -315,7 +320,7 @@ class IntervalMeans:
             record["coverage"] = _coverage(totals)
         if totals.counts.get("own"):
             record["own_tokens"] = _mean(totals.counts["own"], totals.steps)
-        for key in ("top_k", "temperature", "skew", "interpolation", "select"):
+        for key in ("top_k", "temperature", "skew", "interpolation", "select", "sample_weights"):
             if key in self._scalars:
                 record[key] = self._scalars[key]
         return record

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from utils.config.resume_rules import CHANGEABLE, FREE_TO_CHANGE, MICRO_BATCH, check_same_run, identity
+from utils.config.resume_rules import ADDED, CHANGEABLE, FREE_TO_CHANGE, MICRO_BATCH, check_same_run, identity
 from utils.errors import UserError
 
 SETTINGS = {
@@ -49,6 +49,12 @@ def test_settings_of_own_text_are_compared_only_where_there_is_any():
     compared = identity(used).keys() - identity(SETTINGS).keys()
     assert compared == {"curriculum.on_policy", "on_policy.every"}
     check_same_run("run", identity(SETTINGS), identity(used), True)
+
+
+@pytest.mark.parametrize(("key", "other"), [("curriculum.balance", "loss"), ("curriculum.sample_weights", 0.5)])
+def test_what_older_runs_had_not_is_compared_only_where_it_is_used(key, other):
+    assert identity(changed(key, ADDED[key])) == identity(SETTINGS)
+    assert identity(changed(key, other)).keys() - identity(SETTINGS).keys() == {key}
 
 
 def test_a_whole_section_that_is_free_is_not_compared():
