@@ -24,6 +24,7 @@ from .losses.chunk_size import chunk_rows
 from .student_aware_router import ROUTER_TERMS
 from .teacher.cached import CachedTeacher, RememberingCollator
 from .teacher.frozen import FrozenTeacher
+from .teacher.listed import ListedTeacher
 from .text.chat import ConversationSettings
 from .text.chat_template import tokenizers_for_chat
 from .text.collate import PairCollator, count_channel, read_and_learned
@@ -343,6 +344,10 @@ class Distillation:
             ValueError: its head has other rows than the vocabulary map.
         """
         return FrozenTeacher(model, self.vocabulary)
+
+    def listed(self, source: Any) -> ListedTeacher:
+        """Make a teacher of a source of lists, such as a server; see `ListedTeacher`."""
+        return ListedTeacher(source, self.vocabulary)
 
     @staticmethod
     def cached(teacher: FrozenTeacher | None, memory: Any) -> CachedTeacher:

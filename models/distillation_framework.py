@@ -234,11 +234,16 @@ class DistillationFramework(nn.Module):
         """Return the teacher's signal that `forward` needs for a batch at that step, on the teacher's device.
 
         Asked before the student works on the batches before it, a teacher on another GPU computes at the same time.
-        None where no term needs the teacher.
+        None where no term needs the teacher, and where it is elsewhere: it begins its answer, and `forward` waits for
+        the rest of it.
         """
         self._check_batch(batch)
         weights = self.curriculum.weights(step)
         terms = self._terms_to_compute(batch, weights, measure, signal=None)
+
+        begin = getattr(self.teacher, "begin", None)
+        if begin is not None and terms - TEXT_TERMS and begin(batch, self.loss_config.top_k):
+            return None
         return self._ask(batch, terms)
 
     # --- before a forward ---------------------------------------------------------------------------------------------

@@ -56,7 +56,8 @@ class TeacherSignal(_Movable):
     log_tail: Tensor
     """[N] log mass of all other tokens."""
     log_mass: Tensor
-    """[N] log probability, under the full distribution, of what was read since the anchor."""
+    """[N] log probability, under the full distribution, of what was read since the anchor; -inf in a row of which too
+    little is known (`models.teacher.listed`)."""
     realised: Tensor
     """[M] log probability of the text's next teacher token, at every unpadded teacher position; 0 where the batch does
     not ask for it."""
@@ -354,6 +355,8 @@ class LossTerm:
     skipped: Tensor | None = None
     """Items that turned out to say nothing, once computed: they add 0 to the sum and stay in the count, which has to
     be known before (KD: too little teacher probability of what was read, or no token of the student's)."""
+    unlisted: Tensor | None = None
+    """Those of them of which a listed teacher tells too little (`models.teacher.listed`)."""
 
 
 @dataclass(frozen=True)

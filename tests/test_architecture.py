@@ -33,7 +33,7 @@ FLOORS = {
         {"interfaces", "parallel"},
         {"logs"},
         {"pretrained"},
-        {"forecast", "data"},
+        {"forecast", "data", "served"},
         {"evaluation"},
         {"on_policy"},
         {"training"},

@@ -49,6 +49,8 @@ TAKE_VALUES = {
     "--csv",
     "--teacher",
     "--teacher-device",
+    "--teacher-tokenizer",
+    "--teacher-model",
     "--student",
     "--student-init",
     "--teacher-dtype",

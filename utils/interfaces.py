@@ -74,11 +74,21 @@ class Teacher(Protocol):
         """Return top-k distributions, tail and text probabilities of a batch (`models.types.TeacherSignal`)."""
 
 
+class CachingTeacher(Teacher, Protocol):
+    """A teacher behind a cache."""
+
+    def begin(self, batch: Any) -> bool:
+        """Let a teacher elsewhere begin its answer to a batch that is not stored; False: there is nothing to begin."""
+
+
 class TeacherElsewhere(Teacher, Protocol):
     """A teacher whose model is None."""
 
     def identity(self) -> dict[str, Any]:
         """Return what makes it this teacher, for checkpoints; of a model here it is a fingerprint of its weights."""
+
+    def begin(self, batch: Any, top_k: int = ...) -> bool:
+        """Begin the answer to a batch, for a `signal` that is asked for later; returns True, at once."""
 
 
 class TermSum(Protocol):
@@ -178,7 +188,10 @@ class Pair(Protocol):
 
     def frozen(self, model: nn.Module) -> Teacher: ...
 
-    def cached(self, teacher: Any, memory: Any) -> Teacher: ...
+    def listed(self, source: Any) -> Teacher:
+        """Make a teacher of a source of lists, as `utils.served.teacher.ListServer` is."""
+
+    def cached(self, teacher: Any, memory: Any) -> CachingTeacher: ...
 
     def remember(self, collate: Any, memory: Any, ahead: bool = True) -> Collator: ...
 

@@ -119,7 +119,8 @@ class HeadTerms:
             with torch.no_grad():
                 kd_sum = self._run_head(0.0, with_target=True).kd_sum
         skipped = (~self.target.valid).sum()
-        return LossTerm(kd_sum / self._select, self.batch.counts["kd"], skipped)
+        unlisted = None if self.signal is None else self.signal.log_mass.isneginf().sum()
+        return LossTerm(kd_sum / self._select, self.batch.counts["kd"], skipped, unlisted)
 
     def span(self, learns: bool) -> SpanResult:
         """Compute span likelihood, and its slope if it `learns`, from the log-probabilities of the labels."""

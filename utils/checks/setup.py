@@ -171,6 +171,8 @@ def models(setup: SetUp) -> Measured:
 
     notes: list[str] = []
     missing: list[str] = []
+    if setup.config.teacher.is_served:
+        notes.append("teacher is behind a server, which a run looks at first")
     for role, model, shape in roles:
         if model.name in setup.built_later:
             notes.append(f"{role} is built by the first run")

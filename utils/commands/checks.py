@@ -489,7 +489,8 @@ def own_setup(config: RunConfig) -> tuple[SetUp, Job]:
 
     shapes = load_shapes(resolved)
     student = shapes["student"]
-    teacher = shapes["teacher"] if resolved.teacher.name else None
+    is_loaded = resolved.teacher.name is not None and not resolved.teacher.is_served
+    teacher = shapes["teacher"] if is_loaded else None
 
     # Only the beginning of a large text is read here, so its files say more about its size.
     files = [user_path(name) for name in resolved.data.train]
@@ -549,7 +550,7 @@ def all_checks(config: RunConfig, recipe: str, *, is_default: bool, folder: Path
 def run_checks(setup: SetUp, job: Job) -> Iterator[str | Check]:
     """Yield the checks of the user's models and text, and an example of what is learned from."""
     # Without a teacher there are no anchors to count, and only the student's tokens matter.
-    has_teacher = setup.teacher is not None
+    has_teacher = setup.config.teacher.name is not None
     sides = ("student", "teacher") if has_teacher else ("student",)
     subjects = {"setup": setup, "job": job, "sides": sides}
 

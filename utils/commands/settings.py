@@ -24,6 +24,7 @@ from utils.config.settings import (
     ModelConfig,
     Name,
     OnPolicyConfig,
+    ServedConfig,
     StudentConfig,
     TrainingConfig,
 )
@@ -37,6 +38,7 @@ class RunConfig(Validated):
     """Everything a run depends on."""
 
     teacher: ModelConfig = field(default_factory=ModelConfig)
+    served: ServedConfig = field(default_factory=ServedConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)

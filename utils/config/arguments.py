@@ -20,6 +20,8 @@ from .yaml_files import read_assignment, read_value, set_dotted
 
 SHORT_FLAGS = {
     "--teacher": "teacher.name",
+    "--teacher-tokenizer": "teacher.tokenizer",
+    "--teacher-model": "teacher.model",
     "--teacher-device": "teacher.device",
     "--teacher-dtype": "teacher.dtype",
     "--student": "student.name",

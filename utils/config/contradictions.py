@@ -27,6 +27,8 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
     if config.teacher.name is None:
         problems += _problems_without_teacher(config, terms)
 
+    problems += _served_problems(config, terms - set(heads))
+
     if config.curriculum.uses_own_text:
         problems += _own_text_problems(config, terms)
     if config.loss.select_by == "first_student":
@@ -76,6 +78,31 @@ def _first_student_problems(config: RunConfig, terms: set[str]) -> list[Contradi
         problems.append("curriculum.sample_weights need the teacher everywhere, as span does")
     remedy = "choose another loss.select_by, such as student_entropy"
     return [Contradiction("loss", f"select_by first_student: {problem}; {remedy}") for problem in problems]
+
+
+def _served_problems(config: RunConfig, state_terms: set[str]) -> list[Contradiction]:
+    """Return the settings that contradict a teacher behind a server, or that only such a one has.
+
+    Args:
+        state_terms: terms on hidden states that weigh more than 0 at some time.
+    """
+    teacher = config.teacher
+    if not teacher.is_served:
+        message = "teacher.model names a model at a server: give --teacher http://HOST:PORT/v1"
+        return [Contradiction("teacher", message)] if teacher.model is not None else []
+
+    problems = []
+    if teacher.tokenizer is None:
+        problems.append("a server does not hand out its tokenizer: give --teacher-tokenizer ID or DIR")
+    if state_terms:
+        names = " and ".join(sorted(state_terms))
+        problems.append(
+            f"{names} compare hidden states, which a server does not tell: set them to 0, or give a teacher in this "
+            "process (--teacher ID or DIR)"
+        )
+    if teacher.device != "auto" or teacher.dtype != "auto":
+        problems.append("device and dtype of a served teacher are the server's: leave teacher.device and dtype at auto")
+    return [Contradiction("teacher", problem) for problem in problems]
 
 
 def _own_text_problems(config: RunConfig, terms: set[str]) -> list[Contradiction]:

@@ -14,6 +14,7 @@ from .settings import (
     LoggingConfig,
     ModelConfig,
     OnPolicyConfig,
+    ServedConfig,
     StudentConfig,
     TrainingConfig,
 )
@@ -113,6 +114,8 @@ class RunConfig(Protocol):
 
     @property
     def teacher(self) -> ModelConfig: ...
+    @property
+    def served(self) -> ServedConfig: ...
     @property
     def student(self) -> StudentConfig: ...
     @property

@@ -38,6 +38,7 @@ FREE_TO_CHANGE = {
     # names and places of models and texts: it is their content that is compared
     "teacher.name",
     "teacher.tokenizer",
+    "teacher.model",
     "teacher.allow_pickle",
     "student.name",
     "student.tokenizer",
@@ -47,6 +48,11 @@ FREE_TO_CHANGE = {
     "cache.folder",
     "cache.build_only",
     "cache.accept_mismatch",
+    # how a served teacher is asked
+    "served.requests",
+    "served.timeout",
+    "served.patience",
+    "served.key_variable",
     # the same computation at another place, in other pieces or with less memory
     "teacher.device",
     "data.num_workers",
@@ -84,6 +90,9 @@ the size of no saved tensor depends on them."""
 DETERMINISTIC = "training.deterministic"
 """Compared only where it is on: runs made before there was this setting have none, and ran as if it were off."""
 
+LISTED = "served.listed"
+"""Compared only where it is set, for the same reason."""
+
 OWN_TEXT = {"on_policy", "curriculum.on_policy"}
 """Compared only where the student learns from its own text at some time; runs made before it could have none."""
 
@@ -112,6 +121,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         free -= MICRO_BATCH
     if not config.get("training", {}).get("deterministic"):
         free.add(DETERMINISTIC)
+    if config.get("served", {}).get("listed") is None:
+        free.add(LISTED)
     if not _is_above_zero(config.get("curriculum", {}).get("on_policy", 0)):
         free |= OWN_TEXT
 

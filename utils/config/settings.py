@@ -75,7 +75,8 @@ class ModelConfig(Validated):
     """The teacher."""
 
     name: Name | None = None
-    """Hub id, local folder or GGUF file; null trains without a teacher (kd and span must then weigh 0)."""
+    """Hub id, local folder or GGUF file, or the address of a server, http://HOST:PORT/v1 (docs/served_teacher.md); null
+    trains without a teacher (kd and span must then weigh 0)."""
 
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
@@ -100,6 +101,35 @@ class ModelConfig(Validated):
     chat_template_kwargs: list[TemplateValue] = field(default_factory=list)
     """Values for variables of its chat template, such as `enable_thinking=false`. One that the template does not read
     is an error."""
+
+    model: Name | None = None
+    """Name of the model at a server of teachers (`name` is http://HOST:PORT/v1); null: the only one that it has."""
+
+    @property
+    def is_served(self) -> bool:
+        """True for a teacher behind a server, which is asked over HTTP."""
+        return self.name is not None and self.name.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
+class ServedConfig(Validated):
+    """Requests to the server of a served teacher."""
+
+    requests: Annotated[int, Gt(0)] = 8
+    """Requests under way at a time, of each process. Each asks for one window."""
+
+    listed: Annotated[int, Gt(0)] | None = None
+    """Tokens that the server lists at each position; null: as many as the loss or the cache keeps. More of them leave
+    fewer positions inside of teacher tokens to the text alone, at the price of longer answers."""
+
+    timeout: Annotated[float, Gt(0)] = 120.0
+    """Seconds for one answer."""
+
+    patience: Annotated[float, Ge(0)] = 600.0
+    """Seconds for which a server that does not answer is waited for; then the run ends, with a checkpoint."""
+
+    key_variable: Name = "TEACHER_API_KEY"
+    """Environment variable with the key that the server wants, if any. The key itself is in no setting and no log."""
 
 
 @dataclass(frozen=True)

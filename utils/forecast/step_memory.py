@@ -486,7 +486,7 @@ def demand_of(config: RunConfig, setting: StepSetting) -> Demand:
         routed_layers=config.router.layers if is_routed else 0,
         routed_teacher_layers=config.router.teacher_layers if is_routed else 0,
         gradients=len(terms) if config.logging.term_gradients or config.curriculum.balance == "gradient" else 0,
-        apart=config.teacher.device not in ("auto", "sharded", str(device)),
+        apart=config.teacher.is_served or config.teacher.device not in ("auto", "sharded", str(device)),
         weight_share=_weight_share(config.teacher, setting.teacher, setting.processes),
         sharded=setting.sharded,
         processes=setting.processes,

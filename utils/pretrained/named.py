@@ -1,9 +1,15 @@
 """Configs and tokenizers of the two models that a run names; no weights."""
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from contextlib import suppress
+
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config.protocols import RunConfig
+from ..errors import UserError
 from . import layers, loading
+
+UNLIMITED = 10**9
+"""Tokens that a served teacher reads at most, until the server is asked."""
 
 
 def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
@@ -15,14 +21,38 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     Raises:
         UserError: for all that could not be loaded, or the student's model has fewer layers.
     """
-    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
+    names = {"student": config.student.name}
+    if not config.teacher.is_served:
+        names["teacher"] = config.teacher.name or config.student.name
     shapes = loading.load_each(loading.load_config, names)
+    if config.teacher.is_served:
+        shapes["teacher"] = _shape_behind_server(config.teacher.tokenizer)
 
     count = config.student.layers
     if count is not None:
         layers.require_count(shapes["student"], count)
         shapes["student"] = layers.cut_config(shapes["student"], range(count))
     return shapes
+
+
+def _shape_behind_server(tokenizer: str) -> PretrainedConfig:
+    """Return a config that stands for a served teacher's: of its sizes only the rows of its head matter here.
+
+    Raises:
+        UserError: its tokenizer could not be loaded.
+    """
+    rows = len(loading.load_tokenizer(tokenizer, "teacher"))
+    # A model's head may have more rows than its tokenizer has tokens; its config may lie beside the tokenizer.
+    with suppress(UserError):
+        rows = max(rows, loading.load_config(tokenizer, "teacher").get_text_config().vocab_size)
+    return LlamaConfig(
+        vocab_size=rows,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=UNLIMITED,
+    )
 
 
 def load_tokenizers(config: RunConfig) -> dict[str, PreTrainedTokenizerBase]:

@@ -44,7 +44,8 @@ def with_spare_gpu(config: ConfigT, device: torch.device, processes: int) -> tup
         device: of the student.
         processes: of the run.
     """
-    is_trained_with = config.teacher.name is not None and not config.cache.build_only
+    is_loaded = config.teacher.name is not None and not config.teacher.is_served
+    is_trained_with = is_loaded and not config.cache.build_only
     if config.teacher.device != "auto" or not is_trained_with:
         return config, None
 
@@ -130,6 +131,8 @@ def is_asked_ahead(config: RunConfig) -> bool:
     A sharded teacher does not: where a short last step leaves a process no windows, that process would call it in
     another order than the others do, and they would wait for each other for ever.
     """
+    if config.teacher.is_served:
+        return True
     return config.teacher.name is not None and config.teacher.device not in ("auto", SHARDED)
 
 

@@ -41,6 +41,15 @@ def model_name(key: str, results: Mapping[str, Any]) -> str:
     return MODELS[key]
 
 
+def teacher_of(settings: Mapping[str, Any]) -> str | None:
+    """Return the name of a run's teacher; of one behind a server not the address, which says nothing to others."""
+    teacher = settings.get("teacher") or {}
+    name = teacher.get("name")
+    if name is not None and name.startswith(("http://", "https://")):
+        return teacher.get("model") or teacher.get("tokenizer") or name
+    return name
+
+
 def is_random_start(results: Mapping[str, Any]) -> bool:
     """Return True if training began with random weights; a student that was trained before has a start worth naming."""
     return results.get("student_init") == "random"

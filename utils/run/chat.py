@@ -191,6 +191,8 @@ def _teacher_source(name: str) -> str:
     Raises:
         UserError: no run has trained the embedded teacher here.
     """
+    if name.startswith(("http://", "https://")):
+        raise UserError(f"teacher {name}: it is behind a server, which is asked for probabilities alone")
     if name not in NAMES:
         return name
 

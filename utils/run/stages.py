@@ -32,13 +32,15 @@ from ..pretrained.loading import fingerprint
 from ..report import report, token_views
 from ..report.results import worse_than_before
 from ..run_layout import CHECKPOINTS, METRICS, REPORT_HTML, ROUNDS, START, STUDENT, WITHOUT_TEACHER
+from ..served.checks import Demand
+from ..served.teacher import ListServer, connect, listed_tokens
 from ..teacher_cache import conversation_date
 from ..teacher_cache.building import CacheBuilding, cache_statistics, flush_cache, open_teacher_cache
 from ..training import dry_run
 from ..training.checkpoint_files import step_of
 from ..training.checkpoints import CheckpointStore
 from ..training.loop import FitResult, fit
-from ..training.options import LoopOptions
+from ..training.options import LoopOptions, do_nothing
 from ..training.plan import Plan
 from ..training.red_flags import RedFlags, ignore_message
 from . import chosen_positions, export, student_layers, upload
@@ -142,7 +144,7 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
         Interrupted: a signal came while the cache was built.
     """
     if job.cache is None:
-        return load_teacher(job)
+        return load_teacher(job, session.stop.check)
 
     # The windows of the whole run are known, and so is what the cache lacks of them.
     building = CacheBuilding.of(job)
@@ -152,7 +154,7 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
     if not building.needs_teacher(states_for, answers_student=answers_student):
         return job.pair.cached(None, job.cache)
 
-    teacher = job.pair.cached(load_teacher(job), job.cache)
+    teacher = job.pair.cached(load_teacher(job, session.stop.check), job.cache)
     with session.stop.deferring():
         reason = building.build(teacher, job.collate, builds_whole_cache, session.stop)
     if reason:
@@ -160,14 +162,34 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
     return teacher
 
 
-def load_teacher(job: Job) -> Teacher | None:
-    """Load the frozen teacher where it computes; None if the run has none."""
+def load_teacher(job: Job, check: Callable[[], None] = do_nothing) -> Teacher | None:
+    """Load the frozen teacher where it computes; None if the run has none.
+
+    Args:
+        check: called while a served teacher is waited for; it raises where the run is to end.
+    """
     if job.config.teacher.name is None:
         return None
+
+    if job.config.teacher.is_served:
+        return job.pair.listed(_connect(job, check))
 
     model = teachers.load(job)
     with value_errors_are_the_users():
         return job.pair.frozen(model)
+
+
+def _connect(job: Job, check: Callable[[], None]) -> ListServer:
+    """Return the lists of a served teacher, once its server was checked against what the run will ask of it."""
+    config = job.config
+    rows = len(job.vocabulary.segments)
+    most = config.loss.top_k if job.cache is None else job.cache.top_k
+    demand = Demand(
+        tokenizer=job.pair.tokenizers["teacher"],
+        length=job.pair.encoder.max_length,
+        top_k=listed_tokens(config.served, cast(int, most), rows),
+    )
+    return connect(config, demand, rows, check)
 
 
 def judged_by(teacher: Teacher | None, job: Job) -> Job:
@@ -543,7 +565,8 @@ def measure_tasks(job: Job, trained: Trained, teacher: Teacher | None, results: 
     """Measure the tasks that were asked for, in this process, and add them to the report."""
     config = job.config
     models: dict[str, Callable[[], nn.Module]] = {"student": lambda: trained.student}
-    if teacher is not None and config.teacher.device != teachers.SHARDED:  # no other process computes with this one
+    is_here = config.teacher.device != teachers.SHARDED and not config.teacher.is_served
+    if teacher is not None and is_here:  # no other process computes with this one
         running = getattr(teacher, "teacher", teacher) or load_teacher(job)
         if running.model is not None:
             models["teacher"] = lambda: running.model

@@ -14,21 +14,23 @@ from accelerate.utils import gather_object
 
 from ..config.protocols import RunConfig, share_chosen_before, values_of
 from ..data.batch_order import BatchGeometry, micro_batches_in_step, permutation, step_batches
-from ..data.loader import loader
+from ..data.loader import begun_ahead, loader
 from ..errors import UserError
 from ..evaluation.held_out import HeldOut
 from ..files import free_disk
-from ..interfaces import Batch, Collator, Job, Teacher
+from ..interfaces import Batch, CachingTeacher, Collator, Job
 from ..logs.progress import Progress, duration
 from ..machine.stop_signals import STOP_REASONS, StopSignal
 from ..parallel.processes import main_process_first
+from ..paths import user_path
 from ..pretrained.loading import weights_fingerprint
 from ..pretrained.precision import QUANTISED
+from ..served.teacher import SERVED, served_name
 from ..training.measurements import HostSum
 from ..training.plan import Plan
 from .codec import Codec
 from .conversation_date import IDENTITY
-from .manifest import open_cache
+from .manifest import open_cache, stored_teacher
 from .store import TeacherCache, Written
 
 log = logging.getLogger(__name__)
@@ -131,8 +133,11 @@ def _identity(job: Job) -> dict[str, Any]:
     if config.teacher.dtype in QUANTISED:
         teacher_dtype = config.teacher.dtype
 
+    if config.teacher.is_served:
+        teacher_dtype = "served"
+
     identity = {
-        "teacher": weights_fingerprint(config.teacher.name, "teacher"),
+        "teacher": _teacher_fingerprint(config),
         "teacher_dtype": teacher_dtype,
         "tokenizers_and_length": job.fingerprint["tokenizers_and_length"],
         "vocabulary_map": job.vocabulary.fingerprint,
@@ -143,6 +148,28 @@ def _identity(job: Job) -> dict[str, Any]:
     if IDENTITY in job.fingerprint:
         identity[IDENTITY] = job.fingerprint[IDENTITY]
     return identity
+
+
+def _teacher_fingerprint(config: RunConfig) -> str:
+    """Return what tells teachers apart: a hash of weights, or the name of a served one.
+
+    A run whose cache has all that it needs does not need the server: where that is off, the cache is taken at its word.
+
+    Raises:
+        UserError: there is neither the teacher nor a cache of a served one.
+    """
+    if not config.teacher.is_served:
+        return weights_fingerprint(config.teacher.name, "teacher")
+
+    try:
+        return served_name(config)
+    except UserError as error:
+        stored = stored_teacher(user_path(config.cache.folder))
+        if stored is None or not stored.startswith(SERVED):
+            raise
+        log.info("%s", error)
+        log.info("the cache is that of a teacher %s, and is taken for that of this run", stored)
+        return stored
 
 
 def warn_of_top_k(config: RunConfig, codec: Codec) -> None:
@@ -293,7 +320,7 @@ class CacheBuilding:
 
     def build(
         self,
-        teacher: Teacher,
+        teacher: CachingTeacher,
         collate: Callable[[list[dict]], Any],
         whole: bool,
         stop: StopSignal,
@@ -321,6 +348,7 @@ class CacheBuilding:
             batches=held_out.indices(),
             collate=held_out.collate,
             compute=teacher.signal,
+            begin=teacher.begin,
             stop=stop,
         )
 
@@ -335,6 +363,7 @@ class CacheBuilding:
                 batches=self._first_epoch(),
                 collate=collate,
                 compute=teacher.signal,
+                begin=teacher.begin,
                 stop=stop,
             )
         return self._reason_to_stop(stop)
@@ -347,6 +376,7 @@ class CacheBuilding:
         batches: Iterable[list[int]],
         collate: Callable[[list[dict]], Batch],
         compute: Callable[..., Any],
+        begin: Callable[[Batch], object],
         stop: StopSignal,
     ) -> None:
         """Compute and store the batches of which a window is missing, in all processes."""
@@ -360,7 +390,8 @@ class CacheBuilding:
         display = Progress(shown=accelerator.is_main_process)
         task = display.begin("teacher cache", len(missing), "other", unit="batch")
         flushed = time.monotonic()
-        for done, batch in enumerate(loader(windows, missing, collate, self.num_workers), start=1):
+        begun = begun_ahead(loader(windows, missing, collate, self.num_workers), begin)
+        for done, batch in enumerate(begun, start=1):
             compute(batch.to(accelerator.device))
             if stop.requested():
                 break

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from ..advice import advice
 from ..config.settings import TrainingConfig
 from ..data.batch_source import BatchSource, OwnWindows, StepBatches, with_signals
-from ..errors import RunError, UserError
+from ..errors import RunError, TeacherGone, UserError
 from ..interfaces import Batch
 from ..logs.step_logger import StepLogger
 from ..machine import device_memory, hardware
@@ -337,6 +337,12 @@ class TrainingLoop:
             # Nothing of the step that was under way is in the weights, and the next session takes it anew.
             self._take_back()
             reason = str(interrupted)
+        except TeacherGone:
+            # Alone: other processes would wait for this one in the middle of their step.
+            if self.accelerator.num_processes == 1:
+                self._take_back()
+                self._save()
+            raise
         batches.close()
         return reason
 

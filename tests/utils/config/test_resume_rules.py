@@ -74,3 +74,9 @@ def test_a_change_that_is_asked_for_is_logged(caplog):
     with caplog.at_level(logging.WARNING):
         check_same_run("run", identity(SETTINGS), identity(changed("loss.top_k", 16)), True)
     assert "loss.top_k: 8 -> 16" in caplog.text
+
+
+def test_the_length_of_a_servers_lists_counts_once_it_is_set_and_how_it_is_asked_never():
+    asked = {"requests": 2, "timeout": 1.0, "patience": 1.0, "key_variable": "KEY"}
+    assert identity({**SETTINGS, "served": {**asked, "listed": None}}) == identity(SETTINGS)
+    assert identity({**SETTINGS, "served": {**asked, "listed": 256}}) == {**identity(SETTINGS), "served.listed": 256}
