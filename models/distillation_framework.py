@@ -29,12 +29,28 @@ from .losses.losses import kl_with_bucket
 from .student_aware_router import StudentAwareRouter
 from .teacher.cached import CachedTeacher, expect_teacher
 from .teacher.frozen import FrozenTeacher
+from .teacher.mixture import MixtureProjection, TeacherMixture
 from .teacher.projection import Projection
 from .text.vocabulary import VocabularyMap
-from .types import A_BATCH, Difference, DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
+from .types import (
+    A_BATCH,
+    Difference,
+    DistillationOutput,
+    LossTerm,
+    MixtureSignal,
+    PairedBatch,
+    SparseTarget,
+    TeacherSignal,
+)
 from .validation import expect, expect_count, expect_number
 
-Teacher = FrozenTeacher | CachedTeacher
+Teacher = FrozenTeacher | CachedTeacher | TeacherMixture
+
+Signal = TeacherSignal | MixtureSignal
+
+
+SINGLE_TEACHER_TERMS = {"span"}
+"""Terms on the student's head that several teachers cannot be mixed in: the spans of each pair are other ones."""
 
 
 class _Compared(NamedTuple):
@@ -59,7 +75,7 @@ class DistillationFramework(nn.Module):
     Args:
         student: a transformers language model, causal or an encoder-decoder as the teacher is.
         teacher: None trains without a teacher (LM term only).
-        vocabulary: the pair's vocabulary map; needed with a teacher.
+        vocabulary: the pair's vocabulary map; needed with a teacher. Of several teachers that of the first one.
         loss: how the teacher's distribution becomes a loss.
         curriculum: weights over the run.
         router: how hidden states are compared. The router starts uncalibrated: see `calibrate`.
@@ -68,7 +84,8 @@ class DistillationFramework(nn.Module):
         TypeError: an argument of another kind.
         ValueError: for a student whose logits are not head(body(x)), that has nothing to train or that is trained in
             half precision; for a student, a teacher and a vocabulary map that do not belong together; for
-            hidden-state terms without a teacher; for a curriculum that was made for another LossConfig.
+            hidden-state terms without a teacher; for span likelihood with several teachers, whose spans differ; for
+            a curriculum that was made for another LossConfig.
     """
 
     def __init__(
@@ -97,12 +114,15 @@ class DistillationFramework(nn.Module):
         self.curriculum = curriculum
 
         # A batch of another pair is told by tokens beyond these rows.
-        self.projection = None
+        self.projection: Projection | MixtureProjection | None = None
         self._student_rows = vocabulary_size(student)
         self._teacher_rows = None
         if vocabulary is not None:
             self.projection = Projection(vocabulary, loss.correction, loss.min_prefix_mass)
             self._teacher_rows = len(vocabulary.order)
+        if isinstance(teacher, TeacherMixture):
+            _check_terms_of_mixture(curriculum.used)
+            self.projection = teacher.projection(loss)
 
         self.router = self._make_router(router or RouterConfig())
         self._has_warned = False
@@ -156,7 +176,7 @@ class DistillationFramework(nn.Module):
         *,
         counts: dict[str, int] | None = None,
         measure: bool = False,
-        signal: TeacherSignal | None = None,
+        signal: Signal | None = None,
         term_graphs: bool = False,
     ) -> DistillationOutput:
         """Return the loss of a batch under the weights of an optimizer step, and its terms.
@@ -195,7 +215,7 @@ class DistillationFramework(nn.Module):
 
         # One forward of either body serves all terms; hidden states are only asked for where a term compares them.
         if signal is None:
-            signal = self._ask(batch, computed)
+            signal = self._ask(batch, computed, step)
         if signal is not None:
             signal = signal.to(batch.student_ids.device)
         layers = self.router.student_layers if routed else ()
@@ -222,7 +242,7 @@ class DistillationFramework(nn.Module):
         batch: PairedBatch,
         step: int | None = None,
         measure: bool = False,
-    ) -> TeacherSignal | None:
+    ) -> Signal | None:
         """Return the teacher's signal that `forward` needs for a batch at that step, on the teacher's device.
 
         Asked before the student works on the batches before it, a teacher on another GPU computes at the same time.
@@ -231,7 +251,7 @@ class DistillationFramework(nn.Module):
         self._check_batch(batch)
         weights = self.curriculum.weights(step)
         terms = self._terms_to_compute(batch, weights, measure, signal=None)
-        return self._ask(batch, terms)
+        return self._ask(batch, terms, step)
 
     # --- before a forward ---------------------------------------------------------------------------------------------
 
@@ -250,11 +270,14 @@ class DistillationFramework(nn.Module):
                     "PairCollator with the framework's vocabulary map, or are student and teacher swapped?"
                 )
 
-    def _ask(self, batch: PairedBatch, terms: set[str]) -> TeacherSignal | None:
+    def _ask(self, batch: PairedBatch, terms: set[str], step: int | None) -> Signal | None:
         """Return the teacher's signal, with hidden states if a term compares them; None if no term needs it."""
         if not terms - TEXT_TERMS:
             return None
         layers = self.router.teacher_layers if terms & {*ROUTER_TERMS} else ()
+        if isinstance(self.teacher, TeacherMixture):
+            progress = self.curriculum.progress(step)
+            return self.teacher.signal(batch, self.loss_config.top_k, layers, progress=progress)
         return self.teacher.signal(batch, self.loss_config.top_k, layers)
 
     def _terms_to_compute(
@@ -262,7 +285,7 @@ class DistillationFramework(nn.Module):
         batch: PairedBatch,
         weights: Mapping[str, float],
         measure: bool,
-        signal: TeacherSignal | None,
+        signal: Signal | None,
     ) -> set[str]:
         """Return the terms with a weight, and with `measure` also those of the others that can be computed.
 
@@ -273,6 +296,8 @@ class DistillationFramework(nn.Module):
         """
         weighted = {name for name, weight in weights.items() if weight}
         terms = {*weights} if measure else weighted
+        if isinstance(self.teacher, TeacherMixture):
+            terms -= SINGLE_TEACHER_TERMS
 
         if self.teacher is None and signal is None:
             impossible = sorted(weighted - TEXT_TERMS)
@@ -293,7 +318,7 @@ class DistillationFramework(nn.Module):
             raise ValueError(f"cannot compute {', '.join(impossible)}: {obstacle}")
         return terms - {*ROUTER_TERMS}
 
-    def _obstacle_to_routing(self, batch: PairedBatch, signal: TeacherSignal | None) -> str:
+    def _obstacle_to_routing(self, batch: PairedBatch, signal: Signal | None) -> str:
         """Return what the terms on hidden states lack, with the remedy; empty where they lack nothing."""
         if batch.anchors is None:
             return "the batch has no anchors; give PairCollator the RouterConfig"
@@ -319,7 +344,7 @@ class DistillationFramework(nn.Module):
         self,
         batch: PairedBatch,
         states: Tensor,
-        signal: TeacherSignal | None,
+        signal: Signal | None,
         shares: Mapping[str, float],
         scalars: Mapping[str, float],
         *,
@@ -336,7 +361,8 @@ class DistillationFramework(nn.Module):
             states=states.flatten(0, 1)[batch.supervised],
             config=self.loss_config,
             scalars=scalars,
-            signal=signal,
+            # Span likelihood alone looks at it, of a single teacher.
+            signal=None if isinstance(signal, MixtureSignal) else signal,
             target=self._target(batch, signal) if "kd" in shares else None,
         )
         result = head.compute(shares)
@@ -352,7 +378,7 @@ class DistillationFramework(nn.Module):
         self,
         batch: PairedBatch,
         hidden: Sequence[Tensor],
-        signal: TeacherSignal,
+        signal: Signal,
         names: Sequence[str],
         weights: Mapping[str, float],
     ) -> dict[str, LossTerm]:
@@ -381,7 +407,7 @@ class DistillationFramework(nn.Module):
     def _target(
         self,
         batch: PairedBatch,
-        signal: TeacherSignal,
+        signal: Signal,
         corrected: bool = True,
     ) -> SparseTarget:
         """Return the teacher's distributions on the student's vocabulary."""
@@ -391,7 +417,7 @@ class DistillationFramework(nn.Module):
     # --- beside training ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def compare(self, batch: PairedBatch, signal: TeacherSignal | None = None) -> dict[str, float]:
+    def compare(self, batch: PairedBatch, signal: Signal | None = None) -> dict[str, float]:
         """Compare student and teacher where both have read exactly the same bytes (depth 0).
 
         Returns:
@@ -415,7 +441,7 @@ class DistillationFramework(nn.Module):
         batch: PairedBatch,
         most: int,
         guesses: int = 3,
-        signal: TeacherSignal | None = None,
+        signal: Signal | None = None,
     ) -> list[Difference]:
         """Return the positions at depth 0 where student and teacher differ most, one of a window at most.
 
@@ -443,7 +469,7 @@ class DistillationFramework(nn.Module):
                 )
         return sorted(largest.values(), key=lambda difference: -difference.kl)[:most]
 
-    def _compared(self, batch: PairedBatch, signal: TeacherSignal | None) -> Iterator[_Compared]:
+    def _compared(self, batch: PairedBatch, signal: Signal | None) -> Iterator[_Compared]:
         """Yield what both models predict where they have read the same bytes, in chunks of positions."""
         self._check_batch(batch)
         if signal is None:
@@ -622,6 +648,11 @@ def _check_pair(
             f"{rows:,}; build the map with student_vocab_size={rows}, or are student and teacher swapped?"
         )
 
+    if isinstance(teacher, TeacherMixture):
+        for member in teacher.members:
+            _check_pair(student, member.teacher, member.vocabulary)
+        return
+
     # A cached teacher holds the running one, or none.
     running = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
     if running is None:
@@ -639,6 +670,16 @@ def _check_pair(
         raise ValueError(
             "student and teacher share weights, and the teacher's are frozen; load the model a second time for the "
             "teacher"
+        )
+
+
+def _check_terms_of_mixture(used: set[str]) -> None:
+    """Refuse terms that need a single teacher."""
+    terms = sorted(used & SINGLE_TEACHER_TERMS)
+    if terms:
+        raise ValueError(
+            f"got a weight for {', '.join(terms)} and several teachers, whose spans of text differ; expected the "
+            "weight 0, or one teacher"
         )
 
 

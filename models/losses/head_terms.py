@@ -57,7 +57,7 @@ class HeadTerms:
     scalars: Mapping[str, float]
     """Values of this step: `temperature` and `span_temperature`; `skew`, `interpolation` and `select` where in use."""
     signal: TeacherSignal | None
-    """Needed for span likelihood."""
+    """Needed for span likelihood; of several teachers there is none."""
     target: SparseTarget | None
     """Teacher's distributions on the student's vocabulary; needed for KD."""
 
