@@ -223,10 +223,14 @@ class LossConfig(Validated):
     interpolation: Schedule = 1.0
     """Share of the teacher in what KD learns from. 1: the teacher's distributions; below it they are mixed with the
     student's own, in logits, so that a ramp to 1 leads the student to the teacher by targets near to it (TAID)."""
-    select_by: Literal["student_entropy", "teacher_entropy", "divergence", "excess_loss"] = "student_entropy"
-    """Score by which `curriculum.select` puts positions in order: the entropy of either model, the KL divergence
-    between them, or the student's loss over the teacher's. All but teacher_entropy take one more pass of the
-    student's head."""
+    select_by: Literal["student_entropy", "first_student", "teacher_entropy", "divergence", "excess_loss"] = (
+        "student_entropy"
+    )
+    """Score by which `curriculum.select` puts positions in order: the entropy of the student as it is or was before
+    training (first_student), that of the teacher, the KL divergence between them, or the student's loss over the
+    teacher's. first_student reads the training text once before the first step; from then on the teacher's head and a
+    cache only see the largest share of the run. All others but teacher_entropy take one more pass of the student's head
+    in every step."""
     max_depth: Annotated[int, Ge(0)] = 16
     """How many student tokens into a teacher token KD still applies; 0: common boundaries only."""
     correction: Literal["span", "channel", "none"] = "span"

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from .chosen_positions import places_of
 from .config import CurriculumConfig, LossConfig, RouterConfig, Schedule, Term
 from .curriculum import CurriculumScheduler
 from .distillation_framework import DistillationFramework
@@ -458,6 +459,13 @@ class Distillation:
     def own_window(self, prompt: OwnPrompt, sampled: Sequence[int]) -> OwnText:
         """Make a window of the tokens that the student sampled behind a prompt."""
         return own_window(self.encoder, prompt, sampled)
+
+    # ------------------------------------------------------- positions that KD is learned at
+
+    @staticmethod
+    def places_of(batch: PairedBatch, student: nn.Module, share: float) -> list[Any]:
+        """Return the places of each window's positions by the student's entropy; see `models.chosen_positions`."""
+        return places_of(batch, student, share)
 
     # ------------------------------------------------------- for the log
 

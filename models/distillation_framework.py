@@ -309,6 +309,9 @@ class DistillationFramework(nn.Module):
                 )
             return terms & TEXT_TERMS
 
+        if batch.places is not None:
+            terms = self._without_span(terms, weighted)
+
         # A hidden-state term that cannot be computed is an error if it is to teach, and else left unmeasured.
         obstacle = self._obstacle_to_routing(batch, signal)
         if not obstacle:
@@ -317,6 +320,17 @@ class DistillationFramework(nn.Module):
         if impossible:
             raise ValueError(f"cannot compute {', '.join(impossible)}: {obstacle}")
         return terms - {*ROUTER_TERMS}
+
+    @staticmethod
+    def _without_span(terms: set[str], weighted: set[str]) -> set[str]:
+        """Return the terms that a teacher serves which is only asked about chosen positions."""
+        if "span" in weighted:
+            raise ValueError(
+                "cannot compute span: got windows whose positions were chosen before training, and the teacher is not "
+                "asked for the probability of all of their text; give span the weight 0, or choose with another "
+                "select_by than first_student"
+            )
+        return terms - {"span"}
 
     def _obstacle_to_routing(self, batch: PairedBatch, signal: Signal | None) -> str:
         """Return what the terms on hidden states lack, with the remedy; empty where they lack nothing."""
@@ -468,6 +482,27 @@ class DistillationFramework(nn.Module):
                     student=_likeliest(None, probabilities[row], guesses),
                 )
         return sorted(largest.values(), key=lambda difference: -difference.kl)[:most]
+
+    @torch.no_grad()
+    def chosen(self, batch: PairedBatch, share: float, signal: Signal | None = None) -> Tensor:
+        """Return the flat student positions at which KD is learned under a share, with the models as they are now."""
+        self._check_batch(batch)
+        if signal is None:
+            signal = self.teacher.signal(batch, self.loss_config.top_k)
+        signal = signal.to(batch.student_ids.device)
+        with evaluating(self.student):
+            states = body_states(self.student, batch.student_ids, batch.student_source)
+            head = HeadTerms(
+                student=self.student,
+                batch=batch,
+                states=states.flatten(0, 1)[batch.supervised],
+                config=self.loss_config,
+                scalars={"select": share},
+                signal=None if isinstance(signal, MixtureSignal) else signal,
+                target=self._target(batch, signal),
+            )
+            rows = head.chosen
+        return batch.row_student if rows is None else batch.row_student[rows]
 
     def _compared(self, batch: PairedBatch, signal: Signal | None) -> Iterator[_Compared]:
         """Yield what both models predict where they have read the same bytes, in chunks of positions."""

@@ -77,7 +77,8 @@ class TeacherSignal(_Movable):
     log_mass: Tensor
     """[N] log probability, under the full distribution, of what was read since the anchor."""
     realised: Tensor
-    """[M] log probability of the text's next teacher token, at every unpadded teacher position."""
+    """[M] log probability of the text's next teacher token, at every unpadded teacher position; 0 where the batch does
+    not ask for it."""
     hidden: tuple[Tensor, ...] | None = None
     """[B, T, H_T] states after the teacher layers that the router asked for; None where it asked for none."""
 
@@ -139,6 +140,19 @@ class Anchors(_Movable):
 
 
 @dataclass
+class Places(_Movable):
+    """Places of the KD rows of a batch in their windows, by scores that were stored before training.
+
+    Rows behind the largest share of the run are not in the batch: the teacher is not asked about them.
+    """
+
+    place: Tensor
+    """[N] 0: the first of its window."""
+    of: Tensor
+    """[N] float64: rows of its window, those that are not in the batch too."""
+
+
+@dataclass
 class Source(_Movable):
     """Input of the encoder of an encoder-decoder model (E tokens of a prompt)."""
 
@@ -190,7 +204,8 @@ class PairedBatch(_Movable):
     teacher_held: Tensor
     """[M] flat positions of the teacher's tokens, in the order of the text."""
     asked: Tensor
-    """[M] indices into `teacher_held`, in the order in which the head computes these positions."""
+    """[M] indices into `teacher_held`, in the order in which the head computes these positions; with `places` only
+    those that KD needs."""
 
     # --- the rows of KD: student positions with an anchor
 
@@ -217,7 +232,7 @@ class PairedBatch(_Movable):
     deep_width: np.ndarray
     """[D] teacher tokens that begin with what was read; on the host likewise."""
     window_rows: np.ndarray
-    """[B] rows of each window; on the host."""
+    """[B] rows of each window, those that were left out (`places`) too; on the host."""
     pieces: Tensor
     """[N] teacher tokens that the student's next token is made of, from the anchor's token on; 0 where it does not end
     on a common boundary."""
@@ -233,8 +248,8 @@ class PairedBatch(_Movable):
 
     counts: dict[str, int]
     """Items, known before any forward: lm (supervised student tokens of given text), own (those of text that the
-    student wrote), kd (N), span (P), depth0 (rows at depth 0), and those of the terms on hidden states
-    (`models.losses.hidden_state_terms`)."""
+    student wrote), kd (N, and the rows that were left out), span (P), depth0 (those of kd at depth 0), and those of the
+    terms on hidden states (`models.losses.hidden_state_terms`)."""
     bytes: Tensor
     """[B] bytes of supervised text (end-of-text tokens are not counted)."""
     end_of_text: tuple[int | None, int | None]
@@ -257,6 +272,8 @@ class PairedBatch(_Movable):
     """Likewise for the teacher."""
     given: Tensor | None = None
     """[n] bool: supervised positions in given text, to which LM applies; None: all. The others the student wrote."""
+    places: Places | None = None
+    """Where the positions that KD is learned at were chosen before training; None: all rows are there."""
     vocabulary_sizes: tuple[int, int] | None = None
     """Rows of student and teacher in the collator's vocabulary map; every token id is below."""
     is_filler: bool = False

@@ -20,7 +20,7 @@ FLOORS = {
         {"losses"},
         {"text"},
         {"teacher"},
-        {"student_aware_router"},
+        {"student_aware_router", "chosen_positions"},
         {"distillation_framework"},
         {"distillation"},
         {"self_check"},

@@ -210,6 +210,9 @@ class Pair(Protocol):
     def own_window(self, prompt: Any, sampled: Sequence[int]) -> "OwnText":
         """Make a window of the tokens that the student sampled behind a prompt."""
 
+    def places_of(self, batch: Any, student: nn.Module, share: float) -> list[Any]:
+        """Return the places of each window's positions by the student's entropy, -1 behind a share; arrays."""
+
     def without_teacher(self) -> "Pair": ...
 
     def with_counted_channel(self, windows: Sequence[dict[str, Any]]) -> "Pair": ...

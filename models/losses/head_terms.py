@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import LossConfig
 from ..language_model import head_logits, logit_options, vocabulary_size
-from ..types import LossTerm, PairedBatch, SparseTarget, TeacherSignal
+from ..types import LossTerm, PairedBatch, Places, SparseTarget, TeacherSignal
 from . import head_passes, selection
 from .chunk_size import chunk_rows
 from .fused_head import HeadComputation, HeadLosses, HeadTarget, head_losses
@@ -175,9 +175,9 @@ class HeadTerms:
         interpolation = self.scalars.get("interpolation", 1.0)
         target = self.target
         positions = self.batch.row_supervised
-        if self._chosen is not None:
-            target = target.rows(self._chosen)
-            positions = positions[self._chosen]
+        if self.chosen is not None:
+            target = target.rows(self.chosen)
+            positions = positions[self.chosen]
 
         return HeadTarget(
             target,
@@ -198,16 +198,33 @@ class HeadTerms:
         return self.scalars.get("select", 1.0)
 
     @cached_property
-    def _chosen(self) -> Tensor | None:
+    def chosen(self) -> Tensor | None:
         """Return [m] the rows of the target that KD is learned at; None: all."""
         if self._select == 1:
             return None
+        if self.config.select_by == selection.STORED:
+            return selection.choose_by_places(self._places, self.batch.window_rows, self._select)
+
         width = self.batch.student_ids.shape[1]
         window = self.batch.row_student // width
         scores = self._scores()
         # What the teacher cannot judge teaches nothing.
         scores = scores.masked_fill(~self.target.valid, -torch.inf)
         return selection.choose(scores, window, self.batch.window_rows, self._select)
+
+    @property
+    def _places(self) -> Places:
+        """Return the places of the rows.
+
+        Raises:
+            ValueError: the batch comes without.
+        """
+        if self.batch.places is None:
+            raise ValueError(
+                f"got select_by {selection.STORED} and a batch without places; choose the positions of the windows "
+                "before training: models.chosen_positions.with_places"
+            )
+        return self.batch.places
 
     @torch.no_grad()
     def _scores(self) -> Tensor:

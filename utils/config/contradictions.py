@@ -35,6 +35,8 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
 
     if config.curriculum.uses_own_text:
         problems += _own_text_problems(config, terms)
+    if config.loss.select_by == "first_student":
+        problems += _first_student_problems(config, terms)
 
     if config.training.patience and not config.evaluation.every:
         message = "training.patience counts evaluations, and evaluation.every is 0: give --eval-every"
@@ -75,6 +77,8 @@ def _problems_of_several_teachers(config: RunConfig, terms: set[str]) -> list[Co
     if config.curriculum.uses_own_text:
         problems.append("curriculum.on_policy: the student's own text goes to one teacher: give it 0, or one teacher")
 
+    if config.loss.select_by == "first_student":
+        problems.append("loss.select_by first_student chooses for one teacher: choose another, as student_entropy")
     devices = {teacher.device for teacher in config.several_teachers} & {"spread", "sharded"}
     if devices:
         problems.append(f"got device {' and '.join(sorted(devices))}, expected auto, cpu or a GPU for each, as cuda:1")
@@ -98,6 +102,23 @@ def _problems_of_several_teachers(config: RunConfig, terms: set[str]) -> list[Co
             "one for all text first, or give these terms 0"
         )
     return [Contradiction("teachers", f"several teachers: {problem}") for problem in problems]
+
+
+def _first_student_problems(config: RunConfig, terms: set[str]) -> list[Contradiction]:
+    """Return the settings that contradict positions which the student chooses before training.
+
+    Args:
+        terms: those that weigh more than 0 at some time.
+    """
+    problems = []
+    if config.student.init == "random":
+        problems.append("a student with random weights is in doubt everywhere")
+    if config.curriculum.uses_own_text:
+        problems.append("text that the student writes later (curriculum.on_policy) has no positions chosen before")
+    if "span" in terms:
+        problems.append("span needs the teacher everywhere, and it is asked about the chosen positions alone")
+    remedy = "choose another loss.select_by, such as student_entropy"
+    return [Contradiction("loss", f"select_by first_student: {problem}; {remedy}") for problem in problems]
 
 
 def _own_text_problems(config: RunConfig, terms: set[str]) -> list[Contradiction]:

@@ -27,6 +27,11 @@ class Schedule(Protocol):
         """(progress from 0 to 1, value), in order of progress."""
 
 
+def values_of(value: float | Schedule) -> list[float]:
+    """Return the value of a constant, or those of a ramp's points."""
+    return [level for _, level in value.points] if hasattr(value, "points") else [value]
+
+
 class Term(Protocol):
     """A loss term of the curriculum."""
 
@@ -43,6 +48,10 @@ class CurriculumSettings(Protocol):
     @property
     def on_policy(self) -> float | Schedule:
         """Share of a step's windows that the student writes itself."""
+
+    @property
+    def select(self) -> float | Schedule:
+        """Share of each window's positions that KD is learned at."""
 
     @property
     def uses_own_text(self) -> bool:
@@ -68,6 +77,9 @@ class LossSettings(Protocol):
 
     @property
     def correction(self) -> str: ...
+
+    @property
+    def select_by(self) -> str: ...
 
     @property
     def head_passes(self) -> str: ...
@@ -133,3 +145,13 @@ class RunConfig(Protocol):
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 """The settings that a function returns changed, of the kind that it was given."""
+
+
+def share_chosen_before(config: RunConfig) -> float:
+    """Return the share of its KD positions that a training window has left, as the student before training chose them.
+
+    It is the largest that the run learns at; 1: nothing is chosen before training.
+    """
+    if config.teacher.name is None or config.loss.select_by != "first_student":
+        return 1.0
+    return max(values_of(config.curriculum.select))

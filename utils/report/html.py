@@ -105,6 +105,7 @@ def page(
         pictures=pictures,
         alignment=results.get("alignment"),
         differences=results.get("differences"),
+        chosen=results.get("chosen_positions"),
         student_name=model_name("student", results),
         samples=_samples(results, results.get("samples") or []),
         own_text=_samples(results, own_text_samples(results)),

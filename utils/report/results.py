@@ -8,7 +8,7 @@ row for each metric (see `utils.evaluation.lm_eval_tasks`). And beside the model
 - `student_init`: `pretrained` or `random`, the weights that training began with.
 - `prompted`: the samples answer prompts, as the student learned to from conversations or from examples; else they go
   on from the beginnings of texts, behind the tokens `text_starts` of each side.
-- `alignment` and `differences`: views of single tokens, see `token_views`.
+- `alignment`, `chosen_positions` and `differences`: views of single tokens, see `token_views`.
 - `own_text`: texts of the last round that the student wrote to learn from, see `utils.on_policy.rounds`.
 """
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..advice import advice
 from ..config.plain import to_plain
-from ..config.protocols import RunConfig
+from ..config.protocols import RunConfig, share_chosen_before, values_of
 from ..data import loader
 from ..errors import value_errors_are_the_users
 from ..evaluation import exported, lm_eval_tasks
@@ -41,7 +41,7 @@ from ..training.loop import FitResult, fit
 from ..training.options import LoopOptions
 from ..training.plan import Plan
 from ..training.red_flags import RedFlags, ignore_message
-from . import export, several_teachers, student_layers, upload
+from . import chosen_positions, export, several_teachers, student_layers, upload
 from . import folder as run_folder
 from .exit_codes import EXIT_CODES
 from .expected_work import expect_training
@@ -102,6 +102,9 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
         layers = session.on_main(lambda: student_layers.choose(job, session.output))
         session.notes["student layers"] = str(layers)
         job = replace(job, layers=layers)
+
+    if share_chosen_before(job.config) < 1:
+        job = chosen_positions.choose(job, session)
 
     has_teacher = job.config.teacher.name is not None
     if has_teacher:
@@ -519,11 +522,22 @@ def _token_views(job: Job, trained: Trained) -> Results:
     views: Results = {}
     with advice("picture of the alignment"):
         views["alignment"] = token_views.alignment(job.pair, job.held_out.windows)
+    if (share := min(values_of(job.config.curriculum.select))) < 1:
+        with advice("positions that are learned at"):
+            views["chosen_positions"] = _chosen_positions(job, trained, share)
     with advice("places where student and teacher differ"):
         views["differences"] = token_views.differences(
             job.held_out, job.pair, trained.student, trained.module.differences
         )
     return views
+
+
+def _chosen_positions(job: Job, trained: Trained, share: float) -> Results:
+    """Return the beginning of the training text, with the positions marked that KD is learned at under a share."""
+    window = job.windows[0]
+    batch = job.collate([window]).to(job.accelerator.device)
+    positions = trained.module.chosen(batch, share).tolist()
+    return token_views.chosen(job.pair, window, positions, share)
 
 
 def _own_texts(job: Job, trained: Trained) -> Results:
