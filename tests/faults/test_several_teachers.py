@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import train
 from tests.faults.conftest import documents, write_jsonl
+from utils.logs.records import read_metrics
 from utils.run.quickstart import train_tokenizer
 
 SHORT = ["--max-steps", "4", "--save-every", "2", "--set", "evaluation.every=2", "evaluation.samples=1"]
@@ -43,7 +44,7 @@ def report_of(output: Path) -> dict:
     return json.loads((output / "evaluation_report.json").read_text())
 
 
-def test_a_run_goes_on_where_it_was_and_its_report_knows_all_teachers(place, second, tmp_path):
+def test_a_run_goes_on_where_it_was_and_its_report_knows_all_teachers(place, second, tmp_path, capsys):
     teachers = ["--teacher", str(place.teacher), "--teacher", str(second)]
     output = tmp_path / "run"
     whole = run(place, output, *teachers)
@@ -52,13 +53,17 @@ def test_a_run_goes_on_where_it_was_and_its_report_knows_all_teachers(place, sec
     assert [teacher["name"] for teacher in of_teachers] == [str(place.teacher), str(second)]
     assert report["teacher"]["bits_per_byte"] == min(teacher["bits_per_byte"] for teacher in of_teachers)
     text = (output / "report.html").read_text()
-    assert place.teacher.name in text and second.name in text
+    assert text.count("Bits per byte of the teacher") == 2
+    card = (output / "student" / "README.md").read_text()
+    assert f"teachers `{place.teacher.name}` and `{second.name}`" in card
 
     # back to step 2, as if it had been killed after it
     newest = max((output / "checkpoints").iterdir(), key=lambda folder: int(folder.name.rpartition("-")[2]))
     shutil.rmtree(newest)
     shutil.rmtree(output / "student")
+    capsys.readouterr()
     assert are_equal(run(place, output, *teachers), whole)
+    assert "from step 2" in " ".join(capsys.readouterr().out.split())
 
     # another teacher, or other weights of the same ones, are another run
     weighted = f"teachers=[{place.teacher}, {{name: {second}, weight: 2}}]"
@@ -69,7 +74,6 @@ def test_a_teacher_with_the_only_weight_is_one_teacher_bit_for_bit(place, second
     alone = run(place, tmp_path / "alone", "--teacher", str(place.teacher))
     teachers = f"teachers=[{place.teacher}, {{name: {second}, weight: 0}}]"
     assert are_equal(run(place, tmp_path / "of-two", "--set", teachers), alone)
-    assert not are_equal(run(place, tmp_path / "of-the-other", "--teacher", str(second)), alone)
 
 
 def test_each_teacher_has_its_cache_and_is_not_loaded_again(place, second, tmp_path, capsys):
@@ -96,12 +100,15 @@ def test_teachers_are_asked_about_their_sources(place, second, tmp_path):
     other = write_jsonl(tmp_path / "other.jsonl", documents(40, seed=5))
     text = ["--train-data", str(place.text), str(other)]
     routed = f"teachers=[{{name: {place.teacher}, only_for: [{place.text}]}}, {{name: {second}, only_for: [{other}]}}]"
-    mixed = run(place, tmp_path / "routed", *text, "--set", routed)
-    assert not are_equal(mixed, run(place, tmp_path / "both", *text, "--set", f"teachers=[{place.teacher}, {second}]"))
+    run(place, tmp_path / "routed", *text, "--set", routed)
+    records = read_metrics(tmp_path / "routed" / "metrics.jsonl")
+    learned = [record for record in records if record["split"] == "train"]
+    # every window is for one of the two
+    assert min(record["coverage"]["anchored"] for record in learned) > 0.5
 
 
 REFUSED = {
-    "only_for: got elsewhere.txt, expected sources of this run": "teachers=[{a}, {{name: {b}, only_for: [elsewhere.txt]}}]",
+    "only_for: got elsewhere.txt, expected sources of this run": "teachers=[{{name: {a}, only_for: [elsewhere.txt]}}]",
     "the spans of text of each differ": "curriculum.span.weight=0.5",
     "the student's own text goes to one teacher": "curriculum.on_policy=0.5",
     "expected auto, cpu or a GPU for each": "teacher.device=spread",
@@ -113,9 +120,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_does_not_go_with_several_teachers_is_said_before_anything_is_loaded(
-    place, second, tmp_path, capsys, message
-):
+def test_what_does_not_go_with_several_teachers_is_refused(place, second, tmp_path, capsys, message):
     teachers = f"teachers=[{{name: {place.teacher}, only_for: [{place.text}]}}, {second}]"
     setting = REFUSED[message].format(a=place.teacher, b=second)
     assert train.main(place.arguments(tmp_path / "run", *SHORT, teachers, setting)) == 2
