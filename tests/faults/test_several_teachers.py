@@ -102,9 +102,9 @@ def test_teachers_are_asked_about_their_sources(place, second, tmp_path):
     routed = f"teachers=[{{name: {place.teacher}, only_for: [{place.text}]}}, {{name: {second}, only_for: [{other}]}}]"
     run(place, tmp_path / "routed", *text, "--set", routed)
     records = read_metrics(tmp_path / "routed" / "metrics.jsonl")
-    learned = [record for record in records if record["split"] == "train"]
+    coverage = [record["coverage"]["anchored"] for record in records if "coverage" in record]
     # every window is for one of the two
-    assert min(record["coverage"]["anchored"] for record in learned) > 0.5
+    assert coverage and min(coverage) > 0.5
 
 
 REFUSED = {
