@@ -490,6 +490,7 @@ class DistillationFramework(nn.Module):
         if signal is None:
             signal = self.teacher.signal(batch, self.loss_config.top_k)
         signal = signal.to(batch.student_ids.device)
+
         with evaluating(self.student):
             states = body_states(self.student, batch.student_ids, batch.student_source)
             head = HeadTerms(

@@ -254,14 +254,19 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
             "num_proc": config.data.num_workers or None,
             "room": room,
         }
-        make = make_windows
-        if source_of is not None:
-            # Documents that are for different teachers must not share a window.
-            make = partial(make_windows_by_source, source_of=source_of)
+        # Documents that are for different teachers must not share a window.
+        make = make_windows if source_of is None else partial(make_windows_by_source, source_of=source_of)
         windows = make(corpus.train, kind="training", **packing)
         held_out = make(corpus.eval, kind="held-out", **packing)
 
-    # What was left out is told once, here, where it can still be put right.
+    material = Material(corpus, pair, windows, held_out)
+    _log_material(config, named, material, room)
+    return material
+
+
+def _log_material(config: RunConfig, named: Named, material: Material, room: Room) -> None:
+    """Log what of the text is left out, once, where it can still be put right."""
+    corpus, pair, windows, held_out = material.corpus, material.pair, material.windows, material.held_out
     for role, table in zip(named.shapes, pair.encoder.tables, strict=True):
         if table.beyond_rows:
             left_out = ", ".join(table.beyond_rows)
@@ -271,7 +276,6 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
         warn_of_left_out(cut, kind)
         warn_of_missing(config.data, kind, texts, cut, room)
     documents.warn_of_long_documents(corpus, windows, held_out)
-    return Material(corpus, pair, windows, held_out)
 
 
 def corpus_in_words(report: Mapping[str, int]) -> str:
