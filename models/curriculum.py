@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from itertools import pairwise
 
-from .config import CurriculumConfig, LossConfig, Ramp, Schedule
+from .config import CurriculumConfig, LossConfig, Ramp, Schedule, values_of
 from .divergences import MIXED
 from .validation import expect, expect_count
 
@@ -102,6 +102,7 @@ class CurriculumScheduler:
 
         self.balance = curriculum.balance
         self.uses_statistics = curriculum.uses_statistics
+        self.weights_windows = any(values_of(curriculum.sample_weights))
         self._own_text = curriculum.on_policy
         self.uses_own_text = curriculum.uses_own_text
 

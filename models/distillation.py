@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .chosen_positions import places_of
-from .config import CurriculumConfig, LossConfig, RouterConfig, Term
+from .config import CurriculumConfig, LossConfig, RouterConfig, Schedule, Term
 from .curriculum import CurriculumScheduler
 from .distillation_framework import DistillationFramework
 from .language_model import context_length, vocabulary_size
@@ -25,13 +25,15 @@ from .student_aware_router import ROUTER_TERMS
 from .teacher.cached import CachedTeacher, RememberingCollator
 from .teacher.frozen import FrozenTeacher
 from .teacher.listed import ListedTeacher
+from .teacher.mixture import Member, Mix, TeacherMixture
 from .text.chat import ConversationSettings
 from .text.chat_template import tokenizers_for_chat
 from .text.collate import PairCollator, count_channel, read_and_learned
 from .text.encoder_decoder import make_encoder
+from .text.mixed_batches import Collate, MixedCollator, as_pair
 from .text.own_text import OwnPrompt, OwnText, own_prompt, own_window, require_own_text, stop_ids
 from .text.vocabulary import VocabularyMap
-from .text.windows import ModelFacts, PairEncoder
+from .text.windows import ModelFacts, PairEncoder, sides_of
 from .types import PairedBatch
 from .validation import Validated, expect
 
@@ -43,7 +45,7 @@ Conversation = list[Mapping[str, Any]]
 
 
 class TextSettings(Protocol):
-    """Facts of a run's text and models that `Method.join` needs; values of a pair: student, teacher."""
+    """Facts of a run's text and models that `Method.join` needs; values of a pair: student, teacher or teachers."""
 
     @property
     def max_length(self) -> int:
@@ -62,7 +64,7 @@ class TextSettings(Protocol):
         """False: the thinking before an answer is read, and not learned."""
 
     @property
-    def rows(self) -> tuple[int, int]:
+    def rows(self) -> tuple[int, ...]:
         """Rows of the heads."""
 
     @property
@@ -70,7 +72,7 @@ class TextSettings(Protocol):
         """Ids that the decoders of encoder-decoder models begin with; None: causal models."""
 
     @property
-    def text_starts(self) -> tuple[str | None, str | None]:
+    def text_starts(self) -> tuple[str | None, ...]:
         """Tokens that plain text starts with; None: chosen by `models.text.text_start`."""
 
     @property
@@ -83,6 +85,16 @@ class TextSettings(Protocol):
 
 
 @dataclass(frozen=True)
+class TeacherShare(Validated):
+    """The part that one of several teachers has."""
+
+    weight: Schedule = 1.0
+    """Beside those of the others; a ramp follows the run."""
+    only_for: tuple[str, ...] = ()
+    """Sources of text that it is asked about; empty: all."""
+
+
+@dataclass(frozen=True)
 class Method(Validated):
     """Settings of what is learned: they make a pair of two tokenizers."""
 
@@ -92,6 +104,10 @@ class Method(Validated):
     """Which terms weigh how much, and when."""
     router: RouterConfig = field(default_factory=RouterConfig)
     """For the terms on hidden states, if the curriculum uses any."""
+    teachers: tuple["TeacherShare", ...] = ()
+    """Shares of several teachers, in the order of their models; empty: there is one."""
+    mix: Mix = "weights"
+    """How several teachers are weighed."""
 
     @property
     def compares_states(self) -> bool:
@@ -128,11 +144,17 @@ class Method(Validated):
         return tokenizers_for_chat(tokenizers, variables)
 
     def join(self, tokenizers: dict[str, PreTrainedTokenizerBase], text: TextSettings) -> "Distillation":
-        """Make the pair of two tokenizers, without models.
+        """Make the pair of two tokenizers, without models; with several teachers, the pair of them all.
+
+        Args:
+            tokenizers: of `student` and `teacher`; of further teachers as `teacher_2` and so on.
 
         Raises:
             ValueError: a tokenizer does not fit; see `PairEncoder` and `VocabularyMap.build`.
         """
+        if self.teachers:
+            return self._join_several(tokenizers, text)
+
         student, teacher = tokenizers["student"], tokenizers["teacher"]
         conversations = None
         if text.conversations:
@@ -154,6 +176,60 @@ class Method(Validated):
             method=self,
             tokenizers=tokenizers,
         )
+
+    def _join_several(
+        self,
+        tokenizers: dict[str, PreTrainedTokenizerBase],
+        text: TextSettings,
+    ) -> "Distillation":
+        """Make the pair of a student and several teachers, which has a pair for each of them as `members`.
+
+        Raises:
+            ValueError: a tokenizer does not fit, or the text is one that several teachers cannot read together.
+        """
+        if text.conversations or text.decoder_starts is not None:
+            kind = "encoder-decoder models" if text.decoder_starts is not None else "conversations"
+            raise ValueError(
+                f"got {len(self.teachers)} teachers and {kind}, expected plain text: each model writes a conversation "
+                "in its own way. Give one teacher, or read the text as plain: --set data.text_column=NAME"
+            )
+
+        names = sides_of(1 + len(self.teachers))
+        student, *of_teachers = (tokenizers[name] for name in names)
+        encoder = PairEncoder(
+            student,
+            of_teachers[0],
+            text.max_length,
+            ModelFacts(text.rows, text.text_starts),
+            further=of_teachers[1:],
+        )
+
+        members = []
+        single = replace(self, teachers=())
+        for number, tokenizer in enumerate(of_teachers):
+            rows = text.rows[1 + number]
+            vocabulary = VocabularyMap.build(student, tokenizer, text.rows[0], rows, cache_dir=text.cache_dir)
+            members.append(
+                Distillation(
+                    encoder=encoder.beside(number),
+                    vocabulary=vocabulary,
+                    # The first teacher's hidden states are those that are compared.
+                    method=single if number == 0 else single.without_states(),
+                    tokenizers={"student": student, "teacher": tokenizer},
+                )
+            )
+        return Distillation(
+            encoder=encoder,
+            vocabulary=members[0].vocabulary,
+            method=self,
+            tokenizers=tokenizers,
+            members=tuple(members),
+        )
+
+    def without_states(self) -> "Method":
+        """Return the method without terms on hidden states."""
+        weights: dict[str, Any] = {name: Term(0.0) for name in ROUTER_TERMS}
+        return replace(self, curriculum=replace(self.curriculum, **weights))
 
     def describe_head(self, student: nn.Module, device: torch.device) -> list[str]:
         """Choose how the student's head computes on a device, and say it, a line for each choice.
@@ -187,9 +263,12 @@ class Distillation:
     method: Method = field(default_factory=Method)
     """Loss, curriculum and router."""
     student: nn.Module | None = None
-    teacher: FrozenTeacher | CachedTeacher | None = None
+    teacher: FrozenTeacher | CachedTeacher | TeacherMixture | None = None
     tokenizers: dict[str, PreTrainedTokenizerBase] | None = None
     """Of `student` and `teacher`, as the text needs them: for conversations with a chat template."""
+    members: tuple["Distillation", ...] = ()
+    """With several teachers, the pair of the student and each of them; the rest of this pair is then of the first
+    one, but for its windows, which hold the tokens of all."""
 
     @classmethod
     def from_pretrained(
@@ -274,8 +353,10 @@ class Distillation:
         return replace(pair, student=student, teacher=pair.frozen(teacher))
 
     @cached_property
-    def collate(self) -> PairCollator:
+    def collate(self) -> PairCollator | MixedCollator:
         """The collator: windows -> a `PairedBatch`, for a DataLoader's `collate_fn` too."""
+        if self.members:
+            return self.collate_mixed([member.collate for member in self.members])
         router = self.method.router if self.method.compares_states else None
         return PairCollator(self.vocabulary, self.encoder.end_of_text, self.method.loss.max_depth, router)
 
@@ -307,7 +388,7 @@ class Distillation:
         total_steps: int,
         *,
         student: nn.Module | None = None,
-        teacher: FrozenTeacher | CachedTeacher | None = None,
+        teacher: FrozenTeacher | CachedTeacher | TeacherMixture | None = None,
     ) -> DistillationFramework:
         """Make the module that is trained: its forward is the loss of one micro-batch.
 
@@ -348,6 +429,22 @@ class Distillation:
     def listed(self, source: Any) -> ListedTeacher:
         """Make a teacher of a source of lists, such as a server; see `ListedTeacher`."""
         return ListedTeacher(source, self.vocabulary)
+
+    def mixture(self, teachers: Sequence[FrozenTeacher | CachedTeacher]) -> TeacherMixture:
+        """Make one teacher of several, in the order of `members`."""
+        parts = zip(self.members, teachers, self.method.teachers, strict=True)
+        members = [Member(teacher, pair.vocabulary, share.weight) for pair, teacher, share in parts]
+        return TeacherMixture(members, self.method.mix)
+
+    def collate_mixed(self, collators: Sequence[Collate]) -> MixedCollator:
+        """Make one collator of those of several teachers, in the order of `members`."""
+        only_for = tuple(share.only_for for share in self.method.teachers)
+        return MixedCollator(tuple(collators), only_for)
+
+    @staticmethod
+    def window_of_member(window: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """Return a window as the student and one of several teachers read it; `number` counts from 0."""
+        return as_pair(window, number)
 
     @staticmethod
     def cached(teacher: FrozenTeacher | None, memory: Any) -> CachedTeacher:
@@ -402,7 +499,14 @@ class Distillation:
 
     def with_counted_channel(self, windows: Sequence[dict[str, Any]]) -> "Distillation":
         """Return the pair with the channel counted on some windows, for `loss.correction: channel`."""
-        return replace(self, vocabulary=self.vocabulary.with_channel(count_channel(windows)))
+        if not self.members:
+            return replace(self, vocabulary=self.vocabulary.with_channel(count_channel(windows)))
+
+        members = []
+        for number, member in enumerate(self.members):
+            read_by_member = [as_pair(window, number) for window in windows]
+            members.append(member.with_counted_channel(read_by_member))
+        return replace(self, vocabulary=members[0].vocabulary, members=tuple(members))
 
 
 def _as_json(number: int, document: Any) -> str:
@@ -431,7 +535,7 @@ class _Text:
 
     max_length: int
     conversations: bool
-    rows: tuple[int, int]
+    rows: tuple[int, ...]
     decoder_starts: tuple[int, int] | None
     learn_from: Literal["completions", "all"] = "completions"
     learn_reasoning: bool = True

@@ -29,12 +29,28 @@ from .losses.losses import kl_with_bucket
 from .student_aware_router import StudentAwareRouter
 from .teacher.cached import CachedTeacher, expect_teacher
 from .teacher.frozen import FrozenTeacher
+from .teacher.mixture import MixtureProjection, TeacherMixture
 from .teacher.projection import Projection
 from .text.vocabulary import VocabularyMap
-from .types import A_BATCH, Difference, DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
+from .types import (
+    A_BATCH,
+    Difference,
+    DistillationOutput,
+    LossTerm,
+    MixtureSignal,
+    PairedBatch,
+    SparseTarget,
+    TeacherSignal,
+)
 from .validation import expect, expect_count, expect_number
 
-Teacher = FrozenTeacher | CachedTeacher
+Teacher = FrozenTeacher | CachedTeacher | TeacherMixture
+
+Signal = TeacherSignal | MixtureSignal
+
+
+SINGLE_TEACHER_TERMS = {"span"}
+"""Terms on the student's head that several teachers cannot be mixed in: the spans of each pair are other ones."""
 
 
 class _Compared(NamedTuple):
@@ -59,7 +75,7 @@ class DistillationFramework(nn.Module):
     Args:
         student: a transformers language model, causal or an encoder-decoder as the teacher is.
         teacher: None trains without a teacher (LM term only).
-        vocabulary: the pair's vocabulary map; needed with a teacher.
+        vocabulary: the pair's vocabulary map; needed with a teacher. Of several teachers that of the first one.
         loss: how the teacher's distribution becomes a loss.
         curriculum: weights over the run.
         router: how hidden states are compared. The router starts uncalibrated: see `calibrate`.
@@ -68,7 +84,8 @@ class DistillationFramework(nn.Module):
         TypeError: an argument of another kind.
         ValueError: for a student whose logits are not head(body(x)), that has nothing to train or that is trained in
             half precision; for a student, a teacher and a vocabulary map that do not belong together; for
-            hidden-state terms without a teacher; for a curriculum that was made for another LossConfig.
+            hidden-state terms without a teacher; for span likelihood with several teachers, whose spans differ; for
+            a curriculum that was made for another LossConfig.
     """
 
     def __init__(
@@ -97,12 +114,15 @@ class DistillationFramework(nn.Module):
         self.curriculum = curriculum
 
         # A batch of another pair is told by tokens beyond these rows.
-        self.projection = None
+        self.projection: Projection | MixtureProjection | None = None
         self._student_rows = vocabulary_size(student)
         self._teacher_rows = None
         if vocabulary is not None:
             self.projection = Projection(vocabulary, loss.correction, loss.min_prefix_mass)
             self._teacher_rows = len(vocabulary.order)
+        if isinstance(teacher, TeacherMixture):
+            _check_terms_of_mixture(curriculum)
+            self.projection = teacher.projection(loss)
 
         self.router = self._make_router(router or RouterConfig())
         self._has_warned = False
@@ -156,7 +176,7 @@ class DistillationFramework(nn.Module):
         *,
         counts: dict[str, int] | None = None,
         measure: bool = False,
-        signal: TeacherSignal | None = None,
+        signal: Signal | None = None,
         term_graphs: bool = False,
         statistics: Mapping[str, float] | None = None,
     ) -> DistillationOutput:
@@ -200,7 +220,7 @@ class DistillationFramework(nn.Module):
 
         # One forward of either body serves all terms; hidden states are only asked for where a term compares them.
         if signal is None:
-            signal = self._ask(batch, computed)
+            signal = self._ask(batch, computed, step)
         if signal is not None:
             signal = signal.to(batch.student_ids.device)
         layers = self.router.student_layers if routed else ()
@@ -230,7 +250,7 @@ class DistillationFramework(nn.Module):
         batch: PairedBatch,
         step: int | None = None,
         measure: bool = False,
-    ) -> TeacherSignal | None:
+    ) -> Signal | None:
         """Return the teacher's signal that `forward` needs for a batch at that step, on the teacher's device.
 
         Asked before the student works on the batches before it, a teacher on another GPU computes at the same time.
@@ -244,7 +264,7 @@ class DistillationFramework(nn.Module):
         begin = getattr(self.teacher, "begin", None)
         if begin is not None and terms - TEXT_TERMS and begin(batch, self.loss_config.top_k):
             return None
-        return self._ask(batch, terms)
+        return self._ask(batch, terms, step)
 
     # --- before a forward ---------------------------------------------------------------------------------------------
 
@@ -263,11 +283,14 @@ class DistillationFramework(nn.Module):
                     "PairCollator with the framework's vocabulary map, or are student and teacher swapped?"
                 )
 
-    def _ask(self, batch: PairedBatch, terms: set[str]) -> TeacherSignal | None:
+    def _ask(self, batch: PairedBatch, terms: set[str], step: int | None) -> Signal | None:
         """Return the teacher's signal, with hidden states if a term compares them; None if no term needs it."""
         if not terms - TEXT_TERMS:
             return None
         layers = self.router.teacher_layers if terms & {*ROUTER_TERMS} else ()
+        if isinstance(self.teacher, TeacherMixture):
+            progress = self.curriculum.progress(step)
+            return self.teacher.signal(batch, self.loss_config.top_k, layers, progress=progress)
         return self.teacher.signal(batch, self.loss_config.top_k, layers)
 
     def _terms_to_compute(
@@ -275,7 +298,7 @@ class DistillationFramework(nn.Module):
         batch: PairedBatch,
         weights: Mapping[str, float],
         measure: bool,
-        signal: TeacherSignal | None,
+        signal: Signal | None,
     ) -> set[str]:
         """Return the terms with a weight, and with `measure` also those of the others that can be computed.
 
@@ -286,6 +309,8 @@ class DistillationFramework(nn.Module):
         """
         weighted = {name for name, weight in weights.items() if weight}
         terms = {*weights} if measure else weighted
+        if isinstance(self.teacher, TeacherMixture):
+            terms -= SINGLE_TEACHER_TERMS
 
         if self.teacher is None and signal is None:
             impossible = sorted(weighted - TEXT_TERMS)
@@ -320,7 +345,7 @@ class DistillationFramework(nn.Module):
             )
         return terms - {"span"}
 
-    def _obstacle_to_routing(self, batch: PairedBatch, signal: TeacherSignal | None) -> str:
+    def _obstacle_to_routing(self, batch: PairedBatch, signal: Signal | None) -> str:
         """Return what the terms on hidden states lack, with the remedy; empty where they lack nothing."""
         if batch.anchors is None:
             return "the batch has no anchors; give PairCollator the RouterConfig"
@@ -346,7 +371,7 @@ class DistillationFramework(nn.Module):
         self,
         batch: PairedBatch,
         states: Tensor,
-        signal: TeacherSignal | None,
+        signal: Signal | None,
         scalars: Mapping[str, float],
         statistics: Mapping[str, float],
         *,
@@ -359,7 +384,8 @@ class DistillationFramework(nn.Module):
             states=states.flatten(0, 1)[batch.supervised],
             config=self.loss_config,
             scalars=scalars,
-            signal=signal,
+            # Span likelihood and sample weights alone look at it, of a single teacher.
+            signal=None if isinstance(signal, MixtureSignal) else signal,
             target=self._target(batch, signal) if with_target else None,
             mean_score=statistics.get("samples"),
         )
@@ -368,7 +394,7 @@ class DistillationFramework(nn.Module):
         self,
         batch: PairedBatch,
         hidden: Sequence[Tensor],
-        signal: TeacherSignal,
+        signal: Signal,
         names: Sequence[str],
         weights: Mapping[str, float],
     ) -> dict[str, LossTerm]:
@@ -397,7 +423,7 @@ class DistillationFramework(nn.Module):
     def _target(
         self,
         batch: PairedBatch,
-        signal: TeacherSignal,
+        signal: Signal,
         corrected: bool = True,
     ) -> SparseTarget:
         """Return the teacher's distributions on the student's vocabulary."""
@@ -407,7 +433,7 @@ class DistillationFramework(nn.Module):
     # --- beside training ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def compare(self, batch: PairedBatch, signal: TeacherSignal | None = None) -> dict[str, float]:
+    def compare(self, batch: PairedBatch, signal: Signal | None = None) -> dict[str, float]:
         """Compare student and teacher where both have read exactly the same bytes (depth 0).
 
         Returns:
@@ -431,7 +457,7 @@ class DistillationFramework(nn.Module):
         batch: PairedBatch,
         most: int,
         guesses: int = 3,
-        signal: TeacherSignal | None = None,
+        signal: Signal | None = None,
     ) -> list[Difference]:
         """Return the positions at depth 0 where student and teacher differ most, one of a window at most.
 
@@ -460,7 +486,7 @@ class DistillationFramework(nn.Module):
         return sorted(largest.values(), key=lambda difference: -difference.kl)[:most]
 
     @torch.no_grad()
-    def chosen(self, batch: PairedBatch, share: float, signal: TeacherSignal | None = None) -> Tensor:
+    def chosen(self, batch: PairedBatch, share: float, signal: Signal | None = None) -> Tensor:
         """Return the flat student positions at which KD is learned under a share, with the models as they are now."""
         self._check_batch(batch)
         if signal is None:
@@ -475,13 +501,13 @@ class DistillationFramework(nn.Module):
                 states=states.flatten(0, 1)[batch.supervised],
                 config=self.loss_config,
                 scalars={"select": share},
-                signal=signal,
+                signal=None if isinstance(signal, MixtureSignal) else signal,
                 target=self._target(batch, signal),
             )
             rows = head.chosen
         return batch.row_student if rows is None else batch.row_student[rows]
 
-    def _compared(self, batch: PairedBatch, signal: TeacherSignal | None) -> Iterator[_Compared]:
+    def _compared(self, batch: PairedBatch, signal: Signal | None) -> Iterator[_Compared]:
         """Yield what both models predict where they have read the same bytes, in chunks of positions."""
         self._check_batch(batch)
         if signal is None:
@@ -681,6 +707,11 @@ def _check_pair(
             f"{rows:,}; build the map with student_vocab_size={rows}, or are student and teacher swapped?"
         )
 
+    if isinstance(teacher, TeacherMixture):
+        for member in teacher.members:
+            _check_pair(student, member.teacher, member.vocabulary)
+        return
+
     # A cached teacher holds the running one, or none.
     running = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
     if running is None:
@@ -713,6 +744,19 @@ def _checked_statistics(
             "sample_weights are made; train with `fit`, which gives them, or leave both settings out"
         )
     return statistics or {}
+
+
+def _check_terms_of_mixture(curriculum: CurriculumScheduler) -> None:
+    """Refuse terms, and weights of windows, that need a single teacher."""
+    if curriculum.weights_windows:
+        raise ValueError("got sample_weights and several teachers; expected 0, or one teacher beside whom to weigh")
+
+    terms = sorted(curriculum.used & SINGLE_TEACHER_TERMS)
+    if terms:
+        raise ValueError(
+            f"got a weight for {', '.join(terms)} and several teachers, whose spans of text differ; expected the "
+            "weight 0, or one teacher"
+        )
 
 
 def _checked_counts(

@@ -26,19 +26,38 @@ class _Movable:
 
     def to(self: _Self, device: torch.device | str, non_blocking: bool = False) -> _Self:
         """Return a copy with its tensors on a device."""
-        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in movable_fields(self).items()}
+        moved = {name: _moved(value, device, non_blocking) for name, value in movable_fields(self).items()}
         return replace(self, **moved)
 
     def pin_memory(self: _Self) -> _Self:
         """Return a copy whose tensors the host need not wait for when they are copied to a GPU."""
-        pinned = {name: value.pin_memory() for name, value in movable_fields(self).items()}
+        pinned = {name: _pinned(value) for name, value in movable_fields(self).items()}
         return replace(self, **pinned)
 
 
 def movable_fields(instance: Any) -> dict[str, Any]:
     """Return the fields of a dataclass that are tensors, or hold tensors."""
     values = {column.name: getattr(instance, column.name) for column in fields(instance)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor | _Movable)}
+    return {name: value for name, value in values.items() if _is_movable(value)}
+
+
+def _is_movable(value: Any) -> bool:
+    """Tell whether a value is a tensor, holds tensors, or is a tuple of such values."""
+    if isinstance(value, tuple):
+        return bool(value) and all(map(_is_movable, value))
+    return isinstance(value, Tensor | _Movable)
+
+
+def _moved(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device, non_blocking) for item in value)
+    return value.to(device, non_blocking=non_blocking)
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_pinned, value))
+    return value.pin_memory()
 
 
 @dataclass
@@ -74,18 +93,24 @@ class TeacherSignal(_Movable):
             signal = self.pin_memory()
             non_blocking = True
 
-        moved = super(TeacherSignal, signal).to(device, non_blocking)
-        if not signal.hidden:
-            return moved
-        hidden = tuple(state.to(device, non_blocking=non_blocking) for state in signal.hidden)
-        return replace(moved, hidden=hidden)
+        return super(TeacherSignal, signal).to(device, non_blocking)
 
-    def pin_memory(self) -> "TeacherSignal":
-        """Return a copy whose tensors, the hidden states too, the host need not wait for."""
-        pinned = super().pin_memory()
-        if not self.hidden:
-            return pinned
-        return replace(pinned, hidden=tuple(state.pin_memory() for state in self.hidden))
+
+@dataclass
+class MixtureSignal(_Movable):
+    """The answers of several teachers to a batch, and how much each weighs."""
+
+    signals: tuple[TeacherSignal, ...]
+    """Of the teachers that were asked: those with a weight and, where hidden states are compared, the first one."""
+    teachers: tuple[int, ...]
+    """Number of each of them, from 0."""
+    weights: tuple[float, ...]
+    """Of each of them, at the step that was asked for; they need not add up to 1."""
+
+    @property
+    def hidden(self) -> tuple[Tensor, ...] | None:
+        """States of the first teacher after the layers that the router asked for; see `TeacherSignal`."""
+        return self.signals[0].hidden if 0 in self.teachers else None
 
 
 @dataclass
@@ -136,6 +161,18 @@ class Source(_Movable):
     """[B, E] int64, right padded."""
     mask: Tensor | None
     """[B, E] int64, 1 on tokens: an encoder sees what is behind a token, too. None: no padding."""
+
+
+@dataclass
+class MixedRows(_Movable):
+    """A batch as several teachers read it; R of them read any of its windows."""
+
+    batches: "tuple[PairedBatch, ...]"
+    """R batches: the windows that each teacher is asked about."""
+    teachers: tuple[int, ...]
+    """Number of each of these teachers, from 0."""
+    places: tuple[Tensor, ...]
+    """[N_r] for each of them: index of its KD rows among those at which any teacher has a say."""
 
 
 @dataclass
@@ -242,6 +279,10 @@ class PairedBatch(_Movable):
     """Rows of student and teacher in the collator's vocabulary map; every token id is below."""
     is_filler: bool = False
     """The batch only keeps other processes company: its items are in no count of the step."""
+    mixed: "MixedRows | None" = None
+    """With several teachers, the batch as each of them reads it. The KD rows of this batch (`row_student`,
+    `row_supervised`, `depth`, `window_rows`) are then those at which any of them has a say, and what else tells of a
+    teacher is that of the first one."""
 
     def __repr__(self) -> str:
         """Return what a person wants to know of it; the fields are tensors of thousands of numbers."""

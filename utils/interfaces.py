@@ -186,6 +186,16 @@ class Pair(Protocol):
     @property
     def collate(self) -> Collator: ...
 
+    @property
+    def members(self) -> "Sequence[Any]":
+        """With several teachers, the pair (a `Pair` with its `method`) of each of them."""
+
+    def mixture(self, teachers: "Sequence[Any]") -> Teacher:
+        """Make one teacher of those of the members."""
+
+    def collate_mixed(self, collators: "Sequence[Any]") -> Collator:
+        """Make one collator of those of the members."""
+
     def frozen(self, model: nn.Module) -> Teacher: ...
 
     def listed(self, source: Any) -> Teacher:

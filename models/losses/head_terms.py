@@ -60,7 +60,7 @@ class HeadTerms:
     """Values of this step: `temperature` and `span_temperature`; `skew`, `interpolation`, `select` and `sample_weights`
     where in use."""
     signal: TeacherSignal | None
-    """Needed for span likelihood."""
+    """Needed for span likelihood; of several teachers there is none."""
     target: SparseTarget | None
     """Teacher's distributions on the student's vocabulary; needed for KD."""
     mean_score: float | None = None

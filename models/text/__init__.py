@@ -15,6 +15,7 @@ In the order of a batch's life:
 - `own_text`: windows of text that the student writes itself
 - `alignment`: anchors and spans of a window
 - `collate`: windows -> a batch of tensors
+- `mixed_batches`: the same for several teachers
 """
 
 from .alignment import Alignment, align

@@ -297,7 +297,7 @@ def _memory(setup: SetUp) -> Measured:
     training = setup.config.training
     setting = step_memory.StepSetting(
         setup.student,
-        setup.teacher,
+        () if setup.teacher is None else (setup.teacher,),
         setup.window,
         precision=hardware.choose_precision(training.mixed_precision, device).value,
         device=device,

@@ -1,5 +1,6 @@
 """The checks of `verify_fixes.py`: one row for each, and the groups in which they are printed."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,9 @@ from utils.run import quickstart, stages
 from utils.run.prepare import Job, prepare
 from utils.run.requirements import check as check_requirements
 from utils.training import dry_run
+
+log = logging.getLogger("train")
+
 
 MOST_DOCUMENTS = 20_000
 """Documents read of the user's own text."""
@@ -473,6 +477,10 @@ def own_setup(config: RunConfig) -> tuple[SetUp, Job]:
         UserError: a mistake in models or data.
     """
     check_requirements(config, hardware.choose_device().value)
+    if config.several_teachers:
+        # What is checked lies between two models; the run itself forecasts the memory of all.
+        log.warning("of %d teachers the first one is checked, alone", len(config.several_teachers))
+        config = replace(config, teachers=[])
     resolved = config
     if quickstart.is_named(config):
         # The teacher need not be trained yet: its folder holds a configuration and a tokenizer.

@@ -7,6 +7,9 @@ from .protocols import RunConfig, values_of
 from .quickstart_names import NAMES
 from .settings import StudentConfig
 
+STATE_TERMS = ("feat", "rel", "attn", "layer", "contr")
+"""Terms that compare hidden states with those of one teacher."""
+
 
 def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradiction]:
     """Return every contradiction.
@@ -28,6 +31,8 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
         problems += _problems_without_teacher(config, terms)
 
     problems += _served_problems(config, terms - set(heads))
+    if config.several_teachers:
+        problems += _problems_of_several_teachers(config, terms)
 
     if config.curriculum.uses_own_text:
         problems += _own_text_problems(config, terms)
@@ -59,6 +64,49 @@ def _student_problems(student: StudentConfig) -> list[Contradiction]:
     if student.lora.merge and not student.lora.enabled:
         problems.append("lora.merge is for a student with an adapter: give --lora too")
     return [Contradiction("student", problem) for problem in problems]
+
+
+def _problems_of_several_teachers(config: RunConfig, terms: set[str]) -> list[Contradiction]:
+    """Return the settings that do not go with several teachers.
+
+    Args:
+        terms: those that weigh more than 0 at some time.
+    """
+    problems = []
+    if "span" in terms:
+        problems.append("span: the spans of text of each differ: give span the weight 0, or one teacher")
+    if config.curriculum.uses_own_text:
+        problems.append("curriculum.on_policy: the student's own text goes to one teacher: give it 0, or one teacher")
+
+    if config.loss.select_by == "first_student":
+        problems.append("loss.select_by first_student chooses for one teacher: choose another, as student_entropy")
+    if any(values_of(config.curriculum.sample_weights)):
+        problems.append("curriculum.sample_weights: windows are weighed beside one teacher: give it 0, or one teacher")
+    if served := [str(teacher.name) for teacher in config.several_teachers if teacher.is_served]:
+        problems.append(f"{' and '.join(served)} is behind a server, which is asked alone: name local models")
+    devices = {teacher.device for teacher in config.several_teachers} & {"spread", "sharded"}
+    if devices:
+        problems.append(f"got device {' and '.join(sorted(devices))}, expected auto, cpu or a GPU for each, as cuda:1")
+    if NAMES & {teacher.name for teacher in config.several_teachers}:
+        problems.append("the embedded teacher is trained for one run alone: name other models")
+    if config.loss.correction == "channel" and any(config.sources_of_teachers):
+        problems.append("loss.correction channel is counted on all text: give span or none beside only_for")
+
+    # A route that is misspelt would leave its text without a teacher, silently.
+    routes = {source for sources in config.sources_of_teachers for source in sources}
+    known = [*config.data.train, *([config.data.eval] if config.data.eval else [])]
+    if unknown := sorted(routes - {*known}):
+        problems.append(f"only_for: got {', '.join(unknown)}, expected sources of this run: {', '.join(known)}")
+    if routes and config.cache.folder:
+        problems.append("only_for: a teacher cache is of all text: leave out --cache-teacher, or only_for")
+
+    state_terms = sorted(terms & {*STATE_TERMS})
+    if state_terms and config.sources_of_teachers[0]:
+        problems.append(
+            f"{' and '.join(state_terms)} compare with the first teacher, which is for some text alone (only_for): put "
+            "one for all text first, or give these terms 0"
+        )
+    return [Contradiction("teachers", f"several teachers: {problem}") for problem in problems]
 
 
 def _first_student_problems(config: RunConfig, terms: set[str]) -> list[Contradiction]:

@@ -117,6 +117,15 @@ class RunConfig(Protocol):
     @property
     def served(self) -> ServedConfig: ...
     @property
+    def several_teachers(self) -> Sequence[ModelConfig]:
+        """Teachers that are mixed, of which `teacher` is the first; none where there is a single one."""
+
+    @property
+    def sources_of_teachers(self) -> Sequence[Sequence[str]]:
+        """Sources of text that each of several teachers is asked about; none: all."""
+
+    @property
+    @property
     def student(self) -> StudentConfig: ...
     @property
     def data(self) -> DataConfig: ...

@@ -9,7 +9,7 @@ Three sets say it, side by side. A setting that is in none of them must stay as 
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError, shorten
@@ -106,6 +106,12 @@ ADDED = {
 """Settings that runs made before they existed have not, and the value that those ran with: compared only where it is
 another."""
 
+SEVERAL_TEACHERS = {"teachers", "mix"}
+"""Compared only where there are several: runs made before there could be have none of these settings."""
+
+FREE_OF_A_TEACHER = {key.rpartition(".")[2] for key in FREE_TO_CHANGE if key.startswith("teacher.")}
+"""Settings of each of several teachers that may change, as those of a single one may."""
+
 LONGEST_VALUE = 60
 """Characters of a setting that are quoted in the list of differences."""
 
@@ -117,6 +123,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         config: all settings as plain nested values, of this run or read from the config.yaml of an earlier one.
     """
     free = set(FREE_TO_CHANGE)
+    if not config.get("teachers"):
+        free |= SEVERAL_TEACHERS
     if _couples_windows(config):
         free -= MICRO_BATCH
     if not config.get("training", {}).get("deterministic"):
@@ -129,10 +137,17 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
     compared = {}
     for key, value in flatten(config).items():
         section = key.partition(".")[0]
+        if key == "teachers":
+            value = _compared_of_teachers(value)
         is_as_before = key in ADDED and value == ADDED[key]
         if key not in free and section not in free and not is_as_before:
             compared[key] = value
     return compared
+
+
+def _compared_of_teachers(teachers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return of each of several teachers the settings that must stay the same."""
+    return [{key: value for key, value in teacher.items() if key not in FREE_OF_A_TEACHER} for teacher in teachers]
 
 
 def _couples_windows(config: Mapping[str, Any]) -> bool:

@@ -1,10 +1,11 @@
-"""Configs and tokenizers of the two models that a run names; no weights."""
+"""Configs and tokenizers of the models that a run names; no weights."""
 
 from contextlib import suppress
 
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config.protocols import RunConfig
+from ..config.settings import ModelConfig
 from ..errors import UserError
 from . import layers, loading
 
@@ -12,8 +13,14 @@ UNLIMITED = 10**9
 """Tokens that a served teacher reads at most, until the server is asked."""
 
 
+def teachers_by_role(config: RunConfig) -> dict[str, ModelConfig]:
+    """Return the settings of `teacher` and, where there are several, of `teacher_2` and so on."""
+    first, *further = config.several_teachers or [config.teacher]
+    return {"teacher": first, **{f"teacher_{number}": model for number, model in enumerate(further, start=2)}}
+
+
 def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
-    """Load the configs of `student` and `teacher`; a run without a teacher has the student's for both.
+    """Load the configs of `student`, `teacher` and further teachers; a run without one has the student's for both.
 
     Of a student that takes some layers of a bigger model, it is the config of the first so many: which ones they are is
     chosen later.
@@ -22,8 +29,8 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
         UserError: for all that could not be loaded, or the student's model has fewer layers.
     """
     names = {"student": config.student.name}
-    if not config.teacher.is_served:
-        names["teacher"] = config.teacher.name or config.student.name
+    teachers = teachers_by_role(config)
+    names |= {role: model.name or config.student.name for role, model in teachers.items() if not model.is_served}
     shapes = loading.load_each(loading.load_config, names)
     if config.teacher.is_served:
         shapes["teacher"] = _shape_behind_server(config.teacher.tokenizer)
@@ -56,11 +63,12 @@ def _shape_behind_server(tokenizer: str) -> PretrainedConfig:
 
 
 def load_tokenizers(config: RunConfig) -> dict[str, PreTrainedTokenizerBase]:
-    """Load the tokenizers of `student` and `teacher`; a run without a teacher has the student's for both.
+    """Load the tokenizers of `student`, `teacher` and further teachers; a run without one has the student's for both.
 
     Raises:
         UserError: for all that could not be loaded.
     """
     student = config.student.tokenizer or config.student.name
-    teacher = config.teacher.tokenizer or config.teacher.name
-    return loading.load_each(loading.load_tokenizer, {"student": student, "teacher": teacher or student})
+    names = {"student": student}
+    names |= {role: model.tokenizer or model.name or student for role, model in teachers_by_role(config).items()}
+    return loading.load_each(loading.load_tokenizer, names)

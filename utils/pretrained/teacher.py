@@ -113,16 +113,16 @@ def on_one_process(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def gpus_used(config: RunConfig, device: torch.device, teacher: torch.device) -> int:
+def gpus_used(config: RunConfig, device: torch.device, of_teachers: set[torch.device]) -> int:
     """Return how many GPUs this process computes on.
 
     Args:
         device: of the student.
-        teacher: its device, from `choose_teacher_device`.
+        of_teachers: devices of the teachers, from `choose_teacher_device`.
     """
     if config.teacher.device == SPREAD:
         return _gpus()
-    return len({device, teacher} - {torch.device("cpu")})
+    return len(({device} | of_teachers) - {torch.device("cpu")})
 
 
 def is_asked_ahead(config: RunConfig) -> bool:
@@ -133,7 +133,8 @@ def is_asked_ahead(config: RunConfig) -> bool:
     """
     if config.teacher.is_served:
         return True
-    return config.teacher.name is not None and config.teacher.device not in ("auto", SHARDED)
+    devices = {teacher.device for teacher in config.several_teachers or [config.teacher]}
+    return config.teacher.name is not None and bool(devices - {"auto", SHARDED})
 
 
 def _gpus() -> int:

@@ -132,6 +132,8 @@ def _origin(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     starts = {"pretrained": "its own weights", "random": "random weights", "layers": f"{count} of its layers"}
     start = starts[kind]
     method = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
+    if several := (results.get("teacher") or {}).get("teachers"):
+        method = "distilled from the teachers " + " and ".join(f"`{_public(one['name'])}`" for one in several)
     text = ", ".join(f"`{_public(name)}`" for name in settings["data"]["train"])
     return (
         f"The architecture and tokenizer of `{_public(student['name'])}`, starting from {start}, {method}\n"

@@ -173,6 +173,9 @@ def retention_lines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Same most probable token as the teacher", percent(retention.get("top1_agreement"))),
         ("KL from the teacher at common boundaries", f"{divergence} nats per token"),
     ]
+    # Of several teachers the best one is called the teacher.
+    for teacher in (results.get("teacher") or {}).get("teachers", []):
+        lines.append((f"Bits per byte of the teacher {teacher['name']}", figure(teacher["bits_per_byte"])))
     return lines
 
 

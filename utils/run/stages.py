@@ -43,7 +43,7 @@ from ..training.loop import FitResult, fit
 from ..training.options import LoopOptions, do_nothing
 from ..training.plan import Plan
 from ..training.red_flags import RedFlags, ignore_message
-from . import chosen_positions, export, student_layers, upload
+from . import chosen_positions, export, several_teachers, student_layers, upload
 from . import folder as run_folder
 from .exit_codes import EXIT_CODES
 from .expected_work import expect_training
@@ -89,12 +89,14 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
     today = session.on_main(lambda: conversation_date.choose(config))
     job = session.main_first(lambda: prepare(config, method, session.accelerator, today.day))
     job = replace(job, needed=needed, held_out=replace(job.held_out, progress=session.progress))
+    job = several_teachers.with_parts(job)
     if conversation_date.IDENTITY in job.fingerprint:
         session.notes["conversation date"] = f"{today.day}: {today.reason}"
         log.info("a chat template writes the date: for this run it is always %s, %s", today.day, today.reason)
 
     # A GPU that nobody uses is the commonest oversight on a machine with two.
-    used_here = teachers.gpus_used(job.config, job.accelerator.device, job.teacher_device)
+    of_teachers = {part.teacher_device for part in job.parts or [job]}
+    used_here = teachers.gpus_used(job.config, job.accelerator.device, of_teachers)
     if unused := hardware.unused_gpus(job.accelerator.num_processes, used_here):
         log.warning(unused)
 
@@ -111,6 +113,8 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
         with advice("figure of the coverage"):
             job.held_out.log_coverage()
     job.held_out.log_unspelt(("student", "teacher") if has_teacher else ("student",))
+    for part in job.parts[1:]:
+        part.held_out.log_unspelt(("teacher",))
 
     with advice("example of what is learned from"):
         for line in example_of_learning(job):
@@ -129,7 +133,10 @@ def example_of_learning(job: Job) -> list[str]:
 
 def with_teacher_cache(job: Job) -> Job:
     """Return the job whose batches come with what its cache knows of them; as it is, where no cache is asked for."""
-    job = open_teacher_cache(job, job.pair.remember)
+    if job.parts:
+        job = several_teachers.joined(job, [with_teacher_cache(part) for part in job.parts])
+    else:
+        job = open_teacher_cache(job, job.pair.remember)
     # a cache decides how many outcomes of the teacher there are
     method = replace(job.method, loss=job.config.loss)
     return replace(job, method=method, pair=replace(job.pair, method=method))
@@ -143,6 +150,8 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
     Raises:
         Interrupted: a signal came while the cache was built.
     """
+    if job.parts:
+        return several_teachers.mixture(job, [get_teacher(part, session) for part in job.parts])
     if job.cache is None:
         return load_teacher(job, session.stop.check)
 
@@ -247,7 +256,7 @@ def train_student(
         num_workers=config.data.num_workers,
         term_gradients=config.logging.term_gradients,
         forecast=job.needed.told,
-        before_checkpoint=partial(flush_cache, job),
+        before_checkpoint=partial(flush_caches, job),
         prefetch_teacher=module.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
         forward_communicates=teacher is not None and config.teacher.device == teachers.SHARDED,
     )
@@ -385,18 +394,21 @@ def open_checkpoints(job: Job, teacher: Teacher | None, student: nn.Module, outp
         **job.fingerprint,
         "student": fingerprint(student, values=job.config.student.init != "random"),
     }
-    # A cache stands for its teacher: another teacher's cache is another run.
-    if job.cache is not None and teacher is not None:
-        made_from["teacher"] = {**job.cache.identity, **job.cache.settings}
+    if job.parts and teacher is not None:
+        each = zip(job.parts, teacher.members, strict=True)  # type: ignore[attr-defined]
+        made_from["teacher"] = [teacher_identity(part, member.teacher) for part, member in each]
     elif teacher is not None:
-        made_from["teacher"] = teacher_identity(teacher)
+        made_from["teacher"] = teacher_identity(job, teacher)
 
     keep, may_change = job.config.training.keep_checkpoints, job.config.resume_changed
     return CheckpointStore(output / CHECKPOINTS, keep, made_from, may_change)
 
 
-def teacher_identity(teacher: Teacher) -> str | dict[str, Any]:
+def teacher_identity(job: Job, teacher: Teacher) -> str | dict[str, Any]:
     """Return what makes a teacher the one it is: a fingerprint of its weights, or its own word if it is elsewhere."""
+    # A cache stands for its teacher: another teacher's cache is another run.
+    if job.cache is not None:
+        return {**job.cache.identity, **job.cache.settings}
     if teacher.model is not None:
         return fingerprint(teacher.model)
     return cast(TeacherElsewhere, teacher).identity()
@@ -406,9 +418,26 @@ def teacher_measurement(job: Job, teacher: Teacher | None) -> Callable[[], dict[
     """Return what measures the teacher on the held-out text: itself, or what its cache has of that."""
     if teacher is None:
         return None
+    if job.parts:
+        return partial(_measure_several, job, teacher)
     if job.cache is not None:
         return partial(job.cache.evaluation, job.held_out.fingerprint())
     return partial(job.held_out.measure_teacher, teacher)
+
+
+def _measure_several(job: Job, teacher: Any) -> dict[str, Any]:
+    """Measure each of several teachers, or read it from its cache; see `several_teachers.measure`."""
+    measured = []
+    for part, member in zip(job.parts, teacher.members, strict=True):
+        measure = teacher_measurement(part, member.teacher)
+        measured.append(measure())
+    return several_teachers.measure(job.parts, measured)
+
+
+def flush_caches(job: Job) -> None:
+    """Write what waits for the caches of all teachers to disk, in all processes."""
+    for part in job.parts or [job]:
+        flush_cache(part)
 
 
 def open_logger(
@@ -595,5 +624,7 @@ def finish(results: Results, session: Session) -> None:
 
 def log_cache(job: Job, what: str) -> None:
     """Log what a run has added to its teacher cache; every process calls this."""
-    if job.cache is not None:
-        log.info("%s: %s", what, cache_statistics(job))
+    for part in job.parts or [job]:
+        if part.cache is not None:
+            name = f"{what} of {part.config.teacher.name}" if job.parts else what
+            log.info("%s: %s", name, cache_statistics(part))
