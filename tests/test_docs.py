@@ -77,9 +77,12 @@ def test_every_setting_exists(page):
 def test_every_piece_of_a_recipe_is_accepted(page, tmp_path):
     for language, block in BLOCK.findall(TEXT[page]):
         if language == "yaml":
-            base = train.configure(["--config", "quickstart"])[0]
+            base = to_plain(train.configure(["--config", "quickstart"])[0])
             given = load_yaml(write(tmp_path / "piece.yaml", block))
-            build(train.RunConfig, {**to_plain(base), **given}, source=page.name)
+            # Several teachers stand in place of a single one.
+            if "teachers" in given:
+                base["teacher"]["name"] = None
+            build(train.RunConfig, {**base, **given}, source=page.name)
 
 
 def write(file: Path, text: str) -> Path:

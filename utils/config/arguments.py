@@ -379,12 +379,15 @@ def _make_lists(words_of: dict[str, Any]) -> None:
     """Make of the values of a flag that may be repeated a single value, or the list that they stand for, in place.
 
     Raises:
-        UserError: the list was given too.
+        UserError: the list was given too, or one of several values is null.
     """
     for key, plural in REPEATED.items():
         values = words_of.pop(key, [])
         if len(values) > 1 and plural in words_of:
             raise UserError(f"--{plural} contradicts several --{key.partition('.')[0]}: give one of them")
+        if len(values) > 1 and "null" in values:
+            flag = key.partition(".")[0]
+            raise UserError(f"--{flag} null is no {flag}, and cannot stand beside another one: give one of them")
         if len(values) == 1:
             words_of[key] = values[0]
         elif values:
