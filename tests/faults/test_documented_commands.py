@@ -137,6 +137,7 @@ class Toys:
         line = {"--config": self.place.recipe, "--student": self.student, "--student-init": "pretrained"}
         for name, toy in {
             r"(--teacher) \S+": self.place.teacher,
+            r"(--teacher-tokenizer) \S+": self.place.teacher,
             r"(--student) \S+": self.student,
             r"(--train-data) CONVERSATIONS": self.conversations,
             r"(--train-data) (?!/)\S+": self.text,
