@@ -41,27 +41,24 @@ def arms(name: str) -> Iterator[Arm]:
 
 def tables(results: Sequence[Result]) -> str:
     """Return a table for each schedule, and what it has earned."""
-    lines = []
-    for result in results:
-        if result["kind"] != KIND:
-            continue
-        written = result["written"]
-        line = {
-            "pair": f"SmolLM2-135M and Gemma 3 270M, {result['tokens']:,} tokens",
-            "share": 1.0,
-            "steps": result["steps"],
-            "size": result["size"],
-            "schedule": result["schedule"],
-            "arm": result["name"],
-            "seed": result["seed"],
-            "seconds": result["seconds"],
-            "bits_per_byte": result["bits"]["all"],
-            "kl": result["kl"],
-            "top1": result["top1"],
-            "written": {
-                "teacher_bits_per_byte": written["the teacher_bits_per_byte"],
-                "repeated_4grams": written["repeated_4grams"],
-            },
-        }
-        lines.append(line)
-    return tables_of_schedules(lines)
+    return tables_of_schedules([_line(result) for result in results if result["kind"] == KIND])
+
+
+def _line(result: Result) -> dict[str, Any]:
+    """Return a result as `benchmarks.curricula` writes it."""
+    run = {
+        "pair": f"SmolLM2-135M and Gemma 3 270M, {result['tokens']:,} tokens",
+        "share": 1.0,
+        "arm": result["name"],
+    }
+    run |= {name: result[name] for name in ("steps", "size", "schedule", "seed", "seconds", "kl", "top1")}
+
+    written = result["written"]
+    figures = {
+        "bits_per_byte": result["bits"]["all"],
+        "written": {
+            "teacher_bits_per_byte": written["the teacher_bits_per_byte"],
+            "repeated_4grams": written["repeated_4grams"],
+        },
+    }
+    return run | figures
