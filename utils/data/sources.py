@@ -10,7 +10,9 @@ import io
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
@@ -43,8 +45,34 @@ MOST_LISTED = 12
 BATCH = 1000
 """Rows of a table that are read at once."""
 
+CHUNK = 2**20
+"""Bytes of a file that are read at once."""
+
 Located = tuple[str, Any]
 """(place, value): the place is file:line or the like, for messages; a value of None is an empty document."""
+
+
+class Position(NamedTuple):
+    """Place in a source at which a document begins, and at which reading can begin again."""
+
+    offset: int = 0
+    """Bytes before it, unpacked; in tables and lists of JSON the rows before it."""
+    line: int = 0
+    """Lines before it, in files that have lines."""
+
+
+START = Position()
+"""Beginning of a file or table."""
+
+
+class Placed(NamedTuple):
+    """A document, and where it begins."""
+
+    start: Position
+    place: str
+    """file:line or the like, for messages."""
+    value: Any
+    """None: an empty document."""
 
 
 class HubId(NamedTuple):
@@ -73,20 +101,32 @@ def read(names: Sequence[str], *, split: str, columns: Columns, separator: str |
             silently: bytes that are not UTF-8 are an error.
     """
     for name in names:
-        files = _find(name, split)
+        files = files_of(name, split)
         if files is None:
-            yield from _read_hub(name, columns, split)
-            continue
+            placed_documents = _read_hub(name, columns, split)
+        else:
+            log.info("Reading %s: %d file(s), first %s", name, len(files), files[0])
+            placed_documents = chain.from_iterable(
+                read_one_of(name, files, file, columns=columns, separator=separator) for file in files
+            )
+        for placed in placed_documents:
+            yield placed.place, placed.value
 
-        log.info("Reading %s: %d file(s), first %s", name, len(files), files[0])
-        for file in files:
-            yield from _read_one_of(name, files, file, columns=columns, separator=separator)
 
-
-def _read_one_of(
-    name: str, files: Sequence[Path], file: Path, *, columns: Columns, separator: str | None
-) -> Iterator[Located]:
+def read_one_of(
+    name: str,
+    files: Sequence[Path],
+    file: Path,
+    *,
+    columns: Columns,
+    separator: str | None,
+    begin: Position = START,
+) -> Iterator[Placed]:
     """Read a file of a source. One without a byte has no documents, whatever its type, and is named.
+
+    Args:
+        name: of the source; `files` are those that it stands for.
+        begin: where a document begins, as an earlier reading found.
 
     Raises:
         UserError: it cannot be read. If it is one of several and nothing of it could be, it may be no data at all, and
@@ -98,9 +138,9 @@ def _read_one_of(
             log.warning("%s: empty, it holds no byte and so no document", file)
             return
 
-        for located in _read_file(file, columns, separator):
+        for placed in _read_file(file, columns, separator, begin):
             is_begun = True
-            yield located
+            yield placed
     except UserError as error:
         if is_begun or len(files) == 1:
             raise
@@ -113,7 +153,7 @@ def _read_one_of(
 # ---------------------------------------------------------------- finding
 
 
-def _find(source: str, split: str) -> list[Path] | None:
+def files_of(source: str, split: str) -> list[Path] | None:
     """Return the files that a source stands for; None for a hub id.
 
     Raises:
@@ -170,7 +210,7 @@ def _listing(folder: Path) -> str:
 # ---------------------------------------------------------------- the hub
 
 
-def _hub_id(source: str, split: str) -> HubId:
+def hub_id_of(source: str, split: str) -> HubId:
     """Take `owner/name[:config[:split]]`, or `owner/name/config`, apart.
 
     Args:
@@ -196,15 +236,19 @@ def _hub_id(source: str, split: str) -> HubId:
     return HubId(name, subset or None, named_split or split)
 
 
-def _read_hub(source: str, columns: Columns, split: str) -> Iterator[Located]:
-    """Yield the documents of a data set of the hub.
+def load_hub(source: str, split: str, **options: Any) -> Any:
+    """Return the rows of a data set of the hub.
+
+    Args:
+        split: for a source that names none.
+        options: of `datasets.load_dataset`.
 
     Raises:
         UserError: it is no hub id, or the data set cannot be loaded.
     """
-    hub_id = _hub_id(source, split)
+    hub_id = hub_id_of(source, split)
     try:
-        rows = datasets.load_dataset(hub_id.name, hub_id.subset, split=hub_id.split)
+        return datasets.load_dataset(hub_id.name, hub_id.subset, split=hub_id.split, **options)
     except Exception as error:  # the hub client raises errors of five libraries; all mean: not available as asked
         words = " ".join(str(error).split())[:500]
         raise UserError(
@@ -213,26 +257,30 @@ def _read_hub(source: str, columns: Columns, split: str) -> Iterator[Located]:
             f"Offline: give a file or folder instead ({READABLE}); on Kaggle attach the data as an input "
             "and give its name or /kaggle/input/...; or load it once with internet, then set HF_HUB_OFFLINE=1."
         ) from error
-    yield from _read_rows(rows, source, columns)
 
 
-def _read_rows(rows: datasets.Dataset, place: str, columns: Columns) -> Iterator[Located]:
+def _read_hub(source: str, columns: Columns, split: str) -> Iterator[Placed]:
+    """Yield the documents of a data set of the hub."""
+    yield from _read_rows(load_hub(source, split), source, columns)
+
+
+def _read_rows(rows: datasets.Dataset, place: str, columns: Columns, begin: Position = START) -> Iterator[Placed]:
     """Yield the documents of a table of `datasets`, some rows at once: row by row it is many times slower."""
     names = columns.columns_to_read(place, rows.column_names)
     rows = rows.select_columns(names)
 
-    for start in range(0, len(rows), BATCH):
+    for start in range(begin.offset, len(rows), BATCH):
         batch = rows[start : start + BATCH]
         value_lists = [batch[name] for name in names]
         for number, values in enumerate(zip(*value_lists, strict=True), start):
             row = f"{place}, row {number}"
-            yield row, columns.document(row, names, values)
+            yield Placed(Position(number), row, columns.document(row, names, values))
 
 
 # ---------------------------------------------------------------- files
 
 
-def _read_file(file: Path, columns: Columns, separator: str | None) -> Iterator[Located]:
+def _read_file(file: Path, columns: Columns, separator: str | None, begin: Position) -> Iterator[Placed]:
     """Return the documents of a file, read by what its suffix says it is.
 
     Raises:
@@ -244,17 +292,17 @@ def _read_file(file: Path, columns: Columns, separator: str | None) -> Iterator[
 
     match data_suffix(file):
         case ".txt":
-            return _read_txt(file, separator)
+            return _read_txt(file, separator, begin)
         case ".jsonl":
-            return _read_jsonl(file, columns)
+            return _read_jsonl(file, columns, begin)
         case ".json":
-            return _read_json(file, columns)
+            return _read_json(file, columns, begin)
         case ".csv":
-            return _read_csv(file, columns)
+            return _read_csv(file, columns, begin)
         case ".parquet":
-            return _read_parquet(file, columns)
+            return _read_parquet(file, columns, begin)
         case ".arrow":
-            return _read_arrow(file, columns)
+            return _read_arrow(file, columns, begin)
         case suffix:
             raise UserError(f"{file}: cannot read files of type {suffix or '(none)'}. Expected one of {READABLE}.")
 
@@ -277,20 +325,55 @@ def _refuse_pointer(file: Path) -> None:
         )
 
 
-def _lines(file: Path) -> Iterator[str]:
-    """Yield lines with their ends, which stay as they are in the file.
+class _Lines:
+    """Lines of a file with their ends, which stay as they are there; to be iterated over once.
+
+    Attributes:
+        position: behind the line that was yielded last.
+    """
+
+    def __init__(self, file: Path, begin: Position = START) -> None:
+        self.file = file
+        self.position = begin
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield lines.
+
+        Raises:
+            UserError: the file cannot be read, or is not UTF-8.
+        """
+        with _readable(self.file) as stream:
+            _skip(stream, self.position.offset)
+            for line in stream:
+                offset, number = self.position
+                self.position = Position(offset + len(line), number + 1)
+                if offset == 0:
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                yield _decode(line, self.file, number + 1)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[IO[bytes]]:
+    """Open a file for reading.
 
     Raises:
-        UserError: the file cannot be read, or is not UTF-8.
+        UserError: it cannot be read, now or later.
     """
     try:
         with _open(file) as stream:
-            for number, line in enumerate(stream, 1):
-                if number == 1:
-                    line = line.removeprefix(BYTE_ORDER_MARK)
-                yield _decode(line, file, number)
+            yield stream
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror or error}.") from error
+
+
+def _skip(stream: IO[bytes], offset: int) -> None:
+    """Go to an offset; what is compressed has to be unpacked up to there."""
+    if stream.seekable():
+        stream.seek(offset)
+        return
+
+    while offset > 0 and (chunk := stream.read(min(offset, CHUNK))):
+        offset -= len(chunk)
 
 
 def _open(file: Path) -> IO[bytes]:
@@ -322,20 +405,37 @@ def _decode(line: bytes, file: Path, number: int) -> str:
 # ---------------------------------------------------------------- text
 
 
-def _read_txt(file: Path, separator: str | None) -> Iterator[Located]:
+def _read_txt(file: Path, separator: str | None, begin: Position) -> Iterator[Placed]:
     """Yield the documents of a text file; see `read` for what separates them."""
+    lines = _Lines(file, begin)
     if separator is not None:
         for escaped, character in (("\\n", "\n"), ("\\r", "\r"), ("\\t", "\t")):
             separator = separator.replace(escaped, character)
-        parts = _cut_at_string(_lines(file), separator)
-    elif any(_is_end_of_text(_without_line_end(line)) for line in _lines(file)):
-        parts = _cut_at_lines(_lines(file), _is_end_of_text)
+        parts = _cut_at_string(lines, separator)
+    elif _has_end_of_text(file):
+        parts = _cut_at_lines(lines, _is_end_of_text)
     else:
         # Several blank lines in a row are one separator, not empty documents.
-        parts = (part for part in _cut_at_lines(_lines(file), _is_blank) if part[1])
+        parts = (part for part in _cut_at_lines(lines, _is_blank) if part[1])
 
-    for number, text in parts:
-        yield f"{file}:{number}", text.strip("\r\n")
+    for start, text in parts:
+        yield Placed(start, f"{file}:{start.line + 1}", text.strip("\r\n"))
+
+
+def _has_end_of_text(file: Path) -> bool:
+    """Return whether a file has a line that is the end-of-text marker."""
+    marker = END_OF_TEXT.encode()
+    with _readable(file) as stream:
+        begin = stream.read(len(BYTE_ORDER_MARK)).removeprefix(BYTE_ORDER_MARK)
+
+        # Much faster than line by line: most texts have no marker anywhere.
+        while chunk := begin + stream.read(CHUNK):
+            begin = b""
+            chunk += stream.readline()
+            lines = chunk.split(b"\n") if marker in chunk else []
+            if any(line.removesuffix(b"\r") == marker for line in lines):
+                return True
+    return False
 
 
 def _is_end_of_text(line: str) -> bool:
@@ -350,46 +450,63 @@ def _without_line_end(line: str) -> str:
     return line.removesuffix("\n").removesuffix("\r")
 
 
-def _cut_at_lines(lines: Iterable[str], separates: Callable[[str], bool]) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text) of what lies between separating lines; after a last separator comes no document."""
-    begin = 1
+def _cut_at_lines(lines: _Lines, separates: Callable[[str], bool]) -> Iterator[tuple[Position, str]]:
+    """Yield (start, text) of what lies between separating lines; after a last separator comes no document."""
+    start = lines.position
     part: list[str] = []
-    for number, line in enumerate(lines, 1):
+    for line in lines:
         if separates(_without_line_end(line)):
-            yield begin, "".join(part)
-            begin = number + 1
+            yield start, "".join(part)
+            start = lines.position
             part = []
         else:
             part.append(line)
 
     if part:
-        yield begin, "".join(part)
+        yield start, "".join(part)
 
 
-def _cut_at_string(lines: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
-    """Yield (line number, text) of what lies between occurrences of a string; the empty string cuts nowhere."""
-    text = "".join(lines)
-    parts = text.split(separator) if separator else [text]
+def _cut_at_string(lines: _Lines, separator: str) -> Iterator[tuple[Position, str]]:
+    """Yield (start, text) of what lies between occurrences of a string; the empty string cuts nowhere."""
+    start = lines.position
+    part: list[str] = []
+    end = ""
+    for line in lines:
+        # The end of the lines before, in which a separator of several lines may have begun.
+        part.append(line)
+        end = (end + line)[-len(line) - len(separator) :]
+        if not separator or separator not in end:
+            continue
+
+        *texts, rest = "".join(part).split(separator)
+        for text in texts:
+            yield start, text
+            number = start.line + text.count("\n") + separator.count("\n")
+            start = Position(start.offset + len((text + separator).encode()), number)
+
+        # counted from behind: a byte-order mark is in the file and not in the text
+        start = Position(lines.position.offset - len(rest.encode()), start.line)
+        part = [rest]
+        end = rest
 
     # A separator at the end of the file ends a document and begins none.
-    if not parts[-1].strip("\r\n"):
-        parts.pop()
-
-    number = 1
-    for part in parts:
-        yield number, part
-        number += part.count("\n") + separator.count("\n")
+    rest = "".join(part)
+    if rest.strip("\r\n"):
+        yield start, rest
 
 
 # ---------------------------------------------------------------- JSON
 
 
-def _read_jsonl(file: Path, columns: Columns) -> Iterator[Located]:
+def _read_jsonl(file: Path, columns: Columns, begin: Position) -> Iterator[Placed]:
     """Yield the documents of a file with one JSON object a line; blank lines are none."""
-    for number, line in enumerate(_lines(file), 1):
+    lines = _Lines(file, begin)
+    start = begin
+    for line in lines:
         if line.strip():
-            place = f"{file}:{number}"
-            yield _from_record(place, _parse_line(place, line), columns)
+            place = f"{file}:{start.line + 1}"
+            yield _from_record(start, place, _parse_line(place, line), columns)
+        start = lines.position
 
 
 def _parse_line(place: str, line: str) -> Any:
@@ -408,21 +525,21 @@ def _parse_line(place: str, line: str) -> Any:
         raise UserError(f"{place}: cannot be read as JSON: {error}.") from None
 
 
-def _read_json(file: Path, columns: Columns) -> Iterator[Located]:
+def _read_json(file: Path, columns: Columns, begin: Position) -> Iterator[Placed]:
     """Yield the documents of a list of objects; or of JSON lines under another name."""
     try:
-        content = json.loads("".join(_lines(file)))
+        content = json.loads("".join(_Lines(file)))
     except json.JSONDecodeError as error:
         # A whole first value, and more on another line: one value a line.
         if error.msg == "Extra data" and error.lineno > 1:
-            yield from _read_jsonl(file, columns)
+            yield from _read_jsonl(file, columns, begin)
             return
         raise UserError(f"{file}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}).") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read as JSON: {error}.") from None
 
-    for number, record in enumerate(_records(file, content)):
-        yield _from_record(f"{file}, record {number}", record, columns)
+    for number, record in enumerate(_records(file, content)[begin.offset :], begin.offset):
+        yield _from_record(Position(number), f"{file}, record {number}", record, columns)
 
 
 def _records(file: Path, content: Any) -> list[Any]:
@@ -442,7 +559,7 @@ def _records(file: Path, content: Any) -> list[Any]:
     raise UserError(f"{file}: expected a list of objects, one for each document, got {got}.")
 
 
-def _from_record(place: str, record: Any, columns: Columns) -> Located:
+def _from_record(start: Position, place: str, record: Any, columns: Columns) -> Placed:
     """Return the document of a JSON object.
 
     Raises:
@@ -451,40 +568,47 @@ def _from_record(place: str, record: Any, columns: Columns) -> Located:
     if not isinstance(record, dict):
         raise UserError(f"{place}: expected an object whose keys are columns, got {type(record).__name__}.")
     names = columns.columns_to_read(place, record)
-    return place, columns.document(place, names, [record[name] for name in names])
+    return Placed(start, place, columns.document(place, names, [record[name] for name in names]))
 
 
 # ---------------------------------------------------------------- tables
 
 
-def _read_csv(file: Path, columns: Columns) -> Iterator[Located]:
+def _read_csv(file: Path, columns: Columns, begin: Position) -> Iterator[Placed]:
     """Yield the documents of a CSV file whose first line names its columns.
 
     Raises:
         UserError: a line has more or fewer fields than the first, or a quote is not closed.
     """
     csv.field_size_limit(2**31 - 1)  # the default of 128 KiB is less than a long document
-    rows = csv.reader(_lines(file), strict=True)
+    lines = _Lines(file)
     try:
+        rows = csv.reader(iter(lines), strict=True)
         header = next(rows, [])
         names = columns.columns_to_read(f"{file}:1", header)
-        positions = [header.index(name) for name in names]
+        fields = [header.index(name) for name in names]
 
+        # The reader takes no more lines than a row has, so a row begins where the last one ended.
+        if begin != START:
+            lines = _Lines(file, begin)
+            rows = csv.reader(iter(lines), strict=True)
+        start = lines.position
         for row in rows:
             # A blank line is a row without fields: an empty document.
+            place = f"{file}:{lines.position.line}"
             if row and len(row) != len(header):
                 raise UserError(
-                    f"{file}:{rows.line_num}: expected {len(header)} fields as in the first line, got {len(row)}. "
+                    f"{place}: expected {len(header)} fields as in the first line, got {len(row)}. "
                     "Quote fields that contain commas."
                 )
-            values = [row[position] if row else None for position in positions]
-            place = f"{file}:{rows.line_num}"
-            yield place, columns.document(place, names, values)
+            values = [row[field] if row else None for field in fields]
+            yield Placed(start, place, columns.document(place, names, values))
+            start = lines.position
     except csv.Error as error:
-        raise UserError(f"{file}:{rows.line_num}: not valid CSV: {error}.") from None
+        raise UserError(f"{file}:{lines.position.line}: not valid CSV: {error}.") from None
 
 
-def _read_parquet(file: Path, columns: Columns) -> Iterator[Located]:
+def _read_parquet(file: Path, columns: Columns, begin: Position) -> Iterator[Placed]:
     """Yield the documents of a Parquet file, of which only some rows are in memory at once.
 
     Raises:
@@ -494,11 +618,13 @@ def _read_parquet(file: Path, columns: Columns) -> Iterator[Located]:
     try:
         with pyarrow.parquet.ParquetFile(file) as table:
             names = columns.columns_to_read(str(file), table.schema_arrow.names)
-            for batch in table.iter_batches(BATCH, columns=names):
+            number, groups = _groups_from(table, begin.offset)
+            for batch in table.iter_batches(BATCH, row_groups=groups, columns=names):
                 value_lists = [batch.column(name).to_pylist() for name in names]
                 for values in zip(*value_lists, strict=True):
                     row = f"{file}, row {number}"
-                    yield row, columns.document(row, names, values)
+                    if number >= begin.offset:
+                        yield Placed(Position(number), row, columns.document(row, names, values))
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: cannot be read as Parquet: {error}") from error
@@ -507,7 +633,18 @@ def _read_parquet(file: Path, columns: Columns) -> Iterator[Located]:
         raise UserError(f"{file}, {rows}: not UTF-8 ({error}). Convert the file; bytes are not replaced.") from None
 
 
-def _read_arrow(file: Path, columns: Columns) -> Iterator[Located]:
+def _groups_from(table: pyarrow.parquet.ParquetFile, row: int) -> tuple[int, list[int]]:
+    """Return the first row of the group that a row is in, and the numbers of that group and those behind it."""
+    first = 0
+    for group in range(table.num_row_groups):
+        behind = first + table.metadata.row_group(group).num_rows
+        if row < behind:
+            return first, list(range(group, table.num_row_groups))
+        first = behind
+    return first, []
+
+
+def _read_arrow(file: Path, columns: Columns, begin: Position) -> Iterator[Placed]:
     """Yield the documents of a file that `save_to_disk` of `datasets` wrote.
 
     Raises:
@@ -517,4 +654,4 @@ def _read_arrow(file: Path, columns: Columns) -> Iterator[Located]:
         rows = datasets.Dataset.from_file(str(file))
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{file}: cannot be read as Arrow: {error}") from error
-    yield from _read_rows(rows, str(file), columns)
+    yield from _read_rows(rows, str(file), columns, begin)
