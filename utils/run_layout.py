@@ -26,6 +26,9 @@ CHECKPOINTS = "checkpoints"
 ROUNDS = "rounds"
 """Texts that the student wrote itself to learn from them."""
 
+BLOCKS = "blocks"
+"""Windows of a stream of text; deleted as they are used up."""
+
 STUDENT = "student"
 """The exported student, as transformers loads it."""
 
@@ -36,5 +39,5 @@ WITHOUT_TEACHER = "without_teacher"
 """Run of the same student without the teacher, for comparison."""
 
 FILES = (CONFIG, LOCK, LOG, METRICS, START, LAYERS, REPORT_JSON, REPORT_MD, REPORT_HTML, CURVES, ROUTING)
-FOLDERS = (CHECKPOINTS, ROUNDS, STUDENT, TRACKERS, WITHOUT_TEACHER)
+FOLDERS = (CHECKPOINTS, ROUNDS, BLOCKS, STUDENT, TRACKERS, WITHOUT_TEACHER)
 """With FILES, everything that a run writes: hours later, it must not meet something of the other kind."""

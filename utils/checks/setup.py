@@ -17,6 +17,7 @@ from ..config.settings import ModelConfig, StudentConfig
 from ..data import delivery
 from ..data import documents as text_documents
 from ..data.batch_order import permutation
+from ..data.stream.beginning import load_corpus
 from ..data.windows import IN_MEMORY_BYTES
 from ..errors import UserError
 from ..evaluation.comparability import MOST_UNSPELT
@@ -100,7 +101,7 @@ def duplicates(job: Job) -> Measured:
 def documents(job: Job) -> Measured:
     """Look for texts that were read as one document although they are many."""
     # Conversations are one a row by their format; plain text may have any separator, or none.
-    corpus = text_documents.load_documents(job.config.data)
+    corpus = load_corpus(job.config.data, job.config.training.seed)
     if corpus.conversations:
         return Measured(f"{len(corpus.train):,} conversations to learn from", "one a row", passed=True)
 
@@ -114,7 +115,7 @@ def documents(job: Job) -> Measured:
 
 def leakage(job: Job) -> Measured:
     """Look for text of the evaluation in the training text, by content and by the documents in the windows."""
-    corpus = text_documents.load_documents(job.config.data)
+    corpus = load_corpus(job.config.data, job.config.training.seed)
     share = text_documents.leakage(corpus.train, corpus.eval)
 
     # Two faults: equal content in both texts, and one document whose windows are on both sides.

@@ -487,10 +487,11 @@ def own_setup(config: RunConfig) -> tuple[SetUp, Job]:
         material = quickstart.material()
         resolved = quickstart.with_paths(config, material, lambda: material.teacher)
 
+    # Of a stream the beginning is read anyway, and no more.
     limit = min(config.data.max_documents or MOST_DOCUMENTS, MOST_DOCUMENTS)
     resolved = replace(
         resolved,
-        data=replace(resolved.data, max_documents=limit),
+        data=replace(resolved.data, max_documents=None if resolved.data.streaming else limit),
         teacher=on_one_process(resolved.teacher),
     )
     job = prepare(resolved, method_of(resolved), build_accelerator("no", cpu=True))

@@ -33,6 +33,7 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
 
     if config.curriculum.uses_own_text:
         problems += _own_text_problems(config, terms)
+    problems += _stream_problems(config)
     if config.loss.select_by == "first_student":
         problems += _first_student_problems(config, terms)
 
@@ -171,6 +172,33 @@ def _own_text_problems(config: RunConfig, terms: set[str]) -> list[Contradiction
             f"{config.data.max_length} tokens: give a smaller one"
         )
     return [Contradiction("on_policy", problem) for problem in problems]
+
+
+def _stream_problems(config: RunConfig) -> list[Contradiction]:
+    """Return the settings that contradict text that comes as a stream, or that only a stream has."""
+    data = config.data
+    if not data.streaming:
+        message = "data.mixture draws from sources that are read as streams: give --set data.streaming=true"
+        return [Contradiction("data", message)] if data.mixture is not None else []
+
+    problems = []
+    if config.training.max_steps is None:
+        problems.append("nobody knows how many windows there are: give --max-steps, which says where training ends")
+    if data.max_documents is not None:
+        problems.append("data.max_documents ends a text that is read once: leave it out, --max-steps ends training")
+    if config.cache.folder:
+        problems.append("a teacher cache is of windows that are all known: leave out --cache-teacher")
+    if config.curriculum.uses_own_text:
+        problems.append("curriculum.on_policy chooses among all windows: give it 0")
+    if config.loss.select_by == "first_student":
+        problems.append("loss.select_by first_student looks at all windows before: choose another, as student_entropy")
+    if any(config.sources_of_teachers):
+        problems.append("only_for gives the windows of a source to a teacher, and a stream mixes them: leave it out")
+
+    if data.mixture is not None and {*data.mixture} != {*data.train}:
+        named, expected = ", ".join(data.mixture), ", ".join(data.train)
+        problems.append(f"data.mixture: got weights of {named}, expected one of each source of data.train: {expected}")
+    return [Contradiction("data", f"streaming: {problem}") for problem in problems]
 
 
 def _problems_without_teacher(config: RunConfig, terms: set[str]) -> list[Contradiction]:

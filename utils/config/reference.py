@@ -82,6 +82,8 @@ def _words(form: Json) -> str:
         return f"{len(form['prefixItems'])} of: {_words(form['prefixItems'][0])}"
     if form["type"] == "array":
         return f"list of: {_words(form['items'])}"
+    if form["type"] == "object":
+        return f"mapping of names to: {_words(form['additionalProperties'])}"
 
     kinds = {
         "integer": "whole number",

@@ -45,6 +45,7 @@ FREE_TO_CHANGE = {
     "student.allow_pickle",
     "data.train",
     "data.train_only",
+    "data.mixture",
     "cache.folder",
     "cache.build_only",
     "cache.accept_mismatch",
@@ -97,6 +98,9 @@ OWN_TEXT = {"on_policy", "curriculum.on_policy"}
 """Compared only where the student learns from its own text at some time; runs made before it could have none."""
 
 ADDED = {
+    "data.streaming": False,
+    "data.block_bytes": 32_000_000,
+    "data.remembered_documents": 2_000_000,
     "curriculum.balance": "none",
     "curriculum.sample_weights": 0.0,
     "curriculum.select": 1.0,
@@ -136,7 +140,8 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
 
     compared = {}
     for key, value in flatten(config).items():
-        section = key.partition(".")[0]
+        # Sources have names too, in the mixture; their weights are compared with the text.
+        section = "data.mixture" if key.startswith("data.mixture.") else key.partition(".")[0]
         if key == "teachers":
             value = _compared_of_teachers(value)
         is_as_before = key in ADDED and value == ADDED[key]

@@ -259,7 +259,24 @@ class DataConfig(Validated):
     """Read at most this many training documents; null: all."""
 
     deduplicate: bool = True
-    """Drop documents whose text occurred before."""
+    """Drop documents whose text occurred before; in a stream, among the last `remembered_documents` or more."""
+
+    streaming: bool = False
+    """Read the text while training, block by block, for text that is larger than memory, or than the disk; needs
+    `training.max_steps`. Files are read where they are, and hub data sets downloaded as far as they are read
+    (docs/streams.md)."""
+
+    mixture: dict[Name, Annotated[float, Gt(0)]] | None = None
+    """With `streaming`: weight of each source of `train`, by its name: the source of every document is drawn with them,
+    and one that ends is read again. null: the sources in turn."""
+
+    block_bytes: Annotated[int, Gt(0)] = 32_000_000
+    """With `streaming`: bytes of text that are shuffled as a whole. The windows of three blocks are on the disk at a
+    time, at most."""
+
+    remembered_documents: Annotated[int, Gt(0)] = 2_000_000
+    """With `streaming`: documents among which repeats are looked for, at least; 6 bytes of memory, and of every
+    checkpoint, for each. Up to 2 of 100,000 new ones are taken for repeats and left out."""
 
 
 @dataclass(frozen=True)

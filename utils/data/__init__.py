@@ -11,6 +11,7 @@ In the order in which text passes through them:
 - `batch_order`: which windows a process works on in which step
 - `loader`: windows in that order -> collated batches
 - `delivery`: a count of what a loader yields
+- `stream`: text that is larger than memory, block by block
 - `stories`: text of the first run, put together from sentences written for it
 """
 

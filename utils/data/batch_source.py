@@ -119,14 +119,14 @@ class BatchSource:
             if own is not None:
                 end = min(end, own.end - epoch * plan.steps_per_epoch)
 
-            yield from self._stretch(plan, epoch, range(step_of_epoch, end), own)
+            yield from self.stretch(plan, epoch, range(step_of_epoch, end), own)
             step = epoch * plan.steps_per_epoch + end
 
             # What was buffered in this epoch is written before the next one begins.
             if end == plan.steps_per_epoch:
-                self._end_epoch()
+                self.end_epoch()
 
-    def _end_epoch(self) -> None:
+    def end_epoch(self) -> None:
         """Do what is due between two epochs."""
         self.after_epoch()
 
@@ -142,7 +142,7 @@ class BatchSource:
         batch = self.collate([self.windows[0]])
         return batch.without_anchors() if hasattr(batch, "without_anchors") else batch
 
-    def _stretch(self, plan: StepPlan, epoch: int, steps: range, own: OwnWindows | None) -> Iterator[StepBatches]:
+    def stretch(self, plan: StepPlan, epoch: int, steps: range, own: OwnWindows | None = None) -> Iterator[StepBatches]:
         """Yield some steps of one epoch."""
         geometry = BatchGeometry(plan.global_batch, plan.micro_batch, plan.processes, self.rank)
         first_step = epoch * plan.steps_per_epoch

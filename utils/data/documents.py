@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from itertools import chain, islice
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import datasets
 import numpy as np
@@ -57,7 +57,7 @@ class Corpus:
 
 
 @dataclass
-class _FirstPlaces:
+class FirstPlaces:
     """Places of the first conversation and of the first plain text; a run learns from one kind only."""
 
     conversation: str | None = None
@@ -81,7 +81,7 @@ def load_documents(config: DataConfig, source_of: dict[str, str] | None = None) 
         UserError: something cannot be found, read or split.
     """
     report = dict.fromkeys(("read", "empty", "duplicate", "in_eval"), 0)
-    places = _FirstPlaces()
+    places = FirstPlaces()
 
     # A variable would keep the generator open: it logs the columns that were not read when it is closed.
     documents = _clean(
@@ -91,13 +91,13 @@ def load_documents(config: DataConfig, source_of: dict[str, str] | None = None) 
         limit=config.max_documents,
     )
     conversations = places.conversation is not None
-    _require_text(documents, config.train, report, conversations=conversations)
+    require_text(documents, config.train, report, conversations=conversations)
 
     # A text that is evaluated on is never trained on, wherever it comes from.
     if config.eval is None:
-        train, held_out = _split(documents, config.eval_fraction)
+        train, held_out = split_documents(documents, config.eval_fraction)
     else:
-        held_out = _load_held_out(config, places, source_of)
+        held_out = load_held_out(config, places, source_of)
         train = _without(documents, held_out, evaluation_data=config.eval)
         report["in_eval"] = len(documents) - len(train)
 
@@ -124,7 +124,7 @@ def _noted(
             yield place, text
 
 
-def _load_held_out(config: DataConfig, places: _FirstPlaces, source_of: dict[str, str] | None) -> list[str]:
+def load_held_out(config: DataConfig, places: FirstPlaces, source_of: dict[str, str] | None) -> list[str]:
     """Return the documents of the evaluation source, without repeats.
 
     Raises:
@@ -133,7 +133,7 @@ def _load_held_out(config: DataConfig, places: _FirstPlaces, source_of: dict[str
     counts = dict.fromkeys(("read", "empty", "duplicate"), 0)
     read = _noted([cast(str, config.eval)], lambda _: _read_eval(config, places), source_of)
     documents = _clean(read, counts, deduplicate=config.deduplicate, limit=None)
-    _require_text(documents, [config.eval], counts, conversations=places.conversation is not None)
+    require_text(documents, [config.eval], counts, conversations=places.conversation is not None)
     return documents
 
 
@@ -144,8 +144,8 @@ def _without(documents: Sequence[str], held_out: Sequence[str], evaluation_data:
         UserError: evaluation has all of them.
     """
     # Up to whitespace: copies of a text differ in their line breaks.
-    keys = {_key(text) for text in held_out}
-    train = [text for text in documents if _key(text) not in keys]
+    keys = {text_key(text) for text in held_out}
+    train = [text for text in documents if text_key(text) not in keys]
     if not train:
         raise UserError(
             f"Every one of the {len(documents)} training documents is also in the evaluation data {evaluation_data}. "
@@ -154,18 +154,13 @@ def _without(documents: Sequence[str], held_out: Sequence[str], evaluation_data:
     return train
 
 
-def _read(config: DataConfig, names: Sequence[str], *, split: str, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
+def _read(config: DataConfig, names: Sequence[str], *, split: str, places: FirstPlaces) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of every document, and warn at the end of columns and keys not read.
 
     Args:
         places: of the first document of each kind, which are noted there.
     """
-    columns = Columns(
-        text=config.text_column,
-        messages=config.messages_column,
-        prompt=config.prompt_column,
-        completion=config.completion_column,
-    )
+    columns = columns_of(config)
     try:
         yield from _documents(config, names, split=split, places=places, columns=columns)
     finally:  # also where `max_documents` ends the reading
@@ -174,7 +169,17 @@ def _read(config: DataConfig, names: Sequence[str], *, split: str, places: _Firs
             log.warning("%s: %s", ", ".join(names), unread)
 
 
-def _read_eval(config: DataConfig, places: _FirstPlaces) -> Iterator[tuple[str, str]]:
+def columns_of(config: DataConfig) -> Columns:
+    """Return the columns of tables that hold documents."""
+    return Columns(
+        text=config.text_column,
+        messages=config.messages_column,
+        prompt=config.prompt_column,
+        completion=config.completion_column,
+    )
+
+
+def _read_eval(config: DataConfig, places: FirstPlaces) -> Iterator[tuple[str, str]]:
     """Return documents of the evaluation text, read without what describes the training text alone."""
     defaults = DataConfig()
     settings = {name: getattr(defaults, name) for name in config.train_only}
@@ -182,7 +187,7 @@ def _read_eval(config: DataConfig, places: _FirstPlaces) -> Iterator[tuple[str, 
 
 
 def _documents(
-    config: DataConfig, names: Sequence[str], *, split: str, places: _FirstPlaces, columns: Columns
+    config: DataConfig, names: Sequence[str], *, split: str, places: FirstPlaces, columns: Columns
 ) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of every document.
 
@@ -191,21 +196,29 @@ def _documents(
     """
     located = sources.read(names, split=split, columns=columns, separator=config.document_separator)
     if config.document_start is not None:
-        located = _join_lines(located, config.document_start)
+        located = join_lines(located, config.document_start)
 
     for place, value in located:
-        # An empty document (None) is of no kind.
-        is_conversation = isinstance(value, Conversation)
-        if value is not None:
-            _require_one_kind(config, place, places, is_conversation=is_conversation)
-
-        if is_conversation:
-            yield place, value.text(place, Reading(config.learn_from, config.reasoning), columns.unread)
-        else:
-            yield place, as_text(place, value)
+        yield place, document_text(config, place, value, places=places, columns=columns)
 
 
-def _require_one_kind(config: DataConfig, place: str, places: _FirstPlaces, *, is_conversation: bool) -> None:
+def document_text(config: DataConfig, place: str, value: Any, *, places: FirstPlaces, columns: Columns) -> str:
+    """Return the text of a document; of a conversation, the JSON that stands for it.
+
+    Raises:
+        UserError: it is none, or conversations and plain text are mixed.
+    """
+    # An empty document (None) is of no kind.
+    is_conversation = isinstance(value, Conversation)
+    if value is not None:
+        _require_one_kind(config, place, places, is_conversation=is_conversation)
+
+    if is_conversation:
+        return value.text(place, Reading(config.learn_from, config.reasoning), columns.unread)
+    return as_text(place, value)
+
+
+def _require_one_kind(config: DataConfig, place: str, places: FirstPlaces, *, is_conversation: bool) -> None:
     """Note the first document of each kind.
 
     Raises:
@@ -248,13 +261,13 @@ def errors_name_their_document(config: DataConfig) -> Iterator[None]:
 def place_of_document(config: DataConfig, name: str) -> str:
     """Return the place of the document with this name, by reading the sources once more."""
     # Lazily, so that reading ends at the document.
-    rows = _read(config, config.train, split=config.split, places=_FirstPlaces())
+    rows = _read(config, config.train, split=config.split, places=FirstPlaces())
     if config.eval is not None:
-        rows = chain(rows, _read_eval(config, _FirstPlaces()))
+        rows = chain(rows, _read_eval(config, FirstPlaces()))
     return next(place for place, text in rows if document_name(text) == name)
 
 
-def _join_lines(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Located]:
+def join_lines(parts: Iterator[sources.Located], start: str) -> Iterator[sources.Located]:
     """Join parts up to the next one that matches `start` to one document. Lines keep the line breaks they come with.
 
     Raises:
@@ -309,7 +322,7 @@ def _clean(
 
         # Exact copies only: a text with other whitespace is a document of its own, on the same side of the split.
         if deduplicate:
-            digest = _digest(text)
+            digest = text_digest(text)
             if digest in seen:
                 counts["duplicate"] += 1
                 continue
@@ -334,7 +347,7 @@ def _log_unread(rest: Iterator[tuple[str, str]], limit: int) -> None:
         log.info("data.max_documents=%s: %s%s further documents are not read", f"{limit:,}", at_least, f"{unread:,}")
 
 
-def _require_text(documents: list[str], names: Sequence[str], counts: dict[str, int], *, conversations: bool) -> None:
+def require_text(documents: list[str], names: Sequence[str], counts: dict[str, int], *, conversations: bool) -> None:
     """Check that there are sources, and text in them.
 
     Raises:
@@ -357,14 +370,14 @@ def _require_text(documents: list[str], names: Sequence[str], counts: dict[str, 
     )
 
 
-def _split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+def split_documents(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
     """Divide documents into training and evaluation, by a hash of each text that is uniform in [0, 1).
 
     Raises:
         UserError: there is only one text.
     """
     # 64 bits of a hash that is the same on every machine.
-    positions = [int.from_bytes(_key(text)[:8], "big") / 2**64 for text in documents]
+    positions = [int.from_bytes(text_key(text)[:8], "big") / 2**64 for text in documents]
     lowest = min(positions)
     highest = max(positions)
     if lowest == highest:
@@ -390,13 +403,13 @@ def _split(documents: list[str], fraction: float) -> tuple[list[str], list[str]]
 # ---------------------------------------------------------------- names and hashes
 
 
-def _digest(text: str) -> bytes:
+def text_digest(text: str) -> bytes:
     return blake2b(text.encode(), digest_size=16).digest()
 
 
-def _key(text: str) -> bytes:
+def text_key(text: str) -> bytes:
     """Hash of a text up to whitespace."""
-    return _digest(" ".join(text.split()))
+    return text_digest(" ".join(text.split()))
 
 
 def byte_count(texts: Iterable[str]) -> int:
@@ -406,21 +419,21 @@ def byte_count(texts: Iterable[str]) -> int:
 
 def document_name(text: str) -> str:
     """Short name of a document: a pure function of its text."""
-    return _digest(text).hex()[:10]
+    return text_digest(text).hex()[:10]
 
 
 def corpus_fingerprint(texts: Iterable[str]) -> str:
     """Hash of documents and their order, 32 hexadecimal digits."""
     total = blake2b(digest_size=16)
     for text in texts:
-        total.update(_digest(text))
+        total.update(text_digest(text))
     return total.hexdigest()
 
 
 def leakage(train: Iterable[str], held_out: Sequence[str]) -> float:
     """Share of evaluation documents whose text, up to whitespace, is also a training document: 0 is right."""
-    keys = {_key(text) for text in train}
-    leaked = sum(_key(text) in keys for text in held_out)
+    keys = {text_key(text) for text in train}
+    leaked = sum(text_key(text) in keys for text in held_out)
     return leaked / max(len(held_out), 1)
 
 

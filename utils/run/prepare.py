@@ -20,6 +20,8 @@ from ..config.protocols import RunConfig
 from ..config.settings import template_values
 from ..data import documents
 from ..data.batch_order import permutation
+from ..data.stream.beginning import read_beginning
+from ..data.stream.blocks import StreamSetUp
 from ..data.windows import (
     Room,
     make_windows,
@@ -62,7 +64,7 @@ class Job:
     """The two tokenizers and all between them."""
     collate: Collator
     windows: Dataset
-    """To train on."""
+    """To train on; of a stream, those at its beginning."""
     held_out: HeldOut
     fingerprint: dict[str, Any]
     """What a checkpoint must have been made from to be continued."""
@@ -73,10 +75,17 @@ class Job:
     needed: Forecast = field(default_factory=Forecast)
     text_repeats: bool = False
     """The training text was put together from a stock of sentences, and is learnt in few steps."""
+    stream: StreamSetUp | None = None
+    """Text that is read while training; None: all of it is in `windows`."""
     layers: LayerChoice | None = None
     """Those that the student takes from its model; None: all, or random ones."""
     parts: tuple["Job", ...] = ()
     """With several teachers, the job with each of them alone; see `several_teachers`."""
+
+    @property
+    def window_count(self) -> int:
+        """Windows of an epoch; 0: they come as a stream, and nobody knows."""
+        return 0 if self.stream is not None else len(self.windows)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -127,6 +136,8 @@ class Material:
     pair: Pair
     windows: Dataset
     held_out: Dataset
+    stream: StreamSetUp | None
+    """Of which the corpus is the beginning."""
 
 
 def prepare(config: RunConfig, method: Method, accelerator: Accelerator, today: date | None = None) -> Job:
@@ -181,6 +192,7 @@ def prepare(config: RunConfig, method: Method, accelerator: Accelerator, today: 
         fingerprint=identity(config, accelerator, material, held_out),
         teacher_device=teacher_device,
         teacher_dtype=frozen_dtype(config.teacher.dtype, teacher_device, accelerator.mixed_precision),
+        stream=material.stream,
         text_repeats=documents.repeats_itself(material.corpus.train),
     )
 
@@ -255,7 +267,8 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
     length = loading.window_length(config.data.max_length, named.shapes.values())
     with value_errors_are_the_users(), documents.errors_name_their_document(config.data):
         source_of: dict[str, str] | None = {} if any(config.sources_of_teachers) else None
-        corpus = documents.load_documents(config.data, source_of)
+        beginning = read_beginning(config.data, config.training.seed) if config.data.streaming else None
+        corpus = beginning.corpus if beginning else documents.load_documents(config.data, source_of)
 
         # Only the text tells whether chat templates are needed.
         tokenizers = named.tokenizers
@@ -282,7 +295,10 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
         windows = make(corpus.train, kind="training", **packing)
         held_out = make(corpus.eval, kind="held-out", **packing)
 
-    material = Material(corpus, pair, windows, held_out)
+    stream = None
+    if beginning is not None:
+        stream = StreamSetUp(beginning, pair.encoder.windows, windows.features, pair.encoder.fingerprint)
+    material = Material(corpus, pair, windows, held_out, stream)
     _log_material(config, named, material, room)
     return material
 
@@ -294,7 +310,8 @@ def _log_material(config: RunConfig, named: Named, material: Material, room: Roo
         if table.beyond_rows:
             left_out = ", ".join(table.beyond_rows)
             log.info("%s: no row of its head for %s, which no text yields: left out", role, left_out)
-    log.info("documents: %s", corpus_in_words(corpus.report))
+    where = "documents" if material.stream is None else "documents at the beginning of the stream"
+    log.info("%s: %s", where, corpus_in_words(corpus.report))
     for kind, texts, cut in (("training", corpus.train, windows), ("held-out", corpus.eval, held_out)):
         warn_of_left_out(cut, kind)
         warn_of_missing(config.data, kind, texts, cut, room)
@@ -331,9 +348,11 @@ def text_starts(config: RunConfig, pair: Pair) -> dict[str, TextStart]:
 def identity(config: RunConfig, accelerator: Accelerator, material: Material, held_out: HeldOut) -> dict[str, Any]:
     """Return what a checkpoint must have been made from to be continued, but for the models' weights."""
     encoder = material.pair.encoder
+    stream = material.stream
+    text = documents.corpus_fingerprint(material.corpus.train) if stream is None else stream.beginning.fingerprint
     facts: Mapping[str, Any] = {
         **resume_rules.identity(to_plain(config)),
-        "training_text": documents.corpus_fingerprint(material.corpus.train),
+        "training_text": text,
         "held_out_windows": windows_fingerprint(held_out.windows),
         "tokenizers_and_length": encoder.fingerprint,
         "mixed_precision": accelerator.mixed_precision,

@@ -26,6 +26,7 @@ from ..config.plain import to_plain
 from ..config.protocols import ConfigT, RunConfig
 from ..config.quickstart_names import NAMES, STUDENT, TEACHER
 from ..data import documents, stories
+from ..data.stream.beginning import load_corpus
 from ..errors import UserError, value_errors_are_the_users
 from ..files import atomic_folder, write_text
 from ..paths import cache_dir
@@ -166,7 +167,7 @@ def resolve(
         # a mistake in a text of the user's own is told before the minute that the teacher takes
         data = with_paths(config, material_here, Path).data
         with value_errors_are_the_users(), documents.errors_name_their_document(data):
-            session.main_first(lambda: documents.load_documents(data))
+            session.main_first(lambda: load_corpus(data, config.training.seed))
 
         log.info("no trained teacher in the cache: training one now, about a minute")
         scratch = session.on_main(lambda: scratch_folder(folder))

@@ -13,6 +13,7 @@ from ..advice import advice
 from ..config.plain import to_plain
 from ..config.protocols import RunConfig, share_chosen_before, values_of
 from ..data import loader
+from ..data.stream.batches import Stream
 from ..errors import value_errors_are_the_users
 from ..evaluation import exported, lm_eval_tasks
 from ..evaluation.held_out import metrics_of
@@ -31,7 +32,7 @@ from ..pretrained import teacher as teachers
 from ..pretrained.loading import fingerprint
 from ..report import report, token_views
 from ..report.results import worse_than_before
-from ..run_layout import CHECKPOINTS, METRICS, REPORT_HTML, ROUNDS, START, STUDENT, WITHOUT_TEACHER
+from ..run_layout import BLOCKS, CHECKPOINTS, METRICS, REPORT_HTML, ROUNDS, START, STUDENT, WITHOUT_TEACHER
 from ..served.checks import Demand
 from ..served.teacher import ListServer, connect, listed_tokens
 from ..teacher_cache import conversation_date
@@ -224,7 +225,7 @@ def train_student(
         Interrupted: by a signal; a checkpoint is saved.
     """
     config, accelerator = job.config, job.accelerator
-    plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
+    plan = Plan.of(config.training, job.window_count, accelerator.num_processes)
     with session.progress.over("loading the student", 1, "model file", unit="model") as note:
         student = students.make(config.student, config.training, accelerator, job.layers)
         note(1)
@@ -250,6 +251,7 @@ def train_student(
         resume_from=resume_from,
         flags=red_flags(job, plan, student, start, session),
         rounds=make_rounds(job, module, store, output, session),
+        stream=open_stream(job, plan, output, session),
         stop=session.stop,
         check=session.stop.check,
         writing=session.stop.writing,
@@ -261,6 +263,8 @@ def train_student(
         forward_communicates=teacher is not None and config.teacher.device == teachers.SHARDED,
     )
     result = _fit(job, module, plan, options, session)
+    if options.stream is not None:
+        options.stream.remove()
 
     # The last step is evaluated however the run ended, unless a signal wants it gone.
     was_evaluated = session.on_main(lambda: logger.has_evaluation(result.steps))
@@ -270,6 +274,20 @@ def train_student(
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(module, result, start, options.rounds)
+
+
+def open_stream(job: Job, plan: Plan, output: Path, session: Session) -> Stream | None:
+    """Return the stream that a run reads its text from; None where all of it is known."""
+    if job.stream is None:
+        return None
+    return Stream(
+        job.stream,
+        output / BLOCKS,
+        accelerator=job.accelerator,
+        global_batch=plan.global_batch,
+        seed=job.config.training.seed,
+        check=session.stop.check,
+    )
 
 
 def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, session: Session) -> Rounds | None:

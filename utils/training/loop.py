@@ -218,7 +218,8 @@ class TrainingLoop:
         self.config = config
         self.accelerator = accelerator
         self.options = options
-        self.plan = Plan.of(config, len(dataset), accelerator.num_processes)
+        windows = 0 if options.stream is not None else len(dataset)
+        self.plan = Plan.of(config, windows, accelerator.num_processes)
         self.logger = options.logger or _console_logger(self.plan.total_steps, accelerator)
         self.flags = options.flags  # None from the moment on at which looking for them fails
 
@@ -284,6 +285,7 @@ class TrainingLoop:
             means=self._means,
             statistics=self.statistics,
             rounds=self.options.rounds,
+            stream=self.options.stream,
         )
 
     @property
@@ -348,13 +350,18 @@ class TrainingLoop:
 
     def _batches(self) -> Generator[StepBatches, None, None]:
         """Yield the batches of each step from the current one on, with the teacher's signals if it is asked ahead."""
+        total = self.plan.total_steps
+        if self.options.stream is not None:
+            stream = self.options.stream.steps(self._source, self.plan, self.step, total)
+            yield from self._with_signals(stream, total)
+            return
         if self.options.rounds is None:
-            yield from self._with_signals(self._source.steps(self.plan, self.step), self.plan.total_steps)
+            yield from self._with_signals(self._source.steps(self.plan, self.step), total)
             return
 
         # Round by round: the student's weights at the begin of the next one are not known before.
         step = self.step
-        while step < self.plan.total_steps:
+        while step < total:
             windows = self._begin_round(self.options.rounds, step)
             yield from self._with_signals(self._source.steps(self.plan, step, windows), windows.end)
             step = windows.end
@@ -462,7 +469,7 @@ class TrainingLoop:
         self.statistics.take(sums, counts, host=self._host, accelerator=self.accelerator)
 
         if is_logged:
-            self._log_step(sums, lr=lr)
+            self._log_step(sums, lr=lr, epoch=self._epochs(batches))
         # Reading waits for the device. A logged step waits anyway, and a CPU has computed everything.
         if is_logged or self.accelerator.device.type == "cpu" or self.guard.must_read:
             self.guard.read()
@@ -518,11 +525,16 @@ class TrainingLoop:
             self.engine.wrap_again()
         self.plan = halve_micro_batches(self.plan, self.step, couples_windows=self.module.couples_windows)
 
-    def _log_step(self, sums: StepSums, *, lr: float) -> None:
+    def _epochs(self, batches: StepBatches) -> float:
+        """Return the epochs done behind a step; of a stream, whose length nobody knows, those that are whole."""
+        return batches.epoch if self.options.stream is not None else self.step / self.plan.steps_per_epoch
+
+    def _log_step(self, sums: StepSums, *, lr: float, epoch: float) -> None:
         """Write the record of the steps since the last one: means, and the schedules' values at the step just taken.
 
         Args:
             sums: of that step.
+            epoch: epochs done behind it.
         """
         self._means.read(self._host)
         means = self._means.record()
@@ -535,7 +547,7 @@ class TrainingLoop:
             means["sample_spread"] = self.statistics.spread
         record = {
             "step": self.step,
-            "epoch": self.step / self.plan.steps_per_epoch,
+            "epoch": epoch,
             "progress": self.step / self.plan.total_steps,
             "loss": means.pop("loss"),
             "lr": lr,
@@ -657,6 +669,8 @@ class TrainingLoop:
         """Let go of everything, so that the accelerator can serve another run."""
         if self.options.logger is None:
             self.logger.close()
+        if self.options.stream is not None:
+            self.options.stream.close()
         self._host.close()
         self.engine.close()
         self.engine = self.scheduler = self.state = self._gradient = None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.stream.batches import Stream
 from ..interfaces import Batch
 from ..logs.step_logger import StepLogger
 from ..machine.stop_signals import StopSignal
@@ -43,6 +44,9 @@ class LoopOptions:
     """Red flags to watch for."""
     rounds: Rounds | None = None
     """Text that the student writes itself, in place of given windows; None: given windows alone."""
+    stream: Stream | None = None
+    """Windows that come block by block, in place of the given ones, of which the first then only tells what windows are
+    like; None: those that are given, epoch by epoch."""
     stop: StopSignal | None = None
     """Asks the loop to stop at the next step boundary."""
     check: Callable[[], None] = do_nothing
@@ -74,7 +78,7 @@ class LoopOptions:
                 raise ValueError(f"{name}: got {number}, expected 0 or more")
 
         # What is only met at the end would cost the whole training.
-        methods = {"logger": "due", "checkpoints": "save", "stop": "requested", "rounds": "begin"}
+        methods = {"logger": "due", "checkpoints": "save", "stop": "requested", "rounds": "begin", "stream": "steps"}
         for name, method in methods.items():
             value = getattr(self, name)
             if value is not None and not hasattr(value, method):

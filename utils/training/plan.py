@@ -13,7 +13,7 @@ class Plan:
     """The windows of a run, divided into optimizer steps."""
 
     windows: int
-    """Of one epoch."""
+    """Of one epoch; 0: they come as a stream, and nobody knows how many there are."""
     micro_batch: int
     """Windows per forward pass, at most."""
     global_batch: int
@@ -56,10 +56,13 @@ class Plan:
         return replace(self, micro_batch=(self.micro_batch + 1) // 2)
 
     def __str__(self) -> str:
+        windows = "windows of a stream"
+        if self.windows:
+            windows = f"{self.windows} windows, {self.steps_per_epoch} optimizer steps an epoch"
+        steps = f"{self.total_steps} in all" if self.windows else f"{self.total_steps} optimizer steps"
         return (
             f"micro-batch {self.micro_batch} x accumulation {self.accumulation} x processes {self.processes} = "
-            f"effective batch of {self.global_batch} windows; {self.windows} windows, {self.steps_per_epoch} optimizer "
-            f"steps an epoch, {self.total_steps} in all"
+            f"effective batch of {self.global_batch} windows; {windows}, {steps}"
         )
 
     def identity(self) -> dict[str, int]:

@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
+from ..data.stream.batches import Stream
 from ..errors import UserError
 from ..on_policy.rounds import Rounds
 from ..parallel.engine import Engine
@@ -50,6 +51,7 @@ class RunState:
     means: IntervalMeans
     statistics: StepStatistics
     rounds: Rounds | None = None
+    stream: Stream | None = None
     step: int = 0
     awaits_evaluation: bool = False
     """The evaluation that is due at this step was cut short."""
@@ -69,6 +71,9 @@ class RunState:
         }
         if self.scaler is not None:
             objects["scaler"] = self.scaler.state_dict()
+
+        if self.stream is not None:
+            objects["stream"] = self.stream.state_dict(self.step)
 
         state = {
             "step": self.step,
@@ -125,6 +130,8 @@ class RunState:
             self.statistics.load_state_dict(state["statistics"])
         if self.rounds is not None and "rounds" in state:
             self.rounds.load_state_dict(state["rounds"])
+        if self.stream is not None:
+            self.stream.load_state_dict(saved.objects["stream"])
 
     def load_weights(self, saved: Checkpoint) -> None:
         """Give the module, and not yet the engine, the weights of a checkpoint."""
