@@ -280,8 +280,8 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting, config: type, *,
 
 
 def metavars(setting: Setting) -> list[str]:
-    """Return the values that a setting takes: words that are meant literally, and N, X, TEXT or RAMP."""
-    kinds = {"integer": "N", "number": "X", "string": "TEXT", "null": "null"}
+    """Return the values that a setting takes: words that are meant literally, and N, X, TEXT, RAMP or a mapping."""
+    kinds = {"integer": "N", "number": "X", "string": "TEXT", "object": "{NAME: X}", "null": "null"}
 
     values: list[str] = []
     for form in setting.forms:

@@ -22,6 +22,7 @@ from ..data import documents
 from ..data.batch_order import permutation
 from ..data.stream.beginning import read_beginning
 from ..data.stream.blocks import StreamSetUp
+from ..data.stream.recent import ERROR, RecentTexts
 from ..data.windows import (
     Room,
     make_windows,
@@ -310,12 +311,31 @@ def _log_material(config: RunConfig, named: Named, material: Material, room: Roo
         if table.beyond_rows:
             left_out = ", ".join(table.beyond_rows)
             log.info("%s: no row of its head for %s, which no text yields: left out", role, left_out)
-    where = "documents" if material.stream is None else "documents at the beginning of the stream"
+    where = "documents"
+    if material.stream is not None:
+        where = "documents at the beginning of the stream"
+        _log_stream(config)
     log.info("%s: %s", where, corpus_in_words(corpus.report))
     for kind, texts, cut in (("training", corpus.train, windows), ("held-out", corpus.eval, held_out)):
         warn_of_left_out(cut, kind)
         warn_of_missing(config.data, kind, texts, cut, room)
     documents.warn_of_long_documents(corpus, windows, held_out)
+
+
+def _log_stream(config: RunConfig) -> None:
+    """Log how a stream is shuffled, mixed and cleaned of repeats."""
+    data = config.data
+    weights = "in turn" if data.mixture is None else ", ".join(f"{name} {x:g}" for name, x in data.mixture.items())
+    log.info("stream: shuffled in blocks of %.1f MB of text; sources: %s", data.block_bytes / 1e6, weights)
+    if data.deduplicate:
+        size = RecentTexts(data.remembered_documents).size
+        log.info(
+            "stream: repeats are looked for among the last %s documents or more, in %.1f MB of memory; up to %g %% of "
+            "new documents are taken for repeats",
+            f"{data.remembered_documents:,}",
+            size / 1e6,
+            100 * ERROR,
+        )
 
 
 def corpus_in_words(report: Mapping[str, int]) -> str:

@@ -177,7 +177,8 @@ class Blocks:
 
     def _log(self, block: Block) -> None:
         """Log where the stream is."""
-        counts = self._state_behind(block)["text"]["counts"]
+        behind = self._state_behind(block)["text"]
+        counts = behind["counts"]
         log.info(
             "stream: block %d, %s steps from step %s on, pass %d over the text; up to its end %s documents read, %s to "
             "learn from (%.2f MB), left out: %s empty, %s seen before, %s held out",
@@ -192,6 +193,11 @@ class Blocks:
             f"{counts['duplicate']:,}",
             f"{counts['in_eval']:,}",
         )
+
+        before = self._states[block.first_step]["text"]["readers"]
+        for reader, begun, ended in zip(self._stream.readers, before, behind["readers"], strict=True):
+            if ended["passes"] > begun["passes"]:
+                log.info("stream: in it %s ends, and is read again: pass %d", reader.name, ended["passes"] + 1)
 
     # --- making -----------------------------------------------------------------------------------------------------
 

@@ -17,8 +17,8 @@ ERROR = 2e-5
 class RecentTexts:
     """The last texts of a stream, as two Bloom filters that take turns.
 
-    A text is known for as long as `capacity` others follow it, and for at most twice as long. None of those is missed;
-    of new texts a share of `ERROR` is taken for a repeat.
+    A text is known as long as fewer than `capacity` others follow it, and at most twice as long. None of those is
+    missed; of new texts a share of `ERROR` is taken for a repeat.
 
     Args:
         capacity: texts that a filter takes before the other one is emptied and filled.

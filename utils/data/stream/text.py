@@ -3,7 +3,6 @@
 What comes when is a pure function of the texts, of the seed and of the number of documents drawn before.
 """
 
-import logging
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -16,8 +15,6 @@ from ..columns import text_of_messages
 from ..documents import FirstPlaces, text_key
 from .reader import Reader, Source, open_source
 from .recent import RecentTexts
-
-log = logging.getLogger(__name__)
 
 COUNTED = ("read", "empty", "duplicate", "in_eval", "train", "train_bytes")
 """Documents, and bytes, that are counted; as in `documents.Corpus.report`."""
@@ -111,8 +108,6 @@ class TextStream:
         reader = self.readers[self._source()]
         passes = reader.passes
         text = reader.take()
-        if reader.passes > passes:
-            log.info("%s: its end; the stream reads it again, pass %d", reader.name, reader.passes + 1)
         self.drawn += 1
 
         self.counts["read"] += 1
