@@ -619,6 +619,7 @@ def _read_parquet(file: Path, columns: Columns, begin: Position) -> Iterator[Pla
         with pyarrow.parquet.ParquetFile(file) as table:
             names = columns.columns_to_read(str(file), table.schema_arrow.names)
             number, groups = _groups_from(table, begin.offset)
+
             for batch in table.iter_batches(BATCH, row_groups=groups, columns=names):
                 value_lists = [batch.column(name).to_pylist() for name in names]
                 for values in zip(*value_lists, strict=True):

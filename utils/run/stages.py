@@ -226,9 +226,7 @@ def train_student(
     """
     config, accelerator = job.config, job.accelerator
     plan = Plan.of(config.training, job.window_count, accelerator.num_processes)
-    with session.progress.over("loading the student", 1, "model file", unit="model") as note:
-        student = students.make(config.student, config.training, accelerator, job.layers)
-        note(1)
+    student = _make_student(job, session)
 
     # Where a run goes on decides what is written anew and what is tried before.
     store = open_checkpoints(job, teacher, student, output)
@@ -263,9 +261,6 @@ def train_student(
         forward_communicates=teacher is not None and config.teacher.device == teachers.SHARDED,
     )
     result = _fit(job, module, plan, options, session)
-    if options.stream is not None:
-        options.stream.remove()
-
     # The last step is evaluated however the run ended, unless a signal wants it gone.
     was_evaluated = session.on_main(lambda: logger.has_evaluation(result.steps))
     if result.stopped_by not in EXIT_CODES and not was_evaluated:
@@ -274,6 +269,14 @@ def train_student(
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(module, result, start, options.rounds)
+
+
+def _make_student(job: Job, session: Session) -> nn.Module:
+    """Return the student as it is before training."""
+    with session.progress.over("loading the student", 1, "model file", unit="model") as note:
+        student = students.make(job.config.student, job.config.training, job.accelerator, job.layers)
+        note(1)
+    return student
 
 
 def open_stream(job: Job, plan: Plan, output: Path, session: Session) -> Stream | None:
@@ -349,6 +352,10 @@ def _fit(job: Job, module: Any, plan: Plan, options: LoopOptions, session: Sessi
     training, accelerator = job.config.training, job.accelerator
     with session.stop.deferring():
         result = fit(module, job.windows, job.collate, training, accelerator=accelerator, options=options)
+
+    # A run that a signal has ended is continued, where its blocks are of use.
+    if options.stream is not None and result.stopped_by not in EXIT_CODES:
+        options.stream.remove()
 
     # Early stopping and a limit leave steps out.
     time_left.training.clear()
