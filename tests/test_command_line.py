@@ -326,6 +326,39 @@ def test_a_wrong_section_hides_nothing_that_was_given():
         assert refused(*words).count("  - ") == 1 and "no student" not in refused(*words)
 
 
+STREAM = ("--max-steps", "9", "--train-data", "a.jsonl", "b", "--set", "data.streaming=true")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["training.max_steps=null"], "give --max-steps"),
+        (["data.max_documents=5"], "leave it out, --max-steps ends training"),
+        (["cache.folder=DIR"], "leave out --cache-teacher"),
+        (["curriculum.on_policy=0.5"], "curriculum.on_policy chooses among all windows"),
+        (["loss.select_by=first_student"], "looks at all windows before"),
+        (["teachers=[{name: c, only_for: [b]}, d]", "teacher.name=null"], "a stream mixes them"),
+        (
+            ["data.mixture={a.jsonl: 1}"],
+            "got weights of a.jsonl, expected one of each source of data.train: c.txt, a.jsonl, b",
+        ),
+        (["data.mixture={a.jsonl: 1, b: 0}"], "greater than 0"),
+        (["data.streaming=false", "data.mixture={a.jsonl: 1, b: 2}"], "give --set data.streaming=true"),
+    ],
+)
+def test_what_a_stream_cannot_do_is_refused_with_the_remedy(words, message):
+    assert message in refused(*STREAM, *words)
+
+
+def test_a_mixture_has_a_weight_for_each_source():
+    models = ("--teacher", "c", "--student", "d")
+    config, _ = train.configure([*models, *STREAM, "data.mixture={a.jsonl: 1, b: 2.5}"])
+    assert config.data.mixture == {"a.jsonl": 1, "b": 2.5}
+    by_flag, _ = train.configure([*models, *STREAM[:-2], "--data.mixture", "{a.jsonl: 1, b: 2.5}", *STREAM[-2:]])
+    assert by_flag == config
+    assert build(train.RunConfig, to_plain(config), source="itself") == config
+
+
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid_and_survives_being_written_down(recipe):
     config, _ = train.configure(["--config", recipe.stem])

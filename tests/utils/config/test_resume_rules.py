@@ -13,6 +13,7 @@ SETTINGS = {
     "training": {"seed": 1, "batch_size": 2, "gradient_accumulation_steps": 8, "deterministic": False},
     "curriculum": {"kd": {"weight": 0.7}, "contr": {"weight": 0}},
     "loss": {"top_k": 8},
+    "data": {},
 }
 
 
@@ -51,10 +52,18 @@ def test_settings_of_own_text_are_compared_only_where_there_is_any():
     check_same_run("run", identity(SETTINGS), identity(used), True)
 
 
-@pytest.mark.parametrize(("key", "other"), [("curriculum.balance", "loss"), ("curriculum.sample_weights", 0.5)])
+ELSE = [("curriculum.balance", "loss"), ("curriculum.sample_weights", 0.5), ("data.streaming", True)]
+
+
+@pytest.mark.parametrize(("key", "other"), ELSE)
 def test_what_older_runs_had_not_is_compared_only_where_it_is_used(key, other):
     assert identity(changed(key, ADDED[key])) == identity(SETTINGS)
     assert identity(changed(key, other)).keys() - identity(SETTINGS).keys() == {key}
+
+
+def test_the_names_of_a_mixture_are_free_as_those_of_its_sources_are():
+    """Their weights are compared with the text."""
+    assert identity(changed("data.mixture", {"here/a.jsonl": 1.0})) == identity(SETTINGS)
 
 
 def test_a_whole_section_that_is_free_is_not_compared():

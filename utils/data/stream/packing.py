@@ -16,7 +16,7 @@ from ...machine.stop_signals import ignore_stop_signals
 from ..documents import document_name
 from ..windows import DOCUMENTS_PER_PACK, Encode, Window
 
-PACK_BYTES = 2_000_000
+PACK_BYTES = 1_000_000
 """Text that is packed into windows at once, about: neither windows nor their order depend on the number of workers."""
 
 
