@@ -84,16 +84,24 @@ class Stream:
         """
         step = first_step
         while step < end:
-            block: Block = on_main_process(self.accelerator, partial(self._blocks.at, step, end))
+            block: Block = on_main_process(self.accelerator, partial(self._blocks.at, step))
             windows = block.windows()
             of_block = replace(source, windows=windows)
             plan_of_block = _PlanOfBlock(plan, len(windows))
             steps = range(step - block.first_step, min(block.end, end) - block.first_step)
             for number, batches in zip(count(step), of_block.stretch(plan_of_block, block.number, steps), strict=False):
+                # Only now: workers of the loader are forked, which no other thread should disturb.
+                if number == step:
+                    self._make_next(block, end)
                 yield replace(batches, step=number, epoch=block.passes)
 
             step = block.end
             source.end_epoch()
+
+    def _make_next(self, block: Block, end: int) -> None:
+        """Begin to make the block behind one, if there is a step in it."""
+        if self.accelerator.is_main_process and block.end < end:
+            self._blocks.begin_behind(block)
 
     def state_dict(self, step: int) -> dict[str, Any]:
         """Return the state of the stream at the beginning of the block of a step, as a checkpoint holds it."""
@@ -101,7 +109,8 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to where a stream of the same text was."""
-        self._blocks.load_state_dict(state)
+        if self.accelerator.is_main_process:
+            self._blocks.load_state_dict(state)
 
     def close(self) -> None:
         """Stop making blocks; a later session takes up those that are there."""

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ...config.settings import DataConfig
-from ...errors import value_errors_are_the_users
+from ...errors import RunError, value_errors_are_the_users
 from ...files import atomic_folder, clean_leftovers, remove_folder
 from ..batch_order import permutation
 from ..documents import errors_name_their_document
@@ -124,22 +124,20 @@ class Blocks:
         """Return the state at the beginning of the stream."""
         return {"number": 0, "first_step": 0, "text": self._stream.state_dict(), "carried": []}
 
-    def at(self, step: int, last_step: int) -> Block:
-        """Return the block that an optimizer step is in, and begin to make the next one, if a step is in that.
-
-        Args:
-            last_step: behind which nothing is needed.
-        """
+    def at(self, step: int) -> Block:
+        """Return the block that an optimizer step is in."""
         block = self._made(max(first for first in self._states if first <= step))
         while step >= block.end:
             block = self._made_behind(block)
 
-        if block.end < last_step:
-            self._states[block.end] = self._state_behind(block)
-            self._begin(block.end)
         self._forget_before(block)
         self._log(block)
         return block
+
+    def begin_behind(self, block: Block) -> None:
+        """Begin to make the block behind one."""
+        self._states[block.end] = self._state_behind(block)
+        self._begin(block.end)
 
     def _made_behind(self, block: Block) -> Block:
         """Return the block behind one."""
@@ -205,8 +203,14 @@ class Blocks:
         """Make the block that begins with a state, or take it from the disk; in the thread."""
         final = self.folder / f"block-{state['number']:06d}-{self._key(state)}"
         if not (final / BLOCK).is_file():
-            with _errors_of_text(self.setup.config), atomic_folder(final) as folder:
-                self._write(state, folder)
+            try:
+                with _errors_of_text(self.setup.config), atomic_folder(final) as folder:
+                    self._write(state, folder)
+            except OSError as error:
+                raise RunError(
+                    f"The next block of the stream cannot be made in {self.folder}: {error}. Where the disk is full, free "
+                    "some space, or give a smaller data.block_bytes; then the same command continues."
+                ) from error
 
         made = torch.load(final / BLOCK, weights_only=True)
         return Block(

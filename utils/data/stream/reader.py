@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from ...config.settings import DataConfig
-from ...errors import UserError
+from ...errors import RunError, UserError
 from .. import sources
 from ..columns import Columns
 from ..documents import FirstPlaces, columns_of, document_text, join_lines
@@ -87,7 +87,23 @@ class Hub(Source):
         self.split = split
 
     def rows(self, columns: Columns, mark: Mark) -> Iterator[Marked]:
-        """Yield the documents from a mark on: (state of the data set, rows behind it, rows in all)."""
+        """Yield the documents from a mark on: (state of the data set, rows behind it, rows in all).
+
+        Raises:
+            RunError: the hub cannot be read any more.
+        """
+        try:
+            yield from self._rows(columns, mark)
+        except UserError:
+            raise
+        except Exception as error:  # the hub client raises errors of five libraries; most mean: no network
+            raise RunError(
+                f"{self.name}: the hub cannot be read any more: {type(error).__name__}: {error}. When it can, the same "
+                "command continues."
+            ) from error
+
+    def _rows(self, columns: Columns, mark: Mark) -> Iterator[Marked]:
+        """Yield the documents from a mark on."""
         state, skipped, number = mark
         table = sources.load_hub(self.name, self.split, streaming=True)
         if state is not None:

@@ -11,7 +11,7 @@ from tests.toy import StopAfter, ToyModule, digest, toy_config, train
 from tests.utils.data.stream.toy_stream import batch_source, config, encode, open_stream, set_up, write
 from utils.data.stream import packing
 from utils.data.stream.packing import Packer, Workers
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 from utils.machine.stop_signals import Interrupted
 from utils.training.checkpoints import CheckpointStore
 from utils.training.plan import Plan
@@ -131,3 +131,13 @@ def test_workers_make_the_same_windows(tmp_path, setup):
         workers.close()
         contents.append([(file.name, file.read_bytes()) for file in files])
     assert contents[0] == contents[1] and len(contents[0]) == 3
+
+
+def test_a_disk_that_is_full_ends_the_run_with_the_remedy(tmp_path, setup, monkeypatch):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(packing, "write_windows", refuse)
+    with pytest.raises(RunError, match="No space left on device.*data.block_bytes"):
+        steps_of(setup, tmp_path / "blocks", 0, 40)
+    assert not list((tmp_path / "blocks").iterdir())

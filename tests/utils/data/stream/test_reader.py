@@ -14,7 +14,7 @@ import pytest
 from utils.config.settings import DataConfig
 from utils.data.documents import FirstPlaces
 from utils.data.stream.reader import Reader, open_source
-from utils.errors import UserError
+from utils.errors import RunError, UserError
 
 TEXTS = [f"Text {number}, größer\nin two lines" for number in range(7)]
 ROWS = [{"text": text} for text in TEXTS]
@@ -118,3 +118,16 @@ def test_a_file_is_recognised_by_its_size_and_its_edges(tmp_path):
         config = DataConfig(train=[str(file)])
         prints.add(open_source(config, str(file)).fingerprint())
     assert len(prints) == 3
+
+
+def test_a_hub_that_cannot_be_read_any_more_ends_the_run_with_a_sentence(monkeypatch):
+    def rows():
+        yield ROWS[0]
+        yield ROWS[1]
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    reader = reader_of("owner/name")
+    assert reader.take() == TEXTS[0]
+    with pytest.raises(RunError, match=r"no route.*the same command continues"):
+        reader.take()
