@@ -208,8 +208,8 @@ class Blocks:
                     self._write(state, folder)
             except OSError as error:
                 raise RunError(
-                    f"The next block of the stream cannot be made in {self.folder}: {error}. Where the disk is full, free "
-                    "some space, or give a smaller data.block_bytes; then the same command continues."
+                    f"The next block of the stream cannot be made in {self.folder}: {error}. Where the disk is full, "
+                    "free some space, or give a smaller data.block_bytes; then the same command continues."
                 ) from error
 
         made = torch.load(final / BLOCK, weights_only=True)

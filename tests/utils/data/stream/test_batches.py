@@ -138,6 +138,6 @@ def test_a_disk_that_is_full_ends_the_run_with_the_remedy(tmp_path, setup, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(packing, "write_windows", refuse)
-    with pytest.raises(RunError, match="No space left on device.*data.block_bytes"):
+    with pytest.raises(RunError, match=r"No space left on device.*data\.block_bytes"):
         steps_of(setup, tmp_path / "blocks", 0, 40)
     assert not list((tmp_path / "blocks").iterdir())
