@@ -33,6 +33,7 @@ FLOORS = {
         {"interfaces", "parallel"},
         {"logs"},
         {"pretrained"},
+        {"captures"},
         {"forecast", "data", "served"},
         {"evaluation"},
         {"on_policy"},

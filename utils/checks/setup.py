@@ -173,6 +173,8 @@ def models(setup: SetUp) -> Measured:
     missing: list[str] = []
     if setup.config.teacher.is_served:
         notes.append("teacher is behind a server, which a run looks at first")
+    if setup.config.teacher.is_captured:
+        notes.append("teacher is of captures, which fit its tokenizer")
     for role, model, shape in roles:
         if model.name in setup.built_later:
             notes.append(f"{role} is built by the first run")

@@ -44,6 +44,7 @@ FREE_TO_CHANGE = {
     "student.tokenizer",
     "student.allow_pickle",
     "data.train",
+    "data.tokenizer",
     "data.train_only",
     "cache.folder",
     "cache.build_only",

@@ -165,6 +165,7 @@ def _read(config: DataConfig, names: Sequence[str], *, split: str, places: _Firs
         messages=config.messages_column,
         prompt=config.prompt_column,
         completion=config.completion_column,
+        tokenizer=config.tokenizer,
     )
     try:
         yield from _documents(config, names, split=split, places=places, columns=columns)

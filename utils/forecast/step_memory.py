@@ -529,8 +529,8 @@ def _place_teachers(config: RunConfig, setting: StepSetting) -> _PlacedTeachers:
 
 
 def _is_apart(model: ModelConfig, device: torch.device) -> bool:
-    """Tell whether a teacher has a device of its own, or a server."""
-    return model.is_served or model.device not in ("auto", "sharded", str(device))
+    """Tell whether a teacher has a device of its own, or none."""
+    return model.is_elsewhere or model.device not in ("auto", "sharded", str(device))
 
 
 def spares_teacher(config: RunConfig) -> bool:

@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..advice import advice
+from ..captures.source import connect_captures
 from ..config.plain import to_plain
 from ..config.protocols import RunConfig, share_chosen_before, values_of
 from ..data import loader
@@ -182,6 +183,9 @@ def load_teacher(job: Job, check: Callable[[], None] = do_nothing) -> Teacher | 
 
     if job.config.teacher.is_served:
         return job.pair.listed(_connect(job, check))
+    if job.config.teacher.is_captured:
+        rows = len(job.vocabulary.segments)
+        return job.pair.listed(connect_captures(job.config, rows=rows, top_k=_most_outcomes(job)))
 
     model = teachers.load(job)
     with value_errors_are_the_users():
@@ -192,13 +196,17 @@ def _connect(job: Job, check: Callable[[], None]) -> ListServer:
     """Return the lists of a served teacher, once its server was checked against what the run will ask of it."""
     config = job.config
     rows = len(job.vocabulary.segments)
-    most = config.loss.top_k if job.cache is None else job.cache.top_k
     demand = Demand(
         tokenizer=job.pair.tokenizers["teacher"],
         length=job.pair.encoder.max_length,
-        top_k=listed_tokens(config.served, cast(int, most), rows),
+        top_k=listed_tokens(config.served, _most_outcomes(job), rows),
     )
     return connect(config, demand, rows, check)
+
+
+def _most_outcomes(job: Job) -> int:
+    """Return the outcomes that are kept of a position, by the loss or by the cache."""
+    return cast(int, job.config.loss.top_k if job.cache is None else job.cache.top_k)
 
 
 def judged_by(teacher: Teacher | None, job: Job) -> Job:
@@ -594,7 +602,7 @@ def measure_tasks(job: Job, trained: Trained, teacher: Teacher | None, results: 
     """Measure the tasks that were asked for, in this process, and add them to the report."""
     config = job.config
     models: dict[str, Callable[[], nn.Module]] = {"student": lambda: trained.student}
-    is_here = config.teacher.device != teachers.SHARDED and not config.teacher.is_served
+    is_here = config.teacher.device != teachers.SHARDED and not config.teacher.is_elsewhere
     if teacher is not None and is_here:  # no other process computes with this one
         running = getattr(teacher, "teacher", teacher) or load_teacher(job)
         if running.model is not None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from accelerate.utils import gather_object
 
+from ..captures.source import captured_name
 from ..config.protocols import RunConfig, share_chosen_before, values_of
 from ..data.batch_order import BatchGeometry, micro_batches_in_step, permutation, step_batches
 from ..data.loader import begun_ahead, loader
@@ -133,8 +134,8 @@ def _identity(job: Job) -> dict[str, Any]:
     if config.teacher.dtype in QUANTISED:
         teacher_dtype = config.teacher.dtype
 
-    if config.teacher.is_served:
-        teacher_dtype = "served"
+    if config.teacher.is_elsewhere:
+        teacher_dtype = "captured" if config.teacher.is_captured else "served"
 
     identity = {
         "teacher": _teacher_fingerprint(config),
@@ -158,6 +159,8 @@ def _teacher_fingerprint(config: RunConfig) -> str:
     Raises:
         UserError: there is neither the teacher nor a cache of a served one.
     """
+    if config.teacher.is_captured:
+        return captured_name(config)
     if not config.teacher.is_served:
         return weights_fingerprint(config.teacher.name, "teacher")
 
