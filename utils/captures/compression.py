@@ -23,7 +23,10 @@ NUMBERS = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 SINGULAR = 1e-5
 """Singular values below which DistillKit's encoder takes a curve's direction for none."""
 MOST_NOISE = 1.0
-"""Rounding of float32, amplified by an encoder's fit, above which a curve is not that of the teacher."""
+"""Rounding of float32, amplified by an encoder's fit, above which a curve may not be that of the teacher."""
+LARGEST_STEP = 3.0
+"""Step from the last exact value to the curve, over that between the last two exact ones, of a good fit: it is 1.1 in
+float64, and 7 in float32."""
 WORD = 64
 """Bits of a word of packed ids in the older generation."""
 
@@ -207,9 +210,23 @@ def noise_of_curve(codec: Codec) -> float:
     return float(np.finfo(np.float32).eps * used[0] / used[-1]) if len(used) else 0.0
 
 
-def trusted_ranks(codec: Codec) -> int:
-    """Return how many of the listed tokens are to be read: all, or the exact ones where the curve is mostly noise."""
-    return codec.listed if noise_of_curve(codec) <= MOST_NOISE or not codec.exact else codec.exact
+def trusted_ranks(codec: Codec, values: np.ndarray) -> int:
+    """Return how many of the listed tokens are to be read: all, or the exact ones where the curve is not the teacher's.
+
+    What a fit that is prone to rounding made of a curve depends on the machine. One that went wrong begins apart from
+    the last exact value.
+
+    Args:
+        values: [N, K] of some positions, as they are stored.
+    """
+    exact = codec.exact
+    is_prone = noise_of_curve(codec) > MOST_NOISE and 2 <= exact < codec.listed
+    if not is_prone:
+        return codec.listed
+
+    steps = np.abs(np.diff(values[:, exact - 2 : exact + 1], axis=1))
+    between_exact, to_curve = np.median(steps, axis=0)
+    return codec.listed if to_curve <= LARGEST_STEP * between_exact else exact
 
 
 MEASURED_LOSS = (

@@ -42,6 +42,8 @@ LEAST_SAME = 0.9
 """Share of the tokens of a decoded text that are to be the captured ones when it is tokenised again."""
 LEAST_LISTED = 0.5
 """Share of the real tokens that are to be among the listed ones."""
+MOST_BY_CHANCE = 0.01
+"""Share of the vocabulary that is listed up to which that tells anything."""
 MOST_LOGITS = 1.5
 """Sum of a position's probabilities above which the values are no log-probabilities but logits."""
 END_BYTES = 2**20
@@ -309,7 +311,7 @@ def _with_layout(folder: Path, codec: Codec, rows: datasets.Dataset) -> Captures
     return Captures(
         folder=folder,
         codec=codec,
-        ranks=trusted_ranks(codec),
+        ranks=codec.listed,
         are_logits=False,
         rows=rows,
         digest=digest_of(str(folder)),
@@ -367,9 +369,13 @@ def _checked(captures: Captures, tokenizer: PreTrainedTokenizerBase, name: str) 
             f"{remedy}"
         )
 
-    captures = replace(captures, are_logits=_are_logits(captures))
+    values = np.concatenate([captures.stored_lists(row)[1] for row in range(min(SAMPLE, len(captures.rows)))])
+    # DistillKit's first captures may be logits.
+    are_logits = bool(np.median(np.exp(values).sum(1)) > MOST_LOGITS)
+    captures = replace(captures, are_logits=are_logits, ranks=trusted_ranks(captures.codec, values))
+    # Among many tokens a list has the real one by chance too.
     listed = _share_listed(captures)
-    if listed < LEAST_LISTED:
+    if listed < LEAST_LISTED and captures.ranks < MOST_BY_CHANCE * tokens:
         raise UserError(
             f"{place}: got lists that have {listed:.0%} of the texts' tokens among them, expected more than half: are "
             f"the settings in {MANIFEST} those of these captures?"
@@ -390,12 +396,6 @@ def _share_tokenised_alike(captures: Captures, tokenizer: PreTrainedTokenizerBas
         pairs += expected.total()
         alike += (expected & actual).total()
     return alike / pairs if pairs else 1.0
-
-
-def _are_logits(captures: Captures) -> bool:
-    """Tell whether the values are logits, whose normaliser is not stored: DistillKit's first captures may be."""
-    mass = [np.exp(captures.stored_lists(row)[1]).sum(1) for row in range(min(SAMPLE, len(captures.rows)))]
-    return bool(np.median(np.concatenate(mass)) > MOST_LOGITS)
 
 
 def _share_listed(captures: Captures) -> float:
@@ -451,6 +451,7 @@ def _loss_in_words(captures: Captures) -> str:
     if captures.ranks == codec.listed:
         return f"{curve} (docs/captures.md)"
     return (
-        f"{curve}. Its fit in float32 is mostly rounding ({noise_of_curve(codec):.0f} times the curve), so that these "
-        f"ranks are left out and {captures.ranks} tokens of each list are read (docs/captures.md)"
+        f"{curve}. Its fit in float32, whose rounding may be {noise_of_curve(codec):.0f} times the curve, went wrong: "
+        f"it does not begin where the exact values end. These ranks are left out, and {captures.ranks} tokens of each "
+        "list are read (docs/captures.md)"
     )
