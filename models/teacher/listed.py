@@ -229,7 +229,8 @@ class ListedReader:
         """
         ids = listed.ids[position]
         probs = _probabilities(listed.log_probs[position])
-        least = probs.masked_fill(ids < 0, torch.inf).amin(1)
+        # An empty list bounds nothing; 1 stands for that, since infinity times no tokens is no number.
+        least = probs.masked_fill(ids < 0, torch.inf).amin(1).clamp_max(1)
 
         next_ids = batch.teacher_ids.flatten().roll(-1)
         real = next_ids[batch.teacher_held[position]]
