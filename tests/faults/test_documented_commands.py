@@ -56,6 +56,7 @@ PARSED_ONLY = {
     "--track tensorboard wandb": "an account; TensorBoard alone is run in test_tracking.py",
     ".gguf": "a model of that format; test_gguf_files.py reads one",
     "--teacher http": "a server; test_served_teacher.py asks one",
+    "--teacher captures": "captures; test_captures.py learns from some",
     "--resume /kaggle": "a checkpoint on Kaggle; test_notebook.py continues from one in such a folder",
 }
 """What a command has in it -> what it needs that is not here."""
