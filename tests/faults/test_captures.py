@@ -82,7 +82,7 @@ def test_other_text_learns_where_it_was_captured(place, captured, tmp_path):
     [
         (["--top-k", "17"], "have 16 tokens that can be read, and the run wants 17"),
         (["--curriculum.span", "0.1"], "captures do not have the probability of a real token"),
-        (["--teacher-dtype", "bfloat16"], "leave teacher.device and dtype"),
+        (["--teacher-dtype", "bfloat16"], "captures need neither"),
         (["--teacher-tokenizer", "null"], "captures do not hand out its tokenizer"),
         (["--curriculum.on-policy", "0.5"], "captures say nothing of the student's own text"),
     ],

@@ -154,10 +154,8 @@ def _served_problems(config: RunConfig, state_terms: set[str]) -> list[Contradic
             "process (--teacher ID or DIR)"
         )
     if teacher.device != "auto" or teacher.dtype != "auto":
-        problems.append(
-            "a teacher that is served or captured has no device and dtype in this run: leave teacher.device and dtype "
-            "at auto"
-        )
+        reason = "captures need neither" if teacher.is_captured else "those of a served teacher are the server's"
+        problems.append(f"device and dtype: {reason}: leave teacher.device and teacher.dtype at auto")
     return [Contradiction("teacher", problem) for problem in problems]
 
 

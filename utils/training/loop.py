@@ -337,9 +337,9 @@ class TrainingLoop:
             # Nothing of the step that was under way is in the weights, and the next session takes it anew.
             self._take_back()
             reason = str(interrupted)
-        except TeacherGone:
-            # Alone: other processes would wait for this one in the middle of their step.
-            if self.accelerator.num_processes == 1:
+        except TeacherGone as error:
+            # Else other processes would wait for this one in the middle of their step.
+            if error.in_every_process or self.accelerator.num_processes == 1:
                 self._take_back()
                 self._save()
             raise
