@@ -99,6 +99,7 @@ def test_a_run_whose_server_goes_away_ends_with_a_checkpoint_and_continues(place
         assert (value == weights(tmp_path / "run")[name]).all()
 
 
+@pytest.mark.slow
 def test_processes_that_lose_the_server_end_together_with_a_checkpoint(place, tmp_path, server):
     patience = ["--set", "served.patience=0.3", "training.gradient_accumulation_steps=2"]
 
