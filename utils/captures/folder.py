@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 MANIFEST = "compression_config.yaml"
 """File with the settings of the compression, which DistillKit writes beside its captures."""
 
-SAMPLE = 32
+SAMPLE = 16
 """Rows that the tokenizer is checked on."""
 LEAST_SAME = 0.9
 """Share of the tokens of a decoded text that are to be the captured ones when it is tokenised again."""
@@ -71,6 +71,7 @@ class Captures:
     are_logits: bool
     """The stored values lack their normaliser."""
     rows: datasets.Dataset
+    """Each is a table of Arrow."""
     digest: str
     """Identity of the folder's content."""
     ids: np.ndarray
@@ -103,28 +104,25 @@ class Captures:
         start = self.begins[document.row]
         return self.ids[start + document.begin : start + document.end].tolist()
 
-    def lists(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids [n, ranks] and log-probabilities of the lists of a row.
+    def lists(self, row: int, begin: int = 0, end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids [n, ranks] and log-probabilities of the lists of a row, or of some of them.
 
         Raises:
             UserError: the row is not what the manifest says.
         """
-        ids, values = self.stored_lists(row)
+        ids, values = self.stored_lists(row, begin, end)
         if self.are_logits:
             largest = values.max(1, keepdims=True)
             values = values - largest - np.log(np.exp(values - largest).sum(1, keepdims=True))
         return cleaned(ids, values, exact=self.codec.exact, ranks=self.ranks)
 
-    def stored_lists(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids and values of a row as they are stored.
-
-        Raises:
-            UserError: the row is not what the manifest says.
-        """
+    def stored_lists(self, row: int, begin: int = 0, end: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids and values as they are stored; see `lists`."""
         stored = self.rows[row]
         columns = {}
         for name, width in zip(self.codec.columns, self.codec.widths(), strict=True):
-            columns[name] = _matrix(stored[name], width=width, place=f"{self.folder}, row {row + 1}, {name}")
+            positions = stored[name].combine_chunks().flatten()[begin:end]
+            columns[name] = _matrix(positions, width=width, place=f"{self.folder}, row {row + 1}, {name}")
 
         return self.codec.decode(columns)
 
@@ -138,20 +136,20 @@ def decoded(tokenizer: PreTrainedTokenizerBase, ids: list[int], special: set[int
     return text.rstrip("\ufffd")
 
 
-def _matrix(positions: Any, *, width: int, place: str) -> np.ndarray:
+def _matrix(positions: pyarrow.Array, *, width: int, place: str) -> np.ndarray:
     """Return [n, width] numbers of a row's positions.
 
     Raises:
         UserError: positions of another width.
     """
-    matrix = np.array(positions)
-    if matrix.ndim != 2 or matrix.shape[1] != width:
-        widths = {len(position) for position in positions}
+    widths = pyarrow.compute.list_value_length(positions).to_numpy(zero_copy_only=False)
+    if (widths != width).any():
+        got = " and ".join(str(int(other)) for other in np.unique(widths)[:3])
         raise UserError(
-            f"{place}: got {' and '.join(map(str, sorted(widths)[:3]))} numbers a position, expected {width} by "
-            f"{MANIFEST}: the settings of other captures, or a file that was cut off"
+            f"{place}: got {got} numbers a position, expected {width} by {MANIFEST}: the settings of other captures, "
+            "or a file that was cut off"
         )
-    return matrix
+    return positions.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
 
 
 # ---------------------------------------------------------------------------------- opening
@@ -314,7 +312,7 @@ def _with_layout(folder: Path, codec: Codec, rows: datasets.Dataset) -> Captures
         codec=codec,
         ranks=codec.listed,
         are_logits=False,
-        rows=rows,
+        rows=rows.with_format("arrow"),
         digest=digest_of(str(folder)),
         ids=ids.astype(np.int32),
         begins=begins,

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,8 +15,6 @@ log = logging.getLogger(__name__)
 
 CAPTURED = "captured "
 """Beginning of the name by which caches know captures."""
-ROWS_IN_MEMORY = 16
-"""Decoded rows that are kept: the windows of a batch may be of one."""
 
 
 class CaptureSource:
@@ -33,7 +30,6 @@ class CaptureSource:
         self.rows = rows
         self.model = model
         self.index = CaptureIndex(captures.ids, captures.segments)
-        self._lists = lru_cache(ROWS_IN_MEMORY)(captures.lists)
 
     def identity(self) -> dict[str, Any]:
         """Return what makes the teacher the one it is: the content of the folder, and the model that it is said to be.
@@ -65,9 +61,14 @@ class CaptureSource:
             # Behind the last token of a row there may be no list.
             position = places - self.captures.begins[row]
             is_here = (places >= 0) & (row_of == row) & (position < self.captures.listed_to[row])
-            row_ids, row_log_probs = self._lists(row)
-            ids[is_here] = row_ids[position[is_here]]
-            log_probs[is_here] = row_log_probs[position[is_here]]
+            if not is_here.any():
+                continue
+
+            # Rows may be long, and a window reads a small part of one.
+            begin, end = int(position[is_here].min()), int(position[is_here].max()) + 1
+            row_ids, row_log_probs = self.captures.lists(row, begin, end)
+            ids[is_here] = row_ids[position[is_here] - begin]
+            log_probs[is_here] = row_log_probs[position[is_here] - begin]
 
         is_beyond = ids >= self.rows
         ids = np.where(is_beyond, -1, ids)

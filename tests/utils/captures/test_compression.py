@@ -135,7 +135,7 @@ def test_what_is_read_is_a_distribution_whatever_the_curve_says():
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_settings_lose_in_nats(name, capsys):
+def test_published_settings_lose_in_nats(name):
     """Of a real teacher; -s prints the table that docs/captures.md has."""
     place = os.environ.get("REAL_MODELS_DIR")
     if not place:
@@ -150,8 +150,7 @@ def test_published_settings_lose_in_nats(name, capsys):
         log_probs = model(input_ids=ids).logits[0].double().log_softmax(-1).numpy()
 
     stored, read = nats_lost(log_probs, PUBLISHED[name], "float32")
-    with capsys.disabled():
-        print(f"\n{name}: {stored:.5f} nats a position as stored, {read:.5f} as read", end=" ")
+    print(f"\n{name}: {stored:.5f} nats a position as stored, {read:.5f} as read", end=" ")
     # What DistillKit's own fit makes of the recommended ones depends on the machine's library.
     assert read < (0.15 if name == "budget" else 0.002)
 

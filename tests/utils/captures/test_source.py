@@ -137,6 +137,21 @@ def test_losses_of_the_format_are_told(pair, tokenizer, tmp_path, settings, capl
     assert ids.shape[1] == log_probs.shape[1] == (16 if settings is RECOMMENDED else 128)
 
 
+def test_a_row_of_one_token_has_no_list(pair, tokenizer, tmp_path):
+    name = written(pair, tmp_path / "captures")
+    file = tmp_path / "captures" / "data_1.parquet"
+    table = pyarrow.parquet.read_table(file)
+    row = {name: [[0]] if name == "input_ids" else [[]] for name in table.column_names}
+    short = pyarrow.table(row, schema=table.schema)
+    pyarrow.parquet.write_table(pyarrow.concat_tables([table, short]), file)
+
+    captures = open_captures(name, tokenizer)
+    ids, log_probs = captures.lists(len(captures.rows) - 1)
+    assert ids.shape == log_probs.shape == (0, 400)
+    texts = [text for _, text in captured_texts(name, tokenizer)]
+    assert texts == [*TEXTS, ""]
+
+
 def test_identity_is_the_content(pair, tokenizer, tmp_path):
     first, second = (written(pair, tmp_path / name) for name in ("a", "b"))
     other = written(pair, tmp_path / "c", {**WHOLE, "exact_dtype": "float64"})
