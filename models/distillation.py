@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from .config import CurriculumConfig, LossConfig, RouterConfig, Term
 from .curriculum import CurriculumScheduler
 from .distillation_framework import DistillationFramework
-from .language_model import context_length, vocabulary_size
+from .language_model import check_isolation, context_length, vocabulary_size
 from .losses import head_passes
 from .losses.chunk_size import chunk_rows
 from .student_aware_router import ROUTER_TERMS
@@ -65,6 +65,10 @@ class TextSettings(Protocol):
     @property
     def text_starts(self) -> tuple[str | None, str | None]:
         """Tokens that plain text starts with; None: chosen by `models.text.text_start`."""
+
+    @property
+    def isolate_documents(self) -> bool:
+        """True: documents that share a window do not see each other."""
 
     @property
     def today(self) -> date | None:
@@ -128,6 +132,9 @@ class Method(Validated):
             today=text.today,
             facts=ModelFacts(text.rows, text.text_starts),
         )
+        # An example of an encoder-decoder pair has a window to itself.
+        if text.isolate_documents and text.decoder_starts is None:
+            encoder = encoder.isolated()
 
         student_rows, teacher_rows = text.rows
         vocabulary = VocabularyMap.build(student, teacher, student_rows, teacher_rows, cache_dir=text.cache_dir)
@@ -183,6 +190,7 @@ class Distillation:
         max_length: int = 512,
         *,
         conversations: bool = False,
+        isolate_documents: bool = False,
         method: Method | None = None,
     ) -> "Distillation":
         """Load a student in float32 and a teacher in its own precision, with their tokenizers, by transformers.
@@ -192,6 +200,7 @@ class Distillation:
             max_length: most tokens of a window, in either tokenizer; fewer where a model reads no more at once.
             conversations: the documents are conversations, each a list of messages with `role` and `content`, instead
                 of plain text; the assistant's messages are learned.
+            isolate_documents: documents that share a window do not see each other.
 
         Raises:
             OSError: a model cannot be found.
@@ -207,6 +216,7 @@ class Distillation:
             tokenizers,
             max_length,
             conversations=conversations,
+            isolate_documents=isolate_documents,
             method=method,
         )
 
@@ -219,13 +229,14 @@ class Distillation:
         max_length: int = 512,
         *,
         conversations: bool = False,
+        isolate_documents: bool = False,
         method: Method | None = None,
     ) -> "Distillation":
         """Join two loaded models.
 
         Args:
             tokenizers: of `student` and `teacher`, by these names; fast ones (of the `tokenizers` library).
-            max_length, conversations: as in `from_pretrained`.
+            max_length, conversations, isolate_documents: as in `from_pretrained`.
 
         Raises:
             TypeError: something is of another kind than it should be.
@@ -253,6 +264,7 @@ class Distillation:
             conversations,
             rows=(vocabulary_size(student), vocabulary_size(teacher)),
             decoder_starts=_decoder_starts(student, teacher),
+            isolate_documents=isolate_documents,
         )
         pair = (method or Method()).join(tokenizers, text)
         return replace(pair, student=student, teacher=pair.frozen(teacher))
@@ -302,11 +314,14 @@ class Distillation:
 
         Raises:
             ValueError: there is no student, a term needs a teacher and there is none, or the models are none that this
-                vocabulary belongs to.
+                vocabulary belongs to; documents are isolated, and the student reads across them.
         """
         student = student or self.student
         if student is None:
             raise ValueError("framework: got no student, neither here nor when the pair was made; give student=MODEL")
+
+        if self.encoder.isolates:
+            check_isolation(student, "student")
 
         method = self.method
         scheduler = CurriculumScheduler(method.curriculum, method.loss, total_steps)
@@ -325,8 +340,10 @@ class Distillation:
         """Make a teacher of a model.
 
         Raises:
-            ValueError: its head has other rows than the vocabulary map.
+            ValueError: its head has other rows than the vocabulary map; documents are isolated, and it reads across them.
         """
+        if self.encoder.isolates:
+            check_isolation(model, "teacher")
         return FrozenTeacher(model, self.vocabulary)
 
     @staticmethod
@@ -410,6 +427,7 @@ class _Text:
     text_starts: tuple[str | None, str | None] = (None, None)
     today: date | None = None
     cache_dir: Any = None
+    isolate_documents: bool = False
 
 
 def _load(name: str, dtype: torch.dtype | str) -> nn.Module:

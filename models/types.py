@@ -107,6 +107,8 @@ class Anchors(_Movable):
     """[B, Q, 2] first byte and end of the student's last token read at each sampled anchor."""
     key_bytes: Tensor
     """[B, T, 2] likewise of every teacher token; padding lies behind every query."""
+    query_begin: Tensor
+    """[B, Q] first byte that a sampled anchor may see: that of its document where documents are isolated."""
     attends: Tensor
     """[B, Q] bool: sampled anchors that see at least two teacher tokens and overlap one."""
     runs: int
@@ -210,6 +212,10 @@ class PairedBatch(_Movable):
     """For the student's encoder; None where it has none. Both models have one, or neither."""
     teacher_source: Source | None = None
     """For the teacher's encoder."""
+    student_positions: Tensor | None = None
+    """[B, S] int64 position of each token in its document, which the model reads by itself; None: windows as they are."""
+    teacher_positions: Tensor | None = None
+    """[B, T] likewise for the teacher."""
     keys: list[bytes] = field(default_factory=list)
     """Key of each window in a store of the teacher's signals (`CachedTeacher`)."""
     signal: TeacherSignal | None = None
@@ -262,10 +268,10 @@ class PairedBatch(_Movable):
         Both sides score exactly the same bytes of text; end-of-text tokens and markup are not scored.
         """
         if side == "student":
-            inputs = _model_inputs(self.student_ids, self.student_mask, self.student_source)
+            inputs = _model_inputs(self.student_ids, self.student_mask, self.student_source, self.student_positions)
             return inputs, _text_labels(self.labels, self.end_of_text[0], self.student_markup)
 
-        inputs = _model_inputs(self.teacher_ids, self.teacher_mask, self.teacher_source)
+        inputs = _model_inputs(self.teacher_ids, self.teacher_mask, self.teacher_source, self.teacher_positions)
         return inputs, _text_labels(self.teacher_labels, self.end_of_text[1], self.teacher_markup)
 
     def teacher_nll(self, signal: TeacherSignal) -> tuple[float, int]:
@@ -279,8 +285,16 @@ class PairedBatch(_Movable):
         return -float(realised.sum()), int(is_scored.sum())
 
 
-def _model_inputs(ids: Tensor, mask: Tensor, source: Source | None) -> dict[str, Tensor]:
+def _model_inputs(
+    ids: Tensor,
+    mask: Tensor,
+    source: Source | None,
+    positions: Tensor | None,
+) -> dict[str, Tensor]:
     """Return keyword arguments for a model; with a source, for its encoder and its decoder."""
+    # transformers takes documents from their positions only where there is no mask; padding lies behind the text.
+    if positions is not None:
+        return {"input_ids": ids, "position_ids": positions}
     if source is None:
         return {"input_ids": ids, "attention_mask": mask}
 

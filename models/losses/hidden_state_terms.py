@@ -156,15 +156,17 @@ def attention_loss(states: ComparedStates) -> Tensor:
     """Return the cross-entropy of the student's attention over teacher states, summed over sampled anchors.
 
     The student is to attend to the teacher's tokens that cover the bytes of its own last token. A key is visible if it
-    ends where the query ends or before, in bytes: that is the causal mask across tokenizers. Divided by the log of the
-    number of visible keys, which is the cross-entropy of a student that cannot tell them apart.
+    ends where the query ends or before, in bytes: that is the causal mask across tokenizers. It begins in the query's
+    document, where documents are isolated. Divided by the log of the number of visible keys, which is the cross-entropy
+    of a student that cannot tell them apart.
     """
     anchors = states.anchors
     query_start, query_end = anchors.query_bytes.unsqueeze(2).unbind(-1)  # [B, Q, 1]
     key_start, key_end = anchors.key_bytes.unsqueeze(1).unbind(-1)  # [B, 1, T]
 
     # The first position of the teacher is no key: its state is extreme (massive activations).
-    is_visible = key_end <= query_end  # [B, Q, T]
+    query_begin = anchors.query_begin.unsqueeze(2)  # [B, Q, 1]
+    is_visible = (key_end <= query_end) & (key_start >= query_begin)  # [B, Q, T]
     is_visible[..., 0] = False
 
     # The target of a query: each visible key's share of its bytes.

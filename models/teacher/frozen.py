@@ -79,6 +79,7 @@ class FrozenTeacher:
         ids: Tensor,
         layers: Sequence[int],
         source: Source | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the model's body outside of autocast, on ids that lie on any device; see `body_layers`.
 
@@ -88,7 +89,9 @@ class FrozenTeacher:
             device = input_device(self.model)
             if source is not None:
                 source = source.to(device)
-            return body_layers(self.model, ids.to(device), layers, source)
+            if positions is not None:
+                positions = positions.to(device)
+            return body_layers(self.model, ids.to(device), layers, source, positions)
 
     @torch.no_grad()
     def signal(
@@ -112,7 +115,7 @@ class FrozenTeacher:
         batch = batch.to(device, non_blocking=True)
 
         with torch.autocast(device.type, enabled=False):
-            states, hidden = self.states(batch.teacher_ids, layers, batch.teacher_source)
+            states, hidden = self.states(batch.teacher_ids, layers, batch.teacher_source, batch.teacher_positions)
             position = batch.teacher_held[batch.asked]
             next_ids = batch.teacher_ids.flatten().roll(-1)
             states = states.flatten(0, 1).to(device)

@@ -34,6 +34,8 @@ class WindowAnchors(NamedTuple):
     """[Q] first byte of the student's last token read at each sampled anchor."""
     query_end: np.ndarray
     """[Q] end of that token."""
+    query_begin: np.ndarray
+    """[Q] first byte that it may see: that of its document where documents are isolated."""
     attends: np.ndarray
     """[Q] bool."""
 
@@ -41,6 +43,7 @@ class WindowAnchors(NamedTuple):
 def collect_anchors(
     readings: tuple[Sequence[Reading], Sequence[Reading]],
     aligned: Sequence[Alignment],
+    begins: tuple[Sequence[np.ndarray], Sequence[np.ndarray]],
     widths: tuple[int, int],
     router: RouterConfig,
 ) -> Anchors:
@@ -49,6 +52,7 @@ def collect_anchors(
     Args:
         readings: of student and teacher, one a window.
         aligned: one a window.
+        begins: of student and teacher, one a window: tokens at which documents begin that models read by themselves.
         widths: positions of a padded row of student and teacher.
         router: how many anchors are sampled, and how long a run is.
     """
@@ -61,7 +65,12 @@ def collect_anchors(
 
     # Positions are flat in the batch; anchors and runs of a window are numbered on from those of the windows before it.
     for number, alignment in enumerate(aligned):
-        part = _window_anchors(alignment, student_readings[number], teacher_readings[number], router)
+        part = _window_anchors(
+            alignment,
+            (student_readings[number], teacher_readings[number]),
+            (begins[0][number], begins[1][number]),
+            router,
+        )
         parts.append(
             part._replace(
                 student=part.student + number * student_width,
@@ -88,9 +97,10 @@ def collect_anchors(
         # Padding lies behind every text, where no query sees it.
         key_bytes=_padded_ranges(
             [reading.starts for reading in teacher_readings],
-            [reading.ends for reading in teacher_readings],
+            [_key_ends(*pair) for pair in zip(teacher_readings, begins[1], strict=True)],
             BEHIND,
         ),
+        query_begin=_padded([part.query_begin for part in parts], 0),
         attends=_padded([part.attends for part in parts], 0).bool(),
         runs=runs,
     )
@@ -98,13 +108,14 @@ def collect_anchors(
 
 def _window_anchors(
     alignment: Alignment,
-    student: Reading,
-    teacher: Reading,
+    readings: tuple[Reading, Reading],
+    begins: tuple[np.ndarray, np.ndarray],
     router: RouterConfig,
 ) -> WindowAnchors:
     """Find the anchors of a window, divide them into runs, and sample some of them, spread evenly."""
-    # The first position of either model is left out: its state is extreme (massive activations).
-    is_first = (alignment.student == 0) | (alignment.teacher == 0)
+    student, teacher = readings
+    # The first position that either model sees is left out: its state is extreme (massive activations).
+    is_first = np.isin(alignment.student, begins[0]) | np.isin(alignment.teacher, begins[1])
     rows = np.flatnonzero((alignment.depth == 0) & ~is_first)
     positions = alignment.student[rows]
     count = len(rows)
@@ -119,6 +130,11 @@ def _window_anchors(
     query_start = student.starts[last_read]
     query_end = student.ends[last_read]
 
+    # Both models begin a document at the same byte, or the slot before it.
+    document = np.searchsorted(begins[0], last_read, side="right") - 1
+    first_bytes = np.minimum(student.starts[begins[0]], teacher.starts[begins[1]])
+    query_begin = first_bytes[document]
+
     return WindowAnchors(
         student=positions,
         teacher=alignment.teacher[rows],
@@ -127,18 +143,33 @@ def _window_anchors(
         sampled=sampled,
         query_start=query_start,
         query_end=query_end,
-        attends=_attends(query_start, query_end, teacher),
+        query_begin=query_begin,
+        attends=_attends(
+            np.stack([query_begin, query_start, query_end]),
+            teacher._replace(ends=_key_ends(teacher, begins[1])),
+        ),
     )
 
 
-def _attends(query_start: np.ndarray, query_end: np.ndarray, teacher: Reading) -> np.ndarray:
-    """Return [Q] bool: the query sees at least two teacher tokens after the first, and overlaps one of these."""
-    query_start = query_start[:, None]
-    query_end = query_end[:, None]
+def _key_ends(teacher: Reading, begins: np.ndarray) -> np.ndarray:
+    """Return [T] ends of the teacher's tokens as keys: the first of a later document lies behind every query."""
+    ends = teacher.ends.copy()
+    ends[begins[1:]] = BEHIND
+    return ends
+
+
+def _attends(query: np.ndarray, teacher: Reading) -> np.ndarray:
+    """Return [Q] bool: the query sees at least two teacher tokens after the first, and overlaps one of these.
+
+    Args:
+        query: [3, Q] the first byte that it may see, first byte and end of its token.
+        teacher: tokens as keys.
+    """
+    query_begin, query_start, query_end = query[:, :, None]
     key_start = teacher.starts[None, 1:]
     key_end = teacher.ends[None, 1:]
 
-    is_visible = key_end <= query_end  # [Q, T - 1]
+    is_visible = (key_end <= query_end) & (key_start >= query_begin)  # [Q, T - 1]
     overlap = np.minimum(key_end, query_end) - np.maximum(key_start, query_start)
     overlaps = (overlap > 0) & is_visible
     return (is_visible.sum(1) > 1) & overlaps.any(1)

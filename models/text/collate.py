@@ -27,7 +27,7 @@ from .anchors import collect_anchors
 from .padding import pad_rows
 from .tokens import MARKER, MISMATCH, WRITTEN, Reading
 from .vocabulary import VocabularyMap
-from .windows import OWN, SIDES, _reading
+from .windows import OWN, SIDES, _reading, document_begins
 
 Window = Mapping[str, Any]
 """A window as `PairEncoder.windows` makes it."""
@@ -135,6 +135,7 @@ class PairCollator:
             anchors = collect_anchors(
                 readings=(student.readings, teacher.readings),
                 aligned=aligned,
+                begins=(student.begins, teacher.begins),
                 widths=(student.width, teacher.width),
                 router=self.router,
             )
@@ -158,6 +159,8 @@ class PairCollator:
             teacher_markup=_tensor(teacher.markup),
             student_source=student.source,
             teacher_source=teacher.source,
+            student_positions=student.positions,
+            teacher_positions=teacher.positions,
             counts=counts,
             given=None if given.all() else _tensor(given),
             anchors=anchors,
@@ -244,6 +247,19 @@ class _PaddedSide:
     """Flat positions that predict markup."""
     source: Source | None
     """Input of the encoder, where there is one."""
+    begins: list[np.ndarray]
+    """For each window, the tokens at which its isolated documents begin."""
+
+    @property
+    def positions(self) -> Tensor | None:
+        """[B, S] position of each token in its document; None where every window holds one document."""
+        if all(len(begins) == 1 for begins in self.begins):
+            return None
+
+        # Padding goes on from the last document, behind which nothing sees it.
+        places = np.arange(self.width)
+        rows = [places - begins[np.searchsorted(begins, places, side="right") - 1] for begins in self.begins]
+        return torch.from_numpy(np.stack(rows))
 
     @property
     def width(self) -> int:
@@ -278,6 +294,7 @@ def _pad_side(
         labels=pad_rows(labels, IGNORE),
         markup=_markup_positions(readings, ids.shape[1]),
         source=_pad_source(sources),
+        begins=[document_begins(window, side) for window in windows],
     )
 
 

@@ -106,6 +106,7 @@ class TextSettings:
     text_starts: tuple[str | None, str | None]
     today: date | None
     cache_dir: Path
+    isolate_documents: bool
 
 
 @dataclass(frozen=True)
@@ -228,6 +229,7 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
             text_starts=(config.student.text_start, config.teacher.text_start),
             today=today or conversation_date.choose(config).day,
             cache_dir=cache_dir() / "vocabularies",
+            isolate_documents=config.data.isolate_documents,
         )
         pair = method.join(tokenizers, text)
         for note in pair.encoder.notes(corpus.train):
