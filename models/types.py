@@ -213,7 +213,8 @@ class PairedBatch(_Movable):
     teacher_source: Source | None = None
     """For the teacher's encoder."""
     student_positions: Tensor | None = None
-    """[B, S] int64 position of each token in its document, which the model reads by itself; None: windows as they are."""
+    """[B, S] int64 position of each token in its document, which the student reads by itself; None: the windows are
+    read as a whole."""
     teacher_positions: Tensor | None = None
     """[B, T] likewise for the teacher."""
     keys: list[bytes] = field(default_factory=list)

@@ -207,12 +207,14 @@ def _begins_of_answers(encoder: PairEncoder, student: Reading, teacher: Reading)
 
 def _within_document(place: _Place, window: Mapping[str, Any]) -> _Place:
     """Return a place without the documents before its own, where models do not see those."""
-    tokens = {}
-    for side in SIDES:
-        prompt = getattr(place, side)
+    parts = []
+    for side, prompt in zip(SIDES, (place.student, place.teacher), strict=True):
         begins = document_begins(window, side)
-        tokens[side] = slice(int(begins[begins <= prompt.stop][-1]), prompt.stop)
-    return place._replace(**tokens)
+        last_begin = begins[begins < prompt.stop][-1]
+        parts.append(slice(int(last_begin), prompt.stop))
+
+    student, teacher = parts
+    return place._replace(student=student, teacher=teacher)
 
 
 def _space_before(reading: Reading, number: int, begin: int, table: TokenTable) -> bytes:
