@@ -340,7 +340,7 @@ class Distillation:
         """Make a teacher of a model.
 
         Raises:
-            ValueError: its head has other rows than the vocabulary map; documents are isolated, and it reads across them.
+            ValueError: its head has other rows than the vocabulary map, or it reads across isolated documents.
         """
         if self.encoder.isolates:
             check_isolation(model, "teacher")

@@ -44,7 +44,8 @@ def book(blocks: list[int], config: RouterConfig, padding: int = 2) -> tuple[Anc
         aligned.append(Alignment(2 * m - 1, 3 * m - 1, none, none, none, none, none, none, 0))
     student, teacher = ([reading(per * n, 6 // per) for n in blocks] for per in TOKENS.values())
     widths = tuple(per * max(blocks) + padding for per in TOKENS.values())
-    anchors = collect_anchors((student, teacher), aligned, widths, config)
+    begins = [np.zeros(1, dtype=np.int64)] * len(student)
+    anchors = collect_anchors((student, teacher), aligned, (begins, begins), widths, config)
     anchors.key_bytes = F.pad(anchors.key_bytes, (0, 0, 0, padding), value=BEHIND)
     return anchors, count_items(anchors)
 
