@@ -134,7 +134,7 @@ def forecast_on(
     """Return the bytes at the peak of a run's step on a device, by their purpose."""
     setting = step_memory.StepSetting(
         student=student,
-        teacher=teacher,
+        teachers=(teacher,),
         length=config.data.max_length,
         precision=choose_precision(config.training.mixed_precision, device).value,
         device=device,

@@ -28,10 +28,17 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, get_scheduler
 from transformers.utils import logging as transformers_logging
 
-from models.config import CurriculumConfig, LossConfig, Term
+from models.chosen_positions import with_places
+from models.config import CurriculumConfig, LossConfig, Term, values_of
 from models.distillation import Distillation, Method
-from models.types import PairedBatch, TeacherSignal
+from models.distillation_framework import DistillationFramework
+from models.losses.selection import STORED
+from models.text.collate import PLACES
+from models.types import DistillationOutput, PairedBatch, TeacherSignal
+from utils.parallel.accelerator import build_accelerator
 from utils.pretrained.layers import LayerChoice, choose_layers, keep_layers
+from utils.training.measurements import HostSum, StepSums, TermGradients
+from utils.training.step_statistics import StepStatistics
 
 # without it every large temporary is mapped and unmapped again, a third of a step's time on a CPU
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
@@ -345,8 +352,7 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
     framework = distillation.framework(steps, student=student)
     signals = []
     if variant.is_taught:
-        layers = framework.router.teacher_layers if framework.router is not None else ()
-        signals = pair.signals(variant.loss.top_k, layers)
+        signals = pair.signals(variant.loss.top_k, framework.router.teacher_layers if framework.router else ())
     gold = Gold() if variant.gold else None
 
     if framework.router is not None:
@@ -355,19 +361,21 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
     optimizer = torch.optim.AdamW(groups, lr=pair.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = get_scheduler("cosine", optimizer, steps // 20, steps)
 
-    # 2. Steps, on the same batches for every variant.
-    started = time.time()
+    # 2. Steps, on the same batches for every variant; the choice of positions is a part of the training's time.
+    started = time.process_time()
+    chosen_windows = _windows_of(pair, variant, student)
     last_bits: list[float] = []
     terms: dict[str, float] = {}
+    statistics = StepStatistics(framework)
     student.train()
     for step, chosen in zip(range(steps), window_order(len(pair.windows), size, seed), strict=False):
-        windows = [pair.windows[i] for i in chosen]
+        windows = [chosen_windows[i] for i in chosen]
         batch = distillation.collate(windows)
         if gold is not None:
             gold(student, pair.teacher.model, batch, windows).backward()
         else:
-            signal = _signal_of(pair, variant, signals, chosen) if variant.is_taught else None
-            output = framework(batch, step, signal=signal)
+            signal = _signal_of(pair, variant, signals, chosen_windows, chosen) if variant.is_taught else None
+            output = _forward(framework, statistics, batch, step, signal)
             output.loss.backward()
             terms = {name: term.sum.item() / max(term.count, 1) for name, term in output.terms.items()}
             if step >= steps - 100 and "lm" in output.terms:
@@ -381,17 +389,57 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
     return student, {
         "terms": terms,
         "training_bits_per_byte": float(np.mean(last_bits)) if last_bits else None,
-        "seconds": round(time.time() - started),
+        "seconds": time.process_time() - started,
         "epochs": round(steps * size / len(pair.windows), 2),
     }
 
 
-def _signal_of(pair: Pair, variant: Variant, signals: list[TeacherSignal], chosen: np.ndarray) -> TeacherSignal:
-    """Return the stored signal of a batch of windows, at the depths that a variant learns from."""
+def _forward(
+    framework: DistillationFramework,
+    statistics: StepStatistics,
+    batch: PairedBatch,
+    step: int,
+    signal: TeacherSignal | None,
+) -> DistillationOutput:
+    """Return the output of a step of one micro-batch, and take from it what the next step's weights are made of."""
+    if not statistics.is_used:
+        return framework(batch, step, signal=signal)
+
+    trained = [parameter for parameter in framework.student.parameters() if parameter.requires_grad]
+    sums = StepSums(gradients=TermGradients(trained) if statistics.needs_gradients else None)
+    term_graphs = statistics.needs_gradients
+    output = framework(batch, step, signal=signal, term_graphs=term_graphs, **statistics.options())
+    if sums.gradients is not None:
+        sums.gradients.add(output, batch.counts)
+    sums.add(output, is_idle=False)
+
+    accelerator = build_accelerator("no", cpu=True)
+    statistics.take(sums, batch.counts, host=HostSum(accelerator, []), accelerator=accelerator)
+    return output
+
+
+def _windows_of(pair: Pair, variant: Variant, student: torch.nn.Module) -> Sequence[dict]:
+    """Return the training windows, with positions that the untrained student chooses where a variant asks for it."""
+    if not variant.is_taught or variant.loss.select_by != STORED:
+        return pair.windows
+    share = max(values_of(variant.curriculum.select))
+    return with_places(pair.windows, pair.under(variant).collate, student, share)
+
+
+def _signal_of(
+    pair: Pair,
+    variant: Variant,
+    signals: list[TeacherSignal],
+    windows: Sequence[dict],
+    chosen: np.ndarray,
+) -> TeacherSignal:
+    """Return the stored signal of a batch of windows, at the depths and positions that a variant learns from."""
     rows = []
     for number in chosen:
         depth = pair.distillation.collate([pair.windows[number]]).depth
-        rows.append((depth <= variant.loss.max_depth).nonzero()[:, 0])
+        row = (depth <= variant.loss.max_depth).nonzero()[:, 0]
+        places = windows[number].get(PLACES)
+        rows.append(row if places is None else row[torch.from_numpy(places >= 0)])
     return join([signals[number] for number in chosen], rows)
 
 

@@ -132,6 +132,14 @@ class CurriculumConfig(Validated):
     select: Schedule = 1.0
     """Share of each window's positions that KD is learned at, above 0 and at most 1: those that `loss.select_by` puts
     first."""
+    sample_weights: Schedule = 0.0
+    """Degree, from 0 to 1, to which KD weighs windows by p(1 - p) of the student's success p in them, which is e to the
+    minus its excess loss over the teacher's in nats per token; 0: all alike. Takes one more pass of the student's
+    head."""
+    balance: Literal["none", "loss", "gradient"] = "none"
+    """Balance of the terms: their weights are divided by the size that each had in the step before, so that they
+    contribute in proportion to their weights. The size is the loss, or the norm of its gradient, which takes one more
+    backward pass of each term. At most 10 times up or down."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -154,6 +162,10 @@ class CurriculumConfig(Validated):
                 "KD give it the weight 0"
             )
 
+        degrees = [f"{degree:g}" for degree in values_of(self.sample_weights) if not 0 <= degree <= 1]
+        if degrees:
+            raise ValueError(f"sample_weights is a degree from 0 (all windows alike) to 1, got {', '.join(degrees)}")
+
     @classmethod
     def of_weights(cls, weights: Mapping[str, Schedule]) -> "CurriculumConfig":
         """Make a curriculum of the weights of some terms; those of the others are the defaults."""
@@ -173,6 +185,11 @@ class CurriculumConfig(Validated):
     def uses_own_text(self) -> bool:
         """True if the student learns from text that it writes itself, anywhere in the run."""
         return any(values_of(self.on_policy))
+
+    @property
+    def uses_statistics(self) -> bool:
+        """True if a step depends on statistics of the steps before, which a training loop has to give it."""
+        return self.balance != "none" or any(values_of(self.sample_weights))
 
 
 TERMS = {
@@ -223,10 +240,14 @@ class LossConfig(Validated):
     interpolation: Schedule = 1.0
     """Share of the teacher in what KD learns from. 1: the teacher's distributions; below it they are mixed with the
     student's own, in logits, so that a ramp to 1 leads the student to the teacher by targets near to it (TAID)."""
-    select_by: Literal["student_entropy", "teacher_entropy", "divergence", "excess_loss"] = "student_entropy"
-    """Score by which `curriculum.select` puts positions in order: the entropy of either model, the KL divergence
-    between them, or the student's loss over the teacher's. All but teacher_entropy take one more pass of the
-    student's head."""
+    select_by: Literal["student_entropy", "first_student", "teacher_entropy", "divergence", "excess_loss"] = (
+        "student_entropy"
+    )
+    """Score by which `curriculum.select` puts positions in order: the entropy of the student as it is or was before
+    training (first_student), that of the teacher, the KL divergence between them, or the student's loss over the
+    teacher's. first_student reads the training text once before the first step; from then on the teacher's head and a
+    cache only see the largest share of the run. All others but teacher_entropy take one more pass of the student's head
+    in every step."""
     max_depth: Annotated[int, Ge(0)] = 16
     """How many student tokens into a teacher token KD still applies; 0: common boundaries only."""
     correction: Literal["span", "channel", "none"] = "span"

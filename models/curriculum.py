@@ -2,9 +2,10 @@
 
 import math
 import warnings
+from collections.abc import Mapping
 from itertools import pairwise
 
-from .config import CurriculumConfig, LossConfig, Ramp, Schedule
+from .config import CurriculumConfig, LossConfig, Ramp, Schedule, values_of
 from .divergences import MIXED
 from .validation import expect, expect_count
 
@@ -30,8 +31,38 @@ def value_at(schedule: Schedule, progress: float) -> float:
     return low + (high - low) * share
 
 
+MOST_BALANCE = 10.0
+"""Most of the factor by which a balance changes a weight, and its inverse the least."""
+
+
+def balanced(weights: Mapping[str, float], sizes: Mapping[str, float]) -> dict[str, float]:
+    """Return weights under which terms contribute to the total in proportion to what the weights say.
+
+    Each is multiplied by the weighted mean of all sizes over the size of its term, so that the total stays what it was.
+    The idea of a ratio without a gradient is NeMo-RL's.
+
+    Args:
+        sizes: of each term in the step before: its loss, or the norm of its gradient; a term without one keeps its
+            weight.
+    """
+    result = dict(weights)
+    compared = [name for name, weight in weights.items() if weight and name in sizes]
+    contributed = sum(weights[name] * sizes[name] for name in compared)
+    if len(compared) < 2 or contributed <= 0:
+        return result
+
+    mean = contributed / sum(weights[name] for name in compared)
+    for name in compared:
+        # Bounded before the division: a term that has nothing left to teach has the size 0.
+        bounded = min(max(sizes[name], mean / MOST_BALANCE), mean * MOST_BALANCE)
+        result[name] *= mean / bounded
+    return result
+
+
 class CurriculumScheduler:
     """Weights and scalars as a pure function of the optimizer step: it has no state that a resume could lose.
+
+    A balance takes the sizes of the terms besides, which are given to it.
 
     Args:
         curriculum: the weight of every term.
@@ -66,7 +97,12 @@ class CurriculumScheduler:
             self._scalars["interpolation"] = loss.interpolation
         if curriculum.select != 1:
             self._scalars["select"] = curriculum.select
+        if curriculum.sample_weights != 0:
+            self._scalars["sample_weights"] = curriculum.sample_weights
 
+        self.balance = curriculum.balance
+        self.uses_statistics = curriculum.uses_statistics
+        self.weights_windows = any(values_of(curriculum.sample_weights))
         self._own_text = curriculum.on_policy
         self.uses_own_text = curriculum.uses_own_text
 
@@ -92,9 +128,16 @@ class CurriculumScheduler:
             )
         return min(1.0, step / self.total_steps)
 
-    def weights(self, step: int | None) -> dict[str, float]:
-        """Return the weight of every term at an optimizer step."""
-        return {name: value_at(schedule, self.progress(step)) for name, schedule in self._weights.items()}
+    def weights(self, step: int | None, sizes: Mapping[str, float] | None = None) -> dict[str, float]:
+        """Return the weight of every term at an optimizer step.
+
+        Args:
+            sizes: of terms in the step before, for a balance; None: nothing is known of it.
+        """
+        weights = {name: value_at(schedule, self.progress(step)) for name, schedule in self._weights.items()}
+        if self.balance == "none" or sizes is None:
+            return weights
+        return balanced(weights, sizes)
 
     def scalars(self, step: int | None) -> dict[str, float]:
         """Return every other scheduled scalar at an optimizer step."""

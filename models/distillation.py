@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .config import CurriculumConfig, LossConfig, RouterConfig, Term
+from .chosen_positions import places_of
+from .config import CurriculumConfig, LossConfig, RouterConfig, Schedule, Term
 from .curriculum import CurriculumScheduler
 from .distillation_framework import DistillationFramework
 from .language_model import check_isolation, context_length, vocabulary_size
@@ -23,12 +24,16 @@ from .losses.chunk_size import chunk_rows
 from .student_aware_router import ROUTER_TERMS
 from .teacher.cached import CachedTeacher, RememberingCollator
 from .teacher.frozen import FrozenTeacher
+from .teacher.listed import ListedTeacher
+from .teacher.mixture import Member, Mix, TeacherMixture
+from .text.chat import ConversationSettings
 from .text.chat_template import tokenizers_for_chat
 from .text.collate import PairCollator, count_channel, read_and_learned
 from .text.encoder_decoder import make_encoder
+from .text.mixed_batches import Collate, MixedCollator, as_pair
 from .text.own_text import OwnPrompt, OwnText, own_prompt, own_window, require_own_text, stop_ids
 from .text.vocabulary import VocabularyMap
-from .text.windows import ModelFacts, PairEncoder
+from .text.windows import ModelFacts, PairEncoder, sides_of
 from .types import PairedBatch
 from .validation import Validated, expect
 
@@ -40,7 +45,7 @@ Conversation = list[Mapping[str, Any]]
 
 
 class TextSettings(Protocol):
-    """Facts of a run's text and models that `Method.join` needs; values of a pair: student, teacher."""
+    """Facts of a run's text and models that `Method.join` needs; values of a pair: student, teacher or teachers."""
 
     @property
     def max_length(self) -> int:
@@ -55,7 +60,11 @@ class TextSettings(Protocol):
         """The part of conversations that is learned: the assistant's, or everything."""
 
     @property
-    def rows(self) -> tuple[int, int]:
+    def learn_reasoning(self) -> bool:
+        """False: the thinking before an answer is read, and not learned."""
+
+    @property
+    def rows(self) -> tuple[int, ...]:
         """Rows of the heads."""
 
     @property
@@ -63,7 +72,7 @@ class TextSettings(Protocol):
         """Ids that the decoders of encoder-decoder models begin with; None: causal models."""
 
     @property
-    def text_starts(self) -> tuple[str | None, str | None]:
+    def text_starts(self) -> tuple[str | None, ...]:
         """Tokens that plain text starts with; None: chosen by `models.text.text_start`."""
 
     @property
@@ -80,6 +89,16 @@ class TextSettings(Protocol):
 
 
 @dataclass(frozen=True)
+class TeacherShare(Validated):
+    """The part that one of several teachers has."""
+
+    weight: Schedule = 1.0
+    """Beside those of the others; a ramp follows the run."""
+    only_for: tuple[str, ...] = ()
+    """Sources of text that it is asked about; empty: all."""
+
+
+@dataclass(frozen=True)
 class Method(Validated):
     """Settings of what is learned: they make a pair of two tokenizers."""
 
@@ -89,6 +108,10 @@ class Method(Validated):
     """Which terms weigh how much, and when."""
     router: RouterConfig = field(default_factory=RouterConfig)
     """For the terms on hidden states, if the curriculum uses any."""
+    teachers: tuple["TeacherShare", ...] = ()
+    """Shares of several teachers, in the order of their models; empty: there is one."""
+    mix: Mix = "weights"
+    """How several teachers are weighed."""
 
     @property
     def compares_states(self) -> bool:
@@ -112,24 +135,39 @@ class Method(Validated):
     @staticmethod
     def chat_tokenizers(
         tokenizers: dict[str, PreTrainedTokenizerBase],
+        variables: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
-        """Return tokenizers that can write conversations, and what their own templates lack, in words."""
-        return tokenizers_for_chat(tokenizers)
+        """Return tokenizers that can write conversations, and what their own templates lack, in words.
+
+        Args:
+            variables: by role, values for the variables of its chat template.
+
+        Raises:
+            ValueError: a template has no such variable.
+        """
+        return tokenizers_for_chat(tokenizers, variables)
 
     def join(self, tokenizers: dict[str, PreTrainedTokenizerBase], text: TextSettings) -> "Distillation":
-        """Make the pair of two tokenizers, without models.
+        """Make the pair of two tokenizers, without models; with several teachers, the pair of them all.
+
+        Args:
+            tokenizers: of `student` and `teacher`; of further teachers as `teacher_2` and so on.
 
         Raises:
             ValueError: a tokenizer does not fit; see `PairEncoder` and `VocabularyMap.build`.
         """
+        if self.teachers:
+            return self._join_several(tokenizers, text)
+
         student, teacher = tokenizers["student"], tokenizers["teacher"]
+        conversations = None
+        if text.conversations:
+            conversations = ConversationSettings(text.learn_from, text.learn_reasoning, text.today)
         encoder = make_encoder(
             (student, teacher),
             text.max_length,
-            conversations=text.conversations,
-            learn_from=text.learn_from,
+            conversations=conversations,
             starts=text.decoder_starts,
-            today=text.today,
             facts=ModelFacts(text.rows, text.text_starts),
         )
         # An example of an encoder-decoder pair has a window to itself.
@@ -145,6 +183,60 @@ class Method(Validated):
             method=self,
             tokenizers=tokenizers,
         )
+
+    def _join_several(
+        self,
+        tokenizers: dict[str, PreTrainedTokenizerBase],
+        text: TextSettings,
+    ) -> "Distillation":
+        """Make the pair of a student and several teachers, which has a pair for each of them as `members`.
+
+        Raises:
+            ValueError: a tokenizer does not fit, or the text is one that several teachers cannot read together.
+        """
+        if text.conversations or text.decoder_starts is not None:
+            kind = "encoder-decoder models" if text.decoder_starts is not None else "conversations"
+            raise ValueError(
+                f"got {len(self.teachers)} teachers and {kind}, expected plain text: each model writes a conversation "
+                "in its own way. Give one teacher, or read the text as plain: --set data.text_column=NAME"
+            )
+
+        names = sides_of(1 + len(self.teachers))
+        student, *of_teachers = (tokenizers[name] for name in names)
+        encoder = PairEncoder(
+            student,
+            of_teachers[0],
+            text.max_length,
+            ModelFacts(text.rows, text.text_starts),
+            further=of_teachers[1:],
+        )
+
+        members = []
+        single = replace(self, teachers=())
+        for number, tokenizer in enumerate(of_teachers):
+            rows = text.rows[1 + number]
+            vocabulary = VocabularyMap.build(student, tokenizer, text.rows[0], rows, cache_dir=text.cache_dir)
+            members.append(
+                Distillation(
+                    encoder=encoder.beside(number),
+                    vocabulary=vocabulary,
+                    # The first teacher's hidden states are those that are compared.
+                    method=single if number == 0 else single.without_states(),
+                    tokenizers={"student": student, "teacher": tokenizer},
+                )
+            )
+        return Distillation(
+            encoder=encoder,
+            vocabulary=members[0].vocabulary,
+            method=self,
+            tokenizers=tokenizers,
+            members=tuple(members),
+        )
+
+    def without_states(self) -> "Method":
+        """Return the method without terms on hidden states."""
+        weights: dict[str, Any] = {name: Term(0.0) for name in ROUTER_TERMS}
+        return replace(self, curriculum=replace(self.curriculum, **weights))
 
     def describe_head(self, student: nn.Module, device: torch.device) -> list[str]:
         """Choose how the student's head computes on a device, and say it, a line for each choice.
@@ -178,9 +270,12 @@ class Distillation:
     method: Method = field(default_factory=Method)
     """Loss, curriculum and router."""
     student: nn.Module | None = None
-    teacher: FrozenTeacher | CachedTeacher | None = None
+    teacher: FrozenTeacher | CachedTeacher | TeacherMixture | None = None
     tokenizers: dict[str, PreTrainedTokenizerBase] | None = None
     """Of `student` and `teacher`, as the text needs them: for conversations with a chat template."""
+    members: tuple["Distillation", ...] = ()
+    """With several teachers, the pair of the student and each of them; the rest of this pair is then of the first
+    one, but for its windows, which hold the tokens of all."""
 
     @classmethod
     def from_pretrained(
@@ -270,8 +365,10 @@ class Distillation:
         return replace(pair, student=student, teacher=pair.frozen(teacher))
 
     @cached_property
-    def collate(self) -> PairCollator:
+    def collate(self) -> PairCollator | MixedCollator:
         """The collator: windows -> a `PairedBatch`, for a DataLoader's `collate_fn` too."""
+        if self.members:
+            return self.collate_mixed([member.collate for member in self.members])
         router = self.method.router if self.method.compares_states else None
         return PairCollator(self.vocabulary, self.encoder.end_of_text, self.method.loss.max_depth, router)
 
@@ -303,7 +400,7 @@ class Distillation:
         total_steps: int,
         *,
         student: nn.Module | None = None,
-        teacher: FrozenTeacher | CachedTeacher | None = None,
+        teacher: FrozenTeacher | CachedTeacher | TeacherMixture | None = None,
     ) -> DistillationFramework:
         """Make the module that is trained: its forward is the loss of one micro-batch.
 
@@ -346,6 +443,26 @@ class Distillation:
             check_isolation(model, "teacher")
         return FrozenTeacher(model, self.vocabulary)
 
+    def listed(self, source: Any) -> ListedTeacher:
+        """Make a teacher of a source of lists, such as a server; see `ListedTeacher`."""
+        return ListedTeacher(source, self.vocabulary)
+
+    def mixture(self, teachers: Sequence[FrozenTeacher | CachedTeacher]) -> TeacherMixture:
+        """Make one teacher of several, in the order of `members`."""
+        parts = zip(self.members, teachers, self.method.teachers, strict=True)
+        members = [Member(teacher, pair.vocabulary, share.weight) for pair, teacher, share in parts]
+        return TeacherMixture(members, self.method.mix)
+
+    def collate_mixed(self, collators: Sequence[Collate]) -> MixedCollator:
+        """Make one collator of those of several teachers, in the order of `members`."""
+        only_for = tuple(share.only_for for share in self.method.teachers)
+        return MixedCollator(tuple(collators), only_for)
+
+    @staticmethod
+    def window_of_member(window: Mapping[str, Any], number: int) -> dict[str, Any]:
+        """Return a window as the student and one of several teachers read it; `number` counts from 0."""
+        return as_pair(window, number)
+
     @staticmethod
     def cached(teacher: FrozenTeacher | None, memory: Any) -> CachedTeacher:
         """Make a teacher that answers from memory; see `CachedTeacher`."""
@@ -379,6 +496,13 @@ class Distillation:
         """Make a window of the tokens that the student sampled behind a prompt."""
         return own_window(self.encoder, prompt, sampled)
 
+    # ------------------------------------------------------- positions that KD is learned at
+
+    @staticmethod
+    def places_of(batch: PairedBatch, student: nn.Module, share: float) -> list[Any]:
+        """Return the places of each window's positions by the student's entropy; see `models.chosen_positions`."""
+        return places_of(batch, student, share)
+
     # ------------------------------------------------------- for the log
 
     @staticmethod
@@ -392,7 +516,14 @@ class Distillation:
 
     def with_counted_channel(self, windows: Sequence[dict[str, Any]]) -> "Distillation":
         """Return the pair with the channel counted on some windows, for `loss.correction: channel`."""
-        return replace(self, vocabulary=self.vocabulary.with_channel(count_channel(windows)))
+        if not self.members:
+            return replace(self, vocabulary=self.vocabulary.with_channel(count_channel(windows)))
+
+        members = []
+        for number, member in enumerate(self.members):
+            read_by_member = [as_pair(window, number) for window in windows]
+            members.append(member.with_counted_channel(read_by_member))
+        return replace(self, vocabulary=members[0].vocabulary, members=tuple(members))
 
 
 def _as_json(number: int, document: Any) -> str:
@@ -421,9 +552,10 @@ class _Text:
 
     max_length: int
     conversations: bool
-    rows: tuple[int, int]
+    rows: tuple[int, ...]
     decoder_starts: tuple[int, int] | None
     learn_from: Literal["completions", "all"] = "completions"
+    learn_reasoning: bool = True
     text_starts: tuple[str | None, str | None] = (None, None)
     today: date | None = None
     cache_dir: Any = None

@@ -29,12 +29,28 @@ from .losses.losses import kl_with_bucket
 from .student_aware_router import StudentAwareRouter
 from .teacher.cached import CachedTeacher, expect_teacher
 from .teacher.frozen import FrozenTeacher
+from .teacher.mixture import MixtureProjection, TeacherMixture
 from .teacher.projection import Projection
 from .text.vocabulary import VocabularyMap
-from .types import A_BATCH, Difference, DistillationOutput, LossTerm, PairedBatch, SparseTarget, TeacherSignal
+from .types import (
+    A_BATCH,
+    Difference,
+    DistillationOutput,
+    LossTerm,
+    MixtureSignal,
+    PairedBatch,
+    SparseTarget,
+    TeacherSignal,
+)
 from .validation import expect, expect_count, expect_number
 
-Teacher = FrozenTeacher | CachedTeacher
+Teacher = FrozenTeacher | CachedTeacher | TeacherMixture
+
+Signal = TeacherSignal | MixtureSignal
+
+
+SINGLE_TEACHER_TERMS = {"span"}
+"""Terms on the student's head that several teachers cannot be mixed in: the spans of each pair are other ones."""
 
 
 class _Compared(NamedTuple):
@@ -59,7 +75,7 @@ class DistillationFramework(nn.Module):
     Args:
         student: a transformers language model, causal or an encoder-decoder as the teacher is.
         teacher: None trains without a teacher (LM term only).
-        vocabulary: the pair's vocabulary map; needed with a teacher.
+        vocabulary: the pair's vocabulary map; needed with a teacher. Of several teachers that of the first one.
         loss: how the teacher's distribution becomes a loss.
         curriculum: weights over the run.
         router: how hidden states are compared. The router starts uncalibrated: see `calibrate`.
@@ -68,7 +84,8 @@ class DistillationFramework(nn.Module):
         TypeError: an argument of another kind.
         ValueError: for a student whose logits are not head(body(x)), that has nothing to train or that is trained in
             half precision; for a student, a teacher and a vocabulary map that do not belong together; for
-            hidden-state terms without a teacher; for a curriculum that was made for another LossConfig.
+            hidden-state terms without a teacher; for span likelihood with several teachers, whose spans differ; for
+            a curriculum that was made for another LossConfig.
     """
 
     def __init__(
@@ -97,12 +114,15 @@ class DistillationFramework(nn.Module):
         self.curriculum = curriculum
 
         # A batch of another pair is told by tokens beyond these rows.
-        self.projection = None
+        self.projection: Projection | MixtureProjection | None = None
         self._student_rows = vocabulary_size(student)
         self._teacher_rows = None
         if vocabulary is not None:
             self.projection = Projection(vocabulary, loss.correction, loss.min_prefix_mass)
             self._teacher_rows = len(vocabulary.order)
+        if isinstance(teacher, TeacherMixture):
+            _check_terms_of_mixture(curriculum)
+            self.projection = teacher.projection(loss)
 
         self.router = self._make_router(router or RouterConfig())
         self._has_warned = False
@@ -156,8 +176,9 @@ class DistillationFramework(nn.Module):
         *,
         counts: dict[str, int] | None = None,
         measure: bool = False,
-        signal: TeacherSignal | None = None,
+        signal: Signal | None = None,
         term_graphs: bool = False,
+        statistics: Mapping[str, float] | None = None,
     ) -> DistillationOutput:
         """Return the loss of a batch under the weights of an optimizer step, and its terms.
 
@@ -171,12 +192,16 @@ class DistillationFramework(nn.Module):
             signal: the teacher's signal for this batch, if it is there already (`ask`).
             term_graphs: give lm, kd and span graphs of their own, for a look at each one's gradient, at the price of
                 one more pass of the head for each. Without it only the total has a graph with them in it.
+            statistics: of the optimizer steps before, as `fit` gives them: the size of each term by its name, for
+                `curriculum.balance`, and the mean of `output.samples` over the rows of KD as `samples`, for
+                `curriculum.sample_weights`. What is not in it changes nothing.
 
         Returns:
             the weighted total and the raw terms (sum, count).
         """
         self._check_batch(batch)
-        weights = self.curriculum.weights(step)
+        statistics = _checked_statistics(statistics, self.curriculum, step)
+        weights = self.curriculum.weights(step, statistics)
         scalars = self.curriculum.scalars(step)
         if not self.curriculum.used and not measure:
             raise ValueError(
@@ -195,7 +220,7 @@ class DistillationFramework(nn.Module):
 
         # One forward of either body serves all terms; hidden states are only asked for where a term compares them.
         if signal is None:
-            signal = self._ask(batch, computed)
+            signal = self._ask(batch, computed, step)
         if signal is not None:
             signal = signal.to(batch.student_ids.device)
         layers = self.router.student_layers if routed else ()
@@ -205,10 +230,13 @@ class DistillationFramework(nn.Module):
 
         # A term that is only measured is no part of the total. The order of the parts fixes the total's rounding.
         terms: dict[str, LossTerm] = {}
+        samples = None
         parts = []
         if head_shares:
-            head = self._head_terms(batch, states, signal, head_shares, scalars, term_graphs=term_graphs)
+            head_terms = self._head_terms(batch, states, signal, scalars, statistics, with_target="kd" in head_shares)
+            head = _computed(head_terms, head_shares, term_graphs=term_graphs)
             terms |= head.terms
+            samples = head.samples
         if routed:
             terms |= self._hidden_state_terms(batch, hidden, signal, routed, weights)
             parts += [terms[name].sum * shares[name] for name in routed if weights[name]]
@@ -217,23 +245,28 @@ class DistillationFramework(nn.Module):
         loss = torch.stack(parts).sum() if parts else self._no_loss()
 
         scalars["top_k"] = self.loss_config.top_k
-        return DistillationOutput(loss, terms, weights, scalars)
+        return DistillationOutput(loss, terms, weights, scalars, samples)
 
     def ask(
         self,
         batch: PairedBatch,
         step: int | None = None,
         measure: bool = False,
-    ) -> TeacherSignal | None:
+    ) -> Signal | None:
         """Return the teacher's signal that `forward` needs for a batch at that step, on the teacher's device.
 
         Asked before the student works on the batches before it, a teacher on another GPU computes at the same time.
-        None where no term needs the teacher.
+        None where no term needs the teacher, and where it is elsewhere: it begins its answer, and `forward` waits for
+        the rest of it.
         """
         self._check_batch(batch)
         weights = self.curriculum.weights(step)
         terms = self._terms_to_compute(batch, weights, measure, signal=None)
-        return self._ask(batch, terms)
+
+        begin = getattr(self.teacher, "begin", None)
+        if begin is not None and terms - TEXT_TERMS and begin(batch, self.loss_config.top_k):
+            return None
+        return self._ask(batch, terms, step)
 
     # --- before a forward ---------------------------------------------------------------------------------------------
 
@@ -252,11 +285,14 @@ class DistillationFramework(nn.Module):
                     "PairCollator with the framework's vocabulary map, or are student and teacher swapped?"
                 )
 
-    def _ask(self, batch: PairedBatch, terms: set[str]) -> TeacherSignal | None:
+    def _ask(self, batch: PairedBatch, terms: set[str], step: int | None) -> Signal | None:
         """Return the teacher's signal, with hidden states if a term compares them; None if no term needs it."""
         if not terms - TEXT_TERMS:
             return None
         layers = self.router.teacher_layers if terms & {*ROUTER_TERMS} else ()
+        if isinstance(self.teacher, TeacherMixture):
+            progress = self.curriculum.progress(step)
+            return self.teacher.signal(batch, self.loss_config.top_k, layers, progress=progress)
         return self.teacher.signal(batch, self.loss_config.top_k, layers)
 
     def _terms_to_compute(
@@ -264,7 +300,7 @@ class DistillationFramework(nn.Module):
         batch: PairedBatch,
         weights: Mapping[str, float],
         measure: bool,
-        signal: TeacherSignal | None,
+        signal: Signal | None,
     ) -> set[str]:
         """Return the terms with a weight, and with `measure` also those of the others that can be computed.
 
@@ -275,6 +311,8 @@ class DistillationFramework(nn.Module):
         """
         weighted = {name for name, weight in weights.items() if weight}
         terms = {*weights} if measure else weighted
+        if isinstance(self.teacher, TeacherMixture):
+            terms -= SINGLE_TEACHER_TERMS
 
         if self.teacher is None and signal is None:
             impossible = sorted(weighted - TEXT_TERMS)
@@ -286,6 +324,9 @@ class DistillationFramework(nn.Module):
                 )
             return terms & TEXT_TERMS
 
+        if batch.places is not None:
+            terms = self._without_span(terms, weighted)
+
         # A hidden-state term that cannot be computed is an error if it is to teach, and else left unmeasured.
         obstacle = self._obstacle_to_routing(batch, signal)
         if not obstacle:
@@ -295,7 +336,18 @@ class DistillationFramework(nn.Module):
             raise ValueError(f"cannot compute {', '.join(impossible)}: {obstacle}")
         return terms - {*ROUTER_TERMS}
 
-    def _obstacle_to_routing(self, batch: PairedBatch, signal: TeacherSignal | None) -> str:
+    @staticmethod
+    def _without_span(terms: set[str], weighted: set[str]) -> set[str]:
+        """Return the terms that a teacher serves which is only asked about chosen positions."""
+        if "span" in weighted:
+            raise ValueError(
+                "cannot compute span: got windows whose positions were chosen before training, and the teacher is not "
+                "asked for the probability of all of their text; give span the weight 0, or choose with another "
+                "select_by than first_student"
+            )
+        return terms - {"span"}
+
+    def _obstacle_to_routing(self, batch: PairedBatch, signal: Signal | None) -> str:
         """Return what the terms on hidden states lack, with the remedy; empty where they lack nothing."""
         if batch.anchors is None:
             return "the batch has no anchors; give PairCollator the RouterConfig"
@@ -321,40 +373,30 @@ class DistillationFramework(nn.Module):
         self,
         batch: PairedBatch,
         states: Tensor,
-        signal: TeacherSignal | None,
-        shares: Mapping[str, float],
+        signal: Signal | None,
         scalars: Mapping[str, float],
+        statistics: Mapping[str, float],
         *,
-        term_graphs: bool,
-    ) -> HeadResult:
-        """Compute lm, kd and span from the states [B, S, H] that enter the student's head.
-
-        Args:
-            shares: weight / count of each term that is computed.
-        """
-        head = HeadTerms(
+        with_target: bool,
+    ) -> HeadTerms:
+        """Return what computes lm, kd and span from the states [B, S, H] that enter the student's head."""
+        return HeadTerms(
             student=self.student,
             batch=batch,
             states=states.flatten(0, 1)[batch.supervised],
             config=self.loss_config,
             scalars=scalars,
-            signal=signal,
-            target=self._target(batch, signal) if "kd" in shares else None,
+            # Span likelihood and sample weights alone look at it, of a single teacher.
+            signal=None if isinstance(signal, MixtureSignal) else signal,
+            target=self._target(batch, signal) if with_target else None,
+            mean_score=statistics.get("samples"),
         )
-        result = head.compute(shares)
-
-        # The terms of one pass share one graph; each with a graph of its own takes one pass more.
-        if term_graphs:
-            for name, share in shares.items():
-                if share:
-                    result.terms[name].sum = head.compute({name: 1.0}).loss
-        return result
 
     def _hidden_state_terms(
         self,
         batch: PairedBatch,
         hidden: Sequence[Tensor],
-        signal: TeacherSignal,
+        signal: Signal,
         names: Sequence[str],
         weights: Mapping[str, float],
     ) -> dict[str, LossTerm]:
@@ -383,7 +425,7 @@ class DistillationFramework(nn.Module):
     def _target(
         self,
         batch: PairedBatch,
-        signal: TeacherSignal,
+        signal: Signal,
         corrected: bool = True,
     ) -> SparseTarget:
         """Return the teacher's distributions on the student's vocabulary."""
@@ -393,7 +435,7 @@ class DistillationFramework(nn.Module):
     # --- beside training ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def compare(self, batch: PairedBatch, signal: TeacherSignal | None = None) -> dict[str, float]:
+    def compare(self, batch: PairedBatch, signal: Signal | None = None) -> dict[str, float]:
         """Compare student and teacher where both have read exactly the same bytes (depth 0).
 
         Returns:
@@ -417,7 +459,7 @@ class DistillationFramework(nn.Module):
         batch: PairedBatch,
         most: int,
         guesses: int = 3,
-        signal: TeacherSignal | None = None,
+        signal: Signal | None = None,
     ) -> list[Difference]:
         """Return the positions at depth 0 where student and teacher differ most, one of a window at most.
 
@@ -445,7 +487,29 @@ class DistillationFramework(nn.Module):
                 )
         return sorted(largest.values(), key=lambda difference: -difference.kl)[:most]
 
-    def _compared(self, batch: PairedBatch, signal: TeacherSignal | None) -> Iterator[_Compared]:
+    @torch.no_grad()
+    def chosen(self, batch: PairedBatch, share: float, signal: Signal | None = None) -> Tensor:
+        """Return the flat student positions at which KD is learned under a share, with the models as they are now."""
+        self._check_batch(batch)
+        if signal is None:
+            signal = self.teacher.signal(batch, self.loss_config.top_k)
+        signal = signal.to(batch.student_ids.device)
+
+        with evaluating(self.student):
+            states = body_states(self.student, batch.student_ids, batch.student_source)
+            head = HeadTerms(
+                student=self.student,
+                batch=batch,
+                states=states.flatten(0, 1)[batch.supervised],
+                config=self.loss_config,
+                scalars={"select": share},
+                signal=None if isinstance(signal, MixtureSignal) else signal,
+                target=self._target(batch, signal),
+            )
+            rows = head.chosen
+        return batch.row_student if rows is None else batch.row_student[rows]
+
+    def _compared(self, batch: PairedBatch, signal: Signal | None) -> Iterator[_Compared]:
         """Yield what both models predict where they have read the same bytes, in chunks of positions."""
         self._check_batch(batch)
         if signal is None:
@@ -549,6 +613,27 @@ class DistillationFramework(nn.Module):
         return groups
 
 
+def _computed(
+    head_terms: HeadTerms,
+    shares: Mapping[str, float],
+    *,
+    term_graphs: bool,
+) -> HeadResult:
+    """Compute terms of the student's head.
+
+    Args:
+        shares: weight / count of each term that is computed.
+    """
+    result = head_terms.compute(shares)
+
+    # The terms of one pass share one graph; each with a graph of its own takes one pass more.
+    if term_graphs:
+        for name, share in shares.items():
+            if share:
+                result.terms[name].sum = head_terms.compute({name: 1.0}).loss
+    return result
+
+
 # ------------------------------------------------------------------------------------------- checks
 
 
@@ -624,6 +709,11 @@ def _check_pair(
             f"{rows:,}; build the map with student_vocab_size={rows}, or are student and teacher swapped?"
         )
 
+    if isinstance(teacher, TeacherMixture):
+        for member in teacher.members:
+            _check_pair(student, member.teacher, member.vocabulary)
+        return
+
     # A cached teacher holds the running one, or none.
     running = teacher.teacher if isinstance(teacher, CachedTeacher) else teacher
     if running is None:
@@ -641,6 +731,33 @@ def _check_pair(
         raise ValueError(
             "student and teacher share weights, and the teacher's are frozen; load the model a second time for the "
             "teacher"
+        )
+
+
+def _checked_statistics(
+    statistics: Mapping[str, float] | None,
+    curriculum: CurriculumScheduler,
+    step: int | None,
+) -> Mapping[str, float]:
+    """Return statistics, none as an empty mapping; refuse none behind the first step of a curriculum that uses them."""
+    if statistics is None and step and curriculum.uses_statistics:
+        raise ValueError(
+            f"got no statistics in step {step}, expected those of the steps before, of which curriculum.balance and "
+            "sample_weights are made; train with `fit`, which gives them, or leave both settings out"
+        )
+    return statistics or {}
+
+
+def _check_terms_of_mixture(curriculum: CurriculumScheduler) -> None:
+    """Refuse terms, and weights of windows, that need a single teacher."""
+    if curriculum.weights_windows:
+        raise ValueError("got sample_weights and several teachers; expected 0, or one teacher beside whom to weigh")
+
+    terms = sorted(curriculum.used & SINGLE_TEACHER_TERMS)
+    if terms:
+        raise ValueError(
+            f"got a weight for {', '.join(terms)} and several teachers, whose spans of text differ; expected the "
+            "weight 0, or one teacher"
         )
 
 

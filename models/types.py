@@ -26,19 +26,38 @@ class _Movable:
 
     def to(self: _Self, device: torch.device | str, non_blocking: bool = False) -> _Self:
         """Return a copy with its tensors on a device."""
-        moved = {name: value.to(device, non_blocking=non_blocking) for name, value in movable_fields(self).items()}
+        moved = {name: _moved(value, device, non_blocking) for name, value in movable_fields(self).items()}
         return replace(self, **moved)
 
     def pin_memory(self: _Self) -> _Self:
         """Return a copy whose tensors the host need not wait for when they are copied to a GPU."""
-        pinned = {name: value.pin_memory() for name, value in movable_fields(self).items()}
+        pinned = {name: _pinned(value) for name, value in movable_fields(self).items()}
         return replace(self, **pinned)
 
 
 def movable_fields(instance: Any) -> dict[str, Any]:
     """Return the fields of a dataclass that are tensors, or hold tensors."""
     values = {column.name: getattr(instance, column.name) for column in fields(instance)}
-    return {name: value for name, value in values.items() if isinstance(value, Tensor | _Movable)}
+    return {name: value for name, value in values.items() if _is_movable(value)}
+
+
+def _is_movable(value: Any) -> bool:
+    """Tell whether a value is a tensor, holds tensors, or is a tuple of such values."""
+    if isinstance(value, tuple):
+        return bool(value) and all(map(_is_movable, value))
+    return isinstance(value, Tensor | _Movable)
+
+
+def _moved(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_moved(item, device, non_blocking) for item in value)
+    return value.to(device, non_blocking=non_blocking)
+
+
+def _pinned(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_pinned, value))
+    return value.pin_memory()
 
 
 @dataclass
@@ -56,9 +75,11 @@ class TeacherSignal(_Movable):
     log_tail: Tensor
     """[N] log mass of all other tokens."""
     log_mass: Tensor
-    """[N] log probability, under the full distribution, of what was read since the anchor."""
+    """[N] log probability, under the full distribution, of what was read since the anchor; -inf in a row of which too
+    little is known (`models.teacher.listed`)."""
     realised: Tensor
-    """[M] log probability of the text's next teacher token, at every unpadded teacher position."""
+    """[M] log probability of the text's next teacher token, at every unpadded teacher position; 0 where the batch does
+    not ask for it."""
     hidden: tuple[Tensor, ...] | None = None
     """[B, T, H_T] states after the teacher layers that the router asked for; None where it asked for none."""
 
@@ -72,18 +93,24 @@ class TeacherSignal(_Movable):
             signal = self.pin_memory()
             non_blocking = True
 
-        moved = super(TeacherSignal, signal).to(device, non_blocking)
-        if not signal.hidden:
-            return moved
-        hidden = tuple(state.to(device, non_blocking=non_blocking) for state in signal.hidden)
-        return replace(moved, hidden=hidden)
+        return super(TeacherSignal, signal).to(device, non_blocking)
 
-    def pin_memory(self) -> "TeacherSignal":
-        """Return a copy whose tensors, the hidden states too, the host need not wait for."""
-        pinned = super().pin_memory()
-        if not self.hidden:
-            return pinned
-        return replace(pinned, hidden=tuple(state.pin_memory() for state in self.hidden))
+
+@dataclass
+class MixtureSignal(_Movable):
+    """The answers of several teachers to a batch, and how much each weighs."""
+
+    signals: tuple[TeacherSignal, ...]
+    """Of the teachers that were asked: those with a weight and, where hidden states are compared, the first one."""
+    teachers: tuple[int, ...]
+    """Number of each of them, from 0."""
+    weights: tuple[float, ...]
+    """Of each of them, at the step that was asked for; they need not add up to 1."""
+
+    @property
+    def hidden(self) -> tuple[Tensor, ...] | None:
+        """States of the first teacher after the layers that the router asked for; see `TeacherSignal`."""
+        return self.signals[0].hidden if 0 in self.teachers else None
 
 
 @dataclass
@@ -116,6 +143,19 @@ class Anchors(_Movable):
 
 
 @dataclass
+class Places(_Movable):
+    """Places of the KD rows of a batch in their windows, by scores that were stored before training.
+
+    Rows behind the largest share of the run are not in the batch: the teacher is not asked about them.
+    """
+
+    place: Tensor
+    """[N] 0: the first of its window."""
+    of: Tensor
+    """[N] float64: rows of its window, those that are not in the batch too."""
+
+
+@dataclass
 class Source(_Movable):
     """Input of the encoder of an encoder-decoder model (E tokens of a prompt)."""
 
@@ -123,6 +163,18 @@ class Source(_Movable):
     """[B, E] int64, right padded."""
     mask: Tensor | None
     """[B, E] int64, 1 on tokens: an encoder sees what is behind a token, too. None: no padding."""
+
+
+@dataclass
+class MixedRows(_Movable):
+    """A batch as several teachers read it; R of them read any of its windows."""
+
+    batches: "tuple[PairedBatch, ...]"
+    """R batches: the windows that each teacher is asked about."""
+    teachers: tuple[int, ...]
+    """Number of each of these teachers, from 0."""
+    places: tuple[Tensor, ...]
+    """[N_r] for each of them: index of its KD rows among those at which any teacher has a say."""
 
 
 @dataclass
@@ -155,7 +207,8 @@ class PairedBatch(_Movable):
     teacher_held: Tensor
     """[M] flat positions of the teacher's tokens, in the order of the text."""
     asked: Tensor
-    """[M] indices into `teacher_held`, in the order in which the head computes these positions."""
+    """[M] indices into `teacher_held`, in the order in which the head computes these positions; with `places` only
+    those that KD needs."""
 
     # --- the rows of KD: student positions with an anchor
 
@@ -182,7 +235,7 @@ class PairedBatch(_Movable):
     deep_width: np.ndarray
     """[D] teacher tokens that begin with what was read; on the host likewise."""
     window_rows: np.ndarray
-    """[B] rows of each window; on the host."""
+    """[B] rows of each window, those that were left out (`places`) too; on the host."""
     pieces: Tensor
     """[N] teacher tokens that the student's next token is made of, from the anchor's token on; 0 where it does not end
     on a common boundary."""
@@ -198,8 +251,8 @@ class PairedBatch(_Movable):
 
     counts: dict[str, int]
     """Items, known before any forward: lm (supervised student tokens of given text), own (those of text that the
-    student wrote), kd (N), span (P), depth0 (rows at depth 0), and those of the terms on hidden states
-    (`models.losses.hidden_state_terms`)."""
+    student wrote), kd (N, and the rows that were left out), span (P), depth0 (those of kd at depth 0), and those of the
+    terms on hidden states (`models.losses.hidden_state_terms`)."""
     bytes: Tensor
     """[B] bytes of supervised text (end-of-text tokens are not counted)."""
     end_of_text: tuple[int | None, int | None]
@@ -227,10 +280,16 @@ class PairedBatch(_Movable):
     """Likewise for the teacher."""
     given: Tensor | None = None
     """[n] bool: supervised positions in given text, to which LM applies; None: all. The others the student wrote."""
+    places: Places | None = None
+    """Where the positions that KD is learned at were chosen before training; None: all rows are there."""
     vocabulary_sizes: tuple[int, int] | None = None
     """Rows of student and teacher in the collator's vocabulary map; every token id is below."""
     is_filler: bool = False
     """The batch only keeps other processes company: its items are in no count of the step."""
+    mixed: "MixedRows | None" = None
+    """With several teachers, the batch as each of them reads it. The KD rows of this batch (`row_student`,
+    `row_supervised`, `depth`, `window_rows`) are then those at which any of them has a say, and what else tells of a
+    teacher is that of the first one."""
 
     def __repr__(self) -> str:
         """Return what a person wants to know of it; the fields are tensors of thousands of numbers."""
@@ -328,6 +387,8 @@ class SparseTarget:
     """[N] float32, 1 - sum of `probs`."""
     valid: Tensor
     """[N] bool: rows that count; others contribute zero."""
+    weight: Tensor | None = None
+    """[N] factor on the divergence of each row; None: 1."""
 
     def rows(self, index: slice | Tensor) -> "SparseTarget":
         """Return some of the rows."""
@@ -336,6 +397,7 @@ class SparseTarget:
             probs=self.probs[index],
             tail=self.tail[index],
             valid=self.valid[index],
+            weight=None if self.weight is None else self.weight[index],
         )
 
 
@@ -349,6 +411,8 @@ class LossTerm:
     skipped: Tensor | None = None
     """Items that turned out to say nothing, once computed: they add 0 to the sum and stay in the count, which has to
     be known before (KD: too little teacher probability of what was read, or no token of the student's)."""
+    unlisted: Tensor | None = None
+    """Those of them of which a listed teacher tells too little (`models.teacher.listed`)."""
 
 
 @dataclass(frozen=True)
@@ -378,5 +442,8 @@ class DistillationOutput:
     weights: dict[str, float]
     """Weight of every term at this step."""
     scalars: dict[str, float]
-    """Scheduled scalars at this step: temperature, span_temperature, top_k; skew, interpolation and
-    select where they are in use."""
+    """Scheduled scalars at this step: temperature, span_temperature, top_k; skew, interpolation, select and
+    sample_weights where they are in use."""
+    samples: Tensor | None = None
+    """[2] sums over the rows of KD: what sample weights are made of (the success p of each row's window, as p(1 - p)),
+    and the square of each weight less 1; None where windows have no weights."""

@@ -49,6 +49,8 @@ TAKE_VALUES = {
     "--csv",
     "--teacher",
     "--teacher-device",
+    "--teacher-tokenizer",
+    "--teacher-model",
     "--student",
     "--student-init",
     "--teacher-dtype",
@@ -93,7 +95,9 @@ PAIR = ["--config", "quickstart", "--teacher", "a", "--student", "b", "--train-d
 
 
 def configured(*words: str) -> train.RunConfig:
-    return train.configure([*PAIR, *words])[0]
+    # A second --teacher would be a teacher beside the first.
+    pair = PAIR[:2] + PAIR[4:] if "--teacher" in words else PAIR
+    return train.configure([*pair, *words])[0]
 
 
 def refused(*words: str) -> str:
@@ -107,7 +111,8 @@ def test_the_surface_is_frozen():
     for action in run_config.parser()._actions:
         flags = {option for option in action.option_strings if option.startswith("--") and "." not in option}
         surface[action.nargs if action.nargs in surface else None] |= flags
-    shared = {"--resume-changed"}  # a setting without a section: its long flag looks like a short one
+    # settings without a section: their long flags look like short ones
+    shared = {"--resume-changed", "--teachers", "--mix"}
     assert surface[0] == ALONE
     assert surface["?"] - shared == SWITCHES
     assert surface[None] - shared == TAKE_VALUES
@@ -306,7 +311,9 @@ def test_wrong_values_of_flags_and_settings_are_reported_together():
         (["--no-resume", "--resume", "auto"], "contradicts"),
         (["--batch-size"], "expected one argument"),
         (["--config", "quikstart"], "did you mean quickstart"),
+        (["--set", "loss.select_by=first_student", "curriculum.sample_weights=0.5"], "need the teacher everywhere"),
         (["--set", "nothing"], "dotted.key=value"),
+        (["--teacher", "a", "--teacher", "null"], "--teacher null is no teacher, and cannot stand beside another one"),
     ],
 )
 def test_contradictions_are_refused(words, message):

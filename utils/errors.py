@@ -29,6 +29,10 @@ class RunError(Plain, RuntimeError):
     """
 
 
+class TeacherGone(RunError):
+    """A teacher behind a server that has not answered for too long; a training saves a checkpoint first."""
+
+
 @contextmanager
 def value_errors_are_the_users() -> Iterator[None]:
     """Turn a ValueError of the body into a UserError with the same message.

@@ -82,11 +82,21 @@ class Teacher(Protocol):
         """Return top-k distributions, tail and text probabilities of a batch (`models.types.TeacherSignal`)."""
 
 
+class CachingTeacher(Teacher, Protocol):
+    """A teacher behind a cache."""
+
+    def begin(self, batch: Any) -> bool:
+        """Let a teacher elsewhere begin its answer to a batch that is not stored; False: there is nothing to begin."""
+
+
 class TeacherElsewhere(Teacher, Protocol):
     """A teacher whose model is None."""
 
     def identity(self) -> dict[str, Any]:
         """Return what makes it this teacher, for checkpoints; of a model here it is a fingerprint of its weights."""
+
+    def begin(self, batch: Any, top_k: int = ...) -> bool:
+        """Begin the answer to a batch, for a `signal` that is asked for later; returns True, at once."""
 
 
 class TermSum(Protocol):
@@ -184,9 +194,22 @@ class Pair(Protocol):
     @property
     def collate(self) -> Collator: ...
 
+    @property
+    def members(self) -> "Sequence[Any]":
+        """With several teachers, the pair (a `Pair` with its `method`) of each of them."""
+
+    def mixture(self, teachers: "Sequence[Any]") -> Teacher:
+        """Make one teacher of those of the members."""
+
+    def collate_mixed(self, collators: "Sequence[Any]") -> Collator:
+        """Make one collator of those of the members."""
+
     def frozen(self, model: nn.Module) -> Teacher: ...
 
-    def cached(self, teacher: Any, memory: Any) -> Teacher: ...
+    def listed(self, source: Any) -> Teacher:
+        """Make a teacher of a source of lists, as `utils.served.teacher.ListServer` is."""
+
+    def cached(self, teacher: Any, memory: Any) -> CachingTeacher: ...
 
     def remember(self, collate: Any, memory: Any, ahead: bool = True) -> Collator: ...
 
@@ -208,6 +231,9 @@ class Pair(Protocol):
     def own_window(self, prompt: Any, sampled: Sequence[int]) -> "OwnText":
         """Make a window of the tokens that the student sampled behind a prompt."""
 
+    def places_of(self, batch: Any, student: nn.Module, share: float) -> list[Any]:
+        """Return the places of each window's positions by the student's entropy, -1 behind a share; arrays."""
+
     def without_teacher(self) -> "Pair": ...
 
     def with_counted_channel(self, windows: Sequence[dict[str, Any]]) -> "Pair": ...
@@ -227,7 +253,9 @@ class Method(Protocol):
     def check_widths(self, student: int, teacher: int) -> None: ...
 
     def chat_tokenizers(
-        self, tokenizers: "dict[str, PreTrainedTokenizerBase]"
+        self,
+        tokenizers: "dict[str, PreTrainedTokenizerBase]",
+        variables: "Mapping[str, Mapping[str, Any]] | None" = None,
     ) -> "tuple[dict[str, PreTrainedTokenizerBase], list[str]]": ...
 
     def join(self, tokenizers: "dict[str, PreTrainedTokenizerBase]", text: Any) -> Pair: ...

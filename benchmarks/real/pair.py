@@ -68,6 +68,7 @@ class _PlainText:
     cache_dir: Path
     conversations: bool = False
     learn_from: Literal["completions", "all"] = "completions"
+    learn_reasoning: bool = True
     decoder_starts: tuple[int, int] | None = None
     text_starts: tuple[str | None, str | None] = (None, None)
     today: date | None = None

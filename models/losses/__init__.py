@@ -7,6 +7,7 @@ Modules:
     head_softmax: the softmax of a chunk and its gradient, for compiled passes.
     head_passes: the two compiled passes over a chunk of logits, and the choice whether to use them.
     selection: the positions of each window that KD is learned at.
+    sample_weights: the weight of each window in KD.
     chunk_size: the number of logit rows that are held at once.
 
 The divergences lie beside this folder, in `divergences`, because the settings name them too.

@@ -5,7 +5,7 @@ Shapes: n supervised student positions, H student width.
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from ..config import LossConfig
 from ..language_model import head_logits, logit_options, vocabulary_size
-from ..types import LossTerm, PairedBatch, SparseTarget, TeacherSignal
-from . import head_passes, selection
+from ..types import LossTerm, PairedBatch, Places, SparseTarget, TeacherSignal
+from . import head_passes, sample_weights, selection
 from .chunk_size import chunk_rows
 from .fused_head import HeadComputation, HeadLosses, HeadTarget, head_losses
 from .losses import span_loss, span_sums
@@ -28,6 +28,8 @@ class HeadResult(NamedTuple):
     """Scalar with the gradient of all terms: sum over terms of share * sum."""
     terms: dict[str, LossTerm]
     """Each term on its own, without a gradient."""
+    samples: Tensor | None
+    """[2] sums over the rows of KD for sample weights (`DistillationOutput.samples`); None where there are none."""
 
 
 class SpanResult(NamedTuple):
@@ -55,11 +57,14 @@ class HeadTerms:
     """[n, H] what enters the student's head at supervised positions."""
     config: LossConfig
     scalars: Mapping[str, float]
-    """Values of this step: `temperature` and `span_temperature`; `skew`, `interpolation` and `select` where in use."""
+    """Values of this step: `temperature` and `span_temperature`; `skew`, `interpolation`, `select` and `sample_weights`
+    where in use."""
     signal: TeacherSignal | None
-    """Needed for span likelihood."""
+    """Needed for span likelihood; of several teachers there is none."""
     target: SparseTarget | None
     """Teacher's distributions on the student's vocabulary; needed for KD."""
+    mean_score: float | None = None
+    """Mean of what windows are weighted by, over the steps before; None: nothing is known of it."""
 
     def compute(self, shares: Mapping[str, float]) -> HeadResult:
         """Compute some terms, and the gradient of their weighted sum.
@@ -95,7 +100,7 @@ class HeadTerms:
         if span is not None:
             terms["span"] = LossTerm(span.value, self.batch.counts["span"])
             loss = loss + _beyond_the_head(span, shares["span"])
-        return HeadResult(loss, terms)
+        return HeadResult(loss, terms, self._sample_sums if "kd" in shares else None)
 
     def language_model(self, head: HeadLosses) -> LossTerm:
         """Return the next-token cross-entropy that a pass of the head has summed, of given text alone."""
@@ -114,14 +119,14 @@ class HeadTerms:
             with torch.no_grad():
                 kd_sum = self._run_head(0.0, with_target=True).kd_sum
         skipped = (~self.target.valid).sum()
-        return LossTerm(kd_sum / self._select, self.batch.counts["kd"], skipped)
+        unlisted = None if self.signal is None else self.signal.log_mass.isneginf().sum()
+        return LossTerm(kd_sum / self._select, self.batch.counts["kd"], skipped, unlisted)
 
     def span(self, learns: bool) -> SpanResult:
         """Compute span likelihood, and its slope if it `learns`, from the log-probabilities of the labels."""
         batch = self.batch
         spans = batch.counts["span"]
-        with torch.no_grad():
-            log_probs = self._run_head(0.0).log_probs
+        log_probs = self._log_probs
         student_spans = batch.student_spans.flatten()[batch.supervised]
         teacher_spans = batch.teacher_spans.flatten()[batch.teacher_held]
         teacher = span_sums(self.signal.realised, teacher_spans, spans)
@@ -175,9 +180,11 @@ class HeadTerms:
         interpolation = self.scalars.get("interpolation", 1.0)
         target = self.target
         positions = self.batch.row_supervised
-        if self._chosen is not None:
-            target = target.rows(self._chosen)
-            positions = positions[self._chosen]
+        if self._row_weights is not None:
+            target = replace(target, weight=self._row_weights)
+        if self.chosen is not None:
+            target = target.rows(self.chosen)
+            positions = positions[self.chosen]
 
         return HeadTarget(
             target,
@@ -190,6 +197,54 @@ class HeadTerms:
             interpolation=None if interpolation == 1 else interpolation,
         )
 
+    @cached_property
+    def _log_probs(self) -> Tensor:
+        """Return [n] the log-probability of each label, from a pass of its own, without a gradient."""
+        with torch.no_grad():
+            return self._run_head(0.0).log_probs
+
+    # --- weights of windows in KD
+
+    @cached_property
+    def _window_scores(self) -> Tensor | None:
+        """Return [B] what windows are weighted by; None: they all weigh alike.
+
+        Raises:
+            ValueError: the teacher was not asked for the probability of all of the text.
+        """
+        if not self.scalars.get("sample_weights"):
+            return None
+        if self.batch.places is not None:
+            raise ValueError(
+                f"got sample_weights and select_by {selection.STORED}, under which the teacher is not asked for the "
+                "probability of all of the text; leave sample_weights at 0, or choose by another select_by"
+            )
+        excess = sample_weights.excess_losses(self.batch, self.signal, self._log_probs)
+        return sample_weights.frontier(excess)
+
+    @cached_property
+    def _row_weights(self) -> Tensor | None:
+        """Return [N] the weight of the window of each row of the target; None: they all weigh alike."""
+        if self._window_scores is None or self.mean_score is None:
+            return None
+        degree = self.scalars["sample_weights"]
+        weights = sample_weights.window_weights(self._window_scores, self.mean_score, degree)
+        return weights[self._row_window].to(self.target.probs.dtype)
+
+    @property
+    def _sample_sums(self) -> Tensor | None:
+        """Return [2] sums over the rows: of what windows are weighted by, and of the square of each weight less 1."""
+        if self._window_scores is None:
+            return None
+        scores = self._window_scores[self._row_window]
+        deviations = torch.zeros_like(scores) if self._row_weights is None else self._row_weights - 1
+        return torch.stack([scores.sum(), deviations.to(scores.dtype).square().sum()])
+
+    @property
+    def _row_window(self) -> Tensor:
+        """Return [N] the window of each row of the target."""
+        return self.batch.row_student // self.batch.student_ids.shape[1]
+
     # --- positions that KD is learned at
 
     @property
@@ -198,16 +253,31 @@ class HeadTerms:
         return self.scalars.get("select", 1.0)
 
     @cached_property
-    def _chosen(self) -> Tensor | None:
+    def chosen(self) -> Tensor | None:
         """Return [m] the rows of the target that KD is learned at; None: all."""
         if self._select == 1:
             return None
-        width = self.batch.student_ids.shape[1]
-        window = self.batch.row_student // width
+        if self.config.select_by == selection.STORED:
+            return selection.choose_by_places(self._places, self.batch.window_rows, self._select)
+
         scores = self._scores()
         # What the teacher cannot judge teaches nothing.
         scores = scores.masked_fill(~self.target.valid, -torch.inf)
-        return selection.choose(scores, window, self.batch.window_rows, self._select)
+        return selection.choose(scores, self._row_window, self.batch.window_rows, self._select)
+
+    @property
+    def _places(self) -> Places:
+        """Return the places of the rows.
+
+        Raises:
+            ValueError: the batch comes without.
+        """
+        if self.batch.places is None:
+            raise ValueError(
+                f"got select_by {selection.STORED} and a batch without places; choose the positions of the windows "
+                "before training: models.chosen_positions.with_places"
+            )
+        return self.batch.places
 
     @torch.no_grad()
     def _scores(self) -> Tensor:

@@ -95,7 +95,7 @@ def kd_loss(
 
     Args:
         logits: [N, V] of the student.
-        target: [N, K]; its invalid rows add nothing.
+        target: [N, K]; its invalid rows add nothing, the others as often as their weight says.
         temperature: above 0.
         kind: a key of `DIVERGENCES`.
         tail: treatment of the tokens that a row does not name, "bucket" or "renormalise".
@@ -110,6 +110,8 @@ def kd_loss(
 
     rows = divergence(log_p, log_q, kind=kind, skew=skew)
     rows = torch.where(target.valid, rows, 0)
+    if target.weight is not None:
+        rows = rows * target.weight
     return rows.sum() * temperature**2
 
 

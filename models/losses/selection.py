@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..types import SparseTarget
+from ..types import Places, SparseTarget
 from .losses import LEAST_PROBABILITY, kl_with_bucket
 
 
@@ -33,10 +33,15 @@ Score = Callable[[Evidence], Tensor]
 """Score [c], in nats, of some positions: the higher, the more there is to learn."""
 
 
+def entropy(logits: Tensor) -> Tensor:
+    """Return [c] the entropy of distributions [c, V]."""
+    log_q = logits.log_softmax(1)
+    return -(log_q.exp() * log_q).sum(1)
+
+
 def student_entropy(evidence: Evidence) -> Tensor:
     """Return the entropy of the student: where it is in doubt (SE-KD, arXiv 2602.01395)."""
-    log_q = evidence.logits.log_softmax(1)
-    return -(log_q.exp() * log_q).sum(1)
+    return entropy(evidence.logits)
 
 
 def teacher_entropy(evidence: Evidence) -> Tensor:
@@ -77,6 +82,10 @@ SCORES: dict[str, Score] = {
 WITHOUT_STUDENT = frozenset({"teacher_entropy"})
 """Names of the scores that need no logits of the student."""
 
+STORED = "first_student"
+"""Name in `LossConfig.select_by` of the entropy of the student before training, which windows bring along as places
+(`models.chosen_positions`)."""
+
 
 def positions_of_share(positions: np.ndarray, share: float) -> np.ndarray:
     """Return [B] how many positions of each window are chosen: the nearest whole number, at least one where one is.
@@ -87,6 +96,38 @@ def positions_of_share(positions: np.ndarray, share: float) -> np.ndarray:
     """
     nearest = np.rint(share * positions.astype(np.float64))
     return np.minimum(positions, np.maximum(nearest, 1)).astype(np.int64)
+
+
+def places(scores: np.ndarray, share: float) -> np.ndarray:
+    """Return [n] the place of each of a window's positions by its score; -1 behind a share. Of equal scores the first.
+
+    Args:
+        scores: [n].
+        share: above 0, at most 1.
+    """
+    order = np.argsort(-scores, kind="stable")
+    place = np.empty(len(scores), dtype=np.int64)
+    place[order] = np.arange(len(scores))
+
+    most = positions_of_share(np.array([len(scores)]), share)[0]
+    return np.where(place < most, place, -1)
+
+
+def choose_by_places(places: Places, positions: np.ndarray, share: float) -> Tensor | None:
+    """Return [m] the chosen of N rows that have stored places, in order; None: all of them.
+
+    Args:
+        positions: [B] number of positions in each window, those that are no rows too; on the host.
+        share: above 0, at most 1, and no more than what the places were stored for.
+    """
+    count = int(positions_of_share(positions, share).sum())
+    if count >= len(places.place):
+        return None
+
+    most = (share * places.of).round().clamp_min(1)
+    row = torch.arange(len(places.place), device=places.place.device)
+    # The host knows how many there are: it does not wait for the device.
+    return torch.where(places.place < most, row, len(row)).sort().values[:count]
 
 
 def choose(scores: Tensor, window: Tensor, positions: np.ndarray, share: float) -> Tensor:

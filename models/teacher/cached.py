@@ -116,6 +116,20 @@ class CachedTeacher:
         assert self.teacher is not None, "the teacher is not loaded, and something is not in its memory"
         return self.teacher
 
+    def begin(self, batch: PairedBatch, top_k: int | None = None) -> bool:
+        """Let a teacher elsewhere begin its answer to a batch that is not stored; returns at once.
+
+        Returns:
+            False where there is nothing to begin: the answer is stored, or the teacher computes in this process.
+        """
+        begin = getattr(self.teacher, "begin", None)
+        if begin is None:
+            return False
+
+        if batch.signal is None:
+            batch.signal = _read_signal(self.memory, batch.keys)
+        return batch.signal is None and begin(batch, self.memory.top_k)
+
     @torch.no_grad()
     def signal(
         self,

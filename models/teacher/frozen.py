@@ -139,7 +139,7 @@ class FrozenTeacher:
                 log_mass[batch.deep] = log_share.clamp_min(torch.finfo(torch.float32).min)
 
             # Back from the order of computation to that of the text.
-            realised = torch.empty_like(batch.asked, dtype=torch.float32)
+            realised = torch.zeros_like(batch.teacher_held, dtype=torch.float32)
             realised[batch.asked] = torch.cat(reading.realised)
 
         return TeacherSignal(

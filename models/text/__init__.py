@@ -7,12 +7,15 @@ In the order of a batch's life:
 - `tokens`: tables of tokens, and the tokens of a text with their places in it
 - `vocabulary`: the teacher's tokens spelt in the student's
 - `windows`: documents cut and packed to the length that both models read
+- `messages`: conversations taken apart into what is said and the outline around it
 - `chat_template`: chat templates, generation prompts, ends of turns
+- `call_text`: what both models write alike of a tool call
 - `chat`: windows of conversations
 - `encoder_decoder`: windows of prompts and completions
 - `own_text`: windows of text that the student writes itself
 - `alignment`: anchors and spans of a window
 - `collate`: windows -> a batch of tensors
+- `mixed_batches`: the same for several teachers
 """
 
 from .alignment import Alignment, align

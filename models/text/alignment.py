@@ -45,6 +45,18 @@ class Alignment:
     spans: int
     """Number of spans."""
 
+    def rows(self, index: np.ndarray) -> "Alignment":
+        """Return some of the rows, and all spans."""
+        return replace(
+            self,
+            student=self.student[index],
+            teacher=self.teacher[index],
+            depth=self.depth[index],
+            prefix_lo=self.prefix_lo[index],
+            prefix_hi=self.prefix_hi[index],
+            pieces=self.pieces[index],
+        )
+
 
 def align(
     student: Reading,

@@ -1,13 +1,12 @@
 """Conversations -> windows: each model reads its own chat template and learns what it must write itself.
 
-A conversation is a JSON list of `{"role", "content"}`, perhaps with `reasoning_content` (thinking before an answer) and
-`weight` (0: read, not learned). A model reads all of it as its template puts it. What is learned of an answer is all
-that the model must write behind its own generation prompt, to the end of its turn (`chat_template`). What both models
-write there, contents, is aligned, in order, as one stream of bytes. For every such content the stream has a slot (the
-space that some tokenizers put before a text), the content's bytes, and one pseudo-byte for the end of the turn, which
-both models mark in their own way; one more slot before and behind a content where a template writes markup there. Such
-markup has role WRITTEN: it is learned from the text alone. All other tokens have role MARKER: they are read and are no
-targets.
+A conversation is JSON (`messages`). A model reads all of it as its template puts it. What is learned of an answer is
+all that the model must write behind its own generation prompt, to the end of its turn (`chat_template`). What both
+models write there, contents (of tool calls see `call_text`), is aligned, in order, as one stream of bytes. For every
+such content the stream has a slot (the space that some tokenizers put before a text), the content's bytes, and one
+pseudo-byte for the end of the turn, which both models mark in their own way; one more slot before and behind a content
+where a template writes markup there. Such markup has role WRITTEN: it is learned from the text alone. All other tokens
+have role MARKER: they are read and are no targets.
 
 Where a template writes an answer otherwise once it has become history (without its thinking), the answer is learned in
 a piece of its own that ends with it.
@@ -24,7 +23,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from typing import Any, Literal, NamedTuple
 
@@ -34,22 +33,20 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from ..validation import expect_texts
+from .call_text import Written, name_fields
 from .chat_template import (
-    BREAK,
-    MARK,
     REMEDY,
     ChatTemplate,
     ConversationError,
-    Message,
     Rendering,
     Segment,
-    Shape,
     control_tokens,
     named,
     on_date,
     reads_clock,
     segments,
 )
+from .messages import BREAK, MARK, Conversation, Message, Outline, answers_of, cleaned
 from .tokens import END, MARKER, WRITTEN, Reading, TokenTable
 from .windows import ANY_MODEL, SIDES, ModelFacts, PairEncoder, Piece
 
@@ -57,7 +54,7 @@ FORMAT = 2
 """Version of what windows of conversations hold: a part of their fingerprint."""
 
 Field = tuple[int, int]
-"""(message, number) of something that is said in a conversation."""
+"""(stretch, number) of something that both models write; see `call_text.name_fields`."""
 
 Span = tuple[int, int]
 """(begin, end) in characters of a text."""
@@ -120,9 +117,9 @@ def _places(sides: Sequence[Sequence[Segment]], count: int) -> list[Place]:
 
 def _place(stretches: Sequence[Sequence[Segment]], byte: int) -> Place:
     """Lay out a stretch, as both models write it, from this byte of the stream on."""
-    student_fields, teacher_fields = ({piece.field for piece in stretch} for stretch in stretches)
-    common = student_fields & teacher_fields
-    common.discard(None)  # the templates' own text
+    # A template may spell an argument in its own way.
+    student_texts, teacher_texts = ({(piece.field, piece.text) for piece in stretch} for stretch in stretches)
+    common = {field for field, _ in student_texts & teacher_texts if field is not None}
     markup = [_markup(stretch, common) for stretch in stretches]
 
     contents: list[PlacedContent] = []
@@ -234,16 +231,18 @@ class _Side:
         name: str,
         tokenizer: PreTrainedTokenizerBase,
         table: TokenTable,
+        *,
+        learn_reasoning: bool = True,
     ) -> None:
         self.name = name
         self.tokenizer = tokenizer
         self.table = table
-        self.template = ChatTemplate(name, tokenizer)
+        self.template = ChatTemplate(name, tokenizer, learn_reasoning=learn_reasoning)
         self.aliases = {token: f"{MARK}{n}{MARK}" for n, token in enumerate(control_tokens(tokenizer))}
         """Other names of the control tokens, which no content holds."""
 
     def __getstate__(self) -> dict[str, Any]:
-        cached = ("_backend", "_break", "_controls")
+        cached = ("_backend", "_break", "controls")
         return {name: value for name, value in self.__dict__.items() if name not in cached}
 
     # ------------------------------------------------------------ the tokenizer
@@ -280,7 +279,7 @@ class _Side:
         return self._backend.token_to_id(BREAK)
 
     @functools.cached_property
-    def _controls(self) -> re.Pattern:
+    def controls(self) -> re.Pattern:
         """Pattern of the control tokens; of nothing where there are none."""
         return re.compile("|".join(map(re.escape, self.aliases)) or "(?!)")
 
@@ -288,7 +287,7 @@ class _Side:
         """Return the text of a segment, in which control tokens are tokens only where the template writes them."""
         if piece.field is not None:
             return piece.text
-        return self._controls.sub(lambda match: self.aliases[match[0]], piece.text)
+        return self.controls.sub(lambda match: self.aliases[match[0]], piece.text)
 
     # ------------------------------------------------------------ renderings -> tokens
 
@@ -513,12 +512,13 @@ class _Writer:
 # ---------------------------------------------------------------- encoder
 
 
-class Understood(NamedTuple):
-    """A conversation taken apart in a way that both templates write as it is."""
+class _Version(NamedTuple):
+    """A conversation as one of the models reads it."""
 
     messages: list[Message]
-    renderings: list[list[Rendering]]
-    """Pairs, one rendering for each side: the whole conversation, then answers that are learned alone."""
+    outline: Outline
+    numbers: dict[int, int]
+    """Numbers of the student's messages -> those of the same messages here."""
 
     @property
     def fields(self) -> list[tuple[str, ...]]:
@@ -526,23 +526,34 @@ class Understood(NamedTuple):
         return [message.fields for message in self.messages]
 
 
+class Understood(NamedTuple):
+    """A conversation taken apart in a way that both templates write as it is."""
+
+    versions: list[_Version]
+    """As student and teacher read it."""
+    renderings: list[list[Written]]
+    """Pairs, one rendering for each side: the whole conversation, then answers that are learned alone."""
+
+
 class Changed(NamedTuple):
     """A rendering in which a template does not write what is said as it is."""
 
     side: _Side
     rendering: Rendering
+    version: _Version
 
 
 class Unwritten(NamedTuple):
-    """Messages of a role that a model's chat template leaves out."""
+    """Parts of conversations that a model's chat template leaves out."""
 
     side: str
-    role: str
+    part: str
+    """Such as: system messages."""
 
     def note(self, times: int, count: int) -> str:
-        """Return a warning: in `times` of `count` conversations there are such messages."""
+        """Return a warning: in `times` of `count` conversations there are such parts."""
         return (
-            f"the {self.side}'s chat template does not write {self.role} messages: {times:,} of {count:,} "
+            f"the {self.side}'s chat template does not write {self.part}: {times:,} of {count:,} "
             "conversations are read without them"
         )
 
@@ -556,9 +567,37 @@ class _Way(NamedTuple):
 
 _AS_IT_IS = _Way(strip=False, cut=False)
 
+MOST_OUTLINES = 1000
+"""Outlines of conversations of which it is remembered what templates leave out."""
 
-def _take_apart(messages: Sequence[dict[str, Any]], way: _Way) -> list[Message]:
-    return [Message.of(message, strip=way.strip, cut=way.cut) for message in messages]
+
+def _take_apart(conversation: Conversation, way: _Way) -> list[_Version]:
+    """Return a conversation as each of the models reads it."""
+    tools = _as_json(conversation.tools)
+    variables = _as_json(conversation.variables)
+    versions = []
+    for index in range(len(SIDES)):
+        rows = conversation.of_side(index)
+        messages = [Message.of(message, strip=way.strip, cut=way.cut) for message in rows]
+        outline = Outline(tuple(message.shape for message in messages), tools, variables)
+        versions.append(_Version(messages, outline, conversation.counterparts(index)))
+    return versions
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False) if value else ""
+
+
+@dataclass(frozen=True)
+class ConversationSettings:
+    """Settings of how conversations are learned."""
+
+    learn_from: Literal["completions", "all"] = "completions"
+    """The assistant's messages, or every one."""
+    learn_reasoning: bool = True
+    """False: the thinking before an answer is read, and not learned."""
+    today: date | None = None
+    """The day for templates that write it."""
 
 
 class _Cut(NamedTuple):
@@ -579,6 +618,7 @@ class ChatEncoder(PairEncoder):
     Args:
         learn_from: completions: what the assistant says; all: every message's content.
         today: the day for templates that write the date; by default that on which the encoder is made.
+        learn_reasoning: False: the thinking before an answer is read by both models, and not learned.
     """
 
     def __init__(
@@ -589,9 +629,12 @@ class ChatEncoder(PairEncoder):
         learn_from: Literal["completions", "all"] = "completions",
         today: date | None = None,
         facts: ModelFacts = ANY_MODEL,
+        *,
+        learn_reasoning: bool = True,
     ) -> None:
         super().__init__(student_tokenizer, teacher_tokenizer, max_length, facts)
         self.learn_from = learn_from
+        self.learn_reasoning = learn_reasoning
         self._end_is_start = (False, False)  # a conversation starts as its template says
 
         # Without a clock in the templates nothing depends on the day.
@@ -601,12 +644,13 @@ class ChatEncoder(PairEncoder):
         pair = [on_date(tokenizer, day) for tokenizer in (student_tokenizer, teacher_tokenizer)]
         self.sides = []
         for name, tokenizer, table in zip(SIDES, pair, self.tables, strict=True):
-            self.sides.append(_Side(name, tokenizer, table))
+            self.sides.append(_Side(name, tokenizer, table, learn_reasoning=learn_reasoning))
         self._tags_are_tokens = any("</think>" in side.aliases for side in self.sides)
-        self._messages_left_out: dict[tuple, list[tuple[int, Unwritten]]] = {}
+        self._messages_left_out: dict[tuple, list[tuple[int, int | None, Unwritten]]] = {}
 
         templates = [tokenizer.chat_template for tokenizer in pair]
-        depends_on = json.dumps([FORMAT, self.fingerprint, learn_from, *templates])
+        settings = [learn_from] if learn_reasoning else [learn_from, "reasoning is read"]
+        depends_on = json.dumps([FORMAT, self.fingerprint, *settings, *templates])
         self.fingerprint = hashlib.sha256(depends_on.encode()).hexdigest()
 
     def windows(
@@ -627,9 +671,9 @@ class ChatEncoder(PairEncoder):
         names = documents or [""] * len(texts)
         for name, text in zip(names, texts, strict=True):
             with named(name):
-                conversation = self._understood(json.loads(text))
+                conversation = self._understood(Conversation.parse(text))
                 for renderings in conversation.renderings:
-                    piece, bytes_behind = self._rendered_piece(name, conversation, renderings)
+                    piece, bytes_behind = self._rendered_piece(name, renderings)
                     left_out += bytes_behind
                     if piece is not None:
                         pieces.append(piece)
@@ -646,20 +690,22 @@ class ChatEncoder(PairEncoder):
             the content before the last answer (or other message), and the token ids of all before that answer.
         """
         # The answer to ask for: the last one that is learned, or the last one, or the last message.
-        messages = json.loads(conversation)
-        answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
-        learned = [number for number in answers if message_is_learned(messages[number])]
-        last = max(learned or answers, default=len(messages) - 1)
+        parsed = Conversation.parse(conversation)
+        answers = answers_of(parsed.messages)
+        learned = [number for number in answers if message_is_learned(parsed.messages[number])]
+        last = max(learned or answers, default=len(parsed.messages) - 1)
 
         # All that is learned of the conversation is this answer: the prompt is what stands before it.
-        understood = self._understood(messages, [last])
+        understood = self._understood(parsed, [last])
+        renderings = next(pair for pair in understood.renderings if pair[0].rendering.stretches)
         index = SIDES.index(side)
-        renderings = next(pair for pair in understood.renderings if pair[0].stretches)
-        pieces = segments(renderings[index], understood.fields)
-        answer = [(last, number) for number in range(len(understood.fields[last]))]
-        ids = self.sides[index].prompt(pieces, answer, stretch=0)
+        pieces = self._segments(renderings)[index]
+        contents = [piece.field for piece in pieces if piece.stretch == 0 and piece.field is not None]
+        ids = self.sides[index].prompt(pieces, contents, stretch=0)
 
-        question = understood.messages[last - 1].as_dict()["content"] if last else ""
+        version = understood.versions[index]
+        before = version.numbers[last] - 1
+        question = version.messages[before].as_dict()["content"] if before >= 0 else ""
         return question, ids
 
     # ------------------------------------------------------------ warnings
@@ -674,13 +720,12 @@ class ChatEncoder(PairEncoder):
         count = 0
         for text in texts:
             count += 1
-            messages = json.loads(text)
+            conversation = Conversation.parse(text)
             try:
-                unwritten.update(self._unwritten(messages))
-                # only thinking can get lost otherwise; most conversations have none, and need no renderings
-                if "reasoning_content" in text or "</think>" in text:
-                    conversation = self._understood(messages)
-                    losses.update(set(self._losses(conversation)))
+                unwritten.update(self._unwritten(conversation))
+                # only these can get lost otherwise; most conversations have none, and need no renderings
+                if any(word in text for word in ("reasoning_content", "</think>", "tool_calls")):
+                    losses.update(set(self._losses(self._understood(conversation))))
             except ConversationError:
                 continue
 
@@ -689,60 +734,72 @@ class ChatEncoder(PairEncoder):
             notes.append(f"{loss} (in {times:,} of {count:,} conversations)")
         return notes
 
-    def _unwritten(self, messages: list[dict[str, Any]]) -> set[Unwritten]:
+    def _unwritten(self, conversation: Conversation) -> set[Unwritten]:
         """Return what a template leaves out of a conversation, of the messages that say something.
 
         Where answers are learned in pieces of their own, a message is left out only if no piece has it.
         """
-        parsed = _take_apart(messages, _AS_IT_IS)
-        learned = self._learned(messages)
+        versions = _take_apart(conversation, _AS_IT_IS)
+        learned = self._learned(conversation.messages)
 
         # Whether a message is written does not depend on what it says: one rendering for all with these roles.
-        key = (tuple(message.shape for message in parsed), tuple(learned))
+        key = (*(version.outline for version in versions), tuple(learned))
         if key not in self._messages_left_out:
-            self._messages_left_out[key] = self._left_out_of(parsed, learned)
+            if len(self._messages_left_out) >= MOST_OUTLINES:
+                self._messages_left_out.clear()
+            self._messages_left_out[key] = self._left_out_of(versions, learned)
 
-        left_out = self._messages_left_out[key]
-        return {kind for number, kind in left_out if messages[number]["content"].strip()}
+        left_out = set()
+        for index, number, kind in self._messages_left_out[key]:
+            # schemas belong to no message
+            if number is None or conversation.of_side(index)[number]["content"].strip():
+                left_out.add(kind)
+        return left_out
 
     def _left_out_of(
         self,
-        messages: Sequence[Message],
+        versions: Sequence[_Version],
         learned: Sequence[int],
-    ) -> list[tuple[int, Unwritten]]:
-        """List the messages that no rendering of a side has.
+    ) -> list[tuple[int, int | None, Unwritten]]:
+        """List what no rendering of a side has: (side, number of a message, what it is).
 
         Raises:
             ConversationError: a template refuses these messages.
         """
-        shapes = tuple(message.shape for message in messages)
-        self._require_taken(shapes, messages)
-        pairs = self._layout(shapes, messages, learned)
+        self._require_taken(versions)
+        pairs = self._layout(versions, learned)
 
-        left_out = []
-        for index, side in enumerate(self.sides):
+        left_out: list[tuple[int, int | None, Unwritten]] = []
+        for index, (side, version) in enumerate(zip(self.sides, versions, strict=True)):
             # a message may be in the whole conversation or in one that ends with an answer
             written = {message for pair in pairs for message, _ in pair[index].places()}
-            for number, shape in enumerate(shapes):
-                if number not in written:
-                    left_out.append((number, Unwritten(side.name, shape.role)))
+            for number, shape in enumerate(version.outline.shapes):
+                if shape.fields and number not in written:
+                    left_out.append((index, number, Unwritten(side.name, f"{shape.role} messages")))
+            if version.outline.tools and not side.template.writes_tools(version.outline):
+                left_out.append((index, None, Unwritten(side.name, "the tools that may be called")))
         return left_out
 
-    def _losses(self, conversation: Understood) -> Iterable[str]:
+    def _losses(self, conversation: Understood) -> Iterator[str]:
         """Yield a warning for each part of a learned message that a template leaves out."""
         for renderings in conversation.renderings:
-            for side, rendering in zip(self.sides, renderings, strict=True):
+            for side, (rendering, _) in zip(self.sides, renderings, strict=True):
                 written = set(rendering.places())
                 for stretch in rendering.stretches:
-                    count = len(conversation.fields[stretch.message])
-                    if any((stretch.message, number) not in written for number in range(count)):
+                    shape = rendering.outline.shapes[stretch.message]
+                    missing = {number for number in range(shape.fields) if (stretch.message, number) not in written}
+                    if shape.reasoning_field in missing:
                         yield _thinking_left_out(side.name)
+                    if shape.calls and side.template.call_form == "unwritten":
+                        yield _calls_left_out(side.name)
+                    if shape.calls and shape.content_field in missing:
+                        yield _content_left_out(side.name)
 
     # ------------------------------------------------------------ conversation -> renderings
 
     def _understood(
         self,
-        messages: list[dict[str, Any]],
+        conversation: Conversation,
         learned: Sequence[int] | None = None,
     ) -> Understood:
         """Return a conversation in the first way of reading it that both templates write as it is.
@@ -751,26 +808,25 @@ class ChatEncoder(PairEncoder):
         template moves it or has tokens for its tags.
 
         Args:
-            messages: of the conversation.
             learned: the messages to learn; by default as they and `learn_from` say.
 
         Raises:
             ConversationError: a template refuses these messages, or changes what is said.
         """
-        clean = [self._clean(message) for message in messages]
+        clean = self._clean(conversation)
         if learned is None:
-            learned = self._learned(messages)
+            learned = self._learned(clean.messages)
 
-        for way in self._ways(clean):
-            parsed = _take_apart(clean, way)
-            renderings, changed = self._renderings(parsed, learned)
+        for way in self._ways([*clean.messages, *(clean.teacher_messages or [])]):
+            versions = _take_apart(clean, way)
+            renderings, changed = self._renderings(versions, learned)
             if changed is None:
-                return Understood(parsed, renderings)
+                return Understood(versions, renderings)
 
         # In every way one of the templates changes something: the error shows what it does in the last one.
-        raise self._changed(changed, parsed)
+        raise self._changed(changed)
 
-    def _ways(self, messages: Sequence[dict[str, str]]) -> list[_Way]:
+    def _ways(self, messages: Sequence[dict[str, Any]]) -> list[_Way]:
         """Return ways of taking messages apart, the preferred one first."""
         whole = [_AS_IT_IS, _Way(strip=True, cut=False)]
         answers = [message["content"] for message in messages if message["role"] == "assistant"]
@@ -779,13 +835,15 @@ class ChatEncoder(PairEncoder):
 
         # In contents the tags would be text: where they are tokens, the template's part must hold them.
         cut = [_Way(strip=False, cut=True), _Way(strip=True, cut=True)]
+        if not self.learn_reasoning:
+            return cut  # to know where it ends
         return cut + whole if self._tags_are_tokens else whole + cut
 
     @staticmethod
-    def _changed(changed: Changed, messages: Sequence[Message]) -> ConversationError:
+    def _changed(changed: Changed) -> ConversationError:
         """Return an error that shows what a template makes of what is said."""
-        fields = [message.fields for message in messages]
-        difference = changed.side.template.difference(changed.rendering, fields)
+        messages = changed.version.messages
+        difference = changed.side.template.difference(changed.rendering, changed.version.fields)
 
         whose = "the text around the contents"
         if difference.message is not None:
@@ -804,79 +862,105 @@ class ChatEncoder(PairEncoder):
         is_of_kind = message["role"] == "assistant" or self.learn_from == "all"
         return is_of_kind and message_is_learned(message)
 
-    def _clean(self, message: dict[str, Any]) -> dict[str, str]:
-        """Return the message with texts that both models are given alike."""
-        clean = {"role": message["role"]}
-        for key in ("content", "reasoning_content"):
-            if key in message:
-                text = self.canonical(message[key])
-                clean[key] = re.sub(f"[{MARK}{BREAK}]", "\ufffd", text)
-        return clean
+    def _clean(self, conversation: Conversation) -> Conversation:
+        """Return the conversation with texts that both models are given alike."""
+        teacher_messages = conversation.teacher_messages
+        return replace(
+            conversation,
+            messages=cleaned(conversation.messages, self._clean_text),
+            teacher_messages=None if teacher_messages is None else cleaned(teacher_messages, self._clean_text),
+            tools=tuple(cleaned(conversation.tools, self._clean_text)),
+        )
+
+    def _clean_text(self, text: str) -> str:
+        return re.sub(f"[{MARK}{BREAK}]", "\ufffd", self.canonical(text))
 
     def _renderings(
-        self, messages: Sequence[Message], learned: Sequence[int]
-    ) -> tuple[list[list[Rendering]], Changed | None]:
+        self, versions: Sequence[_Version], learned: Sequence[int]
+    ) -> tuple[list[list[Written]], Changed | None]:
         """Return pairs of renderings in which all that is learned is learned once.
 
         Returns:
             the pairs, and None; or [], and the rendering in which a template changes what is said.
         """
-        shapes = tuple(message.shape for message in messages)
-        fields = [message.fields for message in messages]
-        self._require_taken(shapes, messages)
+        self._require_taken(versions)
+        self._require_counterparts(versions[1], learned)
 
-        pairs = self._layout(shapes, messages, learned)
-        for pair in pairs:
-            for side, rendering in zip(self.sides, pair, strict=True):
-                with self._refusing(side, messages):
-                    if not side.template.writes(rendering, fields):
-                        return [], Changed(side, rendering)
-                self._require_all_once(side, rendering, messages)
+        pairs = []
+        for renderings in self._layout(versions, learned):
+            pair = []
+            for side, version, rendering in zip(self.sides, versions, renderings, strict=True):
+                with self._refusing(side, version.messages):
+                    fields = side.template.fields_as_written(rendering, version.fields)
+                if fields is None:
+                    return [], Changed(side, rendering, version)
+                self._require_all_once(side, rendering, version.messages)
+                pair.append(Written(rendering, fields))
+            pairs.append(pair)
         return pairs, None
 
-    def _layout(
-        self, shapes: tuple[Shape, ...], messages: Sequence[Message], learned: Sequence[int]
-    ) -> list[list[Rendering]]:
+    @staticmethod
+    def _require_counterparts(teacher: _Version, learned: Sequence[int]) -> None:
+        """Refuse messages of the teacher's own that lack something of what is learned."""
+        missing = [number for number in learned if number not in teacher.numbers]
+        if missing:
+            raise ConversationError(
+                f"teacher_messages: message {missing[0]} of the student's is learned, and the teacher has no message "
+                "for it. Expected teacher_messages that end with the same answers, and data.learn_from=completions."
+            )
+
+    def _layout(self, versions: Sequence[_Version], learned: Sequence[int]) -> list[list[Rendering]]:
         """Return pairs of renderings: the whole conversation, and up to each answer that is learned alone."""
+        shapes = versions[0].outline.shapes
         answers = [number for number in learned if shapes[number].role == "assistant"]
         others = [number for number in learned if shapes[number].role != "assistant"]
 
         # Per side, each answer as a model is asked for it: as the last message.
-        as_last: dict[str, dict[int, Rendering]] = {}
-        for side in self.sides:
-            with self._refusing(side, messages):
-                as_last[side.name] = {number: side.template.answer(shapes[: number + 1]) for number in answers}
+        as_last: list[dict[int, Rendering]] = []
+        for side, version in zip(self.sides, versions, strict=True):
+            with self._refusing(side, version.messages):
+                asked = {}
+                for number in answers:
+                    asked[number] = side.template.answer(version.outline.first(version.numbers[number] + 1))
+                as_last.append(asked)
 
         # Answers that stay as they are when the conversation goes on are learned in one rendering of it.
         remaining = set(answers)
-        for side in self.sides:
-            for number, answer in as_last[side.name].items():
-                if not side.template.remains(answer, shapes):
+        for side, version, asked in zip(self.sides, versions, as_last, strict=True):
+            for number, answer in asked.items():
+                if not side.template.remains(answer, version.outline):
                     remaining.discard(number)
 
         together = []
-        for side in self.sides:
-            in_place = [as_last[side.name][number] for number in sorted(remaining)]
-            together.append(side.template.whole(shapes, in_place, others))
+        for side, version, asked in zip(self.sides, versions, as_last, strict=True):
+            in_place = [asked[number] for number in sorted(remaining)]
+            contents = [version.numbers[number] for number in others]
+            together.append(side.template.whole(version.outline, in_place, contents))
 
         # Every other answer needs a rendering that ends with it.
         pairs = []
         for number in answers:
             if number not in remaining:
-                pairs.append([as_last[side.name][number] for side in self.sides])
+                pairs.append([asked[number] for asked in as_last])
         if pairs and not together[0].stretches:
             return pairs  # nothing is learned of the whole conversation
         return [together, *pairs]
 
-    def _require_taken(
-        self,
-        shapes: tuple[Shape, ...],
-        messages: Sequence[Message],
-    ) -> None:
+    def _require_taken(self, versions: Sequence[_Version]) -> None:
         """Refuse messages that one of the templates does not take, before anything is made of them."""
-        for side in self.sides:
-            with self._refusing(side, messages):
-                side.template.marked(shapes)
+        for side, version in zip(self.sides, versions, strict=True):
+            with self._refusing(side, version.messages):
+                side.template.marked(version.outline)
+
+            # There they would be tokens: only what is said is read as text.
+            for text in version.outline.fixed_texts():
+                control = side.controls.search(text)
+                if control is not None and control[0].strip():
+                    raise ConversationError(
+                        f"the schemas of tools, or the names in a call, hold {control[0]!r}, which is a control token "
+                        f"of the {side.name}'s. Expected text; leave it out. The conversation begins: "
+                        f"{_beginning(version.messages)}."
+                    )
 
     @contextmanager
     def _refusing(self, side: _Side, messages: Sequence[Message]) -> Iterator[None]:
@@ -904,47 +988,86 @@ class ChatEncoder(PairEncoder):
         places = rendering.places()
         answers = [place for place in places if place[0] in learned]
         is_repeated = len(answers) != len(set(answers))
-
-        # The answer itself is the last field of a content; thinking may stand before it.
-        contents = {(number, len(rendering.shapes[number].literals) - 2) for number in learned}
-        missing = contents - set(answers)
+        self._require_all_written(side, rendering, messages)
 
         # A template may move a system message, unless it is learned.
         order = []
         for number, _ in places:
-            if number in learned or rendering.shapes[number].role != "system":
+            if number in learned or rendering.outline.shapes[number].role != "system":
                 order.append(number)
 
-        if missing or is_repeated or order != sorted(order):
-            raise ConversationError(
-                f"the {side.name}'s chat template leaves out, repeats or moves messages of a conversation of "
-                f"{_roles(messages)}; expected each once and in order. It begins: {_beginning(messages)}. {REMEDY}"
-            )
+        if is_repeated or order != sorted(order):
+            raise self._not_followed(side, messages)
 
-        # The student must write the thinking to learn it; of a teacher that does not, `notes` warns.
-        with_thinking = {(number, 0) for number in learned if len(rendering.shapes[number].literals) > 2}
-        if with_thinking - set(answers) and side is self.sides[0]:
-            raise ConversationError(
-                f"the {side.name}'s chat template leaves out the thinking (<think>...</think>) of an answer in a "
-                f"conversation of {_roles(messages)}, which would not be learned. It begins: {_beginning(messages)}. "
-                "Take the thinking out of the answers, or give the tokenizer a template that writes it."
-            )
+    def _require_all_written(
+        self,
+        side: _Side,
+        rendering: Rendering,
+        messages: Sequence[Message],
+    ) -> None:
+        """Check that a rendering has all that is learned.
+
+        The student must write thinking and calls to learn them; of a teacher that does not, `notes` warns.
+
+        Raises:
+            ConversationError: it has not.
+        """
+        is_student = side is self.sides[0]
+        places = set(rendering.places())
+        for stretch in rendering.stretches:
+            shape = rendering.outline.shapes[stretch.message]
+            missing = {number for number in range(shape.fields) if (stretch.message, number) not in places}
+
+            if shape.content_field in missing:
+                if not shape.calls:
+                    raise self._not_followed(side, messages)
+                if is_student:
+                    raise self._lost(
+                        messages, "the text beside the tool calls of an answer", "Take the text out of such answers"
+                    )
+            if not is_student:
+                continue
+
+            # Thinking under a key of its own is what many templates leave out, and `notes` tells it.
+            is_in_content = shape.contents > 1
+            if is_in_content and shape.reasoning_field in missing and self.learn_reasoning:
+                raise self._lost(
+                    messages,
+                    "the thinking (<think>...</think>) of an answer",
+                    "Take the thinking out of the answers (--set data.reasoning=drop)",
+                )
+            if shape.calls and side.template.call_form == "unwritten":
+                raise self._lost(messages, "tool calls", "Leave such conversations out")
+
+    @staticmethod
+    def _not_followed(side: _Side, messages: Sequence[Message]) -> ConversationError:
+        return ConversationError(
+            f"the {side.name}'s chat template leaves out, repeats or moves messages of a conversation of "
+            f"{_roles(messages)}; expected each once and in order. It begins: {_beginning(messages)}. {REMEDY}"
+        )
+
+    @staticmethod
+    def _lost(messages: Sequence[Message], part: str, remedy: str) -> ConversationError:
+        """Return an error about a part of answers that the student's template does not write."""
+        return ConversationError(
+            f"the student's chat template leaves out {part} in a conversation of {_roles(messages)}, which would not "
+            f"be learned. It begins: {_beginning(messages)}. {remedy}, or give the tokenizer a template that writes it."
+        )
 
     # ------------------------------------------------------------ renderings -> piece of a window
 
     def _rendered_piece(
         self,
         name: str,
-        conversation: Understood,
-        renderings: Sequence[Rendering],
+        renderings: Sequence[Written],
     ) -> tuple[Piece | None, int]:
         """Cut a rendering to a window.
 
         Returns:
             the piece, and 0; or None, and the number of bytes to learn from that do not fit.
         """
-        pieces = [segments(rendering, conversation.fields) for rendering in renderings]
-        places = _places(pieces, len(renderings[0].stretches))
+        pieces = self._segments(renderings)
+        places = _places(pieces, len(renderings[0].rendering.stretches))
         if not places:
             return None, 0
 
@@ -989,6 +1112,11 @@ class ChatEncoder(PairEncoder):
         )
         return piece, 0
 
+    def _segments(self, pair: Sequence[Written]) -> list[list[Segment]]:
+        """Return the segments of a pair of renderings; what both models write has the same names."""
+        pieces = [segments(rendering, fields) for rendering, fields in pair]
+        return name_fields(pair, pieces, [side.controls for side in self.sides])
+
     def _last_cut(self, pair: Sequence[Reading]) -> _Cut | None:
         """Return the last common end of both readings that fits into a window; None where none does."""
         cuts = _common_ends(pair)
@@ -1030,7 +1158,7 @@ def _roles(messages: Sequence[Message]) -> str:
 
 def _beginning(messages: Sequence[Message]) -> str:
     """Return the begin of a conversation in quotes, by which it is found in a file."""
-    contents = [message.fields[0] for message in messages]
+    contents = [message.fields[0] for message in messages if message.fields]
     return repr(" ".join(contents)[:80])
 
 
@@ -1049,3 +1177,13 @@ def _thinking_left_out(name: str) -> str:
         f"thinking before answers (reasoning_content, <think>) is not written in the {name}'s conversations: answers "
         f"are learned {learned}"
     )
+
+
+def _calls_left_out(name: str) -> str:
+    """Return the warning that a model's conversations are written without tool calls."""
+    return f"tool calls are not written in the {name}'s conversations: they are learned without the {name}"
+
+
+def _content_left_out(name: str) -> str:
+    """Return the warning that a model's conversations are written without the text beside tool calls."""
+    return f"the text beside tool calls is not written in the {name}'s conversations: it is learned without the {name}"

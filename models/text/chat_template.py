@@ -4,38 +4,38 @@ A conversation is rendered with a mark in place of everything that its messages 
 in a model's text, and a comparison with the rendering that ends in the generation prompt shows what the model itself
 writes: markup such as an empty block of thinking, the contents, and the end of its turn.
 
-In this file: messages taken apart (`Message`), the date in templates (`on_date`), the end of turns (`end_of_turn`),
+In this file: the date and other values in templates (`on_date`, `with_variables`), the end of turns (`end_of_turn`),
 generation prompts that fit a template's answers, tokenizers prepared for conversations (`chat_tokenizer`), and
 renderings with all that is learned of them (`ChatTemplate`, `segments`).
 """
 
 import copy
+import functools
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from .messages import MARK, PLACEHOLDER, Message, Outline, Shape
+
 PLAIN_TEMPLATE = (
+    "{% if tools %}Tools:\n{% for tool in tools %}{{ tool | tojson }}\n{% endfor %}{{ '\n' }}{% endif %}"
     "{% for message in messages %}{{ message['role'] | capitalize }}:\n{{ message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '' }}\n\n"
+    "{% for call in message['tool_calls'] or [] %}{{ '\n' if message['content'] or not loop.first else '' }}"
+    '<tool_call>\n{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}\n'
+    "</tool_call>{% endfor %}{{ eos_token if message['role'] == 'assistant' else '' }}\n\n"
     "{% endfor %}{% if add_generation_prompt %}Assistant:\n{% endif %}"
 )
-"""For a tokenizer without a chat template: role names in plain words, end of text after the assistant's."""
+"""For a tokenizer without a chat template: role names in plain words, end of text after the assistant's.
 
-MARK = "\U0010fffd"
-"""Private character around the alias of a control token or the number of a content; in contents it becomes U+FFFD."""
-
-BREAK = "\U0010fffc"
-"""Private character between texts that no token may join; in contents it becomes U+FFFD."""
-
-PLACEHOLDER = re.compile(f"{MARK}(\\d+)\\.(\\d+){MARK}")
-"""Text in place of a content: the number of its message, and its own in the message."""
+Tools are written as most templates write them."""
 
 CLOCK = "strftime_now"
 """The function by which a chat template reads the clock."""
@@ -45,9 +45,6 @@ DIRECTIVES = [*"aAbBcdDeFgGhHIjmMpPrRSTuUVwWxXyYzZ", "-d", "-m", "-y", "-H", "-I
 
 THINKING_SWITCHES = ("enable_thinking", "thinking")
 """Variables by which templates turn the thinking before an answer on or off."""
-
-THOUGHT = re.compile(r"(\s*(?:<think>)?\s*)(.*?)(\s*</think>\s*)(.*)", re.DOTALL)
-"""Thinking and the answer behind it, as models write them; the opening tag may stand in the generation prompt."""
 
 REMEDY = (
     "Leave such conversations out, or give the tokenizer a template that takes them and writes contents as they are."
@@ -71,85 +68,7 @@ def named(document: str) -> Iterator[None]:
         raise
 
 
-# ---------------------------------------------------------------- messages
-
-
-class Shape(NamedTuple):
-    """All of a message but the texts of its fields, which are what is said in it."""
-
-    role: str
-    literals: tuple[str, ...]
-    """Texts of the content around its fields: one more than there are fields in it."""
-    has_reasoning: bool = False
-    """Whether a field behind those of the content is the thinking, under a key of its own."""
-
-    def message(self, fields: Sequence[str]) -> dict[str, str]:
-        """Return the message with these fields, as templates read it."""
-        content = self.literals[0]
-        # a field behind those of the content is the thinking
-        for field, literal in zip(fields, self.literals[1:], strict=False):
-            content += field + literal
-
-        message = {"role": self.role, "content": content}
-        if self.has_reasoning:
-            message |= {"reasoning_content": fields[-1], "thinking": fields[-1]}
-        return message
-
-    def marked(self, number: int) -> dict[str, str]:
-        """Return the message with marks as its fields, `number` being its place in the conversation."""
-        count = len(self.literals) - 1
-        if self.has_reasoning:
-            count += 1
-        return self.message([f"{MARK}{number}.{field}{MARK}" for field in range(count)])
-
-
-class Message(NamedTuple):
-    """A message, taken apart into the texts that are said in it and the shape around them."""
-
-    shape: Shape
-    fields: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls,
-        message: dict[str, Any],
-        *,
-        strip: bool,
-        cut: bool,
-    ) -> "Message":
-        """Take a message apart.
-
-        Args:
-            strip: leave out the white space around its content.
-            cut: make the thinking in an assistant's content, and the answer behind it, fields of their own.
-        """
-        role = message["role"]
-        content = message["content"]
-        reasoning = message.get("reasoning_content")
-        if strip:
-            content = content.strip()
-            reasoning = None if reasoning is None else reasoning.strip()
-
-        literals: tuple[str, ...] = ("", "")
-        fields: tuple[str, ...] = (content,)
-        thought = THOUGHT.fullmatch(content) if cut and role == "assistant" else None
-        if thought is not None:
-            opening, thinking, closing, answer = thought.groups()
-            literals = (opening, closing, "")
-            fields = (thinking, answer)
-
-        if reasoning is not None:
-            fields = (*fields, reasoning)
-        shape = Shape(
-            role=role,
-            literals=literals,
-            has_reasoning=reasoning is not None,
-        )
-        return cls(shape, fields)
-
-    def as_dict(self) -> dict[str, str]:
-        """Return the message, as templates read it."""
-        return self.shape.message(self.fields)
+# ---------------------------------------------------------------- marks
 
 
 class _Placeholder(NamedTuple):
@@ -163,8 +82,9 @@ class _Placeholder(NamedTuple):
     end: int
 
 
+@functools.lru_cache(maxsize=1000)
 def _placeholders(rendered: str) -> list[_Placeholder]:
-    """Return the marks of a rendering in the order of its text."""
+    """Return the marks of a rendering in the order of its text; most conversations have the same renderings."""
     placeholders = []
     for match in PLACEHOLDER.finditer(rendered):
         placeholder = _Placeholder(
@@ -205,6 +125,48 @@ def _clock_of(today: date) -> str:
     return f"{{% macro {CLOCK}(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}"
 
 
+# ---------------------------------------------------------------- variables
+
+
+def with_variables(
+    role: str,
+    tokenizer: PreTrainedTokenizerBase,
+    variables: Mapping[str, Any],
+) -> PreTrainedTokenizerBase:
+    """Return a tokenizer whose chat template has values for its variables; itself, where there are none.
+
+    Raises:
+        ValueError: the template has no such variable.
+    """
+    if not variables:
+        return tokenizer
+
+    # A value that nothing reads would be a mistake that nobody sees.
+    template = _template(tokenizer) if tokenizer.chat_template else ""
+    prelude = ""
+    for name, value in variables.items():
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            raise ValueError(
+                f"{role}.chat_template_kwargs: got {name!r}, which the {role}'s chat template does not read. Expected "
+                "a variable of that template, such as enable_thinking; take it out"
+            )
+        prelude += f"{{% set {name} = {_literal(value)} %}}"
+
+    # A template that was written by this function has them already.
+    if template.startswith(prelude):
+        return tokenizer
+    result = copy.deepcopy(tokenizer)
+    result.chat_template = _with_prelude(prelude, template)
+    return result
+
+
+def _literal(value: Any) -> str:
+    """Return a value of JSON as a template's language writes it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return json.dumps(value)
+
+
 # ---------------------------------------------------------------- templates
 
 
@@ -231,17 +193,37 @@ def _with_generation_prompt(template: str, prompt: str) -> str:
 
 def _render(
     tokenizer: PreTrainedTokenizerBase,
-    messages: list[dict[str, str]],
+    messages: list[dict[str, Any]],
     *,
     ask: bool = False,
+    tools: str = "",
+    variables: str = "",
 ) -> str:
-    """Return a conversation as the template writes it; `ask`: with the generation prompt behind it."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    """Return a conversation as the template writes it; `ask`: with the generation prompt behind it.
+
+    Raises:
+        TemplateError: the template refuses it, or expects other values.
+    """
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            tools=json.loads(tools) if tools else None,
+            tokenize=False,
+            add_generation_prompt=ask,
+            **json.loads(variables or "{}"),
+        )
+    except (TypeError, KeyError, AttributeError) as error:
+        # such as a text where the template expects an object
+        raise jinja2.TemplateError(f"{type(error).__name__}: {error}") from error
 
 
 def _example(roles: Sequence[str]) -> list[dict[str, str]]:
     """Return a conversation of marks."""
-    return [Shape(role, ("", "")).marked(number) for number, role in enumerate(roles)]
+    messages = []
+    for number, role in enumerate(roles):
+        shape = Shape(role, ("", ""))
+        messages.append(shape.message(shape.marks(number)))
+    return messages
 
 
 def _field_end(rendered: str, message: int) -> int:
@@ -497,19 +479,25 @@ def ends_turns(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def tokenizers_for_chat(
-    tokenizers: dict[str, PreTrainedTokenizerBase],
+    tokenizers: Mapping[str, PreTrainedTokenizerBase],
+    variables: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> tuple[dict[str, PreTrainedTokenizerBase], list[str]]:
     """Prepare tokenizers for conversations.
 
     Args:
         tokenizers: by role (student, teacher), as they were loaded.
+        variables: by role, values for the variables of its chat template.
 
     Returns:
         `chat_tokenizer` of each, by role; and warnings about their own templates.
+
+    Raises:
+        ValueError: a template has no such variable.
     """
     prepared = {}
     warnings = []
-    for role, tokenizer in tokenizers.items():
+    for role, loaded in tokenizers.items():
+        tokenizer = with_variables(role, loaded, (variables or {}).get(role, {}))
         if not tokenizer.chat_template:
             warnings.append(f'{role}: no chat template, so conversations are written with "User:" and "Assistant:"')
         prepared[role] = chat_tokenizer(tokenizer)
@@ -544,7 +532,7 @@ class Stretch(NamedTuple):
 class Rendering:
     """The first messages of a conversation, with marks, and the parts of it that are learned."""
 
-    shapes: tuple[Shape, ...]
+    outline: Outline
     text: str
     """As the template writes it; where an answer is last, with the end of its turn, too."""
     stretches: tuple[Stretch, ...]
@@ -575,22 +563,79 @@ class Difference(NamedTuple):
     """The text that the template writes in its place."""
 
 
+CallForm = Literal["objects", "texts", "unwritten"]
+"""Form in which a template expects the arguments of tool calls; unwritten: it does not write calls."""
+
+EXAMPLE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": "find",
+        "description": "Find a place.",
+        "parameters": {"type": "object", "properties": {"place": {"type": "string", "description": "Its name."}}},
+    },
+}
+"""Schema of a function, to look at templates with."""
+
+MOST_RENDERINGS = 1000
+"""Renderings that are remembered; conversations with tools have outlines of their own."""
+
+
 class ChatTemplate:
     """One model's chat template.
 
     Args:
         name: of the model, for messages.
         tokenizer: with its template; looked at when it is needed.
+        learn_reasoning: False: the thinking before an answer is read, and what follows it learned.
     """
 
-    def __init__(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        name: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        learn_reasoning: bool = True,
+    ) -> None:
         self.name = name
         self.tokenizer = tokenizer
+        self.learn_reasoning = learn_reasoning
         self._renderings: dict[tuple, str] = {}
         self._end: list[EndOfTurn | None] = []  # empty until it is looked for, since the end may be None
+        self._call_form: CallForm | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"_renderings": {}, "_end": []}
+
+    @property
+    def call_form(self) -> CallForm:
+        """Form in which the template expects the arguments of calls; objects where it refuses the example."""
+        if self._call_form is None:
+            self._call_form = self._find_call_form()
+        return self._call_form
+
+    def _find_call_form(self) -> CallForm:
+        """Write a call in both forms, and see what becomes of it."""
+        mark = f"{MARK}1.0{MARK}"
+        call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "find", "arguments": {"place": mark}}}
+        answer = Message.of({"role": "assistant", "content": "", "tool_calls": [call]}, strip=False, cut=False)
+
+        is_refused = True
+        for form, as_text in (("objects", False), ("texts", True)):
+            messages = [*_example(["user"]), answer.shape.message([mark], arguments_as_text=as_text)]
+            try:
+                written = _render(self.tokenizer, messages, tools=json.dumps([EXAMPLE_TOOL]))
+            except jinja2.TemplateError:
+                continue
+            is_refused = False
+
+            # A template that expects JSON writes an object as Python does.
+            if mark in written and f"'{mark}'" not in written:
+                return form  # type: ignore[return-value]
+        return "objects" if is_refused else "unwritten"
+
+    def writes_tools(self, outline: Outline) -> bool:
+        """Return whether the schemas of an outline are written."""
+        return self.marked(outline) != self.marked(outline.without_tools())
 
     @property
     def end(self) -> EndOfTurn | None:
@@ -607,51 +652,80 @@ class ChatTemplate:
 
     def marked(
         self,
-        shapes: tuple[Shape, ...],
+        outline: Outline,
         *,
         ask: bool = False,
     ) -> str:
         """Return a rendering with marks in place of what is said."""
-        key = (shapes, ask)
+        key = (outline, ask)
         if key not in self._renderings:
-            messages = [shape.marked(number) for number, shape in enumerate(shapes)]
-            self._renderings[key] = _render(self.tokenizer, messages, ask=ask)
+            if len(self._renderings) >= MOST_RENDERINGS:
+                self._renderings.clear()
+            marks = [shape.marks(number) for number, shape in enumerate(outline.shapes)]
+            self._renderings[key] = self._render(outline, marks, ask=ask)
         return self._renderings[key]
 
-    def answer(self, shapes: tuple[Shape, ...]) -> Rendering:
+    def _render(
+        self,
+        outline: Outline,
+        fields: Sequence[Sequence[str]],
+        *,
+        ask: bool = False,
+    ) -> str:
+        """Return a conversation with these fields, by message, as the template writes it."""
+        as_text = any(shape.calls for shape in outline.shapes) and self.call_form == "texts"
+        messages = []
+        for shape, texts in zip(outline.shapes, fields, strict=False):
+            messages.append(shape.message(texts, arguments_as_text=as_text))
+        return _render(
+            self.tokenizer,
+            messages,
+            ask=ask,
+            tools=outline.tools,
+            variables=outline.variables,
+        )
+
+    def answer(self, outline: Outline) -> Rendering:
         """Return a conversation up to an answer, of which all behind the generation prompt is learned.
 
         Where the answer does not begin with the generation prompt (`chat_tokenizer` has looked for one), the content
         and the end of the turn are learned.
         """
-        text = self.marked(shapes)
-        message = len(shapes) - 1
+        text = self.marked(outline)
+        message = len(outline.shapes) - 1
         begin = _field_begin(text, message)
         if message > 0:  # nobody can ask for an answer to nothing
-            prompt = self.marked(shapes[:-1], ask=True)
+            prompt = self.marked(outline.first(message), ask=True)
             if text.startswith(prompt):
                 begin = len(prompt)
+        if not self.learn_reasoning:
+            begin = max(begin, _behind_reasoning(text, message, outline.shapes[message]))
 
         # Behind the last answer a template does not write an end that belongs to the next message.
         content_end = _field_end(text, message)
         is_last = content_end >= 0 and not text[content_end:].strip()
         if is_last and self.end is not None and self.end.begins_next:
             text = text[:content_end] + self.end.text
+
+        if outline.shapes[message].calls:
+            stretch = self._stretch_with_calls(text, message, begin)
+        else:
+            stretch = self._stretch(text, message, begin)
         return Rendering(
-            shapes=shapes,
+            outline=outline,
             text=text,
-            stretches=(self._stretch(text, message, begin),),
+            stretches=(stretch,),
         )
 
-    def remains(self, answer: Rendering, shapes: tuple[Shape, ...]) -> bool:
+    def remains(self, answer: Rendering, outline: Outline) -> bool:
         """Return whether an answer is written alike when the conversation has gone on."""
         (stretch,) = answer.stretches
         upto_end = answer.text[: stretch.end]
-        return 0 <= stretch.begin <= stretch.end and self._ended(shapes).startswith(upto_end)
+        return 0 <= stretch.begin <= stretch.end and self._ended(outline).startswith(upto_end)
 
     def whole(
         self,
-        shapes: tuple[Shape, ...],
+        outline: Outline,
         answers: Sequence[Rendering],
         others: Sequence[int],
     ) -> Rendering:
@@ -661,33 +735,61 @@ class ChatTemplate:
             answers: those that are learned in it; all of them remain.
             others: messages of which the contents are learned.
         """
-        text = self._ended(shapes)
+        text = self._ended(outline)
         stretches = []
         for message in others:
             stretches.append(self._stretch(text, message, _field_begin(text, message)))
         for answer in answers:
             stretches += answer.stretches
         return Rendering(
-            shapes=shapes,
+            outline=outline,
             text=text,
             stretches=tuple(sorted(stretches)),
         )
 
-    def _ended(self, shapes: tuple[Shape, ...]) -> str:
+    def _ended(self, outline: Outline) -> str:
         """Return the whole conversation; an answer that is last has an end of its turn."""
-        ends_with_answer = bool(shapes) and shapes[-1].role == "assistant"
+        ends_with_answer = bool(outline.shapes) and outline.shapes[-1].role == "assistant"
         if ends_with_answer and self.end is not None and self.end.begins_next:
-            return self.answer(shapes).text
-        return self.marked(shapes)
+            return self.answer(outline).text
+        return self.marked(outline)
 
-    def writes(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> bool:
-        """Return whether the template writes these fields as they are, where the marks are."""
-        return self._filled(rendering, fields) == self._written(rendering, fields)
+    def fields_as_written(
+        self,
+        rendering: Rendering,
+        fields: Sequence[Sequence[str]],
+    ) -> list[list[str]] | None:
+        """Return the fields in the spelling in which the template writes them where the marks are.
+
+        Only the arguments of calls have several: as they are, and as a text in JSON. None: the template writes
+        something else.
+        """
+        marked = self.marked(rendering.outline)
+        written = self._render(rendering.outline, fields)
+        spelt = [list(texts) for texts in fields]
+
+        position = 0
+        end_of_last = 0
+        for mark in _placeholders(marked):
+            literal = marked[end_of_last : mark.begin]
+            end_of_last = mark.end
+            if not written.startswith(literal, position):
+                return None
+            position += len(literal)
+
+            is_argument = mark.number >= rendering.outline.shapes[mark.message].first_argument
+            spellings = _spellings(fields[mark.message][mark.number], is_argument)
+            spelling = next((text for text in spellings if written.startswith(text, position)), None)
+            if spelling is None:
+                return None
+            position += len(spelling)
+            spelt[mark.message][mark.number] = spelling
+        return spelt if written[position:] == marked[end_of_last:] else None
 
     def difference(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> Difference:
         """Return the first content that the template does not write as it is, and the text in its place."""
         filled = self._filled(rendering, fields)
-        written = self._written(rendering, fields)
+        written = self._render(rendering.outline, fields)
 
         # Both texts begin and end alike; in between they differ from the begin of a word on.
         same = _common_length(filled, written)
@@ -695,7 +797,7 @@ class ChatTemplate:
         end = len(written) - same_at_end
         word = 1 + max(filled.rfind(space, 0, same) for space in " \n")
 
-        marked = self.marked(rendering.shapes)
+        marked = self.marked(rendering.outline)
         marks = _placeholders(marked)
         next_begins = [mark.begin for mark in marks[1:]]
         next_begins.append(len(marked))
@@ -734,14 +836,7 @@ class ChatTemplate:
         def field_of(mark: re.Match) -> str:
             return fields[int(mark[1])][int(mark[2])]
 
-        return PLACEHOLDER.sub(field_of, self.marked(rendering.shapes))
-
-    def _written(self, rendering: Rendering, fields: Sequence[Sequence[str]]) -> str:
-        """Return the messages as the template writes them."""
-        messages = []
-        for shape, message_fields in zip(rendering.shapes, fields, strict=False):
-            messages.append(shape.message(message_fields))
-        return _render(self.tokenizer, messages)
+        return PLACEHOLDER.sub(field_of, self.marked(rendering.outline))
 
     def _stretch(
         self,
@@ -760,6 +855,52 @@ class ChatTemplate:
                 end_token=self.end.token,
             )
         return Stretch(message, begin, content_end, end_token="")
+
+    def _stretch_with_calls(
+        self,
+        text: str,
+        message: int,
+        begin: int,
+    ) -> Stretch:
+        """Return the learned part of a last message that calls tools; its turn may end in another way than others."""
+        behind_fields = max(begin, _field_end(text, message))
+        end = -1
+        if self.end is not None:
+            end = text.find(self.end.text, behind_fields)
+        if self.end is None or end < 0:
+            return Stretch(message, begin, len(text.rstrip()), end_token="")
+        return Stretch(
+            message=message,
+            begin=begin,
+            end=end + len(self.end.text),
+            end_token=self.end.token,
+        )
+
+
+def _spellings(text: str, is_argument: bool) -> list[str]:
+    """Return the spellings in which a template may write a field."""
+    if not is_argument:
+        return [text]
+    as_json = [json.dumps(text, ensure_ascii=is_ascii)[1:-1] for is_ascii in (False, True)]
+
+    # JSON in JSON, where a template writes arguments that are JSON as one text.
+    in_json = json.dumps(as_json[0], ensure_ascii=False)[1:-1]
+    return list(dict.fromkeys([in_json, *as_json, text]))
+
+
+def _behind_reasoning(text: str, message: int, shape: Shape) -> int:
+    """Return the end of the thinking in a rendering with marks, with the tag behind it; -1 where there is none."""
+    number = shape.reasoning_field
+    ends = [mark.end for mark in _placeholders(text) if (mark.message, mark.number) == (message, number)]
+    if not ends:
+        return -1
+    closing = re.compile(r"\s*</think>\s*").match(text, ends[0])
+    if closing is not None:
+        return closing.end()
+
+    # Other templates write other markup there; the content begins behind it.
+    later = [mark.begin for mark in _placeholders(text) if mark.message == message and mark.begin >= ends[0]]
+    return min(later, default=ends[0])
 
 
 def segments(rendering: Rendering, fields: Sequence[Sequence[str]]) -> list[Segment]:

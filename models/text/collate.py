@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..config import RouterConfig
 from ..losses.hidden_state_terms import count_items
-from ..types import IGNORE, PairedBatch, Source
+from ..types import IGNORE, PairedBatch, Places, Source
 from ..validation import expect, expect_count
 from .alignment import Alignment, align, paired_tokens
 from .anchors import collect_anchors
@@ -31,6 +31,10 @@ from .windows import OWN, SIDES, _reading, document_begins
 
 Window = Mapping[str, Any]
 """A window as `PairEncoder.windows` makes it."""
+
+PLACES = "places"
+"""Column of a window whose positions for KD were chosen before training: the place of each KD row by its score, -1 for
+those that are never learned at; see `models.chosen_positions`."""
 
 
 def read_and_learned(window: Window) -> tuple[np.ndarray, np.ndarray]:
@@ -122,14 +126,18 @@ class PairCollator:
         aligned: list[Alignment],
     ) -> PairedBatch:
         """Return the batch of windows that were padded and aligned."""
-        # Positions are flat from here on, so that a loss takes what it needs with one index.
-        supervised = np.flatnonzero(student.labels != IGNORE)
-        rows = _stack_rows(aligned, supervised, student.width, teacher.width)
-        order = _order_teacher(rows, teacher.mask)
-
         # Losses are divided by the items of a whole step, which have to be known before its first forward.
+        supervised = np.flatnonzero(student.labels != IGNORE)
         given = _given_positions(windows, supervised, student.width)
-        counts = _count_head_items(given, rows, aligned)
+        counts = _count_head_items(given, aligned)
+        window_rows = np.array([len(alignment.student) for alignment in aligned])
+
+        # Positions are flat from here on, so that a loss takes what it needs with one index.
+        chosen, places = _chosen_rows(windows, aligned)
+        rows = _stack_rows(chosen, supervised, student.width, teacher.width)
+        # Of no row at all the teacher is asked as if nobody had chosen: its head takes no batch without a position.
+        asks_everywhere = places is None or not len(rows.row_student)
+        order = _order_teacher(rows, teacher.mask, asks_everywhere)
         anchors = None
         if self.router is not None:
             anchors = collect_anchors(
@@ -143,24 +151,17 @@ class PairCollator:
 
         text_bytes = [int(window["bytes"]) for window in windows]
         return PairedBatch(
-            student_ids=_tensor(student.ids),
-            student_mask=_tensor(student.mask),
+            **student.fields("student"),
+            **teacher.fields("teacher"),
             labels=_tensor(student.labels),
-            supervised=_tensor(supervised),
-            teacher_ids=_tensor(teacher.ids),
-            teacher_mask=_tensor(teacher.mask),
             teacher_labels=_tensor(teacher.labels),
+            supervised=_tensor(supervised),
             **{name: _tensor(column) for name, column in rows._asdict().items()},
             **order.fields(),
-            window_rows=np.array([len(alignment.student) for alignment in aligned]),
+            window_rows=window_rows,
+            places=places,
             student_spans=_number_spans([alignment.student_spans for alignment in aligned], aligned),
             teacher_spans=_number_spans([alignment.teacher_spans for alignment in aligned], aligned),
-            student_markup=_tensor(student.markup),
-            teacher_markup=_tensor(teacher.markup),
-            student_source=student.source,
-            teacher_source=teacher.source,
-            student_positions=student.positions,
-            teacher_positions=teacher.positions,
             counts=counts,
             given=None if given.all() else _tensor(given),
             anchors=anchors,
@@ -264,6 +265,16 @@ class _PaddedSide:
     @property
     def width(self) -> int:
         return self.ids.shape[1]
+
+    def fields(self, side: str) -> dict[str, Any]:
+        """Return the fields that a batch has for each side, but for labels."""
+        return {
+            f"{side}_ids": _tensor(self.ids),
+            f"{side}_mask": _tensor(self.mask),
+            f"{side}_markup": _tensor(self.markup),
+            f"{side}_source": self.source,
+            f"{side}_positions": self.positions,
+        }
 
 
 def _pad_side(
@@ -382,12 +393,23 @@ class _TeacherOrder(NamedTuple):
         }
 
 
-def _order_teacher(rows: _Rows, mask: np.ndarray) -> _TeacherOrder:
-    """Put the teacher's positions that are the anchor of a row first: these alone need a whole distribution."""
+def _order_teacher(rows: _Rows, mask: np.ndarray, asks_everywhere: bool) -> _TeacherOrder:
+    """Put the teacher's positions that are the anchor of a row first: these alone need a whole distribution.
+
+    Args:
+        asks_everywhere: behind them come all others, of which the probability of the text is asked; else those alone
+            that correct a row, by the chain rule over its pieces.
+    """
     positions = np.flatnonzero(mask)
     row_positions = np.searchsorted(positions, rows.row_teacher)
     anchors, row_asked = np.unique(row_positions, return_inverse=True)
-    others = np.delete(np.arange(len(positions)), anchors)
+    is_other = np.full(len(positions), asks_everywhere)
+    if not asks_everywhere:
+        pieces = np.maximum(rows.pieces, 1)
+        first = np.repeat(row_positions, pieces)
+        is_other[first + _counted_up(pieces)] = True
+    is_other[anchors] = False
+    others = np.flatnonzero(is_other)
 
     # Rows at depth > 0 need it restricted besides. Their number before each anchor tells a chunk which are its own.
     deep = np.flatnonzero(rows.depth)
@@ -402,19 +424,56 @@ def _order_teacher(rows: _Rows, mask: np.ndarray) -> _TeacherOrder:
     )
 
 
+def _counted_up(lengths: np.ndarray) -> np.ndarray:
+    """Return 0, 1, ... up to each of some lengths of at least 1, one behind the other."""
+    starts = np.cumsum(lengths) - lengths
+    return np.arange(lengths.sum()) - np.repeat(starts, lengths)
+
+
+def _chosen_rows(
+    windows: Sequence[Window],
+    aligned: list[Alignment],
+) -> tuple[list[Alignment], Places | None]:
+    """Return the rows that KD may be learned at, and their places; all rows, and None, where nobody has chosen."""
+    has_places = [window.get(PLACES) is not None for window in windows]
+    if not any(has_places):
+        return aligned, None
+    if not all(has_places):
+        raise ValueError(
+            f"windows: got a column {PLACES} in {sum(has_places)} of {len(windows)} windows, expected it in all or none"
+        )
+
+    chosen = []
+    place = []
+    of = []
+    for number, (window, alignment) in enumerate(zip(windows, aligned, strict=True)):
+        places = np.asarray(window[PLACES])
+        rows = len(alignment.student)
+        if len(places) != rows:
+            raise ValueError(
+                f"windows[{number}]: got {len(places)} {PLACES} for {rows} KD rows; choose positions again, with this "
+                "pair and max_depth"
+            )
+        index = np.flatnonzero(places >= 0)
+        chosen.append(alignment.rows(index))
+        place.append(places[index])
+        of.append(np.full(len(index), rows, dtype=np.float64))
+    return chosen, Places(_tensor(_joined(place)), torch.from_numpy(np.concatenate(of)))
+
+
 def _given_positions(windows: Sequence[Window], supervised: np.ndarray, width: int) -> np.ndarray:
     """Return [n] bool: which of the supervised flat positions lie in windows that the student did not write."""
     is_own = np.array([bool(window.get(OWN)) for window in windows])
     return ~is_own[supervised // width]
 
 
-def _count_head_items(given: np.ndarray, rows: _Rows, aligned: list[Alignment]) -> dict[str, int]:
+def _count_head_items(given: np.ndarray, aligned: list[Alignment]) -> dict[str, int]:
     """Return the items of the terms on the student's head, and the rows at depth 0."""
     return {
         "lm": int(given.sum()),
         "own": int((~given).sum()),
-        "kd": len(rows.row_student),
-        "depth0": int((rows.depth == 0).sum()),
+        "kd": sum(len(alignment.student) for alignment in aligned),
+        "depth0": sum(int((alignment.depth == 0).sum()) for alignment in aligned),
         "span": sum(alignment.spans for alignment in aligned),
     }
 

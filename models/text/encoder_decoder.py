@@ -9,15 +9,15 @@ read (what they begin with, as a marker; the completion; its end of text), and b
 import hashlib
 import json
 from collections.abc import Sequence
-from datetime import date
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from ..validation import expect_texts
-from .chat import ChatEncoder
+from .chat import ChatEncoder, ConversationSettings
 from .chat_template import ConversationError, named
+from .messages import Conversation
 from .text_start import leading_bos
 from .windows import ANY_MODEL, SIDES, ModelFacts, PairEncoder
 
@@ -140,7 +140,8 @@ class SourceEncoder(PairEncoder):
 
     def _example(self, conversation: str) -> tuple[str, str]:
         """Return (prompt, completion) of a conversation that has these two messages and no other."""
-        messages = json.loads(conversation)
+        parsed = Conversation.parse(conversation)
+        messages = parsed.messages
         roles = [message["role"] for message in messages]
         if roles != ["user", "assistant"]:
             raise ConversationError(f"{EXPECTED}. Got a conversation of {', '.join(roles)}.")
@@ -148,6 +149,16 @@ class SourceEncoder(PairEncoder):
             raise ConversationError(
                 f"{EXPECTED}. Got thinking (reasoning_content) besides, which would not be learned."
             )
+
+        others = {
+            "tools": parsed.tools,
+            "chat_template_kwargs": parsed.variables,
+            "teacher_messages": parsed.teacher_messages,
+            "tool_calls": any(message.get("tool_calls") for message in messages),
+        }
+        present = [name for name, value in others.items() if value]
+        if present:
+            raise ConversationError(f"{EXPECTED}. Got {', '.join(present)} besides, which these models do not read.")
 
         question, answer = messages
         return question["content"], self.canonical(answer["content"])
@@ -157,19 +168,17 @@ def make_encoder(
     pair: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     max_length: int,
     *,
-    conversations: bool,
-    learn_from: Literal["completions", "all"],
+    conversations: ConversationSettings | None,
     starts: tuple[int, int] | None,
     facts: ModelFacts = ANY_MODEL,
-    today: date | None = None,
 ) -> PairEncoder:
     """Return the encoder for a family of models and a kind of text.
 
     Args:
         pair: tokenizers of student and teacher.
-        conversations: the texts are conversations, as prompts and completions are, too.
+        conversations: how they are learned, where the texts are conversations, as prompts and completions are, too;
+            None for plain text.
         starts: as in `SourceEncoder`; None for causal models.
-        today: the day for chat templates that write it.
 
     Raises:
         ConversationError: plain text for an encoder-decoder pair.
@@ -178,12 +187,20 @@ def make_encoder(
     student, teacher = pair
     is_causal = starts is None
 
-    if is_causal and conversations:
-        return ChatEncoder(student, teacher, max_length, learn_from, today, facts)
+    if is_causal and conversations is not None:
+        return ChatEncoder(
+            student,
+            teacher,
+            max_length,
+            conversations.learn_from,
+            conversations.today,
+            facts,
+            learn_reasoning=conversations.learn_reasoning,
+        )
     if is_causal:
         return PairEncoder(student, teacher, max_length, facts)
 
     # A prompt and its completion arrive as a conversation of two messages.
-    if not conversations:
+    if conversations is None:
         raise ConversationError(f"{EXPECTED}. Got plain text.")
     return SourceEncoder(student, teacher, max_length, starts, facts)

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,12 @@ from ..validation import expect_count, expect_texts
 from .tokens import FORMAT, MARKER, Reading, TokenTable
 
 SIDES = ("student", "teacher")
+
+
+def sides_of(count: int) -> tuple[str, ...]:
+    """Return the names of `count` sides: student, teacher, teacher_2, teacher_3, ..."""
+    return (*SIDES, *(f"teacher_{number}" for number in range(2, count)))
+
 
 OWN = "own"
 """Column of a window that the student wrote itself (`models.text.own_text`)."""
@@ -39,15 +46,15 @@ class Piece:
     document: str
     """Name of the document, for messages."""
     readings: list[Reading]
-    """Tokens of student and teacher; those read before the part have role MARKER."""
+    """Tokens of each side; those read before the part have role MARKER."""
     first_byte: int
     """Byte of the document at which the readings begin; -1: the slot before the text."""
     last_byte: int
     """Byte of the document at which the readings end, the pseudo-byte of the end of text included."""
     text_bytes: int
     """Supervised bytes of text."""
-    unspelt: tuple[int, int]
-    """For student and teacher, how many of these bytes their tokens do not say."""
+    unspelt: tuple[int, ...]
+    """For each side, how many of these bytes its tokens do not say."""
     left_out: int
     """Bytes before the part that are in no window."""
     whole: bool
@@ -55,17 +62,17 @@ class Piece:
 
     @property
     def size(self) -> np.ndarray:
-        """[2] numbers of tokens of student and teacher."""
+        """[sides] numbers of tokens."""
         return np.array([len(reading.ids) for reading in self.readings])
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts about two models, student and teacher in this order, that their tokenizers do not tell."""
+    """Facts about the models, the student and then its teacher or teachers, that their tokenizers do not tell."""
 
-    rows: tuple[int | None, int | None] = (None, None)
+    rows: tuple[int | None, ...] = (None, None)
     """Rows of the heads; None: as many as tokens."""
-    text_starts: tuple[str | None, str | None] = (None, None)
+    text_starts: tuple[str | None, ...] = (None, None)
     """Tokens that plain text starts with; None: see `models.text.text_start`."""
 
 
@@ -81,9 +88,9 @@ class _Document:
     size: int
     """Bytes of text."""
     readings: list[Reading]
-    """Tokens of student and teacher, with an end of text where the tokenizer has one."""
+    """Tokens of each side, with an end of text where the tokenizer has one."""
     cuts: np.ndarray
-    """[C, 3] see `_common_cuts`."""
+    """[C, 1 + sides] see `_common_cuts`."""
 
     def text_bytes(self, first: int, last: int) -> int:
         """Count the bytes of text between two cuts: neither the slot in front nor the pseudo-byte at the end."""
@@ -93,10 +100,14 @@ class _Document:
 
 
 class PairEncoder:
-    """Documents -> windows of at most `max_length` tokens in either tokenizer.
+    """Documents -> windows of at most `max_length` tokens in each tokenizer.
+
+    Args:
+        further: tokenizers of more teachers, for text that several of them read: it is cut where all tokenizers agree.
 
     Attributes:
-        tables: of student and teacher.
+        side_names: of the sides: student, teacher and, with further ones, teacher_2, ...
+        tables: of each side.
         starts: per side, the ids that are read before a text.
 
     Raises:
@@ -119,16 +130,24 @@ class PairEncoder:
         teacher_tokenizer: PreTrainedTokenizerBase,
         max_length: int,
         facts: ModelFacts = ANY_MODEL,
+        *,
+        further: Sequence[PreTrainedTokenizerBase] = (),
     ) -> None:
         max_length = expect_count("max_length", max_length, 8, "raise --max-length")
 
-        pair = (student_tokenizer, teacher_tokenizer)
+        tokenizers = (student_tokenizer, teacher_tokenizer, *further)
+        self.side_names = sides_of(len(tokenizers))
+        # Of models nobody knows facts about, none is known of the further ones either.
+        if facts is ANY_MODEL:
+            facts = ModelFacts((None,) * len(tokenizers), (None,) * len(tokenizers))
         self.tables = tuple(
             TokenTable(tokenizer, rows, start, name=f"the {side}'s tokenizer")
-            for side, tokenizer, rows, start in zip(SIDES, pair, facts.rows, facts.text_starts, strict=True)
+            for side, tokenizer, rows, start in zip(
+                self.side_names, tokenizers, facts.rows, facts.text_starts, strict=True
+            )
         )
         self.max_length = max_length
-        student_table, teacher_table = self.tables
+        student_table, teacher_table, *_ = self.tables
         self.end_of_text = (student_table.end_of_text, teacher_table.end_of_text)
         self.starts = [_start_ids(table) for table in self.tables]
 
@@ -150,8 +169,23 @@ class PairEncoder:
         encoder.fingerprint = hashlib.sha256(f"{self.fingerprint} isolated".encode()).hexdigest()
         return encoder
 
+    def beside(self, number: int) -> "PairEncoder":
+        """Return the encoder of the student and its teacher of this number (from 0), without the other teachers.
+
+        For what is asked of two tokenizers; windows are cut by the encoder of all, whose fingerprint it keeps.
+        """
+        pair = copy.copy(self)
+        chosen = (0, 1 + number)
+        pair.side_names = SIDES
+        pair.tables = tuple(self.tables[side] for side in chosen)
+        pair.starts = [self.starts[side] for side in chosen]
+        pair._end_is_start = tuple(self._end_is_start[side] for side in chosen)
+        student_table, teacher_table = pair.tables
+        pair.end_of_text = (student_table.end_of_text, teacher_table.end_of_text)
+        return pair
+
     def canonical(self, text: str) -> str:
-        """Return the text that both models are given: valid Unicode, normalised where one of the tokenizers would."""
+        """Return the text that all models are given: valid Unicode, normalised where one of the tokenizers would."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         for table in self.tables:
             text = table.normalise(text)
@@ -194,12 +228,12 @@ class PairEncoder:
                 contents.append(text)
 
         # Each tokenizer reads all texts in one batch, which it does in parallel.
-        student, teacher = (table.read(contents) for table in self.tables)
+        read = [table.read(contents) for table in self.tables]
         pieces = []
         left_out = 0
-        for name, text, *pair in zip(names, contents, student, teacher, strict=True):
+        for name, text, *readings in zip(names, contents, *read, strict=True):
             size = len(text.encode())
-            document_pieces, left_out_at_end = self._pieces(name, size, pair)
+            document_pieces, left_out_at_end = self._pieces(name, size, readings)
             pieces += document_pieces
             left_out += left_out_at_end
         return self.packed(pieces, left_out)
@@ -218,15 +252,15 @@ class PairEncoder:
 
         # The first byte at which a supervised token of either side ends.
         window = windows[0]
-        student, teacher = (_supervised_ends(_reading(window, side)) for side in SIDES)
-        common = np.intersect1d(student, teacher)
+        ends_of_sides = [_supervised_ends(_reading(window, side)) for side in self.side_names]
+        common = reduce(np.intersect1d, ends_of_sides)
         common = common[common >= 0]
         if not len(common):
             return None
 
         # A window must hold the tokens up to there; an encoder's input must fit as a whole.
-        lengths = [len(window.get(f"{side}_source", [])) for side in SIDES]
-        for ends in (student, teacher):
+        lengths = [len(window.get(f"{side}_source", [])) for side in self.side_names]
+        for ends in ends_of_sides:
             token = np.flatnonzero(ends == common[0])[0]
             lengths.append(int(token) + 1)
         return max(lengths)
@@ -252,10 +286,10 @@ class PairEncoder:
         self,
         name: str,
         size: int,
-        pair: Sequence[Reading],
+        readings: Sequence[Reading],
     ) -> tuple[list[Piece], int]:
         """Cut a document of `size` bytes into pieces that fill a window each; count the bytes left out at its end."""
-        readings = [self._with_end(reading, size, side) for side, reading in enumerate(pair)]
+        readings = [self._with_end(reading, size, side) for side, reading in enumerate(readings)]
         document = _Document(
             name=name,
             size=size,
@@ -303,7 +337,7 @@ class PairEncoder:
         context = max(first - 1, 0)
         text_bytes = document.text_bytes(first, last)
 
-        # Columns of the cuts are the byte, the student's tokens, the teacher's.
+        # Columns of the cuts are the byte, the student's tokens, those of each teacher.
         readings = []
         unspelt = []
         for side, reading in enumerate(document.readings):
@@ -324,7 +358,7 @@ class PairEncoder:
             first_byte=int(cuts[context, 0]),
             last_byte=int(cuts[last, 0]),
             text_bytes=text_bytes,
-            unspelt=(unspelt[0], unspelt[1]),
+            unspelt=tuple(unspelt),
             left_out=left_out,
             whole=last == len(cuts) - 1,
         )
@@ -381,7 +415,7 @@ class PairEncoder:
     def _group(self, pieces: list[Piece]) -> list[list[Piece]]:
         """Return the pieces of each window: largest first, into the fullest window with space for them."""
         groups: list[list[Piece]] = []
-        free = np.empty((len(pieces), 2), dtype=np.int64)  # tokens, per window and side
+        free = np.empty((len(pieces), len(self.side_names)), dtype=np.int64)  # tokens, per window and side
         for piece in sorted(
             pieces,
             key=lambda piece: piece.size.max(),
@@ -408,13 +442,13 @@ class PairEncoder:
             "left_out": sum(piece.left_out for piece in group),
             "documents": ",".join(piece.document for piece in group),
         }
-        for side, name in enumerate(SIDES):
+        for side, name in enumerate(self.side_names):
             window[f"{name}_unspelt"] = sum(piece.unspelt[side] for piece in group)
 
         # The bytes of a piece count on from the end of the piece before it.
         sizes = [piece.last_byte - piece.first_byte for piece in group]
         begins = np.cumsum([0, *sizes])
-        for side, name in enumerate(SIDES):
+        for side, name in enumerate(self.side_names):
             readings = []
             for number, piece in enumerate(group):
                 reading = piece.readings[side]
@@ -437,18 +471,18 @@ def _common_cuts(readings: Sequence[Reading], size: int) -> np.ndarray:
     """Return the places where a document can be cut.
 
     Returns:
-        [C, 3] byte offset, student tokens before it, teacher tokens before it; the first and the last row are the
-        begin (the slot before the text) and the end of the document.
+        [C, 1 + sides] byte offset, tokens of each side before it; the first and the last row are the begin (the slot
+        before the text) and the end of the document.
     """
-    student, teacher = readings
-    _, i, j = np.intersect1d(student.starts, teacher.starts, return_indices=True)
+    common = reduce(np.intersect1d, [reading.starts for reading in readings])
+    # Of tokens that begin at one byte the first counts.
+    columns = [np.intersect1d(common, reading.starts, return_indices=True)[2] for reading in readings]
 
-    # Before the first token of either side there is nothing to cut off.
-    bytes_of_cuts = student.starts[i]
-    inner = np.stack([bytes_of_cuts, i, j], axis=1)
-    inner = inner[(i > 0) & (j > 0)]
-    begin = [[-1, 0, 0]]
-    end = [[size + 1, len(student.ids), len(teacher.ids)]]
+    # Before the first token of any side there is nothing to cut off.
+    inner = np.stack([common, *columns], axis=1)
+    inner = inner[(inner[:, 1:] > 0).all(1)]
+    begin = [[-1, *(0 for _ in readings)]]
+    end = [[size + 1, *(len(reading.ids) for reading in readings)]]
     return np.concatenate([begin, inner, end]).astype(np.int64)
 
 

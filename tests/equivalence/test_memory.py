@@ -73,7 +73,7 @@ def demand_of(**case) -> Demand:
 def demand_of_run(config, teacher, device="cpu", precision="no", rows=chunk_rows, processes=1) -> Demand:
     """Of a run with such a student and such a teacher, in windows of 64 tokens."""
     setting = StepSetting(
-        teacher, teacher, 64, precision=precision, device=torch.device(device), chunk_rows=rows, processes=processes
+        teacher, (teacher,), 64, precision=precision, device=torch.device(device), chunk_rows=rows, processes=processes
     )
     return step_memory.demand_of(config, setting)
 

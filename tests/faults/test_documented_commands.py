@@ -55,6 +55,7 @@ PARSED_ONLY = {
     "--push-to-hub": "the network; a hub that answers is in test_hub.py",
     "--track tensorboard wandb": "an account; TensorBoard alone is run in test_tracking.py",
     ".gguf": "a model of that format; test_gguf_files.py reads one",
+    "--teacher http": "a server; test_served_teacher.py asks one",
     "--resume /kaggle": "a checkpoint on Kaggle; test_notebook.py continues from one in such a folder",
 }
 """What a command has in it -> what it needs that is not here."""
@@ -65,6 +66,7 @@ ASKS_FOR = {
     "--cache-top-k": "--cache-teacher DIR",
     "--cache-accept-mismatch": "--cache-teacher DIR",
     "--set data.learn_from": "--train-data CONVERSATIONS",
+    "--teacher http://HOST:PORT/v1": "--teacher-tokenizer ID",
 }
 """Flag -> without which it is refused or does nothing; added where it is quoted alone."""
 PLACEHOLDERS = ("NAME", "PATH", "KEY=VALUE")
@@ -135,6 +137,7 @@ class Toys:
         line = {"--config": self.place.recipe, "--student": self.student, "--student-init": "pretrained"}
         for name, toy in {
             r"(--teacher) \S+": self.place.teacher,
+            r"(--teacher-tokenizer) \S+": self.place.teacher,
             r"(--student) \S+": self.student,
             r"(--train-data) CONVERSATIONS": self.conversations,
             r"(--train-data) (?!/)\S+": self.text,

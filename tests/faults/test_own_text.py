@@ -42,7 +42,9 @@ def filled(words: str) -> list[str]:
     """The words of a documented command, with names in place of what stands for the reader's own."""
     missing = [more for flag, more in ASKS_FOR.items() if flag in words and more not in words]
     words = " ".join([words, *missing])
-    words = re.sub(r"^\.\.\.(?= |$)", " ".join([*OWN_MODELS, "--train-data my_texts.jsonl"]), words)
+    # A second --teacher would be a teacher beside the first.
+    models = OWN_MODELS[2:] if "--teacher " in words else OWN_MODELS
+    words = re.sub(r"^\.\.\.(?= |$)", " ".join([*models, "--train-data my_texts.jsonl"]), words)
     return shlex.split(words.replace("--max-hours H", "--max-hours 1"))
 
 
@@ -73,6 +75,9 @@ def test_every_documented_command_reads_the_text_it_names_and_nothing_else(machi
     for documented in WITH_TEXT:
         # A recipe that learns from the text alone has no use for what the student writes, and says so.
         if recipe == "quickstart_teacher" and "on_policy" in documented:
+            continue
+        # Hidden states, which a server does not tell, are compared by these.
+        if recipe in ("quickstart", "reference_curriculum") and "--teacher http" in documented:
             continue
 
         words = filled(documented)

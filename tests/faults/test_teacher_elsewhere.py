@@ -28,6 +28,9 @@ class Elsewhere:
         assert not layers
         return self._behind.signal(batch, top_k)
 
+    def begin(self, batch, top_k=None):
+        return True
+
     def identity(self) -> dict[str, str]:
         return {"server": "somewhere", "model": "a teacher"}
 
@@ -36,7 +39,7 @@ class Elsewhere:
 def elsewhere(monkeypatch):
     """Lets every run have its teacher elsewhere."""
     load = stages.load_teacher
-    return lambda: monkeypatch.setattr(stages, "load_teacher", lambda job: Elsewhere(load(job)))
+    return lambda: monkeypatch.setattr(stages, "load_teacher", lambda job, check: Elsewhere(load(job)))
 
 
 @pytest.mark.parametrize("cached", [False, True], ids=["asked", "cached"])

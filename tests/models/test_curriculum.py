@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.config import HEAD_TERMS, ROUTER_TERMS, TERMS, TEXT_TERMS, CurriculumConfig, LossConfig, Ramp, Term
-from models.curriculum import CurriculumScheduler, value_at
+from models.curriculum import CurriculumScheduler, balanced, value_at
 
 REFERENCE = Path(__file__).parents[2] / "configs" / "reference_curriculum.yaml"
 
@@ -127,7 +127,45 @@ def test_a_run_without_steps_is_refused():
 
 
 def test_the_table_of_terms_is_the_curriculum_and_every_term_comes_from_one_place():
-    assert [*TERMS, "on_policy", "select"] == [field.name for field in fields(CurriculumConfig)]
+    assert [*TERMS, "on_policy", "select", "sample_weights", "balance"] == [
+        field.name for field in fields(CurriculumConfig)
+    ]
     assert sorted([*HEAD_TERMS, *ROUTER_TERMS]) == sorted(TERMS)
     assert HEAD_TERMS == ("lm", "kd", "span") and {"lm"} == TEXT_TERMS
     assert len({term.label for term in TERMS.values()}) == len(TERMS)
+
+
+# --- balance of terms
+
+
+@given(
+    weights=st.lists(st.floats(0.01, 2), min_size=2, max_size=5),
+    data=st.data(),
+)
+def test_balanced_terms_contribute_in_proportion_to_their_weights(weights, data):
+    """Within the bounds; the total stays what it was."""
+    sizes = data.draw(st.lists(st.floats(0.5, 4), min_size=len(weights), max_size=len(weights)))
+    names = [f"term{number}" for number in range(len(weights))]
+    result = balanced(dict(zip(names, weights, strict=True)), dict(zip(names, sizes, strict=True)))
+    contributed = [result[name] * size for name, size in zip(names, sizes, strict=True)]
+    total = sum(weight * size for weight, size in zip(weights, sizes, strict=True))
+    for weight, part in zip(weights, contributed, strict=True):
+        assert part == pytest.approx(total * weight / sum(weights), rel=1e-9)
+
+
+def test_a_balance_is_bounded_and_leaves_what_it_does_not_know():
+    weights = {"kd": 0.5, "lm": 0.5, "feat": 1.0, "rel": 0.0}
+    # Equal models: KD has nothing to teach.
+    result = balanced(weights, {"kd": 0.0, "lm": 2.0, "rel": 5.0})
+    assert result == {"kd": 5.0, "lm": 0.25, "feat": 1.0, "rel": 0.0}
+    assert balanced(weights, {"kd": 0.0, "lm": 0.0}) == weights
+    assert balanced(weights, {"lm": 3.0}) == weights
+    assert balanced(weights, {}) == weights
+
+
+def test_a_scheduler_without_a_balance_takes_no_notice_of_sizes():
+    sizes = {"kd": 1.0, "lm": 3.0}
+    plain = CurriculumScheduler(CurriculumConfig(), LossConfig(), 10)
+    by_loss = CurriculumScheduler(CurriculumConfig(balance="loss"), LossConfig(), 10)
+    assert plain.weights(5, sizes) == plain.weights(5) == by_loss.weights(5) and not plain.uses_statistics
+    assert by_loss.weights(5, sizes)["lm"] == pytest.approx(0.3 * 1.6 / 3) and by_loss.uses_statistics

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaModel
 
 from models.config import CurriculumConfig, LossConfig, Ramp, RouterConfig, Term
-from models.curriculum import CurriculumScheduler
+from models.curriculum import CurriculumScheduler, balanced
 from models.distillation_framework import DistillationFramework
 from models.student_aware_router import ROUTER_TERMS
 from models.teacher.frozen import FrozenTeacher
@@ -531,3 +531,22 @@ def test_every_term_is_measured_in_inference_mode(pair):
     with torch.inference_mode():
         inferred = framework(batch)
     assert inferred.loss.item() == pytest.approx(framework(batch).loss.item(), rel=1e-5)
+
+
+def test_a_balance_is_the_loss_under_balanced_weights_bit_for_bit():
+    pair = pair_of(byte_bpe(300), byte_bpe(400), max_length=24)
+    batch = pair.batch()
+    sizes = {"kd": 0.5, "lm": 4.0}
+
+    def output_under(config, **options):
+        scheduler = CurriculumScheduler(config, LossConfig(), 10)
+        framework = DistillationFramework(pair.student, pair.frozen(), pair.vocabulary, LossConfig(), scheduler)
+        return framework(batch, 3, **options)
+
+    output = output_under(CurriculumConfig(balance="loss"), statistics=sizes)
+    weights = balanced({"kd": 0.7, "lm": 0.3}, sizes)
+    assert {name: output.weights[name] for name in weights} == weights
+    assert output.loss.item() == output_under(CurriculumConfig.of_weights(weights)).loss.item()
+    # Nothing is known of a step before the first.
+    first = output_under(CurriculumConfig(balance="loss"), statistics={})
+    assert first.loss.item() == output_under(CurriculumConfig()).loss.item()

@@ -171,6 +171,8 @@ def models(setup: SetUp) -> Measured:
 
     notes: list[str] = []
     missing: list[str] = []
+    if setup.config.teacher.is_served:
+        notes.append("teacher is behind a server, which a run looks at first")
     for role, model, shape in roles:
         if model.name in setup.built_later:
             notes.append(f"{role} is built by the first run")
@@ -295,7 +297,7 @@ def _memory(setup: SetUp) -> Measured:
     training = setup.config.training
     setting = step_memory.StepSetting(
         setup.student,
-        setup.teacher,
+        () if setup.teacher is None else (setup.teacher,),
         setup.window,
         precision=hardware.choose_precision(training.mixed_precision, device).value,
         device=device,

@@ -1,5 +1,6 @@
 """The checks of `verify_fixes.py`: one row for each, and the groups in which they are printed."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -38,6 +39,9 @@ from utils.run import quickstart, stages
 from utils.run.prepare import Job, prepare
 from utils.run.requirements import check as check_requirements
 from utils.training import dry_run
+
+log = logging.getLogger("train")
+
 
 MOST_DOCUMENTS = 20_000
 """Documents read of the user's own text."""
@@ -473,6 +477,10 @@ def own_setup(config: RunConfig) -> tuple[SetUp, Job]:
         UserError: a mistake in models or data.
     """
     check_requirements(config, hardware.choose_device().value)
+    if config.several_teachers:
+        # What is checked lies between two models; the run itself forecasts the memory of all.
+        log.warning("of %d teachers the first one is checked, alone", len(config.several_teachers))
+        config = replace(config, teachers=[])
     resolved = config
     if quickstart.is_named(config):
         # The teacher need not be trained yet: its folder holds a configuration and a tokenizer.
@@ -489,7 +497,8 @@ def own_setup(config: RunConfig) -> tuple[SetUp, Job]:
 
     shapes = load_shapes(resolved)
     student = shapes["student"]
-    teacher = shapes["teacher"] if resolved.teacher.name else None
+    is_loaded = resolved.teacher.name is not None and not resolved.teacher.is_served
+    teacher = shapes["teacher"] if is_loaded else None
 
     # Only the beginning of a large text is read here, so its files say more about its size.
     files = [user_path(name) for name in resolved.data.train]
@@ -549,7 +558,7 @@ def all_checks(config: RunConfig, recipe: str, *, is_default: bool, folder: Path
 def run_checks(setup: SetUp, job: Job) -> Iterator[str | Check]:
     """Yield the checks of the user's models and text, and an example of what is learned from."""
     # Without a teacher there are no anchors to count, and only the student's tokens matter.
-    has_teacher = setup.teacher is not None
+    has_teacher = setup.config.teacher.name is not None
     sides = ("student", "teacher") if has_teacher else ("student",)
     subjects = {"setup": setup, "job": job, "sides": sides}
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from models.distillation import Method
+from models.distillation import Method, TeacherShare
 from models.losses.chunk_size import chunk_rows
 from utils.commands.settings import RunConfig, configure
 from utils.config.plain import to_plain
@@ -128,7 +128,10 @@ def with_teacher_device(config: RunConfig, session: Session) -> RunConfig:
 
 def method_of(config: RunConfig) -> Method:
     """Return the settings of what is learned, in one value."""
-    return Method(config.loss, config.curriculum, config.router)
+    shares = []
+    if config.mixes_teachers:
+        shares = [TeacherShare(teacher.weight, tuple(teacher.only_for)) for teacher in config.used_teachers]
+    return Method(config.loss, config.curriculum, config.router, tuple(shares), config.mix)
 
 
 def quickstart_teacher(config: RunConfig, stop: StopSignal) -> tuple:

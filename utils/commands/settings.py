@@ -6,14 +6,15 @@ Nothing here loads torch.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from models.config import HEAD_TERMS, CurriculumConfig, LossConfig, RouterConfig
+from models.config import HEAD_TERMS, CurriculumConfig, LossConfig, RouterConfig, Schedule, values_of
 from utils.config import arguments, command_line, reference
 from utils.config.contradictions import contradictions
-from utils.config.error_messages import Contradictions
+from utils.config.error_messages import Contradiction, Contradictions
 from utils.config.schema import json_schema
 from utils.config.settings import (
     CacheConfig,
@@ -24,6 +25,7 @@ from utils.config.settings import (
     ModelConfig,
     Name,
     OnPolicyConfig,
+    ServedConfig,
     StudentConfig,
     TrainingConfig,
 )
@@ -33,10 +35,48 @@ from .automatic_curriculum import with_automatic_curriculum
 
 
 @dataclass(frozen=True)
+class MixedTeacher(Validated):
+    """One of several teachers."""
+
+    name: Name
+    """As `teacher.name`."""
+    weight: Schedule = 1.0
+    """Its weight beside those of the others, which need not add up to 1; a ramp follows the run. At 0 it is not
+    asked."""
+    only_for: list[Name] = field(default_factory=list)
+    """Sources of text, as `data.train` and `data.eval` name them, that it is asked about; none: all."""
+    device: str | None = None
+    """As `teacher.device`; null: the same."""
+    dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] | None = None
+    """As `teacher.dtype`; null: the same."""
+    text_start: str | None = None
+    """As `teacher.text_start`."""
+    tokenizer: Name | None = None
+    """As `teacher.tokenizer`."""
+
+    @property
+    def is_used(self) -> bool:
+        """True if it has a weight anywhere in the run."""
+        return any(values_of(self.weight))
+
+    def model(self, common: ModelConfig) -> ModelConfig:
+        """Return its model; what it does not say is that of `teacher`."""
+        return replace(
+            common,
+            name=self.name,
+            device=self.device or common.device,
+            dtype=self.dtype or common.dtype,
+            text_start=self.text_start,
+            tokenizer=self.tokenizer,
+        )
+
+
+@dataclass(frozen=True)
 class RunConfig(Validated):
     """Everything a run depends on."""
 
     teacher: ModelConfig = field(default_factory=ModelConfig)
+    served: ServedConfig = field(default_factory=ServedConfig)
     student: StudentConfig = field(default_factory=StudentConfig)
     data: DataConfig = field(default_factory=DataConfig)
     loss: LossConfig = field(default_factory=LossConfig)
@@ -48,6 +88,14 @@ class RunConfig(Validated):
     cache: CacheConfig = field(default_factory=CacheConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     hub: HubConfig = field(default_factory=HubConfig)
+    teachers: list[MixedTeacher] = field(default_factory=list)
+    """Several teachers, mixed on the student's vocabulary, in place of `teacher`, whose other settings hold for all of
+    them. Each is a name, or a mapping with `name` and, where needed, `weight` (a number or a ramp; 1), `only_for` (a
+    list of sources of text, of `data.train` and `data.eval`), `device`, `dtype`, `text_start` and `tokenizer`. Terms on
+    hidden states compare with the first one."""
+    mix: Literal["weights", "likelihood"] = "weights"
+    """Shares of several teachers: their weights, or these times how likely each finds the text of the window so far
+    (softmax of minus its cross-entropy, in nats per token of the student)."""
     output_dir: Name = "runs/train"
     """Folder of the run; by default runs/ and the name of the recipe."""
     resume: str = "auto"
@@ -58,8 +106,51 @@ class RunConfig(Validated):
     def __post_init__(self) -> None:
         super().__post_init__()
 
-        if wrong := contradictions(self, HEAD_TERMS):
+        # The rest of the program asks `teacher` whether there is one, and what the first of them is.
+        wrong = self._problems_of_teachers()
+        if self.teachers and not wrong:
+            object.__setattr__(self, "teacher", self.used_teachers[0].model(self.teacher))
+        wrong += contradictions(self, HEAD_TERMS)
+        if wrong:
             raise Contradictions(wrong)
+
+    @property
+    def used_teachers(self) -> list[MixedTeacher]:
+        """Those of `teachers` that have a weight anywhere in the run."""
+        return [teacher for teacher in self.teachers if teacher.is_used]
+
+    @property
+    def mixes_teachers(self) -> bool:
+        """True if there are several, or one that is for some of the text alone."""
+        used = self.used_teachers
+        return len(used) > 1 or any(teacher.only_for for teacher in used)
+
+    @property
+    def several_teachers(self) -> list[ModelConfig]:
+        """The models of teachers that are mixed; none where there is a single one."""
+        return [teacher.model(self.teacher) for teacher in self.used_teachers] if self.mixes_teachers else []
+
+    @property
+    def sources_of_teachers(self) -> list[list[str]]:
+        """Sources of text that each of `several_teachers` is asked about; none: all."""
+        return [teacher.only_for for teacher in self.used_teachers] if self.mixes_teachers else []
+
+    def _problems_of_teachers(self) -> list[Contradiction]:
+        """Return the contradictions among `teachers`, and between them and `teacher`."""
+        problems = []
+        for teacher in self.teachers:
+            below = [weight for weight in values_of(teacher.weight) if weight < 0]
+            if below:
+                problems.append(f"{teacher.name}: got the weight {below[0]:g}, expected 0 or more")
+
+        used = self.used_teachers
+        if self.teachers and not used:
+            problems.append("got 0 for every weight, expected one teacher with a weight at least")
+        if used and self.teacher.name not in (None, used[0].name):
+            problems.append(
+                f"got teacher.name {self.teacher.name} besides, expected one of the two: name all teachers in the list"
+            )
+        return [Contradiction("teachers", f"teachers: {problem}") for problem in problems]
 
 
 parser = partial(arguments.parser, RunConfig)

@@ -20,6 +20,8 @@ from .yaml_files import read_assignment, read_value, set_dotted
 
 SHORT_FLAGS = {
     "--teacher": "teacher.name",
+    "--teacher-tokenizer": "teacher.tokenizer",
+    "--teacher-model": "teacher.model",
     "--teacher-device": "teacher.device",
     "--teacher-dtype": "teacher.dtype",
     "--student": "student.name",
@@ -62,6 +64,9 @@ SHORT_FLAGS = {
 
 MAY_BE_EMPTY = ("data.document_separator",)
 """Settings whose flags take the empty string, which cuts a file nowhere."""
+
+REPEATED = {"teacher.name": "teachers"}
+"""Setting whose flag may be given more than once -> the list of sections that several of its values make."""
 
 SHELLS = ("bash", "zsh", "tcsh")
 """Shells whose completion shtab writes."""
@@ -261,6 +266,8 @@ def _add_flag(group: argparse._ArgumentGroup, setting: Setting, config: type, *,
         options = {"nargs": "?", "const": "true"}
     elif setting.is_list:
         options = {"action": "extend", "nargs": "+"}
+    elif setting.key in REPEATED:
+        options = {"action": "append"}
 
     text = f"{meaning} (default: {setting.shown_default})".replace("%", "%%")
     group.add_argument(
@@ -281,7 +288,7 @@ def metavars(setting: Setting) -> list[str]:
         form = form.get("items", form)
         form = form.get("prefixItems", [form])[0]
         if "$ref" in form:
-            values.append("RAMP")
+            values.append("RAMP" if form["$ref"].endswith("/Ramp") else "TEXT")
         elif form["type"] == "boolean":
             values += ["true", "false"]
         else:
@@ -349,6 +356,7 @@ def parse(config: type, argv: Sequence[str], program: str = "train.py", descript
 
     # what is left are the flags that set no key
     settings = settings_of(config)
+    _make_lists(words_of)
     values = {key: _value(settings[key], words_of.pop(key)) for key in settings if key in words_of}
     if words_of["no_resume"]:
         if values.get("resume", "never") != "never":
@@ -365,6 +373,25 @@ def parse(config: type, argv: Sequence[str], program: str = "train.py", descript
     )
     _check_comparison(arguments)
     return arguments
+
+
+def _make_lists(words_of: dict[str, Any]) -> None:
+    """Make of the values of a flag that may be repeated a single value, or the list that they stand for, in place.
+
+    Raises:
+        UserError: the list was given too, or one of several values is null.
+    """
+    for key, plural in REPEATED.items():
+        values = words_of.pop(key, [])
+        if len(values) > 1 and plural in words_of:
+            raise UserError(f"--{plural} contradicts several --{key.partition('.')[0]}: give one of them")
+        if len(values) > 1 and "null" in values:
+            flag = key.partition(".")[0]
+            raise UserError(f"--{flag} null is no {flag}, and cannot stand beside another one: give one of them")
+        if len(values) == 1:
+            words_of[key] = values[0]
+        elif values:
+            words_of[plural] = [{key.rpartition(".")[2]: value} for value in values]
 
 
 def _check_comparison(arguments: Arguments) -> None:
@@ -389,7 +416,8 @@ def _assignment(config: type, text: str) -> tuple[str, Any]:
 def _value(setting: Setting, words: Any) -> Any:
     """Return the value of a flag: its text, which pydantic reads, unless it is null or in YAML's brackets."""
     if isinstance(words, list):
-        return [value for word in words for value in _values_of_list(setting.key, word)]
+        values = [value for word in words for value in _values_of_list(setting.key, word)]
+        return expand(values, (), (), setting.key)
     if words == "null" and setting.may_be_null:
         return None
 
@@ -406,8 +434,10 @@ def _value(setting: Setting, words: Any) -> Any:
     return words
 
 
-def _values_of_list(key: str, word: str) -> list[Any]:
-    """Return the values that one word says of a list: `[a, b]`, `a,b`, or itself."""
+def _values_of_list(key: str, word: Any) -> list[Any]:
+    """Return the values that one word says of a list: `[a, b]`, `a,b`, or itself; a section is one value."""
+    if not isinstance(word, str):
+        return [word]
     if word.startswith("[") and word.endswith("]"):
         return read_value(f"--{key} {word}", word)
     return split_list(key, word)

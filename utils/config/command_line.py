@@ -79,6 +79,13 @@ def _lay_over(arguments: Arguments, values: dict[str, Any]) -> None:
         if isinstance(windows, int) and isinstance(passes, int):
             set_dotted(values, "training.gradient_accumulation_steps", windows * passes)
 
+    # Several teachers take the place of the one of a recipe, and one that of its several.
+    replaced = arguments.nested()
+    if "teachers" in replaced:
+        set_dotted(values, "teacher.name", None)
+    elif get_dotted(replaced, "teacher.name") is not None:
+        values.pop("teachers", None)
+
     arguments.lay_over(values)
 
 
@@ -176,7 +183,7 @@ def _default_recipe(schema: type, overrides: dict[str, Any]) -> tuple[str | None
     Raises:
         UserError: mistakes in the overrides.
     """
-    has_teacher = get_dotted(overrides, "teacher.name") is not None
+    has_teacher = get_dotted(overrides, "teacher.name") is not None or bool(overrides.get("teachers"))
     has_student = get_dotted(overrides, "student.name") is not None
     if has_teacher or has_student:
         return None, "no --config was given, and the models are your own; every setting has its default or is given"

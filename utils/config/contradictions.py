@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 
 from .error_messages import Contradiction
-from .protocols import RunConfig
+from .protocols import RunConfig, values_of
 from .quickstart_names import NAMES
 from .settings import StudentConfig
+
+STATE_TERMS = ("feat", "rel", "attn", "layer", "contr")
+"""Terms that compare hidden states with those of one teacher."""
 
 
 def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradiction]:
@@ -27,8 +30,14 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
     if config.teacher.name is None:
         problems += _problems_without_teacher(config, terms)
 
+    problems += _served_problems(config, terms - set(heads))
+    if config.several_teachers:
+        problems += _problems_of_several_teachers(config, terms)
+
     if config.curriculum.uses_own_text:
         problems += _own_text_problems(config, terms)
+    if config.loss.select_by == "first_student":
+        problems += _first_student_problems(config, terms)
 
     if config.training.patience and not config.evaluation.every:
         message = "training.patience counts evaluations, and evaluation.every is 0: give --eval-every"
@@ -55,6 +64,93 @@ def _student_problems(student: StudentConfig) -> list[Contradiction]:
     if student.lora.merge and not student.lora.enabled:
         problems.append("lora.merge is for a student with an adapter: give --lora too")
     return [Contradiction("student", problem) for problem in problems]
+
+
+def _problems_of_several_teachers(config: RunConfig, terms: set[str]) -> list[Contradiction]:
+    """Return the settings that do not go with several teachers.
+
+    Args:
+        terms: those that weigh more than 0 at some time.
+    """
+    problems = []
+    if "span" in terms:
+        problems.append("span: the spans of text of each differ: give span the weight 0, or one teacher")
+    if config.curriculum.uses_own_text:
+        problems.append("curriculum.on_policy: the student's own text goes to one teacher: give it 0, or one teacher")
+
+    if config.loss.select_by == "first_student":
+        problems.append("loss.select_by first_student chooses for one teacher: choose another, as student_entropy")
+    if any(values_of(config.curriculum.sample_weights)):
+        problems.append("curriculum.sample_weights: windows are weighed beside one teacher: give it 0, or one teacher")
+    if served := [str(teacher.name) for teacher in config.several_teachers if teacher.is_served]:
+        problems.append(f"{' and '.join(served)} is behind a server, which is asked alone: name local models")
+    devices = {teacher.device for teacher in config.several_teachers} & {"spread", "sharded"}
+    if devices:
+        problems.append(f"got device {' and '.join(sorted(devices))}, expected auto, cpu or a GPU for each, as cuda:1")
+    if NAMES & {teacher.name for teacher in config.several_teachers}:
+        problems.append("the embedded teacher is trained for one run alone: name other models")
+    if config.loss.correction == "channel" and any(config.sources_of_teachers):
+        problems.append("loss.correction channel is counted on all text: give span or none beside only_for")
+
+    # A route that is misspelt would leave its text without a teacher, silently.
+    routes = {source for sources in config.sources_of_teachers for source in sources}
+    known = [*config.data.train, *([config.data.eval] if config.data.eval else [])]
+    if unknown := sorted(routes - {*known}):
+        problems.append(f"only_for: got {', '.join(unknown)}, expected sources of this run: {', '.join(known)}")
+    if routes and config.cache.folder:
+        problems.append("only_for: a teacher cache is of all text: leave out --cache-teacher, or only_for")
+
+    state_terms = sorted(terms & {*STATE_TERMS})
+    if state_terms and config.sources_of_teachers[0]:
+        problems.append(
+            f"{' and '.join(state_terms)} compare with the first teacher, which is for some text alone (only_for): put "
+            "one for all text first, or give these terms 0"
+        )
+    return [Contradiction("teachers", f"several teachers: {problem}") for problem in problems]
+
+
+def _first_student_problems(config: RunConfig, terms: set[str]) -> list[Contradiction]:
+    """Return the settings that contradict positions which the student chooses before training.
+
+    Args:
+        terms: those that weigh more than 0 at some time.
+    """
+    problems = []
+    if config.student.init == "random":
+        problems.append("a student with random weights is in doubt everywhere")
+    if config.curriculum.uses_own_text:
+        problems.append("text that the student writes later (curriculum.on_policy) has no positions chosen before")
+    if "span" in terms:
+        problems.append("span needs the teacher everywhere, and it is asked about the chosen positions alone")
+    if any(values_of(config.curriculum.sample_weights)):
+        problems.append("curriculum.sample_weights need the teacher everywhere, as span does")
+    remedy = "choose another loss.select_by, such as student_entropy"
+    return [Contradiction("loss", f"select_by first_student: {problem}; {remedy}") for problem in problems]
+
+
+def _served_problems(config: RunConfig, state_terms: set[str]) -> list[Contradiction]:
+    """Return the settings that contradict a teacher behind a server, or that only such a one has.
+
+    Args:
+        state_terms: terms on hidden states that weigh more than 0 at some time.
+    """
+    teacher = config.teacher
+    if not teacher.is_served:
+        message = "teacher.model names a model at a server: give --teacher http://HOST:PORT/v1"
+        return [Contradiction("teacher", message)] if teacher.model is not None else []
+
+    problems = []
+    if teacher.tokenizer is None:
+        problems.append("a server does not hand out its tokenizer: give --teacher-tokenizer ID or DIR")
+    if state_terms:
+        names = " and ".join(sorted(state_terms))
+        problems.append(
+            f"{names} compare hidden states, which a server does not tell: set them to 0, or give a teacher in this "
+            "process (--teacher ID or DIR)"
+        )
+    if teacher.device != "auto" or teacher.dtype != "auto":
+        problems.append("device and dtype of a served teacher are the server's: leave teacher.device and dtype at auto")
+    return [Contradiction("teacher", problem) for problem in problems]
 
 
 def _own_text_problems(config: RunConfig, terms: set[str]) -> list[Contradiction]:

@@ -20,7 +20,7 @@ DESCRIBED_BY = {
         "data.max_documents",
         "data.train_only",
     ),
-    "teacher.name": ("teacher.tokenizer", "teacher.allow_pickle"),
+    "teacher.name": ("teacher.tokenizer", "teacher.model", "teacher.allow_pickle"),
     "student.name": ("student.tokenizer", "student.allow_pickle", "student.lora.targets"),
 }
 """Setting that names a text or a model -> settings that say how that one is read. They go with it: where a command line

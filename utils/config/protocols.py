@@ -14,6 +14,7 @@ from .settings import (
     LoggingConfig,
     ModelConfig,
     OnPolicyConfig,
+    ServedConfig,
     StudentConfig,
     TrainingConfig,
 )
@@ -25,6 +26,11 @@ class Schedule(Protocol):
     @property
     def points(self) -> Sequence[tuple[float, float]]:
         """(progress from 0 to 1, value), in order of progress."""
+
+
+def values_of(value: float | Schedule) -> list[float]:
+    """Return the value of a constant, or those of a ramp's points."""
+    return [level for _, level in value.points] if hasattr(value, "points") else [value]
 
 
 class Term(Protocol):
@@ -45,8 +51,20 @@ class CurriculumSettings(Protocol):
         """Share of a step's windows that the student writes itself."""
 
     @property
+    def select(self) -> float | Schedule:
+        """Share of each window's positions that KD is learned at."""
+
+    @property
     def uses_own_text(self) -> bool:
         """True if that share is above 0 at some time."""
+
+    @property
+    def sample_weights(self) -> float | Schedule:
+        """Degree to which windows are weighted in KD."""
+
+    @property
+    def balance(self) -> str:
+        """Size by which the weights of terms are balanced: none, loss or gradient."""
 
     def used(self) -> set[str]:
         """Return the names of the terms whose weight is above 0 at some time."""
@@ -68,6 +86,9 @@ class LossSettings(Protocol):
 
     @property
     def correction(self) -> str: ...
+
+    @property
+    def select_by(self) -> str: ...
 
     @property
     def head_passes(self) -> str: ...
@@ -93,6 +114,17 @@ class RunConfig(Protocol):
 
     @property
     def teacher(self) -> ModelConfig: ...
+    @property
+    def served(self) -> ServedConfig: ...
+    @property
+    def several_teachers(self) -> Sequence[ModelConfig]:
+        """Teachers that are mixed, of which `teacher` is the first; none where there is a single one."""
+
+    @property
+    def sources_of_teachers(self) -> Sequence[Sequence[str]]:
+        """Sources of text that each of several teachers is asked about; none: all."""
+
+    @property
     @property
     def student(self) -> StudentConfig: ...
     @property
@@ -125,3 +157,13 @@ class RunConfig(Protocol):
 
 ConfigT = TypeVar("ConfigT", bound=RunConfig)
 """The settings that a function returns changed, of the kind that it was given."""
+
+
+def share_chosen_before(config: RunConfig) -> float:
+    """Return the share of its KD positions that a training window has left, as the student before training chose them.
+
+    It is the largest that the run learns at; 1: nothing is chosen before training.
+    """
+    if config.teacher.name is None or config.loss.select_by != "first_student":
+        return 1.0
+    return max(values_of(config.curriculum.select))

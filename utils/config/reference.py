@@ -71,7 +71,7 @@ def _setting(setting: Setting) -> Iterator[str]:
 def _words(form: Json) -> str:
     """Return the values that a JSON schema admits, in words."""
     if "$ref" in form:
-        return "a ramp"
+        return "a ramp" if form["$ref"].endswith("/Ramp") else "name or mapping"
     if "const" in form:
         return f"`{form['const']}`"
     if "enum" in form:

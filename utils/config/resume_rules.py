@@ -9,7 +9,7 @@ Three sets say it, side by side. A setting that is in none of them must stay as 
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UserError, shorten
@@ -38,6 +38,7 @@ FREE_TO_CHANGE = {
     # names and places of models and texts: it is their content that is compared
     "teacher.name",
     "teacher.tokenizer",
+    "teacher.model",
     "teacher.allow_pickle",
     "student.name",
     "student.tokenizer",
@@ -47,6 +48,11 @@ FREE_TO_CHANGE = {
     "cache.folder",
     "cache.build_only",
     "cache.accept_mismatch",
+    # how a served teacher is asked
+    "served.requests",
+    "served.timeout",
+    "served.patience",
+    "served.key_variable",
     # the same computation at another place, in other pieces or with less memory
     "teacher.device",
     "data.num_workers",
@@ -84,8 +90,27 @@ the size of no saved tensor depends on them."""
 DETERMINISTIC = "training.deterministic"
 """Compared only where it is on: runs made before there was this setting have none, and ran as if it were off."""
 
+LISTED = "served.listed"
+"""Compared only where it is set, for the same reason."""
+
 OWN_TEXT = {"on_policy", "curriculum.on_policy"}
 """Compared only where the student learns from its own text at some time; runs made before it could have none."""
+
+ADDED = {
+    "curriculum.balance": "none",
+    "curriculum.sample_weights": 0.0,
+    "curriculum.select": 1.0,
+    "loss.select_by": "student_entropy",
+    "loss.interpolation": 1.0,
+}
+"""Settings that runs made before they existed have not, and the value that those ran with: compared only where it is
+another."""
+
+SEVERAL_TEACHERS = {"teachers", "mix"}
+"""Compared only where there are several: runs made before there could be have none of these settings."""
+
+FREE_OF_A_TEACHER = {key.rpartition(".")[2] for key in FREE_TO_CHANGE if key.startswith("teacher.")}
+"""Settings of each of several teachers that may change, as those of a single one may."""
 
 LONGEST_VALUE = 60
 """Characters of a setting that are quoted in the list of differences."""
@@ -98,19 +123,31 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         config: all settings as plain nested values, of this run or read from the config.yaml of an earlier one.
     """
     free = set(FREE_TO_CHANGE)
+    if not config.get("teachers"):
+        free |= SEVERAL_TEACHERS
     if _couples_windows(config):
         free -= MICRO_BATCH
     if not config.get("training", {}).get("deterministic"):
         free.add(DETERMINISTIC)
+    if config.get("served", {}).get("listed") is None:
+        free.add(LISTED)
     if not _is_above_zero(config.get("curriculum", {}).get("on_policy", 0)):
         free |= OWN_TEXT
 
     compared = {}
     for key, value in flatten(config).items():
         section = key.partition(".")[0]
-        if key not in free and section not in free:
+        if key == "teachers":
+            value = _compared_of_teachers(value)
+        is_as_before = key in ADDED and value == ADDED[key]
+        if key not in free and section not in free and not is_as_before:
             compared[key] = value
     return compared
+
+
+def _compared_of_teachers(teachers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return of each of several teachers the settings that must stay the same."""
+    return [{key: value for key, value in teacher.items() if key not in FREE_OF_A_TEACHER} for teacher in teachers]
 
 
 def _couples_windows(config: Mapping[str, Any]) -> bool:

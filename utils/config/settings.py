@@ -3,12 +3,14 @@
 The loss, the curriculum and the router have their settings in `models/config.py`.
 """
 
+import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import AfterValidator, InstanceOf, WithJsonSchema
+from pydantic import AfterValidator, InstanceOf, StringConstraints, WithJsonSchema
 
 from .quickstart_names import NAMES
 from .validation import Validated
@@ -39,6 +41,24 @@ Init = Annotated[str, AfterValidator(_check_init), WithJsonSchema({"anyOf": _INI
 """Beginning of a student: pretrained, random or layers:K."""
 
 
+TemplateValue = Annotated[str, StringConstraints(pattern=r"^[A-Za-z_]\w*=")]
+"""A variable of a chat template and its value: `enable_thinking=false`."""
+
+
+def template_values(settings: Sequence[str]) -> dict[str, Any]:
+    """Return values for the variables of a chat template; what is no number, true or false is a text."""
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, _, value = setting.partition("=")
+        try:
+            values[name] = json.loads(value)
+        except json.JSONDecodeError:
+            values[name] = value
+        if not isinstance(values[name], str | bool | int | float):
+            values[name] = value
+    return values
+
+
 HowTextIsRead = Literal[
     "text_column",
     "messages_column",
@@ -55,7 +75,8 @@ class ModelConfig(Validated):
     """The teacher."""
 
     name: Name | None = None
-    """Hub id, local folder or GGUF file; null trains without a teacher (kd and span must then weigh 0)."""
+    """Hub id, local folder or GGUF file, or the address of a server, http://HOST:PORT/v1 (docs/served_teacher.md); null
+    trains without a teacher (kd and span must then weigh 0)."""
 
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
@@ -76,6 +97,39 @@ class ModelConfig(Validated):
 
     tokenizer: Name | None = None
     """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
+
+    chat_template_kwargs: list[TemplateValue] = field(default_factory=list)
+    """Values for variables of its chat template, such as `enable_thinking=false`. One that the template does not read
+    is an error."""
+
+    model: Name | None = None
+    """Name of the model at a server of teachers (`name` is http://HOST:PORT/v1); null: the only one that it has."""
+
+    @property
+    def is_served(self) -> bool:
+        """True for a teacher behind a server, which is asked over HTTP."""
+        return self.name is not None and self.name.startswith(("http://", "https://"))
+
+
+@dataclass(frozen=True)
+class ServedConfig(Validated):
+    """Requests to the server of a served teacher."""
+
+    requests: Annotated[int, Gt(0)] = 8
+    """Requests under way at a time, of each process. Each asks for one window."""
+
+    listed: Annotated[int, Gt(0)] | None = None
+    """Tokens that the server lists at each position; null: as many as the loss or the cache keeps. More of them leave
+    fewer positions inside of teacher tokens to the text alone, at the price of longer answers."""
+
+    timeout: Annotated[float, Gt(0)] = 120.0
+    """Seconds for one answer."""
+
+    patience: Annotated[float, Ge(0)] = 600.0
+    """Seconds for which a server that does not answer is waited for; then the run ends, with a checkpoint."""
+
+    key_variable: Name = "TEACHER_API_KEY"
+    """Environment variable with the key that the server wants, if any. The key itself is in no setting and no log."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +182,9 @@ class StudentConfig(Validated):
     tokenizer: Name | None = None
     """Hub id or local folder of its tokenizer; null: the one that comes with the model."""
 
+    chat_template_kwargs: list[TemplateValue] = field(default_factory=list)
+    """Values for variables of its chat template; see `teacher.chat_template_kwargs`. The exported template has them."""
+
     @property
     def beginning(self) -> Literal["trained", "cut", "random"]:
         """Kind of the weights that it starts from; an adapter is beside trained ones."""
@@ -158,7 +215,8 @@ class DataConfig(Validated):
     instruction and output, or `text`, whichever of these columns are there, in this order."""
 
     messages_column: str = "messages"
-    """Column of conversations: lists of messages with `role` and `content`."""
+    """Column of conversations: lists of messages with `role` and `content`. Beside it, or beside a prompt, a column
+    `teacher_messages` may hold the conversation as the teacher reads it, and a column `tools` schemas of functions."""
 
     prompt_column: str = "prompt"
     """Column of a user's question; together with `completion_column` a conversation of two messages."""
@@ -168,6 +226,10 @@ class DataConfig(Validated):
 
     learn_from: Literal["completions", "all"] = "completions"
     """Part of a conversation that is learned: the assistant's messages, or every one. Plain text is learned whole."""
+
+    reasoning: Literal["learn", "read", "drop"] = "learn"
+    """Use of the thinking before an answer (`reasoning_content`, `<think>`): learn it with the answer; read it, so that
+    the answer behind it alone is learned; or drop it before either model reads the conversation."""
 
     split: str = "train"
     """Split of a hub data set."""

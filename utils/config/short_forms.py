@@ -1,6 +1,7 @@
 """Short forms of settings, for those that can mean one thing only.
 
 teacher: PATH                   teacher: {name: PATH}                  and so the student
+teachers: [PATH, PATH]          teachers: [{name: PATH}, {name: PATH}]
 data: PATH                      data: {train: [PATH]}
 curriculum: {kd: 0.5}           curriculum: {kd: {weight: 0.5}}
 curriculum: auto                curriculum: {}
@@ -20,12 +21,17 @@ MAIN_KEYS = {
     "curriculum.*": "weight",
     "curriculum.on_policy": None,
     "curriculum.select": None,
+    "curriculum.sample_weights": None,
+    "curriculum.balance": None,
 }
 """Path of a section (`*`: each section in it) -> the key that a value in place of its keys is meant for; None: a
 setting among such sections, which has no keys."""
 
 AUTOMATIC = {"curriculum": "auto"}
 """Section -> the word for none of its keys: all of them are chosen by the program."""
+
+LISTS_OF_SECTIONS = {"teachers": "name"}
+"""List of sections -> the key that a text in place of one of them is meant for."""
 
 NAMES_OF_FILES = ("data.train",)
 """Lists whose values may have commas in them."""
@@ -70,6 +76,8 @@ def expand(value: Any, lists: Container[str], sections: Container[str], path: st
             key: own for key, own in own_keys.items() if value[key] is not None or f"{prefix}{own}" not in sections
         }
         return {own: expand(value[key], lists, sections, f"{prefix}{own}") for key, own in stated.items()}
+    if path in LISTS_OF_SECTIONS and isinstance(value, list):
+        return [{LISTS_OF_SECTIONS[path]: item} if isinstance(item, str) else item for item in value]
     if path in lists and isinstance(value, str):
         return split_list(path, value)
     return value

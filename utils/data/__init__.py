@@ -3,6 +3,7 @@
 In the order in which text passes through them:
 
 - `data_folders`: which files of a folder are data
+- `tool_calls`: schemas of functions and calls of them, in the forms that data sets have
 - `columns`: which columns of a table hold documents, and what a conversation may contain
 - `sources`: files, folders and hub data sets -> documents with their places
 - `documents`: all sources -> the documents to train on and to evaluate on

@@ -7,30 +7,57 @@ them as JSON. Nothing that would change what is learned is dropped in silence: i
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from ..errors import UserError
+from . import tool_calls
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which data sets keep the thinking before an answer."""
-UNSUPPORTED_BESIDE = ("tools", "functions", "chat_template_kwargs")
-"""Columns that change what a conversation means, and that nothing here honours."""
+THINKING = re.compile(r"\s*(?:<think>)?.*?</think>\s*", re.DOTALL)
+"""Thinking in front of an answer, in its content."""
+THINKING_PARTS = ("thinking", "reasoning")
+"""Types of the parts of a content that are thinking."""
+TEMPLATE_VALUES = "chat_template_kwargs"
+"""Column of values for the variables of chat templates, of both models."""
+TEACHER_MESSAGES = "teacher_messages"
+"""Column of the conversation as the teacher reads it."""
+BESIDE = (*tool_calls.TOOLS, TEMPLATE_VALUES, TEACHER_MESSAGES)
+"""Columns that belong to a conversation, beside its messages."""
 SYSTEM = "system"
 """Column of a system message, beside the messages or the prompt; also the role of such a message."""
 SHAREGPT = "conversations"
 """Column of ShareGPT's format: lists of messages with `from` and `value`."""
-SHAREGPT_ROLES = {
+OTHER_LISTS = ("conversation", "dialogue", "dialog")
+"""Other columns that hold lists of messages in data sets; read where a table has nothing else."""
+SPEAKER_KEYS = ("role", "from", "speaker", "author")
+"""Keys of a message that say who speaks."""
+TEXT_KEYS = ("content", "value", "text", "parts")
+"""Keys of a message that hold what is said."""
+CALL_SPEAKERS = ("function_call", "tool_call")
+"""Speakers of messages whose text is the JSON of a call."""
+ROLES = {
     "human": "user",
     "user": "user",
     "gpt": "assistant",
     "assistant": "assistant",
     "chatgpt": "assistant",
     "bard": "assistant",
+    "bing": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatbot": "assistant",
+    "ai": "assistant",
     "system": "system",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    **dict.fromkeys(CALL_SPEAKERS, "assistant"),
 }
-"""Speakers of ShareGPT's format, and the roles that they are."""
+"""Speakers by the names that exports and data sets have for them, and the roles that they are."""
 
 INSTRUCTION = "instruction"
 """Column of Alpaca's format that is the prompt."""
@@ -40,8 +67,6 @@ INPUT = "input"
 """Column of Alpaca's format: what the instruction is about; empty where it says all itself."""
 HISTORY = "history"
 """Column of Alpaca's format with earlier turns, which is not supported."""
-TOOL_CALLS = ("tool_calls", "function_call")
-"""Keys of a message that calls tools, which is not supported."""
 
 LEARNED_KEYS = ("weight", "train", "trainable", "training")
 """Keys of a message that say whether it is learned: 1 or 0."""
@@ -50,7 +75,7 @@ UNSUPPORTED_MASKS = ("mask", "masked", "loss_mask", "train_detail")
 LOSS = "loss"
 """Key of a message by which others say whether it is learned."""
 
-KNOWN_KEYS = frozenset(("role", "content", *LEARNED_KEYS, LOSS, *TOOL_CALLS, *REASONING))
+KNOWN_KEYS = frozenset((*SPEAKER_KEYS, *TEXT_KEYS, *LEARNED_KEYS, LOSS, *tool_calls.CALLS, *REASONING))
 """Keys of a message that are read, or refused where they say something."""
 
 
@@ -110,41 +135,93 @@ class Conversation(NamedTuple):
     prompted: int = 0
     """Number of first messages that are the prompt of a completion: answers among them are read, not learned."""
 
-    def text(self, place: str, learn_from: str, unread: Unread | None = None) -> str:
+    def text(self, place: str, reading: "Reading", unread: Unread | None = None) -> str:
         """Return JSON of a list of `{"role", "content"}`; empty if there is nothing to learn from.
 
-        A message may have `reasoning_content` besides, the thinking before an answer, and `weight`: 0 where it is read
-        and not learned.
+        A message may have `reasoning_content` besides, the thinking before an answer, `tool_calls`, and `weight`: 0
+        where it is read and not learned. With tools, values for templates or messages of the teacher's own it is an
+        object with `messages` and these.
 
         Args:
             place: of the row, for messages.
-            learn_from: `all` learns from every message, else from those of the assistant.
             unread: takes note of keys that are not read.
 
         Raises:
-            UserError: something else than messages with a role and a text, or what would be lost: tools, images.
+            UserError: something else than messages with a role and a text, or what would be lost: images.
         """
-        rows = self.messages
-        if not isinstance(rows, list) or not rows:
-            got = type(rows).__name__
-            if isinstance(rows, list):
-                got += " of length 0"
-            raise UserError(f"{place}: expected a list of messages, each with 'role' and 'content', got {got}.")
-
         self._refuse_unsupported(place)
         self._refuse_masked(place)
-        messages = [_message(f"{place}, message {number}", row, unread) for number, row in enumerate(rows)]
+        messages = _messages(place, self.messages, reading, unread)
 
         # Answers in the prompt are examples to read, as a completion is what the row teaches.
-        if learn_from != "all":
+        if reading.learn_from != "all":
             for message in messages[: self.prompted]:
                 if message["role"] == "assistant":
                     message["weight"] = 0
 
         messages = self._system_message(place, messages) + messages
-        if any(_teaches(message, learn_from) for message in messages):
-            return json.dumps(messages, ensure_ascii=False)
-        return ""
+        if not any(_teaches(message, reading.learn_from) for message in messages):
+            return ""
+
+        beside = {
+            "tools": tool_calls.schemas(place, self.beside),
+            TEMPLATE_VALUES: self._template_values(place),
+            TEACHER_MESSAGES: self._teacher_messages(place, messages, reading, unread),
+        }
+        beside = {name: value for name, value in beside.items() if value}
+        return json.dumps({"messages": messages, **beside} if beside else messages, ensure_ascii=False)
+
+    def _template_values(self, place: str) -> dict[str, Any]:
+        """Return the values for the variables of chat templates.
+
+        Raises:
+            UserError: they are no object, or would change how conversations are asked for.
+        """
+        value = self.beside.get(TEMPLATE_VALUES)
+        if value in tool_calls.NOTHING:
+            return {}
+        if isinstance(value, str):
+            value = tool_calls.from_json(f"{place}, column {TEMPLATE_VALUES!r}", value)
+        taken = {"tools", "messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"}
+        if not isinstance(value, dict) or taken & value.keys():
+            raise UserError(
+                f"{place}: expected an object of values for the chat templates as column {TEMPLATE_VALUES!r}, such as "
+                f'{{"enable_thinking": false}}, got {value!r:.80}.'
+            )
+        return {name: item for name, item in value.items() if item is not None}
+
+    def _teacher_messages(
+        self,
+        place: str,
+        messages: Sequence[Mapping[str, Any]],
+        reading: "Reading",
+        unread: Unread | None,
+    ) -> list[dict[str, Any]]:
+        """Return the messages that the teacher reads in place of these; [] where it reads the same.
+
+        Raises:
+            UserError: they do not end with the answers that are learned.
+        """
+        value = self.beside.get(TEACHER_MESSAGES)
+        if value in tool_calls.NOTHING:
+            return []
+        where = f"{place}, column {TEACHER_MESSAGES!r}"
+        if reading.learn_from == "all":
+            raise UserError(
+                f"{where}: beside messages of the teacher's own only answers can be learned. Expected "
+                "data.learn_from=completions."
+            )
+
+        result = _messages(where, _as_messages("user", value), reading, unread)
+        for message in result:
+            message.pop("weight", None)
+
+        # A question at the end is answered as the student is to answer it.
+        if result[-1]["role"] != "assistant" and messages[-1]["role"] == "assistant":
+            answer = {key: item for key, item in messages[-1].items() if key != "weight"}
+            result.append(answer)
+        _require_same_answers(where, messages, result)
+        return result
 
     def _refuse_unsupported(self, place: str) -> None:
         """Refuse columns that change what is said or asked, and that nothing here reads.
@@ -152,13 +229,12 @@ class Conversation(NamedTuple):
         Raises:
             UserError: one of them holds something.
         """
-        for column in (*UNSUPPORTED_BESIDE, HISTORY):
-            # Tables write an empty list of tools in all these ways.
-            if self.beside.get(column) not in (None, [], {}, "", "[]", "{}"):
-                raise UserError(
-                    f"{place}: column {column!r} changes what the conversation means, and is not supported. Leave such "
-                    "rows out, or the column, if the conversations are to be learned without it."
-                )
+        if self.beside.get(HISTORY) not in tool_calls.NOTHING:
+            raise UserError(
+                f"{place}: column {HISTORY!r} changes what the conversation means, and is not supported. Leave such "
+                "rows out, or the column, if the conversations are to be learned without it; or write earlier turns "
+                "as messages."
+            )
 
         # Alpaca's format: "Translate this" in one column, the text to translate in this one.
         question = self.beside.get(INPUT)
@@ -207,10 +283,82 @@ class Conversation(NamedTuple):
 # ---------------------------------------------------------------- messages
 
 
+class Reading(NamedTuple):
+    """Settings of what is learned of conversations."""
+
+    learn_from: Literal["completions", "all"] = "completions"
+    """Messages of the assistant, or every one."""
+    reasoning: Literal["learn", "read", "drop"] = "learn"
+    """Use of the thinking before an answer; `drop` takes it out of the conversation."""
+
+
 def _teaches(message: Mapping[str, Any], learn_from: str) -> bool:
     """Tell whether there is something to learn from a message."""
     is_learned = learn_from == "all" or message["role"] == "assistant"
-    return is_learned and message.get("weight", 1) != 0 and bool(message["content"].strip())
+    says_something = bool(message["content"].strip()) or "tool_calls" in message
+    return is_learned and message.get("weight", 1) != 0 and says_something
+
+
+def _messages(
+    place: str,
+    rows: Any,
+    reading: Reading,
+    unread: Unread | None,
+) -> list[dict[str, Any]]:
+    """Return messages with the keys that are read.
+
+    Raises:
+        UserError: they are no list of messages.
+    """
+    if not isinstance(rows, list) or not rows:
+        got = type(rows).__name__
+        if isinstance(rows, list):
+            got += " of length 0"
+        raise UserError(f"{place}: expected a list of messages, each with 'role' and 'content', got {got}.")
+
+    messages = [_message(f"{place}, message {number}", row, unread) for number, row in enumerate(rows)]
+    if reading.reasoning == "drop":
+        for message in messages:
+            _drop_thinking(message)
+    return messages
+
+
+def _drop_thinking(message: dict[str, Any]) -> None:
+    """Take the thinking before its answer out of a message."""
+    message.pop("reasoning_content", None)
+    if message["role"] == "assistant":
+        message["content"] = THINKING.sub("", message["content"], count=1)
+
+
+def _require_same_answers(
+    place: str,
+    messages: Sequence[Mapping[str, Any]],
+    teacher_messages: Sequence[Mapping[str, Any]],
+) -> None:
+    """Check that the teacher's messages end with the answers that the student learns.
+
+    Raises:
+        UserError: they do not.
+    """
+    answers = [message for message in messages if message["role"] == "assistant"]
+    teacher_answers = [message for message in teacher_messages if message["role"] == "assistant"]
+    for number, answer in enumerate(reversed(answers), start=1):
+        if answer.get("weight", 1) == 0:
+            continue
+        same = teacher_answers[-number] if number <= len(teacher_answers) else None
+        if same is None or _said(same) != _said(answer):
+            got = "no such answer" if same is None else repr(_said(same)[0][:80])
+            raise UserError(
+                f"{place}: expected the answers that are learned at its end, here {_said(answer)[0][:80]!r}, got "
+                f"{got}. "
+                "Only what the teacher reads before an answer may differ."
+            )
+
+
+def _said(answer: Mapping[str, Any]) -> tuple[str, Any]:
+    """Return what an answer says behind its thinking, and its calls without their ids."""
+    calls = [call["function"] for call in answer.get("tool_calls", ())]
+    return THINKING.sub("", answer["content"], count=1).strip(), calls
 
 
 def _message(place: str, message: Any, unread: Unread | None) -> dict[str, Any]:
@@ -219,25 +367,38 @@ def _message(place: str, message: Any, unread: Unread | None) -> dict[str, Any]:
     Raises:
         UserError: it has no role and text, or holds more that would change what it means.
     """
-    if _is_sharegpt(message):
-        message = _renamed(place, message)
     _require_role_and_content(place, message)
+    role = _role(place, message)
+    content = _first(message, TEXT_KEYS)
+    calls = tool_calls.calls(place, message)
+    if _speaker(message) in CALL_SPEAKERS:
+        calls = tool_calls.parse_calls(f"{place}, its call", content)
+        content = None
 
-    for key in TOOL_CALLS:
-        if message.get(key):
-            raise UserError(f"{place}: it calls tools ({key!r}), which is not supported. Leave such conversations out.")
-
-    role = message["role"]
-    content = _joined_parts(place, message["content"])
-    for key, value in (("role", role), ("content", content)):
-        if not isinstance(value, str):
-            raise UserError(f"{place}: expected text as its {key}, got {type(value).__name__}.")
+    # A call needs no text, and a result may be an object.
+    thinking, content = _joined_parts(place, content)
+    if content is None and calls:
+        content = ""
+    if role == "tool" and isinstance(content, dict):
+        content = json.dumps(content, ensure_ascii=False)
+    if not isinstance(content, str):
+        raise UserError(f"{place}: expected text as its content, got {type(content).__name__}.")
     result: dict[str, Any] = {"role": as_text(place, role), "content": as_text(place, content)}
 
     # Data sets that were merged may have several of these keys, all but one of them empty.
     reasoning = [message[key] for key in REASONING if message.get(key)]
-    if reasoning:
-        result["reasoning_content"] = as_text(f"{place}, its thinking", reasoning[0])
+    if reasoning or thinking:
+        result["reasoning_content"] = as_text(f"{place}, its thinking", reasoning[0] if reasoning else thinking)
+    if calls:
+        if role != "assistant":
+            raise UserError(
+                f"{place}: expected calls of tools in messages of the assistant, got them in one of {role}."
+            )
+        result["tool_calls"] = calls
+
+    # A result names the call that it answers.
+    results = [key for key in ("name", "tool_call_id") if role == "tool" and isinstance(message.get(key), str)]
+    result |= {key: message[key] for key in results}
 
     _refuse_masks(place, message)
     if not _is_learned(place, message):
@@ -245,76 +406,87 @@ def _message(place: str, message: Any, unread: Unread | None) -> dict[str, Any]:
 
     if unread is not None:
         present = {key for key, value in message.items() if value is not None}
-        unread.keys |= {str(key) for key in present - KNOWN_KEYS}
+        unread.keys |= {str(key) for key in present - KNOWN_KEYS - {*results}}
     return result
 
 
+def _first(message: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """Return the value of the first of these keys that has one. A table may have several, all but one empty."""
+    return next((message[key] for key in keys if message.get(key) is not None), None)
+
+
 def _require_role_and_content(place: str, message: Any) -> None:
-    """Check that a message is an object with these two keys.
+    """Check that a message is an object with these two keys, or others that mean the same.
 
     Raises:
         UserError: it is not.
     """
     if not isinstance(message, dict):
         got = type(message).__name__
-    elif not {"role", "content"} <= message.keys():
+    elif not {*SPEAKER_KEYS} & message.keys() or not {*TEXT_KEYS, *tool_calls.CALLS} & message.keys():
         got = f"the keys {', '.join(map(str, message))}"
     else:
         return
     raise UserError(f"{place}: expected an object with 'role' and 'content' (or 'from' and 'value'), got {got}.")
 
 
-def _is_sharegpt(message: Any) -> bool:
-    """Return whether a message is in ShareGPT's form. A table may have both forms of keys, one of them empty."""
-    if not isinstance(message, dict) or not {"from", "value"} <= message.keys():
-        return False
-    return message.get("role") is None and message.get("content") is None
+def _speaker(message: Mapping[str, Any]) -> Any:
+    """Return the name of who speaks, without capitals."""
+    name = _first(message, SPEAKER_KEYS)
+    return name.lower() if isinstance(name, str) else name
 
 
-def _renamed(place: str, message: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a message of ShareGPT's form with `role` and `content`.
+def _role(place: str, message: Mapping[str, Any]) -> str:
+    """Return the role of who speaks.
 
     Raises:
         UserError: nobody knows who speaks.
     """
-    speaker = message["from"]
-    role = SHAREGPT_ROLES.get(speaker.lower()) if isinstance(speaker, str) else None
-    if role is None:
-        raise UserError(
-            f"{place}: expected {', '.join(SHAREGPT_ROLES)} as its 'from', got {speaker!r}. Rename it to one of these, "
-            "or leave such conversations out; tools are not supported."
-        )
+    speaker = _speaker(message)
+    role = message.get("role")
+    if isinstance(speaker, str) and speaker in ROLES:
+        return ROLES[speaker]
 
-    others = {key: value for key, value in message.items() if key not in ("from", "value", "role", "content")}
-    return {"role": role, "content": message["value"], **others}
+    # Templates may know other roles than those of exports.
+    if isinstance(role, str):
+        return role
+    if role is not None:
+        raise UserError(f"{place}: expected text as its role, got {type(role).__name__}.")
+    raise UserError(
+        f"{place}: expected {', '.join(ROLES)} as its 'from', got {_first(message, SPEAKER_KEYS)!r}. Rename it to one "
+        "of these, or leave such conversations out."
+    )
 
 
-def _joined_parts(place: str, content: Any) -> Any:
-    """Return a content that comes as a list of parts as one text, and any other as it is.
+def _joined_parts(place: str, content: Any) -> tuple[str, Any]:
+    """Return thinking, and a content that comes as a list of parts as one text, and any other as it is.
 
     Raises:
         UserError: a part is no text.
     """
     if not isinstance(content, list):
-        return content
+        return "", content
 
-    texts = []
+    thinking: list[str] = []
+    texts: list[str] = []
     for part in content:
         # A part is a text, or an object of a type: text, image, ...
         text = part
         kind = type(part).__name__
         if isinstance(part, dict):
-            kind = part.get("type", "something")
-            if part.get("type", "text") == "text":
-                text = part.get("text")
+            kind = str(part.get("type") or "text")
+            text = part.get("text")
+            if kind in THINKING_PARTS:
+                text = _first(part, (*THINKING_PARTS, "text"))
 
-        if not isinstance(text, str):
+        is_text = not isinstance(part, dict) or kind.endswith("text") or kind in THINKING_PARTS
+        if not is_text or not isinstance(text, str):
             raise UserError(
                 f"{place}: its content holds a part that is no text ({kind}), which no model here reads. Leave such "
                 "conversations out, or the part, if the answers do not depend on it."
             )
-        texts.append(text)
-    return "".join(texts)
+        (thinking if kind in THINKING_PARTS else texts).append(text)
+    return "".join(thinking), "".join(texts)
 
 
 def _refuse_masks(place: str, message: Mapping[str, Any]) -> None:
@@ -366,7 +538,7 @@ def _as_messages(role: str, value: Any) -> list[Any]:
     """Return a prompt or a completion as messages: those that it is a list of, or one of this role."""
     # A list of anything else is one content, in parts.
     is_list = isinstance(value, list) and bool(value)
-    if is_list and all(isinstance(item, dict) and "role" in item for item in value):
+    if is_list and all(isinstance(item, dict) and {*SPEAKER_KEYS} & item.keys() for item in value):
         return value
     return [{"role": role, "content": value}]
 
@@ -385,9 +557,12 @@ def _instruction(place: str, instruction: Any, subject: Any) -> Any:
 
 def text_of_messages(conversation: str) -> str:
     """Return the words of all messages of a conversation, which is JSON as `Conversation.text` writes it."""
+    value = json.loads(conversation)
     texts = []
-    for message in json.loads(conversation):
+    for message in value["messages"] if isinstance(value, dict) else value:
         texts += [message.get("reasoning_content", ""), message["content"]]
+        for call in message.get("tool_calls", ()):
+            texts.append(json.dumps(call["function"], ensure_ascii=False))
     return "".join(texts)
 
 
@@ -399,7 +574,8 @@ class Columns:
     """Names of the columns that may hold a document.
 
     The first of these that a table has is read: the named `text`, and nothing else where it is named; else `messages`;
-    else `conversations`; else `prompt` and `completion`; else `instruction` and `output`; else a column `text`.
+    else `conversations`; else `prompt` and `completion`; else `instruction` and `output`; else a column `text`; else
+    another list of messages (`OTHER_LISTS`).
     """
 
     text: str | None = None
@@ -423,7 +599,12 @@ class Columns:
             choices = [[self.text]]
             expected = f"{self.text!r}"
         else:
-            choices = [*([column] for column in self._lists_of_messages), *self._pairs, ["text"]]
+            choices = [
+                *([column] for column in self._lists_of_messages),
+                *self._pairs,
+                ["text"],
+                *([name] for name in OTHER_LISTS),
+            ]
             pairs = ", or ".join(f"{prompt!r} and {completion!r}" for prompt, completion in self._pairs)
             expected = f"'text', {', '.join(map(repr, self._lists_of_messages))}, or {pairs}"
 
@@ -448,7 +629,7 @@ class Columns:
         columns = list(self.document_columns(place, names))
         checked: list[str] = []
         if self._is_conversation(columns):
-            beside = [SYSTEM, *UNSUPPORTED_BESIDE]
+            beside = [SYSTEM, *BESIDE]
             if len(columns) == 2:
                 beside += [INPUT, HISTORY]
             columns += [name for name in beside if name in names and name not in columns]
@@ -492,7 +673,7 @@ class Columns:
     def _is_conversation(self, columns: Sequence[str]) -> bool:
         if self.text:
             return False
-        return len(columns) == 2 or columns[0] in self._lists_of_messages
+        return len(columns) == 2 or columns[0] in (*self._lists_of_messages, *OTHER_LISTS)
 
     @property
     def _lists_of_messages(self) -> tuple[str, ...]:

@@ -8,12 +8,13 @@ uninterrupted one would have seen. `batch_order` has the order in which windows 
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from itertools import chain, islice
-from typing import Literal
+from typing import Literal, cast
 
 import datasets
 import numpy as np
@@ -21,7 +22,7 @@ import numpy as np
 from ..config.settings import DataConfig
 from ..errors import UserError
 from . import sources
-from .columns import INSTRUCTION, OUTPUT, SHAREGPT, Columns, Conversation, as_text, text_of_messages
+from .columns import INSTRUCTION, OUTPUT, SHAREGPT, Columns, Conversation, Reading, as_text, text_of_messages
 
 log = logging.getLogger(__name__)
 
@@ -66,11 +67,15 @@ class _FirstPlaces:
 # ---------------------------------------------------------------- reading
 
 
-def load_documents(config: DataConfig) -> Corpus:
+def load_documents(config: DataConfig, source_of: dict[str, str] | None = None) -> Corpus:
     """Read every source, drop what is empty or repeated, and split by document.
 
     Without an evaluation source, a document goes to evaluation if a hash of its text says so: it stays on its
     side whatever documents come or go beside it. Texts that differ only in whitespace share a side.
+
+    Args:
+        source_of: name of a document -> the source that it is from (the first one, of a text that several have), which
+            is noted there.
 
     Raises:
         UserError: something cannot be found, read or split.
@@ -80,7 +85,7 @@ def load_documents(config: DataConfig) -> Corpus:
 
     # A variable would keep the generator open: it logs the columns that were not read when it is closed.
     documents = _clean(
-        _read(config, config.train, split=config.split, places=places),
+        _noted(config.train, partial(_read, config, split=config.split, places=places), source_of),
         report,
         deduplicate=config.deduplicate,
         limit=config.max_documents,
@@ -92,7 +97,7 @@ def load_documents(config: DataConfig) -> Corpus:
     if config.eval is None:
         train, held_out = _split(documents, config.eval_fraction)
     else:
-        held_out = _load_held_out(config, places)
+        held_out = _load_held_out(config, places, source_of)
         train = _without(documents, held_out, evaluation_data=config.eval)
         report["in_eval"] = len(documents) - len(train)
 
@@ -103,14 +108,31 @@ def load_documents(config: DataConfig) -> Corpus:
     return Corpus(train=train, eval=held_out, conversations=conversations, report=report)
 
 
-def _load_held_out(config: DataConfig, places: _FirstPlaces) -> list[str]:
+def _noted(
+    names: Sequence[str],
+    read: Callable[[Sequence[str]], Iterator[tuple[str, str]]],
+    source_of: dict[str, str] | None,
+) -> Iterator[tuple[str, str]]:
+    """Yield the documents of every source; with `source_of`, source by source, and noted there."""
+    if source_of is None:
+        yield from read(names)
+        return
+
+    for name in names:
+        for place, text in read([name]):
+            source_of.setdefault(document_name(text), name)
+            yield place, text
+
+
+def _load_held_out(config: DataConfig, places: _FirstPlaces, source_of: dict[str, str] | None) -> list[str]:
     """Return the documents of the evaluation source, without repeats.
 
     Raises:
         UserError: it cannot be read, holds no text, or not the kind of text that is trained on.
     """
     counts = dict.fromkeys(("read", "empty", "duplicate"), 0)
-    documents = _clean(_read_eval(config, places), counts, deduplicate=config.deduplicate, limit=None)
+    read = _noted([cast(str, config.eval)], lambda _: _read_eval(config, places), source_of)
+    documents = _clean(read, counts, deduplicate=config.deduplicate, limit=None)
     _require_text(documents, [config.eval], counts, conversations=places.conversation is not None)
     return documents
 
@@ -178,7 +200,7 @@ def _documents(
             _require_one_kind(config, place, places, is_conversation=is_conversation)
 
         if is_conversation:
-            yield place, value.text(place, config.learn_from, columns.unread)
+            yield place, value.text(place, Reading(config.learn_from, config.reasoning), columns.unread)
         else:
             yield place, as_text(place, value)
 
@@ -326,7 +348,7 @@ def _require_text(documents: list[str], names: Sequence[str], counts: dict[str, 
     if conversations:
         raise UserError(
             f"Nothing to learn from in {', '.join(names)}: in none of {counts['read']} conversations is there text of "
-            "the role 'assistant'. Rename the role that answers (gpt, bot, model), or learn from all messages: "
+            "the role 'assistant'. Rename the role that answers to it, or learn from all messages: "
             "--set data.learn_from=all."
         )
     raise UserError(

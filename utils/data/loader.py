@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ..machine.stop_signals import ignore_stop_signals, stop_signals_delayed
 from .batch_order import permutation
 from .windows import Window
+
+T = TypeVar("T")
 
 Collate = Callable[[list[Window]], Any]
 """Windows of a micro-batch -> the batch."""
@@ -103,6 +105,23 @@ def some_batches(windows: Sequence[Window], collate: Collate, count: int, size: 
         rows = [windows[index] for index in indices[start : start + size]]
         batches.append(collate(rows))
     return batches
+
+
+def begun_ahead(batches: Iterable[T], begin: Callable[[T], object], count: int = 8) -> Iterator[T]:
+    """Yield batches, each after `begin` was called with it and those next in line.
+
+    A teacher that is elsewhere then works on several at a time.
+
+    Args:
+        count: batches ahead.
+    """
+    waiting: deque[T] = deque()
+    for batch in batches:
+        begin(batch)
+        waiting.append(batch)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def loader(

@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -125,6 +125,27 @@ def make_windows(
         else:
             windows = _map_on_disk(table, key, processes=min(num_proc or 1, len(table)), options=options)
     return windows.with_format("numpy")
+
+
+def make_windows_by_source(texts: Sequence[str], source_of: Mapping[str, str], **options: Any) -> datasets.Dataset:
+    """Pack the documents of each source by themselves; a column `source` of their windows has its name.
+
+    Args:
+        source_of: name of a document -> its source.
+        options: of `make_windows`.
+
+    Raises:
+        TooLong, UserError: see `make_windows`; of a source, too.
+    """
+    of_source: dict[str, list[str]] = {}
+    for text in texts:
+        of_source.setdefault(source_of[document_name(text)], []).append(text)
+
+    parts = []
+    for source, of_this in of_source.items():
+        windows = make_windows(of_this, **options)
+        parts.append(windows.add_column("source", [source] * len(windows)))
+    return datasets.concatenate_datasets(parts).with_format("numpy")
 
 
 def _grouped(texts: Sequence[str]) -> datasets.Dataset:

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -20,10 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from ..advice import advice
 from ..config.settings import EvaluationConfig
+from ..data.loader import begun_ahead
 from ..data.windows import windows_fingerprint
 from ..errors import RunError, UserError
 from ..files import write_json
-from ..interfaces import Batch, Collator, Side, Teacher
+from ..interfaces import Batch, Collator, Side, Teacher, TeacherElsewhere
 from ..logs.progress import Progress
 from ..logs.time_left import Kind
 from ..machine.device_memory import GPU_SCORED_WINDOWS, FittingParts
@@ -452,18 +453,19 @@ class HeldOut:
             return self.measure(teacher.model, "teacher")
 
         # 1. The probabilities of the text, which its signals have, over all processes; not as a cache has rounded them.
-        running = getattr(teacher, "teacher", None) or teacher
+        running = cast(TeacherElsewhere, getattr(teacher, "teacher", None) or teacher)
         share = self._teacher_share
         batches = share.batches(len(self.windows), self.batch_size)
         nats, tokens, num_bytes = 0.0, 0, 0
         with self._shown("teacher on held-out text", batches, "teacher window") as note:
-            for indices in batches:
-                batch = self._batch(indices).to(self.accelerator.device)
+            begin = partial(running.begin, top_k=1)
+            for batch in begun_ahead(map(self._batch, batches), begin):
+                batch = batch.to(self.accelerator.device)
                 batch_nats, batch_tokens = batch.teacher_nll(running.signal(batch, 1))
                 nats += batch_nats
                 tokens += batch_tokens
                 num_bytes += int(batch.bytes.sum())
-                note(len(indices))
+                note(len(batch.bytes))
         sums = scoring.sum_over_processes([nats, tokens, num_bytes], share.summed_over)
 
         # 2. The same record as of a model, but for what only its weights tell.

@@ -16,7 +16,7 @@ from ..machine.device_memory import MARGIN
 from ..machine.hardware import free_memory
 from ..parallel.processes import on_main_process
 from ..pretrained import loading
-from ..pretrained.named import load_shapes
+from ..pretrained.named import load_shapes, teachers_by_role
 from .disk import largest
 from .step_memory import CPU_MEMORY_SHARE, ChunkRows, Demand, StepSetting, demand_of, in_gib, spares_teacher
 from .writing_memory import WritingMemory
@@ -193,7 +193,7 @@ def _demand(config: RunConfig, machine: Machine, chunk_rows: ChunkRows) -> Deman
 
     setting = StepSetting(
         student=shapes["student"],
-        teacher=shapes["teacher"] if config.teacher.name else None,
+        teachers=tuple(shapes[role] for role in teachers_by_role(config)) if config.teacher.name else (),
         length=int(min(config.data.max_length, *limits)),
         precision=machine.precision,
         device=machine.device,

@@ -107,6 +107,11 @@ class Demand:
     """Terms whose gradients are logged one by one."""
     apart: bool = False
     """The teacher has a device of its own: what it takes there is not told."""
+    further_weights: float = 0.0
+    """Bytes of the weights of further teachers on the student's device; `teacher` is then the largest there, whose
+    forward takes most."""
+    teachers: int = 1
+    """Of which each names outcomes at a position."""
     weight_share: float = 1.0
     """Size of the teacher's weights beside those of `teacher_dtype`: less where they are quantised or sharded."""
     sharded: str = ""
@@ -203,7 +208,7 @@ class StepMemory:
         """Outcomes that the teacher names at a position."""
         if self.teacher is None:
             return 0
-        return min(self.demand.top_k, self.teacher.vocabulary)
+        return self.demand.teachers * min(self.demand.top_k, self.teacher.vocabulary)
 
     @property
     def outcomes(self) -> int:
@@ -257,7 +262,7 @@ class StepMemory:
         breakdown = {"optimizer": moments / sharers}
         if self.holds_teacher:
             size = self.teacher.parameters * demand.teacher_dtype.itemsize
-            breakdown["teacher weights"] = size * demand.weight_share
+            breakdown["teacher weights"] = size * demand.weight_share + demand.further_weights
         return breakdown
 
     # --- the peaks of a step ----------------------------------------------------------------------------------------
@@ -440,7 +445,8 @@ class StepSetting:
     """Models, lengths and machine of a run, which its RunConfig does not tell."""
 
     student: PretrainedConfig
-    teacher: PretrainedConfig | None
+    teachers: tuple[PretrainedConfig, ...]
+    """None where nothing is distilled."""
     length: int
     """Tokens per window."""
     precision: str
@@ -460,9 +466,8 @@ def demand_of(config: RunConfig, setting: StepSetting) -> Demand:
         RuntimeError: a model's body would take minutes to be run without content.
     """
     # found out with two short forwards, before a long one that would take minutes
-    for shape in (setting.student, setting.teacher):
-        if shape is not None:
-            require_parallel(shape)
+    for shape in (setting.student, *setting.teachers):
+        require_parallel(shape)
 
     def rows(vocabulary: int, bytes_per_logit: int) -> int:
         return setting.chunk_rows(vocabulary, setting.device, bytes_per_logit)[0]
@@ -471,13 +476,15 @@ def demand_of(config: RunConfig, setting: StepSetting) -> Demand:
     lora = config.student.lora
     terms = config.curriculum.used()
     is_routed = bool(terms & {*ROUTER_TERMS})
+    placed = _place_teachers(config, setting)
+    model = placed.model
     return Demand(
         student=setting.student,
-        teacher=setting.teacher,
+        teacher=placed.shape,
         length=setting.length,
         precision=setting.precision,
         student_dtype=frozen_dtype(lora.base, device, setting.precision).value,
-        teacher_dtype=frozen_dtype(config.teacher.dtype, device, setting.precision).value,
+        teacher_dtype=frozen_dtype(model.dtype, device, setting.precision).value,
         rows=rows,
         top_k=config.loss.top_k,  # type: ignore[arg-type]  # a number in every LossConfig
         on_gpu=device.type == "cuda",
@@ -485,14 +492,45 @@ def demand_of(config: RunConfig, setting: StepSetting) -> Demand:
         recomputes=config.training.gradient_checkpointing,
         routed_layers=config.router.layers if is_routed else 0,
         routed_teacher_layers=config.router.teacher_layers if is_routed else 0,
-        gradients=len(terms) if config.logging.term_gradients else 0,
-        apart=config.teacher.device not in ("auto", "sharded", str(device)),
-        weight_share=_weight_share(config.teacher, setting.teacher, setting.processes),
+        gradients=len(terms) if config.logging.term_gradients or config.curriculum.balance == "gradient" else 0,
+        apart=_is_apart(model, device),
+        further_weights=placed.further_weights,
+        teachers=max(1, len(setting.teachers)),
+        weight_share=_weight_share(model, placed.shape, setting.processes),
         sharded=setting.sharded,
         processes=setting.processes,
         compiled_head=compiles_head(config.loss.head_passes, device),
         scored_logits=scored_logits(device),
     )
+
+
+class _PlacedTeachers(NamedTuple):
+    """The teacher that decides on the peaks of the student's device, and what the others take there."""
+
+    model: ModelConfig
+    shape: PretrainedConfig | None
+    further_weights: float
+
+
+def _place_teachers(config: RunConfig, setting: StepSetting) -> _PlacedTeachers:
+    """Return the largest teacher on the student's device, or the first one where none is, and the others' weights."""
+    models = config.several_teachers or [config.teacher]
+    if not setting.teachers:
+        return _PlacedTeachers(models[0], None, 0.0)
+
+    weights: list[float] = []
+    for model, shape in zip(models, setting.teachers, strict=True):
+        dtype = frozen_dtype(model.dtype, setting.device, setting.precision).value
+        size = Shape.of(shape).parameters * dtype.itemsize * _weight_share(model, shape, setting.processes)
+        weights.append(0.0 if _is_apart(model, setting.device) else size)
+
+    largest = max(range(len(models)), key=weights.__getitem__)
+    return _PlacedTeachers(models[largest], setting.teachers[largest], sum(weights) - weights[largest])
+
+
+def _is_apart(model: ModelConfig, device: torch.device) -> bool:
+    """Tell whether a teacher has a device of its own, or a server."""
+    return model.is_served or model.device not in ("auto", "sharded", str(device))
 
 
 def spares_teacher(config: RunConfig) -> bool:

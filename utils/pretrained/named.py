@@ -1,13 +1,26 @@
-"""Configs and tokenizers of the two models that a run names; no weights."""
+"""Configs and tokenizers of the models that a run names; no weights."""
 
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from contextlib import suppress
+
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config.protocols import RunConfig
+from ..config.settings import ModelConfig
+from ..errors import UserError
 from . import layers, loading
+
+UNLIMITED = 10**9
+"""Tokens that a served teacher reads at most, until the server is asked."""
+
+
+def teachers_by_role(config: RunConfig) -> dict[str, ModelConfig]:
+    """Return the settings of `teacher` and, where there are several, of `teacher_2` and so on."""
+    first, *further = config.several_teachers or [config.teacher]
+    return {"teacher": first, **{f"teacher_{number}": model for number, model in enumerate(further, start=2)}}
 
 
 def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
-    """Load the configs of `student` and `teacher`; a run without a teacher has the student's for both.
+    """Load the configs of `student`, `teacher` and further teachers; a run without one has the student's for both.
 
     Of a student that takes some layers of a bigger model, it is the config of the first so many: which ones they are is
     chosen later.
@@ -15,8 +28,12 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     Raises:
         UserError: for all that could not be loaded, or the student's model has fewer layers.
     """
-    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
+    names = {"student": config.student.name}
+    teachers = teachers_by_role(config)
+    names |= {role: model.name or config.student.name for role, model in teachers.items() if not model.is_served}
     shapes = loading.load_each(loading.load_config, names)
+    if config.teacher.is_served:
+        shapes["teacher"] = _shape_behind_server(config.teacher.tokenizer)
 
     count = config.student.layers
     if count is not None:
@@ -25,12 +42,33 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     return shapes
 
 
+def _shape_behind_server(tokenizer: str) -> PretrainedConfig:
+    """Return a config that stands for a served teacher's: of its sizes only the rows of its head matter here.
+
+    Raises:
+        UserError: its tokenizer could not be loaded.
+    """
+    rows = len(loading.load_tokenizer(tokenizer, "teacher"))
+    # A model's head may have more rows than its tokenizer has tokens; its config may lie beside the tokenizer.
+    with suppress(UserError):
+        rows = max(rows, loading.load_config(tokenizer, "teacher").get_text_config().vocab_size)
+    return LlamaConfig(
+        vocab_size=rows,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        max_position_embeddings=UNLIMITED,
+    )
+
+
 def load_tokenizers(config: RunConfig) -> dict[str, PreTrainedTokenizerBase]:
-    """Load the tokenizers of `student` and `teacher`; a run without a teacher has the student's for both.
+    """Load the tokenizers of `student`, `teacher` and further teachers; a run without one has the student's for both.
 
     Raises:
         UserError: for all that could not be loaded.
     """
     student = config.student.tokenizer or config.student.name
-    teacher = config.teacher.tokenizer or config.teacher.name
-    return loading.load_each(loading.load_tokenizer, {"student": student, "teacher": teacher or student})
+    names = {"student": student}
+    names |= {role: model.tokenizer or model.name or student for role, model in teachers_by_role(config).items()}
+    return loading.load_each(loading.load_tokenizer, names)

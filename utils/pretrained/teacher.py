@@ -44,7 +44,8 @@ def with_spare_gpu(config: ConfigT, device: torch.device, processes: int) -> tup
         device: of the student.
         processes: of the run.
     """
-    is_trained_with = config.teacher.name is not None and not config.cache.build_only
+    is_loaded = config.teacher.name is not None and not config.teacher.is_served
+    is_trained_with = is_loaded and not config.cache.build_only
     if config.teacher.device != "auto" or not is_trained_with:
         return config, None
 
@@ -112,16 +113,16 @@ def on_one_process(config: ModelConfig) -> ModelConfig:
     return config
 
 
-def gpus_used(config: RunConfig, device: torch.device, teacher: torch.device) -> int:
+def gpus_used(config: RunConfig, device: torch.device, of_teachers: set[torch.device]) -> int:
     """Return how many GPUs this process computes on.
 
     Args:
         device: of the student.
-        teacher: its device, from `choose_teacher_device`.
+        of_teachers: devices of the teachers, from `choose_teacher_device`.
     """
     if config.teacher.device == SPREAD:
         return _gpus()
-    return len({device, teacher} - {torch.device("cpu")})
+    return len(({device} | of_teachers) - {torch.device("cpu")})
 
 
 def is_asked_ahead(config: RunConfig) -> bool:
@@ -130,7 +131,10 @@ def is_asked_ahead(config: RunConfig) -> bool:
     A sharded teacher does not: where a short last step leaves a process no windows, that process would call it in
     another order than the others do, and they would wait for each other for ever.
     """
-    return config.teacher.name is not None and config.teacher.device not in ("auto", SHARDED)
+    if config.teacher.is_served:
+        return True
+    devices = {teacher.device for teacher in config.several_teachers or [config.teacher]}
+    return config.teacher.name is not None and bool(devices - {"auto", SHARDED})
 
 
 def _gpus() -> int:

@@ -4,7 +4,7 @@ report: writes all files of the report, and prints the summary
 results: the results, and their words, figures and tables in every form of the report
 written_text: the table of figures of written text
 markdown, html: the report in these forms; the page is report.html.jinja
-token_views: a sentence as both models read it, and places where they differ most
+token_views: a sentence as both models read it, positions that KD is learned at, places where the models differ most
 charts: curves of the training and the routing, as PNG and SVG
 comparison: several runs side by side, for `train.py --compare`
 model_card: README.md of the exported student

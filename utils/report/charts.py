@@ -63,7 +63,14 @@ _COLOURS = {
     "teacher": "#009E73",
     "initial_student": "#888888",
 }
-_SCHEDULED = {"temperature": "#999933", "skew": "#44AA99", "interpolation": "#882255", "select": "#117733"}
+_SCHEDULED = {
+    "temperature": "#999933",
+    "skew": "#44AA99",
+    "interpolation": "#882255",
+    "select": "#117733",
+    "sample_weights": "#AA4499",
+    "sample_spread": "#CC6677",
+}
 """Scalars that may follow the run's progress beside the weights, and their colours."""
 _MEASURED_ONLY = {"linestyle": (0, (1, 1.6)), "linewidth": 1.4, "alpha": 0.6}
 """Line of a term that never weighs anything: it is measured, and nothing is learned from it."""
@@ -261,7 +268,7 @@ def _draw_weights(panel: Axes, steps: Records, own_text: Records = ()) -> None:
     for name, colour in _SCHEDULED.items():
         values = [record.get(name) for record in steps]
         if None not in values and len(set(values)) > 1:
-            panel.plot(x, values, color=colour, linestyle="--", label=name)
+            panel.plot(x, values, color=colour, linestyle="--", label=name.replace("_", " "))
 
     # Of each round, until the next one begins.
     if own_text:

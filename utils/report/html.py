@@ -29,6 +29,7 @@ from .results import (
     run_lines,
     samples_title,
     task_rows,
+    teacher_of,
 )
 from .usage_example import how_to_use, repeat_command
 from .written_text import WRITTEN_TEXT_HEADS, WRITTEN_TEXT_NOTE, written_text_rows
@@ -105,6 +106,7 @@ def page(
         pictures=pictures,
         alignment=results.get("alignment"),
         differences=results.get("differences"),
+        chosen=results.get("chosen_positions"),
         student_name=model_name("student", results),
         samples=_samples(results, results.get("samples") or []),
         own_text=_samples(results, own_text_samples(results)),
@@ -172,7 +174,7 @@ def _visible(token: str) -> str:
 def _facts(results: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
     """Return the line below the title: the models and the run."""
     # Without a teacher the student's name is alone, without an arrow. The whole path of a folder is in the settings.
-    names = [(settings.get(role) or {}).get("name") for role in ("teacher", "student")]
+    names = [teacher_of(settings), (settings.get("student") or {}).get("name")]
     models = " → ".join(Path(name).name if Path(name).is_absolute() else str(name) for name in names if name)
     facts = [models, *(f"{key} {value}" for key, value in run_lines(results))]
     return [fact for fact in facts if fact]

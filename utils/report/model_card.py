@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..config.quickstart_names import NAMES
 from ..pretrained.locate import ATTACHED, local_path, where_from
-from .results import MODELS, figure, headline, model_name, task_table
+from .results import MODELS, figure, headline, model_name, task_table, teacher_of
 from .usage_example import how_to_use, is_adapter, lm_eval_command, pipeline_tag
 
 _LICENCE = """\
@@ -127,11 +127,13 @@ def _evaluations(settings: Mapping[str, Any], results: Mapping[str, Any]) -> lis
 def _origin(settings: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     """Return the paragraph on student, start, teacher and text."""
     student = settings["student"]
-    teacher = settings["teacher"]["name"]
+    teacher = teacher_of(settings)
     kind, _, count = student["init"].partition(":")
     starts = {"pretrained": "its own weights", "random": "random weights", "layers": f"{count} of its layers"}
     start = starts[kind]
     method = f"distilled from the teacher `{_public(teacher)}`" if teacher else "trained without a teacher"
+    if several := (results.get("teacher") or {}).get("teachers"):
+        method = "distilled from the teachers " + " and ".join(f"`{_public(one['name'])}`" for one in several)
     text = ", ".join(f"`{_public(name)}`" for name in settings["data"]["train"])
     return (
         f"The architecture and tokenizer of `{_public(student['name'])}`, starting from {start}, {method}\n"

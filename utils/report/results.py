@@ -8,7 +8,7 @@ row for each metric (see `utils.evaluation.lm_eval_tasks`). And beside the model
 - `student_init`: `pretrained` or `random`, the weights that training began with.
 - `prompted`: the samples answer prompts, as the student learned to from conversations or from examples; else they go
   on from the beginnings of texts, behind the tokens `text_starts` of each side.
-- `alignment` and `differences`: views of single tokens, see `token_views`.
+- `alignment`, `chosen_positions` and `differences`: views of single tokens, see `token_views`.
 - `own_text`: texts of the last round that the student wrote to learn from, see `utils.on_policy.rounds`.
 """
 
@@ -39,6 +39,15 @@ def model_name(key: str, results: Mapping[str, Any]) -> str:
     if key == "initial_student" and is_random_start(results):
         return "Student with random weights"
     return MODELS[key]
+
+
+def teacher_of(settings: Mapping[str, Any]) -> str | None:
+    """Return the name of a run's teacher; of one behind a server not the address, which says nothing to others."""
+    teacher = settings.get("teacher") or {}
+    name = teacher.get("name")
+    if name is not None and name.startswith(("http://", "https://")):
+        return teacher.get("model") or teacher.get("tokenizer") or name
+    return name
 
 
 def is_random_start(results: Mapping[str, Any]) -> bool:
@@ -164,6 +173,9 @@ def retention_lines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("Same most probable token as the teacher", percent(retention.get("top1_agreement"))),
         ("KL from the teacher at common boundaries", f"{divergence} nats per token"),
     ]
+    # Of several teachers the best one is called the teacher.
+    for teacher in (results.get("teacher") or {}).get("teachers", []):
+        lines.append((f"Bits per byte of the teacher {teacher['name']}", figure(teacher["bits_per_byte"])))
     return lines
 
 

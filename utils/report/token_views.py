@@ -1,5 +1,6 @@
 """Views of single tokens for the report: a sentence as both models read it, and places where they differ most."""
 
+import codecs
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,9 @@ SENTENCE_ENDS = (".", "!", "?", "\u3002", "\uff01", "\uff1f", "\n")
 
 CONTEXT_ROLE = 0
 """Role, in a window, of start markers and of what the window before has had already."""
+
+MOST_MARKED = 160
+"""Tokens of the text in which the positions that KD is learned at are marked."""
 
 LEAST_TOKENS, MOST_TOKENS = 12, 48
 """Student tokens of the sentence that is shown: it ends with a sentence in between, if one does."""
@@ -95,6 +99,43 @@ def _tokens_of_spans(
             positions.append(index - 1)
             texts.append(spelling.decode("utf-8", "replace"))
     return dict(sorted(by_span.items()))
+
+
+# ------------------------------------------------------------------------------------ chosen positions
+
+
+def chosen(
+    pair: Pair,
+    window: Mapping[str, Any],
+    positions: Sequence[int],
+    share: float,
+) -> dict[str, Any]:
+    """Return the first tokens of a window, and which of them KD is learned at.
+
+    Args:
+        positions: those of the window that predict a token which KD is learned at.
+        share: of the positions, for the caption.
+
+    Returns:
+        `share`, and `tokens`: text, and True if chosen. Empty where nothing of the window is text.
+    """
+    table = pair.encoder.tables[0]
+    is_chosen = set(positions)
+
+    # A character may be spelt by several tokens: it is shown with the last of them, marked if one of them is.
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    tokens: list[tuple[str, bool]] = []
+    is_marked = False
+    for index, (token, role) in enumerate(zip(window["student_ids"], window["student_roles"], strict=True)):
+        spelling = table.bytes[token] if token < len(table.bytes) else None
+        if role == CONTEXT_ROLE or spelling is None:
+            continue
+        # A token is predicted at the position before it.
+        is_marked = is_marked or index - 1 in is_chosen
+        if text := decoder.decode(spelling):
+            tokens.append((text, is_marked))
+            is_marked = False
+    return {"share": share, "tokens": tokens[:MOST_MARKED]} if tokens else {}
 
 
 # ---------------------------------------------------------------------------------------- differences

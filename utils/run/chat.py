@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..config import chat_arguments
 from ..config.quickstart_names import NAMES
+from ..config.settings import template_values
 from ..config.yaml_files import get_dotted, read_config
 from ..errors import UserError
 from ..evaluation.samples import generate_samples
@@ -41,8 +42,12 @@ NARROWEST = 70
 NEW = "/new"
 """Input that starts a new conversation."""
 
-ChatTokenizers = Callable[[dict[str, PreTrainedTokenizerBase]], tuple[dict[str, PreTrainedTokenizerBase], list[str]]]
-"""Tokenizers by role -> the same with chat templates, and what their own ones lack (`Method.chat_tokenizers`)."""
+ChatTokenizers = Callable[
+    [dict[str, PreTrainedTokenizerBase], Mapping[str, Mapping[str, Any]] | None],
+    tuple[dict[str, PreTrainedTokenizerBase], list[str]],
+]
+"""Tokenizers by role, and values for their templates -> tokenizers with chat templates, and what their own ones lack
+(`Method.chat_tokenizers`)."""
 
 
 @dataclass
@@ -161,7 +166,9 @@ def load_speakers(folder: Path, chat_tokenizers: ChatTokenizers, *, with_teacher
     # As in training: a model that has no chat template of its own gets one there.
     converses = bool(results.get("prompted")) and not has_encoder(models["student"])
     if converses:
-        tokenizers, _ = chat_tokenizers(tokenizers)
+        # The student's template was exported with its values in it.
+        variables = {"teacher": template_values(get_dotted(settings, "teacher.chat_template_kwargs", []))}
+        tokenizers, _ = chat_tokenizers(tokenizers, variables)
     starts = results.get("text_starts") or {}
     return [
         Speaker(role.capitalize(), model.eval(), tokenizers[role], starts.get(role, ()), converses)
@@ -184,6 +191,8 @@ def _teacher_source(name: str) -> str:
     Raises:
         UserError: no run has trained the embedded teacher here.
     """
+    if name.startswith(("http://", "https://")):
+        raise UserError(f"teacher {name}: it is behind a server, which is asked for probabilities alone")
     if name not in NAMES:
         return name
 

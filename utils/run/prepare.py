@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,9 +17,17 @@ from ..advice import advice
 from ..config import resume_rules
 from ..config.plain import to_plain
 from ..config.protocols import RunConfig
+from ..config.settings import template_values
 from ..data import documents
 from ..data.batch_order import permutation
-from ..data.windows import Room, make_windows, warn_of_left_out, warn_of_missing, windows_fingerprint
+from ..data.windows import (
+    Room,
+    make_windows,
+    make_windows_by_source,
+    warn_of_left_out,
+    warn_of_missing,
+    windows_fingerprint,
+)
 from ..errors import value_errors_are_the_users
 from ..evaluation.held_out import HeldOut, TextStart
 from ..forecast import disk
@@ -66,6 +75,8 @@ class Job:
     """The training text was put together from a stock of sentences, and is learnt in few steps."""
     layers: LayerChoice | None = None
     """Those that the student takes from its model; None: all, or random ones."""
+    parts: tuple["Job", ...] = ()
+    """With several teachers, the job with each of them alone; see `several_teachers`."""
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -88,22 +99,22 @@ class Named:
     """Tokens that the decoders of encoder-decoder models start with; None for causal models."""
 
     @property
-    def rows(self) -> tuple[int, int]:
-        """Rows of the student's head and of the teacher's."""
-        student, teacher = (self.shapes[role].get_text_config().vocab_size for role in ("student", "teacher"))
-        return student, teacher
+    def rows(self) -> tuple[int, ...]:
+        """Rows of the student's head, then of those of its teacher or teachers."""
+        return tuple(shape.get_text_config().vocab_size for shape in self.shapes.values())
 
 
 @dataclass(frozen=True)
 class TextSettings:
-    """Facts of text and models that `interfaces.Method.join` needs; pairs of values: student, teacher."""
+    """Facts of text and models that `interfaces.Method.join` needs; by model: student, teacher, further teachers."""
 
     max_length: int
     conversations: bool
     learn_from: Literal["completions", "all"]
-    rows: tuple[int, int]
+    learn_reasoning: bool
+    rows: tuple[int, ...]
     decoder_starts: tuple[int, int] | None
-    text_starts: tuple[str | None, str | None]
+    text_starts: tuple[str | None, ...]
     today: date | None
     cache_dir: Path
     isolate_documents: bool
@@ -183,7 +194,9 @@ def load_named(config: RunConfig) -> Named:
     shapes = named_models.load_shapes(config)
     named = Named(tokenizers, shapes, families.decoder_starts(config, shapes))
 
-    names = {"student": config.student.name, "teacher": config.teacher.name or config.student.name}
+    names = {"student": config.student.name}
+    for role, model in named_models.teachers_by_role(config).items():
+        names[role] = model.name or config.student.name
     for role, rows in zip(names, named.rows, strict=True):
         # Rows that no token has are nothing to worry about, but they are a question that is asked.
         tokens = len(tokenizers[role])
@@ -194,7 +207,7 @@ def load_named(config: RunConfig) -> Named:
 
 def require_widths_and_disk(config: RunConfig, method: Method, named: Named) -> None:
     """Refuse heads of the router that do not divide the models' widths, and a disk that is too full."""
-    widths = {role: shape.get_text_config().hidden_size for role, shape in named.shapes.items()}
+    widths = {role: named.shapes[role].get_text_config().hidden_size for role in ("student", "teacher")}
     with value_errors_are_the_users():
         method.check_widths(**widths)
 
@@ -207,30 +220,53 @@ def require_widths_and_disk(config: RunConfig, method: Method, named: Named) -> 
         disk.require_disk(Path(config.output_dir), needed)
 
 
+def _text_settings(
+    config: RunConfig,
+    named: Named,
+    length: int,
+    *,
+    conversations: bool,
+    today: date | None,
+) -> TextSettings:
+    """Return what a pair needs to know of a run's text, cut into windows of this length."""
+    of_teachers = named_models.teachers_by_role(config).values()
+    return TextSettings(
+        max_length=length,
+        conversations=conversations,
+        learn_from=config.data.learn_from,
+        learn_reasoning=config.data.reasoning != "read",
+        rows=named.rows,
+        decoder_starts=named.decoder_starts,
+        text_starts=(config.student.text_start, *(model.text_start for model in of_teachers)),
+        today=today or conversation_date.choose(config).day,
+        cache_dir=cache_dir() / "vocabularies",
+        isolate_documents=config.data.isolate_documents,
+    )
+
+
+def template_variables(config: RunConfig) -> dict[str, dict[str, Any]]:
+    """Return the values for the variables of chat templates, by role."""
+    return {
+        "student": template_values(config.student.chat_template_kwargs),
+        "teacher": template_values(config.teacher.chat_template_kwargs),
+    }
+
+
 def read_material(config: RunConfig, method: Method, named: Named, today: date | None) -> Material:
     """Read the text and cut it into windows; what of it is left out, or looks wrong, is logged."""
     length = loading.window_length(config.data.max_length, named.shapes.values())
     with value_errors_are_the_users(), documents.errors_name_their_document(config.data):
-        corpus = documents.load_documents(config.data)
+        source_of: dict[str, str] | None = {} if any(config.sources_of_teachers) else None
+        corpus = documents.load_documents(config.data, source_of)
 
         # Only the text tells whether chat templates are needed.
         tokenizers = named.tokenizers
         if corpus.conversations and named.decoder_starts is None:
-            tokenizers, notes = method.chat_tokenizers(tokenizers)
+            tokenizers, notes = method.chat_tokenizers(tokenizers, template_variables(config))
             for note in notes:
                 log.warning("%s", note)
 
-        text = TextSettings(
-            max_length=length,
-            conversations=corpus.conversations,
-            learn_from=config.data.learn_from,
-            rows=named.rows,
-            decoder_starts=named.decoder_starts,
-            text_starts=(config.student.text_start, config.teacher.text_start),
-            today=today or conversation_date.choose(config).day,
-            cache_dir=cache_dir() / "vocabularies",
-            isolate_documents=config.data.isolate_documents,
-        )
+        text = _text_settings(config, named, length, conversations=corpus.conversations, today=today)
         pair = method.join(tokenizers, text)
         for note in pair.encoder.notes(corpus.train):
             log.warning("%s", note)
@@ -243,10 +279,19 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
             "num_proc": config.data.num_workers or None,
             "room": room,
         }
-        windows = make_windows(corpus.train, kind="training", **packing)
-        held_out = make_windows(corpus.eval, kind="held-out", **packing)
+        # Documents that are for different teachers must not share a window.
+        make = make_windows if source_of is None else partial(make_windows_by_source, source_of=source_of)
+        windows = make(corpus.train, kind="training", **packing)
+        held_out = make(corpus.eval, kind="held-out", **packing)
 
-    # What was left out is told once, here, where it can still be put right.
+    material = Material(corpus, pair, windows, held_out)
+    _log_material(config, named, material, room)
+    return material
+
+
+def _log_material(config: RunConfig, named: Named, material: Material, room: Room) -> None:
+    """Log what of the text is left out, once, where it can still be put right."""
+    corpus, pair, windows, held_out = material.corpus, material.pair, material.windows, material.held_out
     for role, table in zip(named.shapes, pair.encoder.tables, strict=True):
         if table.beyond_rows:
             left_out = ", ".join(table.beyond_rows)
@@ -256,7 +301,6 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
         warn_of_left_out(cut, kind)
         warn_of_missing(config.data, kind, texts, cut, room)
     documents.warn_of_long_documents(corpus, windows, held_out)
-    return Material(corpus, pair, windows, held_out)
 
 
 def corpus_in_words(report: Mapping[str, int]) -> str:
@@ -275,7 +319,9 @@ def corpus_in_words(report: Mapping[str, int]) -> str:
 def text_starts(config: RunConfig, pair: Pair) -> dict[str, TextStart]:
     """Return what each model reads before a text, and behind which tokens it is worth measuring a plain one."""
     starts = {}
-    for role, table, ids in zip(("student", "teacher"), pair.encoder.tables, pair.encoder.starts, strict=True):
+    # Of several teachers the first; each of the others is measured in a part of the job.
+    tables, ids_of_sides = pair.encoder.tables[:2], pair.encoder.starts[:2]
+    for role, table, ids in zip(("student", "teacher"), tables, ids_of_sides, strict=True):
         # A model with random weights has no opinion on how a text starts.
         is_untrained = role == "student" and config.student.init == "random"
         is_plain = pair.encoder.prompt is None

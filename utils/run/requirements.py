@@ -24,7 +24,8 @@ def check(config: RunConfig, device: torch.device) -> None:
     trackers.require(config.logging.track)
 
     if config.teacher.name is not None:
-        precision.check_weights(config.teacher.dtype, "teacher.dtype", device)
+        for teacher in config.several_teachers or [config.teacher]:
+            precision.check_weights(teacher.dtype, "teacher.dtype", device)
     lora.check(config.student.lora, device)
 
     lora_settings = config.student.lora

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..advice import advice
 from ..config.plain import to_plain
-from ..config.protocols import RunConfig
+from ..config.protocols import RunConfig, share_chosen_before, values_of
 from ..data import loader
 from ..errors import value_errors_are_the_users
 from ..evaluation import exported, lm_eval_tasks
@@ -32,16 +32,18 @@ from ..pretrained.loading import fingerprint
 from ..report import report, token_views
 from ..report.results import worse_than_before
 from ..run_layout import CHECKPOINTS, METRICS, REPORT_HTML, ROUNDS, START, STUDENT, WITHOUT_TEACHER
+from ..served.checks import Demand
+from ..served.teacher import ListServer, connect, listed_tokens
 from ..teacher_cache import conversation_date
 from ..teacher_cache.building import CacheBuilding, cache_statistics, flush_cache, open_teacher_cache
 from ..training import dry_run
 from ..training.checkpoint_files import step_of
 from ..training.checkpoints import CheckpointStore
 from ..training.loop import FitResult, fit
-from ..training.options import LoopOptions
+from ..training.options import LoopOptions, do_nothing
 from ..training.plan import Plan
 from ..training.red_flags import RedFlags, ignore_message
-from . import export, student_layers, upload
+from . import chosen_positions, export, several_teachers, student_layers, upload
 from . import folder as run_folder
 from .exit_codes import EXIT_CODES
 from .expected_work import expect_training
@@ -87,12 +89,14 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
     today = session.on_main(lambda: conversation_date.choose(config))
     job = session.main_first(lambda: prepare(config, method, session.accelerator, today.day))
     job = replace(job, needed=needed, held_out=replace(job.held_out, progress=session.progress))
+    job = several_teachers.with_parts(job)
     if conversation_date.IDENTITY in job.fingerprint:
         session.notes["conversation date"] = f"{today.day}: {today.reason}"
         log.info("a chat template writes the date: for this run it is always %s, %s", today.day, today.reason)
 
     # A GPU that nobody uses is the commonest oversight on a machine with two.
-    used_here = teachers.gpus_used(job.config, job.accelerator.device, job.teacher_device)
+    of_teachers = {part.teacher_device for part in job.parts or [job]}
+    used_here = teachers.gpus_used(job.config, job.accelerator.device, of_teachers)
     if unused := hardware.unused_gpus(job.accelerator.num_processes, used_here):
         log.warning(unused)
 
@@ -101,11 +105,16 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
         session.notes["student layers"] = str(layers)
         job = replace(job, layers=layers)
 
+    if share_chosen_before(job.config) < 1:
+        job = chosen_positions.choose(job, session)
+
     has_teacher = job.config.teacher.name is not None
     if has_teacher:
         with advice("figure of the coverage"):
             job.held_out.log_coverage()
     job.held_out.log_unspelt(("student", "teacher") if has_teacher else ("student",))
+    for part in job.parts[1:]:
+        part.held_out.log_unspelt(("teacher",))
 
     with advice("example of what is learned from"):
         for line in example_of_learning(job):
@@ -124,7 +133,10 @@ def example_of_learning(job: Job) -> list[str]:
 
 def with_teacher_cache(job: Job) -> Job:
     """Return the job whose batches come with what its cache knows of them; as it is, where no cache is asked for."""
-    job = open_teacher_cache(job, job.pair.remember)
+    if job.parts:
+        job = several_teachers.joined(job, [with_teacher_cache(part) for part in job.parts])
+    else:
+        job = open_teacher_cache(job, job.pair.remember)
     # a cache decides how many outcomes of the teacher there are
     method = replace(job.method, loss=job.config.loss)
     return replace(job, method=method, pair=replace(job.pair, method=method))
@@ -138,8 +150,10 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
     Raises:
         Interrupted: a signal came while the cache was built.
     """
+    if job.parts:
+        return several_teachers.mixture(job, [get_teacher(part, session) for part in job.parts])
     if job.cache is None:
-        return load_teacher(job)
+        return load_teacher(job, session.stop.check)
 
     # The windows of the whole run are known, and so is what the cache lacks of them.
     building = CacheBuilding.of(job)
@@ -149,7 +163,7 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
     if not building.needs_teacher(states_for, answers_student=answers_student):
         return job.pair.cached(None, job.cache)
 
-    teacher = job.pair.cached(load_teacher(job), job.cache)
+    teacher = job.pair.cached(load_teacher(job, session.stop.check), job.cache)
     with session.stop.deferring():
         reason = building.build(teacher, job.collate, builds_whole_cache, session.stop)
     if reason:
@@ -157,14 +171,34 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
     return teacher
 
 
-def load_teacher(job: Job) -> Teacher | None:
-    """Load the frozen teacher where it computes; None if the run has none."""
+def load_teacher(job: Job, check: Callable[[], None] = do_nothing) -> Teacher | None:
+    """Load the frozen teacher where it computes; None if the run has none.
+
+    Args:
+        check: called while a served teacher is waited for; it raises where the run is to end.
+    """
     if job.config.teacher.name is None:
         return None
+
+    if job.config.teacher.is_served:
+        return job.pair.listed(_connect(job, check))
 
     model = teachers.load(job)
     with value_errors_are_the_users():
         return job.pair.frozen(model)
+
+
+def _connect(job: Job, check: Callable[[], None]) -> ListServer:
+    """Return the lists of a served teacher, once its server was checked against what the run will ask of it."""
+    config = job.config
+    rows = len(job.vocabulary.segments)
+    most = config.loss.top_k if job.cache is None else job.cache.top_k
+    demand = Demand(
+        tokenizer=job.pair.tokenizers["teacher"],
+        length=job.pair.encoder.max_length,
+        top_k=listed_tokens(config.served, cast(int, most), rows),
+    )
+    return connect(config, demand, rows, check)
 
 
 def judged_by(teacher: Teacher | None, job: Job) -> Job:
@@ -222,7 +256,7 @@ def train_student(
         num_workers=config.data.num_workers,
         term_gradients=config.logging.term_gradients,
         forecast=job.needed.told,
-        before_checkpoint=partial(flush_cache, job),
+        before_checkpoint=partial(flush_caches, job),
         prefetch_teacher=module.ask if teacher is not None and teachers.is_asked_ahead(config) else None,
         forward_communicates=teacher is not None and config.teacher.device == teachers.SHARDED,
     )
@@ -360,18 +394,21 @@ def open_checkpoints(job: Job, teacher: Teacher | None, student: nn.Module, outp
         **job.fingerprint,
         "student": fingerprint(student, values=job.config.student.init != "random"),
     }
-    # A cache stands for its teacher: another teacher's cache is another run.
-    if job.cache is not None and teacher is not None:
-        made_from["teacher"] = {**job.cache.identity, **job.cache.settings}
+    if job.parts and teacher is not None:
+        each = zip(job.parts, teacher.members, strict=True)  # type: ignore[attr-defined]
+        made_from["teacher"] = [teacher_identity(part, member.teacher) for part, member in each]
     elif teacher is not None:
-        made_from["teacher"] = teacher_identity(teacher)
+        made_from["teacher"] = teacher_identity(job, teacher)
 
     keep, may_change = job.config.training.keep_checkpoints, job.config.resume_changed
     return CheckpointStore(output / CHECKPOINTS, keep, made_from, may_change)
 
 
-def teacher_identity(teacher: Teacher) -> str | dict[str, Any]:
+def teacher_identity(job: Job, teacher: Teacher) -> str | dict[str, Any]:
     """Return what makes a teacher the one it is: a fingerprint of its weights, or its own word if it is elsewhere."""
+    # A cache stands for its teacher: another teacher's cache is another run.
+    if job.cache is not None:
+        return {**job.cache.identity, **job.cache.settings}
     if teacher.model is not None:
         return fingerprint(teacher.model)
     return cast(TeacherElsewhere, teacher).identity()
@@ -381,9 +418,26 @@ def teacher_measurement(job: Job, teacher: Teacher | None) -> Callable[[], dict[
     """Return what measures the teacher on the held-out text: itself, or what its cache has of that."""
     if teacher is None:
         return None
+    if job.parts:
+        return partial(_measure_several, job, teacher)
     if job.cache is not None:
         return partial(job.cache.evaluation, job.held_out.fingerprint())
     return partial(job.held_out.measure_teacher, teacher)
+
+
+def _measure_several(job: Job, teacher: Any) -> dict[str, Any]:
+    """Measure each of several teachers, or read it from its cache; see `several_teachers.measure`."""
+    measured = []
+    for part, member in zip(job.parts, teacher.members, strict=True):
+        measure = teacher_measurement(part, member.teacher)
+        measured.append(measure())
+    return several_teachers.measure(job.parts, measured)
+
+
+def flush_caches(job: Job) -> None:
+    """Write what waits for the caches of all teachers to disk, in all processes."""
+    for part in job.parts or [job]:
+        flush_cache(part)
 
 
 def open_logger(
@@ -490,11 +544,22 @@ def _token_views(job: Job, trained: Trained) -> Results:
     views: Results = {}
     with advice("picture of the alignment"):
         views["alignment"] = token_views.alignment(job.pair, job.held_out.windows)
+    if (share := min(values_of(job.config.curriculum.select))) < 1:
+        with advice("positions that are learned at"):
+            views["chosen_positions"] = _chosen_positions(job, trained, share)
     with advice("places where student and teacher differ"):
         views["differences"] = token_views.differences(
             job.held_out, job.pair, trained.student, trained.module.differences
         )
     return views
+
+
+def _chosen_positions(job: Job, trained: Trained, share: float) -> Results:
+    """Return the beginning of the training text, with the positions marked that KD is learned at under a share."""
+    window = job.windows[0]
+    batch = job.collate([window]).to(job.accelerator.device)
+    positions = trained.module.chosen(batch, share).tolist()
+    return token_views.chosen(job.pair, window, positions, share)
 
 
 def _own_texts(job: Job, trained: Trained) -> Results:
@@ -529,7 +594,8 @@ def measure_tasks(job: Job, trained: Trained, teacher: Teacher | None, results: 
     """Measure the tasks that were asked for, in this process, and add them to the report."""
     config = job.config
     models: dict[str, Callable[[], nn.Module]] = {"student": lambda: trained.student}
-    if teacher is not None and config.teacher.device != teachers.SHARDED:  # no other process computes with this one
+    is_here = config.teacher.device != teachers.SHARDED and not config.teacher.is_served
+    if teacher is not None and is_here:  # no other process computes with this one
         running = getattr(teacher, "teacher", teacher) or load_teacher(job)
         if running.model is not None:
             models["teacher"] = lambda: running.model
@@ -558,5 +624,7 @@ def finish(results: Results, session: Session) -> None:
 
 def log_cache(job: Job, what: str) -> None:
     """Log what a run has added to its teacher cache; every process calls this."""
-    if job.cache is not None:
-        log.info("%s: %s", what, cache_statistics(job))
+    for part in job.parts or [job]:
+        if part.cache is not None:
+            name = f"{what} of {part.config.teacher.name}" if job.parts else what
+            log.info("%s: %s", name, cache_statistics(part))

@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,15 @@ class _Manifest:
                 f"teacher cache {folder}: {MANIFEST} cannot be read ({type(error).__name__}). "
                 "Give another --cache-teacher DIR, or delete this one."
             ) from error
+
+
+def stored_teacher(folder: Path) -> str | None:
+    """Return the teacher that a cache says it was built from; None: there is no cache, or its manifest is damaged."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    with suppress(UserError):
+        return str(_Manifest.read(folder).built_from.get("teacher"))
+    return None
 
 
 def open_cache(

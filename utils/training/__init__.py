@@ -4,6 +4,7 @@ loop               `fit`: take steps, evaluate, save, stop
 options            `LoopOptions`: what `fit` does beside training
 plan               `Plan`: how windows become optimizer steps
 gradient           the gradient of one optimizer step
+step_statistics    sizes of terms and of sample weights in the steps before
 optimizer          optimizer, parameter groups, schedule
 state              the state of a run, for checkpoints
 checkpoints        `CheckpointStore`: save, choose, load

@@ -54,6 +54,11 @@ class DistillationTrainer(Trainer):
                 "DistillationTrainer: got a curriculum.on_policy above 0, and Trainer has no place to write between "
                 "two steps: leave it at 0, or train with `fit` and LoopOptions(rounds=...)"
             )
+        if self.model.curriculum.uses_statistics:
+            raise UserError(
+                "DistillationTrainer: got curriculum.balance or sample_weights, which need sums over the steps before, "
+                "and Trainer keeps none: leave them out, or train with `fit`"
+            )
         if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             raise UserError(
                 f"DistillationTrainer: got {self.accelerator.distributed_type.value}, expected one process or DDP. "

@@ -34,6 +34,8 @@ class StepWork:
     """Takes what the micro-batches say."""
     is_logged: bool
     """Terms whose weight is 0 are measured too."""
+    options: Mapping[str, Any]
+    """Further arguments of the module's forward, the same in every micro-batch."""
 
 
 class StepGradient:
@@ -112,7 +114,7 @@ class StepGradient:
         batch = batch.to(device, non_blocking=True)
 
         # Only what is needed: a module need not know the options that it is never given.
-        options: dict[str, Any] = {}
+        options = dict(work.options)
         if work.sums.gradients is not None:
             options["term_graphs"] = True
         if micro_batch.signal is not None:

@@ -6,7 +6,9 @@
         .weights    {name: float}      .scalars    {name: float}
     With term_graphs=True (only where `fit` got `term_gradients`) every .sum of a term with a weight has a graph.
     module.couples_windows: bool, a term compares the windows of a forward with one another, over all processes
-    batch: .counts {name: int}, .labels, .documents, .to(device, non_blocking=...), and .without_anchors() where a batch
+    module.curriculum, where there is one: with its .uses_statistics every forward gets statistics={name: float}, of
+        the steps before, for its .balance and sample weights (`step_statistics`)
+batch: .counts {name: int}, .labels, .documents, .to(device, non_blocking=...), and .without_anchors() where a batch
     that only keeps other processes company must differ from one that is learned from
 
 A step is numbered by how many were done before it: the module sees 0 .. N-1, records and checkpoints carry
@@ -31,7 +33,7 @@ from torch import Tensor, nn
 from ..advice import advice
 from ..config.settings import TrainingConfig
 from ..data.batch_source import BatchSource, OwnWindows, StepBatches, with_signals
-from ..errors import RunError, UserError
+from ..errors import RunError, TeacherGone, UserError
 from ..interfaces import Batch
 from ..logs.step_logger import StepLogger
 from ..machine import device_memory, hardware
@@ -49,6 +51,7 @@ from .out_of_memory import OutOfMemory, explain_out_of_memory, halve_micro_batch
 from .plan import Plan
 from .state import RunState
 from .step_guard import StepGuard
+from .step_statistics import StepStatistics
 
 log = logging.getLogger(__name__)
 
@@ -114,16 +117,12 @@ def fit(
     _check_arguments(module, dataset, collate, config, accelerator)
     if accelerator is None:
         accelerator = accelerator_for(config.mixed_precision)
-    if options.term_gradients and engine_kind(accelerator).sharded:
-        raise UserError("logging.term_gradients needs whole weights, and they are sharded: leave one of the two out.")
+    if engine_kind(accelerator).sharded:
+        _check_sharded(module, options)
     if options.rounds is None and getattr(getattr(module, "curriculum", None), "uses_own_text", False):
         raise UserError(
             "curriculum.on_policy: got a share above 0 and nothing that writes, expected LoopOptions(rounds=...) with "
             "utils.on_policy.rounds.Rounds; or leave it at 0."
-        )
-    if options.rounds is not None and engine_kind(accelerator).sharded:
-        raise UserError(
-            "curriculum.on_policy needs whole weights to write with, and they are sharded: leave one of the two out."
         )
     if not len(dataset):
         raise UserError("got 0 training windows, expected at least 1. Give more text, or a smaller data.max_length.")
@@ -142,6 +141,22 @@ def fit(
             return loop.run()
     finally:
         loop.close()
+
+
+def _check_sharded(module: nn.Module, options: LoopOptions) -> None:
+    """Refuse what needs whole weights in a run that shards them.
+
+    Raises:
+        UserError: with the setting.
+    """
+    needs = {
+        "logging.term_gradients needs whole weights": options.term_gradients,
+        "curriculum.balance: gradient needs whole weights": StepStatistics(module).needs_gradients,
+        "curriculum.on_policy needs whole weights to write with": options.rounds is not None,
+    }
+    for need, is_used in needs.items():
+        if is_used:
+            raise UserError(f"{need}, and they are sharded: leave one of the two out.")
 
 
 def _check_arguments(module: Any, dataset: Any, collate: Any, config: Any, accelerator: Any) -> None:
@@ -256,6 +271,7 @@ class TrainingLoop:
         self._means = IntervalMeans()
         total = partial(accelerator.reduce, reduction="sum")
         self.guard = StepGuard(total, gather_object, scaled=scaler is not None)
+        self.statistics = StepStatistics(self.module)
         self.state = RunState(
             engine=self.engine,
             scheduler=self.scheduler,
@@ -266,6 +282,7 @@ class TrainingLoop:
             flags=self.flags,
             clock=self._clock,
             means=self._means,
+            statistics=self.statistics,
             rounds=self.options.rounds,
         )
 
@@ -320,6 +337,12 @@ class TrainingLoop:
             # Nothing of the step that was under way is in the weights, and the next session takes it anew.
             self._take_back()
             reason = str(interrupted)
+        except TeacherGone:
+            # Alone: other processes would wait for this one in the middle of their step.
+            if self.accelerator.num_processes == 1:
+                self._take_back()
+                self._save()
+            raise
         batches.close()
         return reason
 
@@ -422,7 +445,8 @@ class TrainingLoop:
         counts = self._host.sum_counts([batch.counts for batch in batches.batches])
         is_logged = self.logger.due(self.step + 1)
         sums = self._step_sums(is_logged)
-        if not self._gradient.add_up(StepWork(batches, counts, sums, is_logged)):
+        work = StepWork(batches, counts, sums, is_logged, self.statistics.options())
+        if not self._gradient.add_up(work):
             return False
 
         # Only now: a step that is done again must not look like text that repeats itself.
@@ -435,6 +459,7 @@ class TrainingLoop:
         self.state.step += 1
         self._clock.tokens += int(supervised_tokens(counts))
         self._means.add(sums, counts, norm)
+        self.statistics.take(sums, counts, host=self._host, accelerator=self.accelerator)
 
         if is_logged:
             self._log_step(sums, lr=lr)
@@ -467,7 +492,7 @@ class TrainingLoop:
 
     def _step_sums(self, is_logged: bool) -> StepSums:
         """Return what takes the sums of the step that begins."""
-        if is_logged and self.options.term_gradients:
+        if self.statistics.needs_gradients or (is_logged and self.options.term_gradients):
             return StepSums(gradients=TermGradients(self._taught))
         return StepSums()
 
@@ -506,6 +531,8 @@ class TrainingLoop:
             for name in means["terms"].keys() & norms.keys():
                 means["terms"][name]["grad_norm"] = norms[name]
 
+        if self.statistics.spread is not None:
+            means["sample_spread"] = self.statistics.spread
         record = {
             "step": self.step,
             "epoch": self.step / self.plan.steps_per_epoch,

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -89,6 +89,10 @@ class StepSums:
     """By term and micro-batch."""
     skipped: dict[str, list[Tensor]] = field(default_factory=dict)
     """By term and micro-batch: items that turned out to say nothing."""
+    unlisted: dict[str, list[Tensor]] = field(default_factory=dict)
+    """Those of them of which a listed teacher tells too little."""
+    samples: list[Tensor] = field(default_factory=list)
+    """By micro-batch: what the output says of the weights of windows, where they have some."""
     items: dict[str, int] = field(default_factory=dict)
     """Items of each term in this process."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -106,12 +110,16 @@ class StepSums:
 
         # Detached: the graph must go with the backward pass, not with the record.
         self.losses.append(output.loss.detach())
+        samples = getattr(output, "samples", None)
+        if samples is not None:
+            self.samples.append(samples)
         for name, term in output.terms.items():
             self.sums.setdefault(name, []).append(term.sum.detach())
             self.items[name] = self.items.get(name, 0) + int(term.count)
-            skipped = getattr(term, "skipped", None)
-            if skipped is not None:
-                self.skipped.setdefault(name, []).append(skipped)
+            for sums, column in ((self.skipped, "skipped"), (self.unlisted, "unlisted")):
+                value = getattr(term, column, None)
+                if value is not None:
+                    sums.setdefault(name, []).append(value)
 
 
 @dataclass(frozen=True)
@@ -131,6 +139,17 @@ class _PendingStep:
     """Scalar on the device."""
 
 
+class _TermRow(NamedTuple):
+    """Numbers of one term in a step, summed over all processes."""
+
+    sum: float
+    skipped: float
+    unlisted: float
+    computed: float
+    """Processes that have computed it."""
+    items: float
+
+
 @dataclass
 class TermTotals:
     """Sums over steps of one term."""
@@ -142,6 +161,7 @@ class TermTotals:
     weighted: float = 0.0
     count: float = 0.0
     skipped: float = 0.0
+    unlisted: float = 0.0
 
 
 @dataclass
@@ -184,8 +204,9 @@ class IntervalMeans:
         parts = [step.losses]
         for name in names:
             parts.append(step.sums.get(name, []))
-        for name in names:
-            parts.append(step.skipped.get(name, []))
+        for sums in (step.skipped, step.unlisted):
+            for name in names:
+                parts.append(sums.get(name, []))
 
         # 2. One tensor for all of them.
         values: list[Tensor] = []
@@ -231,11 +252,11 @@ class IntervalMeans:
         """Add one step to the totals, from its row over all processes."""
         names = sorted(step.weights)
         loss, *columns = row
-        sums, skipped, computed, items = (columns[i * len(names) : (i + 1) * len(names)] for i in range(4))
+        parts = (columns[i * len(names) : (i + 1) * len(names)] for i in range(5))
 
         totals = self.totals
-        by_name = zip(names, sums, skipped, computed, items, strict=True)
-        terms = {name: values for name, *values in by_name if values[2]}  # those that some process has computed
+        rows = (_TermRow(*values) for values in zip(*parts, strict=True))
+        terms = {name: row for name, row in zip(names, rows, strict=True) if row.computed}
         for name in terms:
             totals.terms.setdefault(name, TermTotals())
 
@@ -249,16 +270,17 @@ class IntervalMeans:
         for name, count in step.counts.items():
             totals.counts[name] = totals.counts.get(name, 0.0) + count
 
-        for name, (value, left_out, _, counted) in terms.items():
+        for name, term in terms.items():
             # The collator's count, which the loss was divided by; a term that it does not count says it itself.
-            count = step.counts.get(name, int(counted))
+            count = step.counts.get(name, int(term.items))
             total = totals.terms[name]
-            total.skipped += left_out
+            total.skipped += term.skipped
+            total.unlisted += term.unlisted
             # A step without items of a term says nothing of it, such as LM where the student wrote every window.
             if not count:
                 continue
 
-            raw = value / count
+            raw = term.sum / count
             total.steps += 1
             total.raw += raw
             total.weighted += step.weights[name] * raw
@@ -298,7 +320,7 @@ class IntervalMeans:
             record["coverage"] = _coverage(totals)
         if totals.counts.get("own"):
             record["own_tokens"] = _mean(totals.counts["own"], totals.steps)
-        for key in ("top_k", "temperature", "skew", "interpolation", "select"):
+        for key in ("top_k", "temperature", "skew", "interpolation", "select", "sample_weights"):
             if key in self._scalars:
                 record[key] = self._scalars[key]
         return record
@@ -316,8 +338,7 @@ class IntervalMeans:
 
 
 def _rows_on_host(pending: Sequence[_PendingStep]) -> list[Tensor]:
-    """Return a row for each step, of this process: the loss; then, of all terms by name, their sums, skipped items,
-    1 where they were computed, and items."""
+    """Return a row for each step, of this process: the loss; then each field of `_TermRow`, of all terms by name."""
     # One copy from the device for all steps.
     tensors = [step.values for step in pending if step.values is not None]
     values = torch.cat(tensors).cpu().tolist() if tensors else []
@@ -326,7 +347,7 @@ def _rows_on_host(pending: Sequence[_PendingStep]) -> list[Tensor]:
     first = 0
     for step in pending:
         names = sorted(step.weights)
-        row = [0.0] * (1 + 2 * len(names))
+        row = [0.0] * (1 + 3 * len(names))
         for column, value in zip(step.columns, values[first : first + len(step.columns)], strict=True):
             row[column] += value
         first += len(step.columns)
@@ -338,7 +359,7 @@ def _rows_on_host(pending: Sequence[_PendingStep]) -> list[Tensor]:
 
 
 def _coverage(totals: IntervalTotals) -> dict[str, float]:
-    """Return the shares of the student's tokens that have an anchor, and one at depth 0."""
+    """Return the shares of the student's tokens that have an anchor, and one at depth 0; and that lost it to lists."""
     counts = totals.counts
     tokens = supervised_tokens(counts)
     coverage = {}
@@ -346,6 +367,10 @@ def _coverage(totals: IntervalTotals) -> dict[str, float]:
         # KD rows that turned out to say nothing are no anchors.
         skipped = totals.terms["kd"].skipped if "kd" in totals.terms else 0.0
         coverage["anchored"] = (counts["kd"] - skipped) / tokens
+        # What longer lists of a served teacher would give back.
+        unlisted = totals.terms["kd"].unlisted if "kd" in totals.terms else 0.0
+        if unlisted:
+            coverage["unlisted"] = unlisted / tokens
     if "depth0" in counts:
         coverage["depth0"] = counts["depth0"] / tokens
     return coverage

@@ -30,6 +30,8 @@ MOST_KD = 2.0
 
 REMEMBERED_BATCHES = 65_536
 """Hashes of the current epoch in which duplicates are looked for."""
+MOST_UNLISTED = 0.1
+"""Share of the student's tokens that may be lost to the length of a served teacher's lists."""
 
 LOSSY_CAUSE = (
     "a tokenizer with a small vocabulary of whole words, or whose pre-tokenizer drops white space; byte-level BPE "
@@ -52,7 +54,7 @@ class RedFlags:
 
     Attributes:
         warned: names of the flags raised so far, in order: `copying`, `duplicate_batch`, `zero_gradient`,
-            `scheduler`, `coverage`, `kd_high`, `weak_teacher`, `lossy_tokenizer`.
+            `scheduler`, `coverage`, `unlisted`, `kd_high`, `weak_teacher`, `lossy_tokenizer`.
     """
 
     def __init__(
@@ -275,7 +277,16 @@ class RedFlags:
         step = record["step"]
 
         # Tokens without an anchor learn from the text alone, which is no error, but seldom what is wanted.
-        anchored = (record.get("coverage") or {}).get("anchored")
+        coverage = record.get("coverage") or {}
+        anchored = coverage.get("anchored")
+        unlisted = coverage.get("unlisted", 0.0)
+        if unlisted > MOST_UNLISTED:
+            self._raise_flag(
+                "unlisted",
+                f"the server's lists are too short for {unlisted:.1%} of the student's tokens (step {step}), which "
+                "learn from the text alone. Likely cause: the student's tokens are much shorter than the teacher's. A "
+                "larger served.listed has the server list more",
+            )
         if anchored is not None and anchored < LEAST_COVERAGE:
             self._raise_flag(
                 "coverage",

@@ -19,6 +19,7 @@ from .measurements import Clock, IntervalMeans
 from .plan import Plan
 from .red_flags import RedFlags
 from .step_guard import StepGuard
+from .step_statistics import StepStatistics
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class RunState:
     flags: RedFlags | None
     clock: Clock
     means: IntervalMeans
+    statistics: StepStatistics
     rounds: Rounds | None = None
     step: int = 0
     awaits_evaluation: bool = False
@@ -78,6 +80,8 @@ class RunState:
             "means": self.means.state_dict(),
             "flags": None if self.flags is None else self.flags.state_dict(),
         }
+        if self.statistics.is_used:
+            state["statistics"] = self.statistics.state_dict()
         if self.rounds is not None:
             state["rounds"] = self.rounds.state_dict()
         return StateParts(tensors={"module": learned(self.engine.module)}, objects=objects, state=state)
@@ -116,6 +120,9 @@ class RunState:
             self.means.load_state_dict(state["means"])
         if self.flags is not None and state["flags"] is not None:
             self.flags.load_state_dict(state["flags"])
+        # A run that is continued under another curriculum begins to measure only now.
+        if self.statistics.is_used and "statistics" in state:
+            self.statistics.load_state_dict(state["statistics"])
         if self.rounds is not None and "rounds" in state:
             self.rounds.load_state_dict(state["rounds"])
 

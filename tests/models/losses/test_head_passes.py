@@ -5,6 +5,7 @@ Most tests run the passes uncompiled: it is their mathematics that differs from 
 
 import shutil
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.losses import head_passes
-from tests.models.losses.test_fused_head import KD, LM, TAILS, assert_same, case, fused, gradients, reference
+from models.losses.losses import kd_loss
+from tests.models.losses.test_fused_head import KD, LM, OPTIONS, TAILS, assert_same, case, fused, gradients, reference
 from tests.models.tiny import KINDS
 
 CPU = torch.device("cpu")
@@ -59,6 +61,30 @@ def test_a_target_on_the_way_to_the_teacher_is_that_of_the_plain_losses(interpol
     expected = reference(states, head, *rest, **options)
     found = fused(states, head, *rest, chunk=4, **options)
     assert_same(gradients(found.loss, states, head), gradients(expected[0], states, head))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_weight_of_a_row_multiplies_its_divergence_alone(kind, uncompiled):
+    """Beside the sum of the rows' own divergences, one by one in float64."""
+    states, head, labels, target, rows = case(dtype=torch.float64)
+    weight = torch.rand(len(rows), dtype=torch.float64) * 4
+    logits = head(states)[rows]
+    expected = LM * torch.nn.functional.cross_entropy(head(states), labels, reduction="sum")
+    for row in range(len(rows)):
+        part = slice(row, row + 1)
+        one = kd_loss(logits[part], target.rows(part), **{**OPTIONS, "kind": kind})
+        expected = expected + KD * weight[row] * one
+
+    weighted = replace(target, weight=weight)
+    for compiled in (False, True):
+        found = fused(states, head, labels, weighted, rows, chunk=4, compiled=compiled, kind=kind)
+        assert found.loss.item() == pytest.approx(expected.item(), rel=1e-9)
+        differentiated = gradients(found.loss, states, head)
+        assert_same(differentiated, gradients_of(expected, states, head), rel=1e-9)
+
+
+def gradients_of(loss, states, head) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, (states, *head.parameters()), retain_graph=True))
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])

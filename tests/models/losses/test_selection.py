@@ -53,7 +53,7 @@ def test_scores_are_their_definitions_in_float64(name):
 
 
 def test_the_setting_names_every_score():
-    assert set(get_args(get_type_hints(LossConfig)["select_by"])) == set(SCORES)
+    assert set(get_args(get_type_hints(LossConfig)["select_by"])) == {*SCORES, selection.STORED}
     assert selection.WITHOUT_STUDENT.issubset(SCORES)
 
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from models.config import RouterConfig
 from models.language_model import body_states, head_logits
 from models.student_aware_router import ROUTER_TERMS
-from models.text.chat import ConversationError
+from models.text.chat import ConversationError, ConversationSettings
 from models.text.collate import read_and_learned
 from models.text.encoder_decoder import SourceEncoder, make_encoder
 from models.text.tokens import END, MARKER
@@ -240,10 +240,10 @@ def test_what_is_read_is_shown_before_what_is_learned():
 
 def test_other_data_and_other_tokenizers_are_refused():
     pair = (t5_like(120), t5_like(120))
-    options = {"learn_from": "completions", "starts": (0, 0)}
+    options = {"starts": (0, 0)}
     with pytest.raises(ConversationError, match=r"columns 'prompt' and 'completion'\. Got plain text"):
-        make_encoder(pair, 96, conversations=False, **options)
-    encoder = make_encoder(pair, 96, conversations=True, **options)
+        make_encoder(pair, 96, conversations=None, **options)
+    encoder = make_encoder(pair, 96, conversations=ConversationSettings(), **options)
     with pytest.raises(ConversationError, match="Got a conversation of user, assistant, user"):
         encoder.windows([json.dumps([{"role": role, "content": ""} for role in ("user", "assistant", "user")])])
     tokenizer = bart_like(320)

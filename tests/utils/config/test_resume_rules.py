@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from utils.config.resume_rules import CHANGEABLE, FREE_TO_CHANGE, MICRO_BATCH, check_same_run, identity
+from utils.config.resume_rules import ADDED, CHANGEABLE, FREE_TO_CHANGE, MICRO_BATCH, check_same_run, identity
 from utils.errors import UserError
 
 SETTINGS = {
@@ -51,6 +51,12 @@ def test_settings_of_own_text_are_compared_only_where_there_is_any():
     check_same_run("run", identity(SETTINGS), identity(used), True)
 
 
+@pytest.mark.parametrize(("key", "other"), [("curriculum.balance", "loss"), ("curriculum.sample_weights", 0.5)])
+def test_what_older_runs_had_not_is_compared_only_where_it_is_used(key, other):
+    assert identity(changed(key, ADDED[key])) == identity(SETTINGS)
+    assert identity(changed(key, other)).keys() - identity(SETTINGS).keys() == {key}
+
+
 def test_a_whole_section_that_is_free_is_not_compared():
     assert identity({**SETTINGS, "logging": {"every": 3}}) == identity(SETTINGS)
 
@@ -68,3 +74,9 @@ def test_a_change_that_is_asked_for_is_logged(caplog):
     with caplog.at_level(logging.WARNING):
         check_same_run("run", identity(SETTINGS), identity(changed("loss.top_k", 16)), True)
     assert "loss.top_k: 8 -> 16" in caplog.text
+
+
+def test_the_length_of_a_servers_lists_counts_once_it_is_set_and_how_it_is_asked_never():
+    asked = {"requests": 2, "timeout": 1.0, "patience": 1.0, "key_variable": "KEY"}
+    assert identity({**SETTINGS, "served": {**asked, "listed": None}}) == identity(SETTINGS)
+    assert identity({**SETTINGS, "served": {**asked, "listed": 256}}) == {**identity(SETTINGS), "served.listed": 256}

@@ -104,27 +104,13 @@ def test_conversations_are_compared_as_a_whole(tmp_path):
     assert load(write(tmp_path, ".jsonl", rows)).report["duplicate"] == 1
 
 
-CALL = {"name": "f", "arguments": "{}"}
 ANSWER = {"role": "assistant", "content": "Yes."}
 QUESTION = {"role": "user", "content": "Is it?"}
-TOOLS = [{"type": "function", "function": {"name": "f"}}]
 
 
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"messages": [{**ANSWER, "tool_calls": [CALL]}]}, r":1, message 0: it calls tools \('tool_calls'\)"),
-        (
-            {"messages": [QUESTION, {**ANSWER, "function_call": CALL}]},
-            r", message 1: it calls tools \('function_call'\)",
-        ),
-        ({"messages": [QUESTION, ANSWER], "tools": TOOLS}, ":1: column 'tools' changes what the conversation means"),
-        ({"messages": [QUESTION, ANSWER], "functions": [CALL]}, ":1: column 'functions' changes"),
-        (
-            {"messages": [QUESTION, ANSWER], "chat_template_kwargs": {"a": 1}},
-            ":1: column 'chat_template_kwargs' changes",
-        ),
-        ({**ROWS[0], "tools": TOOLS}, ":1: column 'tools' changes"),
         ({"messages": [QUESTION, {**ANSWER, "weight": 0.5}]}, ", message 1: expected 0 or 1 as its weight, got 0.5"),
         ({"messages": [QUESTION, {**ANSWER, "loss": False}]}, ", message 1: its key 'loss' is False, .* 'weight': 0"),
         ({"messages": [QUESTION, {**ANSWER, "loss": 0}]}, ", message 1: its key 'loss' is 0"),
@@ -142,7 +128,7 @@ TOOLS = [{"type": "function", "function": {"name": "f"}}]
         ({**ROWS[0], "input": "the letter"}, ":1: column 'input' holds a part of what is asked.* into the prompt"),
         ({"messages": [{**QUESTION, "content": [{"type": "image", "url": "x"}]}, ANSWER]}, "is no text \\(image\\)"),
         ({"messages": [QUESTION, {**ANSWER, "content": None}]}, "expected text as its content, got NoneType"),
-        ({"messages": [{"from": "observation", "value": "Hi"}]}, "message 0: expected human, .*, got 'observation'"),
+        ({"messages": [{"from": "narrator", "value": "Hi"}]}, "message 0: expected human, .*, got 'narrator'"),
         ({"conversations": [{"from": None, "value": "Hi"}]}, "message 0: expected human, .* as its 'from', got None"),
         ({"conversations": [{"speaker": "human"}]}, r"\(or 'from' and 'value'\), got the keys speaker"),
         ({"instruction": "Go on.", "output": "Yes.", "history": [["a", "b"]]}, "column 'history' changes"),

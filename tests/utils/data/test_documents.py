@@ -96,7 +96,7 @@ def test_of_conversations_only_what_is_said_counts_as_text(tmp_path):
 
 def test_conversations_in_which_nobody_answers_are_told_as_such(tmp_path):
     path = tmp_path / "a.jsonl"
-    says = [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "hello"}]
+    says = [{"role": "guest", "content": "hi"}, {"role": "host", "content": "hello"}]
     path.write_text(json.dumps({"messages": says}) + "\n" + json.dumps({"messages": says[1:]}))
     with pytest.raises(UserError, match=r"none of 2 conversations .* 'assistant'.*data\.learn_from=all"):
         load(path)

@@ -68,6 +68,7 @@ def whole() -> str:
         "tasks": [{**task, "teacher": score, "initial_student": score}],
         "alignment": {"spans": [{"student": [EVIL, " a"], "teacher": [120 * "y"]}] * 9, **COUNTS},
         "differences": [DIFFERENCE, DIFFERENCE],
+        "chosen_positions": {"share": 0.2, "tokens": [(EVIL, True), (" b", False)]},
     }
     pictures = [*curves_as_svg(run(kd=0.7, lm=0.3), results, run(lm=1.0)), routing_as_svg(ROUTING)]
     settings = {"teacher": {"name": "a/b"}, "student": {"name": EVIL}, "training": {"seed": 1}, "output_dir": EVIL}
@@ -82,7 +83,14 @@ def test_the_page_is_well_formed_and_has_all_parts():
         assert part in text
     for part in ("and 10 more in train.log", "AutoModelForCausalLM", "seed", "torch", "Beginning", "closed 90.0%"):
         assert part in text
-    for part in ("One text, two tokenizations", "What the teacher would have said", "3.20", "Tasks", "Repeat the run"):
+    for part in (
+        "One text, two tokenizations",
+        "Where the teacher is listened to",
+        "What the teacher would have said",
+        "3.20",
+        "Tasks",
+        "Repeat the run",
+    ):
         assert part in text
     assert read.tags.count("svg") == 6 and text.count("Teacher") >= 4 and "number 30" not in text
 

@@ -164,6 +164,15 @@ def test_what_changes_beside_the_weights_is_drawn_with_them(tmp_path, figures):
     assert legend_of(panels["Curriculum weights"]) == ["KD", "skew"]
 
 
+def test_the_degree_and_the_spread_of_sample_weights_are_drawn_with_the_weights(tmp_path, figures):
+    records = []
+    for step in (1, 50, 100):
+        records.append(training(step, kd=0.7) | {"sample_weights": step / 100, "sample_spread": 0.2 + step / 500})
+    draw_curves(tmp_path / "a.png", records)
+    panels = {panel.get_title(loc="left"): panel for panel in figures[0].axes}
+    assert legend_of(panels["Curriculum weights"]) == ["KD", "sample weights", "sample spread"]
+
+
 def evaluated(step: int, weights: list[list[float]] | None = None) -> dict:
     record = {"step": step, "split": "eval", "bits_per_byte": 1.0}
     layers = {"student_layers": [4, 8], "teacher_layers": [6, 9, 12]}

@@ -64,3 +64,23 @@ def test_places_are_the_same_for_any_size_of_batch():
     one = token_views.differences(text, pair, pair.student, framework.differences)
     other = token_views.differences(alone, pair, pair.student, framework.differences)
     assert [place["context"] for place in one] == [place["context"] for place in other]
+
+
+@pytest.mark.parametrize("text", [TEXT, "Ein Mädchen ging über die Straße. Дети играли. 子供たちは公園で遊んだ。"])
+def test_the_text_is_whole_and_the_chosen_positions_are_marked(text):
+    pair = distillation(byte_bpe(280), byte_bpe(400))
+    framework = pair.framework(10)
+    [window] = pair.windows([text])
+    batch = pair.collate([window])
+
+    positions = framework.chosen(batch, 0.25).tolist()
+    assert len(positions) == round(0.25 * len(batch.row_student))
+    view = token_views.chosen(pair, window, positions, 0.25)
+    shown = "".join(piece for piece, _ in view["tokens"])
+    assert text.startswith(shown) and (shown == text or len(view["tokens"]) == token_views.MOST_MARKED)
+    marked = sum(is_marked for _, is_marked in view["tokens"])
+    assert 0 < marked <= len(positions)
+    assert framework.chosen(batch, 1.0).tolist() == batch.row_student.tolist()
+
+    everything = token_views.chosen(pair, window, range(len(window["student_ids"])), 1.0)
+    assert all(is_marked for _, is_marked in everything["tokens"])

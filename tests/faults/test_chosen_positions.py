@@ -1,0 +1,91 @@
+"""Positions chosen by the student before training, by the whole program: once, for a smaller cache, continued alike."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+
+import train
+from utils.run import chosen_positions
+from utils.teacher_cache.store import SHARDS
+
+STEPS = "2"
+
+
+def arguments(place, output, *more: str) -> list[str]:
+    """A command line that trains a student of trained weights: the teacher's own, whose states differ all the same."""
+    settings = ["training.save_every=1", "evaluation.every=0", "evaluation.max_windows=1", "student.init=pretrained"]
+    chosen = ["loss.select_by=first_student", "curriculum.select=0.25"]
+    student = ["--student", str(place.teacher), "--max-steps", STEPS, "--epochs", "2"]
+    return place.arguments(output, *student, "--set", *settings, *chosen, *more)
+
+
+@pytest.fixture(scope="module")
+def finished(place, tmp_path_factory):
+    """Folder of a run in one go."""
+    folder = tmp_path_factory.mktemp("run") / "finished"
+    assert train.main(arguments(place, folder)) == 0
+    return folder
+
+
+def shard_bytes(folder) -> int:
+    return sum(file.stat().st_size for file in (folder / SHARDS).iterdir())
+
+
+def test_the_log_says_how_many_were_chosen(finished):
+    log = (finished / "train.log").read_text()
+    assert "at most 25 % of a window, where the student before training is most in doubt" in log
+
+
+def test_the_report_marks_them_in_the_text(finished):
+    view = json.loads((finished / "evaluation_report.json").read_text())["chosen_positions"]
+    marked = sum(is_marked for _, is_marked in view["tokens"])
+    assert view["share"] == 0.25 and 0.1 < marked / len(view["tokens"]) < 0.4
+    assert "Where the teacher is listened to" in (finished / "report.html").read_text()
+
+
+def test_a_run_is_continued_with_its_positions_and_bit_for_bit(place, finished, tmp_path, monkeypatch):
+    folder = tmp_path / "continued"
+    shutil.copytree(finished, folder)
+    shutil.rmtree(folder / "student")
+    shutil.rmtree(folder / "checkpoints" / "step-00000002")
+
+    monkeypatch.setattr(chosen_positions, "_choose_and_store", lambda *_: pytest.fail("the choice is stored"))
+    assert train.main(arguments(place, folder)) == 0
+    weights, expected = (load_file(run / "student" / "model.safetensors") for run in (folder, finished))
+    assert all((weights[name] == expected[name]).all() for name in expected)
+
+
+def test_a_damaged_choice_is_made_again(place, finished, tmp_path):
+    for file in chosen_positions.cache_dir().glob("positions/*.npz"):
+        file.write_bytes(file.read_bytes()[:100])
+    assert train.main(arguments(place, tmp_path / "again")) == 0
+    weights, expected = (load_file(run / "student" / "model.safetensors") for run in (tmp_path / "again", finished))
+    assert all((weights[name] == expected[name]).all() for name in expected)
+
+
+def test_a_cache_has_the_chosen_rows_alone_and_serves_a_run_without_the_teacher(place, tmp_path, capsys):
+    building = ["--build-cache-only", "--cache-teacher"]
+    assert train.main([*arguments(place, tmp_path / "a"), *building, str(tmp_path / "chosen")]) == 0
+    every = arguments(place, tmp_path / "b", "curriculum.select=1")
+    assert train.main([*every, *building, str(tmp_path / "every")]) == 0
+    assert shard_bytes(tmp_path / "chosen") < 0.6 * shard_bytes(tmp_path / "every")
+
+    assert train.main([*arguments(place, tmp_path / "c"), "--cache-teacher", str(tmp_path / "chosen")]) == 0
+    assert "the teacher is not loaded" in (tmp_path / "c" / "train.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["student.init=random"], "a student with random weights is in doubt everywhere"),
+        (["curriculum.on_policy=0.5"], "has no positions chosen before"),
+        (["curriculum.span.weight=0.1"], "span needs the teacher everywhere"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(place, tmp_path, capsys, more, says):
+    assert train.main(arguments(place, tmp_path / "run", *more)) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert says in said and "choose another loss.select_by" in said
+    assert not (tmp_path / "run").exists()

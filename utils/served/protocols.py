@@ -1,0 +1,293 @@
+"""The protocols of servers that tell the log-probabilities of a text that they are given.
+
+vLLM     POST /v1/completions with `prompt_logprobs`: for each position a map from tokens to log-probabilities, with the
+         real token always among them
+SGLang   POST /generate with `return_logprob`: the real tokens' log-probabilities, and lists of the most probable ones
+
+llama.cpp and Ollama tell log-probabilities of tokens that they generate, not of a text: they are of no use here.
+
+Shapes: T tokens of a window, K listed tokens of each position.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from ..errors import UserError
+from .http_client import BadAnswer, ServerClient
+
+GENERATED_ONLY = (
+    "tells the log-probabilities of tokens that it generates, not those of a text that it is given. Expected a vLLM or "
+    "SGLang server, or a teacher in this process (--teacher ID or DIR)."
+)
+"""Reason for which a server is of no use."""
+
+LARGEST_MASS = 1.001
+"""Sum of the listed probabilities of a position, at most: rounding makes it a little more than 1."""
+
+
+class Lists(NamedTuple):
+    """The most probable tokens of a window's positions, and what is needed to check that they are those."""
+
+    ids: np.ndarray
+    """[T - 1, K] int64."""
+    log_probs: np.ndarray
+    """[T - 1, K] float32."""
+    realised: np.ndarray
+    """[T - 1] float32 log-probability of each token but the first."""
+    texts: list[str | None]
+    """[T - 1] the server's own text of each token but the first, where it tells one."""
+
+
+class ServerProtocol(Protocol):
+    """One kind of server."""
+
+    name: str
+
+    def request(self, ids: Sequence[int], top_k: int) -> tuple[str, dict[str, Any]]:
+        """Return URL and body of the request for a window's lists."""
+
+    def read(self, answer: Any, ids: Sequence[int], top_k: int) -> Lists:
+        """Return the lists of an answer.
+
+        Raises:
+            BadAnswer: it is not what was asked for.
+        """
+
+
+class Vllm:
+    """vLLM, and servers that speak as it does."""
+
+    name = "vLLM"
+
+    def __init__(self, client: ServerClient, model: str) -> None:
+        self.url = f"{client.address}/completions"
+        self.model = model
+
+    def request(self, ids: Sequence[int], top_k: int) -> tuple[str, dict[str, Any]]:
+        """Return URL and body of the request for a window's lists."""
+        body = {
+            "model": self.model,
+            "prompt": list(ids),
+            "max_tokens": 1,
+            "temperature": 1,
+            "prompt_logprobs": top_k,
+        }
+        return self.url, body
+
+    def read(self, answer: Any, ids: Sequence[int], top_k: int) -> Lists:
+        """Return the lists of an answer."""
+        try:
+            entries = answer["choices"][0].get("prompt_logprobs")
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise BadAnswer("an answer without choices") from None
+        if entries is None:
+            raise UserError(f"the server {GENERATED_ONLY}")
+        if not isinstance(entries, list) or len(entries) != len(ids):
+            raise BadAnswer(f"log-probabilities of {_length(entries)} positions, expected {len(ids)}")
+
+        # The first token has none before it that could tell it.
+        positions = []
+        for entry, token in zip(entries[1:], ids[1:], strict=True):
+            positions.append(_vllm_position(entry, int(token), top_k))
+        return _stacked(positions, top_k)
+
+
+class Sglang:
+    """SGLang."""
+
+    name = "SGLang"
+
+    def __init__(self, client: ServerClient) -> None:
+        self.url = f"{client.root}/generate"
+
+    def request(self, ids: Sequence[int], top_k: int) -> tuple[str, dict[str, Any]]:
+        """Return URL and body of the request for a window's lists."""
+        body = {
+            "input_ids": list(ids),
+            "sampling_params": {"max_new_tokens": 1, "temperature": 1},
+            "return_logprob": True,
+            "logprob_start_len": 0,
+            "top_logprobs_num": top_k,
+            "return_text_in_logprobs": True,
+        }
+        return self.url, body
+
+    def read(self, answer: Any, ids: Sequence[int], top_k: int) -> Lists:
+        """Return the lists of an answer."""
+        try:
+            facts = answer["meta_info"]
+            real, tops = facts.get("input_token_logprobs"), facts.get("input_top_logprobs")
+        except (KeyError, TypeError, AttributeError):
+            raise BadAnswer("an answer without meta_info") from None
+        if real is None or tops is None:
+            raise UserError(f"the server {GENERATED_ONLY}")
+        for column in (real, tops):
+            if not isinstance(column, list) or len(column) != len(ids):
+                raise BadAnswer(f"log-probabilities of {_length(column)} positions, expected {len(ids)}")
+
+        positions = []
+        for token, own, top in zip(ids[1:], real[1:], tops[1:], strict=True):
+            positions.append(_sglang_position(own, top, int(token), top_k))
+        return _stacked(positions, top_k)
+
+
+class _Position(NamedTuple):
+    """One position of an answer."""
+
+    ids: list[int]
+    log_probs: list[float]
+    realised: float
+    text: str | None
+
+
+def _vllm_position(entry: Any, token: int, top_k: int) -> _Position:
+    """Return a position of vLLM's: a map of K tokens, or K + 1 where the real one is not among the most probable."""
+    if not isinstance(entry, Mapping) or str(token) not in entry:
+        raise BadAnswer(f"a position without its real token {token}: another text was scored")
+    try:
+        real = entry[str(token)]
+        listed = {int(key): float(value["logprob"]) for key, value in entry.items()}
+        realised = float(real["logprob"])
+    except (KeyError, TypeError, ValueError):
+        raise BadAnswer("a position whose entries are no tokens with a logprob") from None
+
+    # The real token comes with its rank; where it is listed besides, that is its place in the list.
+    rank = real.get("rank")
+    is_besides = rank > top_k if isinstance(rank, int) else len(listed) > top_k
+    if is_besides:
+        del listed[token]
+    return _checked(_Position([*listed], [*listed.values()], realised, real.get("decoded_token")), top_k)
+
+
+def _sglang_position(own: Any, top: Any, token: int, top_k: int) -> _Position:
+    """Return a position of SGLang's: the real token's [log-probability, id, text], and a list of such."""
+    try:
+        realised, scored, *text = own
+        ids = [int(entry[1]) for entry in top]
+        log_probs = [float(entry[0]) for entry in top]
+        realised = float(realised)
+    except (TypeError, ValueError, IndexError):
+        raise BadAnswer("a position whose entries are no [logprob, id, text]") from None
+    if scored != token:
+        raise BadAnswer(f"a position with the token {scored} in place of {token}: another text was scored")
+    return _checked(_Position(ids, log_probs, realised, text[0] if text else None), top_k)
+
+
+def _checked(position: _Position, top_k: int) -> _Position:
+    """Return a position whose list is one of distinct tokens with log-probabilities.
+
+    Raises:
+        BadAnswer: it is another.
+    """
+    if len(position.ids) != top_k or len({*position.ids}) != top_k:
+        raise BadAnswer(f"a position with {len({*position.ids})} listed tokens, expected {top_k}")
+    mass = float(np.exp(position.log_probs).sum())
+    if not 0 < mass <= LARGEST_MASS:
+        raise BadAnswer(
+            f"listed probabilities that add to {mass:.3g}, expected at most 1: are these log-probabilities, as "
+            "--logprobs-mode raw_logprobs gives them?"
+        )
+    return position
+
+
+def _stacked(positions: Sequence[_Position], width: int) -> Lists:
+    """Return the positions of a window, with so many listed tokens each."""
+    return Lists(
+        ids=np.array([position.ids for position in positions], dtype=np.int64).reshape(-1, width),
+        log_probs=np.array([position.log_probs for position in positions], dtype=np.float32).reshape(-1, width),
+        realised=np.array([position.realised for position in positions], dtype=np.float32),
+        texts=[position.text for position in positions],
+    )
+
+
+def _length(column: Any) -> int | str:
+    """Return the length of a list, or words for something else."""
+    return len(column) if isinstance(column, list) else "no"
+
+
+# ------------------------------------------------------------------------------------------ which server it is
+
+
+class Server(NamedTuple):
+    """A server that was recognised."""
+
+    protocol: ServerProtocol
+    model: str
+    """Name of the model there."""
+    source: str
+    """What the server loaded it from, as far as it tells; else its name."""
+    context: int | None
+    """Tokens that it reads at most, as far as it tells."""
+
+
+def recognise(client: ServerClient, model: str | None) -> Server:
+    """Find out what a server is, and which of its models is meant.
+
+    Args:
+        model: name at the server; None: the only one that it has.
+
+    Raises:
+        UserError: it does not answer, has no such model, or is one that is of no use.
+    """
+    entry = _choose_model(client, model)
+    owner = str(entry.get("owned_by", "")).lower()
+    kind = OWNERS.get(owner) or _recognise_by_paths(client)
+    if kind in USELESS:
+        raise UserError(f"teacher {client.address}: this is {kind}, which {GENERATED_ONLY}")
+
+    name = str(entry["id"])
+    context = entry.get("max_model_len")
+    return Server(
+        protocol=Sglang(client) if kind == "SGLang" else Vllm(client, name),
+        model=name,
+        source=str(entry.get("root") or name),
+        context=context if isinstance(context, int) else None,
+    )
+
+
+OWNERS = {"vllm": "vLLM", "sglang": "SGLang", "llamacpp": "llama.cpp", "library": "Ollama"}
+"""Owner of its models by a server's own word -> the server."""
+
+USELESS = ("llama.cpp", "Ollama")
+"""Servers that only tell log-probabilities of generated tokens."""
+
+PATHS = {"/api/tags": "Ollama", "/props": "llama.cpp", "/get_model_info": "SGLang", "/version": "vLLM"}
+"""Path that one kind of server alone has -> the server."""
+
+
+def _recognise_by_paths(client: ServerClient) -> str:
+    """Return the kind of a server whose models do not tell it; vLLM, whose protocol others speak too, if none does."""
+    for path, kind in PATHS.items():
+        if client.look(client.root + path).status == 200:
+            return kind
+    return "vLLM"
+
+
+def _choose_model(client: ServerClient, model: str | None) -> Mapping[str, Any]:
+    """Return a server's entry of the model that is meant.
+
+    Raises:
+        UserError: there is none.
+    """
+    reply = client.look(f"{client.address}/models")
+    if reply.status != 200:
+        raise UserError(client.refusal(reply))
+    try:
+        entries = {str(entry["id"]): entry for entry in reply.content["data"]}
+    except (KeyError, TypeError):
+        raise UserError(
+            f"teacher {client.address}: /models is not what a server of language models answers. Expected the "
+            "address of a vLLM or SGLang server, such as http://HOST:PORT/v1."
+        ) from None
+
+    names = ", ".join(entries) or "none"
+    if model is not None and model not in entries:
+        raise UserError(f"teacher {client.address}: got the model {model}, and the server has: {names}")
+    if model is None and len(entries) != 1:
+        raise UserError(
+            f"teacher {client.address}: the server has these models: {names}. Expected one: choose it with "
+            "--teacher-model NAME."
+        )
+    return entries[model] if model is not None else next(iter(entries.values()))
