@@ -497,16 +497,7 @@ class DistillationFramework(nn.Module):
 
         with evaluating(self.student):
             states = body_states(self.student, batch.student_ids, batch.student_source)
-            head = HeadTerms(
-                student=self.student,
-                batch=batch,
-                states=states.flatten(0, 1)[batch.supervised],
-                config=self.loss_config,
-                scalars={"select": share},
-                signal=None if isinstance(signal, MixtureSignal) else signal,
-                target=self._target(batch, signal),
-            )
-            rows = head.chosen
+            rows = self._head_terms(batch, states, signal, {"select": share}, {}, with_target=True).chosen
         return batch.row_student if rows is None else batch.row_student[rows]
 
     def _compared(self, batch: PairedBatch, signal: Signal | None) -> Iterator[_Compared]:

@@ -20,7 +20,7 @@ from ..types import IGNORE, MixedRows, MixtureSignal, PairedBatch, SparseTarget,
 from ..validation import expect
 from .cached import CachedTeacher, expect_teacher
 from .frozen import FrozenTeacher
-from .projection import FIXED_POINT, Projection, _merge, _running_sums
+from .projection import FIXED_POINT, Projection, merge, running_sums
 
 Mix = Literal["weights", "likelihood"]
 """How several teachers are weighed: by their weights, or by these times how likely each finds the text so far."""
@@ -191,7 +191,7 @@ def _mixed(targets: Sequence[SparseTarget], log_weights: Sequence[Tensor], batch
     ids = torch.cat([target.ids for target in targets], 1)
     probs = torch.cat([share[:, None] * target.probs for share, target in zip(shares, targets, strict=True)], 1)
     # A teacher without a say here adds no padding that looks like a token.
-    ids, probs = _merge(torch.where(probs > 0, ids, -1), probs)
+    ids, probs = merge(torch.where(probs > 0, ids, -1), probs)
     tail = torch.stack([share * target.tail for share, target in zip(shares, targets, strict=True)]).sum(0)
     is_valid = valid.any(0)
     return SparseTarget(ids=ids, probs=probs, tail=torch.where(is_valid, tail, 1.0), valid=is_valid)
@@ -235,7 +235,7 @@ def _cross_entropy_so_far(signal: TeacherSignal, batch: PairedBatch) -> Tensor:
     # 1. Nats before each position of the batch, of what is text; sums in whole numbers, as in `projection`.
     labels = batch.teacher_labels.flatten()[batch.teacher_held]
     realised = torch.where(labels == IGNORE, 0.0, signal.realised)
-    sums = _running_sums(realised)
+    sums = running_sums(realised)
 
     # 2. Less those before the window, whose positions are the next behind those of the windows before.
     window = batch.row_teacher // batch.teacher_ids.shape[1]

@@ -89,7 +89,7 @@ class Projection:
         if correction == "span":
             ids, probs, tail = self._move_realised(ids, probs, tail, signal, batch)
         probs = torch.where(ids < 0, 0, probs)
-        ids, probs = _merge(ids, probs)
+        ids, probs = merge(ids, probs)
 
         # A row is nothing to learn from where the teacher hardly expected what was read, or names no student token.
         least_mass = max(self.min_prefix_mass, 1e-30)
@@ -153,7 +153,7 @@ class Projection:
         is_split = batch.pieces > 1
         # The signal's numbers are in the order of the text.
         anchor = batch.asked[batch.row_asked]
-        sums = _running_sums(signal.realised)
+        sums = running_sums(signal.realised)
         units = sums[anchor + batch.pieces] - sums[anchor]
         log_realised = (units.double() / FIXED_POINT).float()
         log_mass = log_realised - signal.log_mass
@@ -174,7 +174,7 @@ class Projection:
         return ids, probs, tail - torch.where(is_listed, 0, mass)
 
 
-def _running_sums(log_probs: Tensor) -> Tensor:
+def running_sums(log_probs: Tensor) -> Tensor:
     """Return [n + 1] int64: sums over the first 0 to n log-probabilities, times `FIXED_POINT`.
 
     In whole numbers, whose sum is exact in any order: of floating-point numbers a GPU has no deterministic running sum.
@@ -184,7 +184,7 @@ def _running_sums(log_probs: Tensor) -> Tensor:
     return torch.cat([units.new_zeros(1), units.cumsum(0)])
 
 
-def _merge(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
+def merge(ids: Tensor, probs: Tensor) -> tuple[Tensor, Tensor]:
     """Add the masses of equal ids; each id once per row, in rising order, -1 where nothing is left."""
     # Equal ids become neighbours; each such group is numbered by its rank.
     ids, order = ids.sort(1)

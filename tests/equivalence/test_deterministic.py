@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.teacher.projection import _running_sums
+from models.teacher.projection import running_sums
 from tests.equivalence.test_no_waiting import KINDS, pair_for
 from utils.config import resume_rules
 from utils.errors import UserError
@@ -47,7 +47,7 @@ def test_no_step_needs_an_operation_without_a_deterministic_kernel(kind):
 
 def test_running_sums_are_those_of_float64_and_no_matter_how_small_a_probability_is():
     log_probs = torch.tensor([-0.1, -3.25, -20.0, -1e30, -2.0])
-    sums = _running_sums(log_probs).double() / 2**32
+    sums = running_sums(log_probs).double() / 2**32
     expected = torch.cat([torch.zeros(1).double(), log_probs.double().clamp_min(-1e4).cumsum(0)])
     torch.testing.assert_close(sums, expected, rtol=0, atol=1e-8)
     assert sums[5] - sums[4] == pytest.approx(-2.0, abs=1e-9)

@@ -7,9 +7,6 @@ from .protocols import RunConfig, values_of
 from .quickstart_names import NAMES
 from .settings import StudentConfig
 
-STATE_TERMS = ("feat", "rel", "attn", "layer", "contr")
-"""Terms that compare hidden states with those of one teacher."""
-
 
 def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradiction]:
     """Return every contradiction.
@@ -32,7 +29,7 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
 
     problems += _served_problems(config, terms - set(heads))
     if config.several_teachers:
-        problems += _problems_of_several_teachers(config, terms)
+        problems += _problems_of_several_teachers(config, terms, terms - set(heads))
 
     if config.curriculum.uses_own_text:
         problems += _own_text_problems(config, terms)
@@ -66,11 +63,12 @@ def _student_problems(student: StudentConfig) -> list[Contradiction]:
     return [Contradiction("student", problem) for problem in problems]
 
 
-def _problems_of_several_teachers(config: RunConfig, terms: set[str]) -> list[Contradiction]:
+def _problems_of_several_teachers(config: RunConfig, terms: set[str], state_terms: set[str]) -> list[Contradiction]:
     """Return the settings that do not go with several teachers.
 
     Args:
         terms: those that weigh more than 0 at some time.
+        state_terms: those of them on hidden states.
     """
     problems = []
     if "span" in terms:
@@ -100,11 +98,10 @@ def _problems_of_several_teachers(config: RunConfig, terms: set[str]) -> list[Co
     if routes and config.cache.folder:
         problems.append("only_for: a teacher cache is of all text: leave out --cache-teacher, or only_for")
 
-    state_terms = sorted(terms & {*STATE_TERMS})
     if state_terms and config.sources_of_teachers[0]:
         problems.append(
-            f"{' and '.join(state_terms)} compare with the first teacher, which is for some text alone (only_for): put "
-            "one for all text first, or give these terms 0"
+            f"{' and '.join(sorted(state_terms))} compare with the first teacher, which is for some text alone "
+            "(only_for): put one for all text first, or give these terms 0"
         )
     return [Contradiction("teachers", f"several teachers: {problem}") for problem in problems]
 

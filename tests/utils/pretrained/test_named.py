@@ -21,7 +21,7 @@ def folders(tmp_path):
 
 
 def config(student: StudentConfig, teacher: ModelConfig | None = None) -> SimpleNamespace:
-    return SimpleNamespace(student=student, teacher=teacher or ModelConfig())
+    return SimpleNamespace(student=student, teacher=teacher or ModelConfig(), several_teachers=[])
 
 
 def sizes(tokenizers) -> dict[str, int]:

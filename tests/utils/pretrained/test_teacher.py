@@ -17,7 +17,8 @@ CPU = torch.device("cpu")
 
 
 def asked(device: str, dtype: str = "auto", folder: str | None = None) -> SimpleNamespace:
-    return SimpleNamespace(teacher=ModelConfig("t", device=device, dtype=dtype), cache=CacheConfig(folder=folder))
+    model = ModelConfig("t", device=device, dtype=dtype)
+    return SimpleNamespace(teacher=model, several_teachers=[], cache=CacheConfig(folder=folder))
 
 
 def accelerator(processes: int) -> SimpleNamespace:
@@ -73,11 +74,14 @@ def test_what_can_be_had_computes_with_the_student_or_beside_it(monkeypatch):
         == CPU
     )
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    assert [teachers.gpus_used(asked("spread"), first, first), teachers.gpus_used(asked("auto"), first, first)] == [
+    assert [teachers.gpus_used(asked("spread"), first, {first}), teachers.gpus_used(asked("auto"), first, {first})] == [
         4,
         1,
     ]
-    assert [teachers.gpus_used(asked("cuda:1"), first, second), teachers.gpus_used(asked("auto"), CPU, CPU)] == [2, 0]
+    assert [teachers.gpus_used(asked("cuda:1"), first, {second}), teachers.gpus_used(asked("auto"), CPU, {CPU})] == [
+        2,
+        0,
+    ]
     ahead = [
         device for device in ("auto", "cpu", "cuda:1", "spread", "sharded") if teachers.is_asked_ahead(asked(device))
     ]

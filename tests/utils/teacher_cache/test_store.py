@@ -283,6 +283,9 @@ class Teacher:
     def requested(self) -> str | None:
         return "SIGTERM" if self.asked >= self.stop_after else None
 
+    def begin(self, batch: Batch) -> bool:
+        return False  # it computes when it is asked
+
     def signal(self, batch: Batch) -> None:
         self.asked += len(batch.rows)
         keys = self.cache.keys(batch.rows)
