@@ -2,7 +2,7 @@
 
 Shapes: B windows, S student positions, T teacher positions, N KD rows (anchored student positions, ordered by window,
 then position), M unpadded teacher positions, K outcomes of each row, n supervised student positions, D rows at depth
-> 0, P spans. For the router: A anchors at depth 0, Q of them sampled in a window, R runs of anchors.
+> 0, P spans. For the router: A anchors at depth 0, in D texts, Q of them sampled in a text, U in a window, R runs.
 Flat index of student position (b, j): b * S + j; of teacher position (b, k): b * T + k.
 """
 
@@ -124,20 +124,22 @@ class Anchors(_Movable):
     """[A] flat student position."""
     teacher: Tensor
     """[A] flat teacher position."""
-    window: Tensor
-    """[A] window of each anchor."""
+    text: Tensor
+    """[A] text of each anchor, of D in the batch: a window or, where documents are isolated, a document."""
     run: Tensor
     """[A] index of the run of neighbouring anchors (a span of text) that holds it."""
     sampled: Tensor
-    """[B, Q] index into the A anchors, spread evenly over a window's; -1 where it has fewer."""
+    """[D, Q] index into the A anchors, spread evenly over a text's; -1 where it has fewer."""
+    queries: Tensor
+    """[B, U] the same by window; -1 where it has fewer."""
     query_bytes: Tensor
-    """[B, Q, 2] first byte and end of the student's last token read at each sampled anchor."""
+    """[B, U, 2] first byte and end of the student's last token read at each sampled anchor."""
     key_bytes: Tensor
     """[B, T, 2] likewise of every teacher token; padding lies behind every query."""
     query_begin: Tensor
-    """[B, Q] first byte that a sampled anchor may see: that of its document where documents are isolated."""
+    """[B, U] first byte that a sampled anchor may see: that of its text."""
     attends: Tensor
-    """[B, Q] bool: sampled anchors that see at least two teacher tokens and overlap one."""
+    """[B, U] bool: sampled anchors that see at least two teacher tokens and overlap one."""
     runs: int
     """R."""
 
@@ -314,9 +316,10 @@ class PairedBatch(_Movable):
             self.anchors,
             student=self.anchors.student[:0],
             teacher=self.anchors.teacher[:0],
-            window=self.anchors.window[:0],
+            text=self.anchors.text[:0],
             run=self.anchors.run[:0],
             sampled=torch.full_like(self.anchors.sampled, -1),
+            queries=torch.full_like(self.anchors.queries, -1),
             attends=torch.zeros_like(self.anchors.attends),
             runs=0,
         )

@@ -165,7 +165,7 @@ class PairEncoder:
         encoder = copy.copy(self)
         encoder.isolates = True
         # An end of text that the next document cannot see is no start of it.
-        encoder._end_is_start = (False, False)
+        encoder._end_is_start = (False,) * len(self.side_names)
         encoder.fingerprint = hashlib.sha256(f"{self.fingerprint} isolated".encode()).hexdigest()
         return encoder
 
