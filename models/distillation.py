@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from . import document_attention
 from .chosen_positions import places_of
 from .config import CurriculumConfig, LossConfig, RouterConfig, Schedule, Term
 from .curriculum import CurriculumScheduler
@@ -439,9 +440,29 @@ class Distillation:
         Raises:
             ValueError: its head has other rows than the vocabulary map, or it reads across isolated documents.
         """
+        teacher = FrozenTeacher(model, self.vocabulary)
         if self.encoder.isolates:
             check_isolation(model, "teacher")
-        return FrozenTeacher(model, self.vocabulary)
+            teacher.document_attention = document_attention.choose(model)
+        return teacher
+
+    def describe_documents(self, teacher: Any) -> list[str]:
+        """Return the attention with which models read isolated documents, with its reason; nothing where none are.
+
+        Args:
+            teacher: a teacher of any kind, or None.
+        """
+        if not self.encoder.isolates:
+            return []
+
+        lines = [f"isolated documents, attention of the student: {document_attention.STUDENT_REASON}"]
+        for running in getattr(teacher, "members", [teacher]):
+            # A member of a mixture and a cache have the teacher that they stand for.
+            while not isinstance(running, FrozenTeacher | None):
+                running = getattr(running, "teacher", None)
+            if running is not None:
+                lines.append(f"isolated documents, attention of the teacher: {running.document_attention.reason}")
+        return lines
 
     def listed(self, source: Any) -> ListedTeacher:
         """Make a teacher of a source of lists, such as a server; see `ListedTeacher`."""

@@ -496,7 +496,7 @@ class DistillationFramework(nn.Module):
         signal = signal.to(batch.student_ids.device)
 
         with evaluating(self.student):
-            states = body_states(self.student, batch.student_ids, batch.student_source)
+            states = body_states(self.student, batch.student_ids, batch.student_source, batch.student_positions)
             rows = self._head_terms(batch, states, signal, {"select": share}, {}, with_target=True).chosen
         return batch.row_student if rows is None else batch.row_student[rows]
 

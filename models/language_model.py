@@ -6,7 +6,7 @@ Shapes: B rows, S tokens of a row, H width, V vocabulary, r states at once.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -412,12 +412,17 @@ def check_head(model: nn.Module, name: str) -> torch.device:
 
 
 @torch.no_grad()
-def check_isolation(model: nn.Module, name: str) -> None:
+def check_isolation(
+    model: nn.Module,
+    name: str,
+    states_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> None:
     """Check, by a measurement, that a document's logits do not depend on another one in its row.
 
     Args:
         model: a causal language model.
         name: "student" or "teacher", for messages.
+        states_of: (ids, positions) -> [B, S, H] the states that enter its head, where `body_states` is not to be asked.
 
     Raises:
         ValueError: they do, or the model takes no positions.
@@ -433,7 +438,7 @@ def check_isolation(model: nn.Module, name: str) -> None:
     with evaluating(model):
         alone = head_logits(model, body_states(model, document))[0]
         try:
-            states = body_states(model, ids, positions=positions)
+            states = states_of(ids, positions) if states_of else body_states(model, ids, positions=positions)
         except TypeError as error:
             raise ValueError(f"{description} takes no position ids ({error}): {remedy}") from error
         packed = head_logits(model, states)[:, PROBE_LENGTH:]

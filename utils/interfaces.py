@@ -213,6 +213,9 @@ class Pair(Protocol):
 
     def remember(self, collate: Any, memory: Any, ahead: bool = True) -> Collator: ...
 
+    def describe_documents(self, teacher: Any) -> list[str]:
+        """Return how models read isolated documents, and why so, in lines for the log."""
+
     def framework(self, total_steps: int, *, student: Any, teacher: Any) -> Any:
         """Make the module that is trained, a `StepModule`."""
 

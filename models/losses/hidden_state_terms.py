@@ -6,8 +6,8 @@ about 1 per item for unrelated states, whatever the batch, the lengths, the widt
 
 A text is what the models read by themselves: a window or, where documents are isolated, each document in it.
 
-Shapes: L student layers, M teacher layers, B windows, D texts, S and T positions, A anchors, Q sampled anchors of a text,
-U of a window, R runs of anchors, H_S and H_T widths, G heads, P pairs of sampled anchors (Q * Q).
+Shapes: L student layers, M teacher layers, B windows, D texts, S and T positions, A anchors, Q sampled anchors of a
+text, U of a window, R runs of anchors, H_S and H_T widths, G heads, P pairs of sampled anchors (Q * Q).
 """
 
 import math

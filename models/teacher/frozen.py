@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..document_attention import UNCHOSEN, end_to_end
 from ..language_model import body_layers, check_head, head_logits, input_device, is_plain_linear, vocabulary_size
 from ..losses.chunk_size import chunk_rows
 from ..text.vocabulary import VocabularyMap
@@ -40,6 +41,9 @@ class FrozenTeacher:
             have spread its layers over several. It is put into evaluation mode and its parameters are frozen.
         vocabulary: the vocabulary map of the pair, for the restriction at depth > 0.
 
+    Attributes:
+        document_attention: attention that reads isolated documents.
+
     Raises:
         TypeError: an argument of another kind.
         ValueError: a model whose logits are not head(body(x)), or that has other rows than the map has tokens.
@@ -60,6 +64,7 @@ class FrozenTeacher:
         self.vocabulary_order = vocabulary.order
         order = torch.from_numpy(vocabulary.order).long()
         self.order = order.to(self.device)
+        self.document_attention = UNCHOSEN
 
     @property
     def device(self) -> torch.device:
@@ -89,9 +94,20 @@ class FrozenTeacher:
             device = input_device(self.model)
             if source is not None:
                 source = source.to(device)
-            if positions is not None:
-                positions = positions.to(device)
-            return body_layers(self.model, ids.to(device), layers, source, positions)
+            ids = ids.to(device)
+            if positions is None:
+                return body_layers(self.model, ids, layers, source)
+
+            positions = positions.to(device)
+            if self.document_attention.name is None:
+                return body_layers(self.model, ids, layers, source, positions)
+            return end_to_end(
+                self.model,
+                self.document_attention.name,
+                ids=ids,
+                positions=positions,
+                layers=layers,
+            )
 
     @torch.no_grad()
     def signal(
