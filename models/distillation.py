@@ -211,6 +211,8 @@ class Method(Validated):
             ModelFacts(text.rows, text.text_starts),
             further=of_teachers[1:],
         )
+        if text.isolate_documents:
+            encoder = encoder.isolated()
 
         members = []
         single = replace(self, teachers=())

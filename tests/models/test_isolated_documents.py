@@ -1,16 +1,33 @@
 """Isolated documents: a window of several is learned from as if each document had a window to itself."""
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface
 
-from models.config import RouterConfig
-from models.language_model import check_isolation
+from models import document_attention
+from models.chosen_positions import places_of
+from models.config import LossConfig, RouterConfig
+from models.distillation import TeacherShare
+from models.distillation_framework import DistillationFramework
+from models.document_attention import DocumentAttention
+from models.language_model import body_states, check_isolation, head_logits
+from models.losses.selection import entropy, places
+from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
+from models.teacher.cached import CachedTeacher, RememberingCollator
+from models.teacher.listed import ListedTeacher
 from models.text.windows import SIDES, document_begins
 from models.types import IGNORE
 from tests.models import tiny
+from tests.models.teacher.test_cached import Memory
+from tests.models.teacher.test_mixture import several
 from tests.models.test_language_model import build
 
+THREE = (TeacherShare(0.5), TeacherShare(0.3), TeacherShare(0.2))
 TEXTS = ["Once upon a time", "there was a girl", "She loved to play", "The park was there"]
 TOKENIZERS = {
     "one end of text for both": (tiny.byte_bpe(300), tiny.byte_bpe(320, 1)),
@@ -36,6 +53,16 @@ def in_float64(monkeypatch):
     torch.set_default_dtype(before)
 
 
+def packed_and_separate(encoder):
+    """The windows of all texts together, and those of each text by itself, in the order of the former."""
+    names = [str(number) for number in range(len(TEXTS))]
+    packed = encoder.windows(TEXTS, names)
+    order = [int(name) for window in packed for name in window["documents"].split(",")]
+    separate = [window for number in order for window in encoder.windows([TEXTS[number]])]
+    assert len(packed) < len(separate) == len(TEXTS)
+    return packed, separate
+
+
 def loss_and_gradients(pair, batch, **weights):
     module = pair.framework(weights)
     module.zero_grad()
@@ -50,9 +77,7 @@ def test_loss_and_every_gradient_are_those_of_a_window_for_each_document(name):
     pair = isolated_pair(name)
     pair.student.double()
     pair.teacher.double()
-    packed = pair.encoder.windows(TEXTS)
-    separate = [window for text in TEXTS for window in pair.encoder.windows([text])]
-    assert len(packed) < len(separate)
+    packed, separate = packed_and_separate(pair.encoder)
 
     weights = {"kd": 0.6, "lm": 0.3, "span": 0.4}
     together = loss_and_gradients(pair, pair.collator()(packed), **weights)
@@ -62,15 +87,173 @@ def test_loss_and_every_gradient_are_those_of_a_window_for_each_document(name):
         assert value.dtype == torch.float64
 
 
+@pytest.mark.usefixtures("in_float64")
+@pytest.mark.parametrize("term", [*ROUTER_TERMS])
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_terms_on_hidden_states_are_those_of_a_window_for_each_document(name, term):
+    pair = isolated_pair(name, router=RouterConfig(layers=1, teacher_layers=1, span=4, positions=6))
+    pair.student.double()
+    pair.teacher.double()
+    packed, separate = (pair.collator()(windows) for windows in packed_and_separate(pair.encoder))
+    assert packed.counts == separate.counts
+
+    of_both = []
+    for batch in (packed, separate):
+        # The same random projections for both.
+        torch.manual_seed(0)
+        of_both.append(loss_and_gradients(pair, batch, **{term: 1.0}))
+    assert of_both[0][0] > 0.01
+    for value, expected in zip(*of_both, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_gate_of_several_layers_looks_at_each_document_by_itself():
+    pair = isolated_pair(router=RouterConfig(layers=2, teacher_layers=2))
+    router = StudentAwareRouter(pair.router, (2, 8), (2, 8))
+    torch.nn.init.normal_(router.gate)
+    anchors = pair.collator()(pair.encoder.windows(TEXTS)).anchors
+    states = torch.randn(len(anchors.student), 8)
+    changed = torch.where(anchors.text[:, None] == 0, torch.randn_like(states), states)
+    texts = len(anchors.sampled)
+    assert texts == len(TEXTS)
+
+    before, after = (router.log_routing(0, rows, anchors.text, texts) for rows in (states, changed))
+    assert (before != after).any(1).tolist() == (anchors.text == 0).tolist()
+
+
+def test_a_cached_teacher_answers_each_document_by_itself():
+    pair = isolated_pair()
+    memory = Memory(len(pair.vocabulary.segments), 256)
+    collate = RememberingCollator(pair.collator(), memory)
+    batches = [collate(windows) for windows in packed_and_separate(pair.encoder)]
+
+    losses = []
+    for teacher in (CachedTeacher(pair.frozen(), memory), CachedTeacher(None, memory)):
+        scheduler = tiny.curriculum(kd=1.0)
+        module = DistillationFramework(pair.student, teacher, pair.vocabulary, LossConfig(), scheduler)
+        losses += [module(batch, 0).loss.item() for batch in batches]
+    assert losses == pytest.approx(losses[:1] * 4, rel=1e-5)
+
+
+class Model:
+    """Lists of windows, each read by itself."""
+
+    def __init__(self, model):
+        self.model = model
+        self.lengths = []
+
+    def lists(self, windows, top_k):
+        answers = []
+        for ids in windows:
+            self.lengths.append(len(ids))
+            log_probs = self.model(torch.tensor([ids])).logits[0, :-1].log_softmax(-1)
+            top = log_probs.topk(top_k)
+            realised = log_probs.gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+            answers.append((top.indices.numpy(), top.values.detach().numpy(), realised.detach().numpy()))
+        return answers
+
+
+def test_a_teacher_that_is_elsewhere_is_sent_each_document_by_itself():
+    pair = isolated_pair("own start markers")
+    batch = pair.batch(TEXTS)
+    source = Model(pair.teacher)
+    signal = ListedTeacher(source, pair.vocabulary).signal(batch, 300)
+    assert len(source.lengths) == len(TEXTS) > len(batch.teacher_ids)
+    assert sum(source.lengths) == int(batch.teacher_mask.sum())
+
+    expected = pair.frozen().signal(batch, 300)
+    torch.testing.assert_close(signal.log_mass.exp(), expected.log_mass.exp(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(signal.log_probs[:, 0], expected.log_probs[:, 0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("mix", ["weights", "likelihood"])
+def test_several_teachers_read_each_document_by_itself(mix):
+    setting = several(THREE, mix, isolates=True)
+    module = setting.framework()
+    packed, separate = (setting.pair.collate(windows) for windows in packed_and_separate(setting.pair.encoder))
+    assert len(packed.student_ids) < len(separate.student_ids)
+
+    together, alone = (module(batch, 0).loss for batch in (packed, separate))
+    assert together.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_positions_are_chosen_as_in_separate_windows():
+    pair = isolated_pair(max_length=32)
+    module = pair.framework({"kd": 1.0}, select_by="student_entropy")
+    windows = pair.encoder.windows(TEXTS)
+    batch = pair.collator()(windows)
+    assert batch.student_positions is not None
+    with torch.no_grad():
+        states = body_states(pair.student, batch.student_ids, positions=batch.student_positions)
+        scores = entropy(head_logits(pair.student, states.flatten(0, 1)[batch.row_student]))
+
+    order = np.concatenate(places_of(batch, pair.student, share=0.5))
+    expected = np.concatenate([places(part.numpy(), 0.5) for part in scores.split(batch.window_rows.tolist())])
+    assert np.array_equal(order, expected)
+    chosen = {int(position) for position in module.chosen(batch, 0.5)}
+    assert chosen == {int(position) for position in batch.row_student[torch.from_numpy(order >= 0)]}
+
+
+def varlen(module, query, key, value, attention_mask, scaling=None, position_ids=None, **options):
+    """Attention as that of flash kernels: rows laid end to end, and no mask but what the positions say."""
+    assert attention_mask is None and len(query) == 1
+    key, value = (states.repeat_interleave(module.num_key_value_groups, 1) for states in (key, value))
+    begins = (position_ids[0] == 0).nonzero().flatten().tolist()
+    parts = []
+    for begin, end in zip(begins, [*begins[1:], query.shape[2]], strict=True):
+        document = [states[:, :, begin:end] for states in (query, key, value)]
+        parts.append(F.scaled_dot_product_attention(*document, is_causal=True, scale=scaling))
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+@pytest.fixture
+def varlen_kernel():
+    """Name of an attention that behaves as flash kernels of variable length do."""
+    name = "varlen_for_tests"
+    AttentionInterface.register(name, varlen)
+    AttentionMaskInterface.register(name, lambda *_, **__: None)
+    return name
+
+
+def test_a_kernel_of_variable_length_reads_what_a_mask_lets_be_seen(varlen_kernel):
+    pair = isolated_pair("own start markers", max_length=24)
+    batch = pair.batch([*TEXTS, *tiny.STORIES[:2]])
+    teacher = pair.frozen()
+    expected = teacher.signal(batch, 8, layers=[1])
+    assert document_attention.failure_of(pair.teacher, varlen_kernel) == ""
+
+    teacher.document_attention = DocumentAttention(varlen_kernel, "for a test")
+    signal = teacher.signal(batch, 8, layers=[1])
+    held = batch.teacher_held
+    for states, expected_states in zip(signal.hidden, expected.hidden, strict=True):
+        torch.testing.assert_close(states.flatten(0, 1)[held], expected_states.flatten(0, 1)[held])
+    torch.testing.assert_close(signal.log_probs, expected.log_probs, rtol=1e-4, atol=1e-5)
+    # Evaluations and windows of one document go on as they did.
+    assert pair.teacher.config._attn_implementation == "sdpa"
+
+
+def test_a_kernel_that_fails_or_reads_across_documents_is_found_out(varlen_kernel):
+    model = tiny.tiny_llama(40)
+    AttentionInterface.register(varlen_kernel, lambda module, query, *_, **__: 1 / 0)
+    assert "division by zero" in document_attention.failure_of(model, varlen_kernel)
+    AttentionInterface.register(varlen_kernel, sdpa_attention_forward)
+    assert "reads across documents" in document_attention.failure_of(model, varlen_kernel)
+    assert "flash" in document_attention.failure_of(model, "flash_attention_2").lower()
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_the_choice_of_a_kernel_says_why():
+    choice = document_attention.choose(tiny.tiny_llama(40))
+    assert choice.name is None
+    assert "on cpu" in choice.reason and "block mask" in choice.reason
+
+
 @pytest.mark.parametrize("side", SIDES)
 def test_logits_of_an_evaluation_are_those_of_separate_windows(side):
     pair = isolated_pair()
     model = getattr(pair, side).double()
-    packed = pair.encoder.windows(TEXTS)
-    separate = [window for text in TEXTS for window in pair.encoder.windows([text])]
-
     nlls = []
-    for windows in (packed, separate):
+    for windows in packed_and_separate(pair.encoder):
         inputs, labels = pair.collator()(windows).scored(side)
         logits = model(**inputs, use_cache=False).logits.flatten(0, 1)
         nlls.append(torch.nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum"))
@@ -89,8 +272,8 @@ def test_the_attention_term_looks_at_no_other_document():
         anchors = batch.anchors
         for row, window in enumerate(windows):
             begins = {side: document_begins(window, side) for side in SIDES}
-            for query in (anchors.sampled[row] >= 0).nonzero().flatten():
-                anchor = anchors.sampled[row, query]
+            for query in (anchors.queries[row] >= 0).nonzero().flatten():
+                anchor = anchors.queries[row, query]
                 width = batch.student_ids.shape[1]
                 document = (begins["student"] <= int(anchors.student[anchor]) - row * width).sum() - 1
                 keys = anchors.key_bytes[row]
