@@ -2,9 +2,9 @@
 
     python -m benchmarks.isolation
 
-A small Llama learns from a GPT-Neo of 3 million parameters on beginnings of TinyStories; the windows hold the same documents in both
-ways. Steps are interleaved, in CPU seconds. Both students of a seed see the same windows in the same order; all are
-scored in both ways. About 2 minutes of one core.
+A small Llama learns from a GPT-Neo of 3 million parameters on beginnings of TinyStories; the windows hold the same
+documents in both ways. Steps are interleaved, in CPU seconds. Both students of a seed see the same windows in the same
+order; all are scored in both ways. About 2 minutes of one core.
 """
 
 import argparse
