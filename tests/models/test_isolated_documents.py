@@ -1,5 +1,8 @@
 """Isolated documents: a window of several is learned from as if each document had a window to itself."""
 
+import itertools
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -20,12 +23,15 @@ from models.losses.selection import entropy, places
 from models.student_aware_router import ROUTER_TERMS, StudentAwareRouter
 from models.teacher.cached import CachedTeacher, RememberingCollator
 from models.teacher.listed import ListedTeacher
+from models.text.chat import ConversationSettings
+from models.text.encoder_decoder import make_encoder
 from models.text.windows import SIDES, document_begins
 from models.types import IGNORE
 from tests.models import tiny
 from tests.models.teacher.test_cached import Memory
 from tests.models.teacher.test_mixture import several
 from tests.models.test_language_model import build
+from tests.models.text.test_chat import CHATML, HEADED, messages, with_template
 
 THREE = (TeacherShare(0.5), TeacherShare(0.3), TeacherShare(0.2))
 TEXTS = ["Once upon a time", "there was a girl", "She loved to play", "The park was there"]
@@ -53,13 +59,13 @@ def in_float64(monkeypatch):
     torch.set_default_dtype(before)
 
 
-def packed_and_separate(encoder):
+def packed_and_separate(encoder, texts=TEXTS):
     """The windows of all texts together, and those of each text by itself, in the order of the former."""
-    names = [str(number) for number in range(len(TEXTS))]
-    packed = encoder.windows(TEXTS, names)
+    names = [str(number) for number in range(len(texts))]
+    packed = encoder.windows(texts, names)
     order = [int(name) for window in packed for name in window["documents"].split(",")]
-    separate = [window for number in order for window in encoder.windows([TEXTS[number]])]
-    assert len(packed) < len(separate) == len(TEXTS)
+    separate = [window for number in order for window in encoder.windows([texts[number]])]
+    assert len(packed) < len(separate) == len(texts)
     return packed, separate
 
 
@@ -104,6 +110,21 @@ def test_terms_on_hidden_states_are_those_of_a_window_for_each_document(name, te
         of_both.append(loss_and_gradients(pair, batch, **{term: 1.0}))
     assert of_both[0][0] > 0.01
     for value, expected in zip(*of_both, strict=True):
+        torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_conversations_are_learned_as_if_each_had_a_window_to_itself():
+    tokenizers = with_template(tiny.metaspace(), HEADED), with_template(tiny.byte_bpe(400), CHATML)
+    pair = tiny.pair_of(*tokenizers)
+    pair.student.double()
+    pair.teacher.double()
+    pair.encoder = make_encoder(tokenizers, 200, conversations=ConversationSettings(), starts=None).isolated()
+    conversations = [json.dumps(messages(question, answer)) for question, answer in itertools.pairwise(TEXTS)]
+
+    packed, separate = (pair.collator()(rows) for rows in packed_and_separate(pair.encoder, conversations))
+    together, alone = (loss_and_gradients(pair, batch, kd=0.6, lm=0.3, span=0.4) for batch in (packed, separate))
+    for value, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(value, expected, rtol=1e-9, atol=1e-12)
 
 
