@@ -7,7 +7,7 @@ a teacher may have that throughout, while a student has float32 weights and is m
 Shapes: B rows, S tokens of a row, H width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -61,7 +61,7 @@ def choose(model: nn.Module) -> DocumentAttention:
     for name, (test, needed) in FLASH.items():
         if capability < needed:
             reasons.append(f"{name} needs compute capability {needed[0]}.{needed[1]}")
-        elif not getattr(import_utils, test, _never)():
+        elif not _passes(test):
             reasons.append(f"{name} is not installed")
         elif failure := failure_of(model, name):
             reasons.append(f"{name} failed: {failure}")
@@ -128,9 +128,11 @@ def _attention(model: nn.Module, name: str) -> Iterator[None]:
         model.set_attn_implementation(usual)
 
 
+def _passes(test: str) -> bool:
+    """Return the answer of a test for a package; False where this version of transformers has no such test."""
+    is_available = getattr(import_utils, test, None)
+    return is_available is not None and is_available()
+
+
 def _words(devices: set[torch.device]) -> str:
     return " and ".join(sorted(map(str, devices)))
-
-
-_never: Callable[[], bool] = bool
-"""The test of a version of transformers that has none: False."""

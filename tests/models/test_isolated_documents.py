@@ -25,6 +25,7 @@ from models.teacher.cached import CachedTeacher, RememberingCollator
 from models.teacher.listed import ListedTeacher
 from models.text.chat import ConversationSettings
 from models.text.encoder_decoder import make_encoder
+from models.text.tokens import MARKER
 from models.text.windows import SIDES, document_begins
 from models.types import IGNORE
 from tests.models import tiny
@@ -324,6 +325,24 @@ def test_a_long_document_keeps_its_context_and_windows_of_one_document_need_no_p
     assert batch.student_positions is None
     assert torch.equal(batch.student_ids, expected.student_ids)
     assert torch.equal(batch.labels, expected.labels)
+
+
+@pytest.mark.usefixtures("in_float64")
+def test_the_end_of_a_long_document_keeps_its_context_beside_another_document():
+    pair = isolated_pair(max_length=24)
+    pair.student.double()
+    pair.teacher.double()
+    long, short = " ".join(TEXTS), "to play"
+    packed = pair.encoder.windows([long, short])
+    separate = [*pair.encoder.windows([long]), *pair.encoder.windows([short])]
+    assert 1 < len(packed) < len(separate)
+
+    # The span that is read again is no target.
+    shared = next(window for window in packed if len(document_begins(window, "student")) > 1)
+    roles = shared["student_roles"]
+    assert (roles[:2] == MARKER).all()
+    losses = [loss_and_gradients(pair, pair.collator()(windows), kd=0.6, lm=0.4)[0] for windows in (packed, separate)]
+    torch.testing.assert_close(*losses, rtol=1e-9, atol=0)
 
 
 def test_windows_and_caches_of_isolated_documents_have_another_identity():
