@@ -142,8 +142,14 @@ def main() -> None:
                 row[scored].append(bits_per_byte(model, pairs[scored], held_out[scored], "student"))
         bits[f"student, learned {way}"] = row
 
-    # 3. The tables.
     print(describe(facts))
+    _print_costs(costs, windows)
+    _print_bits(bits)
+    write(args.json, {"machine": facts, "costs": costs, "bits": bits})
+
+
+def _print_costs(costs: dict[str, dict], windows: dict[str, list[dict]]) -> None:
+    """Print time and memory of a step."""
     costs_rows = []
     for way, cost in costs.items():
         documents = sum(window["documents"].count(",") + 1 for window in windows[way]) / len(windows[way])
@@ -151,6 +157,9 @@ def main() -> None:
         costs_rows.append([way, len(windows[way]), f"{documents:.2f}", seconds, f"{cost['peak'] / 2**20:.0f}"])
     print(table(["documents", "windows", "documents a window", "ms a step", "peak MiB"], costs_rows))
 
+
+def _print_bits(bits: dict[str, dict[str, list[float]]]) -> None:
+    """Print bits per byte, and what isolation adds to them."""
     bits_rows = []
     for name, row in bits.items():
         bits_rows.append([name, *(f"{median(values):.4f}" for values in row.values())])
@@ -158,7 +167,6 @@ def main() -> None:
     print(table(["bits per byte", *(f"scored {way}" for way in WAYS)], bits_rows))
     print()
     print(table(["learned isolated less packed, by seed", *WAYS], [["bits per byte", *_differences(bits)]]))
-    write(args.json, {"machine": facts, "costs": costs, "bits": bits})
 
 
 if __name__ == "__main__":

@@ -71,31 +71,18 @@ def collect_anchors(
         router: how many anchors are sampled, and how long a run is.
     """
     student_readings, teacher_readings = readings
-    student_width, teacher_width = widths
-    parts: list[WindowAnchors] = []
-    anchors = 0
-    texts = 0
-    runs = 0
-
-    # Positions are flat in the batch; the rest is numbered on from the windows before.
+    windows = []
     for number, alignment in enumerate(aligned):
-        part = _window_anchors(
-            alignment,
-            (student_readings[number], teacher_readings[number]),
-            (begins[0][number], begins[1][number]),
-            router,
-        )
-        part = part.numbered_on(anchors, texts, runs)
-        parts.append(
-            part._replace(
-                student=part.student + number * student_width,
-                teacher=part.teacher + number * teacher_width,
+        windows.append(
+            _window_anchors(
+                alignment,
+                (student_readings[number], teacher_readings[number]),
+                (begins[0][number], begins[1][number]),
+                router,
             )
         )
-        anchors += len(part.student)
-        texts += len(part.sampled)
-        runs += part.runs
 
+    parts = _numbered_through(windows, widths)
     return Anchors(
         student=_joined([part.student for part in parts]),
         teacher=_joined([part.teacher for part in parts]),
@@ -116,8 +103,29 @@ def collect_anchors(
         ),
         query_begin=_padded([part.query_begin for part in parts], 0),
         attends=_padded([part.attends for part in parts], 0).bool(),
-        runs=runs,
+        runs=sum(part.runs for part in parts),
     )
+
+
+def _numbered_through(windows: Sequence[WindowAnchors], widths: tuple[int, int]) -> list[WindowAnchors]:
+    """Return anchors of windows as those of a batch: positions flat, the rest numbered on from the windows before."""
+    student_width, teacher_width = widths
+    parts = []
+    anchors = 0
+    texts = 0
+    runs = 0
+    for number, window in enumerate(windows):
+        part = window.numbered_on(anchors, texts, runs)
+        parts.append(
+            part._replace(
+                student=part.student + number * student_width,
+                teacher=part.teacher + number * teacher_width,
+            )
+        )
+        anchors += len(part.student)
+        texts += len(part.sampled)
+        runs += part.runs
+    return parts
 
 
 def _window_anchors(
