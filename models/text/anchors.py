@@ -114,6 +114,7 @@ def _numbered_through(windows: Sequence[WindowAnchors], widths: tuple[int, int])
     anchors = 0
     texts = 0
     runs = 0
+
     for number, window in enumerate(windows):
         part = window.numbered_on(anchors, texts, runs)
         parts.append(
