@@ -296,7 +296,8 @@ class RouterConfig(Validated):
     teacher_layers: Annotated[int, Gt(0)] = 8
     """Teacher layers that are kept, spread likewise."""
     positions: Annotated[int, Ge(4)] = 64
-    """rel and attn: anchors of a window that are compared with one another, spread evenly."""
+    """rel and attn: anchors of a window (of each document, where documents are isolated) that are compared with one
+    another, spread evenly."""
     heads: Annotated[int, Gt(0)] = 1
     """rel and attn: equal parts of a state that are compared on their own; a divisor of both widths."""
     span: Annotated[int, Gt(0)] = 16

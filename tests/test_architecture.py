@@ -17,7 +17,7 @@ FLOORS = {
         {"types", "validation", "attention", "mask_checks", "divergences"},
         {"config"},
         {"curriculum", "language_model"},
-        {"losses"},
+        {"losses", "document_attention"},
         {"text"},
         {"teacher"},
         {"student_aware_router", "chosen_positions"},

@@ -33,6 +33,14 @@ class Batch(Protocol):
         """Items of every loss term, known before any forward."""
 
     @property
+    def student_ids(self) -> Tensor:
+        """[B, S] tokens that the student reads, padded on the right."""
+
+    @property
+    def student_mask(self) -> Tensor:
+        """[B, S] 1 on tokens, 0 on padding."""
+
+    @property
     def labels(self) -> Tensor:
         """[B, S] token to predict at each position of the student, -100 where none is."""
 
@@ -204,6 +212,9 @@ class Pair(Protocol):
     def cached(self, teacher: Any, memory: Any) -> CachingTeacher: ...
 
     def remember(self, collate: Any, memory: Any, ahead: bool = True) -> Collator: ...
+
+    def describe_documents(self, teacher: Any) -> list[str]:
+        """Return how models read isolated documents, and why so, in lines for the log."""
 
     def framework(self, total_steps: int, *, student: Any, teacher: Any) -> Any:
         """Make the module that is trained, a `StepModule`."""

@@ -272,6 +272,10 @@ class DataConfig(Validated):
     max_length: Annotated[int, Ge(8)] = 512
     """Tokens per window, for each of the two models (capped at their context lengths)."""
 
+    isolate_documents: bool = False
+    """Documents that share a window do not see each other: each is read as if it were alone, by both models. Not for
+    models that cannot (recurrent ones, for one), which is measured as a run begins."""
+
     num_workers: Annotated[int, Ge(0)] = 0
     """Processes that prepare batches beside the training process."""
 

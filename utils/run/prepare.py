@@ -117,6 +117,7 @@ class TextSettings:
     text_starts: tuple[str | None, ...]
     today: date | None
     cache_dir: Path
+    isolate_documents: bool
 
 
 @dataclass(frozen=True)
@@ -239,6 +240,7 @@ def _text_settings(
         text_starts=(config.student.text_start, *(model.text_start for model in of_teachers)),
         today=today or conversation_date.choose(config).day,
         cache_dir=cache_dir() / "vocabularies",
+        isolate_documents=config.data.isolate_documents,
     )
 
 

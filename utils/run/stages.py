@@ -485,6 +485,9 @@ def make_module(job: Job, teacher: Teacher | None, student: nn.Module, plan: Pla
             log.debug("%s", line)
 
         module = job.pair.framework(plan.total_steps, student=student, teacher=teacher)
+        for line in job.pair.describe_documents(teacher):
+            log.info("%s", line)
+
         # A few huge channels of the teacher's states would outweigh all others; checkpoints hold the statistics.
         if is_new and module.router is not None:
             batches = loader.some_batches(
