@@ -119,6 +119,10 @@ class Method(Validated):
         """The terms on hidden states that the curriculum uses."""
         return self.curriculum.used() & {*ROUTER_TERMS}
 
+    def open_text(self, total_steps: int) -> Callable[[int], float]:
+        """Return the share of the training windows that is open in each of so many optimizer steps."""
+        return CurriculumScheduler(self.curriculum, self.loss, total_steps).open_text
+
     def check_widths(self, student: int, teacher: int) -> None:
         """Check that the router's heads divide the widths of both models.
 

@@ -244,6 +244,8 @@ class Method(Protocol):
 
     def check_widths(self, student: int, teacher: int) -> None: ...
 
+    def open_text(self, total_steps: int) -> "Callable[[int], float]": ...
+
     def chat_tokenizers(
         self,
         tokenizers: "dict[str, PreTrainedTokenizerBase]",

@@ -261,6 +261,11 @@ class DataConfig(Validated):
     deduplicate: bool = True
     """Drop documents whose text occurred before."""
 
+    order: Literal["random", "length", "teacher_loss"] = "random"
+    """Difficulty by which `curriculum.open_text` opens the training windows: the length of their documents (of a
+    packed window the mean of those that it has a part of), or the teacher's bits per byte, which takes one pass of the
+    teacher before training. random: all are open."""
+
 
 @dataclass(frozen=True)
 class TrainingConfig(Validated):

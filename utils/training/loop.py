@@ -238,6 +238,7 @@ class TrainingLoop:
             device=accelerator.device,
             num_workers=options.num_workers,
             after_epoch=options.before_checkpoint,
+            pacing=options.pacing,
         )
         self._gradient = StepGradient(
             self.engine,
@@ -551,7 +552,8 @@ class TrainingLoop:
 
     def _check_batches(self, batches: StepBatches) -> None:
         """Look for red flags in a step's batches; where that fails, no more of them are looked for."""
-        if self.flags is None:
+        # While few windows are open they are meant to come again.
+        if self.flags is None or self.options.pacing is not None:
             return
         flags = self.flags
         self.flags = None
