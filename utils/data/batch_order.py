@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
-from typing import cast
 
 import numpy as np
 
@@ -65,8 +64,9 @@ def step_batches(
 ) -> Iterator[list[int]]:
     """Window indices of one process for one epoch, micro-batch by micro-batch.
 
-    Step s consumes order[s * global_batch : (s + 1) * global_batch] of the epoch's order, whatever `micro_batch` and `processes` are. It is cut into `micro_batches_in_step` micro-batches a process, as even as
-    can be, none above `micro_batch`. With several processes, micro-batches of a short last step can be empty.
+    Step s consumes order[s * global_batch : (s + 1) * global_batch] of the epoch's order, whatever `micro_batch` and
+    `processes` are. It is cut into `micro_batches_in_step` micro-batches a process, as even as can be, none above
+    `micro_batch`. With several processes, micro-batches of a short last step can be empty.
 
     Args:
         steps: of the epoch; None: all.
@@ -163,7 +163,7 @@ def _paced_places(n: int, opened: list[int], global_batch: int, seed: np.random.
             if place is None:
                 is_new[:open_now] = True
                 pool += _newly(is_new, 0, open_now)
-                place = cast(int, _draw(pool, draws, open_now, is_new))
+                place = _draw(pool, draws, open_now, is_new)
             places.append(place)
     return np.array(places, dtype=np.int64)
 

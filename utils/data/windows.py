@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from ..config.settings import DataConfig
 from ..errors import UserError
-from .documents import byte_count, corpus_fingerprint, document_name, place_of_document
+from .columns import text_of_messages
+from .documents import Corpus, byte_count, corpus_fingerprint, document_name, place_of_document
 
 log = logging.getLogger(__name__)
 
@@ -275,6 +276,19 @@ def window_key(window: Window) -> bytes:
         value_bytes = value.encode() if isinstance(value, str) else np.asarray(value).tobytes()
         content.update(key.encode() + value_bytes)
     return content.digest()
+
+
+def window_lengths(windows: datasets.Dataset, corpus: Corpus) -> np.ndarray:
+    """Return [windows] the mean length of the documents that each window has a part of: bytes, of conversations of
+    what their messages say."""
+    lengths = {}
+    for text in corpus.train:
+        words = text_of_messages(text) if corpus.conversations else text
+        lengths[document_name(text)] = len(words.encode())
+
+    # A window lists the names of its documents, separated by commas.
+    means = (np.mean([lengths[name] for name in names.split(",")]) for names in windows["documents"])
+    return np.fromiter(means, np.float64, count=len(windows))
 
 
 # ---------------------------------------------------------------- warnings

@@ -249,6 +249,7 @@ def train_student(
         checkpoints=store,
         resume_from=resume_from,
         flags=red_flags(job, plan, student, start, session),
+        pacing=job.pacing,
         rounds=make_rounds(job, module, store, output, session),
         stop=session.stop,
         check=session.stop.check,
@@ -291,6 +292,7 @@ def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, ses
         collate=job.collate,
         module=module,
         share=module.curriculum.on_policy,
+        pacing=job.pacing,
         seed=job.config.training.seed,
         accelerator=job.accelerator,
     )
