@@ -225,9 +225,7 @@ def train_student(
     """
     config, accelerator = job.config, job.accelerator
     plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
-    with session.progress.over("loading the student", 1, "model file", unit="model") as note:
-        student = students.make(config.student, config.training, accelerator, job.layers)
-        note(1)
+    student = load_student(job, session)
 
     # Where a run goes on decides what is written anew and what is tried before.
     store = open_checkpoints(job, teacher, student, output)
@@ -271,6 +269,14 @@ def train_student(
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
     return Trained(module, result, start, options.rounds)
+
+
+def load_student(job: Job, session: Session) -> nn.Module:
+    """Make the student that training starts from, while the progress says so."""
+    with session.progress.over("loading the student", 1, "model file", unit="model") as note:
+        student = students.make(job.config.student, job.config.training, job.accelerator, job.layers)
+        note(1)
+    return student
 
 
 def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, session: Session) -> Rounds | None:

@@ -69,7 +69,7 @@ def test_with_all_windows_open_the_order_is_the_permutation(epoch):
 
 
 def test_an_order_is_a_pure_function_of_seed_and_epoch():
-    """Another object of the same scores and schedule, as after a resume, gives the same order; another seed does not."""
+    """Another object of the same scores and schedule, as after a resume, gives the same; another seed does not."""
     order = order_of_epoch(N, 3, 0, global_batch=5, pacing=pacing(RAMP))
     assert (order == order_of_epoch(N, 3, 0, global_batch=5, pacing=pacing(RAMP))).all()
     assert (order != order_of_epoch(N, 4, 0, global_batch=5, pacing=pacing(RAMP))).any()
