@@ -198,6 +198,11 @@ class CurriculumConfig(Validated):
         return any(values_of(self.on_policy))
 
     @property
+    def opens_text(self) -> bool:
+        """True if not all of the training text is open, anywhere in the run."""
+        return any(share != 1 for share in values_of(self.open_text))
+
+    @property
     def uses_statistics(self) -> bool:
         """True if a step depends on statistics of the steps before, which a training loop has to give it."""
         return self.balance != "none" or any(values_of(self.sample_weights))

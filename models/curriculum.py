@@ -107,6 +107,7 @@ class CurriculumScheduler:
         self.weights_windows = any(values_of(curriculum.sample_weights))
         self._own_text = curriculum.on_policy
         self._open_text = curriculum.open_text
+        self.opens_text = curriculum.opens_text
         self.uses_own_text = curriculum.uses_own_text
 
         self.loss = loss

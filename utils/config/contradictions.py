@@ -131,13 +131,12 @@ def _order_problems(config: RunConfig) -> list[Contradiction]:
     """Return the settings that contradict the order of the training text."""
     problems = []
     order = config.data.order
-    has_pacing = any(share != 1 for share in values_of(config.curriculum.open_text))
-    if order == "random" and has_pacing:
+    if order == "random" and config.curriculum.opens_text:
         problems.append(
             "curriculum.open_text opens the easiest text first, and data.order random knows none: give "
             "data.order length or teacher_loss"
         )
-    if order != "random" and not has_pacing:
+    if order != "random" and not config.curriculum.opens_text:
         problems.append(
             f"data.order {order} changes nothing while curriculum.open_text is 1: give it a ramp, such as "
             "--set 'curriculum.open_text={points: [[0, 0.2], [0.8, 1]]}'"

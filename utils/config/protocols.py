@@ -63,6 +63,10 @@ class CurriculumSettings(Protocol):
         """True if that share is above 0 at some time."""
 
     @property
+    def opens_text(self) -> bool:
+        """True if that share is below 1 at some time."""
+
+    @property
     def sample_weights(self) -> float | Schedule:
         """Degree to which windows are weighted in KD."""
 
