@@ -4,11 +4,9 @@ import tracemalloc
 
 import numpy as np
 
-from utils.data import windows as windows_module
 from utils.data.documents import byte_count
 from utils.data.sources import _cut_at_string
 from utils.data.texts import Texts
-from utils.data.windows import make_windows
 
 DOCUMENTS = ["plain", "", "caf\u00e9", "it\u2019s", "\U0001f600 four bytes"]
 
@@ -29,19 +27,6 @@ def test_texts_take_little_more_than_their_bytes():
 
     size = byte_count(texts)
     assert held < 1.2 * size and peak < 1.5 * size
-
-
-def encode(texts, names):
-    """Return a window for every call, which tells how many documents came at once."""
-    return [{"together": len(texts), "documents": ",".join(names)}]
-
-
-def test_long_documents_are_packed_in_smaller_groups(monkeypatch):
-    texts = ["a" * 60, "b" * 60, "c", "d" * 200, "e"]
-    assert make_windows(texts, encode, "v1")["together"][:].tolist() == [5]
-
-    monkeypatch.setattr(windows_module, "MOST_CHARACTERS_PER_PACK", 100)
-    assert make_windows(texts, encode, "v1")["together"][:].tolist() == [2, 2, 1]
 
 
 def test_a_separator_is_recognised_across_the_pieces_of_a_file(monkeypatch):

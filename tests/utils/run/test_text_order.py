@@ -4,14 +4,10 @@ import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset
 
 from tests.models.tiny import STORIES, byte_bpe, pair_of
-from utils.data.documents import Corpus, document_name
-from utils.data.windows import window_lengths
 from utils.evaluation.scores import token_nll
 from utils.run.text_order import _ask, _share
 
@@ -42,11 +38,3 @@ def test_scores_are_the_teachers_loss_on_each_window_by_itself():
         batch = job.collate([window])
         nats, _ = token_nll(teacher.model, [batch.scored("teacher")], torch.device("cpu"))
         assert score == pytest.approx(nats / int(batch.bytes) / math.log(2), rel=1e-4)
-
-
-def test_the_length_of_a_window_is_that_of_its_documents_whole():
-    texts = ["four", "nine \u2019s!!", "a" * 30]
-    names = [document_name(text) for text in texts]
-    windows = Dataset.from_dict({"documents": [f"{names[0]},{names[1]}", names[2], names[2]]})
-    corpus = Corpus(texts, [], conversations=False, report={})
-    assert window_lengths(windows, corpus).tolist() == [np.mean([4, 12]), 30, 30]
