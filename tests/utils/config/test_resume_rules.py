@@ -57,7 +57,6 @@ def test_settings_of_own_text_are_compared_only_where_there_is_any():
         ("curriculum.balance", "loss"),
         ("curriculum.sample_weights", 0.5),
         ("curriculum.open_text", 0.5),
-        ("data.order", "length"),
     ],
 )
 def test_what_older_runs_had_not_is_compared_only_where_it_is_used(key, other):
