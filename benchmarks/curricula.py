@@ -304,7 +304,7 @@ def tables(results: Sequence[dict]) -> str:
     for values in dict.fromkeys(tuple(line[key] for key in keys) for line in results):
         lines = [line for line in results if tuple(line[key] for key in keys) == values]
         pair, share, steps, size, name = values
-        title = f"**{name}**, {pair}: {steps} steps of {size} windows, {share:.0%} of the stories"
+        title = f"**{name}**, {pair}: {steps} steps of {size} windows, {share:.0%} of the text"
         parts.append(f"{title}\n\n{_table(lines)}\n\n{_verdict(lines)}")
     return "\n\n".join(parts)
 

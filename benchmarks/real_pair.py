@@ -13,6 +13,9 @@ behind the beginnings of unseen documents (`utils.evaluation.written_text`).
 Every run is a line of the results file, written when it ends; a run that is there is not repeated. Arms come in the
 order of their worth (`benchmarks.real.arms`), and one that does not fit into what is left of --budget is left out.
 The yardstick GOLD needs trl: `pip install --no-deps --target DIR trl`, PYTHONPATH=DIR.
+
+`--schedules NAME ...` tries schedules instead, beside the opponents of `benchmarks.curricula`: all but the constant
+that is trained as long as the schedule, since every window is read once.
 """
 
 import argparse
@@ -30,6 +33,7 @@ import torch
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.measure import machine
+from benchmarks.real import schedules
 from benchmarks.real.arms import CUTS, WHOLE, Arm, jobs
 from benchmarks.real.pair import TEACHER, RealPair, Setting
 from benchmarks.real.sources import STUDENT, plain_folder
@@ -152,6 +156,8 @@ class Benchmark:
             "rate": rate,
             **self.setting,
         }
+        if arm.schedule is not None:
+            job |= {"kind": schedules.KIND, "schedule": arm.schedule, "steps": self.pair.steps}
         stored = self.results.find(job)
         if stored is not None:
             self.budget.note(arm, stored["seconds"])
@@ -175,6 +181,8 @@ class Benchmark:
             traceback.print_exc()
             return None
         result = job | training | self._measured(student)
+        if arm.schedule is not None:
+            result |= self.pair.agreement(student)
         seconds = time.monotonic() - began
         self.budget.note(arm, seconds)
         self.results.add(result | {"seconds": round(seconds, 1)})
@@ -199,6 +207,22 @@ class Benchmark:
                 return best
             position = RATES.index(best)
 
+    def run_schedules(
+        self,
+        names: Collection[str],
+        seeds: int,
+        rate: float | None,
+    ) -> None:
+        """Do the runs of schedules and their opponents that the budget allows, seed by seed."""
+        if rate is None:
+            alone = next(arm for arm, _ in jobs(1) if arm.teacher is None and arm.layers == WHOLE)
+            rate = self.tuned_rate(alone)
+
+        for name in names:
+            for seed in range(seeds):
+                for arm in schedules.arms(name):
+                    self.run(arm, seed, rate)
+
     def run_all(self, seeds: int, depths: Collection[int]) -> None:
         """Do all runs of students of some depths that the budget allows, in the order of their worth."""
         rates: dict[int, float] = {}
@@ -217,6 +241,7 @@ class Benchmark:
 def _title(arm: Arm, seed: int) -> str:
     """Return an arm under a seed in words."""
     layers, teacher, name = key(arm)
+    name = name if arm.schedule is None else f"{arm.schedule}: {name}"
     return f"{layers or 'all'} layers, taught by {teacher}, {name}, seed {seed}"
 
 
@@ -265,6 +290,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--seeds", type=int, default=3, help="of arms that decide a default; 1 to 5")
 
+    parser.add_argument("--schedules", nargs="+", choices=schedules.NAMES, help="try these instead of the usual arms")
+    parser.add_argument("--rate", type=float, help="learning rate of --schedules; default: the best for text alone")
+
     # The machine.
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--precision", choices=("bf16", "no"), help="of autocast; default: bf16 on a GPU")
@@ -297,7 +325,8 @@ def main(arguments: list[str] | None = None) -> None:
     """Do the runs that the command line asks for, and print the tables."""
     args = parser().parse_args(arguments)
     if args.table:
-        print(tables([line for file in args.results for line in Results(file).lines]))
+        lines = [line for file in args.results for line in Results(file).lines]
+        print("\n\n".join([tables(lines), schedules.tables(lines)]))
         return
     results = Results(args.results[0])
 
@@ -322,6 +351,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"{pair.tokens:,} tokens, {pair.steps} steps; {budget.left:.0f} s are left", flush=True)
 
     benchmark = Benchmark(pair, results, budget)
+    if args.schedules:
+        benchmark.run_schedules(args.schedules, args.seeds, args.rate)
+        print("\n" + schedules.tables(results.lines))
+        return
     benchmark.measure_levels()
     benchmark.run_all(args.seeds, args.depths)
     print("\n" + tables(results.lines))

@@ -234,7 +234,8 @@ class DistillationFramework(nn.Module):
             head_terms = self._head_terms(batch, states, signal, scalars, statistics, with_target="kd" in head_shares)
             head = _computed(head_terms, head_shares, term_graphs=term_graphs)
             terms |= head.terms
-            samples = head.samples
+            # Only where they weigh something: how often a run measures must not reach what it learns.
+            samples = head.samples if weights["kd"] else None
         if routed:
             terms |= self._hidden_state_terms(batch, hidden, signal, routed, weights)
             parts += [terms[name].sum * shares[name] for name in routed if weights[name]]

@@ -100,6 +100,9 @@ ENDS: dict[tuple[str, float], str] = {
 }
 """Divergence and share of the teacher in its mixture, at which nothing is mixed -> the divergence that it is there."""
 
+NEAR_END = 1e-6
+"""Nearer to 0 or 1 than this a share of the teacher is that end: float32 divides by what is left of it."""
+
 if TYPE_CHECKING:
     DivergenceName = str
 else:
@@ -136,7 +139,10 @@ def divergence(
 
 def divergence_at(kind: str, skew: float) -> str:
     """Return the name of the divergence that one is at a share of the teacher in its mixture: another at its ends."""
-    return ENDS.get((kind, float(skew)), kind)
+    for end in (0.0, 1.0):
+        if abs(skew - end) < NEAR_END:
+            return ENDS.get((kind, end), kind)
+    return kind
 
 
 def temper(log_probs: Tensor, temperature: float | Tensor) -> Tensor:

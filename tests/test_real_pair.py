@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import real_pair
 from benchmarks.quality import merged_probabilities
+from benchmarks.real import schedules
 from benchmarks.real.arms import HEALED, WHOLE, jobs
 from benchmarks.real.pair import ITSELF, TEACHER, RealPair, Setting
 from benchmarks.real.signals import SignalArrays
@@ -78,6 +79,27 @@ def test_every_arm_runs_and_none_twice(command, few_arms, tmp_path, capsys):
     before = results.read_text()
     real_pair.main(arguments)
     assert results.read_text() == before
+
+
+def test_a_schedule_is_tried_beside_its_opponents(command, tmp_path, capsys):
+    results = tmp_path / "results.jsonl"
+    arguments = [*command, "--results", str(results), "--seeds", "2", "--rate", "1e-3", "--schedules", "ever less KD"]
+    real_pair.main(arguments)
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    assert {line["kind"] for line in lines} == {"schedule"}
+    expected = [arm.name for arm in schedules.arms("ever less KD")]
+    assert [(line["name"], line["seed"]) for line in lines] == [(name, seed) for seed in (0, 1) for name in expected]
+    assert all(line["kl"] > 0 and 0 <= line["top1"] <= 1 for line in lines)
+
+    written = capsys.readouterr().out
+    assert "**ever less KD**" in written and "against its reversal" in written
+    real_pair.main([*arguments, "--table"])
+    assert "against its reversal" in capsys.readouterr().out
+
+
+def test_schedules_that_need_more_than_a_step_are_not_offered():
+    assert {"forward to reverse KL", "ever more positions"} <= set(schedules.NAMES)
+    assert not {"sample weights later", "ever less KD, balanced losses"} & set(schedules.NAMES)
 
 
 def test_a_spent_budget_leaves_arms_out(command, few_arms, tmp_path, capsys):

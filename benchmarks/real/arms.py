@@ -36,6 +36,8 @@ class Arm:
     """Learn by the loss of TRL's GOLD trainer instead."""
     seeds: int = 3
     """Seeds, at most: one for what decides no default."""
+    schedule: str | None = None
+    """Name of the schedule that the arm is, or that it is an opponent of."""
 
 
 def _lm(layers: int) -> Arm:

@@ -34,6 +34,8 @@ TOP_K = 256
 MAX_DEPTH = LossConfig().max_depth
 SCORED_TOGETHER = 8
 """Windows in a batch that is scored."""
+COMPARED_WINDOWS = 8
+"""Unseen windows of each corpus on which the student's distributions are compared with the teacher's."""
 
 Window = dict[str, Any]
 
@@ -270,6 +272,20 @@ class RealPair:
         bits = {corpus: nats[corpus] / num_bytes[corpus] / np.log(2) for corpus in nats}
         bits["all"] = sum(nats.values()) / sum(num_bytes.values()) / np.log(2)
         return {name: float(value) for name, value in bits.items()}
+
+    def agreement(self, model: nn.Module) -> dict[str, float]:
+        """Return how near a student is to the teacher on unseen windows: KL, and how often its first choice is."""
+        distillation = replace(self.distillations[TEACHER], method=Method(LossConfig(head_passes="eager")))
+        framework = replace(distillation, teacher=None).framework(1, student=model)
+        windows = [window for corpus in self.unseen.values() for window in corpus[:COMPARED_WINDOWS]]
+
+        sums = {"kl_sum": 0.0, "agree": 0.0, "count": 0.0}
+        for first in range(0, len(windows), SCORED_TOGETHER):
+            batch = distillation.collate(windows[first : first + SCORED_TOGETHER]).to(self.setting.device)
+            compared = framework.compare(batch, distillation.teacher.signal(batch, TOP_K))
+            for name in sums:
+                sums[name] += float(compared[name])
+        return {"kl": sums["kl_sum"] / sums["count"], "top1": sums["agree"] / sums["count"]}
 
     def written_text(self, model: nn.Module) -> dict[str, float | int | None]:
         """Return the metrics of texts that a student writes behind the beginnings of unseen documents."""

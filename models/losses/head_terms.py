@@ -84,8 +84,7 @@ class HeadTerms:
                 lm_weight = lm_weight - shares["span"] * span.slope
 
         # A term without a share gives no gradient; without any share the whole pass is a measurement.
-        # The mean over the chosen positions: their sum over a share of the count of all.
-        kd_weight = shares.get("kd", 0.0) / self._select
+        kd_weight = shares.get("kd", 0.0)
         is_learning = torch.is_grad_enabled() and any(shares.values())
         with torch.set_grad_enabled(is_learning):
             head = self._run_head(lm_weight, kd_weight, with_target=bool(kd_weight))
@@ -118,9 +117,11 @@ class HeadTerms:
         if kd_sum is None:
             with torch.no_grad():
                 kd_sum = self._run_head(0.0, with_target=True).kd_sum
-        skipped = (~self.target.valid).sum()
-        unlisted = None if self.signal is None else self.signal.log_mass.isneginf().sum()
-        return LossTerm(kd_sum / self._select, self.batch.counts["kd"], skipped, unlisted)
+        skipped = (~self.target.valid).sum() * self._positions_of_a_row
+        unlisted = None
+        if self.signal is not None:
+            unlisted = self.signal.log_mass.isneginf().sum() * self._positions_of_a_row
+        return LossTerm(kd_sum, self.batch.counts["kd"], skipped, unlisted)
 
     def span(self, learns: bool) -> SpanResult:
         """Compute span likelihood, and its slope if it `learns`, from the log-probabilities of the labels."""
@@ -180,8 +181,10 @@ class HeadTerms:
         interpolation = self.scalars.get("interpolation", 1.0)
         target = self.target
         positions = self.batch.row_supervised
-        if self._row_weights is not None:
-            target = replace(target, weight=self._row_weights)
+        weights = [weight for weight in (self._sample_weights, self._selection_weights) if weight is not None]
+        if weights:
+            weight = torch.stack(weights).prod(0).to(target.probs.dtype)
+            target = replace(target, weight=weight)
         if self.chosen is not None:
             target = target.rows(self.chosen)
             positions = positions[self.chosen]
@@ -223,13 +226,13 @@ class HeadTerms:
         return sample_weights.frontier(excess)
 
     @cached_property
-    def _row_weights(self) -> Tensor | None:
+    def _sample_weights(self) -> Tensor | None:
         """Return [N] the weight of the window of each row of the target; None: they all weigh alike."""
         if self._window_scores is None or self.mean_score is None:
             return None
         degree = self.scalars["sample_weights"]
         weights = sample_weights.window_weights(self._window_scores, self.mean_score, degree)
-        return weights[self._row_window].to(self.target.probs.dtype)
+        return weights[self._row_window]
 
     @property
     def _sample_sums(self) -> Tensor | None:
@@ -237,7 +240,7 @@ class HeadTerms:
         if self._window_scores is None:
             return None
         scores = self._window_scores[self._row_window]
-        deviations = torch.zeros_like(scores) if self._row_weights is None else self._row_weights - 1
+        deviations = torch.zeros_like(scores) if self._sample_weights is None else self._sample_weights - 1
         return torch.stack([scores.sum(), deviations.to(scores.dtype).square().sum()])
 
     @property
@@ -264,6 +267,28 @@ class HeadTerms:
         # What the teacher cannot judge teaches nothing.
         scores = scores.masked_fill(~self.target.valid, -torch.inf)
         return selection.choose(scores, self._row_window, self.batch.window_rows, self._select)
+
+    @cached_property
+    def _selection_weights(self) -> Tensor | None:
+        """Return [N] how many positions a chosen one stands for, each those of its window; None: for itself alone.
+
+        So KD is the mean over the chosen positions of each window, and a window weighs as much as it does without a
+        choice, however few are chosen of it.
+        """
+        if self._select == 1:
+            return None
+        if self.config.select_by == selection.STORED:
+            return selection.positions_of_a_chosen_one(self._places.of, self._select)
+
+        ones = torch.ones_like(self._row_window, dtype=torch.float64)
+        positions = ones.new_zeros(len(self.batch.window_rows)).index_add_(0, self._row_window, ones)
+        return selection.positions_of_a_chosen_one(positions, self._select)[self._row_window]
+
+    @property
+    def _positions_of_a_row(self) -> float:
+        """Return how many positions there are for each row: those behind the stored choice are no rows."""
+        rows = len(self._row_window)
+        return float(self.batch.window_rows.sum()) / rows if self.batch.places is not None and rows else 1.0
 
     @property
     def _places(self) -> Places:

@@ -124,10 +124,25 @@ def choose_by_places(places: Places, positions: np.ndarray, share: float) -> Ten
     if count >= len(places.place):
         return None
 
-    most = (share * places.of).round().clamp_min(1)
+    most = _chosen_of(places.of, share)
     row = torch.arange(len(places.place), device=places.place.device)
     # The host knows how many there are: it does not wait for the device.
     return torch.where(places.place < most, row, len(row)).sort().values[:count]
+
+
+def positions_of_a_chosen_one(positions: Tensor, share: float) -> Tensor:
+    """Return how many positions each chosen one stands for, of windows with so many; any shape.
+
+    Args:
+        positions: how many a window has.
+        share: above 0, at most 1.
+    """
+    return positions / _chosen_of(positions, share)
+
+
+def _chosen_of(positions: Tensor, share: float) -> Tensor:
+    """Return how many positions are chosen of windows with so many, as `positions_of_share` says on the host."""
+    return (share * positions.double()).round().clamp_min(1)
 
 
 def choose(scores: Tensor, window: Tensor, positions: np.ndarray, share: float) -> Tensor:
@@ -144,7 +159,7 @@ def choose(scores: Tensor, window: Tensor, positions: np.ndarray, share: float) 
     # On the device the same numbers again, in the same precision: a copy from the host would be waited for.
     ones = torch.ones_like(scores, dtype=torch.float64)
     held = ones.new_zeros(len(positions)).index_add_(0, window, ones)
-    most = (share * held).round().clamp_min(1)
+    most = _chosen_of(held, share)
 
     # By window, and in each by score.
     order = scores.argsort(descending=True, stable=True)

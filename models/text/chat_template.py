@@ -628,8 +628,8 @@ class ChatTemplate:
                 continue
             is_refused = False
 
-            # A template that expects JSON writes an object as Python does.
-            if mark in written and f"'{mark}'" not in written:
+            # A template that expects JSON writes an object as Python does; find(place='Ulm') is a form of its own.
+            if mark in written and f"'place': '{mark}'" not in written:
                 return form  # type: ignore[return-value]
         return "objects" if is_refused else "unwritten"
 
@@ -761,8 +761,8 @@ class ChatTemplate:
     ) -> list[list[str]] | None:
         """Return the fields in the spelling in which the template writes them where the marks are.
 
-        Only the arguments of calls have several: as they are, and as a text in JSON. None: the template writes
-        something else.
+        Only the arguments of calls have several: as they are, and as a text in JSON or Python. None: the template
+        writes something else.
         """
         marked = self.marked(rendering.outline)
         written = self._render(rendering.outline, fields)
@@ -877,6 +877,9 @@ class ChatTemplate:
         )
 
 
+_IN_SINGLE_QUOTES = str.maketrans({"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r"})
+
+
 def _spellings(text: str, is_argument: bool) -> list[str]:
     """Return the spellings in which a template may write a field."""
     if not is_argument:
@@ -885,7 +888,10 @@ def _spellings(text: str, is_argument: bool) -> list[str]:
 
     # JSON in JSON, where a template writes arguments that are JSON as one text.
     in_json = json.dumps(as_json[0], ensure_ascii=False)[1:-1]
-    return list(dict.fromkeys([in_json, *as_json, text]))
+
+    # A text of Python between single quotes: find(place='Sam\'s').
+    in_single_quotes = text.translate(_IN_SINGLE_QUOTES)
+    return list(dict.fromkeys([in_json, *as_json, in_single_quotes, text]))
 
 
 def _behind_reasoning(text: str, message: int, shape: Shape) -> int:

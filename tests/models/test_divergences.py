@@ -89,6 +89,16 @@ def test_at_an_end_of_its_mixture_a_divergence_is_another(kind, skew, end):
         assert torch.allclose(near.double(), limit, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("kind", sorted(MIXED))
+@pytest.mark.parametrize("skew", [1e-300, 1e-46, 1e-38, 2e-6, 1 - 2e-6, 1 - 1e-8, 1 - 1e-16])
+def test_no_share_of_the_teacher_between_the_ends_is_too_near_to_one(kind, skew):
+    log_p, log_q = (side.float() for side in random_pair(spread=4.0))
+    log_q.requires_grad_()
+    value = divergence(log_p, log_q, kind, skew).sum()
+    value.backward()
+    assert value.isfinite() and log_q.grad.isfinite().all()
+
+
 def test_the_generalised_divergence_is_the_mirror_image_of_its_opposite():
     log_p, log_q = random_pair()
     there = divergence(log_p, log_q, "generalised_jsd", 0.3)

@@ -120,6 +120,13 @@ def test_a_degree_of_zero_and_an_unknown_mean_change_no_bit(pair, mean):
     assert changed.loss.item() != reference.loss.item()
 
 
+def test_a_kd_that_is_only_measured_says_nothing_of_windows(pair):
+    """Or how often a run measures its terms would change the mean that later steps weigh windows by."""
+    framework = framework_of(pair, 1.0, kd=0.0, lm=1.0)
+    output = framework(pair.batch(), 1, measure=True, statistics={})
+    assert output.terms["kd"].sum > 0 and output.samples is None
+
+
 def test_equal_models_have_no_kd_and_no_frontier():
     same = pair_of(byte_bpe(300), byte_bpe(300), max_length=24)
     same.student.load_state_dict(same.frozen().model.state_dict())

@@ -99,11 +99,12 @@ def learn(framework, batch, **options) -> tuple[float, list[torch.Tensor]]:
     return output.terms["kd"].sum.item(), [gradient.clone() for gradient in gradients(framework)]
 
 
+@pytest.mark.parametrize("share", [0.3, 0.02, 1e-40])
 @pytest.mark.parametrize("name", NAMES)
-def test_kd_is_the_mean_over_the_chosen_positions(pair, name):
+def test_kd_is_the_mean_over_the_chosen_positions_of_each_window(pair, name, share):
     """Each position's divergence and score, from a batch's whole logits; the chosen ones are found by sorting."""
     batch = pair.batch()
-    framework = framework_of(pair, 0.3, name)
+    framework = framework_of(pair, share, name)
     signal = framework.ask(batch)
     target: SparseTarget = framework._target(batch, signal)
     with torch.no_grad():
@@ -118,8 +119,10 @@ def test_kd_is_the_mean_over_the_chosen_positions(pair, name):
     for window in range(len(batch.student_ids)):
         mine = (batch.row_student // width == window).nonzero()[:, 0].tolist()
         mine.sort(key=lambda row: -scores[row].item())
-        expected += sum(divergences[row].item() for row in mine[: round(0.3 * len(mine))])
-    assert learn(framework, batch)[0] == pytest.approx(expected / 0.3, rel=1e-4)
+        most = max(1, round(share * len(mine)))
+        # The window weighs as much as it does when all of it is chosen.
+        expected += len(mine) * sum(divergences[row].item() for row in mine[:most]) / most
+    assert learn(framework, batch)[0] == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_share_of_one_is_the_loss_without_it_bit_for_bit(pair):

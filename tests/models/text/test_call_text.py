@@ -45,6 +45,15 @@ CALLS_IN_JSON = CHATML.replace(
     "{{- '[' + call.function.name + ']' + call.function.arguments }}{%- endfor %}{{- ",
 )
 """Expects arguments that are JSON, as the templates of DeepSeek do."""
+PYTHON_CALLS = CHATML.replace(
+    "m.content + ",
+    "m.content }}{%- for call in m.tool_calls or [] %}{{- '[' + call.function.name + '(' }}"
+    "{%- for key, value in call.function.arguments | items %}{{- key + '=' }}{%- if value is string %}"
+    """{{- "'" + value | replace("\\\\", "\\\\\\\\") | replace("'", "\\\\'") | replace("\n", "\\\\n") + "'" }}"""
+    "{%- else %}{{- value | tojson }}{%- endif %}{%- endfor %}{{- ')]' }}{%- endfor %}"
+    "{{- ",
+)
+"""Writes a call as Python does, as the templates of LFM2 do."""
 THINKING_AND_CALLS = QWEN3.replace(
     "{{- said + '<|im_end|>\n' }}",
     "{{- said }}{%- for call in m.tool_calls or [] %}{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}"
@@ -124,6 +133,17 @@ def test_a_template_that_expects_json_gets_json():
     (window,) = encoder.windows([conversation(USER, calling({"place": 'a "b"', "n": 1}), tools=None)])
     written = "".join(texts_of(encoder, window, 0, TEXT, WRITTEN, END))
     assert written == '[find]{"place": "a \\"b\\"", "n": 1}<|im_end|>'
+
+
+@pytest.mark.parametrize("place", ["Ulm", 'Sam\'s "bar"', "a\\b\nc'"])
+def test_a_template_that_writes_calls_in_python_is_followed(place):
+    encoder = encoder_of(PYTHON_CALLS, QWEN_INSTRUCT)
+    called = conversation(USER, calling({"place": place}), tools=None)
+    (window,) = encoder.windows([called])
+    in_quotes = place.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    (learned,) = texts_of(encoder, window, 0, TEXT, WRITTEN)
+    assert learned == f"[find(place='{in_quotes}')]<|im_end|>"
+    assert encoder.notes([called]) == []
 
 
 def test_a_control_token_in_an_argument_is_text():
