@@ -151,6 +151,9 @@ class CurriculumScheduler:
         """Return the share of the windows of an optimizer step that the student writes itself."""
         return value_at(self._own_text, self.progress(step))
 
-    def open_text(self, step: int | None) -> float:
-        """Return the share of the training windows, from the easiest, that an optimizer step draws from."""
-        return value_at(self._open_text, self.progress(step))
+    def open_text(self, step: int) -> float:
+        """Return the share of the training windows, from the easiest, that an optimizer step draws from.
+
+        A step behind the run is no mistake: the order of an epoch is drawn to its end.
+        """
+        return value_at(self._open_text, self.progress(min(step, self.total_steps)))
