@@ -14,8 +14,9 @@ A schedule that is better than one constant may only have met a better constant 
 All arms of a pair see the same batches and the same first student for a seed: differences are taken seed by seed. A
 schedule earns to be a default where it is below the best constant and below its reversal with the 95 % interval of
 either difference below 0: by at least 0.5 % of bits per byte, 1 % of the teacher's bits per byte of the text that the
-student writes, or a point of repeated 4-grams. The best constant is the best of the same figure. See
-benchmarks/quality.py.
+student writes, or a point of repeated 4-grams. The best constant is the best of the same figure, the mean one of the
+schedule among them. It earns nothing where the shuffled schedule or the best constant that is trained as long is no
+worse, or where it loses as much by another figure. See benchmarks/quality.py.
 
 Every run is a line of the results file, written when it ends; a run that is there is not repeated.
 """
@@ -49,6 +50,7 @@ LEAST_TEXT_GAIN = 0.01
 COMPARED_WINDOWS = 24
 """Unseen windows on which the student's distributions are compared with the teacher's."""
 AS_LONG = "best constant, as long"
+MEAN, SHUFFLED = "mean", "shuffled"
 SETTING = ("pair", "share", "steps", "size")
 """Names of what all runs of a table share."""
 
@@ -147,9 +149,9 @@ def arms_of(candidate: Candidate) -> dict[str, Schedule]:
     arms: dict[str, Schedule] = {f"constant {value:g}": value for value in candidate.constants}
     return arms | {
         "schedule": schedule,
-        "mean": mean_of(schedule),
+        MEAN: mean_of(schedule),
         "reversed": reversed_of(schedule),
-        "shuffled": shuffled_of(schedule),
+        SHUFFLED: shuffled_of(schedule),
     }
 
 
@@ -191,47 +193,66 @@ class Benchmark:
         candidate = CANDIDATES[name]
         for seed in self.args.seeds:
             for arm, schedule in arms_of(candidate).items():
-                self._run_arm(name, arm, candidate.variant(schedule), seed, self.args.steps)
+                self._run_arm(name, candidate.variant(schedule), seed, {"arm": arm, "trained_steps": self.args.steps})
 
         results = [line for line in read_results(self.args.results) if self._is_of(line, name)]
         best = best_constant(results)
         seconds = {arm: mean(line["seconds"] for line in results if line["arm"] == arm) for arm in (best, "schedule")}
         steps = round(self.args.steps * max(1.0, seconds["schedule"] / seconds[best]))
-        value = float(best.removeprefix("constant "))
+        variant = candidate.variant(arms_of(candidate)[best])
         for seed in self.args.seeds:
-            self._run_arm(name, AS_LONG, candidate.variant(value), seed, steps)
+            self._run_arm(name, variant, seed, {"arm": AS_LONG, "constant": best, "trained_steps": steps})
 
     def _is_of(self, line: dict, name: str) -> bool:
         setting = {key: getattr(self.args, key) for key in SETTING}
         return (setting | {"schedule": name}).items() <= line.items()
 
-    def _run_arm(self, name: str, arm: str, variant: Variant, seed: int, steps: int) -> None:
-        """Do one run, and add a line to the results, unless it is there."""
+    def _run_arm(
+        self,
+        name: str,
+        variant: Variant,
+        seed: int,
+        arm: dict,
+    ) -> None:
+        """Do one run, and add a line to the results, unless it is there.
+
+        Args:
+            arm: what is written of it, with its name and its steps.
+        """
+        arm = arm | {"seed": seed}
         done = [line for line in read_results(self.args.results) if self._is_of(line, name)]
-        if any((line["arm"], line["seed"]) == (arm, seed) for line in done):
+        if any(arm.items() <= line.items() for line in done):
             return
 
-        student, training = train(self.pair, variant, seed, steps, self.args.size)
+        student, training = train(self.pair, variant, seed, arm["trained_steps"], self.args.size)
         result = {
             **{key: getattr(self.args, key) for key in SETTING},
             "schedule": name,
-            "arm": arm,
-            "seed": seed,
-            "trained_steps": steps,
+            **arm,
             "seconds": training["seconds"],
             **self.measures.of(student, seed),
         }
         with self.args.results.open("a") as file:
             file.write(json.dumps(result) + "\n")
-        print(f"{name}, {arm}, seed {seed}: {result['bits_per_byte']:.4f} bits per byte", flush=True)
+        print(f"{name}, {arm['arm']}, seed {seed}: {result['bits_per_byte']:.4f} bits per byte", flush=True)
 
 
 # ------------------------------------------------------------------------------------------ tables
 
 
 def read_results(file: Path) -> list[dict]:
-    """Return the results that are there."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """Return the results that are there; a last line that was not written to its end is left out."""
+    if not file.exists():
+        return []
+    lines = file.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]
+
+
+def drop_cut_line(file: Path) -> None:
+    """Take a last line that was not written to its end off the results."""
+    if file.exists():
+        text = file.read_text()
+        file.write_text(text[: text.rfind("\n") + 1])
 
 
 @dataclass(frozen=True)
@@ -254,8 +275,8 @@ METRICS = (
 
 
 def best_constant(results: Sequence[dict], metric: Metric = METRICS[0]) -> str:
-    """Return the constant with the least of a metric, over all seeds."""
-    arms = {line["arm"] for line in results if line["arm"].startswith("constant ")}
+    """Return the constant with the least of a metric, over all seeds; the mean of the schedule is one of them."""
+    arms = {line["arm"] for line in results if line["arm"].startswith("constant ") or line["arm"] == MEAN}
     return min(arms, key=lambda arm: mean(metric.of(line) for line in results if line["arm"] == arm))
 
 
@@ -280,7 +301,7 @@ class Paired:
 
     def __str__(self) -> str:
         if not self.values:
-            return ""  # not run yet
+            return "not run yet"
         half = "" if self.half is None else f" ± {self.half:.2%}"
         return f"{mean(self.values):+.2%}{half}"
 
@@ -340,15 +361,27 @@ def _verdict(lines: Sequence[dict]) -> str:
         return "Not all of its arms were run yet."
 
     verdict = []
-    earns = False
     for metric in METRICS:
         best = best_constant(lines, metric)
         gains = [paired(lines, "schedule", opponent, metric) for opponent in (best, "reversed")]
-        earns = earns or all(gain.is_gain for gain in gains)
         verdict.append(f"- {metric.name}: {gains[0]} against {best}, {gains[1]} against its reversal")
 
+    earns = any(_earns(lines, metric) for metric in METRICS) and not any(_loses(lines, metric) for metric in METRICS)
     verdict.append("- It earns to be a default." if earns else "- It earns no default.")
     return "\n".join(verdict)
+
+
+def _earns(lines: Sequence[dict], metric: Metric) -> bool:
+    """Return True if a schedule is better by enough than what it has to beat, and no opponent is as good."""
+    to_beat = (best_constant(lines, metric), "reversed")
+    others = [paired(lines, "schedule", opponent, metric).values for opponent in (SHUFFLED, AS_LONG)]
+    is_as_good = any(mean(values) >= 0 for values in others if values)
+    return not is_as_good and all(paired(lines, "schedule", opponent, metric).is_gain for opponent in to_beat)
+
+
+def _loses(lines: Sequence[dict], metric: Metric) -> bool:
+    """Return True if the best constant is better than a schedule by as much as would earn it something."""
+    return paired(lines, best_constant(lines, metric), "schedule", metric).is_gain
 
 
 def main() -> None:
@@ -371,10 +404,14 @@ def main() -> None:
 
     if not args.table:
         prepare(parser, args.threads)
+        drop_cut_line(args.results)
         benchmark = Benchmark(args)
         for name in args.schedules:
             benchmark.run(name)
-    print(tables(read_results(args.results)))
+    results = read_results(args.results)
+    if not results:
+        parser.error(f"--results {args.results}: there are no results yet; leave --table out to do the runs")
+    print(tables(results))
 
 
 if __name__ == "__main__":

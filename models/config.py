@@ -291,6 +291,11 @@ class LossConfig(Validated):
             shares = values_of(getattr(self, name))
             if not all(0 <= share <= 1 for share in shares):
                 raise ValueError(f"{name} is a share, from 0 to 1, got {', '.join(f'{share:g}' for share in shares)}")
+        if not any(values_of(self.interpolation)):
+            raise ValueError(
+                "got interpolation 0 throughout, under which KD compares the student with itself, and teaches nothing; "
+                "expected a ramp to 1, or leave it out"
+            )
         if self.divergence == "skew_kl" and 1 in values_of(self.skew):
             raise ValueError(
                 "got skew 1 with divergence skew_kl, which compares the teacher with itself then, and teaches nothing; "

@@ -38,8 +38,9 @@ MOST_BALANCE = 10.0
 def balanced(weights: Mapping[str, float], sizes: Mapping[str, float]) -> dict[str, float]:
     """Return weights under which terms contribute to the total in proportion to what the weights say.
 
-    Each is multiplied by the weighted mean of all sizes over the size of its term, so that the total stays what it was.
-    The idea of a ratio without a gradient is NeMo-RL's.
+    Each is multiplied by the weighted mean of all sizes over the size of its term, so that the total stays what it was
+    unless a factor meets its bound: a term that has nothing left to teach cannot contribute its share. The idea of a
+    ratio without a gradient is NeMo-RL's.
 
     Args:
         sizes: of each term in the step before: its loss, or the norm of its gradient; a term without one keeps its

@@ -129,6 +129,12 @@ def test_a_skew_is_a_share_and_that_of_skew_kl_leaves_something_to_learn():
             LossConfig(divergence=divergence_name, skew=skew)
 
 
+def test_a_target_that_is_the_student_itself_throughout_is_refused():
+    with pytest.raises(ValueError, match=r"got interpolation 0 throughout, .* teaches nothing; expected a ramp to 1"):
+        LossConfig(interpolation=0.0)
+    assert LossConfig(interpolation=Ramp(((0.0, 0.0), (1.0, 1.0))))
+
+
 def test_unknown_divergence_is_refused_by_name():
     with pytest.raises(ValueError) as refusal:
         divergence(torch.zeros(1, 2), torch.zeros(1, 2), "kl", 0.1)

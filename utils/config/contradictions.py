@@ -44,6 +44,21 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
     return problems
 
 
+def without_effect(config: RunConfig) -> list[str]:
+    """Return the settings of KD that change nothing, since its weight is 0 throughout, and a balance of one term."""
+    curriculum = config.curriculum
+    terms = curriculum.used()
+    settings = []
+    if "kd" not in terms:
+        if min(values_of(curriculum.select)) < 1:
+            settings.append("curriculum.select")
+        if any(values_of(curriculum.sample_weights)):
+            settings.append("curriculum.sample_weights")
+    if curriculum.balance != "none" and len(terms) < 2:
+        settings.append("curriculum.balance")
+    return settings
+
+
 def _student_problems(student: StudentConfig) -> list[Contradiction]:
     """Return the contradictions between the student's beginning and its adapter."""
     problems: list[str] = []

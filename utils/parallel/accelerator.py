@@ -42,6 +42,7 @@ def build_accelerator(
         UserError: a launcher asks for FSDP1, or for a DeepSpeed that is refused.
     """
     check_launcher()
+    _forget_precision_of_earlier_runs(mixed_precision)
 
     ddp = DistributedDataParallelKwargs(
         find_unused_parameters=True,  # terms of the curriculum whose weight is 0 leave parameters without a gradient
@@ -68,6 +69,18 @@ def build_accelerator(
         # transformers loads DeepSpeed where it is installed, and that would warn that it had to look for a device
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return accelerator
+
+
+def _forget_precision_of_earlier_runs(mixed_precision: str) -> None:
+    """Let a second run of one process, as in a notebook, compute in another precision than the first.
+
+    accelerate has one state a process, and refuses a second precision in it. That of DeepSpeed stays, since it has the
+    engine's settings.
+    """
+    state = AcceleratorState._shared_state
+    is_other = state.get("_mixed_precision", mixed_precision) != mixed_precision
+    if is_other and state.get("distributed_type") != DistributedType.DEEPSPEED:
+        AcceleratorState._reset_state()
 
 
 def _number_device(accelerator: Accelerator) -> None:

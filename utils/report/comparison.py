@@ -347,8 +347,25 @@ class _RunSummary(_Read):
     stopped_by: str
 
 
+Share = Annotated[float, Ge(0), Le(1)]
+
+
 class _Retention(_Read):
     gap_closed: Annotated[float, Ge(-1e9), Le(1e9)] | None = None
+    kl_nats_per_token: Annotated[float, Ge(-1), Le(1e9)] | None = None
+    """Barely below 0 where rounding makes it so."""
+    top1_agreement: Share | None = None
+
+
+class _WrittenText(_Read):
+    """Figures of the text that a student writes."""
+
+    teacher_bits_per_byte: Bits | None = None
+    repeated_4grams: Share | None = None
+
+
+class _Generation(_Read):
+    student: _WrittenText | None = None
 
 
 class _Start(_Read):
@@ -364,6 +381,7 @@ class _Report(_Start):
     student: _Scores | None = None
     baseline: _Scores | None = None
     retention: _Retention | None = None
+    generation: _Generation | None = None
     run: _RunSummary
 
 
@@ -389,7 +407,8 @@ def result_table(runs: Sequence[Run]) -> Table:
     """Return a table with a row for each run, 80 columns wide.
 
     It has the share of the gap to the teacher closed and, where the runs are measured on the same text, the change
-    against the first one, with the best one in bold.
+    against the first one, with the best one in bold: not where settings ran with several seeds, of which the best one
+    is chance.
     """
     # Columns that say the same of all runs make way for long names.
     is_short = max(len(run.name) for run in runs) <= LONG_NAME
@@ -410,8 +429,9 @@ def result_table(runs: Sequence[Run]) -> Table:
 
     # Bits per byte compare only on the same text.
     least = min((run.bits("student") for run in runs if run.bits("student") is not None), default=None)
+    has_best = _is_same_text(runs) and least is not None and not over_seeds(runs)
     for run in runs:
-        is_best = _is_same_text(runs) and least is not None and run.bits("student") == least
+        is_best = has_best and run.bits("student") == least
         cells = [cell(run) for cell in columns.values()]
         table.add_row(run.name, *cells, style="bold" if is_best else None)
     return table
@@ -469,6 +489,25 @@ class SeedGroup(NamedTuple):
             return "-"
         return f"{statistics.fmean(numbers):.4f} ± {interval(numbers):.4f}"
 
+    def less(self, other: "SeedGroup", values: Callable[[Run], float | None]) -> str:
+        """Return the mean difference of a figure from another group's, seed by seed, with its interval.
+
+        Empty where fewer than two seeds have run in both, or the text that was measured on differs.
+        """
+        of_other = {run.settings.get(SEED): run for run in other.runs}
+        differences = []
+        for run in self.runs:
+            twin = of_other.get(run.settings.get(SEED))
+            if twin is None or twin.scored_bytes != run.scored_bytes:
+                continue
+            mine, theirs = values(run), values(twin)
+            if mine is not None and theirs is not None:
+                differences.append(mine - theirs)
+
+        if len(differences) < 2:
+            return ""
+        return f"{statistics.fmean(differences):+.4f} ± {interval(differences):.4f}"
+
 
 def over_seeds(runs: Sequence[Run]) -> list[SeedGroup]:
     """Return the groups of runs that differ in nothing but their seed, measured on the same text."""
@@ -490,22 +529,29 @@ def interval(numbers: Sequence[float]) -> float:
 
 
 def seeds_table(groups: Sequence[SeedGroup]) -> Table:
-    """Return a table with a row for each group of seeds: mean and 95 % confidence interval."""
-    table = _table("Over seeds: mean ± 95 % confidence interval")
+    """Return a table of the figures of each group of seeds: mean and 95 % confidence interval.
+
+    From the second group on, the differences from the first one too: those of equal seeds vary less than either.
+    """
+    title = "Over seeds: mean ± 95 % confidence interval"
+    table = _table(title if len(groups) < 2 else f"{title}; differences are of equal seeds")
     table.add_column("runs", overflow="fold", min_width=12)
     table.add_column("seeds", justify="right", no_wrap=True)
-    table.add_column("student", justify="right", no_wrap=True)
-
-    # The difference of each seed from its own comparison varies less than either of the two.
-    has_baseline = any(run.bits("baseline") is not None for group in groups for run in group.runs)
-    if has_baseline:
-        table.add_column("minus without teacher", justify="right", no_wrap=True)
+    table.add_column("figure", overflow="fold")
+    table.add_column("mean", justify="right", no_wrap=True)
+    if len(groups) > 1:
+        table.add_column("less the first", justify="right", no_wrap=True)
 
     for group in groups:
-        cells = [group.mean(lambda run: run.bits("student"))]
-        if has_baseline:
-            cells.append(group.mean(_against_baseline))
-        table.add_row(", ".join(run.name for run in group.runs), str(len(group.runs)), *cells)
+        heading = [", ".join(run.name for run in group.runs), str(len(group.runs))]
+        for name, values in FIGURES.items():
+            if all(values(run) is None for run in group.runs):
+                continue
+            cells = [group.mean(values)]
+            if len(groups) > 1:
+                cells.append("" if group is groups[0] else group.less(groups[0], values))
+            table.add_row(*heading, name, *cells)
+            heading = ["", ""]
     return table
 
 
@@ -513,6 +559,27 @@ def _against_baseline(run: Run) -> float | None:
     """Return the student's bits per byte less those of the same student without the teacher."""
     student, baseline = run.bits("student"), run.bits("baseline")
     return None if student is None or baseline is None else student - baseline
+
+
+def _retained(name: str) -> Callable[[Run], float | None]:
+    """Return what gives a figure of how near a run's student is to its teacher."""
+    return lambda run: (run.report.get("retention") or {}).get(name)
+
+
+def _written(name: str) -> Callable[[Run], float | None]:
+    """Return what gives a figure of the text that a run's student writes."""
+    return lambda run: ((run.report.get("generation") or {}).get("student") or {}).get(name)
+
+
+FIGURES: Mapping[str, Callable[[Run], float | None]] = {
+    "bits per byte": lambda run: run.bits("student"),
+    "minus without teacher": _against_baseline,
+    "KL to the teacher": _retained("kl_nats_per_token"),
+    "same first choice": _retained("top1_agreement"),
+    "teacher's of its text": _written("teacher_bits_per_byte"),
+    "repeated 4-grams": _written("repeated_4grams"),
+}
+"""Figures of finished runs with several seeds."""
 
 
 # ---------------------------------------------------------------------------------------- settings

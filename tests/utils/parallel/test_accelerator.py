@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from utils.parallel.accelerator import temporary_accelerator
+from utils.parallel.accelerator import build_accelerator, temporary_accelerator
 
 
 @pytest.mark.parametrize(("asked", "used"), [(None, "cpu"), ("xpu", "xpu")])
@@ -13,3 +13,9 @@ def test_on_a_cpu_deepspeed_is_told_its_device_before_a_library_loads_it(asked, 
         monkeypatch.delenv("DS_ACCELERATOR")
     with temporary_accelerator("no", cpu=True):
         assert os.environ["DS_ACCELERATOR"] == used
+
+
+def test_a_second_run_of_a_process_may_have_another_precision():
+    with temporary_accelerator("bf16", cpu=True):
+        for precision in ("no", "no", "bf16"):
+            assert build_accelerator(precision, cpu=True).mixed_precision == precision

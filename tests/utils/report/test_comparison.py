@@ -160,7 +160,8 @@ def test_over_seeds_there_is_a_mean_with_its_interval(place, tmp_path, capsys):
     assert interval([1.0, 1.1, 1.2]) == pytest.approx(4.303 * 0.1 / math.sqrt(3), rel=1e-6)
     compare(names, tmp_path / "out")
     shown = " ".join(capsys.readouterr().out.split())
-    assert "s0, s1, s2 3 1.1000 ± 0.2484" in shown and "without teacher" not in shown
+    assert "s0, s1, s2 3 bits per byte 1.1000 ± 0.2484" in shown
+    assert "without teacher" not in shown and "less the first" not in shown
 
 
 def test_over_seeds_the_difference_from_the_student_without_the_teacher_is_paired(place, tmp_path, capsys):
@@ -169,7 +170,30 @@ def test_over_seeds_the_difference_from_the_student_without_the_teacher_is_paire
         report = Path(name, "evaluation_report.json")
         report.write_text(json.dumps(json.loads(report.read_text()) | {"baseline": scores(bits, 5)}))
     compare(names, tmp_path / "out")
-    assert "1.0500 ± 0.6353 -0.0500 ± 0.0000" in " ".join(capsys.readouterr().out.split())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "bits per byte 1.0500 ± 0.6353 minus without teacher -0.0500 ± 0.0000" in shown
+
+
+def test_settings_with_several_seeds_are_compared_seed_by_seed(place, tmp_path, capsys):
+    """Seeds differ by 0.1, the settings by 0.01 and 0.02: -0.015 ± 12.706 * 0.00707 / sqrt(2)."""
+    names = []
+    for seed, first, second in ((0, 1.0, 0.99), (1, 1.1, 1.08), (2, 1.2, None)):
+        for rate, bits in ((1e-3, first), (2e-3, second)):
+            if bits is not None:
+                settings = {"training": {"seed": seed, "learning_rate": rate}}
+                names.append(place(f"r{rate:g}-{seed}", bits, settings=settings))
+    for number, name in enumerate(names):
+        report = Path(name, "evaluation_report.json")
+        figures = {"retention": {"kl_nats_per_token": 0.5 - number / 10}, "generation": {"student": {"tokens": 3}}}
+        report.write_text(json.dumps(json.loads(report.read_text()) | figures))
+
+    compare(names, tmp_path / "out")
+    shown = capsys.readouterr().out
+    assert max(map(len, shown[: shown.index("picture:")].splitlines())) <= 80
+    shown = " ".join(shown.split())
+    assert "3 bits per byte 1.1000 ± 0.2484" in shown
+    assert "2 bits per byte 1.0350 ± 0.5718 -0.0150 ± 0.0635" in shown
+    assert "KL to the teacher 0.3000 ± 1.2706 -0.1000 ± 0.0000" in shown and "4-grams" not in shown
 
 
 def test_a_table_for_other_programs_has_the_same_figures(place, tmp_path):
