@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
@@ -123,6 +123,10 @@ class Method(Validated):
     def state_terms(self) -> set[str]:
         """The terms on hidden states that the curriculum uses."""
         return self.curriculum.used() & {*ROUTER_TERMS}
+
+    def open_text(self, total_steps: int) -> Callable[[int], float]:
+        """Return the share of the training windows that is open in each of so many optimizer steps."""
+        return CurriculumScheduler(self.curriculum, self.loss, total_steps).open_text
 
     def check_widths(self, student: int, teacher: int) -> None:
         """Check that the router's heads divide the widths of both models.

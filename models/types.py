@@ -347,6 +347,14 @@ class PairedBatch(_Movable):
         realised = signal.realised[is_scored].double()
         return -float(realised.sum()), int(is_scored.sum())
 
+    def teacher_nll_by_window(self, signal: TeacherSignal) -> Tensor:
+        """Return [B] float64, the teacher's loss on each window of what `scored("teacher")` scores, in nats."""
+        _, labels = self.scored("teacher")
+        is_scored = labels.flatten()[self.teacher_held] != IGNORE
+        window = self.teacher_held // labels.shape[1]
+        nats = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+        return nats.index_add(0, window, -signal.realised.double() * is_scored)
+
 
 def _model_inputs(
     ids: Tensor,

@@ -4,7 +4,7 @@ The settings, the batch, the teacher and the module that is trained are seen fro
 A teacher of another kind (behind a server, or a second one) and a module with other terms need no change there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -254,6 +254,8 @@ class Method(Protocol):
     def state_terms(self) -> set[str]: ...
 
     def check_widths(self, student: int, teacher: int) -> None: ...
+
+    def open_text(self, total_steps: int) -> Callable[[int], float]: ...
 
     def chat_tokenizers(
         self,

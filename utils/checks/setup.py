@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,7 +109,7 @@ def documents(job: Job) -> Measured:
     value = "; ".join(f"{kind}: {sizes}" for kind, sizes in sides.items())
     is_doubtful = any(sizes.is_doubtful for sizes in sides.values())
     if is_doubtful:
-        value += text_documents.uncut_marker([*corpus.train, *corpus.eval])
+        value += text_documents.uncut_marker(chain(corpus.train, corpus.eval))
     return Measured(value, text_documents.DOCUMENTS_EXPECTED, passed=True, doubtful=is_doubtful)
 
 

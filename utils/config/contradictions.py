@@ -41,6 +41,8 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
     if config.loss.select_by == "first_student":
         problems += _first_student_problems(config, terms)
 
+    problems += _order_problems(config)
+
     if config.training.patience and not config.evaluation.every:
         message = "training.patience counts evaluations, and evaluation.every is 0: give --eval-every"
         problems.append(Contradiction("evaluation", message))
@@ -145,6 +147,41 @@ def _first_student_problems(config: RunConfig, terms: set[str]) -> list[Contradi
         problems.append("curriculum.sample_weights need the teacher everywhere, as span does")
     remedy = "choose another loss.select_by, such as student_entropy"
     return [Contradiction("loss", f"select_by first_student: {problem}; {remedy}") for problem in problems]
+
+
+def _order_problems(config: RunConfig) -> list[Contradiction]:
+    """Return the settings that contradict the order of the training text."""
+    problems = []
+    order = config.data.order
+    if order == "random" and config.curriculum.opens_text:
+        problems.append(
+            "curriculum.open_text opens the easiest text first, and data.order random knows none: give "
+            "data.order length or teacher_loss"
+        )
+    if order != "random" and not config.curriculum.opens_text:
+        problems.append(
+            f"data.order {order} changes nothing while curriculum.open_text is 1: give it a ramp, such as "
+            "--set 'curriculum.open_text={points: [[0, 0.2], [0.8, 1]]}'"
+        )
+
+    if order == "teacher_loss":
+        problems += _teacher_loss_problems(config)
+    return [Contradiction("data", problem) for problem in problems]
+
+
+def _teacher_loss_problems(config: RunConfig) -> list[str]:
+    """Return what keeps the teacher from putting the training text in order."""
+    problems = []
+    if config.teacher.name is None:
+        problems.append("data.order teacher_loss: there is no teacher: give --teacher, or data.order length")
+    if config.several_teachers:
+        problems.append("data.order teacher_loss is of one teacher: give data.order length, or one teacher")
+    if config.loss.select_by == "first_student":
+        problems.append(
+            "data.order teacher_loss reads every position, and select_by first_student asks the teacher about chosen "
+            "ones alone: give data.order length, or another loss.select_by"
+        )
+    return problems
 
 
 def _served_problems(config: RunConfig, state_terms: set[str]) -> list[Contradiction]:

@@ -99,8 +99,10 @@ OWN_TEXT = {"on_policy", "curriculum.on_policy"}
 
 ADDED = {
     "curriculum.balance": "none",
+    "curriculum.open_text": 1.0,
     "curriculum.sample_weights": 0.0,
     "curriculum.select": 1.0,
+    "data.order": "random",
     "loss.select_by": "student_entropy",
     "loss.interpolation": 1.0,
 }

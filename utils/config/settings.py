@@ -285,6 +285,11 @@ class DataConfig(Validated):
     deduplicate: bool = True
     """Drop documents whose text occurred before."""
 
+    order: Literal["random", "length", "teacher_loss"] = "random"
+    """Difficulty by which `curriculum.open_text` opens the training windows: the length of their documents (of a
+    packed window the mean of those that it has a part of), or the teacher's bits per byte, which takes one pass of the
+    teacher before training. random: all are open."""
+
     def beside(self, teacher: ModelConfig) -> "DataConfig":
         """Return the same text with what a teacher of captures settles: their text, and its tokenizer."""
         train = self.train

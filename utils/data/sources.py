@@ -44,6 +44,9 @@ MOST_LISTED = 12
 BATCH = 1000
 """Rows of a table that are read at once."""
 
+CHARACTERS_AT_ONCE = 1_000_000
+"""Characters of a text file that are searched for a separator at once."""
+
 Located = tuple[str, Any]
 """(place, value): the place is file:line or the like, for messages; a value of None is an empty document."""
 
@@ -373,17 +376,34 @@ def _cut_at_lines(lines: Iterable[str], separates: Callable[[str], bool]) -> Ite
 
 def _cut_at_string(lines: Iterable[str], separator: str) -> Iterator[tuple[int, str]]:
     """Yield (line number, text) of what lies between occurrences of a string; the empty string cuts nowhere."""
-    text = "".join(lines)
-    parts = text.split(separator) if separator else [text]
+    lines = iter(lines)
+    number = 1
+    rest = ""
+
+    # Some lines at once, so that the file is not in memory whole; as many as wait for a separator, so that a long
+    # document is put together in few copies.
+    while piece := _take(lines, max(CHARACTERS_AT_ONCE, len(rest))):
+        text = rest + piece
+        *parts, rest = text.split(separator) if separator else [text]
+        for part in parts:
+            yield number, part
+            number += part.count("\n") + separator.count("\n")
 
     # A separator at the end of the file ends a document and begins none.
-    if not parts[-1].strip("\r\n"):
-        parts.pop()
+    if rest.strip("\r\n"):
+        yield number, rest
 
-    number = 1
-    for part in parts:
-        yield number, part
-        number += part.count("\n") + separator.count("\n")
+
+def _take(lines: Iterator[str], least: int) -> str:
+    """Return the next lines, joined, of so many characters or more; empty behind the last one."""
+    taken: list[str] = []
+    size = 0
+    for line in lines:
+        taken.append(line)
+        size += len(line)
+        if size >= least:
+            break
+    return "".join(taken)
 
 
 # ---------------------------------------------------------------- JSON

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
@@ -19,13 +20,14 @@ from ..config.plain import to_plain
 from ..config.protocols import RunConfig
 from ..config.settings import template_values
 from ..data import documents
-from ..data.batch_order import permutation
+from ..data.batch_order import Pacing, permutation
 from ..data.windows import (
     Room,
     make_windows,
     make_windows_by_source,
     warn_of_left_out,
     warn_of_missing,
+    window_lengths,
     windows_fingerprint,
 )
 from ..errors import value_errors_are_the_users
@@ -73,6 +75,10 @@ class Job:
     needed: Forecast = field(default_factory=Forecast)
     text_repeats: bool = False
     """The training text was put together from a stock of sentences, and is learnt in few steps."""
+    lengths: np.ndarray | None = None
+    """Of each window, where they are put in order by it (`data.order: length`)."""
+    pacing: Pacing | None = None
+    """Windows by difficulty, and which of them are open in which step; None: all, in random order."""
     layers: LayerChoice | None = None
     """Those that the student takes from its model; None: all, or random ones."""
     parts: tuple["Job", ...] = ()
@@ -183,6 +189,7 @@ def prepare(config: RunConfig, method: Method, accelerator: Accelerator, today: 
         teacher_device=teacher_device,
         teacher_dtype=frozen_dtype(config.teacher.dtype, teacher_device, accelerator.mixed_precision),
         text_repeats=documents.repeats_itself(material.corpus.train),
+        lengths=window_lengths(material.windows, material.corpus) if config.data.order == "length" else None,
     )
 
 

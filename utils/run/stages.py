@@ -236,9 +236,7 @@ def train_student(
     """
     config, accelerator = job.config, job.accelerator
     plan = Plan.of(config.training, len(job.windows), accelerator.num_processes)
-    with session.progress.over("loading the student", 1, "model file", unit="model") as note:
-        student = students.make(config.student, config.training, accelerator, job.layers)
-        note(1)
+    student = load_student(job, session)
 
     # Where a run goes on decides what is written anew and what is tried before.
     store = open_checkpoints(job, teacher, student, output)
@@ -260,6 +258,7 @@ def train_student(
         checkpoints=store,
         resume_from=resume_from,
         flags=red_flags(job, plan, student, start, session),
+        pacing=job.pacing,
         rounds=make_rounds(job, module, store, output, session),
         stop=session.stop,
         check=session.stop.check,
@@ -283,6 +282,14 @@ def train_student(
     return Trained(module, result, start, options.rounds)
 
 
+def load_student(job: Job, session: Session) -> nn.Module:
+    """Make the student that training starts from, while the progress says so."""
+    with session.progress.over("loading the student", 1, "model file", unit="model") as note:
+        student = students.make(job.config.student, job.config.training, job.accelerator, job.layers)
+        note(1)
+    return student
+
+
 def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, session: Session) -> Rounds | None:
     """Return what lets the student write text to learn from; None where it learns from given text alone."""
     # the comparison without a teacher has a curriculum of its own
@@ -302,6 +309,7 @@ def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, ses
         collate=job.collate,
         module=module,
         share=module.curriculum.on_policy,
+        pacing=job.pacing,
         seed=job.config.training.seed,
         accelerator=job.accelerator,
     )

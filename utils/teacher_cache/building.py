@@ -240,6 +240,8 @@ class CacheBuilding:
     """Of the order of the windows."""
     num_workers: int = 0
     """Processes that collate batches."""
+    in_order: bool = False
+    """The run comes to the windows in an order by difficulty, which the teacher may have to be asked about."""
     rows_share: float = 1.0
     """Share of its KD rows that a training window asks the teacher about; a held-out window asks about all."""
 
@@ -254,6 +256,7 @@ class CacheBuilding:
             plan=Plan.of(training, len(job.windows), job.accelerator.num_processes),
             seed=training.seed,
             num_workers=job.config.data.num_workers,
+            in_order=job.config.data.order != "random",
             rows_share=share_chosen_before(job.config),
         )
 
@@ -270,6 +273,9 @@ class CacheBuilding:
     @property
     def _visited(self) -> list[int]:
         """Training windows that the run comes to."""
+        # In an order by difficulty it may be any.
+        if self.in_order:
+            return list(range(len(self.windows)))
         count = self.plan.total_steps * self.plan.global_batch
         return permutation(len(self.windows), self.seed, 0)[:count].tolist()
 
