@@ -115,7 +115,7 @@ class Setting:
 def coverage(setting: Setting, text: str) -> dict[str, str]:
     """Count the student's tokens in a text by how they are anchored, as shares."""
     documents = load_documents(DataConfig(train=[text], eval_fraction=0.01)).train
-    batches = [setting.pair.collate([window]) for window in setting.pair.encoder.windows(documents)]
+    batches = [setting.pair.collate([window]) for window in setting.pair.encoder.windows(list(documents))]
 
     total = sum(batch.counts["lm"] for batch in batches)
     anchored, same = (sum(batch.counts[name] for batch in batches) for name in ("kd", "depth0"))

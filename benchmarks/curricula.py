@@ -89,6 +89,11 @@ def _sample_weights(schedule: Schedule) -> Variant:
     return Variant(_LOSS, CurriculumConfig(sample_weights=schedule))
 
 
+def _opened(schedule: Schedule) -> Variant:
+    """Return an arm of KD .7 + LM .3 for which a scheduled share of the text is open, by the teacher's loss."""
+    return Variant(_LOSS, CurriculumConfig(open_text=schedule))
+
+
 CANDIDATES = {
     "forward to reverse KL": Candidate(
         Ramp(((0.2, 0.0), (1.0, 1.0))), (0.0, 0.25, 0.5, 1.0), _loss("skew", divergence="generalised_jsd")
@@ -110,6 +115,7 @@ CANDIDATES = {
     ),
     "sample weights later": Candidate(Ramp(((0.2, 0.0), (0.8, 1.0))), (0.0, 0.5, 1.0), _sample_weights),
     "cooling": Candidate(Ramp(((0.0, 4.0), (0.8, 1.0))), (1.0, 2.0, 4.0), _loss("temperature")),
+    "easier text first": Candidate(Ramp(((0.0, 0.2), (0.8, 1.0))), (0.5, 1.0), _opened),
     "hidden states early": Candidate(Ramp(((0.3, 1.0), (0.5, 0.0))), (0.0, 0.3, 1.0), _weighted("feat", "attn")),
 }
 

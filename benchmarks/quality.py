@@ -11,6 +11,7 @@ once per window and read by all runs: they do not depend on the student.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -35,6 +36,7 @@ from models.distillation_framework import DistillationFramework
 from models.losses.selection import STORED
 from models.text.collate import PLACES
 from models.types import DistillationOutput, PairedBatch, TeacherSignal
+from utils.data.batch_order import Pacing, order_of_epoch
 from utils.parallel.accelerator import build_accelerator
 from utils.pretrained.layers import LayerChoice, choose_layers, keep_layers
 from utils.training.measurements import HostSum, StepSums, TermGradients
@@ -338,6 +340,30 @@ def window_order(count: int, size: int, seed: int) -> Iterator[np.ndarray]:
         order = order[size:]
 
 
+def _order(
+    pair: Pair,
+    framework: DistillationFramework,
+    size: int,
+    seed: int,
+    signals: Sequence[TeacherSignal],
+) -> Iterator[np.ndarray]:
+    """Yield the windows of each step; by the teacher's bits per byte where the curriculum does not open all text."""
+    count = len(pair.windows)
+    if not framework.curriculum.opens_text:
+        yield from window_order(count, size, seed)
+        return
+
+    bits = []
+    for window, signal in zip(pair.windows, signals, strict=True):
+        batch = pair.distillation.collate([window])
+        bits.append(batch.teacher_nll_by_window(signal).item() / batch.bytes.item())
+
+    pacing = Pacing(np.argsort(bits, kind="stable"), framework.curriculum.open_text)
+    for epoch in itertools.count():
+        order = order_of_epoch(count, seed, epoch, global_batch=size, pacing=pacing)
+        yield from np.split(order, range(size, count, size))
+
+
 def run(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> dict:
     """Train one student and measure it on text that nobody was trained on."""
     student, training = train(pair, variant, seed, steps, size)
@@ -368,7 +394,7 @@ def train(pair: Pair, variant: Variant, seed: int, steps: int, size: int) -> tup
     terms: dict[str, float] = {}
     statistics = StepStatistics(framework)
     student.train()
-    for step, chosen in zip(range(steps), window_order(len(pair.windows), size, seed), strict=False):
+    for step, chosen in zip(range(steps), _order(pair, framework, size, seed, signals), strict=False):
         windows = [chosen_windows[i] for i in chosen]
         batch = distillation.collate(windows)
         if gold is not None:

@@ -54,7 +54,7 @@ def places_of(batch: PairedBatch, student: nn.Module, share: float) -> list[np.n
 def _entropies(batch: PairedBatch, student: nn.Module) -> Tensor:
     """Return [N] the student's entropy, in nats, at every KD row; no logits of all of them exist at once."""
     with evaluating(student), torch.autocast(batch.student_ids.device.type, enabled=False):
-        states = body_states(student, batch.student_ids, batch.student_source).flatten(0, 1)
+        states = body_states(student, batch.student_ids, batch.student_source, batch.student_positions).flatten(0, 1)
         rows, _ = chunk_rows(vocabulary_size(student), states.device)
 
         scores = [states.new_zeros(0, dtype=torch.float32)]

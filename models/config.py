@@ -132,6 +132,10 @@ class CurriculumConfig(Validated):
     select: Schedule = 1.0
     """Share of each window's positions that KD is learned at, above 0 and at most 1: those that `loss.select_by` puts
     first."""
+    open_text: Schedule = 1.0
+    """Share of the training windows that is open, from the easiest by `data.order`, above 0 and at most 1: a ramp from
+    0.2 to 1 begins with the easiest fifth. Windows are drawn at random from the open ones, each once before any
+    twice."""
     sample_weights: Schedule = 0.0
     """Degree, from 0 to 1, to which KD weighs windows by p(1 - p) of the student's success p in them, which is e to the
     minus its excess loss over the teacher's in nats per token; 0: all alike. Takes one more pass of the student's
@@ -162,6 +166,13 @@ class CurriculumConfig(Validated):
                 "KD give it the weight 0"
             )
 
+        shares = [f"{share:g}" for share in values_of(self.open_text) if not 0 < share <= 1]
+        if shares:
+            raise ValueError(
+                f"open_text is a share of the training text, above 0 and at most 1, got {', '.join(shares)}; 1 opens "
+                "all of it"
+            )
+
         degrees = [f"{degree:g}" for degree in values_of(self.sample_weights) if not 0 <= degree <= 1]
         if degrees:
             raise ValueError(f"sample_weights is a degree from 0 (all windows alike) to 1, got {', '.join(degrees)}")
@@ -185,6 +196,11 @@ class CurriculumConfig(Validated):
     def uses_own_text(self) -> bool:
         """True if the student learns from text that it writes itself, anywhere in the run."""
         return any(values_of(self.on_policy))
+
+    @property
+    def opens_text(self) -> bool:
+        """True if not all of the training text is open, anywhere in the run."""
+        return any(share != 1 for share in values_of(self.open_text))
 
     @property
     def uses_statistics(self) -> bool:
@@ -296,7 +312,8 @@ class RouterConfig(Validated):
     teacher_layers: Annotated[int, Gt(0)] = 8
     """Teacher layers that are kept, spread likewise."""
     positions: Annotated[int, Ge(4)] = 64
-    """rel and attn: anchors of a window that are compared with one another, spread evenly."""
+    """rel and attn: anchors of a window (of each document, where documents are isolated) that are compared with one
+    another, spread evenly."""
     heads: Annotated[int, Gt(0)] = 1
     """rel and attn: equal parts of a state that are compared on their own; a divisor of both widths."""
     span: Annotated[int, Gt(0)] = 16

@@ -98,6 +98,8 @@ class CurriculumScheduler:
             self._scalars["interpolation"] = loss.interpolation
         if curriculum.select != 1:
             self._scalars["select"] = curriculum.select
+        if curriculum.open_text != 1:
+            self._scalars["open_text"] = curriculum.open_text
         if curriculum.sample_weights != 0:
             self._scalars["sample_weights"] = curriculum.sample_weights
 
@@ -105,6 +107,8 @@ class CurriculumScheduler:
         self.uses_statistics = curriculum.uses_statistics
         self.weights_windows = any(values_of(curriculum.sample_weights))
         self._own_text = curriculum.on_policy
+        self._open_text = curriculum.open_text
+        self.opens_text = curriculum.opens_text
         self.uses_own_text = curriculum.uses_own_text
 
         self.loss = loss
@@ -147,3 +151,10 @@ class CurriculumScheduler:
     def on_policy(self, step: int | None) -> float:
         """Return the share of the windows of an optimizer step that the student writes itself."""
         return value_at(self._own_text, self.progress(step))
+
+    def open_text(self, step: int) -> float:
+        """Return the share of the training windows, from the easiest, that an optimizer step draws from.
+
+        A step behind the run is no mistake: the order of an epoch is drawn to its end.
+        """
+        return value_at(self._open_text, self.progress(min(step, self.total_steps)))

@@ -4,7 +4,7 @@
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import cached_property
@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedTokenizerBase
 
+from . import document_attention
 from .chosen_positions import places_of
 from .config import CurriculumConfig, LossConfig, RouterConfig, Schedule, Term
 from .curriculum import CurriculumScheduler
 from .distillation_framework import DistillationFramework
-from .language_model import context_length, vocabulary_size
+from .language_model import check_isolation, context_length, vocabulary_size
 from .losses import head_passes
 from .losses.chunk_size import chunk_rows
 from .student_aware_router import ROUTER_TERMS
@@ -76,6 +77,10 @@ class TextSettings(Protocol):
         """Tokens that plain text starts with; None: chosen by `models.text.text_start`."""
 
     @property
+    def isolate_documents(self) -> bool:
+        """True: documents that share a window do not see each other."""
+
+    @property
     def today(self) -> date | None:
         """The day for chat templates that write it."""
 
@@ -118,6 +123,10 @@ class Method(Validated):
     def state_terms(self) -> set[str]:
         """The terms on hidden states that the curriculum uses."""
         return self.curriculum.used() & {*ROUTER_TERMS}
+
+    def open_text(self, total_steps: int) -> Callable[[int], float]:
+        """Return the share of the training windows that is open in each of so many optimizer steps."""
+        return CurriculumScheduler(self.curriculum, self.loss, total_steps).open_text
 
     def check_widths(self, student: int, teacher: int) -> None:
         """Check that the router's heads divide the widths of both models.
@@ -166,6 +175,9 @@ class Method(Validated):
             starts=text.decoder_starts,
             facts=ModelFacts(text.rows, text.text_starts),
         )
+        # An example of an encoder-decoder pair has a window to itself.
+        if text.isolate_documents and text.decoder_starts is None:
+            encoder = encoder.isolated()
 
         student_rows, teacher_rows = text.rows
         vocabulary = VocabularyMap.build(student, teacher, student_rows, teacher_rows, cache_dir=text.cache_dir)
@@ -203,6 +215,8 @@ class Method(Validated):
             ModelFacts(text.rows, text.text_starts),
             further=of_teachers[1:],
         )
+        if text.isolate_documents:
+            encoder = encoder.isolated()
 
         members = []
         single = replace(self, teachers=())
@@ -278,6 +292,7 @@ class Distillation:
         max_length: int = 512,
         *,
         conversations: bool = False,
+        isolate_documents: bool = False,
         method: Method | None = None,
     ) -> "Distillation":
         """Load a student in float32 and a teacher in its own precision, with their tokenizers, by transformers.
@@ -287,6 +302,7 @@ class Distillation:
             max_length: most tokens of a window, in either tokenizer; fewer where a model reads no more at once.
             conversations: the documents are conversations, each a list of messages with `role` and `content`, instead
                 of plain text; the assistant's messages are learned.
+            isolate_documents: documents that share a window do not see each other.
 
         Raises:
             OSError: a model cannot be found.
@@ -302,6 +318,7 @@ class Distillation:
             tokenizers,
             max_length,
             conversations=conversations,
+            isolate_documents=isolate_documents,
             method=method,
         )
 
@@ -314,13 +331,14 @@ class Distillation:
         max_length: int = 512,
         *,
         conversations: bool = False,
+        isolate_documents: bool = False,
         method: Method | None = None,
     ) -> "Distillation":
         """Join two loaded models.
 
         Args:
             tokenizers: of `student` and `teacher`, by these names; fast ones (of the `tokenizers` library).
-            max_length, conversations: as in `from_pretrained`.
+            max_length, conversations, isolate_documents: as in `from_pretrained`.
 
         Raises:
             TypeError: something is of another kind than it should be.
@@ -348,6 +366,7 @@ class Distillation:
             conversations,
             rows=(vocabulary_size(student), vocabulary_size(teacher)),
             decoder_starts=_decoder_starts(student, teacher),
+            isolate_documents=isolate_documents,
         )
         pair = (method or Method()).join(tokenizers, text)
         return replace(pair, student=student, teacher=pair.frozen(teacher))
@@ -399,11 +418,14 @@ class Distillation:
 
         Raises:
             ValueError: there is no student, a term needs a teacher and there is none, or the models are none that this
-                vocabulary belongs to.
+                vocabulary belongs to; documents are isolated, and the student reads across them.
         """
         student = student or self.student
         if student is None:
             raise ValueError("framework: got no student, neither here nor when the pair was made; give student=MODEL")
+
+        if self.encoder.isolates:
+            check_isolation(student, "student")
 
         method = self.method
         scheduler = CurriculumScheduler(method.curriculum, method.loss, total_steps)
@@ -422,9 +444,31 @@ class Distillation:
         """Make a teacher of a model.
 
         Raises:
-            ValueError: its head has other rows than the vocabulary map.
+            ValueError: its head has other rows than the vocabulary map, or it reads across isolated documents.
         """
-        return FrozenTeacher(model, self.vocabulary)
+        teacher = FrozenTeacher(model, self.vocabulary)
+        if self.encoder.isolates:
+            check_isolation(model, "teacher")
+            teacher.document_attention = document_attention.choose(model)
+        return teacher
+
+    def describe_documents(self, teacher: Any) -> list[str]:
+        """Return the attention with which models read isolated documents, with its reason; nothing where none are.
+
+        Args:
+            teacher: a teacher of any kind, or None.
+        """
+        if not self.encoder.isolates:
+            return []
+
+        lines = [f"isolated documents, attention of the student: {document_attention.STUDENT_REASON}"]
+        for running in getattr(teacher, "members", [teacher]):
+            # A member of a mixture and a cache have the teacher that they stand for.
+            while not isinstance(running, FrozenTeacher | None):
+                running = getattr(running, "teacher", None)
+            if running is not None:
+                lines.append(f"isolated documents, attention of the teacher: {running.document_attention.reason}")
+        return lines
 
     def listed(self, source: Any) -> ListedTeacher:
         """Make a teacher of a source of lists, such as a server; see `ListedTeacher`."""
@@ -542,6 +586,7 @@ class _Text:
     text_starts: tuple[str | None, str | None] = (None, None)
     today: date | None = None
     cache_dir: Any = None
+    isolate_documents: bool = False
 
 
 def _load(name: str, dtype: torch.dtype | str) -> nn.Module:

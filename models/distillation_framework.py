@@ -224,7 +224,9 @@ class DistillationFramework(nn.Module):
         if signal is not None:
             signal = signal.to(batch.student_ids.device)
         layers = self.router.student_layers if routed else ()
-        states, hidden = body_layers(self.student, batch.student_ids, layers, batch.student_source)
+        states, hidden = body_layers(
+            self.student, batch.student_ids, layers, batch.student_source, batch.student_positions
+        )
 
         # A term that is only measured is no part of the total. The order of the parts fixes the total's rounding.
         terms: dict[str, LossTerm] = {}
@@ -495,7 +497,7 @@ class DistillationFramework(nn.Module):
         signal = signal.to(batch.student_ids.device)
 
         with evaluating(self.student):
-            states = body_states(self.student, batch.student_ids, batch.student_source)
+            states = body_states(self.student, batch.student_ids, batch.student_source, batch.student_positions)
             rows = self._head_terms(batch, states, signal, {"select": share}, {}, with_target=True).chosen
         return batch.row_student if rows is None else batch.row_student[rows]
 
@@ -507,7 +509,7 @@ class DistillationFramework(nn.Module):
         signal = signal.to(batch.student_ids.device)
         # Uncorrected: the correction knows the real next token, of which nothing may be told when measuring.
         target = self._target(batch, signal, corrected=False)
-        states = body_states(self.student, batch.student_ids, batch.student_source)
+        states = body_states(self.student, batch.student_ids, batch.student_source, batch.student_positions)
         states = states.flatten(0, 1)
 
         # Chunk by chunk: the logits of all positions may not fit into memory together.
@@ -553,7 +555,7 @@ class DistillationFramework(nn.Module):
     def _student_layers(self, batch: PairedBatch) -> tuple[Tensor, ...]:
         """Return [B, S, H] the student's states after each layer that the router compares."""
         layers = self.router.student_layers
-        _, hidden = body_layers(self.student, batch.student_ids, layers, batch.student_source)
+        _, hidden = body_layers(self.student, batch.student_ids, layers, batch.student_source, batch.student_positions)
         return hidden
 
     @torch.no_grad()

@@ -6,9 +6,9 @@ Shapes: B rows, S tokens of a row, H width, V vocabulary, r states at once.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -58,15 +58,21 @@ need any (measured: 5)."""
 # ------------------------------------------------------------------------------------------------------------- body
 
 
-def body_states(model: nn.Module, ids: Tensor, source: Source | None = None) -> Tensor:
+def body_states(
+    model: nn.Module,
+    ids: Tensor,
+    source: Source | None = None,
+    positions: Tensor | None = None,
+) -> Tensor:
     """Return [B, S, H] the states that enter the head, for ids that are padded on the right, if at all.
 
     Args:
         model: a language model, with adapters or without.
         ids: [B, S].
         source: the text for the encoder, where there is one; ids are then the decoder's.
+        positions: [B, S] from 0 on in every document, where documents do not see each other; see `check_isolation`.
     """
-    return _run_body(model, ids, source).last_hidden_state
+    return _run_body(model, ids, source=source, positions=positions).last_hidden_state
 
 
 def body_layers(
@@ -74,6 +80,7 @@ def body_layers(
     ids: Tensor,
     layers: Sequence[int],
     source: Source | None = None,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Return the states that enter the head, and the states after some layers: [B, S, H] each.
 
@@ -84,11 +91,12 @@ def body_layers(
         ids: [B, S].
         layers: numbers of layers, counted from 1.
         source: the text for the encoder, where there is one; ids are then the decoder's.
+        positions: as in `body_states`.
     """
     if not layers:
-        return body_states(model, ids, source), ()
+        return body_states(model, ids, source, positions), ()
 
-    output = _run_body(model, ids, source, output_hidden_states=True)
+    output = _run_body(model, ids, source=source, positions=positions, output_hidden_states=True)
     return output.last_hidden_state, tuple(_main_stream(model, output.hidden_states[layer]) for layer in layers)
 
 
@@ -103,19 +111,25 @@ def _main_stream(model: nn.Module, states: Tensor) -> Tensor:
 def _run_body(
     model: nn.Module,
     ids: Tensor,
+    *,
     source: Source | None,
+    positions: Tensor | None,
     output_hidden_states: bool = False,
 ) -> ModelOutput:
     """Run the part below the head on ids that are padded on the right, if at all.
 
     No attention mask for what is causal: it never sees the padding behind it. With a mask transformers would give
-    attention an S x S mask, which rules its fastest kernels out.
+    attention an S x S mask, which rules its fastest kernels out. Documents that do not see each other need that mask:
+    transformers builds it from their positions.
     """
     model = _without_adapter(model)
     # Where they are not needed the model's config decides.
-    options = {"output_hidden_states": True} if output_hidden_states else {}
+    options: dict[str, Any] = {"output_hidden_states": True} if output_hidden_states else {}
 
-    with without_mask_checks():
+    if positions is not None:
+        options["position_ids"] = positions
+
+    with without_mask_checks(positions is not None):
         if source is None:
             return _below_head(model)(input_ids=ids, use_cache=False, **options)
 
@@ -395,6 +409,56 @@ def check_head(model: nn.Module, name: str) -> torch.device:
             "final_logit_softcapping"
         )
     return logits.device
+
+
+@torch.no_grad()
+def check_isolation(
+    model: nn.Module,
+    name: str,
+    states_of: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> None:
+    """Check, by a measurement, that a document's logits do not depend on another one in its row.
+
+    Args:
+        model: a causal language model.
+        name: "student" or "teacher", for messages.
+        states_of: (ids, positions) -> [B, S, H] the states that enter its head, where `body_states` is not to be asked.
+
+    Raises:
+        ValueError: they do, or the model takes no positions.
+    """
+    # Two rows of two documents, of which only the first ones differ; behind them the second document by itself.
+    document = _probe_ids(model)
+    others = torch.cat([_probe_ids(model, shift=1), _probe_ids(model, shift=PROBE_PREFIX)])
+    ids = torch.cat([others, document.expand(2, -1)], dim=1)
+    positions = torch.arange(PROBE_LENGTH, device=ids.device).repeat(2, 2)
+
+    remedy = "give another model, or leave data.isolate_documents at false"
+    description = f"data.isolate_documents: the {name} ({type(model).__name__}, {model.config.model_type})"
+    with evaluating(model):
+        alone = head_logits(model, body_states(model, document))[0]
+        try:
+            states = states_of(ids, positions) if states_of else body_states(model, ids, positions=positions)
+        except TypeError as error:
+            raise ValueError(f"{description} takes no position ids ({error}): {remedy}") from error
+        packed = head_logits(model, states)[:, PROBE_LENGTH:]
+
+    # Rows of one call go through the same kernels; a text alone does not. `not <=`, so that a NaN is refused too.
+    neighbours = (packed[0] - packed[1]).abs().max().item()
+    places = (packed[0] - alone).abs().max().item()
+    size = alone.abs().max().item()
+    share = QUANTISED_SHARE if _is_quantised(model) else COARSE_SHARE
+    if not neighbours <= _rounding_share(model) * size:
+        raise ValueError(
+            f"{description} predicts a document differently behind another one, by {neighbours:.3g} in its logits: "
+            f"its attention ({model.config._attn_implementation}), or what it has instead, reads across documents; "
+            f"{remedy}"
+        )
+    if not places <= _coarse_limit(alone, share):
+        raise ValueError(
+            f"{description} predicts a document differently by itself, by {places:.3g} in its logits: its positions "
+            f"do not start anew; {remedy}"
+        )
 
 
 def _check_layers(model: nn.Module, description: str) -> None:

@@ -1,8 +1,8 @@
 """Replacements for checks that transformers makes of its inputs before it builds attention masks.
 
 Each of these checks reads a value of a tensor (do positions jump, is the mask all ones), for which the host waits until
-the GPU has computed everything before it: once and more a forward. Their answers are known here beforehand, because
-texts are never packed into rows, and a causal text is only ever padded behind its end.
+the GPU has computed everything before it: once and more a forward. Their answers are known here beforehand: the caller
+says whether rows hold several texts, and a causal text is only ever padded behind its end.
 
 The checks are private functions of `transformers.masking_utils`, named here as in version 5.23. One that a version does
 not have is left out, and a forward is then correct, only slower. Tests compare states and gradients with those of the
@@ -31,6 +31,11 @@ def no_packed_texts(position_ids: Tensor) -> None:
     return None
 
 
+def packed_texts(position_ids: Tensor) -> Tensor:
+    """Return [B, S] the text of each token, for rows of several texts whose positions start anew."""
+    return (position_ids == 0).cumsum(-1)
+
+
 def without_causal_mask(check: Callable[..., bool]) -> Callable[..., bool]:
     """Return the check of a causal mask, asked as if there were no mask.
 
@@ -55,10 +60,13 @@ def with_encoder_mask(check: Callable[..., bool]) -> Callable[..., bool]:
 
 
 @contextmanager
-def without_mask_checks() -> Iterator[None]:
+def without_mask_checks(is_packed: bool = False) -> Iterator[None]:
     """Replace the checks for the duration of a forward; also usable as a decorator.
 
-    Only for rows of one text that are padded on the right, and for encoders that get a mask only with padding.
+    Only for rows that are padded on the right, and for encoders that get a mask only with padding.
+
+    Args:
+        is_packed: rows hold several texts, whose positions start anew; else one each.
     """
     functions = vars(masking_utils)
     originals = {name: functions[name] for name in CHECKS if name in functions}
@@ -66,7 +74,7 @@ def without_mask_checks() -> Iterator[None]:
     # Another version of transformers may not have all of them.
     replacements: dict[str, Callable] = {}
     if PACKED_CHECK in originals:
-        replacements[PACKED_CHECK] = no_packed_texts
+        replacements[PACKED_CHECK] = packed_texts if is_packed else no_packed_texts
     if CAUSAL_CHECK in originals:
         replacements[CAUSAL_CHECK] = without_causal_mask(originals[CAUSAL_CHECK])
     if ENCODER_CHECK in originals:

@@ -140,29 +140,29 @@ class StudentAwareRouter(nn.Module):
         self,
         layer: int,
         states: Tensor,
-        window: Tensor,
-        windows: int,
+        text: Tensor,
+        texts: int,
     ) -> Tensor:
         """Return [A, M] log-probabilities of the teacher's layers, which the gate of a student layer chooses.
 
         Args:
             states: [A, H_S] of the student at the anchors. They are detached: the gate looks at the student and does
                 not teach it.
-            window: [A] the window of each anchor.
-            windows: B.
+            text: [A] the text of each anchor: a window or, where documents are isolated, a document.
+            texts: how many there are.
         """
         gate_input = layer_normalise(states.detach())
         gate = self.gate[layer].to(gate_input)
         prior = self.log_prior[layer].to(gate_input)
 
-        # One choice for each position, or one for all positions of a window.
+        # One choice for each position, or one for all positions of a text.
         if self.config.gate == "position":
             logits = F.linear(gate_input, gate) + prior
             return logits.log_softmax(1)
 
-        window_input = group_means(gate_input, window, windows)
-        logits = F.linear(window_input, gate) + prior
-        return logits.log_softmax(1)[window]
+        text_input = group_means(gate_input, text, texts)
+        logits = F.linear(text_input, gate) + prior
+        return logits.log_softmax(1)[text]
 
     @torch.no_grad()
     def routing(self, student: Sequence[Tensor], anchors: Anchors) -> Tensor:
@@ -170,11 +170,11 @@ class StudentAwareRouter(nn.Module):
         if not len(anchors.student):
             return self.log_prior.exp()
 
-        windows = len(student[0])
+        texts = len(anchors.sampled)
         rows = []
         for layer, states in enumerate(student):
             student_states = at_positions(_at_least_float32(states), anchors.student)
-            log_routing = self.log_routing(layer, student_states, anchors.window, windows)
+            log_routing = self.log_routing(layer, student_states, anchors.text, texts)
             rows.append(log_routing.exp().mean(0))
         return torch.stack(rows)
 

@@ -2,7 +2,7 @@
 
 Shapes: B windows, S student positions, T teacher positions, N KD rows (anchored student positions, ordered by window,
 then position), M unpadded teacher positions, K outcomes of each row, n supervised student positions, D rows at depth
-> 0, P spans. For the router: A anchors at depth 0, Q of them sampled in a window, R runs of anchors.
+> 0, P spans. For the router: A anchors at depth 0, in D texts, Q of them sampled in a text, U in a window, R runs.
 Flat index of student position (b, j): b * S + j; of teacher position (b, k): b * T + k.
 """
 
@@ -124,18 +124,22 @@ class Anchors(_Movable):
     """[A] flat student position."""
     teacher: Tensor
     """[A] flat teacher position."""
-    window: Tensor
-    """[A] window of each anchor."""
+    text: Tensor
+    """[A] text of each anchor, of D in the batch: a window or, where documents are isolated, a document."""
     run: Tensor
     """[A] index of the run of neighbouring anchors (a span of text) that holds it."""
     sampled: Tensor
-    """[B, Q] index into the A anchors, spread evenly over a window's; -1 where it has fewer."""
+    """[D, Q] index into the A anchors, spread evenly over a text's; -1 where it has fewer."""
+    queries: Tensor
+    """[B, U] the same by window; -1 where it has fewer."""
     query_bytes: Tensor
-    """[B, Q, 2] first byte and end of the student's last token read at each sampled anchor."""
+    """[B, U, 2] first byte and end of the student's last token read at each sampled anchor."""
     key_bytes: Tensor
     """[B, T, 2] likewise of every teacher token; padding lies behind every query."""
+    query_begin: Tensor
+    """[B, U] first byte that a sampled anchor may see: that of its text."""
     attends: Tensor
-    """[B, Q] bool: sampled anchors that see at least two teacher tokens and overlap one."""
+    """[B, U] bool: sampled anchors that see at least two teacher tokens and overlap one."""
     runs: int
     """R."""
 
@@ -263,6 +267,11 @@ class PairedBatch(_Movable):
     """For the student's encoder; None where it has none. Both models have one, or neither."""
     teacher_source: Source | None = None
     """For the teacher's encoder."""
+    student_positions: Tensor | None = None
+    """[B, S] int64 position of each token in its document, which the student reads by itself; None: the windows are
+    read as a whole."""
+    teacher_positions: Tensor | None = None
+    """[B, T] likewise for the teacher."""
     keys: list[bytes] = field(default_factory=list)
     """Key of each window in a store of the teacher's signals (`CachedTeacher`)."""
     signal: TeacherSignal | None = None
@@ -307,9 +316,10 @@ class PairedBatch(_Movable):
             self.anchors,
             student=self.anchors.student[:0],
             teacher=self.anchors.teacher[:0],
-            window=self.anchors.window[:0],
+            text=self.anchors.text[:0],
             run=self.anchors.run[:0],
             sampled=torch.full_like(self.anchors.sampled, -1),
+            queries=torch.full_like(self.anchors.queries, -1),
             attends=torch.zeros_like(self.anchors.attends),
             runs=0,
         )
@@ -321,10 +331,10 @@ class PairedBatch(_Movable):
         Both sides score exactly the same bytes of text; end-of-text tokens and markup are not scored.
         """
         if side == "student":
-            inputs = _model_inputs(self.student_ids, self.student_mask, self.student_source)
+            inputs = _model_inputs(self.student_ids, self.student_mask, self.student_source, self.student_positions)
             return inputs, _text_labels(self.labels, self.end_of_text[0], self.student_markup)
 
-        inputs = _model_inputs(self.teacher_ids, self.teacher_mask, self.teacher_source)
+        inputs = _model_inputs(self.teacher_ids, self.teacher_mask, self.teacher_source, self.teacher_positions)
         return inputs, _text_labels(self.teacher_labels, self.end_of_text[1], self.teacher_markup)
 
     def teacher_nll(self, signal: TeacherSignal) -> tuple[float, int]:
@@ -337,9 +347,25 @@ class PairedBatch(_Movable):
         realised = signal.realised[is_scored].double()
         return -float(realised.sum()), int(is_scored.sum())
 
+    def teacher_nll_by_window(self, signal: TeacherSignal) -> Tensor:
+        """Return [B] float64, the teacher's loss on each window of what `scored("teacher")` scores, in nats."""
+        _, labels = self.scored("teacher")
+        is_scored = labels.flatten()[self.teacher_held] != IGNORE
+        window = self.teacher_held // labels.shape[1]
+        nats = torch.zeros(len(labels), dtype=torch.float64, device=labels.device)
+        return nats.index_add(0, window, -signal.realised.double() * is_scored)
 
-def _model_inputs(ids: Tensor, mask: Tensor, source: Source | None) -> dict[str, Tensor]:
+
+def _model_inputs(
+    ids: Tensor,
+    mask: Tensor,
+    source: Source | None,
+    positions: Tensor | None,
+) -> dict[str, Tensor]:
     """Return keyword arguments for a model; with a source, for its encoder and its decoder."""
+    # transformers takes documents from their positions only where there is no mask; padding lies behind the text.
+    if positions is not None:
+        return {"input_ids": ids, "position_ids": positions}
     if source is None:
         return {"input_ids": ids, "attention_mask": mask}
 

@@ -312,6 +312,10 @@ def test_wrong_values_of_flags_and_settings_are_reported_together():
         (["--batch-size"], "expected one argument"),
         (["--config", "quikstart"], "did you mean quickstart"),
         (["--set", "loss.select_by=first_student", "curriculum.sample_weights=0.5"], "need the teacher everywhere"),
+        (["--set", "curriculum.open_text=0.5"], "give data.order length or teacher_loss"),
+        (["--set", "data.order=length"], "changes nothing while curriculum.open_text is 1"),
+        (["--set", "data.order=teacher_loss", "curriculum.open_text=0.5", "teacher.name=null"], "there is no teacher"),
+        (["--set", "curriculum.open_text={points: [[0, 0], [1, 1]]}"], "above 0 and at most 1"),
         (["--set", "nothing"], "dotted.key=value"),
         (["--teacher", "a", "--teacher", "null"], "--teacher null is no teacher, and cannot stand beside another one"),
     ],
@@ -336,6 +340,7 @@ STREAM = ("--max-steps", "9", "--train-data", "a.jsonl", "b", "--set", "data.str
         (["data.max_documents=5"], "leave it out, --max-steps ends training"),
         (["cache.folder=DIR"], "leave out --cache-teacher"),
         (["curriculum.on_policy=0.5"], "curriculum.on_policy chooses among all windows"),
+        (["data.order=length"], "leave it at random"),
         (["loss.select_by=first_student"], "looks at all windows before"),
         (["teachers=[{name: c, only_for: [b]}, d]", "teacher.name=null"], "a stream mixes them"),
         (

@@ -7,6 +7,7 @@ Each folder names in its own docstring what is in it; `interfaces` has the types
 - `data`, `teacher_cache`: text as windows and batches; teacher distributions kept on disk.
 - `pretrained`: models and tokenizers, loaded and exported.
 - `served`: a teacher behind a server.
+- `captures`: a teacher whose answers are stored, in DistillKit's format.
 - `forecast`: memory and disk that a run will need, and the batch size that fits.
 - `training`: the loop, the optimizer, checkpoints.
 - `evaluation`, `report`: measurements, and the pages, charts and cards about them.

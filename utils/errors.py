@@ -32,6 +32,9 @@ class RunError(Plain, RuntimeError):
 class TeacherGone(RunError):
     """A teacher behind a server that has not answered for too long; a training saves a checkpoint first."""
 
+    in_every_process = False
+    """All processes of the run raise it at the same place, so that they can save a checkpoint together."""
+
 
 @contextmanager
 def value_errors_are_the_users() -> Iterator[None]:

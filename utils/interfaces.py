@@ -4,7 +4,7 @@ The settings, the batch, the teacher and the module that is trained are seen fro
 A teacher of another kind (behind a server, or a second one) and a module with other terms need no change there.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import torch
@@ -31,6 +31,14 @@ class Batch(Protocol):
     @property
     def counts(self) -> Mapping[str, int]:
         """Items of every loss term, known before any forward."""
+
+    @property
+    def student_ids(self) -> Tensor:
+        """[B, S] tokens that the student reads, padded on the right."""
+
+    @property
+    def student_mask(self) -> Tensor:
+        """[B, S] 1 on tokens, 0 on padding."""
 
     @property
     def labels(self) -> Tensor:
@@ -205,6 +213,9 @@ class Pair(Protocol):
 
     def remember(self, collate: Any, memory: Any, ahead: bool = True) -> Collator: ...
 
+    def describe_documents(self, teacher: Any) -> list[str]:
+        """Return how models read isolated documents, and why so, in lines for the log."""
+
     def framework(self, total_steps: int, *, student: Any, teacher: Any) -> Any:
         """Make the module that is trained, a `StepModule`."""
 
@@ -243,6 +254,8 @@ class Method(Protocol):
     def state_terms(self) -> set[str]: ...
 
     def check_widths(self, student: int, teacher: int) -> None: ...
+
+    def open_text(self, total_steps: int) -> Callable[[int], float]: ...
 
     def chat_tokenizers(
         self,

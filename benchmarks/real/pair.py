@@ -74,6 +74,7 @@ class _PlainText:
     decoder_starts: tuple[int, int] | None = None
     text_starts: tuple[str | None, str | None] = (None, None)
     today: date | None = None
+    isolate_documents: bool = False
 
 
 class RealPair:

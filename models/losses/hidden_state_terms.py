@@ -4,8 +4,10 @@
 `CurriculumConfig` with its label, and a row here. Each term is averaged over the compared layers of the student, and is
 about 1 per item for unrelated states, whatever the batch, the lengths, the widths and the depths.
 
-Shapes: L student layers, M teacher layers, B windows, S and T positions, A anchors, Q sampled anchors of a window,
-R runs of anchors, H_S and H_T widths, G heads, P pairs of sampled anchors (Q * Q).
+A text is what the models read by themselves: a window or, where documents are isolated, each document in it.
+
+Shapes: L student layers, M teacher layers, B windows, D texts, S and T positions, A anchors, Q sampled anchors of a
+text, U of a window, R runs of anchors, H_S and H_T widths, G heads, P pairs of sampled anchors (Q * Q).
 """
 
 import math
@@ -22,7 +24,7 @@ from ..config import RouterConfig
 from ..types import Anchors
 
 LEAST_RELATED = 4
-"""rel: sampled anchors that a window needs for its relations to be compared: six pairs."""
+"""rel: sampled anchors that a text needs for its relations to be compared: six pairs."""
 SHARPNESS = 8.0
 """attn: factor of the cosine between a query and a key."""
 SAME_TEXT = 0.9999
@@ -51,8 +53,8 @@ class Router(Protocol):
         self,
         layer: int,
         states: Tensor,
-        window: Tensor,
-        windows: int,
+        text: Tensor,
+        texts: int,
     ) -> Tensor:
         """Return [A, M] log-probabilities of the teacher's layers, for the anchors of a student layer."""
 
@@ -85,8 +87,8 @@ class ComparedStates:
         return self.router.config
 
     @property
-    def windows(self) -> int:
-        return len(self.student[0])
+    def texts(self) -> int:
+        return len(self.anchors.sampled)
 
     @cached_property
     def at_anchors(self) -> list[Tensor]:
@@ -123,30 +125,30 @@ def feature_loss(states: ComparedStates) -> Tensor:
 
 
 def relation_loss(states: ComparedStates) -> Tensor:
-    """Return 1 - correlation of the cosines between a window's anchors, summed over windows.
+    """Return 1 - correlation of the cosines between a text's anchors, summed over texts.
 
     After MiniLMv2 (arXiv 2012.15828). Every pair of sampled anchors is one entry of the correlation.
     """
     anchors = states.anchors
-    is_anchor = anchors.sampled >= 0  # [B, Q]
+    is_anchor = anchors.sampled >= 0  # [D, Q]
     index = anchors.sampled.clamp_min(0)
 
     # Each pair once, and no anchor with itself: the triangle below the diagonal.
     is_pair = is_anchor[:, :, None] & is_anchor[:, None]
-    pairs = is_pair.tril(-1).flatten(1)  # [B, P]
+    pairs = is_pair.tril(-1).flatten(1)  # [D, P]
     has_enough = is_anchor.sum(1) >= LEAST_RELATED
 
     heads = states.config.heads
-    student_positions = pick(anchors.student, index)  # [B, Q]
+    student_positions = pick(anchors.student, index)  # [D, Q]
     teacher_positions = pick(anchors.teacher, index)
     sums = []
     for layer, partner in enumerate(states.router.partner):
-        student_rows = at_positions(states.student[layer], student_positions)  # [B, Q, H_S]
+        student_rows = at_positions(states.student[layer], student_positions)  # [D, Q, H_S]
         student_cosines = centred_cosines(student_rows, is_anchor, heads)
         teacher_rows = at_positions(states.teacher[partner], teacher_positions)
         teacher_cosines = centred_cosines(teacher_rows, is_anchor, heads)
 
-        correlation = masked_correlation(student_cosines, teacher_cosines, pairs[:, None])  # [B, G]
+        correlation = masked_correlation(student_cosines, teacher_cosines, pairs[:, None])  # [D, G]
         loss = (1 - correlation).mean(1)
         sums.append(torch.where(has_enough, loss, 0).sum())
     return mean(sums)
@@ -156,15 +158,17 @@ def attention_loss(states: ComparedStates) -> Tensor:
     """Return the cross-entropy of the student's attention over teacher states, summed over sampled anchors.
 
     The student is to attend to the teacher's tokens that cover the bytes of its own last token. A key is visible if it
-    ends where the query ends or before, in bytes: that is the causal mask across tokenizers. Divided by the log of the
-    number of visible keys, which is the cross-entropy of a student that cannot tell them apart.
+    ends where the query ends or before, in bytes, and belongs to its text: that is the causal mask across tokenizers.
+    Divided by the log of the number of visible keys, which is the cross-entropy of a student that cannot tell them
+    apart.
     """
     anchors = states.anchors
-    query_start, query_end = anchors.query_bytes.unsqueeze(2).unbind(-1)  # [B, Q, 1]
+    query_start, query_end = anchors.query_bytes.unsqueeze(2).unbind(-1)  # [B, U, 1]
     key_start, key_end = anchors.key_bytes.unsqueeze(1).unbind(-1)  # [B, 1, T]
 
     # The first position of the teacher is no key: its state is extreme (massive activations).
-    is_visible = key_end <= query_end  # [B, Q, T]
+    query_begin = anchors.query_begin.unsqueeze(2)  # [B, U, 1]
+    is_visible = (key_end <= query_end) & (key_start >= query_begin)  # [B, U, T]
     is_visible[..., 0] = False
 
     # The target of a query: each visible key's share of its bytes.
@@ -178,7 +182,7 @@ def attention_loss(states: ComparedStates) -> Tensor:
     log_visible = visible_keys.to(share).log()
 
     heads = states.config.heads
-    index = anchors.sampled.clamp_min(0)
+    index = anchors.queries.clamp_min(0)
     sums = []
     for layer, partner in enumerate(states.router.partner):
         query = split_heads(pick(states.projected[layer], index), heads)
@@ -186,7 +190,7 @@ def attention_loss(states: ComparedStates) -> Tensor:
         target = states.router.standardise(partner, states.teacher[partner])
         key = F.normalize(split_heads(target, heads), dim=-1)
 
-        logits = SHARPNESS * query @ key.mT  # [B, G, Q, T]
+        logits = SHARPNESS * query @ key.mT  # [B, G, U, T]
         logits = logits.masked_fill(~is_visible[:, None], -1e9)
         log_attention = logits.log_softmax(-1)
         cross_entropy = -(share[:, None] * log_attention).sum(-1)
@@ -210,8 +214,8 @@ def layer_loss(states: ComparedStates) -> Tensor:
         log_routing = router.log_routing(  # [A, M]
             layer,
             states.at_anchors[layer],
-            window=states.anchors.window,
-            windows=states.windows,
+            text=states.anchors.text,
+            texts=states.texts,
         )
         mixture = torch.einsum("am,mah->ah", log_routing.exp(), stacked_targets)
         mixture = layer_normalise(mixture)
@@ -264,9 +268,9 @@ def count_anchors(anchors: Anchors) -> int:
     return len(anchors.student)
 
 
-def count_related_windows(anchors: Anchors) -> int:
-    """Return the number of windows with enough sampled anchors to compare their relations."""
-    sampled = (anchors.sampled >= 0).sum(1)  # [B]
+def count_related_texts(anchors: Anchors) -> int:
+    """Return the number of texts with enough sampled anchors to compare their relations."""
+    sampled = (anchors.sampled >= 0).sum(1)  # [D]
     return int((sampled >= LEAST_RELATED).sum())
 
 
@@ -298,7 +302,7 @@ class HiddenStateTerm(NamedTuple):
 HIDDEN_STATE_TERMS = {
     "rel": HiddenStateTerm(
         loss=relation_loss,
-        count=count_related_windows,
+        count=count_related_texts,
     ),
     "feat": HiddenStateTerm(
         loss=feature_loss,
@@ -358,7 +362,7 @@ def _centred(values: Tensor, mask: Tensor, count: Tensor) -> Tensor:
 
 
 def centred_cosines(states: Tensor, is_anchor: Tensor, heads: int) -> Tensor:
-    """Return [B, G, P] cosines between the [B, Q, H] states of each window, their mean taken off.
+    """Return [D, G, P] cosines between the [D, Q, H] states of each text, their mean taken off.
 
     All states of a model lie in one direction, more or less; their mean would be all that the cosines tell.
     """

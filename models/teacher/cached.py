@@ -173,7 +173,7 @@ class CachedTeacher:
 
     def _states(self, batch: PairedBatch, layers: Sequence[int]) -> tuple[Tensor, ...]:
         """Return [B, T, H_T] the teacher's states after some layers, on the batch's device."""
-        _, states = self._running.states(batch.teacher_ids, layers, batch.teacher_source)
+        _, states = self._running.states(batch.teacher_ids, layers, batch.teacher_source, batch.teacher_positions)
         return tuple(state.to(batch.student_ids.device) for state in states)
 
 

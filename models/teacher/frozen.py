@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..document_attention import UNCHOSEN, end_to_end
 from ..language_model import body_layers, check_head, head_logits, input_device, is_plain_linear, vocabulary_size
 from ..losses.chunk_size import chunk_rows
 from ..text.vocabulary import VocabularyMap
@@ -40,6 +41,9 @@ class FrozenTeacher:
             have spread its layers over several. It is put into evaluation mode and its parameters are frozen.
         vocabulary: the vocabulary map of the pair, for the restriction at depth > 0.
 
+    Attributes:
+        document_attention: attention that reads isolated documents.
+
     Raises:
         TypeError: an argument of another kind.
         ValueError: a model whose logits are not head(body(x)), or that has other rows than the map has tokens.
@@ -60,6 +64,7 @@ class FrozenTeacher:
         self.vocabulary_order = vocabulary.order
         order = torch.from_numpy(vocabulary.order).long()
         self.order = order.to(self.device)
+        self.document_attention = UNCHOSEN
 
     @property
     def device(self) -> torch.device:
@@ -79,6 +84,7 @@ class FrozenTeacher:
         ids: Tensor,
         layers: Sequence[int],
         source: Source | None = None,
+        positions: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Run the model's body outside of autocast, on ids that lie on any device; see `body_layers`.
 
@@ -88,7 +94,20 @@ class FrozenTeacher:
             device = input_device(self.model)
             if source is not None:
                 source = source.to(device)
-            return body_layers(self.model, ids.to(device), layers, source)
+            ids = ids.to(device)
+            if positions is None:
+                return body_layers(self.model, ids, layers, source)
+
+            positions = positions.to(device)
+            if self.document_attention.name is None:
+                return body_layers(self.model, ids, layers, source, positions)
+            return end_to_end(
+                self.model,
+                self.document_attention.name,
+                ids=ids,
+                positions=positions,
+                layers=layers,
+            )
 
     @torch.no_grad()
     def signal(
@@ -112,7 +131,7 @@ class FrozenTeacher:
         batch = batch.to(device, non_blocking=True)
 
         with torch.autocast(device.type, enabled=False):
-            states, hidden = self.states(batch.teacher_ids, layers, batch.teacher_source)
+            states, hidden = self.states(batch.teacher_ids, layers, batch.teacher_source, batch.teacher_positions)
             position = batch.teacher_held[batch.asked]
             next_ids = batch.teacher_ids.flatten().roll(-1)
             states = states.flatten(0, 1).to(device)

@@ -229,7 +229,8 @@ class ListedReader:
         """
         ids = listed.ids[position]
         probs = _probabilities(listed.log_probs[position])
-        least = probs.masked_fill(ids < 0, torch.inf).amin(1)
+        # An empty list bounds nothing; 1 stands for that, since infinity times no tokens is no number.
+        least = probs.masked_fill(ids < 0, torch.inf).amin(1).clamp_max(1)
 
         next_ids = batch.teacher_ids.flatten().roll(-1)
         real = next_ids[batch.teacher_held[position]]
@@ -325,7 +326,15 @@ def join_windows(windows: Sequence[WindowLists]) -> ListedTokens:
 
 
 def _windows(batch: PairedBatch) -> list[list[int]]:
-    """Return the teacher's tokens of each window, without padding."""
+    """Return the teacher's tokens of each window, without padding; of isolated documents those of each document."""
     lengths = batch.teacher_mask.sum(1).tolist()
     rows = batch.teacher_ids.tolist()
-    return [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    windows = [row[:length] for row, length in zip(rows, lengths, strict=True)]
+    if batch.teacher_positions is None:
+        return windows
+
+    documents = []
+    for window, positions in zip(windows, batch.teacher_positions, strict=True):
+        begins = (positions[: len(window)] == 0).nonzero().flatten().tolist()
+        documents += [window[begin:end] for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+    return documents

@@ -228,25 +228,32 @@ def _nothing(rows: int, device: torch.device) -> SparseTarget:
 
 
 def _cross_entropy_so_far(signal: TeacherSignal, batch: PairedBatch) -> Tensor:
-    """Return [N_t] a teacher's cross-entropy on the text of the window before each row's anchor; 0 at its beginning.
+    """Return [N_t] a teacher's cross-entropy on the text before each row's anchor; 0 at its beginning.
 
-    In nats per token of the student, so that teachers with long tokens and with short ones are comparable.
+    The text is that of the window or, where documents are isolated, of the document. In nats per token of the student,
+    so that teachers with long tokens and with short ones are comparable.
     """
     # 1. Nats before each position of the batch, of what is text; sums in whole numbers, as in `projection`.
     labels = batch.teacher_labels.flatten()[batch.teacher_held]
     realised = torch.where(labels == IGNORE, 0.0, signal.realised)
     sums = running_sums(realised)
 
-    # 2. Less those before the window, whose positions are the next behind those of the windows before.
-    window = batch.row_teacher // batch.teacher_ids.shape[1]
-    lengths = batch.teacher_mask.sum(1)
-    first = (lengths.cumsum(0) - lengths)[window]
+    # 2. Less those before the text, whose positions follow one another.
     anchor = batch.asked[batch.row_asked]
+    first = anchor - _positions(batch.teacher_ids, batch.teacher_positions)[batch.row_teacher]
     nats = (sums[first] - sums[anchor]).double() / FIXED_POINT
 
     # 3. Per supervised token of the student that was read up to the anchor.
     is_text = (batch.labels != IGNORE).long()
     read = (is_text.cumsum(1) - is_text).flatten()
-    tokens = read[batch.row_student] - batch.depth
+    begin = batch.row_student - _positions(batch.student_ids, batch.student_positions)[batch.row_student]
+    tokens = read[batch.row_student] - read[begin] - batch.depth
     # Before a text some tokenizers have a token for a space: it is no text that all have read.
     return torch.where(tokens > 0, nats / tokens.clamp_min(1), 0.0)
+
+
+def _positions(ids: Tensor, positions: Tensor | None) -> Tensor:
+    """Return [B * S] the position of each token [B, S] in its text; None: a row is one text."""
+    if positions is None:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    return positions.flatten()

@@ -27,7 +27,7 @@ from .anchors import collect_anchors
 from .padding import pad_rows
 from .tokens import MARKER, MISMATCH, WRITTEN, Reading
 from .vocabulary import VocabularyMap
-from .windows import OWN, SIDES, _reading
+from .windows import OWN, SIDES, _reading, document_begins
 
 Window = Mapping[str, Any]
 """A window as `PairEncoder.windows` makes it."""
@@ -143,6 +143,7 @@ class PairCollator:
             anchors = collect_anchors(
                 readings=(student.readings, teacher.readings),
                 aligned=aligned,
+                begins=(student.begins, teacher.begins),
                 widths=(student.width, teacher.width),
                 router=self.router,
             )
@@ -247,6 +248,19 @@ class _PaddedSide:
     """Flat positions that predict markup."""
     source: Source | None
     """Input of the encoder, where there is one."""
+    begins: list[np.ndarray]
+    """For each window, the tokens at which its isolated documents begin."""
+
+    @property
+    def positions(self) -> Tensor | None:
+        """[B, S] position of each token in its document; None where every window holds one document."""
+        if all(len(begins) == 1 for begins in self.begins):
+            return None
+
+        # Padding goes on from the last document, behind which nothing sees it.
+        places = np.arange(self.width)
+        rows = [places - begins[np.searchsorted(begins, places, side="right") - 1] for begins in self.begins]
+        return torch.from_numpy(np.stack(rows))
 
     @property
     def width(self) -> int:
@@ -259,6 +273,7 @@ class _PaddedSide:
             f"{side}_mask": _tensor(self.mask),
             f"{side}_markup": _tensor(self.markup),
             f"{side}_source": self.source,
+            f"{side}_positions": self.positions,
         }
 
 
@@ -290,6 +305,7 @@ def _pad_side(
         labels=pad_rows(labels, IGNORE),
         markup=_markup_positions(readings, ids.shape[1]),
         source=_pad_source(sources),
+        begins=[document_begins(window, side) for window in windows],
     )
 
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from .encoder_decoder import SourceEncoder
 from .tokens import END, MARKER, TEXT, Reading, TokenTable
-from .windows import OWN, SIDES, PairEncoder, _columns, _reading
+from .windows import OWN, SIDES, PairEncoder, _columns, _reading, document_begins
 
 
 class OwnText(NamedTuple):
@@ -104,7 +104,7 @@ def own_prompt(encoder: PairEncoder, window: Mapping[str, Any], tokens: int, dra
     if encoder.prompt is None:
         places = _begins_of_documents(encoder, student, teacher, tokens)
     else:
-        places = _begins_of_answers(encoder, student, teacher)
+        places = [_within_document(place, window) for place in _begins_of_answers(encoder, student, teacher)]
 
     # Both models need room to go on.
     places = [place for place in places if max(place.student.stop, place.teacher.stop) < encoder.max_length]
@@ -203,6 +203,18 @@ def _begins_of_answers(encoder: PairEncoder, student: Reading, teacher: Reading)
             )
         )
     return places
+
+
+def _within_document(place: _Place, window: Mapping[str, Any]) -> _Place:
+    """Return a place without the documents before its own, where models do not see those."""
+    parts = []
+    for side, prompt in zip(SIDES, (place.student, place.teacher), strict=True):
+        begins = document_begins(window, side)
+        last_begin = begins[begins < prompt.stop][-1]
+        parts.append(slice(int(last_begin), prompt.stop))
+
+    student, teacher = parts
+    return place._replace(student=student, teacher=teacher)
 
 
 def _space_before(reading: Reading, number: int, begin: int, table: TokenTable) -> bytes:

@@ -121,6 +121,9 @@ class PairEncoder:
     day: date | None = None
     """Day on which all documents are read, where the text that a model reads depends on it."""
 
+    isolates: bool = False
+    """Windows name the token at which each of their documents begins, so that models read each by itself."""
+
     def __init__(
         self,
         student_tokenizer: PreTrainedTokenizerBase,
@@ -156,6 +159,15 @@ class PairEncoder:
         tables = [table.fingerprint for table in self.tables]
         depends_on = " ".join([str(FORMAT), *tables, str(max_length)])
         self.fingerprint = hashlib.sha256(depends_on.encode()).hexdigest()
+
+    def isolated(self) -> "PairEncoder":
+        """Return a copy whose windows have `student_begins` and `teacher_begins`: tokens at which documents begin."""
+        encoder = copy.copy(self)
+        encoder.isolates = True
+        # An end of text that the next document cannot see is no start of it.
+        encoder._end_is_start = (False,) * len(self.side_names)
+        encoder.fingerprint = hashlib.sha256(f"{self.fingerprint} isolated".encode()).hexdigest()
+        return encoder
 
     def beside(self, number: int) -> "PairEncoder":
         """Return the encoder of the student and its teacher of this number (from 0), without the other teachers.
@@ -445,6 +457,9 @@ class PairEncoder:
                 readings.append(reading.shifted(begins[number] - piece.first_byte))
 
             window |= _columns(Reading.joined(readings), name)
+            if self.isolates:
+                lengths = [len(reading.ids) for reading in readings]
+                window[f"{name}_begins"] = np.cumsum([0, *lengths[:-1]]).astype(np.int32)
         return window
 
 
@@ -474,6 +489,11 @@ def _common_cuts(readings: Sequence[Reading], size: int) -> np.ndarray:
 def _supervised_ends(reading: Reading) -> np.ndarray:
     """[T] byte at which each token ends; -1 for tokens that are not supervised."""
     return np.where(reading.roles != MARKER, reading.ends, -1)
+
+
+def document_begins(window: Mapping[str, Any], side: str) -> np.ndarray:
+    """Return [documents] the tokens of a side at which documents begin that models read by themselves."""
+    return np.asarray(window.get(f"{side}_begins", [0]), dtype=np.int64)
 
 
 def _columns(reading: Reading, side: str) -> dict[str, np.ndarray]:

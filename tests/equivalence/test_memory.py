@@ -44,6 +44,7 @@ CASES = {
     "dropout": {"student": "gpt2"},
     "layers computed twice": {"recomputes": True, "num_hidden_layers": 8},
     "alone": {"teacher": False, "windows": 8},
+    "isolated documents": {"length": 256, "num_hidden_layers": 6, "isolates": True},
 }
 
 
@@ -95,7 +96,10 @@ def set_up(case: dict):
     if case.get("recomputes"):
         recompute_layers(pair.student)
     collate = pair.collator()
-    windows = [w for w in pair.encoder.windows(["\n".join(STORIES[:3]) * 60]) if len(w["student_ids"]) > 0.9 * length]
+    if case.get("isolates"):
+        pair.encoder = pair.encoder.isolated()
+    texts = STORIES[:3] * 60 if case.get("isolates") else ["\n".join(STORIES[:3]) * 60]
+    windows = [w for w in pair.encoder.windows(texts) if len(w["student_ids"]) > 0.9 * length]
     demand = demand_of(
         student=pair.student.config,
         teacher=teacher.config if has_teacher else None,
@@ -104,6 +108,7 @@ def set_up(case: dict):
         recomputes=case.get("recomputes", False),
         routed_layers=3 if terms else 0,
         routed_teacher_layers=3 if terms else 0,
+        isolates=case.get("isolates", False),
     )
     return framework, windows, collate, demand
 

@@ -262,7 +262,7 @@ def test_a_chat_file_is_learned_or_told_with_its_line(tmp_path, name):
             corpus = load_documents(config)
             encoder = encoder_of(config.learn_from, config.reasoning)
             names = [document_name(text) for text in corpus.train]
-            windows = encoder.windows(corpus.train, names)
+            windows = encoder.windows(list(corpus.train), names)
         return [sorted(learned_texts(encoder, windows, side)) for side in (0, 1)]
 
     if file.error:

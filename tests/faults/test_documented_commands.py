@@ -56,6 +56,7 @@ PARSED_ONLY = {
     "--track tensorboard wandb": "an account; TensorBoard alone is run in test_tracking.py",
     ".gguf": "a model of that format; test_gguf_files.py reads one",
     "--teacher http": "a server; test_served_teacher.py asks one",
+    "--teacher captures": "captures; test_captures.py learns from some",
     "--resume /kaggle": "a checkpoint on Kaggle; test_notebook.py continues from one in such a folder",
 }
 """What a command has in it -> what it needs that is not here."""
@@ -67,6 +68,7 @@ ASKS_FOR = {
     "--cache-accept-mismatch": "--cache-teacher DIR",
     "--set data.learn_from": "--train-data CONVERSATIONS",
     "--teacher http://HOST:PORT/v1": "--teacher-tokenizer ID",
+    "--teacher captures:DIR": "--teacher-tokenizer ID",
 }
 """Flag -> without which it is refused or does nothing; added where it is quoted alone."""
 PLACEHOLDERS = ("NAME", "PATH", "KEY=VALUE")
@@ -136,7 +138,7 @@ class Toys:
         words = " ".join([words, *(more for flag, more in ASKS_FOR.items() if flag in words and more not in words)])
         line = {"--config": self.place.recipe, "--student": self.student, "--student-init": "pretrained"}
         for name, toy in {
-            r"(--teacher) \S+": self.place.teacher,
+            r"(--teacher) (?!captures:)\S+": self.place.teacher,
             r"(--teacher-tokenizer) \S+": self.place.teacher,
             r"(--student) \S+": self.student,
             r"(--train-data) CONVERSATIONS": self.conversations,

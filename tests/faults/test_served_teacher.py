@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from tests.gloo import launch
 from tests.served import PretendedServer, running
 from utils.logs.records import read_metrics
 from utils.run_layout import METRICS
@@ -98,11 +99,27 @@ def test_a_run_whose_server_goes_away_ends_with_a_checkpoint_and_continues(place
         assert (value == weights(tmp_path / "run")[name]).all()
 
 
+@pytest.mark.slow
+def test_processes_that_lose_the_server_end_together_with_a_checkpoint(place, tmp_path, server):
+    patience = ["--set", "served.patience=0.3", "training.gradient_accumulation_steps=2"]
+
+    # Each process asks for some windows in every step; the first ones are those that are measured.
+    def leave(number, body):
+        if number > 20:
+            server.stop()
+            return 500, ""
+        return None
+
+    server.fault = leave
+    assert launch(2, train.main, arguments(place, tmp_path / "run", server, *patience)) == [1, 1]
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["curriculum.feat.weight=0.3"], "feat compare hidden states, which a server does not tell"),
-        (["teacher.device=cpu"], "device and dtype of a served teacher are the server's"),
+        (["teacher.device=cpu"], "those of a served teacher are the server's"),
         (["teacher.tokenizer=null"], "a server does not hand out its tokenizer: give --teacher-tokenizer"),
     ],
 )

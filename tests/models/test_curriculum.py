@@ -127,7 +127,7 @@ def test_a_run_without_steps_is_refused():
 
 
 def test_the_table_of_terms_is_the_curriculum_and_every_term_comes_from_one_place():
-    assert [*TERMS, "on_policy", "select", "sample_weights", "balance"] == [
+    assert [*TERMS, "on_policy", "select", "open_text", "sample_weights", "balance"] == [
         field.name for field in fields(CurriculumConfig)
     ]
     assert sorted([*HEAD_TERMS, *ROUTER_TERMS]) == sorted(TERMS)

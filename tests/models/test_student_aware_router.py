@@ -44,7 +44,8 @@ def book(blocks: list[int], config: RouterConfig, padding: int = 2) -> tuple[Anc
         aligned.append(Alignment(2 * m - 1, 3 * m - 1, none, none, none, none, none, none, 0))
     student, teacher = ([reading(per * n, 6 // per) for n in blocks] for per in TOKENS.values())
     widths = tuple(per * max(blocks) + padding for per in TOKENS.values())
-    anchors = collect_anchors((student, teacher), aligned, widths, config)
+    begins = [np.zeros(1, dtype=np.int64)] * len(student)
+    anchors = collect_anchors((student, teacher), aligned, (begins, begins), widths, config)
     anchors.key_bytes = F.pad(anchors.key_bytes, (0, 0, 0, padding), value=BEHIND)
     return anchors, count_items(anchors)
 
@@ -212,7 +213,7 @@ class Plain:
     def layer(self, n: int, m: int) -> float:
         teachers, total = range(len(self.router.teacher_layers)), 0.0
         for i in range(len(self.a.student)):
-            same = [j for j in range(len(self.a.student)) if self.a.window[j] == self.a.window[i]]
+            same = [j for j in range(len(self.a.student)) if self.a.text[j] == self.a.text[i]]
             looked = same if self.case.config.gate == "window" else [i]
             seen = torch.stack([normal(self.own(n, j)) for j in looked]).mean(0)
             routing = (self.router.gate[n].detach() @ seen + self.router.log_prior[n]).softmax(0)
@@ -413,7 +414,7 @@ def test_a_step_does_not_wait_for_the_device():
 def routed(case: Case) -> torch.Tensor:
     """[A, M] routing of the first student layer."""
     own = case.student[0].detach().flatten(0, 1)[case.anchors.student]
-    return case.router.log_routing(0, own, case.anchors.window, len(case.student[0])).exp()
+    return case.router.log_routing(0, own, case.anchors.text, len(case.student[0])).exp()
 
 
 @pytest.mark.parametrize("gate", ["window", "position"])
@@ -423,7 +424,7 @@ def test_routing_starts_at_the_prior_and_is_a_distribution(gate):
     torch.nn.init.normal_(case.router.gate)
     found = routed(case)
     torch.testing.assert_close(found.sum(1), torch.ones(len(found)))
-    windows = [found[case.anchors.window == b] for b in (0, 2)]
+    windows = [found[case.anchors.text == b] for b in (0, 2)]
     assert not torch.allclose(windows[0][0], windows[1][0])
     assert all(torch.allclose(rows, rows[:1]) == (gate == "window") for rows in windows)
 

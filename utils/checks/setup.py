@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,7 +110,7 @@ def documents(job: Job) -> Measured:
     value = "; ".join(f"{kind}: {sizes}" for kind, sizes in sides.items())
     is_doubtful = any(sizes.is_doubtful for sizes in sides.values())
     if is_doubtful:
-        value += text_documents.uncut_marker([*corpus.train, *corpus.eval])
+        value += text_documents.uncut_marker(chain(corpus.train, corpus.eval))
     return Measured(value, text_documents.DOCUMENTS_EXPECTED, passed=True, doubtful=is_doubtful)
 
 
@@ -174,6 +175,8 @@ def models(setup: SetUp) -> Measured:
     missing: list[str] = []
     if setup.config.teacher.is_served:
         notes.append("teacher is behind a server, which a run looks at first")
+    if setup.config.teacher.is_captured:
+        notes.append("teacher is of captures, which fit its tokenizer")
     for role, model, shape in roles:
         if model.name in setup.built_later:
             notes.append(f"{role} is built by the first run")

@@ -75,7 +75,7 @@ def _suitable(config: RunConfig) -> tuple[CurriculumConfig, str]:
     without_states = replace(weights, **zeros)
     if config.teacher.name is None:
         return without_states, "since there is no teacher"
-    if state_terms and config.teacher.is_served:
+    if state_terms and config.teacher.is_elsewhere:
         names = " and ".join(state_terms)
         return without_states, f"{reason}, but without {names}, which need the teacher's model in this process"
     # Who sets KD to 0 wants to learn from the text alone, such as for a comparison.

@@ -498,7 +498,7 @@ def own_setup(config: RunConfig) -> tuple[SetUp, Job]:
 
     shapes = load_shapes(resolved)
     student = shapes["student"]
-    is_loaded = resolved.teacher.name is not None and not resolved.teacher.is_served
+    is_loaded = resolved.teacher.name is not None and not resolved.teacher.is_elsewhere
     teacher = shapes["teacher"] if is_loaded else None
 
     # Only the beginning of a large text is read here, so its files say more about its size.

@@ -22,7 +22,7 @@ from utils.on_policy.sampling import Engine
 from utils.pretrained.teacher import with_spare_gpu
 from utils.run import chat as chat_command
 from utils.run import folder as run_folder
-from utils.run import quickstart
+from utils.run import quickstart, text_order
 from utils.run.exit_codes import EXIT_CODES, Interrupted
 from utils.run.session import Session
 from utils.run.stages import (
@@ -88,6 +88,7 @@ def run(config: RunConfig, recipe: str, stop: StopSignal, engine: Engine | None 
     if config.cache.build_only:
         log_cache(job, f"teacher cache {config.cache.folder} is complete")
         return "finished"
+    job, job_without_cache = text_order.with_order([job, job_without_cache], teacher, session)
     job, job_without_cache = judged_by(teacher, job), judged_by(teacher, job_without_cache)
 
     # 3. Train, and write everything down before anything optional is done.

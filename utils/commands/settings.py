@@ -110,6 +110,7 @@ class RunConfig(Validated):
         wrong = self._problems_of_teachers()
         if self.teachers and not wrong:
             object.__setattr__(self, "teacher", self.used_teachers[0].model(self.teacher))
+        object.__setattr__(self, "data", self.data.beside(self.teacher))
         wrong += contradictions(self, HEAD_TERMS)
         if wrong:
             raise Contradictions(wrong)

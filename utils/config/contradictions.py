@@ -18,6 +18,9 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
     if not config.data.train:
         problems.append(Contradiction("data", "no training data: give --train-data"))
 
+    if config.data.lacks_tokenizer and not config.teacher.is_captured:
+        problems.append(Contradiction("data", "captures hold tokens, not text: give their tokenizer, data.tokenizer"))
+
     # without a weight on a term of its own predictions, the student is never told a next token
     terms = config.curriculum.used()
     if not terms & set(heads):
@@ -28,6 +31,8 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
         problems += _problems_without_teacher(config, terms)
 
     problems += _served_problems(config, terms - set(heads))
+    if config.teacher.is_captured:
+        problems += _problems_of_captures(config, terms)
     if config.several_teachers:
         problems += _problems_of_several_teachers(config, terms, terms - set(heads))
 
@@ -36,6 +41,8 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
     problems += _stream_problems(config)
     if config.loss.select_by == "first_student":
         problems += _first_student_problems(config, terms)
+
+    problems += _order_problems(config)
 
     if config.training.patience and not config.evaluation.every:
         message = "training.patience counts evaluations, and evaluation.every is 0: give --eval-every"
@@ -98,6 +105,8 @@ def _problems_of_several_teachers(config: RunConfig, terms: set[str], state_term
         problems.append("curriculum.sample_weights: windows are weighed beside one teacher: give it 0, or one teacher")
     if served := [str(teacher.name) for teacher in config.several_teachers if teacher.is_served]:
         problems.append(f"{' and '.join(served)} is behind a server, which is asked alone: name local models")
+    if captured := [str(teacher.name) for teacher in config.several_teachers if teacher.is_captured]:
+        problems.append(f"{' and '.join(captured)} is of captures, which are read alone: name local models")
     devices = {teacher.device for teacher in config.several_teachers} & {"spread", "sharded"}
     if devices:
         problems.append(f"got device {' and '.join(sorted(devices))}, expected auto, cpu or a GPU for each, as cuda:1")
@@ -141,29 +150,83 @@ def _first_student_problems(config: RunConfig, terms: set[str]) -> list[Contradi
     return [Contradiction("loss", f"select_by first_student: {problem}; {remedy}") for problem in problems]
 
 
+def _order_problems(config: RunConfig) -> list[Contradiction]:
+    """Return the settings that contradict the order of the training text."""
+    problems = []
+    order = config.data.order
+    if order == "random" and config.curriculum.opens_text:
+        problems.append(
+            "curriculum.open_text opens the easiest text first, and data.order random knows none: give "
+            "data.order length or teacher_loss"
+        )
+    if order != "random" and not config.curriculum.opens_text:
+        problems.append(
+            f"data.order {order} changes nothing while curriculum.open_text is 1: give it a ramp, such as "
+            "--set 'curriculum.open_text={points: [[0, 0.2], [0.8, 1]]}'"
+        )
+
+    if order == "teacher_loss":
+        problems += _teacher_loss_problems(config)
+    return [Contradiction("data", problem) for problem in problems]
+
+
+def _teacher_loss_problems(config: RunConfig) -> list[str]:
+    """Return what keeps the teacher from putting the training text in order."""
+    problems = []
+    if config.teacher.name is None:
+        problems.append("data.order teacher_loss: there is no teacher: give --teacher, or data.order length")
+    if config.several_teachers:
+        problems.append("data.order teacher_loss is of one teacher: give data.order length, or one teacher")
+    if config.loss.select_by == "first_student":
+        problems.append(
+            "data.order teacher_loss reads every position, and select_by first_student asks the teacher about chosen "
+            "ones alone: give data.order length, or another loss.select_by"
+        )
+    return problems
+
+
 def _served_problems(config: RunConfig, state_terms: set[str]) -> list[Contradiction]:
-    """Return the settings that contradict a teacher behind a server, or that only such a one has.
+    """Return the settings that contradict a teacher behind a server, or of captures, or that only such a one has.
 
     Args:
         state_terms: terms on hidden states that weigh more than 0 at some time.
     """
     teacher = config.teacher
-    if not teacher.is_served:
+    if not teacher.is_elsewhere:
         message = "teacher.model names a model at a server: give --teacher http://HOST:PORT/v1"
         return [Contradiction("teacher", message)] if teacher.model is not None else []
 
+    subject = "captures do" if teacher.is_captured else "a server does"
     problems = []
     if teacher.tokenizer is None:
-        problems.append("a server does not hand out its tokenizer: give --teacher-tokenizer ID or DIR")
+        problems.append(f"{subject} not hand out its tokenizer: give --teacher-tokenizer ID or DIR")
     if state_terms:
         names = " and ".join(sorted(state_terms))
         problems.append(
-            f"{names} compare hidden states, which a server does not tell: set them to 0, or give a teacher in this "
+            f"{names} compare hidden states, which {subject} not tell: set them to 0, or give a teacher in this "
             "process (--teacher ID or DIR)"
         )
     if teacher.device != "auto" or teacher.dtype != "auto":
-        problems.append("device and dtype of a served teacher are the server's: leave teacher.device and dtype at auto")
+        reason = "captures need neither" if teacher.is_captured else "those of a served teacher are the server's"
+        problems.append(f"device and dtype: {reason}: leave teacher.device and teacher.dtype at auto")
     return [Contradiction("teacher", problem) for problem in problems]
+
+
+def _problems_of_captures(config: RunConfig, terms: set[str]) -> list[Contradiction]:
+    """Return the settings that need more than the most probable tokens of a fixed text.
+
+    Args:
+        terms: those that weigh more than 0 at some time.
+    """
+    unlisted = "captures do not have the probability of a real token that is not listed"
+    problems = []
+    if "span" in terms:
+        problems.append(f"span: {unlisted}: set it to 0")
+    if any(values_of(config.curriculum.sample_weights)):
+        problems.append(f"curriculum.sample_weights: {unlisted}: set it to 0")
+    if config.curriculum.uses_own_text:
+        problems.append("curriculum.on_policy: captures say nothing of the student's own text: set it to 0")
+    return [Contradiction("teacher", f"{config.teacher.name}: {problem}") for problem in problems]
 
 
 def _own_text_problems(config: RunConfig, terms: set[str]) -> list[Contradiction]:
@@ -207,6 +270,8 @@ def _stream_problems(config: RunConfig) -> list[Contradiction]:
         problems.append("curriculum.on_policy chooses among all windows: give it 0")
     if config.loss.select_by == "first_student":
         problems.append("loss.select_by first_student looks at all windows before: choose another, as student_entropy")
+    if data.order != "random":
+        problems.append("data.order puts all windows in order before training: leave it at random")
     if any(config.sources_of_teachers):
         problems.append("only_for gives the windows of a source to a teacher, and a stream mixes them: leave it out")
 

@@ -10,6 +10,7 @@ from .yaml_files import get_dotted
 DESCRIBED_BY = {
     "data.train": (
         "data.eval",
+        "data.tokenizer",
         "data.split",
         "data.text_column",
         "data.messages_column",

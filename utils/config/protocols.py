@@ -55,8 +55,16 @@ class CurriculumSettings(Protocol):
         """Share of each window's positions that KD is learned at."""
 
     @property
+    def open_text(self) -> float | Schedule:
+        """Share of the training windows that is open, from the easiest."""
+
+    @property
     def uses_own_text(self) -> bool:
         """True if that share is above 0 at some time."""
+
+    @property
+    def opens_text(self) -> bool:
+        """True if that share is below 1 at some time."""
 
     @property
     def sample_weights(self) -> float | Schedule:

@@ -44,6 +44,7 @@ FREE_TO_CHANGE = {
     "student.tokenizer",
     "student.allow_pickle",
     "data.train",
+    "data.tokenizer",
     "data.train_only",
     "data.mixture",
     "cache.folder",
@@ -102,8 +103,10 @@ ADDED = {
     "data.block_bytes": 32_000_000,
     "data.remembered_documents": 2_000_000,
     "curriculum.balance": "none",
+    "curriculum.open_text": 1.0,
     "curriculum.sample_weights": 0.0,
     "curriculum.select": 1.0,
+    "data.order": "random",
     "loss.select_by": "student_entropy",
     "loss.interpolation": 1.0,
 }

@@ -6,8 +6,8 @@ The loss, the curriculum and the router have their settings in `models/config.py
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field, replace
+from typing import Annotated, Any, Literal, cast
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import AfterValidator, InstanceOf, StringConstraints, WithJsonSchema
@@ -59,6 +59,9 @@ def template_values(settings: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+CAPTURES = "captures:"
+"""Beginning of the name of a teacher, or of a source of text, that is a folder of captures."""
+
 HowTextIsRead = Literal[
     "text_column",
     "messages_column",
@@ -75,8 +78,9 @@ class ModelConfig(Validated):
     """The teacher."""
 
     name: Name | None = None
-    """Hub id, local folder or GGUF file, or the address of a server, http://HOST:PORT/v1 (docs/served_teacher.md); null
-    trains without a teacher (kd and span must then weigh 0)."""
+    """Hub id, local folder or GGUF file; the address of a server, http://HOST:PORT/v1 (docs/served_teacher.md); or
+    captures:DIR, a folder of DistillKit's captures (docs/captures.md). null trains without a teacher (kd and span must
+    then weigh 0)."""
 
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] = "auto"
     """Precision of the frozen weights; auto: what the device computes fastest without loss of range. 8bit and 4bit
@@ -103,12 +107,23 @@ class ModelConfig(Validated):
     is an error."""
 
     model: Name | None = None
-    """Name of the model at a server of teachers (`name` is http://HOST:PORT/v1); null: the only one that it has."""
+    """Name of the model at a server of teachers (`name` is http://HOST:PORT/v1); null: the only one that it has. Of
+    captures, the model that they are said to be of."""
 
     @property
     def is_served(self) -> bool:
         """True for a teacher behind a server, which is asked over HTTP."""
         return self.name is not None and self.name.startswith(("http://", "https://"))
+
+    @property
+    def is_captured(self) -> bool:
+        """True for a teacher that is a folder of captures."""
+        return self.name is not None and self.name.startswith(CAPTURES)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """True for a teacher whose model is in no process of this run."""
+        return self.is_served or self.is_captured
 
 
 @dataclass(frozen=True)
@@ -205,10 +220,15 @@ class DataConfig(Validated):
     """Text to learn from and text to measure on."""
 
     train: list[Name] = field(default_factory=list)
-    """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv, also .gz and .zst) or folders."""
+    """Hub ids (`name` or `name:configuration`), files (.txt .jsonl .parquet .csv, also .gz and .zst), folders, or
+    captures:DIR. Empty beside a teacher of captures: their own text."""
 
     eval: Name | None = None
     """Text to measure on; null: a share of the training documents is held out."""
+
+    tokenizer: Name | None = None
+    """Hub id or local folder of the tokenizer by which the text of captures is decoded, where `train` or `eval` names
+    some (captures:DIR); null: that of the teacher."""
 
     text_column: str | None = None
     """Column that holds plain text in tabular sources; null: messages, conversations, prompt and completion,
@@ -252,6 +272,10 @@ class DataConfig(Validated):
     max_length: Annotated[int, Ge(8)] = 512
     """Tokens per window, for each of the two models (capped at their context lengths)."""
 
+    isolate_documents: bool = False
+    """Documents that share a window do not see each other: each is read as if it were alone, by both models. Not for
+    models that cannot (recurrent ones, for one), which is measured as a run begins."""
+
     num_workers: Annotated[int, Ge(0)] = 0
     """Processes that prepare batches beside the training process."""
 
@@ -277,6 +301,33 @@ class DataConfig(Validated):
     remembered_documents: Annotated[int, Gt(0)] = 2_000_000
     """With `streaming`: documents among which repeats are looked for, at least; 6 bytes of memory, and of every
     checkpoint, for each. Up to 2 of 100,000 new ones are taken for repeats and left out."""
+
+    order: Literal["random", "length", "teacher_loss"] = "random"
+    """Difficulty by which `curriculum.open_text` opens the training windows: the length of their documents (of a
+    packed window the mean of those that it has a part of), or the teacher's bits per byte, which takes one pass of the
+    teacher before training. random: all are open."""
+
+    def beside(self, teacher: ModelConfig) -> "DataConfig":
+        """Return the same text with what a teacher of captures settles: their text, and its tokenizer."""
+        train = self.train
+        if teacher.is_captured and not train:
+            train = [cast(str, teacher.name)]
+
+        tokenizer = self.tokenizer
+        if self._names_captures(train):
+            of_teacher = teacher.tokenizer if teacher.is_elsewhere else teacher.tokenizer or teacher.name
+            tokenizer = tokenizer or of_teacher
+        if (train, tokenizer) == (self.train, self.tokenizer):
+            return self
+        return replace(self, train=train, tokenizer=tokenizer)
+
+    @property
+    def lacks_tokenizer(self) -> bool:
+        """True if there are captures among the texts, and nothing to decode them with."""
+        return self.tokenizer is None and self._names_captures(self.train)
+
+    def _names_captures(self, train: Sequence[str]) -> bool:
+        return any(name.startswith(CAPTURES) for name in [*train, self.eval or ""])
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ MAIN_KEYS = {
     "curriculum.*": "weight",
     "curriculum.on_policy": None,
     "curriculum.select": None,
+    "curriculum.open_text": None,
     "curriculum.sample_weights": None,
     "curriculum.balance": None,
 }

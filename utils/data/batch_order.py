@@ -1,11 +1,16 @@
 """Order of windows and micro-batches: a pure function of seed, epoch and step, so that a resumed run repeats none."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
 
 import numpy as np
+
+PACED = 1
+"""Tells the random numbers of an order with a pacing from those of the permutation."""
+DRAWN_AT_ONCE = 1024
+"""Random numbers that are taken from the bit generator in one go."""
 
 
 @dataclass(frozen=True)
@@ -20,6 +25,16 @@ class BatchGeometry:
     """Processes that share a step."""
     rank: int = 0
     """Number of this process, from 0."""
+
+
+@dataclass(frozen=True, eq=False)
+class Pacing:
+    """Windows by difficulty, and the share of them that each step of a run draws from."""
+
+    by_ease: np.ndarray
+    """[windows] int64, numbers of the windows from the easiest to the hardest."""
+    share: Callable[[int], float]
+    """Optimizer step of the run, counted from 0 -> share of the windows that is open, from the easiest."""
 
 
 def steps_per_epoch(n: int, global_batch: int) -> int:
@@ -45,19 +60,21 @@ def step_batches(
     epoch: int,
     steps: range | None = None,
     replaced: Replaced | None = None,
+    pacing: Pacing | None = None,
 ) -> Iterator[list[int]]:
     """Window indices of one process for one epoch, micro-batch by micro-batch.
 
-    Step s consumes order[s * global_batch : (s + 1) * global_batch] of the epoch's permutation, whatever
-    `micro_batch` and `processes` are. It is cut into `micro_batches_in_step` micro-batches a process, as even as
-    can be, none above `micro_batch`. With several processes, micro-batches of a short last step can be empty.
+    Step s consumes order[s * global_batch : (s + 1) * global_batch] of the epoch's order, whatever `micro_batch` and
+    `processes` are. It is cut into `micro_batches_in_step` micro-batches a process, as even as can be, none above
+    `micro_batch`. With several processes, micro-batches of a short last step can be empty.
 
     Args:
         steps: of the epoch; None: all.
         replaced: slots of steps that do not have their window; None: every slot has.
+        pacing: of windows that are not all open from the first step on.
     """
-    order = permutation(n, seed, epoch)
     global_batch = geometry.global_batch
+    order = order_of_epoch(n, seed, epoch, global_batch=global_batch, pacing=pacing)
     processes = geometry.processes
 
     for step in range(steps_per_epoch(n, global_batch)) if steps is None else steps:
@@ -98,3 +115,86 @@ def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     order = np.argsort(bits.random_raw(n), kind="stable")
     order.setflags(write=False)  # it is kept, for rounds of few steps ask for it again and again
     return order
+
+
+@lru_cache(maxsize=2)
+def order_of_epoch(n: int, seed: int, epoch: int, *, global_batch: int, pacing: Pacing | None = None) -> np.ndarray:
+    """Order of n windows in an epoch: [n] int64, a pure function of its arguments.
+
+    Without a pacing, and where all windows are open in the whole epoch, it is their permutation.
+    """
+    if pacing is None:
+        return permutation(n, seed, epoch)
+
+    # At least one window is open, and the rounding of 0.3 * 10 opens no further one.
+    steps = steps_per_epoch(n, global_batch)
+    shares = [pacing.share(epoch * steps + step) for step in range(steps)]
+    opened = [min(n, max(1, ceil(share * n - 1e-9))) for share in shares]
+    if min(opened) == n:
+        return permutation(n, seed, epoch)
+
+    places = _paced_places(n, opened, global_batch, np.random.SeedSequence([seed, epoch, PACED]))
+    order = pacing.by_ease[places]
+    order.setflags(write=False)
+    return order
+
+
+def _paced_places(n: int, opened: list[int], global_batch: int, seed: np.random.SeedSequence) -> np.ndarray:
+    """Draw an epoch of places in the order of difficulty: [n] int64, each once before an open one comes twice.
+
+    A place enters the pool once in a pass, and leaves it once, so that an epoch costs O(n), whatever its steps.
+
+    Args:
+        opened: places that are open in each step, from the easiest.
+    """
+    draws = _draws(seed)
+    is_new = np.ones(n, dtype=bool)  # neither seen in this pass nor in the pool
+    pool: list[int] = []
+    places: list[int] = []
+    open_before = 0
+
+    for open_now in opened:
+        pool += _newly(is_new, open_before, open_now)
+        open_before = open_now
+
+        for _ in range(min(global_batch, n - len(places))):
+            place = _draw(pool, draws, open_now, is_new)
+            # Where all open ones were seen, they begin anew.
+            if place is None:
+                is_new[:open_now] = True
+                pool += _newly(is_new, 0, open_now)
+                place = _draw(pool, draws, open_now, is_new)
+            places.append(place)
+    return np.array(places, dtype=np.int64)
+
+
+def _draws(seed: np.random.SeedSequence) -> Iterator[int]:
+    """Yield random 64-bit numbers without end: the raw output of a bit generator, which NumPy promises not to change.
+
+    As in `permutation`.
+    """
+    bits = np.random.PCG64(seed)
+    while True:
+        yield from bits.random_raw(DRAWN_AT_ONCE).tolist()
+
+
+def _newly(is_new: np.ndarray, begin: int, end: int) -> list[int]:
+    """Return the places of a stretch that enter the pool, and note that they do."""
+    entering = begin + np.flatnonzero(is_new[begin:end])
+    is_new[entering] = False
+    return entering.tolist()
+
+
+def _draw(pool: list[int], draws: Iterator[int], open_now: int, is_new: np.ndarray) -> int | None:
+    """Take a random open place out of the pool; None: it holds none."""
+    while pool:
+        # The last one takes the place of the one that goes: no other has to move.
+        number = next(draws) % len(pool)
+        pool[number], pool[-1] = pool[-1], pool[number]
+        place = pool.pop()
+        if place < open_now:
+            return place
+
+        # It was closed while it waited, and may be opened again.
+        is_new[place] = True
+    return None

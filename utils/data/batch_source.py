@@ -14,7 +14,7 @@ import torch
 
 from ..interfaces import Batch
 from ..machine import device_memory
-from .batch_order import BatchGeometry, micro_batches_in_step, step_batches
+from .batch_order import BatchGeometry, Pacing, micro_batches_in_step, step_batches
 from .loader import loader
 from .windows import Window
 
@@ -103,6 +103,8 @@ class BatchSource:
     """Processes that prepare batches; 0: a thread of this process."""
     after_epoch: Callable[[], None]
     """Called when an epoch has been delivered."""
+    pacing: Pacing | None = None
+    """Of windows that are not all open from the first step on."""
 
     def steps(
         self, plan: StepPlan, first_step: int, own: OwnWindows | None = None
@@ -154,6 +156,7 @@ class BatchSource:
             epoch=epoch,
             steps=steps,
             replaced=replaced,
+            pacing=self.pacing,
         )
 
         # One loader a stretch: it prepares the batches of the next step while this one is computed.

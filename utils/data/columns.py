@@ -582,6 +582,8 @@ class Columns:
     messages: str = "messages"
     prompt: str = "prompt"
     completion: str = "completion"
+    tokenizer: str | None = None
+    """Name of the tokenizer that decodes the columns of captures."""
     unread: Unread = field(default_factory=Unread, compare=False)
     """Takes note of columns that are met and not read."""
 

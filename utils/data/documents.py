@@ -23,6 +23,7 @@ from ..config.settings import DataConfig
 from ..errors import UserError
 from . import sources
 from .columns import INSTRUCTION, OUTPUT, SHAREGPT, Columns, Conversation, Reading, as_text, text_of_messages
+from .texts import Texts
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,8 @@ MOST_REPEATS = 0.3
 class Corpus:
     """Documents to train on and documents to evaluate on; no text is in both."""
 
-    train: list[str]
-    eval: list[str]
+    train: Sequence[str]
+    eval: Sequence[str]
     conversations: bool
     """Every document is a conversation, as `Conversation.text` writes it; else every one is plain text."""
     report: dict[str, int]
@@ -84,7 +85,7 @@ def load_documents(config: DataConfig, source_of: dict[str, str] | None = None) 
     places = FirstPlaces()
 
     # A variable would keep the generator open: it logs the columns that were not read when it is closed.
-    documents = _clean(
+    documents = _cleaned(
         _noted(config.train, partial(_read, config, split=config.split, places=places), source_of),
         report,
         deduplicate=config.deduplicate,
@@ -124,7 +125,7 @@ def _noted(
             yield place, text
 
 
-def load_held_out(config: DataConfig, places: FirstPlaces, source_of: dict[str, str] | None) -> list[str]:
+def load_held_out(config: DataConfig, places: FirstPlaces, source_of: dict[str, str] | None) -> Texts:
     """Return the documents of the evaluation source, without repeats.
 
     Raises:
@@ -132,12 +133,12 @@ def load_held_out(config: DataConfig, places: FirstPlaces, source_of: dict[str, 
     """
     counts = dict.fromkeys(("read", "empty", "duplicate"), 0)
     read = _noted([cast(str, config.eval)], lambda _: _read_eval(config, places), source_of)
-    documents = _clean(read, counts, deduplicate=config.deduplicate, limit=None)
+    documents = _cleaned(read, counts, deduplicate=config.deduplicate, limit=None)
     require_text(documents, [config.eval], counts, conversations=places.conversation is not None)
     return documents
 
 
-def _without(documents: Sequence[str], held_out: Sequence[str], evaluation_data: str) -> list[str]:
+def _without(documents: Texts, held_out: Texts, evaluation_data: str) -> Texts:
     """Return the training documents that evaluation does not have.
 
     Raises:
@@ -145,7 +146,7 @@ def _without(documents: Sequence[str], held_out: Sequence[str], evaluation_data:
     """
     # Up to whitespace: copies of a text differ in their line breaks.
     keys = {text_key(text) for text in held_out}
-    train = [text for text in documents if text_key(text) not in keys]
+    train = documents.select(np.array([text_key(text) not in keys for text in documents]))
     if not train:
         raise UserError(
             f"Every one of the {len(documents)} training documents is also in the evaluation data {evaluation_data}. "
@@ -176,6 +177,7 @@ def columns_of(config: DataConfig) -> Columns:
         messages=config.messages_column,
         prompt=config.prompt_column,
         completion=config.completion_column,
+        tokenizer=config.tokenizer,
     )
 
 
@@ -303,16 +305,23 @@ def join_lines(parts: Iterator[sources.Located], start: str) -> Iterator[sources
 # ---------------------------------------------------------------- cleaning and splitting
 
 
+def _cleaned(
+    documents: Iterable[tuple[str, str]], counts: dict[str, int], *, deduplicate: bool, limit: int | None
+) -> Texts:
+    """Return documents that have text; see `_clean`."""
+    return Texts.of(_clean(documents, counts, deduplicate=deduplicate, limit=limit))
+
+
 def _clean(
     documents: Iterable[tuple[str, str]], counts: dict[str, int], *, deduplicate: bool, limit: int | None
-) -> list[str]:
-    """Return documents that have text, each once if `deduplicate`, and not more than `limit`.
+) -> Iterator[str]:
+    """Yield documents that have text, each once if `deduplicate`, and not more than `limit`.
 
     Args:
         counts: of documents that were read, empty and duplicate, which are added there.
     """
     documents = iter(documents)
-    texts: list[str] = []
+    accepted = 0
     seen: set[bytes] = set()
     for _, text in documents:
         counts["read"] += 1
@@ -328,11 +337,11 @@ def _clean(
                 continue
             seen.add(digest)
 
-        texts.append(text)
-        if limit is not None and len(texts) >= limit:
+        yield text
+        accepted += 1
+        if limit is not None and accepted >= limit:
             _log_unread(documents, limit)
             break
-    return texts
 
 
 def _log_unread(rest: Iterator[tuple[str, str]], limit: int) -> None:
@@ -347,7 +356,9 @@ def _log_unread(rest: Iterator[tuple[str, str]], limit: int) -> None:
         log.info("data.max_documents=%s: %s%s further documents are not read", f"{limit:,}", at_least, f"{unread:,}")
 
 
-def require_text(documents: list[str], names: Sequence[str], counts: dict[str, int], *, conversations: bool) -> None:
+def require_text(
+    documents: Sequence[str], names: Sequence[str], counts: dict[str, int], *, conversations: bool
+) -> None:
     """Check that there are sources, and text in them.
 
     Raises:
@@ -370,16 +381,16 @@ def require_text(documents: list[str], names: Sequence[str], counts: dict[str, i
     )
 
 
-def split_documents(documents: list[str], fraction: float) -> tuple[list[str], list[str]]:
+def split_documents(documents: Texts, fraction: float) -> tuple[Texts, Texts]:
     """Divide documents into training and evaluation, by a hash of each text that is uniform in [0, 1).
 
     Raises:
         UserError: there is only one text.
     """
-    # 64 bits of a hash that is the same on every machine.
-    positions = [int.from_bytes(text_key(text)[:8], "big") / 2**64 for text in documents]
-    lowest = min(positions)
-    highest = max(positions)
+    # 64 bits of a hash that is the same on every machine, as a share that Python's division rounds.
+    positions = np.fromiter((int.from_bytes(text_key(text)[:8], "big") / 2**64 for text in documents), np.float64)
+    lowest = positions.min()
+    highest = positions.max()
     if lowest == highest:
         raise UserError(
             "Got a single document, which cannot be split into training and evaluation. Name what separates documents "
@@ -390,14 +401,8 @@ def split_documents(documents: list[str], fraction: float) -> tuple[list[str], l
 
     # Tiny data: the lowest document is always held out, the highest never; still chosen by the texts alone.
     limit = min(fraction, highest)
-    train: list[str] = []
-    held_out: list[str] = []
-    for text, position in zip(documents, positions, strict=True):
-        if position == lowest or position < limit:
-            held_out.append(text)
-        else:
-            train.append(text)
-    return train, held_out
+    is_held_out = (positions == lowest) | (positions < limit)
+    return documents.select(~is_held_out), documents.select(is_held_out)
 
 
 # ---------------------------------------------------------------- names and hashes
@@ -414,6 +419,8 @@ def text_key(text: str) -> bytes:
 
 def byte_count(texts: Iterable[str]) -> int:
     """Return the length of texts in UTF-8, in bytes."""
+    if isinstance(texts, Texts):
+        return int(texts.sizes.sum())
     return sum(len(text.encode()) for text in texts)
 
 
@@ -493,7 +500,7 @@ class DocumentSizes:
     @classmethod
     def of(cls, texts: Sequence[str], windows: datasets.Dataset) -> "DocumentSizes":
         """Measure documents in the windows that they were packed into."""
-        sizes = np.array([len(text.encode()) for text in texts])
+        sizes = texts.sizes if isinstance(texts, Texts) else np.array([len(text.encode()) for text in texts])
 
         # Bytes of the fullest window: a window that holds little would make every document look long.
         window = max(int(np.max(windows["bytes"][:])), 1)

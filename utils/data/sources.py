@@ -1,7 +1,7 @@
 """Sources of documents: text files, tables and hub data sets, read lazily and located for error messages.
 
-A source is a file, a glob, a folder, the name of a Kaggle input, or a hub id: `owner/name`, with `:config` and
-`:split` after it where needed (`Salesforce/wikitext:wikitext-103-raw-v1:validation`).
+A source is a file, a glob, a folder, captures:DIR, the name of a Kaggle input, or a hub id: `owner/name`, with
+`:config` and `:split` after it where needed (`Salesforce/wikitext:wikitext-103-raw-v1:validation`).
 """
 
 import csv
@@ -20,6 +20,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 
+from ..captures.folder import captured_texts, is_captures
 from ..errors import UserError
 from ..git_lfs import is_lfs_pointer
 from ..paths import user_path
@@ -101,6 +102,10 @@ def read(names: Sequence[str], *, split: str, columns: Columns, separator: str |
             silently: bytes that are not UTF-8 are an error.
     """
     for name in names:
+        if is_captures(name):
+            yield from captured_texts(name, columns.tokenizer or "")
+            continue
+
         files = files_of(name, split)
         if files is None:
             placed_documents = _read_hub(name, columns, split)

@@ -11,10 +11,12 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from ..config.settings import DataConfig
 from ..errors import UserError
-from .documents import byte_count, corpus_fingerprint, document_name, place_of_document
+from .columns import text_of_messages
+from .documents import Corpus, byte_count, corpus_fingerprint, document_name, place_of_document
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +27,14 @@ Encode = Callable[[list[str], list[str]], list[Window]]
 
 DOCUMENTS_PER_PACK = 1000
 """Documents are packed into windows in groups of this many, so that windows do not depend on the number of workers."""
+
+MOST_CHARACTERS_PER_PACK = 16_000_000
+"""A group of long documents ends behind the one that reaches this many: what a tokenizer returns takes many times the
+memory of the text."""
+
+GROUPS = pa.schema([("group", pa.list_(pa.large_string()))])
+"""Documents that are packed together, a row each. The offsets of plain strings have 32 bits, so that one document of
+2 GiB would not fit."""
 
 IN_MEMORY_BYTES = 8_000_000
 """Up to this much text, windows are built in memory; beyond it they are kept in the cache folder of `datasets`."""
@@ -105,8 +115,9 @@ def make_windows(
         UserError: no document yields a window for another reason.
     """
     features = _features(texts, encode, kind=kind, room=room)
-    key = blake2b(f"{fingerprint} {corpus_fingerprint(texts)} {features}".encode(), digest_size=16).hexdigest()
-    table = _grouped(texts)
+    content = corpus_fingerprint(texts)
+    facts = f"{fingerprint} {content} {features} {MOST_CHARACTERS_PER_PACK}"
+    key = blake2b(facts.encode(), digest_size=16).hexdigest()
 
     # One row is a whole group of documents, so a batch of one row is what `encode` gets at once.
     options = {
@@ -121,9 +132,10 @@ def make_windows(
     # A small corpus is packed so quickly that no file needs to be kept for the next run.
     with _no_progress_bars():
         if byte_count(texts) <= IN_MEMORY_BYTES:
+            table = datasets.Dataset(pa.Table.from_batches(_groups(texts), GROUPS))
             windows = table.map(keep_in_memory=True, load_from_cache_file=False, writer_batch_size=1, **options)
         else:
-            windows = _map_on_disk(table, key, processes=min(num_proc or 1, len(table)), options=options)
+            windows = _map_on_disk(texts, key, processes=num_proc or 1, options=options)
     return windows.with_format("numpy")
 
 
@@ -148,16 +160,23 @@ def make_windows_by_source(texts: Sequence[str], source_of: Mapping[str, str], *
     return datasets.concatenate_datasets(parts).with_format("numpy")
 
 
-def _grouped(texts: Sequence[str]) -> datasets.Dataset:
-    """Return a table of which each row holds the documents that are packed together."""
-    groups = [list(texts[start : start + DOCUMENTS_PER_PACK]) for start in range(0, len(texts), DOCUMENTS_PER_PACK)]
+def _groups(texts: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield rows of which each holds the documents that are packed together, one row at a time."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text)
+        if len(group) == DOCUMENTS_PER_PACK or size >= MOST_CHARACTERS_PER_PACK:
+            yield pa.record_batch([[group]], schema=GROUPS)
+            group = []
+            size = 0
 
-    # The offsets of plain strings have 32 bits, so a column of them ends at 2 GiB.
-    group = datasets.List(datasets.Value("large_string"))
-    return datasets.Dataset.from_dict({"group": groups}, features=datasets.Features(group=group))
+    if group:
+        yield pa.record_batch([[group]], schema=GROUPS)
 
 
-def _map_on_disk(table: datasets.Dataset, key: str, *, processes: int, options: dict[str, Any]) -> datasets.Dataset:
+def _map_on_disk(texts: Sequence[str], key: str, *, processes: int, options: dict[str, Any]) -> datasets.Dataset:
     """Make windows in the cache folder of `datasets`, or take those that are there under this key.
 
     Raises:
@@ -167,13 +186,17 @@ def _map_on_disk(table: datasets.Dataset, key: str, *, processes: int, options: 
     options = {**options, "cache_file_name": str(cache / f"{key}.arrow"), "load_from_cache_file": True}
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        if processes == 1:
-            return table.map(**options)
 
-        # From a file, which workers map into memory; a table in memory would be pickled for each of them.
+        # From a file, which is mapped into memory: a table of all texts would hold them once more, in every worker.
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            table.save_to_disk(folder)
-            return datasets.load_from_disk(folder).map(num_proc=processes, **options)
+            file = f"{folder}/groups.arrow"
+            with pa.OSFile(file, "wb") as stream, pa.ipc.new_stream(stream, GROUPS) as writer:
+                for batch in _groups(texts):
+                    writer.write_batch(batch)
+
+            table = datasets.Dataset.from_file(file)
+            processes = min(processes, len(table))
+            return table.map(num_proc=processes if processes > 1 else None, **options)
     except OSError as error:
         raise UserError(
             f"Cannot keep the tokenised windows in {cache}: {error}. Free some space there, or set HF_DATASETS_CACHE "
@@ -253,6 +276,19 @@ def window_key(window: Window) -> bytes:
         value_bytes = value.encode() if isinstance(value, str) else np.asarray(value).tobytes()
         content.update(key.encode() + value_bytes)
     return content.digest()
+
+
+def window_lengths(windows: datasets.Dataset, corpus: Corpus) -> np.ndarray:
+    """Return [windows] the mean length of the documents that each window has a part of: bytes, of conversations of
+    what their messages say."""
+    lengths = {}
+    for text in corpus.train:
+        words = text_of_messages(text) if corpus.conversations else text
+        lengths[document_name(text)] = len(words.encode())
+
+    # A window lists the names of its documents, separated by commas.
+    means = (np.mean([lengths[name] for name in names.split(",")]) for names in windows["documents"])
+    return np.fromiter(means, np.float64, count=len(windows))
 
 
 # ---------------------------------------------------------------- warnings

@@ -110,7 +110,7 @@ class HeldOut:
     config: EvaluationConfig
     accelerator: Accelerator
     windows: Sequence[dict]
-    documents: list[str]
+    documents: Sequence[str]
     collate: Collator
     tokenizers: Mapping[str, PreTrainedTokenizerBase]
     """For `student` and `teacher`."""

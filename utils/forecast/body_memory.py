@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, masking_utils
 
 from ..pretrained.families import auto_class, body, depth
 from ..pretrained.loading import recompute_layers
@@ -30,6 +30,9 @@ PROBED_LENGTHS = (16, 32)
 
 FAKE_TENSORS = "torch._subclasses.fake_tensor"
 """Logger that prints the traceback of whatever an architecture cannot do without content."""
+
+PACKED_CHECK = "find_packed_sequence_indices"
+"""Private function of transformers: positions -> the text of each token in rows of several, or None."""
 
 DROPOUTS = ("attention_dropout", "attn_pdrop")
 """Names of a config's dropout of attention scores."""
@@ -120,6 +123,8 @@ class BodyRun:
     """Attention never makes scores for dropout's sake."""
     recomputes: bool = False
     """With gradient checkpointing."""
+    isolates: bool = False
+    """Attention has a mask [B, 1, S, S] of documents."""
 
 
 def measure_body(config: PretrainedConfig, run: BodyRun) -> Body:
@@ -165,7 +170,7 @@ def _measure_micro_batch(model: nn.Module, ids: Tensor, live: _LiveBytes, run: B
     before = live.now
     live.peak = before
     with torch.autocast("cpu", torch.bfloat16, enabled=run.half):
-        states = _states(model, ids)
+        states = _states(model, ids, run.isolates)
         saved = live.now - before
         forward = live.peak - before
 
@@ -178,10 +183,11 @@ def _measure_micro_batch(model: nn.Module, ids: Tensor, live: _LiveBytes, run: B
     return Body(saved=saved, forward=forward, backward=live.peak)
 
 
-def _states(model: nn.Module, ids: Tensor) -> Tensor:
+def _states(model: nn.Module, ids: Tensor, isolates: bool = False) -> Tensor:
     """Return what enters the head; an encoder, where there is one, reads as many tokens as its decoder."""
     if not model.config.is_encoder_decoder:
-        return body(model)(input_ids=ids, use_cache=False).last_hidden_state
+        with _packed_texts(isolates):
+            return body(model)(input_ids=ids, use_cache=False).last_hidden_state
 
     mask = torch.ones_like(ids)
     source_states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
@@ -192,6 +198,22 @@ def _states(model: nn.Module, ids: Tensor) -> Tensor:
         encoder_attention_mask=mask,
     )
     return outputs.last_hidden_state
+
+
+@contextmanager
+def _packed_texts(are_packed: bool) -> Iterator[None]:
+    """Tell transformers whether rows hold several texts: positions without content do not, and it builds a mask."""
+    functions = vars(masking_utils)
+    original = functions.get(PACKED_CHECK)
+    if are_packed or original is None:
+        yield
+        return
+
+    functions[PACKED_CHECK] = lambda positions: None
+    try:
+        yield
+    finally:
+        functions[PACKED_CHECK] = original
 
 
 def _without_attention_dropout(config: PretrainedConfig) -> None:

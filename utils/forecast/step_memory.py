@@ -8,7 +8,8 @@ the whole with the peak of real optimizer steps.
 Attention: the scores [heads, S, S] count where a model's own attention makes them (eager, or dropout on a CPU). On a
 GPU this forecast relies on SDPA having a kernel that does not write them: flash or cuDNN in half precision from compute
 capability 8.0 on, memory-efficient elsewhere (float32 and float16 on every GPU that torch supports). The latter reads
-no grouped heads, so it also relies on `models/attention.py`, which has keys and values repeated there.
+no grouped heads, so it also relies on `models/attention.py`, which has keys and values repeated there. Isolated
+documents have a mask [B, 1, S, S], of which every layer keeps a copy in the dtype of its scores for the backward pass.
 """
 
 import logging
@@ -120,6 +121,8 @@ class Demand:
     """That share it then."""
     compiled_head: bool = False
     """The student's head writes its gradient in compiled passes, all tokens of a chunk at once."""
+    isolates: bool = False
+    """Documents are isolated by a mask [B, 1, S, S]; also where a teacher has a kernel that needs none."""
     scored_logits: int = 0
     """Logits that an evaluation looks at in one go, at most; 0: nothing is evaluated."""
 
@@ -231,6 +234,7 @@ class StepMemory:
             trained=True,
             on_gpu=self.demand.on_gpu,
             recomputes=self.demand.recomputes,
+            isolates=self.demand.isolates,
         )
         return measure_body(self.demand.student, run)
 
@@ -397,6 +401,7 @@ class StepMemory:
             half=False,
             trained=False,
             on_gpu=self.demand.on_gpu,
+            isolates=self.demand.isolates,
         )
         return measure_body(self.demand.teacher, run)
 
@@ -500,6 +505,7 @@ def demand_of(config: RunConfig, setting: StepSetting) -> Demand:
         sharded=setting.sharded,
         processes=setting.processes,
         compiled_head=compiles_head(config.loss.head_passes, device),
+        isolates=config.data.isolate_documents,
         scored_logits=scored_logits(device),
     )
 
@@ -529,8 +535,8 @@ def _place_teachers(config: RunConfig, setting: StepSetting) -> _PlacedTeachers:
 
 
 def _is_apart(model: ModelConfig, device: torch.device) -> bool:
-    """Tell whether a teacher has a device of its own, or a server."""
-    return model.is_served or model.device not in ("auto", "sharded", str(device))
+    """Tell whether a teacher has a device of its own, or none."""
+    return model.is_elsewhere or model.device not in ("auto", "sharded", str(device))
 
 
 def spares_teacher(config: RunConfig) -> bool:

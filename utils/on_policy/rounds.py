@@ -18,7 +18,7 @@ from accelerate.utils import gather_object
 from torch import nn
 
 from ..config.settings import OnPolicyConfig
-from ..data.batch_order import permutation
+from ..data.batch_order import Pacing, order_of_epoch
 from ..data.batch_source import OwnWindows, StepPlan
 from ..interfaces import Collator, OwnPrompt, Pair
 from ..logs.progress import Progress
@@ -58,6 +58,8 @@ class RoundMaterial:
     """Optimizer step, counted from 0 -> share of its windows that the student writes."""
     seed: int
     accelerator: Accelerator
+    pacing: Pacing | None = None
+    """Of windows that are not all open from the first step on."""
 
 
 class Slot(NamedTuple):
@@ -220,7 +222,13 @@ class Rounds:
         for step in range(first, end):
             epoch, step_of_epoch = divmod(step, plan.steps_per_epoch)
             if epoch not in orders:
-                orders[epoch] = permutation(plan.windows, self.material.seed, epoch)
+                orders[epoch] = order_of_epoch(
+                    plan.windows,
+                    self.material.seed,
+                    epoch,
+                    global_batch=plan.global_batch,
+                    pacing=self.material.pacing,
+                )
 
             start = step_of_epoch * plan.global_batch
             indices = orders[epoch][start : start + plan.global_batch].tolist()

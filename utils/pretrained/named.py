@@ -10,7 +10,7 @@ from ..errors import UserError
 from . import layers, loading
 
 UNLIMITED = 10**9
-"""Tokens that a served teacher reads at most, until the server is asked."""
+"""Tokens that a teacher elsewhere reads at most, until its server is asked."""
 
 
 def teachers_by_role(config: RunConfig) -> dict[str, ModelConfig]:
@@ -30,10 +30,10 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     """
     names = {"student": config.student.name}
     teachers = teachers_by_role(config)
-    names |= {role: model.name or config.student.name for role, model in teachers.items() if not model.is_served}
+    names |= {role: model.name or config.student.name for role, model in teachers.items() if not model.is_elsewhere}
     shapes = loading.load_each(loading.load_config, names)
-    if config.teacher.is_served:
-        shapes["teacher"] = _shape_behind_server(config.teacher.tokenizer)
+    if config.teacher.is_elsewhere:
+        shapes["teacher"] = _shape_of_tokenizer(config.teacher.tokenizer)
 
     count = config.student.layers
     if count is not None:
@@ -42,8 +42,8 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     return shapes
 
 
-def _shape_behind_server(tokenizer: str) -> PretrainedConfig:
-    """Return a config that stands for a served teacher's: of its sizes only the rows of its head matter here.
+def _shape_of_tokenizer(tokenizer: str) -> PretrainedConfig:
+    """Return a config that stands for that of a teacher elsewhere: of its sizes only the rows of its head matter here.
 
     Raises:
         UserError: its tokenizer could not be loaded.

@@ -44,7 +44,7 @@ def with_spare_gpu(config: ConfigT, device: torch.device, processes: int) -> tup
         device: of the student.
         processes: of the run.
     """
-    is_loaded = config.teacher.name is not None and not config.teacher.is_served
+    is_loaded = config.teacher.name is not None and not config.teacher.is_elsewhere
     is_trained_with = is_loaded and not config.cache.build_only
     if config.teacher.device != "auto" or not is_trained_with:
         return config, None

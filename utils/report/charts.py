@@ -68,6 +68,7 @@ _SCHEDULED = {
     "skew": "#44AA99",
     "interpolation": "#882255",
     "select": "#117733",
+    "open_text": "#661100",
     "sample_weights": "#AA4499",
     "sample_spread": "#CC6677",
 }

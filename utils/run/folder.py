@@ -12,6 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ..config.resume_rules import check_same_run, identity
+from ..config.settings import CAPTURES
 from ..config.yaml_files import as_yaml, get_dotted, load_yaml
 from ..errors import UserError
 from ..files import clean_leftovers, nearest_existing, write_text
@@ -139,10 +140,11 @@ def refuse_sources(folder: Path, config: Mapping[str, Any]) -> None:
     for key in ("teacher.name", "student.name", "data.train", "data.eval"):
         names = get_dotted(config, key) or []
         for name in [names] if isinstance(names, str) else names:
-            if not os.path.isdir(os.path.expanduser(name)):
+            path = name.removeprefix(CAPTURES)
+            if not os.path.isdir(os.path.expanduser(path)):
                 continue
 
-            source = user_path(name).resolve()
+            source = user_path(path).resolve()
             is_replaced_by_export = key.endswith("name") and source == output / STUDENT
             if output == source or source in output.parents or is_replaced_by_export:
                 raise UserError(

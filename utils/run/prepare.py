@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
@@ -19,7 +20,7 @@ from ..config.plain import to_plain
 from ..config.protocols import RunConfig
 from ..config.settings import template_values
 from ..data import documents
-from ..data.batch_order import permutation
+from ..data.batch_order import Pacing, permutation
 from ..data.stream.beginning import read_beginning
 from ..data.stream.blocks import StreamSetUp
 from ..data.stream.recent import ERROR, RecentTexts
@@ -29,6 +30,7 @@ from ..data.windows import (
     make_windows_by_source,
     warn_of_left_out,
     warn_of_missing,
+    window_lengths,
     windows_fingerprint,
 )
 from ..errors import value_errors_are_the_users
@@ -78,6 +80,10 @@ class Job:
     """The training text was put together from a stock of sentences, and is learnt in few steps."""
     stream: StreamSetUp | None = None
     """Text that is read while training; None: all of it is in `windows`."""
+    lengths: np.ndarray | None = None
+    """Of each window, where they are put in order by it (`data.order: length`)."""
+    pacing: Pacing | None = None
+    """Windows by difficulty, and which of them are open in which step; None: all, in random order."""
     layers: LayerChoice | None = None
     """Those that the student takes from its model; None: all, or random ones."""
     parts: tuple["Job", ...] = ()
@@ -127,6 +133,7 @@ class TextSettings:
     text_starts: tuple[str | None, ...]
     today: date | None
     cache_dir: Path
+    isolate_documents: bool
 
 
 @dataclass(frozen=True)
@@ -195,6 +202,7 @@ def prepare(config: RunConfig, method: Method, accelerator: Accelerator, today: 
         teacher_dtype=frozen_dtype(config.teacher.dtype, teacher_device, accelerator.mixed_precision),
         stream=material.stream,
         text_repeats=documents.repeats_itself(material.corpus.train),
+        lengths=window_lengths(material.windows, material.corpus) if config.data.order == "length" else None,
     )
 
 
@@ -252,6 +260,7 @@ def _text_settings(
         text_starts=(config.student.text_start, *(model.text_start for model in of_teachers)),
         today=today or conversation_date.choose(config).day,
         cache_dir=cache_dir() / "vocabularies",
+        isolate_documents=config.data.isolate_documents,
     )
 
 

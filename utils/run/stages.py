@@ -10,6 +10,7 @@ from typing import Any, cast
 from torch import nn
 
 from ..advice import advice
+from ..captures.source import connect_captures
 from ..config.contradictions import without_effect
 from ..config.plain import to_plain
 from ..config.protocols import RunConfig, share_chosen_before, values_of
@@ -186,6 +187,9 @@ def load_teacher(job: Job, check: Callable[[], None] = do_nothing) -> Teacher | 
 
     if job.config.teacher.is_served:
         return job.pair.listed(_connect(job, check))
+    if job.config.teacher.is_captured:
+        rows = len(job.vocabulary.segments)
+        return job.pair.listed(connect_captures(job.config, rows=rows, top_k=_most_outcomes(job)))
 
     model = teachers.load(job)
     with value_errors_are_the_users():
@@ -196,13 +200,17 @@ def _connect(job: Job, check: Callable[[], None]) -> ListServer:
     """Return the lists of a served teacher, once its server was checked against what the run will ask of it."""
     config = job.config
     rows = len(job.vocabulary.segments)
-    most = config.loss.top_k if job.cache is None else job.cache.top_k
     demand = Demand(
         tokenizer=job.pair.tokenizers["teacher"],
         length=job.pair.encoder.max_length,
-        top_k=listed_tokens(config.served, cast(int, most), rows),
+        top_k=listed_tokens(config.served, _most_outcomes(job), rows),
     )
     return connect(config, demand, rows, check)
+
+
+def _most_outcomes(job: Job) -> int:
+    """Return the outcomes that are kept of a position, by the loss or by the cache."""
+    return cast(int, job.config.loss.top_k if job.cache is None else job.cache.top_k)
 
 
 def judged_by(teacher: Teacher | None, job: Job) -> Job:
@@ -229,7 +237,7 @@ def train_student(
     """
     config, accelerator = job.config, job.accelerator
     plan = Plan.of(config.training, job.window_count, accelerator.num_processes)
-    student = _make_student(job, session)
+    student = load_student(job, session)
 
     # Where a run goes on decides what is written anew and what is tried before.
     store = open_checkpoints(job, teacher, student, output)
@@ -251,6 +259,7 @@ def train_student(
         checkpoints=store,
         resume_from=resume_from,
         flags=red_flags(job, plan, student, start, session),
+        pacing=job.pacing,
         rounds=make_rounds(job, module, store, output, session),
         stream=open_stream(job, plan, output, session),
         stop=session.stop,
@@ -274,8 +283,8 @@ def train_student(
     return Trained(module, result, start, options.rounds)
 
 
-def _make_student(job: Job, session: Session) -> nn.Module:
-    """Return the student as it is before training."""
+def load_student(job: Job, session: Session) -> nn.Module:
+    """Make the student that training starts from, while the progress says so."""
     with session.progress.over("loading the student", 1, "model file", unit="model") as note:
         student = students.make(job.config.student, job.config.training, job.accelerator, job.layers)
         note(1)
@@ -315,6 +324,7 @@ def make_rounds(job: Job, module: Any, store: CheckpointStore, output: Path, ses
         collate=job.collate,
         module=module,
         share=module.curriculum.on_policy,
+        pacing=job.pacing,
         seed=job.config.training.seed,
         accelerator=job.accelerator,
     )
@@ -502,6 +512,9 @@ def make_module(job: Job, teacher: Teacher | None, student: nn.Module, plan: Pla
             log.debug("%s", line)
 
         module = job.pair.framework(plan.total_steps, student=student, teacher=teacher)
+        for line in job.pair.describe_documents(teacher):
+            log.info("%s", line)
+
         # A few huge channels of the teacher's states would outweigh all others; checkpoints hold the statistics.
         if is_new and module.router is not None:
             batches = loader.some_batches(
@@ -622,7 +635,7 @@ def measure_tasks(job: Job, trained: Trained, teacher: Teacher | None, results: 
     """Measure the tasks that were asked for, in this process, and add them to the report."""
     config = job.config
     models: dict[str, Callable[[], nn.Module]] = {"student": lambda: trained.student}
-    is_here = config.teacher.device != teachers.SHARDED and not config.teacher.is_served
+    is_here = config.teacher.device != teachers.SHARDED and not config.teacher.is_elsewhere
     if teacher is not None and is_here:  # no other process computes with this one
         running = getattr(teacher, "teacher", teacher) or load_teacher(job)
         if running.model is not None:

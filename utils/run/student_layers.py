@@ -60,8 +60,7 @@ def measured_windows(job: Job) -> list[torch.Tensor]:
     )
     windows = []
     for batch in batches:
-        inputs, _ = batch.scored("student")
-        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+        for ids, mask in zip(batch.student_ids, batch.student_mask, strict=True):
             windows.append(ids[mask.bool()])
     return windows
 

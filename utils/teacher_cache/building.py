@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from accelerate.utils import gather_object
 
+from ..captures.source import captured_name
 from ..config.protocols import RunConfig, share_chosen_before, values_of
 from ..data.batch_order import BatchGeometry, micro_batches_in_step, permutation, step_batches
 from ..data.loader import begun_ahead, loader
@@ -133,8 +134,8 @@ def _identity(job: Job) -> dict[str, Any]:
     if config.teacher.dtype in QUANTISED:
         teacher_dtype = config.teacher.dtype
 
-    if config.teacher.is_served:
-        teacher_dtype = "served"
+    if config.teacher.is_elsewhere:
+        teacher_dtype = "captured" if config.teacher.is_captured else "served"
 
     identity = {
         "teacher": _teacher_fingerprint(config),
@@ -158,6 +159,8 @@ def _teacher_fingerprint(config: RunConfig) -> str:
     Raises:
         UserError: there is neither the teacher nor a cache of a served one.
     """
+    if config.teacher.is_captured:
+        return captured_name(config)
     if not config.teacher.is_served:
         return weights_fingerprint(config.teacher.name, "teacher")
 
@@ -237,6 +240,8 @@ class CacheBuilding:
     """Of the order of the windows."""
     num_workers: int = 0
     """Processes that collate batches."""
+    in_order: bool = False
+    """The run comes to the windows in an order by difficulty, which the teacher may have to be asked about."""
     rows_share: float = 1.0
     """Share of its KD rows that a training window asks the teacher about; a held-out window asks about all."""
 
@@ -251,6 +256,7 @@ class CacheBuilding:
             plan=Plan.of(training, len(job.windows), job.accelerator.num_processes),
             seed=training.seed,
             num_workers=job.config.data.num_workers,
+            in_order=job.config.data.order != "random",
             rows_share=share_chosen_before(job.config),
         )
 
@@ -267,6 +273,9 @@ class CacheBuilding:
     @property
     def _visited(self) -> list[int]:
         """Training windows that the run comes to."""
+        # In an order by difficulty it may be any.
+        if self.in_order:
+            return list(range(len(self.windows)))
         count = self.plan.total_steps * self.plan.global_batch
         return permutation(len(self.windows), self.seed, 0)[:count].tolist()
 

@@ -54,6 +54,11 @@ class DistillationTrainer(Trainer):
                 "DistillationTrainer: got a curriculum.on_policy above 0, and Trainer has no place to write between "
                 "two steps: leave it at 0, or train with `fit` and LoopOptions(rounds=...)"
             )
+        if self.model.curriculum.opens_text:
+            raise UserError(
+                "DistillationTrainer: got a curriculum.open_text below 1, and Trainer draws from all windows: leave it "
+                "at 1, or train with `fit` and LoopOptions(pacing=...)"
+            )
         if self.model.curriculum.uses_statistics:
             raise UserError(
                 "DistillationTrainer: got curriculum.balance or sample_weights, which need sums over the steps before, "

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from ..data.batch_source import BatchSource, MicroBatch, StepBatches
+from ..errors import TeacherGone
 from ..interfaces import Batch, StepOutput
 from ..parallel.engine import Engine
 from ..seeding import seed_forward
@@ -75,6 +76,9 @@ class StepGradient:
 
         Processes agree once all forwards are done, before the backward in which they exchange gradients: whoever
         fails later, or in a forward in which they already wait for each other, ends the run.
+
+        Raises:
+            TeacherGone: in every process, where one has lost the teacher's server.
         """
         is_single = self.accelerator.num_processes == 1
         attempt = Attempt(survive=is_single or not self.forward_communicates)
@@ -96,8 +100,16 @@ class StepGradient:
         return not attempt.failed
 
     def _any_failed(self, attempt: Attempt) -> bool:
-        """Return whether a forward did not fit in some process."""
-        [failures] = self.host([float(attempt.failed)])
+        """Return whether a forward did not fit in some process.
+
+        Raises:
+            TeacherGone: some process has lost the teacher's server.
+        """
+        failures, losses = self.host([float(attempt.failed), float(attempt.gone is not None)])
+        if losses:
+            error = attempt.gone or TeacherGone("the teacher's server has not answered another process of this run")
+            error.in_every_process = True
+            raise error
         return bool(failures)
 
     def _forward(self, work: StepWork, index: int, micro_batch: MicroBatch) -> Tensor:

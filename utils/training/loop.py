@@ -119,11 +119,7 @@ def fit(
         accelerator = accelerator_for(config.mixed_precision)
     if engine_kind(accelerator).sharded:
         _check_sharded(module, options)
-    if options.rounds is None and getattr(getattr(module, "curriculum", None), "uses_own_text", False):
-        raise UserError(
-            "curriculum.on_policy: got a share above 0 and nothing that writes, expected LoopOptions(rounds=...) with "
-            "utils.on_policy.rounds.Rounds; or leave it at 0."
-        )
+    _check_companions(getattr(module, "curriculum", None), options)
     if not len(dataset):
         raise UserError("got 0 training windows, expected at least 1. Give more text, or a smaller data.max_length.")
 
@@ -141,6 +137,24 @@ def fit(
             return loop.run()
     finally:
         loop.close()
+
+
+def _check_companions(curriculum: Any, options: LoopOptions) -> None:
+    """Refuse schedules of which the options lack what follows them.
+
+    Raises:
+        UserError: with what is lacking.
+    """
+    if options.rounds is None and getattr(curriculum, "uses_own_text", False):
+        raise UserError(
+            "curriculum.on_policy: got a share above 0 and nothing that writes, expected LoopOptions(rounds=...) with "
+            "utils.on_policy.rounds.Rounds; or leave it at 0."
+        )
+    if options.pacing is None and getattr(curriculum, "opens_text", False):
+        raise UserError(
+            "curriculum.open_text: got a share below 1 and no windows by difficulty, expected LoopOptions(pacing=...) "
+            "with utils.data.batch_order.Pacing; or leave it at 1."
+        )
 
 
 def _check_sharded(module: nn.Module, options: LoopOptions) -> None:
@@ -239,6 +253,7 @@ class TrainingLoop:
             device=accelerator.device,
             num_workers=options.num_workers,
             after_epoch=options.before_checkpoint,
+            pacing=options.pacing,
         )
         self._gradient = StepGradient(
             self.engine,
@@ -339,9 +354,9 @@ class TrainingLoop:
             # Nothing of the step that was under way is in the weights, and the next session takes it anew.
             self._take_back()
             reason = str(interrupted)
-        except TeacherGone:
-            # Alone: other processes would wait for this one in the middle of their step.
-            if self.accelerator.num_processes == 1:
+        except TeacherGone as error:
+            # Else other processes would wait for this one in the middle of their step.
+            if error.in_every_process or self.accelerator.num_processes == 1:
                 self._take_back()
                 self._save()
             raise
@@ -563,7 +578,8 @@ class TrainingLoop:
 
     def _check_batches(self, batches: StepBatches) -> None:
         """Look for red flags in a step's batches; where that fails, no more of them are looked for."""
-        if self.flags is None:
+        # While few windows are open they are meant to come again.
+        if self.flags is None or self.options.pacing is not None:
             return
         flags = self.flags
         self.flags = None

@@ -320,7 +320,7 @@ class IntervalMeans:
             record["coverage"] = _coverage(totals)
         if totals.counts.get("own"):
             record["own_tokens"] = _mean(totals.counts["own"], totals.steps)
-        for key in ("top_k", "temperature", "skew", "interpolation", "select", "sample_weights"):
+        for key in ("top_k", "temperature", "skew", "interpolation", "select", "open_text", "sample_weights"):
             if key in self._scalars:
                 record[key] = self._scalars[key]
         return record

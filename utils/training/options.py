@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.batch_order import Pacing
 from ..data.stream.batches import Stream
 from ..interfaces import Batch
 from ..logs.step_logger import StepLogger
@@ -42,6 +43,8 @@ class LoopOptions:
     """A checkpoint that `checkpoints.resume_point` returned."""
     flags: RedFlags | None = None
     """Red flags to watch for."""
+    pacing: Pacing | None = None
+    """Windows by difficulty, and which of them are open in which step; None: all, in random order."""
     rounds: Rounds | None = None
     """Text that the student writes itself, in place of given windows; None: given windows alone."""
     stream: Stream | None = None

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from ..errors import RunError
+from ..errors import RunError, TeacherGone
 from ..forecast.batch_size import REMEDY
 from ..machine.device_memory import is_out_of_memory
 from .plan import Plan
@@ -18,26 +18,32 @@ class OutOfMemory(RunError):
 
 
 class Attempt:
-    """Does the parts of an optimizer step one after the other until one does not fit into memory.
+    """Does the parts of an optimizer step one after the other until one does not fit into memory, or has no teacher.
 
     Args:
-        survive: False: what does not fit raises, because other processes already wait for this one.
+        survive: False: such a part raises, because other processes already wait for this one.
 
     Attributes:
-        failed: a part did not fit; those after it are not done.
+        failed: a part could not be done; those after it are not done.
+        gone: the error, where the teacher's server is lost.
     """
 
     def __init__(self, survive: bool) -> None:
         self.survive = survive
         self.failed = False
+        self.gone: TeacherGone | None = None
 
     def __call__(self, action: Callable[..., Any], *arguments: Any) -> Any:
-        """Return what `action` returns; None where it, or an earlier one, does not fit."""
+        """Return what `action` returns; None where it, or an earlier one, could not be done."""
         if self.failed:
             return None
 
         try:
             return action(*arguments)
+        except TeacherGone as error:
+            if not self.survive:
+                raise
+            self.gone = error
         except RuntimeError as error:
             if not self.survive or not is_out_of_memory(error):
                 raise

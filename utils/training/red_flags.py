@@ -283,9 +283,9 @@ class RedFlags:
         if unlisted > MOST_UNLISTED:
             self._raise_flag(
                 "unlisted",
-                f"the server's lists are too short for {unlisted:.1%} of the student's tokens (step {step}), which "
-                "learn from the text alone. Likely cause: the student's tokens are much shorter than the teacher's. A "
-                "larger served.listed has the server list more",
+                f"the teacher's lists are too short for {unlisted:.1%} of the student's tokens (step {step}), which "
+                "learn from the text alone. Likely cause: the student's tokens are much shorter than the teacher's, or "
+                "captures are of other text. A larger served.listed has a server list more",
             )
         if anchored is not None and anchored < LEAST_COVERAGE:
             self._raise_flag(

@@ -9,7 +9,7 @@ from models.teacher import listed as listed_module
 from models.teacher.listed import UNKNOWN, ListedReader, ListedTokens
 from models.teacher.projection import Projection
 from tests.models.teacher.test_projection import PAIRS, TEXTS, teacher_log_probs
-from tests.models.tiny import STORIES
+from tests.models.tiny import STORIES, gradients
 
 FIELDS = ("ids", "log_probs", "log_tail", "log_mass")
 
@@ -167,3 +167,25 @@ def test_lists_of_something_else_are_refused():
         reader(ListedTokens(plain.ids[1:], plain.log_probs[1:], plain.realised[1:]), batch, 4)
     with pytest.raises(ValueError, match="got the token 340 of a vocabulary of 340"):
         reader(ListedTokens(plain.ids + 340 - plain.ids.max(), plain.log_probs, plain.realised), batch, 4)
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_positions_without_a_list_are_left_out_and_everything_stays_finite(name):
+    """As of text that was not captured: every second position, among which are rows at depth > 0."""
+    pair, batch, log_probs = case(name)
+    listed = lists(batch, log_probs, 64)
+    is_empty = torch.arange(len(listed.ids)) % 2 == 0
+    listed = ListedTokens(
+        ids=torch.where(is_empty[:, None], -1, listed.ids),
+        log_probs=torch.where(is_empty[:, None], -torch.inf, listed.log_probs),
+        realised=listed.realised,
+    )
+    signal = ListedReader(pair.vocabulary)(listed, batch, 64)
+    is_unknown = is_empty[batch.asked[batch.row_asked]]
+    assert (signal.log_mass[is_unknown] == UNKNOWN).all()
+    assert not any(getattr(signal, field).isnan().any() for field in FIELDS)
+
+    module = pair.framework({"kd": 1.0}, top_k=64)
+    module.zero_grad()
+    module(batch, signal=signal).loss.backward()
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(module))

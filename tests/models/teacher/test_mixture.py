@@ -34,6 +34,7 @@ class Text:
     decoder_starts: None = None
     today: date | None = None
     cache_dir: Path | None = None
+    isolate_documents: bool = False
 
     @property
     def text_starts(self) -> tuple[None, ...]:
@@ -62,7 +63,7 @@ class Several:
         return self.pair.collate(windows)
 
 
-def several(shares=EQUAL, mix="weights", loss=PLAIN_LOSS, **curriculum) -> Several:
+def several(shares=EQUAL, mix="weights", loss=PLAIN_LOSS, isolates=False, **curriculum) -> Several:
     """Make a student with two or three tiny teachers of other tokenizers."""
     tokenizers = {"student": byte_bpe(300), "teacher": byte_bpe(400, 1), "teacher_2": metaspace()}
     if len(shares) > 2:
@@ -70,7 +71,7 @@ def several(shares=EQUAL, mix="weights", loss=PLAIN_LOSS, **curriculum) -> Sever
     models = [tiny_llama(len(tokenizer), seed) for seed, tokenizer in enumerate(tokenizers.values())]
     weights = CurriculumConfig.of_weights({"kd": 1.0, "lm": 0.0, **curriculum})
     method = Method(loss, weights, teachers=tuple(shares), mix=mix)
-    pair = method.join(tokenizers, Text(tuple(map(len, tokenizers.values()))))
+    pair = method.join(tokenizers, Text(tuple(map(len, tokenizers.values())), isolate_documents=isolates))
     return Several(pair, models[0], models[1:])
 
 

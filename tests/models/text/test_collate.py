@@ -253,7 +253,7 @@ def test_anchors_are_where_both_models_have_read_the_same_bytes(tokenizers):
             if predicted and j > 0 and k > 0:
                 expected.append((b * widths[0] + j, b * widths[1] + k, b))
     a = batch.anchors
-    assert list(zip(a.student.tolist(), a.teacher.tolist(), a.window.tolist(), strict=True)) == expected
+    assert list(zip(a.student.tolist(), a.teacher.tolist(), a.text.tolist(), strict=True)) == expected
     assert batch.counts["feat"] == batch.counts["layer"] == len(expected) > 50
 
 
@@ -261,7 +261,7 @@ def test_anchors_are_where_both_models_have_read_the_same_bytes(tokenizers):
 def test_runs_are_neighbouring_anchors_of_one_window_and_of_about_the_same_number(span):
     pair = pair_of(byte_bpe(300), byte_bpe(400), router=RouterConfig(span=span))
     batch = pair.batch()
-    run, window = batch.anchors.run, batch.anchors.window
+    run, window = batch.anchors.run, batch.anchors.text
     assert batch.counts["contr"] == batch.anchors.runs == int(run[-1]) + 1
     assert set(run.diff().tolist()) <= {0, 1}  # none is empty, and none is torn apart
     for b in range(len(batch.labels)):
@@ -276,7 +276,7 @@ def test_sampled_anchors_are_spread_from_a_windows_first_to_its_last():
     batch = pair.batch([*STORIES, "Hm."])
     a = batch.anchors
     for b, row in enumerate(a.sampled):
-        own, chosen = (a.window == b).nonzero()[:, 0], row[row >= 0]
+        own, chosen = (a.text == b).nonzero()[:, 0], row[row >= 0]
         assert len(chosen) == min(7, len(own)) and (row[len(chosen) :] == -1).all()
         assert (chosen[0], chosen[-1]) == (own[0], own[-1])
         assert chosen.diff().min() > 0 and chosen.diff().max() - chosen.diff().min() <= 1

@@ -52,10 +52,15 @@ def test_settings_of_own_text_are_compared_only_where_there_is_any():
     check_same_run("run", identity(SETTINGS), identity(used), True)
 
 
-ELSE = [("curriculum.balance", "loss"), ("curriculum.sample_weights", 0.5), ("data.streaming", True)]
-
-
-@pytest.mark.parametrize(("key", "other"), ELSE)
+@pytest.mark.parametrize(
+    ("key", "other"),
+    [
+        ("curriculum.balance", "loss"),
+        ("curriculum.sample_weights", 0.5),
+        ("curriculum.open_text", 0.5),
+        ("data.streaming", True),
+    ],
+)
 def test_what_older_runs_had_not_is_compared_only_where_it_is_used(key, other):
     assert identity(changed(key, ADDED[key])) == identity(SETTINGS)
     assert identity(changed(key, other)).keys() - identity(SETTINGS).keys() == {key}

@@ -5,6 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from hashlib import blake2b
 
+import numpy as np
+
 from ...config.settings import DataConfig
 from ..columns import text_of_messages
 from ..documents import (
@@ -17,6 +19,7 @@ from ..documents import (
     split_documents,
     text_key,
 )
+from ..texts import Texts
 from .text import COUNTED, TextSources, TextStream
 
 log = logging.getLogger(__name__)
@@ -50,7 +53,7 @@ def read_beginning(config: DataConfig, seed: int) -> Beginning:
     """
     text = TextSources.of(config, seed)
     stream = TextStream(text)
-    documents = list(stream.block(READ_BYTES))
+    documents = Texts.of(stream.block(READ_BYTES))
     is_conversation = text.places.conversation is not None
     require_text(documents, config.train, stream.counts, conversations=is_conversation)
     for reader in stream.readers:
@@ -63,7 +66,7 @@ def read_beginning(config: DataConfig, seed: int) -> Beginning:
     else:
         held_out = load_held_out(config, text.places, None)
         keys = {text_key(document) for document in held_out}
-        train = [document for document in documents if text_key(document) not in keys]
+        train = documents.select(np.array([text_key(document) not in keys for document in documents]))
 
     corpus = _corpus(train, held_out, conversations=is_conversation, counts=stream.counts)
     corpus.report["in_eval"] = len(documents) - len(train) if config.eval is not None else 0
@@ -80,7 +83,7 @@ def load_corpus(config: DataConfig, seed: int) -> Corpus:
     return read_beginning(config, seed).corpus if config.streaming else load_documents(config)
 
 
-def _corpus(train: list[str], held_out: list[str], *, conversations: bool, counts: dict[str, int]) -> Corpus:
+def _corpus(train: Texts, held_out: Texts, *, conversations: bool, counts: dict[str, int]) -> Corpus:
     """Return the held-out documents and the first of the others, with a report on all of them."""
     report = {name: counts[name] for name in COUNTED}
     for name, texts in (("train", train), ("eval", held_out)):
@@ -97,7 +100,7 @@ def _corpus(train: list[str], held_out: list[str], *, conversations: bool, count
     return Corpus(train=example, eval=held_out, conversations=conversations, report=report)
 
 
-def _fingerprint(text: TextSources, documents: list[str]) -> str:
+def _fingerprint(text: TextSources, documents: Texts) -> str:
     """Return a hash that changes with the text of a stream, as far as that shows without reading it all."""
     digest = blake2b(digest_size=16)
     for source in text.sources:

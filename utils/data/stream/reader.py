@@ -7,6 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from ...captures.folder import is_captures
 from ...config.settings import DataConfig
 from ...errors import RunError, UserError
 from .. import sources
@@ -135,8 +136,10 @@ def open_source(config: DataConfig, name: str) -> Source:
     """Return the source of this name.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or it is a folder of captures.
     """
+    if is_captures(name):
+        raise UserError(f"{name}: captures of a teacher are windows already: leave out data.streaming.")
     files = sources.files_of(name, config.split)
     if files is None:
         return Hub(name, config.split)
