@@ -89,3 +89,11 @@ def test_what_does_not_go_together_is_refused(place, tmp_path, capsys, more, say
     said = " ".join(capsys.readouterr().out.split())
     assert says in said and "choose another loss.select_by" in said
     assert not (tmp_path / "run").exists()
+
+
+def test_the_report_marks_a_text_that_a_cache_of_a_short_run_has(place, tmp_path):
+    for name in ("first", "second"):
+        settings = ["--cache-teacher", str(tmp_path / "cache"), "--set", "loss.select_by=student_entropy"]
+        assert train.main([*arguments(place, tmp_path / name), *settings, "training.max_steps=1"]) == 0
+        report = json.loads((tmp_path / name / "evaluation_report.json").read_text())
+        assert report["chosen_positions"]["tokens"], name

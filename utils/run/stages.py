@@ -15,6 +15,7 @@ from ..config.contradictions import without_effect
 from ..config.plain import to_plain
 from ..config.protocols import RunConfig, share_chosen_before, values_of
 from ..data import loader
+from ..data.batch_order import permutation
 from ..data.stream.batches import Stream
 from ..errors import value_errors_are_the_users
 from ..evaluation import exported, lm_eval_tasks
@@ -596,8 +597,12 @@ def _token_views(job: Job, trained: Trained) -> Results:
 
 
 def _chosen_positions(job: Job, trained: Trained, share: float) -> Results:
-    """Return the beginning of the training text, with the positions marked that KD is learned at under a share."""
-    window = job.windows[0]
+    """Return a text that was learned from, with the positions marked that KD is learned at under a share.
+
+    It is the first window of the first step: a cache of a run that ended within an epoch has no others.
+    """
+    first = permutation(len(job.windows), job.config.training.seed, 0)[0]
+    window = job.windows[int(first)]
     batch = job.collate([window]).to(job.accelerator.device)
     positions = trained.module.chosen(batch, share).tolist()
     return token_views.chosen(job.pair, window, positions, share)
