@@ -96,7 +96,7 @@ class TeacherShare(Validated):
     weight: Schedule = 1.0
     """Beside those of the others; a ramp follows the run."""
     only_for: tuple[str, ...] = ()
-    """Sources of text that it is asked about; empty: all."""
+    """Routes of text that it is asked about, see `mixed_batches.ROUTE`; empty: all."""
 
 
 @dataclass(frozen=True)

@@ -342,7 +342,7 @@ STREAM = ("--max-steps", "9", "--train-data", "a.jsonl", "b", "--set", "data.str
         (["curriculum.on_policy=0.5"], "curriculum.on_policy chooses among all windows"),
         (["data.order=length"], "leave it at random"),
         (["loss.select_by=first_student"], "looks at all windows before"),
-        (["teachers=[{name: c, only_for: [b]}, d]", "teacher.name=null"], "a stream mixes them"),
+        (["teachers=[{name: c, only_for: [b]}, d]", "teacher.name=null"], "a stream mixes all text"),
         (
             ["data.mixture={a.jsonl: 1}"],
             "got weights of a.jsonl, expected one of each source of data.train: c.txt, a.jsonl, b",

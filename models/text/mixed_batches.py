@@ -17,8 +17,9 @@ from torch import Tensor
 from ..types import MixedRows, PairedBatch
 from .windows import sides_of
 
-SOURCE = "source"
-"""Column of a window: the name of the source that its documents are from; only where teachers are for some sources."""
+ROUTE = "route"
+"""Column of a window: the source that its documents are from, or what a column of their rows says; only where teachers
+are for some of the text alone."""
 
 
 class Collate(Protocol):
@@ -50,7 +51,7 @@ class MixedCollator:
 
     Args:
         collators: one for each teacher.
-        only_for: for each teacher, the sources of text that it is asked about; empty: all.
+        only_for: for each teacher, the routes of text that it is asked about; empty: all.
     """
 
     collators: tuple[Collate, ...]
@@ -84,8 +85,8 @@ class MixedCollator:
 
     def _asked_about(self, windows: Sequence[Mapping[str, Any]], number: int) -> list[int]:
         """Return the windows that a teacher is asked about."""
-        sources = self.only_for[number]
-        return [index for index, window in enumerate(windows) if not sources or str(window[SOURCE]) in sources]
+        routes = self.only_for[number]
+        return [index for index, window in enumerate(windows) if not routes or str(window[ROUTE]) in routes]
 
 
 class _Rows(NamedTuple):

@@ -107,8 +107,31 @@ def test_teachers_are_asked_about_their_sources(place, second, tmp_path):
     assert coverage and min(coverage) > 0.5
 
 
+def test_teachers_are_asked_about_the_rows_of_their_values(place, second, tmp_path, capsys):
+    texts = documents(60, seed=5)
+    rows = [{"text": text, "domain": ("code", "law", "poems")[index % 3]} for index, text in enumerate(texts)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [*SHORT, "--train-data", str(file), "--set"]
+    of_first = f"{{name: {place.teacher}, only_for: {{domain: [code, poems]}}}}"
+    of_second = f"{{name: {second}, only_for: {{domain: [law]}}}}"
+    run(place, tmp_path / "routed", *words[len(SHORT) :], f"teachers=[{of_first}, {of_second}]")
+    records = read_metrics(tmp_path / "routed" / "metrics.jsonl")
+    coverage = [record["coverage"]["anchored"] for record in records if "coverage" in record]
+    # every window is for one of the two
+    assert coverage and min(coverage) > 0.5
+
+    misspelt = f"teachers=[{of_first}, {{name: {second}, only_for: {{domain: [lwa]}}}}]"
+    assert train.main(place.arguments(tmp_path / "misspelt", *words, misspelt)) == 2
+    assert "got 'lwa' for the column 'domain'" in " ".join(capsys.readouterr().out.split())
+
+
 REFUSED = {
     "only_for: got elsewhere.txt, expected sources of this run": "teachers=[{{name: {a}, only_for: [elsewhere.txt]}}]",
+    "got sources and the column domain, expected": "teachers=[{{name: {a}, only_for: [x]}}, "
+    "{{name: {b}, only_for: {{domain: [x]}}}}]",
+    "got domain with 0 values, expected one column": "teachers=[{{name: {a}, only_for: {{domain: []}}}}, {b}]",
+    "got domain with 1 values, year with 1 values": "teachers=[{{name: {a}, only_for: {{domain: [x], year: [y]}}}}]",
     "the spans of text of each differ": "curriculum.span.weight=0.5",
     "the student's own text goes to one teacher": "curriculum.on_policy=0.5",
     "expected auto, cpu or a GPU for each": "teacher.device=spread",
@@ -125,6 +148,13 @@ def test_what_does_not_go_with_several_teachers_is_refused(place, second, tmp_pa
     setting = REFUSED[message].format(a=place.teacher, b=second)
     assert train.main(place.arguments(tmp_path / "run", *SHORT, teachers, setting)) == 2
     assert message in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_column_is_not_of_rows_that_are_joined(place, tmp_path, capsys):
+    by_column = f"teachers=[{{name: {place.teacher}, only_for: {{domain: [x]}}}}]"
+    words = [*SHORT, by_column, "data.document_start=^A"]
+    assert train.main(place.arguments(tmp_path / "run", *words)) == 2
+    assert "which data.document_start joins" in " ".join(capsys.readouterr().out.split())
 
 
 def test_conversations_are_for_one_teacher(place, second, tmp_path, capsys):

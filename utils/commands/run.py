@@ -131,7 +131,7 @@ def method_of(config: RunConfig) -> Method:
     """Return the settings of what is learned, in one value."""
     shares = []
     if config.mixes_teachers:
-        shares = [TeacherShare(teacher.weight, tuple(teacher.only_for)) for teacher in config.used_teachers]
+        shares = [TeacherShare(teacher.weight, tuple(teacher.routes)) for teacher in config.used_teachers]
     return Method(config.loss, config.curriculum, config.router, tuple(shares), config.mix)
 
 

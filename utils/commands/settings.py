@@ -43,8 +43,9 @@ class MixedTeacher(Validated):
     weight: Schedule = 1.0
     """Its weight beside those of the others, which need not add up to 1; a ramp follows the run. At 0 it is not
     asked."""
-    only_for: list[Name] = field(default_factory=list)
-    """Sources of text, as `data.train` and `data.eval` name them, that it is asked about; none: all."""
+    only_for: list[Name] | dict[Name, list[Name]] = field(default_factory=list)
+    """Text that it is asked about: sources, as `data.train` and `data.eval` name them; or a column of tables and its
+    values, `{domain: [code]}`; none: all."""
     device: str | None = None
     """As `teacher.device`; null: the same."""
     dtype: Literal["auto", "float32", "float16", "bfloat16", "8bit", "4bit"] | None = None
@@ -58,6 +59,18 @@ class MixedTeacher(Validated):
     def is_used(self) -> bool:
         """True if it has a weight anywhere in the run."""
         return any(values_of(self.weight))
+
+    @property
+    def routes(self) -> list[str]:
+        """Sources, or values of a column, that it is asked about; none: all."""
+        if isinstance(self.only_for, dict):
+            return [value for values in self.only_for.values() for value in values]
+        return self.only_for
+
+    @property
+    def route_column(self) -> str | None:
+        """The column that `only_for` names; None: it names sources, or nothing."""
+        return next(iter(self.only_for), None) if isinstance(self.only_for, dict) else None
 
     def model(self, common: ModelConfig) -> ModelConfig:
         """Return its model; what it does not say is that of `teacher`."""
@@ -91,8 +104,8 @@ class RunConfig(Validated):
     teachers: list[MixedTeacher] = field(default_factory=list)
     """Several teachers, mixed on the student's vocabulary, in place of `teacher`, whose other settings hold for all of
     them. Each is a name, or a mapping with `name` and, where needed, `weight` (a number or a ramp; 1), `only_for` (a
-    list of sources of text, of `data.train` and `data.eval`), `device`, `dtype`, `text_start` and `tokenizer`. Terms on
-    hidden states compare with the first one."""
+    list of sources of text, of `data.train` and `data.eval`, or a column of tables with a list of its values),
+    `device`, `dtype`, `text_start` and `tokenizer`. Terms on hidden states compare with the first one."""
     mix: Literal["weights", "likelihood"] = "weights"
     """Shares of several teachers: their weights, or these times how likely each finds the text of the window so far
     (softmax of minus its cross-entropy, in nats per token of the student)."""
@@ -124,7 +137,7 @@ class RunConfig(Validated):
     def mixes_teachers(self) -> bool:
         """True if there are several, or one that is for some of the text alone."""
         used = self.used_teachers
-        return len(used) > 1 or any(teacher.only_for for teacher in used)
+        return len(used) > 1 or any(teacher.routes for teacher in used)
 
     @property
     def several_teachers(self) -> list[ModelConfig]:
@@ -132,9 +145,14 @@ class RunConfig(Validated):
         return [teacher.model(self.teacher) for teacher in self.used_teachers] if self.mixes_teachers else []
 
     @property
-    def sources_of_teachers(self) -> list[list[str]]:
-        """Sources of text that each of `several_teachers` is asked about; none: all."""
-        return [teacher.only_for for teacher in self.used_teachers] if self.mixes_teachers else []
+    def routes_of_teachers(self) -> list[list[str]]:
+        """Sources of text, or values of `route_column`, that each of `several_teachers` is asked about; none: all."""
+        return [teacher.routes for teacher in self.used_teachers] if self.mixes_teachers else []
+
+    @property
+    def route_column(self) -> str | None:
+        """Column of tables that says which teachers a row is for; None: its source does, or all are for all text."""
+        return next((teacher.route_column for teacher in self.used_teachers if teacher.only_for), None)
 
     def _problems_of_teachers(self) -> list[Contradiction]:
         """Return the contradictions among `teachers`, and between them and `teacher`."""
@@ -144,7 +162,17 @@ class RunConfig(Validated):
             if below:
                 problems.append(f"{teacher.name}: got the weight {below[0]:g}, expected 0 or more")
 
+        for teacher in self.teachers:
+            by_column = teacher.only_for if isinstance(teacher.only_for, dict) else {}
+            if len(by_column) > 1 or [] in by_column.values():
+                got = ", ".join(f"{column} with {len(values)} values" for column, values in by_column.items())
+                problems.append(f"{teacher.name}: only_for: got {got}, expected one column, with its values")
+
         used = self.used_teachers
+        kinds = {teacher.route_column for teacher in used if teacher.only_for}
+        if len(kinds) > 1:
+            names = " and ".join(sorted("sources" if column is None else f"the column {column}" for column in kinds))
+            problems.append(f"only_for: got {names}, expected all teachers to be chosen by sources, or by one column")
         if self.teachers and not used:
             problems.append("got 0 for every weight, expected one teacher with a weight at least")
         if used and self.teacher.name not in (None, used[0].name):

@@ -112,18 +112,21 @@ def _problems_of_several_teachers(config: RunConfig, terms: set[str], state_term
         problems.append(f"got device {' and '.join(sorted(devices))}, expected auto, cpu or a GPU for each, as cuda:1")
     if NAMES & {teacher.name for teacher in config.several_teachers}:
         problems.append("the embedded teacher is trained for one run alone: name other models")
-    if config.loss.correction == "channel" and any(config.sources_of_teachers):
+    if config.loss.correction == "channel" and any(config.routes_of_teachers):
         problems.append("loss.correction channel is counted on all text: give span or none beside only_for")
 
     # A route that is misspelt would leave its text without a teacher, silently.
-    routes = {source for sources in config.sources_of_teachers for source in sources}
+    routes = {route for routes_of_one in config.routes_of_teachers for route in routes_of_one}
     known = [*config.data.train, *([config.data.eval] if config.data.eval else [])]
-    if unknown := sorted(routes - {*known}):
+    unknown = sorted(routes - {*known})
+    if config.route_column is None and unknown:
         problems.append(f"only_for: got {', '.join(unknown)}, expected sources of this run: {', '.join(known)}")
+    if config.route_column is not None and config.data.document_start is not None:
+        problems.append("only_for: a column is of whole rows, which data.document_start joins: leave out one of both")
     if routes and config.cache.folder:
         problems.append("only_for: a teacher cache is of all text: leave out --cache-teacher, or only_for")
 
-    if state_terms and config.sources_of_teachers[0]:
+    if state_terms and config.routes_of_teachers[0]:
         problems.append(
             f"{' and '.join(sorted(state_terms))} compare with the first teacher, which is for some text alone "
             "(only_for): put one for all text first, or give these terms 0"
@@ -272,8 +275,8 @@ def _stream_problems(config: RunConfig) -> list[Contradiction]:
         problems.append("loss.select_by first_student looks at all windows before: choose another, as student_entropy")
     if data.order != "random":
         problems.append("data.order puts all windows in order before training: leave it at random")
-    if any(config.sources_of_teachers):
-        problems.append("only_for gives the windows of a source to a teacher, and a stream mixes them: leave it out")
+    if any(config.routes_of_teachers):
+        problems.append("only_for gives windows of some text to a teacher, and a stream mixes all text: leave it out")
 
     if data.mixture is not None and {*data.mixture} != {*data.train}:
         named, expected = ", ".join(data.mixture), ", ".join(data.train)

@@ -129,8 +129,12 @@ class RunConfig(Protocol):
         """Teachers that are mixed, of which `teacher` is the first; none where there is a single one."""
 
     @property
-    def sources_of_teachers(self) -> Sequence[Sequence[str]]:
-        """Sources of text that each of several teachers is asked about; none: all."""
+    def routes_of_teachers(self) -> Sequence[Sequence[str]]:
+        """Sources of text, or values of `route_column`, that each of several teachers is asked about; none: all."""
+
+    @property
+    def route_column(self) -> str | None:
+        """Column of tables that says which of several teachers a row is for; None: its source does."""
 
     @property
     @property

@@ -6,6 +6,7 @@ In the order in which text passes through them:
 - `tool_calls`: schemas of functions and calls of them, in the forms that data sets have
 - `columns`: which columns of a table hold documents, and what a conversation may contain
 - `sources`: files, folders and hub data sets -> documents with their places
+- `routes`: which documents are for which teachers
 - `texts`: documents in memory, as UTF-8
 - `documents`: all sources -> the documents to train on and to evaluate on
 - `windows`: documents -> windows, kept on disk

@@ -569,6 +569,20 @@ def text_of_messages(conversation: str) -> str:
 # ---------------------------------------------------------------- columns of a table
 
 
+class Routed(NamedTuple):
+    """A document, and which teachers it is for."""
+
+    document: Any
+    route: str
+
+
+def _route(value: Any) -> str:
+    """Return a value of a column as a route; empty where the row has none."""
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
 @dataclass(frozen=True)
 class Columns:
     """Names of the columns that may hold a document.
@@ -584,6 +598,8 @@ class Columns:
     completion: str = "completion"
     tokenizer: str | None = None
     """Name of the tokenizer that decodes the columns of captures."""
+    route: str | None = None
+    """Column that says which teachers a row is for; where one is named, every document is `Routed`."""
     unread: Unread = field(default_factory=Unread, compare=False)
     """Takes note of columns that are met and not read."""
 
@@ -639,11 +655,13 @@ class Columns:
             # Read to be refused where they say that a row is not learned, and named among the unread otherwise.
             checked = [name for name in (*LEARNED_KEYS, LOSS) if name in names and name not in columns]
 
+        if self.route in names and self.route not in columns:
+            columns.append(self.route)
         self.unread.columns.update(str(name) for name in names if name not in columns)
         return [*columns, *checked]
 
     def document(self, place: str, names: Sequence[str], values: Sequence[Any]) -> Any:
-        """Return the document of a row: a text, a `Conversation`, or None for an empty one.
+        """Return the document of a row: a text, a `Conversation`, or None for an empty one; `Routed` with a route.
 
         Args:
             place: of the row, for messages.
@@ -654,6 +672,11 @@ class Columns:
             UserError: a part of a prompt is no text.
         """
         row = dict(zip(names, values, strict=True))
+        document = self._document(place, names, row)
+        return document if self.route is None else Routed(document, _route(row.get(self.route)))
+
+    def _document(self, place: str, names: Sequence[str], row: Mapping[str, Any]) -> Any:
+        """Return the document of a row without its route."""
         # A prompt without its completion, or the other way round, teaches nothing.
         columns = self.document_columns(place, names)
         if any(row[name] is None for name in columns):

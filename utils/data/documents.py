@@ -22,7 +22,8 @@ import numpy as np
 from ..config.settings import DataConfig
 from ..errors import UserError
 from . import sources
-from .columns import INSTRUCTION, OUTPUT, SHAREGPT, Columns, Conversation, Reading, as_text, text_of_messages
+from .columns import INSTRUCTION, OUTPUT, SHAREGPT, Columns, Conversation, Reading, Routed, as_text, text_of_messages
+from .routes import NO_ROUTE, Routes
 from .texts import Texts
 
 log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ class Corpus:
     report: dict[str, int]
     """Documents read, empty, duplicate, in_eval (dropped from training because evaluation has them), train, eval;
     train_bytes and eval_bytes, UTF-8, of conversations what their messages say."""
+    routes: Routes | None = None
+    """Routes of the documents, where teachers are for some of the text alone."""
 
 
 @dataclass
@@ -68,25 +71,24 @@ class FirstPlaces:
 # ---------------------------------------------------------------- reading
 
 
-def load_documents(config: DataConfig, source_of: dict[str, str] | None = None) -> Corpus:
+def load_documents(config: DataConfig, routes: Routes | None = None) -> Corpus:
     """Read every source, drop what is empty or repeated, and split by document.
 
     Without an evaluation source, a document goes to evaluation if a hash of its text says so: it stays on its
     side whatever documents come or go beside it. Texts that differ only in whitespace share a side.
 
     Args:
-        source_of: name of a document -> the source that it is from (the first one, of a text that several have), which
-            is noted there.
+        routes: takes note of the route of every document, where teachers are for some of the text alone.
 
     Raises:
-        UserError: something cannot be found, read or split.
+        UserError: something cannot be found, read or split, or no document is for a teacher that `routes` names.
     """
     report = dict.fromkeys(("read", "empty", "duplicate", "in_eval"), 0)
     places = FirstPlaces()
 
     # A variable would keep the generator open: it logs the columns that were not read when it is closed.
     documents = _cleaned(
-        _noted(config.train, partial(_read, config, split=config.split, places=places), source_of),
+        _noted(config.train, partial(_read, config, split=config.split, places=places, routes=routes), routes),
         report,
         deduplicate=config.deduplicate,
         limit=config.max_documents,
@@ -98,41 +100,43 @@ def load_documents(config: DataConfig, source_of: dict[str, str] | None = None) 
     if config.eval is None:
         train, held_out = split_documents(documents, config.eval_fraction)
     else:
-        held_out = load_held_out(config, places, source_of)
+        held_out = load_held_out(config, places, routes)
         train = _without(documents, held_out, evaluation_data=config.eval)
         report["in_eval"] = len(documents) - len(train)
+    if routes is not None:
+        routes.require_documents(document_name(text) for text in chain(train, held_out))
 
     # Of conversations only what is said counts, not the JSON around it.
     for name, texts in (("train", train), ("eval", held_out)):
         report[name] = len(texts)
         report[f"{name}_bytes"] = byte_count(map(text_of_messages, texts) if conversations else texts)
-    return Corpus(train=train, eval=held_out, conversations=conversations, report=report)
+    return Corpus(train=train, eval=held_out, conversations=conversations, report=report, routes=routes)
 
 
 def _noted(
     names: Sequence[str],
     read: Callable[[Sequence[str]], Iterator[tuple[str, str]]],
-    source_of: dict[str, str] | None,
+    routes: Routes | None,
 ) -> Iterator[tuple[str, str]]:
-    """Yield the documents of every source; with `source_of`, source by source, and noted there."""
-    if source_of is None:
+    """Yield the documents of every source; where sources are routes, source by source, and noted there."""
+    if routes is None or routes.column is not None:
         yield from read(names)
         return
 
     for name in names:
         for place, text in read([name]):
-            source_of.setdefault(document_name(text), name)
+            routes.of_document.setdefault(document_name(text), name)
             yield place, text
 
 
-def load_held_out(config: DataConfig, places: FirstPlaces, source_of: dict[str, str] | None) -> Texts:
+def load_held_out(config: DataConfig, places: FirstPlaces, routes: Routes | None) -> Texts:
     """Return the documents of the evaluation source, without repeats.
 
     Raises:
         UserError: it cannot be read, holds no text, or not the kind of text that is trained on.
     """
     counts = dict.fromkeys(("read", "empty", "duplicate"), 0)
-    read = _noted([cast(str, config.eval)], lambda _: _read_eval(config, places), source_of)
+    read = _noted([cast(str, config.eval)], lambda _: _read_eval(config, places, routes), routes)
     documents = _cleaned(read, counts, deduplicate=config.deduplicate, limit=None)
     require_text(documents, [config.eval], counts, conversations=places.conversation is not None)
     return documents
@@ -155,16 +159,28 @@ def _without(documents: Texts, held_out: Texts, evaluation_data: str) -> Texts:
     return train
 
 
-def _read(config: DataConfig, names: Sequence[str], *, split: str, places: FirstPlaces) -> Iterator[tuple[str, str]]:
+def _read(
+    config: DataConfig,
+    names: Sequence[str],
+    *,
+    split: str,
+    places: FirstPlaces,
+    routes: Routes | None = None,
+) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of every document, and warn at the end of columns and keys not read.
 
     Args:
         places: of the first document of each kind, which are noted there.
+        routes: that a column says, which are noted there.
     """
     columns = columns_of(config)
+    if routes is not None:
+        columns = replace(columns, route=routes.column)
     try:
-        yield from _documents(config, names, split=split, places=places, columns=columns)
+        yield from _documents(config, names, split=split, places=places, columns=columns, routes=routes)
     finally:  # also where `max_documents` ends the reading
+        if routes is not None:
+            routes.other_columns |= columns.unread.columns
         unread = str(columns.unread)
         if unread:
             log.warning("%s: %s", ", ".join(names), unread)
@@ -181,15 +197,21 @@ def columns_of(config: DataConfig) -> Columns:
     )
 
 
-def _read_eval(config: DataConfig, places: FirstPlaces) -> Iterator[tuple[str, str]]:
+def _read_eval(config: DataConfig, places: FirstPlaces, routes: Routes | None = None) -> Iterator[tuple[str, str]]:
     """Return documents of the evaluation text, read without what describes the training text alone."""
     defaults = DataConfig()
     settings = {name: getattr(defaults, name) for name in config.train_only}
-    return _read(replace(config, **settings), [config.eval], split="validation", places=places)
+    return _read(replace(config, **settings), [config.eval], split="validation", places=places, routes=routes)
 
 
 def _documents(
-    config: DataConfig, names: Sequence[str], *, split: str, places: FirstPlaces, columns: Columns
+    config: DataConfig,
+    names: Sequence[str],
+    *,
+    split: str,
+    places: FirstPlaces,
+    columns: Columns,
+    routes: Routes | None,
 ) -> Iterator[tuple[str, str]]:
     """Yield (place, text) of every document.
 
@@ -201,7 +223,12 @@ def _documents(
         located = join_lines(located, config.document_start)
 
     for place, value in located:
-        yield place, document_text(config, place, value, places=places, columns=columns)
+        # Text files and captures have no columns, and so no route.
+        document, route = value if isinstance(value, Routed) else (value, NO_ROUTE)
+        text = document_text(config, place, document, places=places, columns=columns)
+        if routes is not None and routes.column is not None:
+            routes.of_document.setdefault(document_name(text), route)
+        yield place, text
 
 
 def document_text(config: DataConfig, place: str, value: Any, *, places: FirstPlaces, columns: Columns) -> str:

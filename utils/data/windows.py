@@ -2,7 +2,7 @@
 
 import logging
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -17,6 +17,7 @@ from ..config.settings import DataConfig
 from ..errors import UserError
 from .columns import text_of_messages
 from .documents import Corpus, byte_count, corpus_fingerprint, document_name, place_of_document
+from .routes import Routes
 
 log = logging.getLogger(__name__)
 
@@ -139,24 +140,23 @@ def make_windows(
     return windows.with_format("numpy")
 
 
-def make_windows_by_source(texts: Sequence[str], source_of: Mapping[str, str], **options: Any) -> datasets.Dataset:
-    """Pack the documents of each source by themselves; a column `source` of their windows has its name.
+def make_windows_by_route(texts: Sequence[str], routes: Routes, **options: Any) -> datasets.Dataset:
+    """Pack the documents of each route by themselves; a column `route` of their windows has its name.
 
     Args:
-        source_of: name of a document -> its source.
         options: of `make_windows`.
 
     Raises:
-        TooLong, UserError: see `make_windows`; of a source, too.
+        TooLong, UserError: see `make_windows`; of a route, too.
     """
-    of_source: dict[str, list[str]] = {}
+    of_routes: dict[str, list[str]] = {}
     for text in texts:
-        of_source.setdefault(source_of[document_name(text)], []).append(text)
+        of_routes.setdefault(routes.route_of(document_name(text)), []).append(text)
 
     parts = []
-    for source, of_this in of_source.items():
+    for route, of_this in of_routes.items():
         windows = make_windows(of_this, **options)
-        parts.append(windows.add_column("source", [source] * len(windows)))
+        parts.append(windows.add_column("route", [route] * len(windows)))
     return datasets.concatenate_datasets(parts).with_format("numpy")
 
 

@@ -21,13 +21,14 @@ from ..config.protocols import RunConfig
 from ..config.settings import template_values
 from ..data import documents
 from ..data.batch_order import Pacing, permutation
+from ..data.routes import Routes
 from ..data.stream.beginning import read_beginning
 from ..data.stream.blocks import StreamSetUp
 from ..data.stream.recent import ERROR, RecentTexts
 from ..data.windows import (
     Room,
     make_windows,
-    make_windows_by_source,
+    make_windows_by_route,
     warn_of_left_out,
     warn_of_missing,
     window_lengths,
@@ -276,9 +277,10 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
     """Read the text and cut it into windows; what of it is left out, or looks wrong, is logged."""
     length = loading.window_length(config.data.max_length, named.shapes.values())
     with value_errors_are_the_users(), documents.errors_name_their_document(config.data):
-        source_of: dict[str, str] | None = {} if any(config.sources_of_teachers) else None
+        teachers_for = {route for routes_of_one in config.routes_of_teachers for route in routes_of_one}
+        routes = Routes(teachers_for, config.route_column) if teachers_for else None
         beginning = read_beginning(config.data, config.training.seed) if config.data.streaming else None
-        corpus = beginning.corpus if beginning else documents.load_documents(config.data, source_of)
+        corpus = beginning.corpus if beginning else documents.load_documents(config.data, routes)
 
         # Only the text tells whether chat templates are needed.
         tokenizers = named.tokenizers
@@ -301,7 +303,7 @@ def read_material(config: RunConfig, method: Method, named: Named, today: date |
             "room": room,
         }
         # Documents that are for different teachers must not share a window.
-        make = make_windows if source_of is None else partial(make_windows_by_source, source_of=source_of)
+        make = make_windows if routes is None else partial(make_windows_by_route, routes=routes)
         windows = make(corpus.train, kind="training", **packing)
         held_out = make(corpus.eval, kind="held-out", **packing)
 
@@ -379,6 +381,11 @@ def identity(config: RunConfig, accelerator: Accelerator, material: Material, he
     encoder = material.pair.encoder
     stream = material.stream
     text = documents.corpus_fingerprint(material.corpus.train) if stream is None else stream.beginning.fingerprint
+    # Rows with another value in the column of routes make other windows of the same text.
+    routes = material.corpus.routes
+    if routes is not None:
+        text += routes.fingerprint(map(documents.document_name, material.corpus.train))
+
     facts: Mapping[str, Any] = {
         **resume_rules.identity(to_plain(config)),
         "training_text": text,

@@ -55,11 +55,11 @@ class Several:
     def framework(self, total_steps: int = 10):
         return self.pair.framework(total_steps, student=self.student, teacher=self.pair.mixture(self.frozen()))
 
-    def batch(self, texts: list[str] = STORIES, sources: tuple[str, ...] = ("a",)) -> PairedBatch:
-        """Return all windows of some texts, whose sources take turns."""
+    def batch(self, texts: list[str] = STORIES, routes: tuple[str, ...] = ("a",)) -> PairedBatch:
+        """Return all windows of some texts, whose routes take turns."""
         windows = self.pair.encoder.windows(texts)
-        for window, source in zip(windows, itertools.cycle(sources), strict=False):
-            window["source"] = source
+        for window, route in zip(windows, itertools.cycle(routes), strict=False):
+            window["route"] = route
         return self.pair.collate(windows)
 
 
@@ -266,9 +266,9 @@ def test_the_likelier_a_teacher_finds_the_text_so_far_the_more_it_weighs():
     assert float(shares[0, speaks].std()) > 0.01
 
 
-def test_a_teacher_is_asked_about_its_sources_alone():
+def test_a_teacher_is_asked_about_its_routes_alone():
     setting = several([TeacherShare(), TeacherShare(only_for=("b",))])
-    batch = setting.batch(sources=("a", "b"))
+    batch = setting.batch(routes=("a", "b"))
     windows = len(batch.student_ids)
     assert windows > 2
     assert batch.mixed.batches[0].student_ids.shape[0] == windows
@@ -282,7 +282,7 @@ def test_a_teacher_is_asked_about_its_sources_alone():
 
 def test_text_that_is_for_no_teacher_is_learned_by_lm_alone():
     setting = several([TeacherShare(only_for=("b",)), TeacherShare(only_for=("c",))], lm=1.0)
-    batch = setting.batch(sources=("a",))
+    batch = setting.batch(routes=("a",))
     assert batch.counts["kd"] == 0 and batch.counts["lm"] > 0
     output = setting.framework()(batch, 0)
     assert torch.isfinite(output.loss) and float(output.terms["kd"].sum) == 0
