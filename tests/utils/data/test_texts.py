@@ -4,8 +4,9 @@ import tracemalloc
 
 import numpy as np
 
+from utils.data import sources
+from utils.data.columns import Columns
 from utils.data.documents import byte_count
-from utils.data.sources import _cut_at_string
 from utils.data.texts import Texts
 
 DOCUMENTS = ["plain", "", "caf\u00e9", "it\u2019s", "\U0001f600 four bytes"]
@@ -29,11 +30,11 @@ def test_texts_take_little_more_than_their_bytes():
     assert held < 1.2 * size and peak < 1.5 * size
 
 
-def test_a_separator_is_recognised_across_the_pieces_of_a_file(monkeypatch):
-    monkeypatch.setattr("utils.data.sources.CHARACTERS_AT_ONCE", 2)
-    lines = ["one\n", "--\n", "--\n", "two\n", "and more\n", "--\n--\n", "three", "\n--\n--\n", "\n"]
-    text = "".join(lines)
+def test_a_separator_of_several_lines_cuts_and_documents_begin_behind_it(tmp_path):
+    text = "one\n--\n--\ntwo\nand more\n--\n--\nthree\n--\n--\n\n"
+    file = tmp_path / "a.txt"
+    file.write_bytes(text.encode())
 
-    parts = list(_cut_at_string(lines, "--\n--\n"))
-    assert [part for _, part in parts] == text.split("--\n--\n")[:-1]
-    assert [number for number, _ in parts] == [1, 4, 8]
+    parts = list(sources.read([str(file)], split="train", columns=Columns(), separator="--\n--\n"))
+    assert [part.strip("\n") for _, part in parts] == ["one", "two\nand more", "three"]
+    assert [place for place, _ in parts] == [f"{file}:{line}" for line in (1, 4, 8)]
