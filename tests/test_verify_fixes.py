@@ -494,7 +494,7 @@ def plant_coarse_teacher_states(monkeypatch):
 
 
 def plant_hidden_states_of_every_step(monkeypatch):
-    def always(model, ids, layers, source):
+    def always(model, ids, layers, *more):
         out = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
         return out.last_hidden_state, tuple(out.hidden_states[layer] for layer in layers)
 
