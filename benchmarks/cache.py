@@ -108,7 +108,7 @@ def tiny_bodies(length: int) -> Setting:
         teacher.model.norm.weight.mul_(PEAKED)
 
     distillation = Distillation(
-        encoder=SimpleNamespace(end_of_text=(None, None)),  # no text is read
+        encoder=SimpleNamespace(end_of_text=(None, None), isolates=False),  # no text is read
         vocabulary=vocabulary,
         student=student,
         teacher=FrozenTeacher(teacher, vocabulary),

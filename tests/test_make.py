@@ -200,7 +200,7 @@ def test_a_changed_file_is_tested_by_the_file_that_mirrors_it(changed, tests):
 
 
 def test_a_module_without_tests_of_its_own_is_tested_by_those_of_its_folder():
-    tests = changed_tests.tests_of(Path("utils/data/windows.py"))
+    tests = changed_tests.tests_of(Path("utils/data/sources.py"))
     assert Path("tests/utils/data/test_documents.py") in tests
     assert all(test.parent == Path("tests/utils/data") for test in tests)
 

@@ -28,6 +28,7 @@ from utils.commands import checks as verification
 from utils.commands import settings as run_config
 from utils.data import delivery as delivery_module
 from utils.data import documents as data
+from utils.data.stream import beginning
 from utils.evaluation import scores
 from utils.forecast import disk
 from utils.machine import hardware as hardware_module
@@ -404,7 +405,7 @@ def plant_leaking_split(monkeypatch):
         corpus = sound(config)
         return replace(corpus, train=[*corpus.train, f"  {corpus.eval[0]}\n"])
 
-    monkeypatch.setattr(data, "load_documents", leaking)
+    monkeypatch.setattr(beginning, "load_documents", leaking)
 
 
 def plant_summed_channels(monkeypatch):
@@ -455,7 +456,7 @@ def plant_products_for_cosines(monkeypatch):
 
 def plant_padding_is_a_negative(monkeypatch):
     def one_more(batch):
-        empty = int((batch.anchors.sampled < 0).all(1).sum())
+        empty = int((batch.anchors.queries < 0).all(1).sum())
         return replace(batch, anchors=replace(batch.anchors, runs=batch.anchors.runs + empty))
 
     change_batches(monkeypatch, one_more)
@@ -494,7 +495,7 @@ def plant_coarse_teacher_states(monkeypatch):
 
 
 def plant_hidden_states_of_every_step(monkeypatch):
-    def always(model, ids, layers, source):
+    def always(model, ids, layers, *more):
         out = model.base_model(input_ids=ids, use_cache=False, output_hidden_states=True)
         return out.last_hidden_state, tuple(out.hidden_states[layer] for layer in layers)
 

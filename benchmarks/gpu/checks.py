@@ -102,7 +102,7 @@ def _tiny_pair(weights: dict[str, float], device: torch.device) -> Distillation:
         RouterConfig(layers=2, span=4, positions=8),
     )
     return Distillation(
-        encoder=SimpleNamespace(end_of_text=(None, None)),  # no text is read
+        encoder=SimpleNamespace(end_of_text=(None, None), isolates=False),  # no text is read
         vocabulary=vocabulary,
         method=method,
         student=student.train(),

@@ -162,8 +162,9 @@ def _window_anchors(
     queries = np.concatenate(sampled)
     query_start = student.starts[positions[queries]]
     query_end = student.ends[positions[queries]]
-    first_bytes = np.minimum(student.starts[begins[0]], teacher.starts[begins[1]])
-    query_begin = first_bytes[text[queries]]
+    # Of the texts that have any: a window may be without a token.
+    begin_of_query = [begin[text[queries]] for begin in begins]
+    query_begin = np.minimum(student.starts[begin_of_query[0]], teacher.starts[begin_of_query[1]])
 
     return WindowAnchors(
         student=positions,

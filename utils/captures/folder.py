@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice, pairwise
@@ -46,6 +47,12 @@ MOST_BY_CHANCE = 0.01
 """Share of the vocabulary that is listed up to which that tells anything."""
 MOST_LOGITS = 1.5
 """Sum of a position's probabilities above which the values are no log-probabilities but logits."""
+MOST_MASS = 1.02
+"""Sum of the probabilities of a position's exact ranks, which half precision may have rounded up."""
+ROUNDING = 1e-3
+"""Nats by which a value may be larger than the one before it."""
+LARGEST = 2**31 - 1
+"""Beyond it nothing is the number of a token."""
 END_BYTES = 2**20
 """Bytes at either end of a file that its identity is made of, besides its size."""
 
@@ -142,6 +149,10 @@ def _matrix(positions: pyarrow.Array, *, width: int, place: str) -> np.ndarray:
     Raises:
         UserError: positions of another width.
     """
+    numbers = positions.flatten()
+    if positions.null_count or numbers.null_count:
+        raise UserError(f"{place}: got a position or a number that is null, expected {width} numbers a position")
+
     widths = pyarrow.compute.list_value_length(positions).to_numpy(zero_copy_only=False)
     if (widths != width).any():
         got = " and ".join(str(int(other)) for other in np.unique(widths)[:3])
@@ -149,7 +160,7 @@ def _matrix(positions: pyarrow.Array, *, width: int, place: str) -> np.ndarray:
             f"{place}: got {got} numbers a position, expected {width} by {MANIFEST}: the settings of other captures, "
             "or a file that was cut off"
         )
-    return positions.flatten().to_numpy(zero_copy_only=False).reshape(-1, width)
+    return numbers.to_numpy(zero_copy_only=False).reshape(-1, width)
 
 
 # ---------------------------------------------------------------------------------- opening
@@ -259,13 +270,13 @@ def _open_rows(folder: Path, codec: Codec) -> datasets.Dataset:
             rows = datasets.load_from_disk(str(folder))
         else:
             for file in files:
-                pyarrow.parquet.ParquetFile(file).close()
+                with _errors_name(file):
+                    pyarrow.parquet.ParquetFile(file).close()
             # Rows of a Parquet file cannot be read one at a time; a copy that can is made once, in the cache.
             rows = datasets.Dataset.from_parquet(names, cache_dir=str(cache_dir() / "captures"))
     except (pyarrow.ArrowInvalid, OSError, datasets.exceptions.DatasetGenerationError, ValueError) as error:
         raise UserError(
-            f"{CAPTURES}{folder}: a file cannot be read, got: {error}. Expected whole files; was a copy of "
-            f"{files[0].name} or another cut off?"
+            f"{CAPTURES}{folder}: a file cannot be read, got: {error}. Expected whole files; was a copy cut off?"
         ) from error
 
     missing = {"input_ids", *codec.columns} - {*rows.column_names}
@@ -275,6 +286,15 @@ def _open_rows(folder: Path, codec: Codec) -> datasets.Dataset:
             f"{', '.join(sorted(missing))} too, of which {MANIFEST} tells: captures of another version, or no captures"
         )
     return rows
+
+
+@contextmanager
+def _errors_name(file: Path) -> Iterator[None]:
+    """Name the file in errors about it."""
+    try:
+        yield
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file.name}: {error}") from error
 
 
 def _with_layout(folder: Path, codec: Codec, rows: datasets.Dataset) -> Captures:
@@ -289,13 +309,16 @@ def _with_layout(folder: Path, codec: Codec, rows: datasets.Dataset) -> Captures
 
     begins = np.concatenate([[0], np.cumsum(sizes)])
     listed_to = _sizes(rows, codec.columns[0])
-    short = np.flatnonzero(listed_to < sizes - 1)
-    if len(short):
-        row = short[0]
-        raise UserError(
-            f"{CAPTURES}{folder}: got {listed_to[row]:,} lists for {sizes[row]:,} tokens in row {row + 1:,}, expected "
-            "one behind each token but the last: was a file cut off?"
-        )
+    for column in codec.columns:
+        lists = _sizes(rows, column)
+        # A row of lists without tokens would be text that vanishes.
+        wrong = np.flatnonzero((lists < sizes - 1) | (lists != listed_to) | ((sizes == 0) & (lists > 0)))
+        if len(wrong):
+            row = wrong[0]
+            raise UserError(
+                f"{CAPTURES}{folder}: got {lists[row]:,} lists for {sizes[row]:,} tokens in row {row + 1:,}, {column}, "
+                "expected one behind each token but the last, in all columns: was a file cut off?"
+            )
 
     numbers = np.repeat(np.arange(len(sizes)), sizes)
     if "attention_mask" in rows.column_names:
@@ -322,14 +345,27 @@ def _with_layout(folder: Path, codec: Codec, rows: datasets.Dataset) -> Captures
 
 
 def _flat(rows: datasets.Dataset, column: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of a column of lists, one after the other, and the length of each list."""
+    """Return the numbers of a column of lists, one after the other, and the length of each list.
+
+    Raises:
+        UserError: there is none where one should be, or one that is no token of any vocabulary.
+    """
+    for chunk in _chunks(rows, column):
+        numbers = chunk.flatten()
+        least, most = pyarrow.compute.min_max(numbers).as_py().values()
+        if chunk.null_count or numbers.null_count or (least or 0) < 0 or (most or 0) > LARGEST:
+            raise UserError(
+                f"{CAPTURES}: got {column} with nulls, or with numbers from {least} to {most}, expected a list of "
+                "tokens in each row: was a file damaged?"
+            )
     values = [chunk.flatten().to_numpy(zero_copy_only=False).astype(np.int64) for chunk in _chunks(rows, column)]
     return np.concatenate([np.zeros(0, np.int64), *values]), _sizes(rows, column)
 
 
 def _sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
     """Return the length of each list of a column."""
-    sizes = [pyarrow.compute.list_value_length(chunk) for chunk in _chunks(rows, column)]
+    # A null has no lists.
+    sizes = [pyarrow.compute.fill_null(pyarrow.compute.list_value_length(chunk), 0) for chunk in _chunks(rows, column)]
     arrays = [size.to_numpy(zero_copy_only=False).astype(np.int64) for size in sizes]
     return np.concatenate([np.zeros(0, np.int64), *arrays])
 
@@ -368,9 +404,13 @@ def _checked(captures: Captures, tokenizer: PreTrainedTokenizerBase, name: str) 
             f"{remedy}"
         )
 
-    values = np.concatenate([captures.stored_lists(row)[1] for row in range(min(SAMPLE, len(captures.rows)))])
-    # DistillKit's first captures may be logits.
-    are_logits = bool(np.median(np.exp(values).sum(1)) > MOST_LOGITS)
+    # What the settings make of other bytes may be any number.
+    with np.errstate(all="ignore"):
+        sample = [captures.stored_lists(row) for row in range(min(SAMPLE, len(captures.rows)))]
+        ids, values = (np.concatenate(column) for column in zip(*sample, strict=True))
+        # DistillKit's first captures may be logits.
+        are_logits = bool(np.median(np.exp(values).sum(1)) > MOST_LOGITS)
+        _require_sound_lists(captures, ids, values[:, : captures.codec.exact], are_logits=are_logits)
     captures = replace(captures, are_logits=are_logits, ranks=trusted_ranks(captures.codec, values))
     # Among many tokens a list has the real one by chance too.
     listed = _share_listed(captures)
@@ -380,6 +420,39 @@ def _checked(captures: Captures, tokenizer: PreTrainedTokenizerBase, name: str) 
             f"the settings in {MANIFEST} those of these captures?"
         )
     return captures
+
+
+def _require_sound_lists(
+    captures: Captures,
+    ids: np.ndarray,
+    exact: np.ndarray,
+    *,
+    are_logits: bool,
+) -> None:
+    """Check that some lists are such of distinct tokens, the most probable one first.
+
+    Args:
+        ids: [n, K] tokens.
+        exact: [n, E] values of the first ranks, which are stored as they were.
+        are_logits: they have no sum.
+
+    Raises:
+        UserError: they are others.
+    """
+    in_order = np.sort(ids, axis=1)
+    faults = {
+        "tokens beyond the vocabulary": (ids >= captures.codec.vocabulary).any(),
+        "a token twice": (in_order[:, 1:] == in_order[:, :-1]).any(),
+        "values that are no numbers": not np.isfinite(exact).all(),
+        "a less probable token before a more probable one": (np.diff(exact, axis=1) > ROUNDING).any(),
+        "probabilities that add to more than 1": not are_logits and (np.exp(exact).sum(1) > MOST_MASS).any(),
+    }
+    got = [fault for fault, is_there in faults.items() if is_there]
+    if got:
+        raise UserError(
+            f"{CAPTURES}{captures.folder}: got lists with {', and '.join(got)}: are the settings in {MANIFEST} those "
+            "of these captures, and are the files whole?"
+        )
 
 
 def _share_tokenised_alike(captures: Captures, tokenizer: PreTrainedTokenizerBase) -> float:

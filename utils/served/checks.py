@@ -95,7 +95,8 @@ def _probe(client: ServerClient, server: Server, ids: Sequence[int], top_k: int)
         return server.protocol.read(reply.content, ids, top_k)
     except BadAnswer as error:
         raise UserError(
-            f"teacher {client.address}: the answer to a probe is of no use: {error}. Expected a vLLM or SGLang server."
+            f"teacher {client.address}: the answer to a probe is of no use: {client.clean(error)}. Expected a vLLM or "
+            "SGLang server."
         ) from None
     except UserError as error:
         raise UserError(f"teacher {client.address}: {error}") from None
@@ -140,6 +141,6 @@ def _plain(text: str) -> str:
 def _wrong_tokenizer(client: ServerClient, difference: str) -> UserError:
     """Return the error of a tokenizer that is not that of the server's model."""
     return UserError(
-        f"teacher {client.address}: the server's model has another tokenizer: {difference}. Expected its own as "
-        "--teacher-tokenizer ID or DIR."
+        f"teacher {client.address}: the server's model has another tokenizer: {client.clean(difference)}. Expected its "
+        "own as --teacher-tokenizer ID or DIR."
     )

@@ -7,13 +7,14 @@ What may pass by itself is tried again: a server that restarts, answers 500 or 4
 import asyncio
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import httpx
 
@@ -21,6 +22,9 @@ from ..config.settings import ServedConfig
 from ..errors import RunError, TeacherGone, UserError, shorten
 
 log = logging.getLogger(__name__)
+
+KEY = re.compile(r"[A-Za-z0-9._~+/=:@-]*")
+"""What a key consists of (the b64token of RFC 6750, and two signs more)."""
 
 T = TypeVar("T")
 
@@ -70,7 +74,7 @@ class ServerClient:
         self.address = check_address(address)
         self.settings = settings
         self._check = check
-        self._key = os.environ.get(settings.key_variable, "").strip()
+        self._key = _key_in(settings.key_variable)
         # Of the server as a whole, not of one request.
         self._outage_began: float | None = None
 
@@ -109,7 +113,7 @@ class ServerClient:
         try:
             return self.wait(asyncio.run_coroutine_threadsafe(self._look(url, body), self._loop))
         except httpx.HTTPError as error:
-            reason = self._clean(error)
+            reason = self.clean(error)
             raise UserError(
                 f"teacher {self.address}: no answer ({reason}). Expected a running server: start it, or put the "
                 "address right."
@@ -174,10 +178,10 @@ class ServerClient:
                 return read(self._content(response))
 
             except httpx.RequestError as error:
-                self._note_outage(self._clean(error))
+                self._note_outage(self.clean(error))
             except BadAnswer as error:
                 bad_answers += 1
-                self._note_bad_answer(self._clean(error), bad_answers)
+                self._note_bad_answer(self.clean(error), bad_answers)
 
             # Longer each time: a server that starts anew is not helped by questions.
             await asyncio.sleep(min(FIRST_DELAY * 2**failures, LONGEST_DELAY))
@@ -215,14 +219,17 @@ class ServerClient:
 
     def _quoted(self, text: str) -> str:
         """Return the beginning of an answer in one line, without the key."""
-        return shorten(self._clean(" ".join(text.split())), LONGEST_QUOTE)
+        return shorten(self.clean(" ".join(text.split())), LONGEST_QUOTE)
 
-    def _clean(self, cause: Any) -> str:
+    def clean(self, cause: Any) -> str:
         """Return an error or a text without the key, which a server may have sent back."""
         words = str(cause)
         if isinstance(cause, httpx.HTTPError):
             words = f"{type(cause).__name__}: {cause}" if words else type(cause).__name__
-        return words.replace(self._key, "***") if self._key else words
+        if not self._key:
+            return words
+        # Some servers write a slash of JSON in this way; `_key_in` admits nothing else that is ever escaped.
+        return words.replace(self._key, "***").replace(self._key.replace("/", "\\/"), "***")
 
     # --- what is wrong with the server -------------------------------------------------------------------------------
 
@@ -234,8 +241,8 @@ class ServerClient:
         """
         if number >= MOST_TRIES:
             raise RunError(
-                f"teacher {self.address}: {number} answers in a row were of no use, the last: {reason}. Look into the "
-                "server's log; the same command continues."
+                f"teacher {self.address}: {number} answers in a row were of no use: look into its log; the same "
+                f"command continues. The last one: {reason}"
             ) from None
         log.log(logging.DEBUG if number == 1 else logging.WARNING, "teacher %s: %s", self.address, reason)
 
@@ -266,6 +273,23 @@ class ServerClient:
             self._outage_began = None
 
 
+def _key_in(variable: str) -> str:
+    """Return the key in an environment variable; empty: there is none.
+
+    Raises:
+        UserError: it has characters that are written in another way in a header, an error or JSON, where it would be
+            seen.
+    """
+    key = os.environ.get(variable, "").strip()
+    if not KEY.fullmatch(key):
+        raise UserError(
+            f"the key in the environment variable {variable}: got one with a space, a line break, a quote or another "
+            "character that keys do not have, expected letters, digits and -._~+/=:@ alone. Nothing was sent; set it "
+            "again."
+        )
+    return key
+
+
 def check_address(name: str) -> str:
     """Return the address of a server, ending in /v1.
 
@@ -279,8 +303,16 @@ def check_address(name: str) -> str:
             "which would stand in the log. Expected http://HOST:PORT/v1, and the key in an environment variable "
             "(served.key_variable)."
         )
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
         raise UserError(f"teacher {name}: got no address of a server, expected http://HOST:PORT/v1")
 
     address = name.rstrip("/")
     return address if address.endswith("/v1") else f"{address}/v1"
+
+
+def _has_port(parts: SplitResult) -> bool:
+    """Return False where an address has a port that cannot be."""
+    try:
+        return parts.port is None or parts.port > 0
+    except ValueError:
+        return False

@@ -9,7 +9,8 @@ llama.cpp and Ollama tell log-probabilities of tokens that they generate, not of
 Shapes: T tokens of a window, K listed tokens of each position.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -25,6 +26,10 @@ GENERATED_ONLY = (
 
 LARGEST_MASS = 1.001
 """Sum of the listed probabilities of a position, at most: rounding makes it a little more than 1."""
+ROUNDING = 1e-3
+"""Nats by which a log-probability may be too large."""
+LARGEST_TOKEN = 2**31 - 1
+"""Beyond it nothing is the number of a token."""
 
 
 class Lists(NamedTuple):
@@ -136,6 +141,8 @@ class Sglang:
 class _Position(NamedTuple):
     """One position of an answer."""
 
+    token: int
+    """The real one."""
     ids: list[int]
     log_probs: list[float]
     realised: float
@@ -150,6 +157,7 @@ def _vllm_position(entry: Any, token: int, top_k: int) -> _Position:
         real = entry[str(token)]
         listed = {int(key): float(value["logprob"]) for key, value in entry.items()}
         realised = float(real["logprob"])
+        _require_numbers(listed)
     except (KeyError, TypeError, ValueError):
         raise BadAnswer("a position whose entries are no tokens with a logprob") from None
 
@@ -158,7 +166,7 @@ def _vllm_position(entry: Any, token: int, top_k: int) -> _Position:
     is_besides = rank > top_k if isinstance(rank, int) else len(listed) > top_k
     if is_besides:
         del listed[token]
-    return _checked(_Position([*listed], [*listed.values()], realised, real.get("decoded_token")), top_k)
+    return _checked(_Position(token, [*listed], [*listed.values()], realised, real.get("decoded_token")), top_k)
 
 
 def _sglang_position(own: Any, top: Any, token: int, top_k: int) -> _Position:
@@ -168,11 +176,22 @@ def _sglang_position(own: Any, top: Any, token: int, top_k: int) -> _Position:
         ids = [int(entry[1]) for entry in top]
         log_probs = [float(entry[0]) for entry in top]
         realised = float(realised)
+        _require_numbers(ids)
     except (TypeError, ValueError, IndexError):
         raise BadAnswer("a position whose entries are no [logprob, id, text]") from None
     if scored != token:
         raise BadAnswer(f"a position with the token {scored} in place of {token}: another text was scored")
-    return _checked(_Position(ids, log_probs, realised, text[0] if text else None), top_k)
+    return _checked(_Position(token, ids, log_probs, realised, text[0] if text else None), top_k)
+
+
+def _require_numbers(ids: Iterable[int]) -> None:
+    """Check that numbers of tokens have a size that any vocabulary has.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if any(abs(token) > LARGEST_TOKEN for token in ids):
+        raise ValueError("no numbers of tokens")
 
 
 def _checked(position: _Position, top_k: int) -> _Position:
@@ -189,7 +208,24 @@ def _checked(position: _Position, top_k: int) -> _Position:
             f"listed probabilities that add to {mass:.3g}, expected at most 1: are these log-probabilities, as "
             "--logprobs-mode raw_logprobs gives them?"
         )
+    if min(position.ids) < 0:
+        raise BadAnswer(f"a listed token {min(position.ids)}, expected numbers from 0 on")
+    _check_realised(position)
     return position
+
+
+def _check_realised(position: _Position) -> None:
+    """Check the log-probability of the real token: that of a token which comes behind all listed ones, if it is none.
+
+    Raises:
+        BadAnswer: it is no such number.
+    """
+    is_number = math.isfinite(position.realised) and position.realised <= ROUNDING
+    if is_number and position.token not in position.ids:
+        room = LARGEST_MASS - float(np.exp(position.log_probs).sum())
+        is_number = math.exp(position.realised) <= room and position.realised <= min(position.log_probs) + ROUNDING
+    if not is_number:
+        raise BadAnswer(f"a real token with the log-probability {position.realised:.4g}, which it cannot have")
 
 
 def _stacked(positions: Sequence[_Position], width: int) -> Lists:
@@ -282,7 +318,7 @@ def _choose_model(client: ServerClient, model: str | None) -> Mapping[str, Any]:
             "address of a vLLM or SGLang server, such as http://HOST:PORT/v1."
         ) from None
 
-    names = ", ".join(entries) or "none"
+    names = client.clean(", ".join(entries)) or "none"
     if model is not None and model not in entries:
         raise UserError(f"teacher {client.address}: got the model {model}, and the server has: {names}")
     if model is None and len(entries) != 1:

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from models.teacher.listed import ListedTeacher
-from tests.captures import DEEPSEEK, EXACT, RECOMMENDED, write_captures
+from tests.captures import DEEPSEEK, EXACT, QWEN, RECOMMENDED, write_captures
 from tests.models.tiny import STORIES, byte_bpe, gradients, pair_of
 from utils.captures import folder as captures_folder
 from utils.captures.folder import captured_texts, digest_of, open_captures
@@ -207,7 +207,7 @@ def lack_files(folder: Path) -> None:
         (spoil_manifest, "there is no compression_config.yaml"),
         (spoil_settings, "numbers a position, expected"),
         (cut_file, "a file cannot be read"),
-        (cut_lists, "lists for .* tokens in row 1, expected one behind each token"),
+        (cut_lists, "lists for .* tokens in row 1, .* expected one behind each token"),
         (lack_column, "expected bytepacked_indices too"),
         (lack_files, "no .parquet file"),
     ],
@@ -242,3 +242,48 @@ def test_a_saved_data_set_is_read_like_parquet(pair, tokenizer, tmp_path):
     saved = open_captures(f"captures:{tmp_path / 'saved'}", tokenizer)
     np.testing.assert_array_equal(saved.ids, open_captures(name, tokenizer).ids)
     np.testing.assert_array_equal(saved.lists(1)[1], open_captures(name, tokenizer).lists(1)[1])
+
+
+def damaged(folder: Path, change) -> None:
+    """Write the first file anew after a change of its rows, which are lists by column."""
+    file = sorted(folder.glob("*.parquet"))[0]
+    table = pyarrow.parquet.read_table(file)
+    columns = table.to_pydict()
+    change(columns)
+    pyarrow.parquet.write_table(pyarrow.table(columns, schema=table.schema), file)
+
+
+def zero_half(columns: dict) -> None:
+    positions = columns["compressed_logprobs"][0]
+    columns["compressed_logprobs"][0] = [[0] * len(position) for position in positions]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda columns: columns["bytepacked_indices"][0].pop(), "lists for .* in row 1, bytepacked_indices"),
+        (lambda columns: columns["bytepacked_indices"][0].__setitem__(2, None), "null"),
+        (lambda columns: columns["compressed_logprobs"][0][2].__setitem__(1, None), "null"),
+        (lambda columns: columns["input_ids"].__setitem__(0, None), "with nulls"),
+        (lambda columns: columns["input_ids"].__setitem__(0, []), "for 0 tokens in row 1"),
+        (
+            lambda columns: columns["input_ids"][0].__setitem__(0, 2**63 + 5),
+            "numbers from .* expected a list of tokens",
+        ),
+        (zero_half, "probabilities that add to more than 1"),
+    ],
+)
+def test_damaged_rows_are_refused(pair, tokenizer, tmp_path, change, message):
+    name = written(pair, tmp_path / "captures", RECOMMENDED)
+    damaged(tmp_path / "captures", change)
+    with pytest.raises(UserError, match=message):
+        open_captures(name, tokenizer)
+
+
+def test_settings_of_other_captures_are_refused(pair, tokenizer, tmp_path):
+    name = written(pair, tmp_path / "captures", QWEN)
+    manifest = tmp_path / "captures" / "compression_config.yaml"
+    settings = yaml.safe_load(manifest.read_text())
+    manifest.write_text(yaml.safe_dump(settings | {"delta_encoding": False}))
+    with pytest.raises(UserError, match=r"less probable token before .* compression_config\.yaml those"):
+        open_captures(name, tokenizer)

@@ -33,7 +33,9 @@ def test_what_may_pass_is_tried_again(served, clients, fault):
 
 def test_a_server_that_never_makes_sense_ends_the_run(served, clients):
     served.fault = lambda number, body: (500, "CUDA out of memory")
-    with pytest.raises(RunError, match="6 answers in a row were of no use, the last: status 500: CUDA out of memory"):
+    with pytest.raises(
+        RunError, match=r"6 answers in a row were of no use: .* The last one: status 500: CUDA out of memory"
+    ):
         ask(clients(served.address))
 
 
@@ -102,6 +104,21 @@ def test_the_key_is_in_no_message(served, clients, monkeypatch, caplog, status):
     assert raised.value.__cause__ is None
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\nsecond", f"{KEY}'", f'{KEY}"', f"{KEY}\\", f"{KEY}\u00fc", f"{KEY} x"])
+def test_a_key_that_would_be_written_in_another_way_somewhere_is_refused(served, clients, monkeypatch, key):
+    monkeypatch.setenv("TEACHER_API_KEY", key)
+    with pytest.raises(UserError, match=r"TEACHER_API_KEY: got one with .* Nothing was sent") as raised:
+        clients(served.address)
+    assert KEY not in str(raised.value)
+
+
+def test_a_key_with_a_slash_is_in_no_message_however_it_is_escaped(served, clients, monkeypatch):
+    monkeypatch.setenv("TEACHER_API_KEY", "ab/cd")
+    served.fault = lambda number, body: (400, "ab/cd and ab\\/cd")
+    with pytest.raises(UserError, match=r"\*\*\* and \*\*\*"):
+        ask(clients(served.address))
+
+
 def test_the_key_opens_the_server_and_its_absence_is_told(served, clients, monkeypatch):
     served.key = KEY
     with pytest.raises(UserError, match="environment variable TEACHER_API_KEY, which is not set"):
@@ -127,7 +144,7 @@ def test_a_connection_that_breaks_says_nothing_of_the_server(served, clients):
 
 def test_addresses():
     assert check_address("http://127.0.0.1:8000/v1/") == check_address("http://127.0.0.1:8000")
-    for wrong in ("http://", "ftp://host/v1"):
+    for wrong in ("http://", "ftp://host/v1", "http://127.0.0.1:99999/v1", "http://127.0.0.1:port/v1"):
         with pytest.raises(UserError, match="expected http://HOST:PORT/v1"):
             check_address(wrong)
     for leaking in ("http://me:secret@host/v1", "https://host/v1?key=secret"):

@@ -69,6 +69,12 @@ def changed(change) -> dict:
         (lambda rows: rows[1]["28"].pop("logprob"), "no tokens with a logprob"),
         (lambda rows: rows[1]["28"].__setitem__("logprob", 3.5), "are these log-probabilities"),
         (lambda rows: rows[1]["28"].__setitem__("logprob", float("nan")), "are these log-probabilities"),
+        (lambda rows: rows[1].__setitem__("-7", rows[1].pop("28")), "a listed token -7"),
+        (lambda rows: rows[1].__setitem__("9" * 30, rows[1].pop("28")), "no tokens with a logprob"),
+        (lambda rows: rows[1]["15486"].__setitem__("logprob", float("nan")), "which it cannot have"),
+        (lambda rows: rows[1]["15486"].__setitem__("logprob", float("-inf")), "which it cannot have"),
+        (lambda rows: rows[1]["15486"].__setitem__("logprob", 5.0), "which it cannot have"),
+        (lambda rows: rows[1]["15486"].__setitem__("logprob", -0.1), "which it cannot have"),
     ],
 )
 def test_other_answers_are_told_from_it(vllm, change, message):
@@ -99,6 +105,8 @@ def test_both_protocols_tell_the_same(pair, served, clients):
         ([-1.0, 8, "x"], [[-0.5, 3, None], [-2.0, 4, None]], "the token 8 in place of 9"),
         ([-1.0, 9, "x"], [[-0.5, 3, None]], "1 listed tokens, expected 2"),
         ([-1.0, 9, "x"], None, "no .logprob, id, text."),
+        ([-1.0, 9, "x"], [[-0.5, 3, None], [-2.0, 10**30, None]], "no .logprob, id, text."),
+        ([-1.0, 9, "x"], [[-0.5, 3, None], [-2.0, 4, None]], "which it cannot have"),
     ],
 )
 def test_other_answers_of_sglang_are_told_from_it(clients, real, top, message):
