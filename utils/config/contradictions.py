@@ -1,5 +1,6 @@
 """Contradictions between the sections of a run's configuration, which no section can notice by itself."""
 
+import re
 from collections.abc import Sequence
 
 from .error_messages import Contradiction
@@ -195,6 +196,8 @@ def _served_problems(config: RunConfig, state_terms: set[str]) -> list[Contradic
         state_terms: terms on hidden states that weigh more than 0 at some time.
     """
     teacher = config.teacher
+    if re.match(r"[\w.-]+:\d+(/|$)", teacher.name or ""):
+        return [Contradiction("teacher", f"got an address without http://: give --teacher http://{teacher.name}")]
     if not teacher.is_elsewhere:
         message = "teacher.model names a model at a server: give --teacher http://HOST:PORT/v1"
         return [Contradiction("teacher", message)] if teacher.model is not None else []
