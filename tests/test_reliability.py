@@ -21,7 +21,8 @@ def names_in(file: Path) -> set[str]:
 
 def test_every_fault_has_a_row_with_a_test_and_every_named_test_exists():
     rows = re.findall(r"^\| (\d+) \|(.*)\|$", TABLE, re.MULTILINE)
-    assert [int(number) for number, _ in rows] == list(range(1, 53))
+    assert len(rows) >= 54, "a row of the table is gone, or no longer reads as one"
+    assert [int(number) for number, _ in rows] == list(range(1, len(rows) + 1))
     for number, row in rows:
         named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", row)
         assert named, f"row {number} names no test"
