@@ -415,24 +415,30 @@ class PairEncoder:
     def _group(self, pieces: list[Piece]) -> list[list[Piece]]:
         """Return the pieces of each window: largest first, into the fullest window with space for them."""
         groups: list[list[Piece]] = []
-        free = np.empty((len(pieces), len(self.side_names)), dtype=np.int64)  # tokens, per window and side
+        # Of windows that others may still join: their tokens left per side, and their groups. No others are looked at,
+        # or the time of short windows grew with the square of the text.
+        free = np.empty((len(pieces), len(self.side_names)), dtype=np.int64)
+        joinable: list[list[Piece]] = []
         for piece in sorted(
             pieces,
             key=lambda piece: piece.size.max(),
             reverse=True,
         ):
-            free_after = free[: len(groups)] - piece.size
-            fitting = np.flatnonzero((free_after >= 0).all(1))
-
-            if piece.whole and len(fitting):
-                fullest = fitting[free_after[fitting].max(1).argmin()]
-                groups[fullest].append(piece)
-                free[fullest] = free_after[fullest]
+            # Only the end of a document can be followed by another document.
+            if not piece.whole:
+                groups.append([piece])
                 continue
 
-            # Only the end of a document can be followed by another document.
-            free[len(groups)] = self.max_length - piece.size if piece.whole else -1
-            groups.append([piece])
+            free_after = free[: len(joinable)] - piece.size
+            fitting = np.flatnonzero((free_after >= 0).all(1))
+            if len(fitting):
+                fullest = fitting[free_after[fitting].max(1).argmin()]
+                joinable[fullest].append(piece)
+                free[fullest] = free_after[fullest]
+            else:
+                free[len(joinable)] = self.max_length - piece.size
+                joinable.append([piece])
+                groups.append(joinable[-1])
         return groups
 
     def _assemble(self, group: list[Piece]) -> dict[str, Any]:
