@@ -1,12 +1,12 @@
 """Memory, tokens per second and time to the first step of `train.py` on a large text, as a stream and as a whole.
 
-    python -m benchmarks.streaming                                   2 GB of text; as a whole it takes hours
+    python -m benchmarks.streaming                                   2 GB of text; as a whole it takes an hour or two
     python -m benchmarks.streaming --only stream                     some minutes on one core
     python -m benchmarks.streaming --megabytes 100 --steps 100
 
 The text is put together from stories, no document of it twice, and written to a temporary folder. Every run is the
-real program on a tiny pair with different tokenizers, in a process of its own. Peak memory is that of the largest
-process, as the system counted it; pages of files that are mapped into memory are part of it.
+real program on a tiny pair with different tokenizers of a few thousand tokens, in a process of its own. Peak memory is
+that of the largest process, as the system counted it; pages of files that are mapped into memory are part of it.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.measure import describe, machine, table, write
-from utils.checks import miniature
 from utils.data.stories import write_stories
 from utils.logs.records import read_metrics
+from utils.run import quickstart
 
 ROOT = Path(__file__).resolve().parent.parent
 STOCK = 1000
@@ -36,6 +36,10 @@ STORIES = 6
 KINDS = ("stream", "whole")
 BATCH = 16
 """Windows of an optimizer step."""
+VOCABULARIES = {"student": 1024, "teacher": 4096}
+WIDTH = 32
+CONTEXT = 512
+"""Tokens of a window."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,10 +58,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder, "text.jsonl")
         documents = write_text(text, args.megabytes * 1_000_000)
+        pair = write_pair(Path(folder))
         print(f"{describe(facts)}\n{documents:,} documents, {text.stat().st_size / 1e6:,.0f} MB\n", flush=True)
 
         for kind in [args.only] if args.only else KINDS:
-            words = command(Path(folder), text, kind, args)
+            words = command(pair, Path(folder, kind), text, kind, args)
             rows.append({"run": kind, **run(words, Path(folder, kind, "metrics.jsonl"))})
             print(rows[-1], flush=True)
 
@@ -90,24 +95,37 @@ def texts() -> Iterator[str]:
         yield f"Book {number}.\n" + "\n".join(rng.choices(stories, k=STORIES))
 
 
-def command(folder: Path, text: Path, kind: str, args: argparse.Namespace) -> list[str]:
-    """Return `python train.py` on a tiny pair, whose files are written to `folder`."""
-    (folder / "pair").mkdir(exist_ok=True)
-    pair = miniature.build(folder / "pair")
+def write_pair(folder: Path) -> dict[str, Path]:
+    """Write a teacher and a student with random weights and tokenizers of the text; return the folder of each."""
+    documents = [document for _, document in zip(range(STOCK), texts(), strict=False)]
+    folders = {}
+    for role, vocabulary in VOCABULARIES.items():
+        folders[role] = folder / role
+        tokenizer = quickstart.train_tokenizer(documents, vocabulary)
+        tokenizer.save_pretrained(folders[role])
 
-    # The miniature comes without weights; train.py gives the student some, but not the teacher.
-    torch.manual_seed(0)
-    teacher = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(pair.teacher))
-    teacher.save_pretrained(pair.teacher)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=2 * WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=CONTEXT,
+        )
+        LlamaForCausalLM(config).save_pretrained(folders[role])
+    return folders
 
+
+def command(pair: dict[str, Path], output: Path, text: Path, kind: str, args: argparse.Namespace) -> list[str]:
+    """Return `python train.py` on the tiny pair."""
     settings = {
-        "teacher.name": pair.teacher,
-        "student.name": pair.student,
-        "student.init": "random",
+        "teacher.name": pair["teacher"],
+        "student.name": pair["student"],
         "data.train": text,
-        "data.max_length": miniature.CONTEXT,
+        "data.max_length": CONTEXT,
         "data.num_workers": args.workers,
-        "output_dir": folder / kind,
+        "output_dir": output,
         "training.max_steps": args.steps,
         "training.batch_size": BATCH,
         "training.gradient_accumulation_steps": 1,
