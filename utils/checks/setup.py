@@ -337,7 +337,8 @@ def _disk(setup: SetUp) -> Measured:
         model_size.Shape.of(setup.student),
         config.training,
         config.student.lora,
-        text_bytes=setup.text_bytes,
+        data=config.data,
+        text_bytes=0 if config.data.streaming else setup.text_bytes,
         runs=1 + config.evaluation.without_teacher,  # the comparison keeps checkpoints of its own
         in_memory=IN_MEMORY_BYTES,
     )

@@ -3,13 +3,15 @@
 from operator import itemgetter
 from pathlib import Path
 
-from ..config.settings import LoraConfig, TrainingConfig
+from ..config.settings import DataConfig, LoraConfig, TrainingConfig
 from ..errors import UserError
 from ..files import free_disk
 from .model_size import Shape, trained_parameters
 
 WINDOW_BYTES_PER_TEXT_BYTE = 9
 """Tokenised windows of both models in the cache of `datasets`."""
+BLOCKS = 3
+"""Blocks of a stream whose windows lie on the disk at a time."""
 CHECKPOINT_BYTES = 12
 """Bytes that a checkpoint holds of each trained parameter: the weight and two moments of AdamW, in float32."""
 EXPORT_BYTES = 4
@@ -21,6 +23,7 @@ def disk(
     training: TrainingConfig,
     lora: LoraConfig,
     *,
+    data: DataConfig | None = None,
     text_bytes: int = 0,
     runs: int = 1,
     in_memory: int = 0,
@@ -29,7 +32,8 @@ def disk(
 
     Args:
         lora: with an adapter only that is saved, and exported unless it is merged.
-        text_bytes: of the training text.
+        data: where the text is a stream, the blocks of it are counted, as if none were cut short by the end of the text.
+        text_bytes: of the training text that is cut into windows as a whole.
         runs: how many students are trained (2 with a comparison without the teacher).
         in_memory: up to so many bytes of text, windows are not written.
     """
@@ -41,10 +45,13 @@ def disk(
     trained = trained_parameters(student, lora)
     exported = student.parameters if lora.merge else trained
     windows = text_bytes * WINDOW_BYTES_PER_TEXT_BYTE if text_bytes > in_memory else 0
+    is_stream = data is not None and data.streaming
+    blocks = BLOCKS * data.block_bytes * WINDOW_BYTES_PER_TEXT_BYTE if is_stream else 0
     return {
         "checkpoints": trained * CHECKPOINT_BYTES * checkpoints * runs,
         "student": exported * EXPORT_BYTES,
         "windows": windows,
+        "blocks of the stream": blocks,
     }
 
 
@@ -58,11 +65,14 @@ def require_disk(folder: Path, parts: dict[str, int]) -> None:
     needed = max(0, sum(parts.values()) - written)
     free = free_disk(folder)
     if needed > free:
+        named = ", ".join(f"{name} {size / 1e6:,.1f} MB" for name, size in parts.items() if size)
+        remedy = "lower training.keep_checkpoints"
+        if parts.get("blocks of the stream"):
+            remedy += " or data.block_bytes"
         raise UserError(
-            f"too little disk for {folder}: this run needs about {needed / 1e6:,.1f} MB more (checkpoints "
-            f"{parts['checkpoints'] / 1e6:,.1f} and student {parts['student'] / 1e6:,.1f}, of which "
-            f"{written / 1e6:,.1f} are there), and {free / 1e6:,.1f} MB are free. Free some space, choose another "
-            "--output-dir, or lower training.keep_checkpoints."
+            f"too little disk for {folder}: this run needs about {needed / 1e6:,.1f} MB more ({named}, of which "
+            f"{written / 1e6:,.1f} MB are there), and {free / 1e6:,.1f} MB are free. Free some space, choose another "
+            f"--output-dir, or {remedy}."
         )
 
 

@@ -237,7 +237,7 @@ def require_widths_and_disk(config: RunConfig, method: Method, named: Named) -> 
         # the comparison without the teacher keeps checkpoints of its own
         runs = 1 + config.evaluation.without_teacher
         student = Shape.of(named.shapes["student"])
-        needed = disk.disk(student, config.training, config.student.lora, runs=runs)
+        needed = disk.disk(student, config.training, config.student.lora, data=config.data, runs=runs)
         disk.require_disk(Path(config.output_dir), needed)
 
 

@@ -13,7 +13,7 @@ from transformers import (
     RecurrentGemmaConfig,
 )
 
-from utils.config.settings import LoraConfig, TrainingConfig
+from utils.config.settings import DataConfig, LoraConfig, TrainingConfig
 from utils.errors import UserError
 from utils.files import free_disk
 from utils.forecast.disk import disk, largest, require_disk
@@ -57,9 +57,23 @@ def test_a_checkpoint_is_12_bytes_a_parameter_and_small_text_is_not_written(shap
     student = shapes[0]
     training = TrainingConfig(keep_checkpoints=2)
     parts = disk(student, training, LoraConfig(), text_bytes=1000, in_memory=1000)
-    assert parts == {"checkpoints": 36 * student.parameters, "student": 4 * student.parameters, "windows": 0}
+    assert parts["checkpoints"] == 36 * student.parameters
+    assert parts["student"] == 4 * student.parameters
+    assert parts["windows"] == parts["blocks of the stream"] == 0
     twice = disk(student, training, LoraConfig(), text_bytes=1001, runs=2, in_memory=1000)
     assert twice["checkpoints"] == 2 * parts["checkpoints"] and twice["windows"] > 1000
+
+
+def test_a_stream_writes_its_blocks_and_no_other_windows(shapes, tmp_path, monkeypatch):
+    data = DataConfig(streaming=True, block_bytes=10**8)
+    parts = disk(shapes[0], TrainingConfig(), LoraConfig(), data=data)
+    assert parts["windows"] == 0
+    assert parts["blocks of the stream"] == 27 * 10**8
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
+    needed = {"checkpoints": 0, "student": 10**8, "blocks of the stream": parts["blocks of the stream"]}
+    with pytest.raises(UserError, match=r"blocks of the stream 2,700\.0 MB.* or data\.block_bytes"):
+        require_disk(tmp_path, needed)
 
 
 def test_with_patience_the_best_checkpoint_stays_besides(shapes):
@@ -87,7 +101,7 @@ def test_too_little_disk_is_refused_with_the_estimate_and_what_is_there_counts(t
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
     require_disk(tmp_path, {"checkpoints": 9 * 10**8, "student": 10**8})
     needed = {"checkpoints": 14 * 10**8, "student": 10**8}
-    with pytest.raises(UserError, match=r"about 1,500\.0 MB more \(checkpoints 1,400\.0 and student 100\.0, "):
+    with pytest.raises(UserError, match=r"about 1,500\.0 MB more \(checkpoints 1,400\.0 MB, student 100\.0 MB, "):
         require_disk(tmp_path, needed)
     (tmp_path / "step-00000001").mkdir()
     with (tmp_path / "step-00000001" / "module.safetensors").open("wb") as file:
