@@ -126,6 +126,9 @@ def command(pair: dict[str, Path], output: Path, text: Path, kind: str, args: ar
         "data.max_length": CONTEXT,
         "data.num_workers": args.workers,
         "output_dir": output,
+    }
+    # Every step is logged, and there is little beside the steps.
+    settings |= {
         "training.max_steps": args.steps,
         "training.batch_size": BATCH,
         "training.gradient_accumulation_steps": 1,
@@ -134,6 +137,7 @@ def command(pair: dict[str, Path], output: Path, text: Path, kind: str, args: ar
         "evaluation.samples": 0,
         "evaluation.generation": 0,
     }
+
     if kind == "stream":
         settings |= {"data.streaming": "true", "data.block_bytes": round(args.block_megabytes * 1e6)}
     return [sys.executable, "train.py", "--set", *(f"{key}={value}" for key, value in settings.items())]

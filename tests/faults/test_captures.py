@@ -84,6 +84,10 @@ def test_other_text_learns_where_it_was_captured(place, captured, tmp_path):
         (["--curriculum.span", "0.1"], "captures do not have the probability of a real token"),
         (["--teacher-dtype", "bfloat16"], "captures need neither"),
         (["--teacher-tokenizer", "null"], "captures do not hand out its tokenizer"),
+        (
+            ["--set", "data.streaming=true", "--max-steps", "4"],
+            "captures of a teacher are windows already: leave out data.streaming",
+        ),
         (["--curriculum.on-policy", "0.5"], "captures say nothing of the student's own text"),
     ],
 )

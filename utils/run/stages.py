@@ -77,6 +77,8 @@ class Trained:
     """Teacher and untrained student on the held-out text."""
     rounds: Rounds | None = None
     """Texts that it wrote itself, and learned from."""
+    stream: Stream | None = None
+    """Where its text came from, if that was not known as a whole."""
 
     @property
     def student(self) -> nn.Module:
@@ -281,7 +283,7 @@ def train_student(
     logger.close()
     if result.stopped_by in EXIT_CODES:
         raise Interrupted(result.stopped_by)
-    return Trained(module, result, start, options.rounds)
+    return Trained(module, result, start, options.rounds, options.stream)
 
 
 def load_student(job: Job, session: Session) -> nn.Module:
@@ -536,7 +538,9 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
     """Export the student and write the report; return its results."""
     student, result, held_out = trained.student, trained.result, job.held_out
     folder, settings = session.output / STUDENT, to_plain(session.asked)
-    ended = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
+    ended: Results = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
+    if trained.stream is not None:
+        ended |= _documents_of(trained.stream)
     scores = {
         **held_out.scores(student, trained.start),
         "student_init": job.config.student.init,
@@ -579,6 +583,12 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
 
     session.on_main(write_report)
     return results
+
+
+def _documents_of(stream: Stream) -> Results:
+    """Return how many documents a stream had up to the end of its last block, and how many of them were left out."""
+    reasons = {"read": "read", "duplicate": "seen before", "in_eval": "held out", "empty": "empty"}
+    return {f"documents {words}": stream.counts[name] for name, words in reasons.items() if stream.counts.get(name)}
 
 
 def _token_views(job: Job, trained: Trained) -> Results:

@@ -59,6 +59,9 @@ class Stream:
         folder: of the blocks, which all processes see.
         seed: of the order of windows.
         check: called while a block is waited for; it raises where the run is to end.
+
+    Attributes:
+        counts: of documents up to the end of the block that was learned from last, by `text.COUNTED`; empty before.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Stream:
         check: Callable[[], None],
     ) -> None:
         self.accelerator = accelerator
+        self.counts: dict[str, int] = {}
         self._blocks = Blocks(setup, folder, global_batch=global_batch, seed=seed, check=check)
 
     def steps(
@@ -85,6 +89,7 @@ class Stream:
         step = first_step
         while step < end:
             block: Block = on_main_process(self.accelerator, partial(self._blocks.at, step))
+            self.counts = block.counts
             windows = block.windows()
             of_block = replace(source, windows=windows)
             plan_of_block = _PlanOfBlock(plan, len(windows))

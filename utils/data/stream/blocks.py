@@ -80,6 +80,8 @@ class Block:
     """Optimizer steps in it, each of them full."""
     passes: int
     """Over the text that were done before it."""
+    counts: dict[str, int]
+    """Documents of the stream up to its end, by `text.COUNTED`."""
 
     @property
     def end(self) -> int:
@@ -175,8 +177,7 @@ class Blocks:
 
     def _log(self, block: Block) -> None:
         """Log where the stream is."""
-        behind = self._state_behind(block)["text"]
-        counts = behind["counts"]
+        counts = block.counts
         log.info(
             "stream: block %d, %s steps from step %s on, pass %d over the text; up to its end %s documents read, %s to "
             "learn from (%.2f MB), left out: %s empty, %s seen before, %s held out",
@@ -193,7 +194,8 @@ class Blocks:
         )
 
         before = self._states[block.first_step]["text"]["readers"]
-        for reader, begun, ended in zip(self._stream.readers, before, behind["readers"], strict=True):
+        behind = self._state_behind(block)["text"]["readers"]
+        for reader, begun, ended in zip(self._stream.readers, before, behind, strict=True):
             if ended["passes"] > begun["passes"]:
                 log.info("stream: in it %s ends, and is read again: pass %d", reader.name, ended["passes"] + 1)
 
@@ -219,6 +221,7 @@ class Blocks:
             first_step=state["first_step"],
             steps=made["state"]["first_step"] - state["first_step"],
             passes=min(reader["passes"] for reader in state["text"]["readers"]),
+            counts=made["state"]["text"]["counts"],
         )
 
     def _key(self, state: State) -> str:
