@@ -32,7 +32,7 @@ def disk(
 
     Args:
         lora: with an adapter only that is saved, and exported unless it is merged.
-        data: where the text is a stream, the blocks of it are counted, as if none were cut short by the end of the text.
+        data: of a stream the blocks are counted, as if the text did not end in any of them.
         text_bytes: of the training text that is cut into windows as a whole.
         runs: how many students are trained (2 with a comparison without the teacher).
         in_memory: up to so many bytes of text, windows are not written.
