@@ -790,7 +790,7 @@ class ChatEncoder(PairEncoder):
                     missing = {number for number in range(shape.fields) if (stretch.message, number) not in written}
                     if shape.reasoning_field in missing:
                         yield _thinking_left_out(side.name)
-                    if shape.calls and side.template.call_form == "unwritten":
+                    if rendering.lacks_calls(stretch):
                         yield _calls_left_out(side.name)
                     if shape.calls and shape.content_field in missing:
                         yield _content_left_out(side.name)
@@ -1036,8 +1036,9 @@ class ChatEncoder(PairEncoder):
                     "the thinking (<think>...</think>) of an answer",
                     "Take the thinking out of the answers (--set data.reasoning=drop)",
                 )
-            if shape.calls and side.template.call_form == "unwritten":
-                raise self._lost(messages, "tool calls", "Leave such conversations out")
+            if rendering.lacks_calls(stretch):
+                remedy = "Leave such conversations out, or give each call an answer of its own"
+                raise self._lost(messages, "tool calls, all or some of them,", remedy)
 
     @staticmethod
     def _not_followed(side: _Side, messages: Sequence[Message]) -> ConversationError:

@@ -13,6 +13,7 @@ import copy
 import functools
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -541,6 +542,23 @@ class Rendering:
         """Return (message, number) of all that is said, in the order of the text."""
         return [(mark.message, mark.number) for mark in _placeholders(self.text)]
 
+    def lacks_calls(self, stretch: Stretch) -> bool:
+        """Return whether a learned message calls tools of which the template leaves one or some of its texts out."""
+        message = stretch.message
+        shape = self.outline.shapes[message]
+        if not shape.calls:
+            return False
+
+        places = set(self.places())
+        if any((message, field) not in places for field in range(shape.first_argument, shape.fields)):
+            return True
+
+        # A call without a text among its arguments is known by its name, which may stand before what is learned.
+        begin = max((mark.end for mark in _placeholders(self.text) if mark.message < message), default=0)
+        written = self.text[begin : stretch.end]
+        called = Counter(call["function"]["name"] for call in json.loads(shape.calls))
+        return any(written.count(name) < count for name, count in called.items())
+
 
 class Segment(NamedTuple):
     """A piece of a rendering."""
@@ -696,6 +714,8 @@ class ChatTemplate:
         begin = _field_begin(text, message)
         if message > 0:  # nobody can ask for an answer to nothing
             prompt = self.marked(outline.first(message), ask=True)
+            if not text.startswith(prompt):
+                text = self._as_asked(text, prompt, outline)
             if text.startswith(prompt):
                 begin = len(prompt)
         if not self.learn_reasoning:
@@ -716,6 +736,23 @@ class ChatTemplate:
             text=text,
             stretches=(stretch,),
         )
+
+    def _as_asked(self, text: str, prompt: str, outline: Outline) -> str:
+        """Return a rendering whose last message stands behind the prompt for it, if it begins as the prompt ends.
+
+        Once there is an answer, some templates write what came before it otherwise: they drop its thinking. The model
+        that answered has read it.
+        """
+        message = len(outline.shapes) - 1
+        before = self.marked(outline.first(message))
+        opening = prompt[len(before) :] if prompt.startswith(before) else ""
+
+        # The opening stands between the last mark of the messages before and the first one of the answer.
+        marks = _placeholders(text)
+        first = max((mark.end for mark in marks if mark.message < message), default=0)
+        last = min((mark.begin for mark in marks if mark.message == message), default=len(text))
+        place = text.rfind(opening, first, last) if opening else -1
+        return text if place < 0 else prompt + text[place + len(opening) :]
 
     def remains(self, answer: Rendering, outline: Outline) -> bool:
         """Return whether an answer is written alike when the conversation has gone on."""

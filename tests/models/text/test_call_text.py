@@ -54,6 +54,17 @@ PYTHON_CALLS = CHATML.replace(
     "{{- ",
 )
 """Writes a call as Python does, as the templates of LFM2 do."""
+CHANNELS = (
+    "{%- for m in messages %}{%- set is_last = loop.last %}{%- if m.tool_calls %}"
+    "{%- if messages[-1].role == 'tool' or is_last %}{{- '<|im_start|>assistant thinks:' + m.thinking + '<|im_end|>' }}"
+    "{%- endif %}{{- '<|im_start|>assistant calls:' + (m.tool_calls[0].function | tojson) + '<|im_end|>' }}"
+    "{%- elif m.role == 'assistant' and is_last and not add_generation_prompt %}"
+    "{{- '<|im_start|>assistant thinks:' + m.thinking + '<|im_end|><|im_start|>assistant says:' + m.content }}"
+    "{{- '<|im_end|>' }}"
+    "{%- else %}{{- '<|im_start|>' + m.role + ' says:' + m.content + '<|im_end|>' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant' }}{%- endif %}"
+)
+"""Drops the thinking before a call once the answer is there, as the templates of gpt-oss do."""
 THINKING_AND_CALLS = QWEN3.replace(
     "{{- said + '<|im_end|>\n' }}",
     "{{- said }}{%- for call in m.tool_calls or [] %}{{- '<tool_call>' + (call.function | tojson) + '</tool_call>' }}"
@@ -168,6 +179,34 @@ def test_results_schemas_and_prompts_are_read_and_not_learned():
 def test_a_student_whose_template_writes_no_calls_is_refused():
     with pytest.raises(ConversationError, match="student's chat template leaves out tool calls"):
         encoder_of(CHATML, QWEN_INSTRUCT).windows([conversation(USER, calling({"place": "Ulm"}))])
+
+
+@pytest.mark.parametrize("arguments", [{"place": "Ulm"}, {"number": 1}])
+def test_a_student_whose_template_writes_the_first_of_several_calls_is_refused(arguments):
+    two = calling({"place": "Ulm"})
+    two["tool_calls"] = [*two["tool_calls"], *calling(arguments)["tool_calls"]]
+    two["tool_calls"][1]["function"]["name"] = "sail"
+    with pytest.raises(ConversationError, match="leaves out tool calls, all or some of them"):
+        encoder_of(LLAMA_CALLS, QWEN_INSTRUCT).windows([conversation(USER, two, tools=None)])
+
+    notes = encoder_of(QWEN_INSTRUCT, LLAMA_CALLS).notes([conversation(USER, two, tools=None)])
+    assert any("tool calls are not written in the teacher's conversations" in note for note in notes)
+
+
+def test_an_answer_stands_behind_what_the_model_had_read_when_it_answered():
+    encoder = encoder_of(CHANNELS, CHANNELS)
+    talk = conversation(
+        USER,
+        calling({"place": "Ulm"}) | {"reasoning_content": "Where?"},
+        RESULT,
+        ANSWER | {"reasoning_content": "There."},
+        tools=None,
+    )
+    windows = encoder.windows([talk])
+    read = [text for window in windows for text in texts_of(encoder, window, 0, MARKER)]
+    learned = [text for window in windows for text in texts_of(encoder, window, 0, TEXT, WRITTEN, END)]
+    assert any(text.endswith("<|im_start|>assistant") and "thinks:Where?" in text for text in read)
+    assert any(f" thinks:There.<|im_end|><|im_start|>assistant says:{ANSWER['content']}" in text for text in learned)
 
 
 def test_a_teacher_whose_template_writes_no_tools_leaves_calls_to_the_text():
