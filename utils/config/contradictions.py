@@ -282,7 +282,7 @@ def _stream_problems(config: RunConfig) -> list[Contradiction]:
         problems.append("only_for gives windows of some text to a teacher, and a stream mixes all text: leave it out")
 
     if data.mixture is not None and {*data.mixture} != {*data.train}:
-        named, expected = ", ".join(data.mixture), ", ".join(data.train)
+        named, expected = ", ".join(data.mixture) or "no source", ", ".join(data.train)
         problems.append(f"data.mixture: got weights of {named}, expected one of each source of data.train: {expected}")
     return [Contradiction("data", f"streaming: {problem}") for problem in problems]
 

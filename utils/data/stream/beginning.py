@@ -52,7 +52,8 @@ def read_beginning(config: DataConfig, seed: int) -> Beginning:
         UserError: something cannot be found, read or split.
     """
     text = TextSources.of(config, seed)
-    stream = TextStream(text)
+    # Copies of a small source would only make it larger.
+    stream = TextStream(text, once=True)
     documents = Texts.of(stream.block(READ_BYTES))
     is_conversation = text.places.conversation is not None
     require_text(documents, config.train, stream.counts, conversations=is_conversation)

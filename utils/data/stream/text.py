@@ -53,13 +53,14 @@ class TextStream:
 
     Args:
         held_out: `documents.text_key` of documents that are never learned from.
+        once: sources of a mixture that have ended are drawn from no more.
 
     Attributes:
         counts: of documents so far, by `COUNTED`.
         readers: one for each source.
     """
 
-    def __init__(self, text: TextSources, held_out: Collection[bytes] = ()) -> None:
+    def __init__(self, text: TextSources, held_out: Collection[bytes] = (), *, once: bool = False) -> None:
         config = text.config
         named = zip(text.sources, config.train, strict=True)
         self.config = config
@@ -68,6 +69,7 @@ class TextStream:
         self.drawn = 0
         self._text = text
         self._held_out = held_out
+        self._once = once
         self._empty_blocks = 0
         self._recent = RecentTexts(config.remembered_documents) if config.deduplicate else None
 
@@ -138,6 +140,8 @@ class TextStream:
             # In turn: the first one that has been read less often than those before it.
             return [reader.passes for reader in self.readers].index(self.passes)
 
+        if self._once:
+            weights = [0.0 if reader.passes else weight for weight, reader in zip(weights, self.readers, strict=True)]
         digest = blake2b(f"{self._text.seed} {self.drawn}".encode(), digest_size=8).digest()
         chosen = int.from_bytes(digest, "big") / 2**64 * sum(weights)
         bounds = accumulate(weights)

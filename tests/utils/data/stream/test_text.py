@@ -78,6 +78,15 @@ def test_a_small_text_is_split_as_without_a_stream(tmp_path):
     assert {name: streamed.report[name] for name in whole.report} == whole.report
 
 
+def test_a_small_source_of_a_mixture_is_in_the_beginning_once(tmp_path):
+    files = [write(tmp_path / "a.jsonl", names("a", 200)), write(tmp_path / "b.jsonl", names("b", 20))]
+    weights = dict(zip(map(str, files), (1e-9, 1.0), strict=True))
+    beginning = read_beginning(config(*files, mixture=weights, deduplicate=False), 3)
+    texts = [*beginning.corpus.train, *beginning.corpus.eval]
+    assert sorted(texts) == sorted([*names("a", 200), *names("b", 20)])
+    assert beginning.corpus.report["read"] == 220
+
+
 def test_of_a_text_to_measure_on_nothing_is_learned(tmp_path):
     file = write(tmp_path / "a.jsonl", names("a", 20))
     measured = write(tmp_path / "b.jsonl", names("a", 5))
