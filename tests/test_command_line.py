@@ -330,6 +330,11 @@ def test_a_wrong_section_hides_nothing_that_was_given():
         assert refused(*words).count("  - ") == 1 and "no student" not in refused(*words)
 
 
+def test_a_wrong_value_is_told_without_what_its_default_contradicts():
+    told = refused("--set", "data.order=length", "curriculum.open_text=0")
+    assert "open_text is a share" in told and "changes nothing" not in told
+
+
 STREAM = ("--max-steps", "9", "--train-data", "a.jsonl", "b", "--set", "data.streaming=true")
 
 

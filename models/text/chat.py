@@ -717,10 +717,12 @@ class ChatEncoder(PairEncoder):
         """
         losses: Counter[str] = Counter()
         unwritten: Counter[Unwritten] = Counter()
+        variables: Counter[str] = Counter()
         count = 0
         for text in texts:
             count += 1
             conversation = Conversation.parse(text)
+            variables.update(conversation.variables or ())
             try:
                 unwritten.update(self._unwritten(conversation))
                 # only these can get lost otherwise; most conversations have none, and need no renderings
@@ -730,6 +732,10 @@ class ChatEncoder(PairEncoder):
                 continue
 
         notes = [kind.note(times, count) for kind, times in sorted(unwritten.items())]
+        for name, times in sorted(variables.items()):
+            if not any(side.template.reads(name) for side in self.sides):
+                where = f"in {times:,} of {count:,} conversations"
+                notes.append(f"chat_template_kwargs: neither chat template reads {name!r} ({where})")
         for loss, times in sorted(losses.items()):
             notes.append(f"{loss} (in {times:,} of {count:,} conversations)")
         return notes

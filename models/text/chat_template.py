@@ -142,11 +142,11 @@ def with_variables(
     if not variables:
         return tokenizer
 
-    # A value that nothing reads would be a mistake that nobody sees.
     template = _template(tokenizer) if tokenizer.chat_template else ""
     prelude = ""
     for name, value in variables.items():
-        if not re.search(rf"\b{re.escape(name)}\b", template):
+        # A value that nothing reads would be a mistake that nobody sees.
+        if not reads(template, name):
             raise ValueError(
                 f"{role}.chat_template_kwargs: got {name!r}, which the {role}'s chat template does not read. Expected "
                 "a variable of that template, such as enable_thinking; take it out"
@@ -159,6 +159,11 @@ def with_variables(
     result = copy.deepcopy(tokenizer)
     result.chat_template = _with_prelude(prelude, template)
     return result
+
+
+def reads(template: str, name: str) -> bool:
+    """Return whether a template has a variable of this name."""
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 def _literal(value: Any) -> str:
@@ -654,6 +659,10 @@ class ChatTemplate:
     def writes_tools(self, outline: Outline) -> bool:
         """Return whether the schemas of an outline are written."""
         return self.marked(outline) != self.marked(outline.without_tools())
+
+    def reads(self, name: str) -> bool:
+        """Return whether the template has a variable of this name."""
+        return reads(_template(self.tokenizer), name)
 
     @property
     def end(self) -> EndOfTurn | None:

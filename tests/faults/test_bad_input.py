@@ -70,12 +70,15 @@ BAD_DATA = {
     "not-utf-8": (GOOD + GOOD + b'{"text": "caf\xe9"}\n', ["bad.jsonl:3:", "not UTF-8", "0xe9"]),
     "no-column": (GOOD + b'{"story": "x", "title": "y"}\n', ["bad.jsonl:2:", "'text'", "story, title", "text_column"]),
     "no-object": (b'["a", "b"]\n', ["bad.jsonl:1:", "expected an object", "list"]),
-    "no-messages": (chat("hi") + b'{"messages": "hi"}\n', ["bad.jsonl:2:", "list of messages", "got str"]),
+    "no-messages": (chat("hi") + b'{"messages": "hi"}\n', ["bad.jsonl:2:", "list of messages", "got text"]),
     "no-role": (chat("hi") + b'{"messages": [{"from": "x"}]}\n', ["bad.jsonl:2, message 0:", "'role'", "keys from"]),
-    "no-content": (chat("a") + chat(None), ["bad.jsonl:2, message 1:", "expected text as its content", "NoneType"]),
+    "no-content": (
+        chat("a") + chat(None),
+        ["bad.jsonl:2, message 1:", "expected text as its content", "nothing (null)"],
+    ),
     "half-a-pair": (b'{"prompt": "a", "answer": "b"}\n', ["bad.jsonl:1:", "prompt, answer", "data.completion_column"]),
     "mixed": (GOOD + chat("hi"), ["cannot be mixed", "bad.jsonl:2 is a conversation", "bad.jsonl:1 is plain text"]),
-    "no-text": (b'{"text": 7}\n', ["bad.jsonl:1:", "expected text, got int"]),
+    "no-text": (b'{"text": 7}\n', ["bad.jsonl:1:", "expected text, got the number"]),
     "deep": (GOOD + b"[" * 100_000, ["bad.jsonl:2:", "cannot be read as JSON"]),
     "long-number": (GOOD + b'{"text": ' + b"7" * 5000 + b"}", ["bad.jsonl:2:", "cannot be read as JSON"]),
 }

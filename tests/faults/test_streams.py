@@ -55,7 +55,7 @@ def uninterrupted(place, more, tmp_path_factory) -> Path:
 
 def test_log_and_report_tell_where_the_text_came_from_and_how_much_was_read(uninterrupted):
     log = (uninterrupted / "train.log").read_text()
-    assert "stream: shuffled in blocks of 0.0 MB of text; sources: " in log and "b.jsonl 3" in log
+    assert "stream: shuffled in blocks of 0.004 MB of text; sources: " in log and "b.jsonl 3" in log
     assert "stream: block 2" in log, "not the several blocks that these tests suppose"
 
     run = json.loads((uninterrupted / "evaluation_report.json").read_text())["run"]

@@ -67,8 +67,21 @@ def _validate(schema: Any, values: dict[str, Any]) -> tuple[Any, list[Mistake]]:
 
 def _causes(mistakes: list[Mistake]) -> list[Mistake]:
     """Return the mistakes without those contradictions that a wrong key or value beside them may have made."""
-    wrong_sections = {mistake.path.partition(".")[0] for mistake in mistakes if mistake.path}
-    return [mistake for mistake in mistakes if mistake.section not in wrong_sections]
+    wrong_keys = {mistake.path for mistake in mistakes if mistake.path}
+    wrong_sections = {key.partition(".")[0] for key in wrong_keys}
+
+    causes = []
+    for mistake in mistakes:
+        # A contradiction belongs to one section, and names the keys of others.
+        is_of_others = not mistake.path and any(_names(mistake.message, key) for key in wrong_keys)
+        if mistake.section not in wrong_sections and not is_of_others:
+            causes.append(mistake)
+    return causes
+
+
+def _names(message: str, key: str) -> bool:
+    """Return whether a message names a key, or one below it; a section alone may be a word of the message."""
+    return f"{key}." in message or ("." in key and key in message)
 
 
 def _take_out(error: ValidationError, values: dict[str, Any]) -> bool:

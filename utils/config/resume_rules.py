@@ -170,6 +170,14 @@ def _is_above_zero(schedule: Any) -> bool:
     return bool(schedule)
 
 
+HASHES = {
+    "training_text": "the training text (a hash of it)",
+    "held_out_windows": "the held-out text, as windows (a hash of them)",
+    "tokenizers_and_length": "the tokenizers and the length of windows (a hash of them)",
+}
+"""Facts of a run that are hashes, in words: users know the things, not their hashes."""
+
+
 def check_same_run(where: str, saved: Mapping[str, Any], current: Mapping[str, Any], changed: bool) -> None:
     """Compare the settings that a run was made with and those that it would be continued with.
 
@@ -190,7 +198,7 @@ def check_same_run(where: str, saved: Mapping[str, Any], current: Mapping[str, A
 
     lines = ""
     for key in differing:
-        lines += f"\n  - {key}: {_quoted(saved, key)} -> {_quoted(current, key)}"
+        lines += f"\n  - {HASHES.get(key, key)}: {_quoted(saved, key)} -> {_quoted(current, key)}"
 
     # One difference that cannot be overruled makes the whole command a mistake.
     can_change = all(key.startswith(CHANGEABLE) for key in differing)

@@ -14,11 +14,16 @@ from typing import Any, Literal, NamedTuple
 
 from ..errors import UserError
 from . import tool_calls
+from .kinds import kind_of
 
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which data sets keep the thinking before an answer."""
 THINKING = re.compile(r"\s*(?:<think>)?.*?</think>\s*", re.DOTALL)
 """Thinking in front of an answer, in its content."""
+OTHER_COLUMN = "Name a column of texts: --set data.text_column=NAME."
+"""What to do about a column of something else."""
+TAGGED_THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
+"""More thinking behind it."""
 THINKING_PARTS = ("thinking", "reasoning")
 """Types of the parts of a content that are thinking."""
 TEMPLATE_VALUES = "chat_template_kwargs"
@@ -82,8 +87,11 @@ KNOWN_KEYS = frozenset((*SPEAKER_KEYS, *TEXT_KEYS, *LEARNED_KEYS, LOSS, *tool_ca
 # ---------------------------------------------------------------- texts
 
 
-def as_text(place: str, value: Any) -> str:
+def as_text(place: str, value: Any, remedy: str = OTHER_COLUMN) -> str:
     """Return a value that should be a text; None is an empty one.
+
+    Args:
+        remedy: what to do about another value.
 
     Raises:
         UserError: it is no text.
@@ -91,9 +99,7 @@ def as_text(place: str, value: Any) -> str:
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise UserError(
-            f"{place}: expected text, got {type(value).__name__}. Name a column of texts: --set data.text_column=NAME."
-        )
+        raise UserError(f"{place}: expected text, got {kind_of(value)}. {remedy}")
 
     # JSON can hold half a surrogate pair, which has no UTF-8: no hash and no tokenizer would take it.
     try:
@@ -182,8 +188,14 @@ class Conversation(NamedTuple):
             return {}
         if isinstance(value, str):
             value = tool_calls.from_json(f"{place}, column {TEMPLATE_VALUES!r}", value)
+
         taken = {"tools", "messages", "conversation", "chat_template", "add_generation_prompt", "tokenize"}
-        if not isinstance(value, dict) or taken & value.keys():
+        if isinstance(value, dict) and (used := sorted(taken & value.keys())):
+            raise UserError(
+                f"{place}: column {TEMPLATE_VALUES!r} has a value for {used[0]!r}, which chat templates get from "
+                "elsewhere. Take it out; the schemas of tools are a column of their own, 'tools'."
+            )
+        if not isinstance(value, dict):
             raise UserError(
                 f"{place}: expected an object of values for the chat templates as column {TEMPLATE_VALUES!r}, such as "
                 f'{{"enable_thinking": false}}, got {value!r:.80}.'
@@ -311,23 +323,35 @@ def _messages(
         UserError: they are no list of messages.
     """
     if not isinstance(rows, list) or not rows:
-        got = type(rows).__name__
-        if isinstance(rows, list):
-            got += " of length 0"
+        got = "an empty list" if isinstance(rows, list) else kind_of(rows)
         raise UserError(f"{place}: expected a list of messages, each with 'role' and 'content', got {got}.")
 
     messages = [_message(f"{place}, message {number}", row, unread) for number, row in enumerate(rows)]
     if reading.reasoning == "drop":
-        for message in messages:
-            _drop_thinking(message)
+        for number, message in enumerate(messages):
+            _drop_thinking(f"{place}, message {number}", message)
     return messages
 
 
-def _drop_thinking(message: dict[str, Any]) -> None:
-    """Take the thinking before its answer out of a message."""
+def _drop_thinking(place: str, message: dict[str, Any]) -> None:
+    """Take the thinking before its answer out of a message.
+
+    Raises:
+        UserError: there is nothing but thinking, which was cut short.
+    """
     message.pop("reasoning_content", None)
-    if message["role"] == "assistant":
-        message["content"] = THINKING.sub("", message["content"], count=1)
+    if message["role"] != "assistant":
+        return
+
+    # The first may have no opening tag, which some models are given; others may follow.
+    answer = THINKING.sub("", message["content"], count=1)
+    answer = TAGGED_THINKING.sub("", answer)
+    if answer.lstrip().startswith("<think>"):
+        raise UserError(
+            f"{place}: its thinking does not end (</think>), so that there is no answer without it. Leave such "
+            "conversations out."
+        )
+    message["content"] = answer
 
 
 def _require_same_answers(
@@ -347,11 +371,10 @@ def _require_same_answers(
             continue
         same = teacher_answers[-number] if number <= len(teacher_answers) else None
         if same is None or _said(same) != _said(answer):
-            got = "no such answer" if same is None else repr(_said(same)[0][:80])
+            got = "no such answer" if same is None else _quoted(same)
             raise UserError(
-                f"{place}: expected the answers that are learned at its end, here {_said(answer)[0][:80]!r}, got "
-                f"{got}. "
-                "Only what the teacher reads before an answer may differ."
+                f"{place}: expected the answers that are learned at its end, here {_quoted(answer)}, got {got}. Only "
+                "what the teacher reads before an answer may differ."
             )
 
 
@@ -359,6 +382,54 @@ def _said(answer: Mapping[str, Any]) -> tuple[str, Any]:
     """Return what an answer says behind its thinking, and its calls without their ids."""
     calls = [call["function"] for call in answer.get("tool_calls", ())]
     return THINKING.sub("", answer["content"], count=1).strip(), calls
+
+
+def _thinking(place: str, message: Mapping[str, Any], in_parts: str | None) -> str:
+    """Return the thinking before an answer: under one of its keys, or among the parts of the content; or nothing.
+
+    Data sets that were merged may have several of these keys, all but one of them empty, or with the same text.
+
+    Raises:
+        UserError: it is no text, or there are several.
+    """
+    where, remedy = f"{place}, its thinking", "Write it as a text, or leave it out."
+    found = [as_text(where, message[key], remedy) for key in REASONING if message.get(key)]
+    if in_parts:
+        found.append(in_parts)
+
+    texts = list(dict.fromkeys(found))
+    if len(texts) > 1:
+        raise UserError(
+            f"{where}: expected one text, got {len(texts)}: {texts[0]!r:.60} and {texts[1]!r:.60}. Keep one."
+        )
+    return texts[0] if texts else ""
+
+
+def _without_thinking(place: str, message: Mapping[str, Any], thinking: str) -> str:
+    """Return the content of a message that has its thinking under a key of its own, without a copy of it.
+
+    Raises:
+        UserError: the content has other thinking.
+    """
+    content = message["content"]
+    in_content = THINKING.match(content) if message["role"] == "assistant" else None
+    if in_content is None:
+        return content
+
+    text = in_content[0].strip().removeprefix("<think>").removesuffix("</think>").strip()
+    if text and text != thinking.strip():
+        raise UserError(
+            f"{place}, its thinking: expected one text, got {thinking!r:.60} under a key of its own and {text!r:.60} "
+            "in its content. Keep one."
+        )
+    return content[in_content.end() :]
+
+
+def _quoted(answer: Mapping[str, Any]) -> str:
+    """Return the beginning of what an answer says, and its calls, for a message."""
+    said, calls = _said(answer)
+    called = f"calls {json.dumps(calls, ensure_ascii=False)[:80]}" if calls else ""
+    return " and ".join(part for part in (repr(said[:80]) if said or not calls else "", called) if part)
 
 
 def _message(place: str, message: Any, unread: Unread | None) -> dict[str, Any]:
@@ -382,13 +453,15 @@ def _message(place: str, message: Any, unread: Unread | None) -> dict[str, Any]:
     if role == "tool" and isinstance(content, dict):
         content = json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
-        raise UserError(f"{place}: expected text as its content, got {type(content).__name__}.")
+        raise UserError(
+            f"{place}: expected text as its content, got {kind_of(content)}. Write what is said as a text, or "
+            "leave the message out."
+        )
     result: dict[str, Any] = {"role": as_text(place, role), "content": as_text(place, content)}
 
-    # Data sets that were merged may have several of these keys, all but one of them empty.
-    reasoning = [message[key] for key in REASONING if message.get(key)]
-    if reasoning or thinking:
-        result["reasoning_content"] = as_text(f"{place}, its thinking", reasoning[0] if reasoning else thinking)
+    if thinking := _thinking(place, message, thinking):
+        result["reasoning_content"] = thinking
+        result["content"] = _without_thinking(place, result, thinking)
     if calls:
         if role != "assistant":
             raise UserError(
@@ -451,7 +524,9 @@ def _role(place: str, message: Mapping[str, Any]) -> str:
     if isinstance(role, str):
         return role
     if role is not None:
-        raise UserError(f"{place}: expected text as its role, got {type(role).__name__}.")
+        raise UserError(
+            f"{place}: expected text as its role, got {kind_of(role)}. Write who speaks, such as user or assistant."
+        )
     raise UserError(
         f"{place}: expected {', '.join(ROLES)} as its 'from', got {_first(message, SPEAKER_KEYS)!r}. Rename it to one "
         "of these, or leave such conversations out."

@@ -399,8 +399,8 @@ def require_text(
     if conversations:
         raise UserError(
             f"Nothing to learn from in {', '.join(names)}: in none of {counts['read']} conversations is there text of "
-            "the role 'assistant'. Rename the role that answers to it, or learn from all messages: "
-            "--set data.learn_from=all."
+            "the role 'assistant' that is learned. Expected answers that are not empty, whose weight is not 0; a role "
+            "that answers under another name has to be renamed, or learn from all messages: --set data.learn_from=all."
         )
     raise UserError(
         f"No text in {', '.join(names)}: {counts['read']} documents read, {counts['empty']} of them empty. "

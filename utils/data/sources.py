@@ -26,6 +26,7 @@ from ..git_lfs import is_lfs_pointer
 from ..paths import user_path
 from .columns import Columns
 from .data_folders import COMPRESSIONS, READABLE, SUFFIXES, choose_files, data_suffix, without_caches
+from .kinds import kind_of
 
 log = logging.getLogger(__name__)
 
@@ -521,7 +522,8 @@ def _parse_line(place: str, line: str) -> Any:
         UserError: it is no JSON.
     """
     try:
-        return json.loads(line)
+        # Without the end of the line, behind which a value that is cut short would be told to end.
+        return json.loads(line.rstrip())
     except json.JSONDecodeError as error:
         raise UserError(
             f"{place}: not valid JSON: {error.msg} (column {error.colno}). Expected one object a line."
@@ -571,7 +573,10 @@ def _from_record(start: Position, place: str, record: Any, columns: Columns) -> 
         UserError: it is no object, or has no column of documents.
     """
     if not isinstance(record, dict):
-        raise UserError(f"{place}: expected an object whose keys are columns, got {type(record).__name__}.")
+        raise UserError(
+            f"{place}: expected an object whose keys are columns, got {kind_of(record)}. Write each document as "
+            '{"text": "..."}.'
+        )
     names = columns.columns_to_read(place, record)
     return Placed(start, place, columns.document(place, names, [record[name] for name in names]))
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UserError
+from .kinds import kind_of
 
 TOOLS = ("tools", "functions")
 """Columns of schemas; `functions` is an older form, without the object around each."""
@@ -91,7 +92,7 @@ def _call(place: str, call: Any) -> dict[str, Any]:
     if not isinstance(arguments, dict):
         raise UserError(
             f"{place}: expected the arguments of {function['name']} as an object, or JSON of one, got "
-            f"{type(arguments).__name__}."
+            f"{kind_of(arguments)}."
         )
 
     result: dict[str, Any] = {"type": "function"}

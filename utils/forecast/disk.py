@@ -12,6 +12,8 @@ WINDOW_BYTES_PER_TEXT_BYTE = 9
 """Tokenised windows of both models in the cache of `datasets`."""
 BLOCKS = 3
 """Blocks of a stream whose windows lie on the disk at a time."""
+FILTER_BYTES_PER_TEXT = 6
+"""What a stream remembers of a document, to know it again: in every block and every checkpoint."""
 CHECKPOINT_BYTES = 12
 """Bytes that a checkpoint holds of each trained parameter: the weight and two moments of AdamW, in float32."""
 EXPORT_BYTES = 4
@@ -32,7 +34,7 @@ def disk(
 
     Args:
         lora: with an adapter only that is saved, and exported unless it is merged.
-        data: of a stream the blocks are counted, as if the text did not end in any of them.
+        data: of a stream the blocks, and what it remembers, are counted, as if the text did not end in any of them.
         text_bytes: of the training text that is cut into windows as a whole.
         runs: how many students are trained (2 with a comparison without the teacher).
         in_memory: up to so many bytes of text, windows are not written.
@@ -45,10 +47,15 @@ def disk(
     trained = trained_parameters(student, lora)
     exported = student.parameters if lora.merge else trained
     windows = text_bytes * WINDOW_BYTES_PER_TEXT_BYTE if text_bytes > in_memory else 0
-    is_stream = data is not None and data.streaming
-    blocks = BLOCKS * data.block_bytes * WINDOW_BYTES_PER_TEXT_BYTE if is_stream else 0
+
+    blocks = 0
+    remembered = 0
+    if data is not None and data.streaming:
+        if data.deduplicate:
+            remembered = data.remembered_documents * FILTER_BYTES_PER_TEXT
+        blocks = BLOCKS * (data.block_bytes * WINDOW_BYTES_PER_TEXT_BYTE + remembered)
     return {
-        "checkpoints": trained * CHECKPOINT_BYTES * checkpoints * runs,
+        "checkpoints": (trained * CHECKPOINT_BYTES + remembered) * checkpoints * runs,
         "student": exported * EXPORT_BYTES,
         "windows": windows,
         "blocks of the stream": blocks,

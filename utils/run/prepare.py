@@ -337,7 +337,7 @@ def _log_stream(config: RunConfig) -> None:
     """Log how a stream is shuffled, mixed and cleaned of repeats."""
     data = config.data
     weights = "in turn" if data.mixture is None else ", ".join(f"{name} {x:g}" for name, x in data.mixture.items())
-    log.info("stream: shuffled in blocks of %.1f MB of text; sources: %s", data.block_bytes / 1e6, weights)
+    log.info("stream: shuffled in blocks of %.3g MB of text; sources: %s", data.block_bytes / 1e6, weights)
     if data.deduplicate:
         size = RecentTexts(data.remembered_documents).size
         log.info(

@@ -294,6 +294,13 @@ def test_values_of_a_row_are_for_both_templates():
         assert texts_of(encoder, window, side, MARKER)[0].endswith("<think>\n\n</think>\n\n")
 
 
+def test_a_value_of_a_row_that_no_template_reads_is_told():
+    talk = conversation(USER, ANSWER, tools=None, chat_template_kwargs={"enable_thinking": False, "thinkign": True})
+    assert encoder_of(QWEN3, CHATML).notes([talk, talk]) == [
+        "chat_template_kwargs: neither chat template reads 'thinkign' (in 2 of 2 conversations)"
+    ]
+
+
 # ---------------------------------------------------------------- equal models, and drawn conversations
 
 

@@ -127,12 +127,23 @@ QUESTION = {"role": "user", "content": "Is it?"}
         ({**ROWS[0], "loss": 0.0}, ":1: column 'loss' is 0.0"),
         ({**ROWS[0], "input": "the letter"}, ":1: column 'input' holds a part of what is asked.* into the prompt"),
         ({"messages": [{**QUESTION, "content": [{"type": "image", "url": "x"}]}, ANSWER]}, "is no text \\(image\\)"),
-        ({"messages": [QUESTION, {**ANSWER, "content": None}]}, "expected text as its content, got NoneType"),
+        ({"messages": [QUESTION, {**ANSWER, "content": None}]}, "expected text as its content, got nothing"),
+        ({"messages": [QUESTION, ANSWER], "chat_template_kwargs": {"tools": []}}, "'tools', which .* from elsewhere"),
+        ({"messages": [QUESTION, {**ANSWER, "reasoning_content": 7}]}, "its thinking: .* number 7. Write it as a text"),
+        (
+            {"messages": [QUESTION, {**ANSWER, "reasoning": "A", "thinking": "B"}]},
+            "thinking: expected one text, got 2: 'A'",
+        ),
+        (
+            {"messages": [QUESTION, {"role": "assistant", "content": "<think>B</think>C", "reasoning": "A"}]},
+            "got 'A' under a key of its own and 'B' in its content",
+        ),
+        ({"messages": [{"role": 7, "content": "Hi"}]}, "as its role, got the number 7. Write who speaks"),
         ({"messages": [{"from": "narrator", "value": "Hi"}]}, "message 0: expected human, .*, got 'narrator'"),
         ({"conversations": [{"from": None, "value": "Hi"}]}, "message 0: expected human, .* as its 'from', got None"),
         ({"conversations": [{"speaker": "human"}]}, r"\(or 'from' and 'value'\), got the keys speaker"),
         ({"instruction": "Go on.", "output": "Yes.", "history": [["a", "b"]]}, "column 'history' changes"),
-        ({"instruction": "Go on.", "output": "Yes.", "input": 3}, "column 'input': expected text, got int"),
+        ({"instruction": "Go on.", "output": "Yes.", "input": 3}, "column 'input': expected text, got the number"),
         ({"messages": [{"role": "system", "content": "A"}, ANSWER], "system": "B"}, "different system messages"),
     ],
 )
@@ -178,6 +189,28 @@ def test_a_system_column_that_repeats_the_first_message_is_read_once(tmp_path):
 def test_thinking_is_kept_under_one_name(tmp_path, key):
     (talk,) = read_back(tmp_path, {"messages": [QUESTION, {**ANSWER, key: "Hm."}]})
     assert talk[1] == {**ANSWER, "reasoning_content": "Hm."}
+
+
+THOUGHTS = ["<think>A</think>\nYes.", "A</think>Yes.", "<think>A</think><think>B</think> Yes."]
+
+
+@pytest.mark.parametrize("content", THOUGHTS)
+def test_all_thinking_can_be_dropped(tmp_path, content):
+    row = {"messages": [QUESTION, {"role": "assistant", "content": content, "reasoning": ""}]}
+    ((_, answer),) = read_back(tmp_path, row, reasoning="drop")
+    assert answer == {"role": "assistant", "content": "Yes."}
+
+
+def test_thinking_that_was_cut_short_is_no_answer(tmp_path):
+    row = {"messages": [QUESTION, {"role": "assistant", "content": "<think>A, and"}]}
+    with pytest.raises(UserError, match=r":1, message 1: its thinking does not end .*Leave such conversations out"):
+        read_back(tmp_path, row, reasoning="drop")
+
+
+def test_thinking_that_is_in_the_content_too_is_taken_once(tmp_path):
+    row = {"messages": [QUESTION, {"role": "assistant", "content": "<think>\nA\n</think>\n\nYes.", "reasoning": "A"}]}
+    ((_, answer),) = read_back(tmp_path, row)
+    assert answer == {"role": "assistant", "content": "Yes.", "reasoning_content": "A"}
 
 
 @pytest.mark.parametrize(

@@ -146,7 +146,7 @@ def test_other_bad_files_are_clear_errors(tmp_path):
     assert "cannot read files of type .pdf" in error(tmp_path / "a.pdf")
 
 
-@pytest.mark.parametrize(("value", "message"), [("7", "got int"), (r'"\ud800"', "half of a surrogate pair")])
+@pytest.mark.parametrize(("value", "message"), [("7", "got the number 7"), (r'"\ud800"', "half of a surrogate pair")])
 def test_what_is_no_text_is_an_error_with_its_line(tmp_path, value, message):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "a"}}\n{{"text": {value}}}\n')
     with pytest.raises(UserError, match=f"a.jsonl:2: .*{message}"):

@@ -62,7 +62,10 @@ def test_a_call_keeps_its_id():
     [
         ("{", "expected JSON, got '{'"),
         ([{"arguments": {}}], "expected a call with the 'name' of a function"),
-        ([{"name": "find", "arguments": [1]}], "expected the arguments of find as an object, or JSON of one, got list"),
+        (
+            [{"name": "find", "arguments": [1]}],
+            "the arguments of find as an object, or JSON of one, got a list",
+        ),
         ([3], "expected a call with the 'name' of a function and its 'arguments', got 3"),
     ],
 )

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from utils.config.settings import DataConfig, LoraConfig, TrainingConfig
+from utils.data.stream.recent import RecentTexts
 from utils.errors import UserError
 from utils.files import free_disk
 from utils.forecast.disk import disk, largest, require_disk
@@ -65,10 +66,17 @@ def test_a_checkpoint_is_12_bytes_a_parameter_and_small_text_is_not_written(shap
 
 
 def test_a_stream_writes_its_blocks_and_no_other_windows(shapes, tmp_path, monkeypatch):
-    data = DataConfig(streaming=True, block_bytes=10**8)
+    data = DataConfig(streaming=True, block_bytes=10**8, deduplicate=False)
     parts = disk(shapes[0], TrainingConfig(), LoraConfig(), data=data)
     assert parts["windows"] == 0
     assert parts["blocks of the stream"] == 27 * 10**8
+
+    remembers = DataConfig(streaming=True, block_bytes=10**8, remembered_documents=1000)
+    more = disk(shapes[0], TrainingConfig(keep_checkpoints=1), LoraConfig(), data=remembers)
+    plain = disk(shapes[0], TrainingConfig(keep_checkpoints=1), LoraConfig())
+    size = RecentTexts(1000).size
+    assert more["blocks of the stream"] - parts["blocks of the stream"] == 3 * size
+    assert more["checkpoints"] - plain["checkpoints"] == 2 * size
 
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10**9))
     needed = {"checkpoints": 0, "student": 10**8, "blocks of the stream": parts["blocks of the stream"]}

@@ -18,10 +18,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import torch
 
 from ...config.settings import DataConfig
@@ -204,7 +206,8 @@ class Blocks:
     def _make(self, state: State) -> Block:
         """Make the block that begins with a state, or take it from the disk; in the thread."""
         final = self.folder / f"block-{state['number']:06d}-{self._key(state)}"
-        if not (final / BLOCK).is_file():
+        made = _read_made(final)
+        if made is None:
             try:
                 with _errors_of_text(self.setup.config), atomic_folder(final) as folder:
                     self._write(state, folder)
@@ -214,7 +217,7 @@ class Blocks:
                     "free some space, or give a smaller data.block_bytes; then the same command continues."
                 ) from error
 
-        made = torch.load(final / BLOCK, weights_only=True)
+            made = torch.load(final / BLOCK, weights_only=True)
         return Block(
             folder=final,
             number=state["number"],
@@ -227,7 +230,8 @@ class Blocks:
     def _key(self, state: State) -> str:
         """Return a hash of what a block depends on beside what its state was made from."""
         setup, text = self.setup, state["text"]
-        facts: list[Any] = [setup.beginning.fingerprint, setup.fingerprint, str(setup.features)]
+        held_out = blake2b(b"".join(sorted(setup.beginning.held_out)), digest_size=8).hexdigest()
+        facts: list[Any] = [setup.beginning.fingerprint, held_out, setup.fingerprint, str(setup.features)]
         facts += [setup.config.block_bytes, setup.config.deduplicate, setup.config.remembered_documents]
         facts += [self.global_batch, self.seed, state["first_step"], text["readers"], text["drawn"]]
         return blake2b(json.dumps(facts).encode(), digest_size=8).hexdigest()
@@ -296,6 +300,20 @@ def _errors_of_text(config: DataConfig) -> Iterator[None]:
     """Name the document in errors about it."""
     with value_errors_are_the_users(), errors_name_their_document(config):
         yield
+
+
+def _read_made(folder: Path) -> dict[str, Any] | None:
+    """Return what a block on the disk was made with; None: there is none that is whole, and what is left is removed."""
+    try:
+        made = torch.load(folder / BLOCK, weights_only=True)
+        _windows_in(folder)
+        return made
+    except FileNotFoundError:
+        pass
+    except (RuntimeError, ValueError, KeyError, EOFError, OSError, UnpicklingError, pa.ArrowException) as error:
+        log.warning("%s is not whole (%s) and is made again", folder, type(error).__name__)
+    remove_folder(folder)
+    return None
 
 
 def _windows_in(folder: Path) -> datasets.Dataset:

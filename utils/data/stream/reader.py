@@ -180,8 +180,8 @@ class Reader:
             self._next = next(self._documents, None)
         if self._next is None:
             raise UserError(
-                f"{self.name}: no document in it, and a stream reads each source again and again; expected at least one. "
-                "Leave it out of data.train."
+                f"{self.name}: no document in it, and a stream reads each source again and again. Expected at "
+                "least one: leave the source out of data.train."
             )
 
         # One is read ahead, so that the mark of the next one, or the end, is known.

@@ -133,6 +133,25 @@ def test_workers_make_the_same_windows(tmp_path, setup):
     assert contents[0] == contents[1] and len(contents[0]) == 3
 
 
+def test_a_block_of_a_run_that_held_out_other_text_is_made_again(tmp_path):
+    text = write(tmp_path / "text.jsonl", [f"text {number:05d}" for number in range(COUNT)])
+    for held_out in (["text 00001"], ["text 00002", "text 00003"]):
+        setup = set_up(config(text, eval=str(write(tmp_path / "eval.jsonl", held_out))))
+        learned = set(chain(*steps_of(setup, tmp_path / "blocks", 0, 30)))
+        assert len(learned) > 80 and not learned & set(held_out)
+
+
+@pytest.mark.parametrize("damaged", ["block.pt", "windows-*.arrow"])
+def test_a_block_that_is_not_whole_is_made_again(tmp_path, setup, damaged, caplog):
+    whole = steps_of(setup, tmp_path / "blocks", 0, 4)
+    file = next((tmp_path / "blocks").glob(f"block-000000-*/{damaged}"))
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    caplog.clear()
+    assert steps_of(setup, tmp_path / "blocks", 0, 4) == whole
+    assert "is not whole" in caplog.text
+
+
 def test_a_disk_that_is_full_ends_the_run_with_the_remedy(tmp_path, setup, monkeypatch):
     def refuse(*_):
         raise OSError(28, "No space left on device")
