@@ -98,7 +98,7 @@ def load_documents(config: DataConfig, routes: Routes | None = None) -> Corpus:
 
     # A text that is evaluated on is never trained on, wherever it comes from.
     if config.eval is None:
-        train, held_out = split_documents(documents, config.eval_fraction)
+        train, held_out = split_documents(documents, config.eval_fraction, report["duplicate"])
     else:
         held_out = load_held_out(config, places, routes)
         train = _without(documents, held_out, evaluation_data=config.eval)
@@ -408,8 +408,11 @@ def require_text(
     )
 
 
-def split_documents(documents: Texts, fraction: float) -> tuple[Texts, Texts]:
+def split_documents(documents: Texts, fraction: float, copies: int = 0) -> tuple[Texts, Texts]:
     """Divide documents into training and evaluation, by a hash of each text that is uniform in [0, 1).
+
+    Args:
+        copies: of documents, which were left out; for the message.
 
     Raises:
         UserError: there is only one text.
@@ -419,8 +422,9 @@ def split_documents(documents: Texts, fraction: float) -> tuple[Texts, Texts]:
     lowest = positions.min()
     highest = positions.max()
     if lowest == highest:
+        left_out = f" ({copies:,} copies were left out: see data.deduplicate)" if copies else ""
         raise UserError(
-            "Got a single document, which cannot be split into training and evaluation. Name what separates documents "
+            f"Got a single document{left_out}, which cannot be split into training and evaluation. Name what separates documents "
             "in a .txt file (--document-separator, the setting document_separator), or how one starts where texts come "
             "line by line (--set data.document_start=REGEX; without it every row is one); or give more documents, or "
             f"evaluation data of its own (--eval-data).{uncut_marker(documents)}"

@@ -62,7 +62,7 @@ def read_beginning(config: DataConfig, seed: int) -> Beginning:
             log.warning("%s: %s", reader.name, unread)
 
     if config.eval is None:
-        train, held_out = split_documents(documents, config.eval_fraction)
+        train, held_out = split_documents(documents, config.eval_fraction, stream.counts["duplicate"])
         keys = {text_key(document) for document in held_out}
     else:
         held_out = load_held_out(config, text.places, None)
