@@ -37,11 +37,11 @@ sys.exit(code or torch.distributed.is_initialized() and "it has not left the gro
 """
 
 
-def torchrun(script: Path, place: Place, output: Path, said: Path) -> subprocess.Popen:
+def torchrun(script: Path, place: Place, output: Path, said: Path, *more: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", str(script)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with said.open("w") as stream:
-        arguments = [*place.arguments(output), "--gradient-accumulation-steps", "2"]
+        arguments = [*place.arguments(output), "--gradient-accumulation-steps", "2", *more]
         return subprocess.Popen([*command, *arguments], cwd=ROOT, env=environment, stdout=stream, stderr=stream)
 
 

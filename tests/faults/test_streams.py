@@ -1,10 +1,7 @@
 """The whole program on text that is read while training: killed and continued, mixed, in two processes."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import pytest
 import train
 from tests.faults.conftest import Place, documents, make_place, write_jsonl
 from tests.faults.test_kill import ROOT, Session, same_outcome
+from tests.faults.test_processes import end_of, torchrun
 from utils.logs.records import read_metrics
 
 STEPS = 12
@@ -75,17 +73,8 @@ def test_a_killed_run_is_continued_bit_for_bit(place, more, uninterrupted, tmp_p
 
 def test_two_processes_learn_from_the_text_of_one(place, more, uninterrupted, tmp_path):
     output = tmp_path / "run"
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "train.py"]
-    halved = ["--gradient-accumulation-steps", "2"]
-    run = subprocess.run(
-        [*command, *place.arguments(output, *more), *halved],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    said = tmp_path / "said.txt"
+    assert torchrun(ROOT / "train.py", place, output, said, *more).wait(200) == 0, end_of(said)
 
     steps_of_both = zip(steps_of(output), steps_of(uninterrupted), strict=True)
     for of_two, of_one in steps_of_both:

@@ -7,6 +7,8 @@ import pytest
 from safetensors.torch import load_file
 
 import train
+from tests.faults.test_processes import ROOT, end_of, torchrun
+from utils.logs.records import read_metrics
 from utils.run import text_order
 
 RAMP = "curriculum.open_text={points: [[0, 0.2], [0.8, 1]]}"
@@ -32,6 +34,16 @@ def test_log_and_records_tell_the_order(finished):
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     shares = [record["open_text"] for record in records if "open_text" in record]
     assert shares == pytest.approx([0.2, 0.45, 0.7, 0.95])
+
+
+def test_two_processes_read_in_the_order_of_one(place, finished, tmp_path):
+    output, said = tmp_path / "run", tmp_path / "said.txt"
+    (_, _, _, _, *words) = arguments(place, output)
+    assert torchrun(ROOT / "train.py", place, output, said, *words).wait(150) == 0, end_of(said)
+
+    of_two, of_one = (read_metrics(folder / "metrics.jsonl") for folder in (output, finished))
+    counts = [[step["terms"]["lm"]["count"] for step in records if "terms" in step] for records in (of_two, of_one)]
+    assert counts[0] == counts[1] and len(counts[0]) == 4
 
 
 def test_a_run_is_continued_in_its_order_and_bit_for_bit(place, finished, tmp_path, monkeypatch):
