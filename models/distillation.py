@@ -474,7 +474,7 @@ class Distillation:
         """Make a teacher of a source of lists, such as a server; see `ListedTeacher`."""
         return ListedTeacher(source, self.vocabulary)
 
-    def mixture(self, teachers: Sequence[FrozenTeacher | CachedTeacher]) -> TeacherMixture:
+    def mixture(self, teachers: Sequence[FrozenTeacher | CachedTeacher | ListedTeacher]) -> TeacherMixture:
         """Make one teacher of several, in the order of `members`."""
         parts = zip(self.members, teachers, self.method.teachers, strict=True)
         members = [Member(teacher, pair.vocabulary, share.weight) for pair, teacher, share in parts]

@@ -5,6 +5,7 @@ Shapes: B windows, S student positions, n supervised student positions, N KD row
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,6 +30,7 @@ from .losses.losses import kl_with_bucket
 from .student_aware_router import StudentAwareRouter
 from .teacher.cached import CachedTeacher, expect_teacher
 from .teacher.frozen import FrozenTeacher
+from .teacher.listed import ListedTeacher
 from .teacher.mixture import MixtureProjection, TeacherMixture
 from .teacher.projection import Projection
 from .text.vocabulary import VocabularyMap
@@ -265,6 +267,8 @@ class DistillationFramework(nn.Module):
         terms = self._terms_to_compute(batch, weights, measure, signal=None)
 
         begin = getattr(self.teacher, "begin", None)
+        if isinstance(self.teacher, TeacherMixture):
+            begin = partial(self.teacher.begin, progress=self.curriculum.progress(step))
         if begin is not None and terms - TEXT_TERMS and begin(batch, self.loss_config.top_k):
             return None
         return self._ask(batch, terms, step)
@@ -685,7 +689,7 @@ def _check_precision(student: nn.Module) -> None:
 
 def _check_pair(
     student: nn.Module,
-    teacher: Teacher | None,
+    teacher: Teacher | ListedTeacher | None,
     vocabulary: VocabularyMap | None,
 ) -> None:
     """Check that student, teacher and vocabulary map belong together."""
@@ -711,7 +715,7 @@ def _check_pair(
     if running is None:
         return
 
-    if running.model is None:  # elsewhere: there are no weights to look at
+    if isinstance(running, ListedTeacher) or running.model is None:  # elsewhere: there are no weights to look at
         return
     if not np.array_equal(running.vocabulary_order, vocabulary.order):
         raise ValueError(

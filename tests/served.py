@@ -1,6 +1,7 @@
 """A server of the tests' own that scores a text with a tiny model, as vLLM or SGLang would; on the loopback interface.
 
-Its answers have the shape of those recorded from a real server (tests/utils/served/vllm_answer.json).
+Its answers have the shape of those recorded from real servers (vllm_answer.json and sglang_answer.json in
+tests/utils/served).
 """
 
 import json
@@ -13,6 +14,8 @@ from typing import Any
 
 import torch
 
+SGLANG_SPARE = 6
+"""Tokens by which SGLang's longest text is shorter than the model's context, and one more."""
 OWNERS = {"vLLM": "vllm", "SGLang": "sglang", "llama.cpp": "llamacpp", "Ollama": "library"}
 
 
@@ -34,6 +37,7 @@ class PretendedServer:
         self.max_logprobs = options.pop("max_logprobs", 1000)
         self.delay = options.pop("delay", 0.0)
         self.key = options.pop("key", "")
+        self.tokenizes = options.pop("tokenizes", kind in ("vLLM", "SGLang"))
         assert not options, options
 
         self.fault: Callable[[int, Mapping[str, Any]], tuple[int, str] | None] = lambda number, body: None
@@ -97,16 +101,28 @@ class PretendedServer:
     # --- its answers ------------------------------------------------------------------------------------------------
 
     def get(self, path: str) -> tuple[int, str]:
-        own = {"Ollama": "/api/tags", "llama.cpp": "/props", "SGLang": "/get_model_info", "vLLM": "/version"}
         if path == "/v1/models":
-            entry = {"id": self.name, "object": "model", "owned_by": self.owner, "root": f"/models/{self.name}"}
+            root = self.name if self.kind == "SGLang" else f"/models/{self.name}"
+            entry = {"id": self.name, "object": "model", "owned_by": self.owner, "root": root}
             return 200, json.dumps({"object": "list", "data": [{**entry, "max_model_len": self.context}]})
-        return (200, "{}") if path == own.get(self.kind) else (404, '{"detail":"Not Found"}')
+        own: dict[str, dict[str, Any]] = {
+            "vLLM": {"/version": {}},
+            "SGLang": {
+                "/model_info": {"model_path": f"/models/{self.name}"},
+                "/server_info": {"max_req_input_len": self.context - SGLANG_SPARE},
+                # It takes itself for an Ollama, too.
+                "/api/tags": {},
+            },
+            "llama.cpp": {"/props": {}},
+            "Ollama": {"/api/tags": {}},
+        }
+        facts = own[self.kind].get(path)
+        return (404, '{"detail":"Not Found"}') if facts is None else (200, json.dumps(facts))
 
     def post(self, path: str, body: Mapping[str, Any], authorization: str) -> tuple[int, str]:
         if self.key and authorization != f"Bearer {self.key}":
             return 401, json.dumps({"error": f"Unauthorized: got {authorization}"})
-        if path == "/tokenize" and self.kind == "vLLM":
+        if path == "/tokenize" and self.tokenizes:
             ids = self.tokenizer(body["prompt"], add_special_tokens=False).input_ids
             return 200, json.dumps({"count": len(ids), "tokens": ids})
         if path not in ("/v1/completions", "/generate"):
@@ -129,6 +145,8 @@ class PretendedServer:
         if k > self.max_logprobs:
             message = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}"
             return 400, json.dumps({"error": {"message": message, "code": 400}})
+        if self.kind == "SGLang" and (refusal := self._sglang_refusal(ids, k, body)) is not None:
+            return refusal
         if max(ids) >= self.model.config.vocab_size:
             return 400, json.dumps({"error": {"message": f"Token id {max(ids)} is out of vocabulary", "code": 400}})
 
@@ -138,6 +156,24 @@ class PretendedServer:
         top = log_probs.topk(k)
         write = self._sglang if path == "/generate" else self._vllm
         return 200, json.dumps(write(ids, log_probs, top.values.tolist(), top.indices.tolist()))
+
+    def _sglang_refusal(self, ids, k, body: Mapping[str, Any]) -> tuple[int, str] | None:
+        """Refuse as SGLang does, which ends at tokens that it does not have."""
+        size = self.model.config.vocab_size
+        longest = self.context - SGLANG_SPARE
+        message = None
+        if len(ids) >= longest:
+            message = f"Input length ({len(ids)} tokens) exceeds the maximum allowed length ({longest} tokens)."
+        named = body.get("token_ids_logprob")
+        if named and max(named) >= size:
+            message = f"token_ids_logprob contains out-of-vocabulary token id {max(named)}; valid range is [0, {size})."
+        if message is not None:
+            return 400, json.dumps({"error": {"message": message}})
+
+        if max(ids) >= size or k > size:
+            self.stop()
+            raise ConnectionResetError
+        return None
 
     def _vllm(self, ids, log_probs, values, indices) -> dict[str, Any]:
         positions: list[Any] = [None]
@@ -154,11 +190,14 @@ class PretendedServer:
         return {"logprob": value, "rank": rank, "decoded_token": self.tokenizer.decode([token])}
 
     def _sglang(self, ids, log_probs, values, indices) -> dict[str, Any]:
-        real: list[Any] = [[None, ids[0], None]]
+        real: list[Any] = [[None, ids[0], self.tokenizer.decode([ids[0]])]]
         tops: list[Any] = [None]
         for at, token in enumerate(ids[1:]):
-            real.append([float(log_probs[at, token]), token, self.tokenizer.decode([token])])
-            tops.append([[value, index, None] for value, index in zip(values[at], indices[at], strict=True)])
+            # As the real one writes the last token of its vocabulary.
+            written = token if token < self.model.config.vocab_size - 1 else 0
+            real.append([float(log_probs[at, token]), written, self.tokenizer.decode([written])])
+            listed = zip(values[at], indices[at], strict=True)
+            tops.append([[value, index, self.tokenizer.decode([index])] for value, index in listed])
         return {"text": "", "meta_info": {"input_token_logprobs": real, "input_top_logprobs": tops}}
 
 

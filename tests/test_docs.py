@@ -40,7 +40,10 @@ FOREIGN = re.compile(
 """Commands of other programs, up to a train.py that they start."""
 BENCHMARK = re.compile(r"python -m benchmarks\.(\w+)((?:\\\n|[^\n`|])*)")
 OF_ACCELERATE = {"--fsdp_version"}
-OF_SERVERS = {"--max-logprobs", "--max-model-len", "--logprobs-mode"}
+OF_SERVERS = {
+    *("--max-logprobs", "--max-model-len", "--logprobs-mode"),
+    *("--context-length", "--attention-backend", "--chunked-prefill-size"),
+}
 OF_BENCHMARKS = {
     flag for file in (ROOT / "benchmarks").rglob("*.py") for flag in re.findall(r'"(--[a-z-]+)"', file.read_text())
 }

@@ -325,3 +325,6 @@ class Job(Protocol):
     def teacher_dtype(self) -> Choice[torch.dtype]: ...
     @property
     def needed(self) -> MemoryForecast: ...
+    @property
+    def teacher_name(self) -> str | None:
+        """Name of the teacher, for the log, where it is one of several."""

@@ -20,6 +20,7 @@ from ..types import IGNORE, MixedRows, MixtureSignal, PairedBatch, SparseTarget,
 from ..validation import expect
 from .cached import CachedTeacher, expect_teacher
 from .frozen import FrozenTeacher
+from .listed import ListedTeacher
 from .projection import FIXED_POINT, Projection, merge, running_sums
 
 Mix = Literal["weights", "likelihood"]
@@ -30,7 +31,7 @@ Mix = Literal["weights", "likelihood"]
 class Member:
     """One of several teachers."""
 
-    teacher: FrozenTeacher | CachedTeacher
+    teacher: FrozenTeacher | CachedTeacher | ListedTeacher
     vocabulary: VocabularyMap
     """Its tokens spelt in the student's."""
     weight: Schedule = 1.0
@@ -79,6 +80,21 @@ class TeacherMixture:
         """Return what makes targets of this mixture's signals."""
         parts = [Projection(member.vocabulary, loss.correction, loss.min_prefix_mass) for member in self.members]
         return MixtureProjection(parts, self.mix)
+
+    def begin(self, batch: PairedBatch, top_k: int, *, progress: float = 1.0) -> bool:
+        """Let the teachers elsewhere that have a weight begin their answers; returns at once.
+
+        Returns:
+            False where there is nothing to begin: all is stored, or computed in this process.
+        """
+        mixed = mixed_rows(batch)
+        has_begun = False
+        for number, part in zip(mixed.teachers, mixed.batches, strict=True):
+            member = self.members[number]
+            begin = getattr(member.teacher, "begin", None)
+            if begin is not None and value_at(member.weight, progress):
+                has_begun |= begin(part, top_k)
+        return has_begun
 
     @torch.no_grad()
     def signal(

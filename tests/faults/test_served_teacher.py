@@ -129,6 +129,24 @@ def test_what_a_server_cannot_do_is_refused_at_once(place, tmp_path, server, cap
     assert server.scored == 0
 
 
+@pytest.mark.parametrize(
+    ("address", "key", "message"),
+    [
+        ("http://user:pw@127.0.0.1:9/v1", KEY, "with a user, a password or a query in it"),
+        ("http://127.0.0.1:99999/v1", KEY, "got no address of a server"),
+        (None, "two words", "in the environment variable TEACHER_API_KEY: got one with a space"),
+    ],
+)
+def test_an_address_or_a_key_that_cannot_be_is_refused_before_the_text_is_read(
+    place, tmp_path, server, monkeypatch, capsys, address, key, message
+):
+    monkeypatch.setenv("TEACHER_API_KEY", key)
+    more = [f"teacher.name={address}"] if address else []
+    assert train.main(arguments(place, tmp_path / "run", server, *more)) == 2
+    words = said(capsys)
+    assert message in words and "documents:" not in words and "user:pw" not in words
+
+
 def test_a_server_that_is_not_there_and_one_of_another_kind_are_refused(place, tmp_path, server, capsys, caplog):
     caplog.set_level(logging.INFO)
     server.owner = "llamacpp"

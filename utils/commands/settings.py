@@ -121,8 +121,10 @@ class RunConfig(Validated):
 
         # The rest of the program asks `teacher` whether there is one, and what the first of them is.
         wrong = self._problems_of_teachers()
-        if self.teachers and not wrong:
-            object.__setattr__(self, "teacher", self.used_teachers[0].model(self.teacher))
+        # Where none of them has a weight there is one nevertheless: that there is none would be a second mistake.
+        if self.teachers and not (wrong and self.used_teachers):
+            first = next(iter(self.used_teachers or self.teachers))
+            object.__setattr__(self, "teacher", first.model(self.teacher))
         object.__setattr__(self, "data", self.data.beside(self.teacher))
         wrong += contradictions(self, HEAD_TERMS)
         if wrong:

@@ -83,10 +83,37 @@ def _lay_over(arguments: Arguments, values: dict[str, Any]) -> None:
     replaced = arguments.nested()
     if "teachers" in replaced:
         set_dotted(values, "teacher.name", None)
-    elif get_dotted(replaced, "teacher.name") is not None:
-        values.pop("teachers", None)
+    elif (name := get_dotted(replaced, "teacher.name")) is not None:
+        _choose_teacher(values, name)
 
     arguments.lay_over(values)
+
+
+def _choose_teacher(values: dict[str, Any], name: str) -> None:
+    """Leave of a recipe's several teachers the one of this name, as it is described there, for all text.
+
+    Args:
+        values: nested values of a recipe, changed in place.
+    """
+    teachers = values.pop("teachers", None)
+    if not isinstance(teachers, list):
+        return
+    for teacher in teachers:
+        if isinstance(teacher, dict) and teacher.get("name") == name:
+            values["teachers"] = [{key: value for key, value in teacher.items() if key not in ("weight", "only_for")}]
+
+
+def _other_teachers(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> list[str]:
+    """Return the teachers of a recipe that a command line names others in place of."""
+    teachers = values.get("teachers")
+    given = overrides.get("teachers") or [{"name": get_dotted(overrides, "teacher.name")}]
+    # What is no list is told as a mistake later.
+    if not isinstance(teachers, list) or not isinstance(given, list) or given == [{"name": None}]:
+        return []
+
+    kept = [teacher.get("name") if isinstance(teacher, dict) else teacher for teacher in given]
+    names = [teacher.get("name") for teacher in teachers if isinstance(teacher, dict)]
+    return [str(name) for name in names if name not in kept]
 
 
 @dataclass(frozen=True)
@@ -107,6 +134,9 @@ class _Recipe:
 
     limited: list[str] = field(default_factory=list)
     """Settings of the recipe that the evaluation text is read without."""
+
+    other_teachers: list[str] = field(default_factory=list)
+    """Teachers of the recipe in whose place the command line names others."""
 
     is_for_toys: bool = False
     """The recipe teaches the embedded student, and the command line names another one."""
@@ -139,6 +169,7 @@ def _load_recipe(schema: type, name: str, overrides: dict[str, Any]) -> _Recipe:
         values=values,
         dropped=dropped,
         limited=limited,
+        other_teachers=_other_teachers(values, overrides),
         is_for_toys=is_for_toys,
     )
 
@@ -162,6 +193,8 @@ def _without_effect(arguments: Arguments, recipe: _Recipe) -> str:
             "; the evaluation text is another one, and is read without what the recipe says of its training text: "
             f"{', '.join(recipe.limited)} (--set KEY=VALUE sets it for both)"
         )
+    if recipe.other_teachers:
+        notes += f"; not asked, since the command line names its own teachers: {', '.join(recipe.other_teachers)}"
     if recipe.is_for_toys:
         notes += (
             "; its learning rate and curriculum are made for its own student, small and with random weights, and stay "

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from .error_messages import Contradiction
 from .protocols import RunConfig, values_of
 from .quickstart_names import NAMES
-from .settings import StudentConfig
+from .settings import ModelConfig, StudentConfig
 
 
 def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradiction]:
@@ -104,8 +104,9 @@ def _problems_of_several_teachers(config: RunConfig, terms: set[str], state_term
         problems.append("loss.select_by first_student chooses for one teacher: choose another, as student_entropy")
     if any(values_of(config.curriculum.sample_weights)):
         problems.append("curriculum.sample_weights: windows are weighed beside one teacher: give it 0, or one teacher")
-    if served := [str(teacher.name) for teacher in config.several_teachers if teacher.is_served]:
-        problems.append(f"{' and '.join(served)} is behind a server, which is asked alone: name local models")
+    served = [str(teacher.name) for teacher in config.several_teachers if teacher.is_served]
+    if len(served) > 1:
+        problems.append(f"{' and '.join(served)} are behind servers, with one key: name one of them, or local models")
     if captured := [str(teacher.name) for teacher in config.several_teachers if teacher.is_captured]:
         problems.append(f"{' and '.join(captured)} is of captures, which are read alone: name local models")
     devices = {teacher.device for teacher in config.several_teachers} & {"spread", "sharded"}
@@ -118,14 +119,12 @@ def _problems_of_several_teachers(config: RunConfig, terms: set[str], state_term
 
     # A route that is misspelt would leave its text without a teacher, silently.
     routes = {route for routes_of_one in config.routes_of_teachers for route in routes_of_one}
-    known = [*config.data.train, *([config.data.eval] if config.data.eval else [])]
+    known = list(dict.fromkeys([*config.data.train, *([config.data.eval] if config.data.eval else [])]))
     unknown = sorted(routes - {*known})
     if config.route_column is None and unknown:
         problems.append(f"only_for: got {', '.join(unknown)}, expected sources of this run: {', '.join(known)}")
     if config.route_column is not None and config.data.document_start is not None:
         problems.append("only_for: a column is of whole rows, which data.document_start joins: leave out one of both")
-    if routes and config.cache.folder:
-        problems.append("only_for: a teacher cache is of all text: leave out --cache-teacher, or only_for")
 
     if state_terms and config.routes_of_teachers[0]:
         problems.append(
@@ -195,13 +194,28 @@ def _served_problems(config: RunConfig, state_terms: set[str]) -> list[Contradic
     Args:
         state_terms: terms on hidden states that weigh more than 0 at some time.
     """
-    teacher = config.teacher
-    if re.match(r"[\w.-]+:\d+(/|$)", teacher.name or ""):
-        return [Contradiction("teacher", f"got an address without http://: give --teacher http://{teacher.name}")]
-    if not teacher.is_elsewhere:
+    of_run = config.several_teachers or [config.teacher]
+    addresses = [teacher.name for teacher in of_run if re.match(r"[\w.-]+:\d+(/|$)", teacher.name or "")]
+    if addresses:
+        return [Contradiction("teacher", f"got an address without http://: give --teacher http://{addresses[0]}")]
+    if config.teacher.model is not None and not any(teacher.is_elsewhere for teacher in of_run):
         message = "teacher.model names a model at a server: give --teacher http://HOST:PORT/v1"
-        return [Contradiction("teacher", message)] if teacher.model is not None else []
+        return [Contradiction("teacher", message)]
 
+    # Terms on hidden states compare with the first of several.
+    problems = []
+    for number, teacher in enumerate(of_run):
+        if teacher.is_elsewhere:
+            problems += _problems_elsewhere(teacher, state_terms if number == 0 else set())
+    return problems
+
+
+def _problems_elsewhere(teacher: ModelConfig, state_terms: set[str]) -> list[Contradiction]:
+    """Return the settings that contradict one teacher that is elsewhere.
+
+    Args:
+        state_terms: terms that compare hidden states with its own.
+    """
     subject = "captures do" if teacher.is_captured else "a server does"
     problems = []
     if teacher.tokenizer is None:

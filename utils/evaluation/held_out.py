@@ -568,6 +568,9 @@ class HeldOut:
             results["retention"] = scoring.retention(
                 scores["student"], scores["teacher"], scores["initial_student"], self._agreement(student, compare)
             )
+            # Bits per byte are those of the best of several teachers, agreement and divergence of all together.
+            if "teachers" in scores["teacher"]:
+                results["retention"]["agreement_with"] = "mixture"
 
         # from a list for each model to a row for each prompt
         rows = zip(*samples.values(), strict=True)

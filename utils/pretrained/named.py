@@ -32,8 +32,9 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     teachers = teachers_by_role(config)
     names |= {role: model.name or config.student.name for role, model in teachers.items() if not model.is_elsewhere}
     shapes = loading.load_each(loading.load_config, names)
-    if config.teacher.is_elsewhere:
-        shapes["teacher"] = _shape_of_tokenizer(config.teacher.tokenizer)
+    # In the order of the sides of a window.
+    for role, model in teachers.items():
+        shapes[role] = _shape_of_tokenizer(model.tokenizer) if model.is_elsewhere else shapes.pop(role)
 
     count = config.student.layers
     if count is not None:

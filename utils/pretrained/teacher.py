@@ -131,9 +131,10 @@ def is_asked_ahead(config: RunConfig) -> bool:
     A sharded teacher does not: where a short last step leaves a process no windows, that process would call it in
     another order than the others do, and they would wait for each other for ever.
     """
-    if config.teacher.is_served:
+    of_run = config.several_teachers or [config.teacher]
+    if any(teacher.is_served for teacher in of_run):
         return True
-    devices = {teacher.device for teacher in config.several_teachers or [config.teacher]}
+    devices = {teacher.device for teacher in of_run}
     return config.teacher.name is not None and bool(devices - {"auto", SHARDED})
 
 
@@ -173,7 +174,8 @@ def load(job: Job) -> nn.Module:
         if job.config.evaluation.tasks:
             log.warning("--eval-tasks: not measured on a sharded teacher, with which all processes must compute")
 
-    log.info("teacher on %s in %s: %s", place, str(dtype.value).removeprefix("torch."), dtype.reason)
+    name = "" if job.teacher_name is None else f"{job.teacher_name} "
+    log.info("teacher %son %s in %s: %s", name, place, str(dtype.value).removeprefix("torch."), dtype.reason)
     return model
 
 

@@ -32,7 +32,7 @@ from .results import (
     teacher_of,
 )
 from .usage_example import how_to_use, repeat_command
-from .written_text import WRITTEN_TEXT_HEADS, WRITTEN_TEXT_NOTE, written_text_rows
+from .written_text import WRITTEN_TEXT_HEADS, written_text_note, written_text_rows
 
 TEMPLATE = "report.html.jinja"
 """Page, beside this module."""
@@ -101,7 +101,7 @@ def page(
         models=_model_table(results),
         retention=retention_lines(results),
         written_text=TableOfRows(WRITTEN_TEXT_HEADS, [Row(cells) for cells in written_text_rows(results)]),
-        written_text_note=WRITTEN_TEXT_NOTE,
+        written_text_note=written_text_note(results),
         tasks=_task_table(results),
         pictures=pictures,
         alignment=results.get("alignment"),
@@ -198,7 +198,8 @@ def _figures(results: Mapping[str, Any]) -> list[tuple[str, str]]:
     # A share below 0 is no share of a gap that was closed: the figure before says that the student got worse.
     closed = (results.get("retention") or {}).get("gap_closed")
     if closed is not None and closed >= 0:
-        figures.append(("of the gap to the teacher closed", percent(closed)))
+        nearest = "best teacher" if "teachers" in (results.get("teacher") or {}) else "teacher"
+        figures.append((f"of the gap to the {nearest} closed", percent(closed)))
     return figures
 
 

@@ -166,15 +166,17 @@ def retention_lines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
         if missing := model.get("unspelt_bytes"):
             lines.append((f"Bytes of the text that the {name} tokens leave out", percent(missing / model["bytes"])))
 
+    # Of several teachers the best one is called the teacher, and their mixture is what is learned from.
+    several = (results.get("teacher") or {}).get("teachers", [])
+    nearest, taught_by = ("best teacher", "teachers' mixture") if several else ("teacher", "teacher")
     divergence = figure(retention.get("kl_nats_per_token"))
     lines += [
-        ("Bits per byte, student over teacher", figure(retention.get("bits_per_byte_ratio"), 3)),
-        ("Share of the gap to the teacher closed", gap_closed(results)),
-        ("Same most probable token as the teacher", percent(retention.get("top1_agreement"))),
-        ("KL from the teacher at common boundaries", f"{divergence} nats per token"),
+        (f"Bits per byte, student over {nearest}", figure(retention.get("bits_per_byte_ratio"), 3)),
+        (f"Share of the gap to the {nearest} closed", gap_closed(results)),
+        (f"Same most probable token as the {taught_by}", percent(retention.get("top1_agreement"))),
+        (f"KL from the {taught_by} at common boundaries", f"{divergence} nats per token"),
     ]
-    # Of several teachers the best one is called the teacher.
-    for teacher in (results.get("teacher") or {}).get("teachers", []):
+    for teacher in several:
         lines.append((f"Bits per byte of the teacher {teacher['name']}", figure(teacher["bits_per_byte"])))
     return lines
 

@@ -7,11 +7,24 @@ from .results import MODELS, figure, model_name, percent
 
 WRITTEN_TEXT_HEADS = ("model", "teacher's bits per byte", "repeated 4-grams", "texts that end", "length, tokens")
 
-WRITTEN_TEXT_NOTE = (
+NOTE = (
     "Texts that each model writes, sampled at temperature 1, from the same beginnings. Bits per byte: few where the "
     "teacher finds a text likely, which it also does where a text repeats itself."
 )
-"""Sentences above the table."""
+UNJUDGED = (
+    " They are missing where no teacher could read the texts: none was loaded, since a cache had all that the run "
+    "needed, or its model is behind a server, of captures, in parts over the processes, or has an encoder."
+)
+SEVERAL = " Of several teachers the first one reads them; of its own texts, the best one."
+
+
+def written_text_note(results: Mapping[str, Any]) -> str:
+    """Return the sentences above the table: what is in it, and why figures of it are missing."""
+    generation = results.get("generation") or {}
+    written = [metrics for key in MODELS if (metrics := generation.get(key))]
+    teacher = results.get("teacher") or {}
+    is_unjudged = bool(teacher) and any(metrics.get("teacher_bits_per_byte") is None for metrics in written)
+    return NOTE + SEVERAL * ("teachers" in teacher) + UNJUDGED * is_unjudged
 
 
 def written_text_rows(results: Mapping[str, Any]) -> list[list[str]]:
@@ -41,4 +54,4 @@ def written_text_table(results: Mapping[str, Any]) -> str:
     # The model's name is text, on the left; everything else is a number.
     alignment = ["---", *["---:"] * (len(WRITTEN_TEXT_HEADS) - 1)]
     lines = [f"| {' | '.join(cells)} |" for cells in [WRITTEN_TEXT_HEADS, alignment, *rows]]
-    return f"## Written text\n\n{WRITTEN_TEXT_NOTE}\n\n" + "\n".join(lines)
+    return f"## Written text\n\n{written_text_note(results)}\n\n" + "\n".join(lines)

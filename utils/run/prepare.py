@@ -1,7 +1,7 @@
 """From settings to what training works with: tokenizers, text, windows, held-out text. Models are loaded later."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
@@ -89,6 +89,10 @@ class Job:
     """Those that the student takes from its model; None: all, or random ones."""
     parts: tuple["Job", ...] = ()
     """With several teachers, the job with each of them alone; see `several_teachers`."""
+    teacher_name: str | None = None
+    """Name of the teacher of such a part, for the log."""
+    routes: Collection[str] = ()
+    """Routes of text that the teacher of such a part is asked about; none: all."""
 
     @property
     def window_count(self) -> int:

@@ -1,5 +1,7 @@
 """Requirements of a run beside models and text: devices and packages, checked before all else."""
 
+from typing import cast
+
 import torch
 
 from ..config.protocols import RunConfig
@@ -8,6 +10,7 @@ from ..evaluation import lm_eval_tasks
 from ..logs import trackers
 from ..parallel import deepspeed
 from ..pretrained import lora, precision
+from ..served.http_client import check_access
 
 
 def check(config: RunConfig, device: torch.device) -> None:
@@ -19,13 +22,15 @@ def check(config: RunConfig, device: torch.device) -> None:
 
     Raises:
         UserError: weights that need another device, or that DeepSpeed cannot cut, a package that is not there, a task
-            that cannot be measured.
+            that cannot be measured, an address of a server or a key that cannot be one.
     """
     trackers.require(config.logging.track)
 
     if config.teacher.name is not None:
         for teacher in config.several_teachers or [config.teacher]:
             precision.check_weights(teacher.dtype, "teacher.dtype", device)
+            if teacher.is_served:
+                check_access(cast(str, teacher.name), config.served.key_variable)
     lora.check(config.student.lora, device)
 
     lora_settings = config.student.lora

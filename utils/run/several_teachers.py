@@ -63,6 +63,8 @@ def _part(job: Job, number: int, role: str) -> Job:
         collate=pair.collate,
         windows=windows_of_part(job.windows, role),
         held_out=held_out,
+        teacher_name=model.name,
+        routes=job.config.routes_of_teachers[number],
         teacher_device=device,
         teacher_dtype=frozen_dtype(model.dtype, device, job.accelerator.mixed_precision),
     )

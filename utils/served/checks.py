@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import UserError
 from .http_client import BadAnswer, ServerClient
-from .protocols import Lists, Server
+from .protocols import Lists, Server, Sglang
 
 PROBE = "The naïve café — 東京, 3.14 “don't”\n\n  x = y\tИ снова: Straße #1!"
 """Text with several scripts, punctuation, numbers and white space, which tokenizers cut differently."""
@@ -40,6 +40,7 @@ def check_server(client: ServerClient, server: Server, demand: Demand) -> None:
     """
     _check_length(client, server, demand.length)
     _check_tokenization(client, server, demand.tokenizer)
+    _check_vocabulary(client, server, demand.tokenizer)
 
     ids = _probe_ids(server, demand.tokenizer)
     _compare_texts(client, ids, _probe(client, server, ids, demand.top_k), demand.tokenizer)
@@ -51,7 +52,7 @@ def _check_length(client: ServerClient, server: Server, length: int) -> None:
         raise UserError(
             f"teacher {client.address}: the server reads {server.context:,} tokens at most, one of which it generates, "
             f"and windows have up to {length:,}. Give --max-length {server.context - 1}, or start the server with a "
-            "larger context (vLLM: --max-model-len)."
+            "larger context (vLLM: --max-model-len, SGLang: --context-length)."
         )
 
 
@@ -70,6 +71,15 @@ def _check_tokenization(client: ServerClient, server: Server, tokenizer: PreTrai
             client,
             f"it cuts a text into {len(tokens)} tokens and the tokenizer into {len(ids)}, other ones from {at} on",
         )
+
+
+def _check_vocabulary(client: ServerClient, server: Server, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a tokenizer with more tokens than the model of an SGLang server, before that one ends at one of them."""
+    if not isinstance(server.protocol, Sglang):
+        return
+    reply = client.look(*server.protocol.request_naming(len(tokenizer) - 1))
+    if reply.status != 200:
+        raise UserError(client.refusal(reply) + _hint(str(reply.content), 1))
 
 
 def _probe_ids(server: Server, tokenizer: PreTrainedTokenizerBase) -> list[int]:

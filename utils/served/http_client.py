@@ -74,7 +74,7 @@ class ServerClient:
         self.address = check_address(address)
         self.settings = settings
         self._check = check
-        self._key = _key_in(settings.key_variable)
+        self._key = key_in(settings.key_variable)
         # Of the server as a whole, not of one request.
         self._outage_began: float | None = None
 
@@ -228,7 +228,7 @@ class ServerClient:
             words = f"{type(cause).__name__}: {cause}" if words else type(cause).__name__
         if not self._key:
             return words
-        # Some servers write a slash of JSON in this way; `_key_in` admits nothing else that is ever escaped.
+        # Some servers write a slash of JSON in this way; `key_in` admits nothing else that is ever escaped.
         return words.replace(self._key, "***").replace(self._key.replace("/", "\\/"), "***")
 
     # --- what is wrong with the server -------------------------------------------------------------------------------
@@ -273,7 +273,7 @@ class ServerClient:
             self._outage_began = None
 
 
-def _key_in(variable: str) -> str:
+def key_in(variable: str) -> str:
     """Return the key in an environment variable; empty: there is none.
 
     Raises:
@@ -288,6 +288,19 @@ def _key_in(variable: str) -> str:
             "again."
         )
     return key
+
+
+def check_access(name: str, variable: str) -> None:
+    """Check what can be known of a server's address and of the key for it before anything is sent.
+
+    Args:
+        variable: environment variable with the key.
+
+    Raises:
+        UserError: see `check_address` and `key_in`.
+    """
+    check_address(name)
+    key_in(variable)
 
 
 def check_address(name: str) -> str:

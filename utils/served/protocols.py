@@ -100,12 +100,17 @@ class Vllm:
 
 
 class Sglang:
-    """SGLang."""
+    """SGLang.
+
+    Args:
+        adapter: name of a LoRA adapter there; None: the model itself.
+    """
 
     name = "SGLang"
 
-    def __init__(self, client: ServerClient) -> None:
+    def __init__(self, client: ServerClient, adapter: str | None = None) -> None:
         self.url = f"{client.root}/generate"
+        self.adapter = adapter
 
     def request(self, ids: Sequence[int], top_k: int) -> tuple[str, dict[str, Any]]:
         """Return URL and body of the request for a window's lists."""
@@ -117,7 +122,17 @@ class Sglang:
             "top_logprobs_num": top_k,
             "return_text_in_logprobs": True,
         }
+        if self.adapter is not None:
+            body["lora_path"] = self.adapter
         return self.url, body
+
+    def request_naming(self, token: int) -> tuple[str, dict[str, Any]]:
+        """Return URL and body of a request that only names a token, which the server refuses if it has none such.
+
+        One that is given it to read instead ends: nothing there checks the numbers of a text's tokens.
+        """
+        url, body = self.request([0], 1)
+        return url, {**body, "token_ids_logprob": [token]}
 
     def read(self, answer: Any, ids: Sequence[int], top_k: int) -> Lists:
         """Return the lists of an answer."""
@@ -132,9 +147,10 @@ class Sglang:
             if not isinstance(column, list) or len(column) != len(ids):
                 raise BadAnswer(f"log-probabilities of {_length(column)} positions, expected {len(ids)}")
 
+        largest = int(max(ids))
         positions = []
         for token, own, top in zip(ids[1:], real[1:], tops[1:], strict=True):
-            positions.append(_sglang_position(own, top, int(token), top_k))
+            positions.append(_sglang_position(own, top, int(token), top_k, is_largest=int(token) == largest))
         return _stacked(positions, top_k)
 
 
@@ -169,8 +185,12 @@ def _vllm_position(entry: Any, token: int, top_k: int) -> _Position:
     return _checked(_Position(token, [*listed], [*listed.values()], realised, real.get("decoded_token")), top_k)
 
 
-def _sglang_position(own: Any, top: Any, token: int, top_k: int) -> _Position:
-    """Return a position of SGLang's: the real token's [log-probability, id, text], and a list of such."""
+def _sglang_position(own: Any, top: Any, token: int, top_k: int, *, is_largest: bool) -> _Position:
+    """Return a position of SGLang's: the real token's [log-probability, id, text], and a list of such.
+
+    Args:
+        is_largest: no token of the window has a larger number.
+    """
     try:
         realised, scored, *text = own
         ids = [int(entry[1]) for entry in top]
@@ -179,9 +199,12 @@ def _sglang_position(own: Any, top: Any, token: int, top_k: int) -> _Position:
         _require_numbers(ids)
     except (TypeError, ValueError, IndexError):
         raise BadAnswer("a position whose entries are no [logprob, id, text]") from None
-    if scored != token:
+    # It writes the last token of a vocabulary as 0, whose text is another's; the log-probability is its own.
+    is_last = scored == 0 and is_largest
+    if scored != token and not is_last:
         raise BadAnswer(f"a position with the token {scored} in place of {token}: another text was scored")
-    return _checked(_Position(token, ids, log_probs, realised, text[0] if text else None), top_k)
+    words = text[0] if text and scored == token else None
+    return _checked(_Position(token, ids, log_probs, realised, words), top_k)
 
 
 def _require_numbers(ids: Iterable[int]) -> None:
@@ -273,14 +296,50 @@ def recognise(client: ServerClient, model: str | None) -> Server:
     if kind in USELESS:
         raise UserError(f"teacher {client.address}: this is {kind}, which {GENERATED_ONLY}")
 
+    if kind == "SGLang":
+        return _sglang(client, entry)
     name = str(entry["id"])
-    context = entry.get("max_model_len")
     return Server(
-        protocol=Sglang(client) if kind == "SGLang" else Vllm(client, name),
+        protocol=Vllm(client, name),
         model=name,
         source=str(entry.get("root") or name),
-        context=context if isinstance(context, int) else None,
+        context=_whole_number(entry.get("max_model_len")),
     )
+
+
+def _sglang(client: ServerClient, entry: Mapping[str, Any]) -> Server:
+    """Return an SGLang server with one of its models, or with an adapter of its model."""
+    name = str(entry["id"])
+    # Its list of models gives a model the name that users chose, also as what it was loaded from.
+    source = entry.get("root") if entry.get("parent") else _facts(client, MODEL_FACTS).get("model_path")
+    # The longest text has one token fewer, and is a little shorter than the model's context.
+    longest = _facts(client, SERVER_FACTS).get("max_req_input_len", entry.get("max_model_len"))
+    return Server(
+        protocol=Sglang(client, adapter=name if entry.get("parent") else None),
+        model=name,
+        source=str(source or entry.get("root") or name),
+        context=_whole_number(longest),
+    )
+
+
+def _facts(client: ServerClient, paths: Sequence[str]) -> Mapping[str, Any]:
+    """Return what an SGLang server says under the first of some paths that it has."""
+    for path in paths:
+        reply = client.look(client.root + path)
+        if reply.status == 200 and isinstance(reply.content, Mapping):
+            return reply.content
+    return {}
+
+
+def _whole_number(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+MODEL_FACTS = ("/model_info", "/get_model_info")
+"""Paths under which SGLang tells of its model: today's, and one that older servers have."""
+
+SERVER_FACTS = ("/server_info", "/get_server_info")
+"""The same of the server."""
 
 
 OWNERS = {"vllm": "vLLM", "sglang": "SGLang", "llamacpp": "llama.cpp", "library": "Ollama"}
@@ -289,8 +348,14 @@ OWNERS = {"vllm": "vLLM", "sglang": "SGLang", "llamacpp": "llama.cpp", "library"
 USELESS = ("llama.cpp", "Ollama")
 """Servers that only tell log-probabilities of generated tokens."""
 
-PATHS = {"/api/tags": "Ollama", "/props": "llama.cpp", "/get_model_info": "SGLang", "/version": "vLLM"}
-"""Path that one kind of server alone has -> the server."""
+PATHS = {
+    "/model_info": "SGLang",
+    "/get_model_info": "SGLang",
+    "/api/tags": "Ollama",
+    "/props": "llama.cpp",
+    "/version": "vLLM",
+}
+"""Path that one kind of server alone has, of those that come later -> the server. SGLang answers Ollama's, too."""
 
 
 def _recognise_by_paths(client: ServerClient) -> str:

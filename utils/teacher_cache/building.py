@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from itertools import islice
@@ -63,6 +63,9 @@ class CachedJob(Job, Protocol):
 
     @property
     def cache(self) -> TeacherCache | None: ...
+    @property
+    def routes(self) -> Collection[str]:
+        """Routes of text that its teacher is asked about; none: all."""
 
 
 JobT = TypeVar("JobT", bound=CachedJob)
@@ -244,6 +247,10 @@ class CacheBuilding:
     """The run comes to the windows in an order by difficulty, which the teacher may have to be asked about."""
     rows_share: float = 1.0
     """Share of its KD rows that a training window asks the teacher about; a held-out window asks about all."""
+    teacher: str | None = None
+    """Its name, for the log of a run with several; None: there is one."""
+    routes: Collection[str] = ()
+    """Routes of text that it is asked about; none: all."""
 
     @classmethod
     def of(cls, job: CachedJob) -> "CacheBuilding":
@@ -258,7 +265,14 @@ class CacheBuilding:
             num_workers=job.config.data.num_workers,
             in_order=job.config.data.order != "random",
             rows_share=share_chosen_before(job.config),
+            teacher=job.teacher_name,
+            routes=job.routes,
         )
+
+    @property
+    def _of_teacher(self) -> str:
+        """The end of a line of the log: which teacher it is about, where there are several."""
+        return "" if self.teacher is None else f" (teacher {self.teacher})"
 
     @cached_property
     def _keys(self) -> list[bytes]:
@@ -270,14 +284,25 @@ class CacheBuilding:
         """Keys of the held-out windows."""
         return self.cache.keys(_rows(self.held_out.windows))
 
+    @cached_property
+    def _is_asked(self) -> np.ndarray:
+        """[windows] whether the teacher is asked about each training window."""
+        return _is_for(self.windows, self.routes)
+
+    @cached_property
+    def _held_out_asked(self) -> list[int]:
+        """Held-out windows that the teacher is asked about."""
+        return _is_for(self.held_out.windows, self.routes).nonzero()[0].tolist()
+
     @property
     def _visited(self) -> list[int]:
-        """Training windows that the run comes to."""
+        """Training windows that the run comes to, and asks the teacher about."""
         # In an order by difficulty it may be any.
         if self.in_order:
-            return list(range(len(self.windows)))
+            return self._is_asked.nonzero()[0].tolist()
         count = self.plan.total_steps * self.plan.global_batch
-        return permutation(len(self.windows), self.seed, 0)[:count].tolist()
+        visited = permutation(len(self.windows), self.seed, 0)[:count]
+        return visited[self._is_asked[visited]].tolist()
 
     # --- what is missing --------------------------------------------------------------------------------------------
 
@@ -304,16 +329,16 @@ class CacheBuilding:
         if states_for:
             reasons.append(f"the hidden states that {', '.join(sorted(states_for))} need in every step")
         if not reasons:
-            log.info("the teacher is not loaded: all that it says is in %s", self.cache.folder)
+            log.info("the teacher is not loaded: all that it says is in %s%s", self.cache.folder, self._of_teacher)
             return False
-        log.info("the teacher is loaded for %s", "; ".join(reasons))
+        log.info("the teacher is loaded for %s%s", "; ".join(reasons), self._of_teacher)
         return True
 
     def _missing(self) -> list[str]:
         """Return what the cache lacks of this run, a message each."""
         keys_of = {
             "training": [self._keys[i] for i in self._visited],
-            "held-out": self._held_out_keys,
+            "held-out": [self._held_out_keys[i] for i in self._held_out_asked],
         }
         messages = []
         for name, keys in keys_of.items():
@@ -354,7 +379,7 @@ class CacheBuilding:
         self._fill(
             held_out.windows,
             self._held_out_keys,
-            batches=held_out.indices(),
+            batches=_chosen(held_out.indices(), self._held_out_asked),
             collate=held_out.collate,
             compute=teacher.signal,
             begin=teacher.begin,
@@ -369,7 +394,7 @@ class CacheBuilding:
             self._fill(
                 self.windows,
                 self._keys,
-                batches=self._first_epoch(),
+                batches=_chosen(self._first_epoch(), self._is_asked.nonzero()[0]),
                 collate=collate,
                 compute=teacher.signal,
                 begin=teacher.begin,
@@ -462,13 +487,22 @@ class CacheBuilding:
         if not missing:
             return
 
+        if not self._held_out_asked:
+            log.info(
+                "teacher cache%s: %s windows are missing; none is held out to judge their size by",
+                self._of_teacher,
+                f"{len(missing):,}",
+            )
+            return
         expected = self._expected(missing)
         free = free_disk(cache.folder)
         time_of_teacher = ""
         if expected.seconds is not None:
             time_of_teacher = f" and {duration(expected.seconds)} of the teacher"
         log.info(
-            "teacher cache: %.1f bytes per student token; %s windows are missing and will take %s MB%s; %s MB are free",
+            "teacher cache%s: %.1f bytes per student token; %s windows are missing and will take %s MB%s; %s MB are "
+            "free",
+            self._of_teacher,
             expected.bytes_per_token,
             f"{expected.windows:,}",
             f"{expected.bytes / 1e6:,.1f}",
@@ -494,10 +528,13 @@ class CacheBuilding:
         cache = self.cache
 
         # 1. The held-out windows, which are in the cache.
+        asked = self._held_out_asked
         windows = self.held_out.windows
-        held_out_bytes = sum(int(windows[i]["bytes"]) for i in range(len(windows)))
-        tokens = self.held_out.coverage()["lm"]  # those that are learned: of a conversation not all that is read
-        size = cache.size(self._held_out_keys) * min(1.0, BYTES_OF_CHOSEN * self.rows_share)
+        bytes_of_all = [int(windows[i]["bytes"]) for i in range(len(windows))]
+        held_out_bytes = sum(bytes_of_all[i] for i in asked)
+        # Those that are learned: of a conversation not all that is read.
+        tokens = self.held_out.coverage()["lm"] * held_out_bytes / max(sum(bytes_of_all), 1)
+        size = cache.size([self._held_out_keys[i] for i in asked]) * min(1.0, BYTES_OF_CHOSEN * self.rows_share)
 
         # 2. How much more text is missing.
         missing_bytes = int(np.asarray(self.windows["bytes"][:])[missing].sum())
@@ -516,6 +553,19 @@ class CacheBuilding:
             seconds=seconds,
             bytes_per_token=size / max(tokens, 1),
         )
+
+
+def _is_for(windows: Any, routes: Collection[str]) -> np.ndarray:
+    """Return [windows] whether each is of one of some routes; where none is named, each is."""
+    if not routes:
+        return np.ones(len(windows), dtype=bool)
+    return np.array([str(route) in routes for route in windows["route"]], dtype=bool)
+
+
+def _chosen(batches: Iterable[Sequence[int]], windows: Collection[int]) -> list[list[int]]:
+    """Return batches with those of their windows that are among some."""
+    among = {*windows}
+    return [[index for index in batch if index in among] for batch in batches]
 
 
 def _rows(windows: Sequence[dict]) -> Iterator[dict]:

@@ -211,6 +211,64 @@ def test_a_teacher_without_a_weight_is_not_asked():
     assert module.ask(batch, None).teachers == (1,)
 
 
+class ListsOf:
+    """Lists of a model, as a server tells them."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.begun = 0
+        self.asked = 0
+
+    def begin(self, windows, top_k) -> None:
+        self.begun += len(windows)
+
+    @torch.no_grad()
+    def lists(self, windows, top_k) -> list[tuple]:
+        self.asked += len(windows)
+        listed = []
+        for window in windows:
+            log_probs = self.model(torch.tensor([window])).logits[0, :-1].log_softmax(-1)
+            top = log_probs.topk(top_k)
+            realised = log_probs.gather(1, torch.tensor(window[1:])[:, None])[:, 0]
+            listed.append((top.indices.numpy(), top.values.numpy(), realised.numpy()))
+        return listed
+
+    def identity(self) -> dict:
+        return {"served": "tiny"}
+
+
+def with_second_elsewhere(setting: Several, total_steps: int = 10):
+    """Return the framework of a setting whose second teacher answers with lists, and where these come from."""
+    source = ListsOf(setting.models[1])
+    first, second = setting.pair.members
+    teacher = setting.pair.mixture([first.frozen(setting.models[0]), second.listed(source)])
+    return setting.pair.framework(total_steps, student=setting.student, teacher=teacher), source
+
+
+@pytest.mark.parametrize("mix", ["weights", "likelihood"])
+def test_a_teacher_elsewhere_mixes_as_one_in_this_process(mix):
+    setting = several([TeacherShare(2.0), TeacherShare(1.0, ("b",))], mix=mix)
+    batch = setting.batch(routes=("a", "b"))
+    local, (served, source) = setting.framework(), with_second_elsewhere(setting)
+    assert served.ask(batch) is None and source.begun == len(batch.mixed.batches[1].bytes) and source.asked == 0
+    assert served(batch).loss.item() == pytest.approx(local(batch).loss.item(), rel=1e-5)
+    assert source.asked == source.begun
+
+    vocabulary = len(setting.student.get_output_embeddings().weight)
+    signal = served.teacher.signal(batch, 1000)
+    ours, theirs = dense(served.projection(signal, batch), vocabulary), dense(target(setting, batch), vocabulary)
+    assert torch.allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_teacher_elsewhere_is_asked_ahead_at_steps_at_which_it_weighs():
+    fading = Ramp(((0.0, 1.0), (0.5, 0.0)))
+    setting = several([TeacherShare(), TeacherShare(fading)])
+    batch = setting.batch()
+    module, source = with_second_elsewhere(setting)
+    assert module.ask(batch, 9).teachers == (0,) and source.begun == source.asked == 0
+    assert module.ask(batch, 0) is None and source.begun == len(batch.bytes)
+
+
 def test_scheduled_weights_go_from_one_teacher_to_the_other():
     fading = [TeacherShare(Ramp(((0.0, 1.0), (1.0, 0.0)))), TeacherShare(Ramp(((0.0, 0.0), (1.0, 1.0))))]
     setting = several(fading)

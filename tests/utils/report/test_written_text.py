@@ -22,6 +22,14 @@ def test_every_model_that_wrote_has_a_row_and_a_dash_where_nobody_judged():
     text = markdown(results)
     assert "## Written text" in text and f"| {' | '.join(WRITTEN_TEXT_HEADS)} |" in text
 
+    # Why there is a dash, where there is one, and who judged where there are several.
+    why, several = "none was loaded, since a cache had all that the run needed", "Of several teachers the first one"
+    assert why in text and why in page("run", results) and several not in text
+    judged = {**results, "generation": {"student": WRITTEN, "teacher": WRITTEN}}
+    assert why not in markdown(judged) + page("run", judged)
+    of_two = {**judged, "teacher": {"bytes": 1, "teachers": [{"name": name, "bits_per_byte": 1.0} for name in "ab"]}}
+    assert several in markdown(of_two) and several in page("run", of_two)
+
 
 def test_without_written_text_there_is_no_section():
     for results in ({"student": {"bytes": 1}, "generation": {"student": None}}, {"student": {"bytes": 1}}):

@@ -32,14 +32,29 @@ def test_another_tokenizer_is_told_by_single_tokens_too(pair, clients):
     """As where a server tells nothing of how it cuts a text."""
     shuffled = permuted(byte_bpe(400), [0, *range(399, 0, -1)])
     wrong = pytest.raises(UserError, match=r"\d+ of \d+ tokens are others there: \d+ is ")
-    with running(PretendedServer(pair.teacher, byte_bpe(400), "SGLang")) as server, wrong:
+    with running(PretendedServer(pair.teacher, byte_bpe(400), "SGLang", tokenizes=False)) as server, wrong:
         check(clients, server, shuffled)
 
 
-def test_a_tokenizer_with_more_tokens_than_the_server_is_refused(clients):
-    wrong = pytest.raises(UserError, match=r"out of vocabulary.*Expected the tokenizer of the server's model")
-    with running(PretendedServer(tiny_llama(300), byte_bpe(300), "SGLang")) as server, wrong:
-        check(clients, server, byte_bpe(400))
+@pytest.mark.parametrize("kind", ["vLLM", "SGLang"])
+def test_a_tokenizer_with_more_tokens_than_the_server_is_refused_and_the_server_goes_on(clients, kind):
+    wrong = pytest.raises(UserError, match=r"out.of.vocabulary.*Expected the tokenizer of the server's model")
+    with running(PretendedServer(tiny_llama(300), byte_bpe(300), kind, tokenizes=False)) as server:
+        with wrong:
+            check(clients, server, byte_bpe(400))
+        check(clients, server, byte_bpe(300))
+
+
+def test_windows_are_as_long_as_sglang_takes_them_and_no_longer(pair, clients):
+    """It takes a few tokens fewer than the context that its list of models tells."""
+    with running(PretendedServer(pair.teacher, byte_bpe(400), "SGLang", context=64)) as server:
+        with pytest.raises(UserError, match=r"reads 58 tokens at most.*Give --max-length 57"):
+            check(clients, server, byte_bpe(400), length=58)
+        check(clients, server, byte_bpe(400), length=57)
+
+        client = clients(server.address)
+        url, body = recognise(client, None).protocol.request([5] * 58, 3)
+        assert client.look(url, body).status == 400
 
 
 def test_windows_and_lists_that_are_too_long_are_refused(pair, clients):

@@ -13,9 +13,11 @@ from utils.errors import UserError
 from utils.served.http_client import BadAnswer
 from utils.served.protocols import Sglang, Vllm, recognise
 
-RECORDED = json.loads((Path(__file__).parent / "vllm_answer.json").read_text(encoding="utf-8"))
+HERE = Path(__file__).parent
+RECORDED = json.loads((HERE / "vllm_answer.json").read_text(encoding="utf-8"))
 IDS, ANSWER = RECORDED["request"]["prompt"], RECORDED["answer"]
 LISTED = RECORDED["request"]["prompt_logprobs"]
+OF_SGLANG = json.loads((HERE / "sglang_answer.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture
@@ -89,6 +91,78 @@ def test_a_server_that_leaves_the_text_out_is_refused(vllm):
         vllm.read({"error": "x"}, IDS, LISTED)
 
 
+def test_a_real_answer_of_sglang_is_read_and_its_request_is_ours(clients):
+    protocol = Sglang(clients("http://127.0.0.1:1/v1"))
+    request, answer = OF_SGLANG["request"], OF_SGLANG["answer"]
+    url, body = protocol.request(request["input_ids"], 3)
+    assert url == "http://127.0.0.1:1/generate" and body == request
+
+    lists = protocol.read(answer, request["input_ids"], 3)
+    assert lists.ids.shape == lists.log_probs.shape == (len(request["input_ids"]) - 1, 3)
+    # "upon" behind "Once" is the likeliest; the byte 7 behind "was" is not among the listed.
+    assert lists.ids[1].tolist() == [407, 383, 261] and 10 not in lists.ids[7]
+    assert lists.realised[[1, 7]] == pytest.approx([-0.0175128, -28.561697])
+    assert lists.texts[:2] == ["Once", "upon"] and lists.texts[7] == "\x07"
+    assert (np.exp(lists.log_probs).sum(1) < 1).all()
+
+
+def test_the_pretended_sglang_answers_in_the_shape_of_the_real_one(pair, clients):
+    with running(PretendedServer(pair.teacher, byte_bpe(400), "SGLang")) as server:
+        client = clients(server.address)
+        protocol = recognise(client, None).protocol
+        pretended = protocol_answer(client, *protocol.request([5, 9, 300, 21, 7], 3))["meta_info"]
+        real = OF_SGLANG["answer"]["meta_info"]
+        assert pretended.keys() <= real.keys()
+        for facts in (pretended, real):
+            assert facts["input_token_logprobs"][0][0] is None and facts["input_top_logprobs"][0] is None
+            assert {len(entry) for entry in facts["input_token_logprobs"]} == {3}
+            assert {len(entry) for top in facts["input_top_logprobs"][1:] for entry in top} == {3}
+
+        # What it says of itself, and how it refuses.
+        for path, name in (("/model_info", "model_info"), ("/server_info", "server_info"), ("/api/tags", "tags")):
+            assert client.look(client.root + path).content.keys() <= OF_SGLANG[name].keys()
+        refused = client.look(*protocol.request_naming(400))
+        assert refused.status == 400 and "out-of-vocabulary token id 400; valid range is" in str(refused.content)
+        assert "out-of-vocabulary token id 512; valid range is" in str(OF_SGLANG["refusals"]["vocabulary"])
+
+
+def test_the_last_token_of_a_vocabulary_is_read_as_sglang_writes_it(pair, clients):
+    """As 0; where another token is written so, another text was scored."""
+    last, ids = OF_SGLANG["last_token"], OF_SGLANG["last_token"]["request"]["input_ids"]
+    with running(PretendedServer(pair.teacher, byte_bpe(400), "SGLang")) as server:
+        client = clients(server.address)
+        protocol = Sglang(client)
+        lists = protocol.read(last["answer"], ids, 3)
+        assert lists.realised[-1] == pytest.approx(last["answer"]["meta_info"]["input_token_logprobs"][-1][0])
+        assert ids[-1] == 511 and lists.texts == ["Once", None]
+
+        pretended = protocol_answer(client, *protocol.request([5, 9, 399, 21], 3))
+        assert pretended["meta_info"]["input_token_logprobs"][2][1] == 0
+        assert protocol.read(pretended, [5, 9, 399, 21], 3).texts[1] is None
+        with pytest.raises(BadAnswer, match="the token 0 in place of 9"):
+            protocol.read(changed_token(pretended, 1), [5, 9, 399, 21], 3)
+
+
+def changed_token(answer, at: int) -> dict:
+    answer = copy.deepcopy(answer)
+    answer["meta_info"]["input_token_logprobs"][at][1] = 0
+    return answer
+
+
+def test_an_adapter_of_sglang_is_asked_by_its_name_and_known_by_its_folder(pair, clients, monkeypatch):
+    server = PretendedServer(pair.teacher, byte_bpe(400), "SGLang")
+    base = OF_SGLANG["models"]["data"][0]
+    adapter = {**base, "id": "poems", "root": "/adapters/poems", "parent": base["id"], "max_model_len": None}
+    own = server.get
+    models = json.dumps({"data": [base, adapter]})
+    monkeypatch.setattr(server, "get", lambda path: (200, models) if path == "/v1/models" else own(path))
+    with running(server):
+        chosen = recognise(clients(server.address), "poems")
+        assert (chosen.source, chosen.context) == ("/adapters/poems", 122)
+        assert chosen.protocol.request([5, 9], 3)[1]["lora_path"] == "poems"
+        assert "lora_path" not in recognise(clients(server.address), base["id"]).protocol.request([5, 9], 3)[1]
+
+
 def test_both_protocols_tell_the_same(pair, served, clients):
     ids = [5, 9, 300, 21, 7]
     client = clients(served.address)
@@ -123,7 +197,8 @@ def test_servers_are_recognised_and_two_refused_with_the_reason(pair, clients, k
     with running(PretendedServer(pair.teacher, byte_bpe(400), kind, **options)) as server:
         if kind in ("vLLM", "SGLang"):
             recognised = recognise(clients(server.address), None)
-            assert (recognised.protocol.name, recognised.model, recognised.context) == (kind, "tiny", 128)
+            longest = 128 if kind == "vLLM" else 122
+            assert (recognised.protocol.name, recognised.model, recognised.context) == (kind, "tiny", longest)
             assert recognised.source == "/models/tiny"
         else:
             with pytest.raises(UserError, match=f"this is {kind}, which tells the log-probabilities of tokens that it"):
