@@ -424,10 +424,10 @@ def split_documents(documents: Texts, fraction: float, copies: int = 0) -> tuple
     if lowest == highest:
         left_out = f" ({copies:,} copies were left out: see data.deduplicate)" if copies else ""
         raise UserError(
-            f"Got a single document{left_out}, which cannot be split into training and evaluation. Name what separates documents "
-            "in a .txt file (--document-separator, the setting document_separator), or how one starts where texts come "
-            "line by line (--set data.document_start=REGEX; without it every row is one); or give more documents, or "
-            f"evaluation data of its own (--eval-data).{uncut_marker(documents)}"
+            f"Got a single document{left_out}, which cannot be split into training and evaluation. Name what separates "
+            "documents in a .txt file (--document-separator, the setting document_separator), or how one starts where "
+            "texts come line by line (--set data.document_start=REGEX; without it every row is one); or give more "
+            f"documents, or evaluation data of its own (--eval-data).{uncut_marker(documents)}"
         )
 
     # Tiny data: the lowest document is always held out, the highest never; still chosen by the texts alone.
