@@ -29,6 +29,7 @@ from models.config import CurriculumConfig, LossConfig
 from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.teacher.cached import NUMBERS
+from models.teacher.kept_rows import RowsByEntropy
 from models.text.collate import PairCollator
 from models.types import PairedBatch
 from utils.teacher_cache.codec import Codec, Said
@@ -59,6 +60,7 @@ class Arms:
 
         self.batches = dict.fromkeys((ALL, *SCORES), collate(windows).to(self.device))
         self.batches["first_student"] = collate(chosen).to(self.device)
+        self.share = args.share
         self.frameworks = {ALL: self.framework}
         for name in SCORES:
             self.frameworks[name] = self._under(vocabulary, name, args.share)
@@ -86,6 +88,8 @@ class Arms:
         """Return the bytes per student token that a cache keeps of a batch."""
         batch: PairedBatch = self.batches[name]
         signal = self.framework.teacher.signal(batch, CACHED_TOP_K)
+        if name == "teacher_entropy":
+            signal = RowsByEntropy(self.framework.projection, self.share)(batch, signal)
         arrays = [getattr(signal, number).cpu().numpy() for number in NUMBERS]
         return len(Codec(TEACHER_VOCABULARY, CACHED_TOP_K).encode(Said(*arrays))) / batch.counts["lm"]
 

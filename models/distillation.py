@@ -25,8 +25,10 @@ from .losses.chunk_size import chunk_rows
 from .student_aware_router import ROUTER_TERMS
 from .teacher.cached import CachedTeacher, RememberingCollator
 from .teacher.frozen import FrozenTeacher
+from .teacher.kept_rows import RowsByEntropy
 from .teacher.listed import ListedTeacher
 from .teacher.mixture import Member, Mix, TeacherMixture
+from .teacher.projection import Projection
 from .text.chat import ConversationSettings
 from .text.chat_template import tokenizers_for_chat
 from .text.collate import PairCollator, count_channel, read_and_learned
@@ -490,15 +492,24 @@ class Distillation:
         """Return a window as the student and one of several teachers read it; `number` counts from 0."""
         return as_pair(window, number)
 
-    @staticmethod
-    def cached(teacher: FrozenTeacher | None, memory: Any) -> CachedTeacher:
-        """Make a teacher that answers from memory; see `CachedTeacher`."""
-        return CachedTeacher(teacher, memory)
+    def cached(self, teacher: FrozenTeacher | None, memory: Any, share: float = 1.0) -> CachedTeacher:
+        """Make a teacher that answers from memory; see `CachedTeacher`.
+
+        Args:
+            share: of a window's positions that KD is learned at, at most, chosen by the teacher's entropy.
+        """
+        rows = None
+        if share < 1:
+            projection = Projection(self.vocabulary, self.method.loss.correction, self.method.loss.min_prefix_mass)
+            rows = RowsByEntropy(projection, share)
+        return CachedTeacher(teacher, memory, rows)
 
     @staticmethod
-    def remember(collate: PairCollator, memory: Any, ahead: bool = True) -> RememberingCollator:
-        """Make a collator whose batches come with what is in memory of them."""
-        return RememberingCollator(collate, memory, ahead)
+    def remember(
+        collate: PairCollator, memory: Any, ahead: bool = True, *, is_learned: bool = False
+    ) -> RememberingCollator:
+        """Make a collator whose batches come with what is in memory of them; see `RememberingCollator`."""
+        return RememberingCollator(collate, memory, ahead, is_learned)
 
     # ------------------------------------------------------- the student's own text
 

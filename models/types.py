@@ -83,6 +83,11 @@ class TeacherSignal(_Movable):
     hidden: tuple[Tensor, ...] | None = None
     """[B, T, H_T] states after the teacher layers that the router asked for; None where it asked for none."""
 
+    @property
+    def is_stored(self) -> Tensor:
+        """[N] False in a row of which a store has left everything out (`models.teacher.kept_rows`)."""
+        return (self.ids >= 0).any(1) | ~self.log_mass.isneginf()
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "TeacherSignal":
         """Return a copy with its tensors, the hidden states too, on a device.
 
@@ -276,6 +281,8 @@ class PairedBatch(_Movable):
     """Key of each window in a store of the teacher's signals (`CachedTeacher`)."""
     signal: TeacherSignal | None = None
     """The teacher's signal, where a store had it."""
+    stores_chosen: bool = False
+    """Whether a store keeps only the rows that KD is learned at."""
     student_markup: Tensor | None = None
     """Flat student positions that predict markup of its chat template, which is no text."""
     teacher_markup: Tensor | None = None

@@ -209,9 +209,10 @@ class Pair(Protocol):
     def listed(self, source: Any) -> Teacher:
         """Make a teacher of a source of lists, as `utils.served.teacher.ListServer` is."""
 
-    def cached(self, teacher: Any, memory: Any) -> CachingTeacher: ...
+    def cached(self, teacher: Any, memory: Any, share: float = 1.0) -> CachingTeacher:
+        """Make a teacher that answers from memory, which keeps a share of the rows of windows that are learned from."""
 
-    def remember(self, collate: Any, memory: Any, ahead: bool = True) -> Collator: ...
+    def remember(self, collate: Any, memory: Any, ahead: bool = True, *, is_learned: bool = False) -> Collator: ...
 
     def describe_documents(self, teacher: Any) -> list[str]:
         """Return how models read isolated documents, and why so, in lines for the log."""

@@ -117,10 +117,12 @@ class HeadTerms:
         if kd_sum is None:
             with torch.no_grad():
                 kd_sum = self._run_head(0.0, with_target=True).kd_sum
-        skipped = (~self.target.valid).sum() * self._positions_of_a_row
-        unlisted = None
+        # Rows that a memory left out, since KD is learned there nowhere in the run, are not among those.
+        skipped, unlisted = ~self.target.valid, None
         if self.signal is not None:
-            unlisted = self.signal.log_mass.isneginf().sum() * self._positions_of_a_row
+            skipped = skipped & self.signal.is_stored
+            unlisted = (self.signal.log_mass.isneginf() & self.signal.is_stored).sum() * self._positions_of_a_row
+        skipped = skipped.sum() * self._positions_of_a_row
         return LossTerm(kd_sum, self.batch.counts["kd"], skipped, unlisted)
 
     def span(self, learns: bool) -> SpanResult:

@@ -46,7 +46,11 @@ def student_entropy(evidence: Evidence) -> Tensor:
 
 def teacher_entropy(evidence: Evidence) -> Tensor:
     """Return the entropy of the teacher over the tokens that it names and one outcome for all others."""
-    target = evidence.target
+    return entropy_of_target(evidence.target)
+
+
+def entropy_of_target(target: SparseTarget) -> Tensor:
+    """Return [c] the entropy of distributions over the tokens that each names and one outcome for all others."""
     outcomes = torch.cat([target.probs, target.tail[:, None]], 1)
     return -torch.xlogy(outcomes, outcomes).sum(1)
 

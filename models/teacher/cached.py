@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..text.collate import PairCollator
 from ..types import PairedBatch, TeacherSignal
 from .frozen import FrozenTeacher
+from .kept_rows import RowsByEntropy
 
 NUMBERS = ("ids", "log_probs", "log_tail", "log_mass", "realised")
 """Fields of a `TeacherSignal` that are stored, in this order; hidden states are not."""
@@ -59,15 +60,18 @@ class RememberingCollator:
     Args:
         ahead: read the signal now: in a DataLoader's workers, while the device computes. Else `CachedTeacher` reads it
             when it is called.
+        is_learned: KD is learned from these batches, so that the memory needs only rows that it is learned at.
     """
 
     collate: PairCollator
     memory: SignalStore
     ahead: bool = True
+    is_learned: bool = False
 
     def __call__(self, windows: Sequence[dict[str, Any]]) -> PairedBatch:
         batch = self.collate(windows)
         batch.keys = self.memory.keys(windows)
+        batch.stores_chosen = self.is_learned
         if self.ahead:
             batch.signal = _read_signal(self.memory, batch.keys)
         return batch
@@ -82,12 +86,13 @@ class CachedTeacher:
     Args:
         teacher: None if every window is stored and no hidden states are needed.
         memory: signals of windows.
+        rows: takes out of a signal what need not be stored of batches that are learned from; None: all is stored.
 
     Raises:
         TypeError: an argument of another kind.
     """
 
-    def __init__(self, teacher: FrozenTeacher | None, memory: SignalStore) -> None:
+    def __init__(self, teacher: FrozenTeacher | None, memory: SignalStore, rows: RowsByEntropy | None = None) -> None:
         if teacher is not None:
             expect_teacher(teacher)
         members = ("top_k", "keys", "read", "keep")
@@ -97,6 +102,7 @@ class CachedTeacher:
 
         self.teacher = teacher
         self.memory = memory
+        self.rows = rows
 
     def __deepcopy__(self, memo: dict) -> "CachedTeacher":
         # Copies of a framework share it, as they do a teacher: there is one store.
@@ -164,6 +170,8 @@ class CachedTeacher:
         """Return the signal as it was stored, and the hidden states of the same forward."""
         start = time.monotonic()
         exact = self._running.signal(batch, self.memory.top_k, layers)
+        if self.rows is not None and batch.stores_chosen:
+            exact = self.rows(batch, exact)
         # Copied to the host first, so that the time includes the GPU's.
         windows = _split_by_window(batch, exact)
         seconds = time.monotonic() - start

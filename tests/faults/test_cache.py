@@ -207,3 +207,26 @@ def test_too_little_disk_is_told_before_training(place, tmp_path, capsys, monkey
 def test_contradictory_settings_are_told_at_once(place, tmp_path, capsys):
     assert train.main(place.arguments(tmp_path / "run", "--build-cache-only")) == 2
     refused(capsys, "--cache-teacher DIR")
+
+
+CHOSEN = ["--set", "loss.select_by=teacher_entropy", "curriculum.select={points: [[0, 0.1], [1, 0.3]]}"]
+
+
+def test_a_cache_keeps_what_the_teachers_entropy_chooses_and_serves_no_other_choice(place, built, tmp_path, capsys):
+    cache = tmp_path / "cache"
+    assert run(place, tmp_path / "first", cache, *CHOSEN) == 0
+    assert 0 < size_of(cache) < 0.75 * size_of(built)
+
+    # The teacher is not loaded: the cache has all that four steps need.
+    capsys.readouterr()
+    assert run(place, tmp_path / "second", cache, *CHOSEN) == 0
+    assert "the teacher is not loaded" in " ".join(capsys.readouterr().out.split())
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+
+    assert run(place, tmp_path / "other", cache) == 2
+    refused(capsys, "rows: 0.3 of each window, by the teacher's entropy -> -")
+
+
+def size_of(cache: Path) -> int:
+    """Bytes of the shards of a cache."""
+    return sum(shard.stat().st_size for shard in (cache / "shards").iterdir())

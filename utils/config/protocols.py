@@ -171,6 +171,16 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 """The settings that a function returns changed, of the kind that it was given."""
 
 
+def share_stored(config: RunConfig) -> float:
+    """Return the share of its KD positions that a cache keeps of a training window, as the teacher's entropy chooses.
+
+    It is the largest that the run learns at; 1: it keeps all.
+    """
+    if config.cache.folder is None or config.loss.select_by != "teacher_entropy":
+        return 1.0
+    return max(values_of(config.curriculum.select))
+
+
 def share_chosen_before(config: RunConfig) -> float:
     """Return the share of its KD positions that a training window has left, as the student before training chose them.
 

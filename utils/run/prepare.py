@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from ..advice import advice
 from ..config import resume_rules
 from ..config.plain import to_plain
-from ..config.protocols import RunConfig
+from ..config.protocols import RunConfig, share_stored
 from ..config.settings import template_values
 from ..data import documents
 from ..data.batch_order import Pacing, permutation
@@ -98,6 +98,12 @@ class Job:
     def window_count(self) -> int:
         """Windows of an epoch; 0: they come as a stream, and nobody knows."""
         return 0 if self.stream is not None else len(self.windows)
+
+    @property
+    def stored_share(self) -> float:
+        """Share of its KD rows that the cache keeps of a training window."""
+        # Of several teachers the entropy of their mixture chooses, which none of their caches knows.
+        return 1.0 if self.teacher_name is not None else share_stored(self.config)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:

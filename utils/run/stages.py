@@ -171,7 +171,7 @@ def get_teacher(job: Job, session: Session) -> Teacher | None:
     if not building.needs_teacher(states_for, answers_student=answers_student):
         return job.pair.cached(None, job.cache)
 
-    teacher = job.pair.cached(load_teacher(job, session.stop.check), job.cache)
+    teacher = job.pair.cached(load_teacher(job, session.stop.check), job.cache, job.stored_share)
     with session.stop.deferring():
         reason = building.build(teacher, job.collate, builds_whole_cache, session.stop)
     if reason:

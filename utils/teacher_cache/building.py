@@ -64,6 +64,8 @@ class CachedJob(Job, Protocol):
     @property
     def cache(self) -> TeacherCache | None: ...
     @property
+    def stored_share(self) -> float: ...
+    @property
     def routes(self) -> Collection[str]:
         """Routes of text that its teacher is asked about; none: all."""
 
@@ -74,7 +76,7 @@ JobT = TypeVar("JobT", bound=CachedJob)
 class Remember(Protocol):
     """Makes a collator whose batches come with what a cache knows of them (`models.RememberingCollator`)."""
 
-    def __call__(self, collate: Any, memory: Any, ahead: bool = True) -> Collator: ...
+    def __call__(self, collate: Any, memory: Any, ahead: bool = True, *, is_learned: bool = False) -> Collator: ...
 
 
 # ----------------------------------------------------------------------------------------- the cache of a job
@@ -124,13 +126,13 @@ def open_teacher_cache(job: JobT, remember: Remember) -> JobT:
     return replace(
         job,
         config=replace(config, loss=loss),
-        collate=remember(job.collate, cache),
+        collate=remember(job.collate, cache, is_learned=True),
         held_out=held_out,
         cache=cache,
     )
 
 
-def _identity(job: Job) -> dict[str, Any]:
+def _identity(job: CachedJob) -> dict[str, Any]:
     """Return everything that a teacher's signals depend on."""
     config = job.config
     teacher_dtype = str(job.teacher_dtype.value).removeprefix("torch.")
@@ -147,6 +149,10 @@ def _identity(job: Job) -> dict[str, Any]:
         "vocabulary_map": job.vocabulary.fingerprint,
         "max_depth": config.loss.max_depth,
     }
+
+    # only where some rows are left out, so that caches that keep all of them stay what they are
+    if job.stored_share < 1:
+        identity["rows"] = f"{job.stored_share:g} of each window, by the teacher's entropy"
 
     # only where a chat template writes the date, so that other caches serve on every day
     if IDENTITY in job.fingerprint:
@@ -246,7 +252,7 @@ class CacheBuilding:
     in_order: bool = False
     """The run comes to the windows in an order by difficulty, which the teacher may have to be asked about."""
     rows_share: float = 1.0
-    """Share of its KD rows that a training window asks the teacher about; a held-out window asks about all."""
+    """Share of its KD rows that are stored of a training window; of a held-out window all are."""
     teacher: str | None = None
     """Its name, for the log of a run with several; None: there is one."""
     routes: Collection[str] = ()
@@ -264,7 +270,7 @@ class CacheBuilding:
             seed=training.seed,
             num_workers=job.config.data.num_workers,
             in_order=job.config.data.order != "random",
-            rows_share=share_chosen_before(job.config),
+            rows_share=min(share_chosen_before(job.config), job.stored_share),
             teacher=job.teacher_name,
             routes=job.routes,
         )

@@ -1,13 +1,17 @@
 """A teacher with a memory says what the teacher says, and is asked once."""
 
+import copy
 from dataclasses import fields
 
 import pytest
 import torch
 
-from models.config import RouterConfig
+from models.config import CurriculumConfig, LossConfig, RouterConfig, Term
+from models.curriculum import CurriculumScheduler
 from models.distillation_framework import DistillationFramework
 from models.teacher.cached import CachedTeacher, RememberingCollator
+from models.teacher.kept_rows import RowsByEntropy
+from models.teacher.projection import Projection
 from models.types import TeacherSignal
 from tests.models.tiny import STORIES, Pair, byte_bpe, metaspace, pair_of
 from utils.teacher_cache.codec import Codec, Said, join
@@ -64,6 +68,45 @@ def test_asked_once_it_says_the_same_for_ever(pair):
     assert teacher.memory.kept == len(windows)
     with pytest.raises(AssertionError, match="not loaded"):
         alone.signal(collate(pair.encoder.windows(["other text"])))
+
+
+def chosen_by_teacher(pair: Pair, teacher: CachedTeacher, share: float) -> DistillationFramework:
+    """A framework that learns KD at a share of the positions; its student is the same every time."""
+    config = LossConfig(select_by="teacher_entropy", top_k=12)
+    curriculum = CurriculumConfig(kd=Term(0.7), lm=Term(0.3), select=share)
+    scheduler = CurriculumScheduler(curriculum, config, 10)
+    return DistillationFramework(copy.deepcopy(pair.student), teacher, pair.vocabulary, config, scheduler)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3])
+def test_rows_that_the_teachers_entropy_does_not_choose_are_not_stored(pair, share):
+    """KD and its gradient at a share of the positions are those of the running teacher, in a fraction of the bytes."""
+    windows = pair.encoder.windows(STORIES)
+    projection = Projection(pair.vocabulary, "span", 1e-3)
+    stores = [Memory(len(pair.vocabulary.segments), 12) for _ in range(2)]
+    losses, gradients, skipped = [], [], []
+    for memory, rows in zip(stores, (None, RowsByEntropy(projection, share)), strict=True):
+        for teacher in (CachedTeacher(pair.frozen(), memory, rows), CachedTeacher(None, memory, rows)):
+            framework = chosen_by_teacher(pair, teacher, share)
+            output = framework(RememberingCollator(pair.collator(), memory, is_learned=True)(windows), 3)
+            output.loss.backward()
+            losses.append(output.loss.detach())
+            skipped.append(output.terms["kd"].skipped)
+            gradients.append(torch.cat([p.grad.flatten() for p in framework.student.parameters()]))
+
+    assert all(torch.equal(loss, losses[0]) for loss in losses)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+    assert all(count == skipped[0] for count in skipped)
+    whole, thin = (sum(map(len, memory.windows.values())) for memory in stores)
+    assert thin < (share + 0.25) * whole
+
+
+def test_of_windows_that_are_measured_on_all_rows_are_stored(pair):
+    memory = Memory(len(pair.vocabulary.segments), 12)
+    rows = RowsByEntropy(Projection(pair.vocabulary, "span", 1e-3), 0.1)
+    windows = pair.encoder.windows(STORIES)
+    said = CachedTeacher(pair.frozen(), memory, rows).signal(RememberingCollator(pair.collator(), memory)(windows))
+    assert equal(said, pair.frozen().signal(pair.collator()(windows), 12))
 
 
 def test_windows_may_come_back_in_other_batches(pair):
