@@ -66,7 +66,7 @@ BAD_DATA = {
     "empty": (b"", ["0 documents read", "text column"]),
     "blank": (b'{"text": " "}\n{"text": ""}\n', ["2 documents read, 2 of them empty"]),
     "single": (GOOD, ["single document", "document_separator"]),
-    "copies": (GOOD * 3, ["a single document (2 copies were left out", "data.deduplicate"]),
+    "copies": (GOOD * 3, ["a single document", "evaluation (2 copies were left out", "data.deduplicate"]),
     "malformed": (GOOD + b'{"text": "an open end\n', ["bad.jsonl:2:", "not valid JSON", "column"]),
     "not-utf-8": (GOOD + GOOD + b'{"text": "caf\xe9"}\n', ["bad.jsonl:3:", "not UTF-8", "0xe9"]),
     "no-column": (GOOD + b'{"story": "x", "title": "y"}\n', ["bad.jsonl:2:", "'text'", "story, title", "text_column"]),

@@ -424,7 +424,7 @@ def split_documents(documents: Texts, fraction: float, copies: int = 0) -> tuple
     if lowest == highest:
         left_out = f" ({copies:,} copies were left out: see data.deduplicate)" if copies else ""
         raise UserError(
-            f"Got a single document{left_out}, which cannot be split into training and evaluation. Name what separates "
+            f"Got a single document, which cannot be split into training and evaluation{left_out}. Name what separates "
             "documents in a .txt file (--document-separator, the setting document_separator), or how one starts where "
             "texts come line by line (--set data.document_start=REGEX; without it every row is one); or give more "
             f"documents, or evaluation data of its own (--eval-data).{uncut_marker(documents)}"
