@@ -262,8 +262,8 @@ class LossConfig(Validated):
     """Score by which `curriculum.select` puts positions in order: the entropy of the student as it is or was before
     training (first_student), that of the teacher, the KL divergence between them, or the student's loss over the
     teacher's. first_student reads the training text once before the first step; from then on the teacher's head and a
-    cache only see the largest share of the run. By teacher_entropy a cache keeps no more of the training text either.
-    All others take one more pass of the student's head in every step."""
+    cache only see the largest share of the run. By teacher_entropy a cache keeps no more of the training text
+    either, unless several teachers are mixed. All others take one more pass of the student's head in every step."""
     max_depth: Annotated[int, Ge(0)] = 16
     """How many student tokens into a teacher token KD still applies; 0: common boundaries only."""
     correction: Literal["span", "channel", "none"] = "span"

@@ -123,13 +123,15 @@ class ServerClient:
         method = "GET" if body is None else "POST"
         response = None
         for last in range(1, LOOKS + 1):
-            # A connection that the server has just closed says nothing of the server.
+            # A connection that the server has just closed says nothing of the server, and what is transient passes.
             try:
                 response = await self._http.request(method, url, json=body)
-                break
+                if response.status_code not in TRANSIENT:
+                    break
             except httpx.RequestError:
                 if last == LOOKS:
                     raise
+            if last < LOOKS:
                 await asyncio.sleep(FIRST_DELAY)
 
         assert response is not None
@@ -214,6 +216,11 @@ class ServerClient:
             return (
                 f"teacher {self.address}: the server wants a key (status {reply.status}). Expected it in the "
                 f"environment variable {name}, {state}."
+            )
+        if reply.status in TRANSIENT:
+            return (
+                f"teacher {self.address}: the server fails (status {reply.status}): {words}. Expected an answer: "
+                "its own log says why there is none; the same command goes on once it answers."
             )
         return f"teacher {self.address}: the server refuses the request (status {reply.status}): {words}"
 

@@ -74,7 +74,9 @@ class Written:
         self.tokens += tokens
         self.seconds += seconds
 
-        log_tail = signal.log_tail.astype(np.float64)
+        # Rows that were left out on purpose have lost nothing.
+        is_stored = (signal.ids >= 0).any(1)
+        log_tail = signal.log_tail[is_stored].astype(np.float64)
         row_mass = np.clip(-np.expm1(log_tail), 0, 1)
         counts, _ = np.histogram(row_mass, MASS_BINS, (0, 1))
         self.mass += counts

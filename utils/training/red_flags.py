@@ -25,6 +25,10 @@ LEAST_VOCABULARY = 64
 LEAST_COVERAGE = 0.5
 """Share of supervised positions with an anchor."""
 
+CUT_APART = "the two tokenizers cut this text at different places, or one of them changes it (normaliser, lower case)"
+NOBODY_ASKED = "text that none of the teachers is asked about (only_for, their weights at this step)"
+"""Likely causes of a small coverage."""
+
 MOST_KD = 2.0
 """Nats per token; late in training good pairs are at 0.1 to 0.3."""
 
@@ -73,6 +77,7 @@ class RedFlags:
         self.warmup_steps = warmup_steps
         self.initial_loss = initial_loss
         self.text_repeats = text_repeats
+        self.has_several_teachers = False
         self.ignore = ignore
         self.warned: list[str] = []
         self._warn = warn or log.warning
@@ -104,6 +109,7 @@ class RedFlags:
         )
 
         if "teacher" in start:
+            flags.has_several_teachers = "teachers" in start["teacher"]
             flags.models(start["teacher"], start["initial_student"])
         return flags
 
@@ -288,11 +294,11 @@ class RedFlags:
                 "captures are of other text. A larger served.listed has a server list more",
             )
         if anchored is not None and anchored < LEAST_COVERAGE:
+            cause = CUT_APART if not self.has_several_teachers else f"{NOBODY_ASKED}, or {CUT_APART}"
             self._raise_flag(
                 "coverage",
-                f"KD covers only {anchored:.1%} of the student's tokens (step {step}). Likely cause: the two "
-                "tokenizers cut this text at different places, or one of them changes it (normaliser, lower case); "
-                "the other tokens learn from the text alone",
+                f"KD covers only {anchored:.1%} of the student's tokens (step {step}). Likely cause: {cause}; the "
+                "other tokens learn from the text alone",
             )
 
         nats = record.get("kd_nats_per_token")

@@ -142,6 +142,19 @@ def test_a_connection_that_breaks_says_nothing_of_the_server(served, clients):
     assert len(calls) == 2
 
 
+def test_what_may_pass_is_looked_at_again_and_told_where_it_stays(served, clients):
+    address, get = served.address, served.get
+    replies = iter([(503, "loading")] * 4)
+    served.get = lambda path: next(replies, None) or get(path)
+
+    client = clients(address)
+    reply = client.look(f"{address}/models")
+    assert reply.status == 503
+    assert "the server fails (status 503)" in client.refusal(reply)
+    assert "the same command goes on once it answers" in client.refusal(reply)
+    assert client.look(f"{address}/models").status == 200
+
+
 def test_addresses():
     assert check_address("http://127.0.0.1:8000/v1/") == check_address("http://127.0.0.1:8000")
     for wrong in ("http://", "ftp://host/v1", "http://127.0.0.1:99999/v1", "http://127.0.0.1:port/v1"):

@@ -108,6 +108,15 @@ def test_of_a_batch_that_is_partly_there_the_stored_part_is_used(tmp_path):
     assert cache.written.windows == 2, "each was written once"
 
 
+def test_rows_that_were_left_out_are_no_rows_of_which_mass_was_lost(tmp_path):
+    whole = said(4, 8, seed=0)
+    thin = whole._replace(ids=whole.ids.copy(), log_tail=whole.log_tail.copy(), log_mass=whole.log_mass.copy())
+    thin.ids[1:], thin.log_tail[1:], thin.log_mass[1:] = -1, 0.0, -np.inf
+    cache = opened(tmp_path)
+    cache.keep(cache.keys(windows(1)), [thin], 40, 0.1)
+    assert cache.written.mass.sum() == 1
+
+
 def test_a_full_buffer_becomes_a_shard(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "SHARD_BYTES", 300)
     cache, some = opened(tmp_path), windows(8)

@@ -173,6 +173,13 @@ def test_low_coverage_and_high_kd_are_flagged_only_where_kd_counts():
     assert flags.warned == ["coverage", "kd_high"] and "43.0%" in messages[0] and "2.50" in messages[1]
 
 
+def test_of_several_teachers_low_coverage_may_be_text_that_none_is_asked_about():
+    flags, messages = watch()
+    flags.has_several_teachers = True
+    flags.check(record_at(100, 6.0, coverage={"anchored": 0.0}))
+    assert "Likely cause: text that none of the teachers is asked about (only_for" in messages[0]
+
+
 def test_a_teacher_no_better_than_the_untrained_student_is_flagged():
     flags, messages = watch()
     flags.teacher(1.0, 1.2)
