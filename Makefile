@@ -25,7 +25,7 @@ train: $(READY_TO_RUN)
 test: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 test: export TOKENIZERS_PARALLELISM := false
 test: $(READY_TO_TEST)
-	$(PYTHON) -m pytest --numprocesses auto --dist loadfile
+	$(PYTHON) -m pytest --numprocesses auto --dist loadfile --durations 25
 
 lint: $(READY_TO_TEST)
 	$(PYTHON) -m ruff check .
