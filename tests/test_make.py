@@ -153,7 +153,10 @@ def make_ready(folder: Path) -> None:
         (folder / ".venv" / name).touch()
 
 
-LAST = {"train": "train.py --batch-size 2 --epochs 1", "test": "-m pytest --numprocesses auto --dist loadfile"}
+LAST = {
+    "train": "train.py --batch-size 2 --epochs 1",
+    "test": "-m pytest --numprocesses auto --dist loadfile --durations 25",
+}
 
 
 @pytest.mark.parametrize(("target", "last"), LAST.items())
