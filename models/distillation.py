@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from . import document_attention
 from .chosen_positions import places_of
 from .config import CurriculumConfig, LossConfig, RouterConfig, Schedule, Term
-from .curriculum import CurriculumScheduler
+from .curriculum import CurriculumScheduler, value_at
 from .distillation_framework import DistillationFramework
 from .language_model import check_isolation, context_length, vocabulary_size
 from .losses import head_passes
@@ -481,6 +481,10 @@ class Distillation:
         parts = zip(self.members, teachers, self.method.teachers, strict=True)
         members = [Member(teacher, pair.vocabulary, share.weight) for pair, teacher, share in parts]
         return TeacherMixture(members, self.method.mix)
+
+    def weight_of_member(self, number: int, progress: float) -> float:
+        """Return the weight of one of several teachers at a progress in [0, 1]; `number` counts from 0."""
+        return value_at(self.method.teachers[number].weight, progress)
 
     def collate_mixed(self, collators: Sequence[Collate]) -> MixedCollator:
         """Make one collator of those of several teachers, in the order of `members`."""

@@ -330,6 +330,11 @@ def test_a_wrong_section_hides_nothing_that_was_given():
         assert refused(*words).count("  - ") == 1 and "no student" not in refused(*words)
 
 
+def test_a_mistake_in_one_of_several_teachers_is_told_alone():
+    told = refused("--set", "teachers=[{name: a, weight: -1}, {name: b}]")
+    assert "got the weight -1" in told and "no teacher" not in told
+
+
 def test_a_wrong_value_is_told_without_what_its_default_contradicts():
     told = refused("--set", "data.order=length", "curriculum.open_text=0")
     assert "open_text is a share" in told and "changes nothing" not in told

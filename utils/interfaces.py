@@ -198,6 +198,9 @@ class Pair(Protocol):
     def members(self) -> "Sequence[Any]":
         """With several teachers, the pair (a `Pair` with its `method`) of each of them."""
 
+    def weight_of_member(self, number: int, progress: float) -> float:
+        """Return the weight of one of several teachers at a progress in [0, 1]."""
+
     def mixture(self, teachers: "Sequence[Any]") -> Teacher:
         """Make one teacher of those of the members."""
 

@@ -154,13 +154,20 @@ def test_a_cache_is_built_for_every_route(place, second, tmp_path, capsys):
     assert are_equal(built, filled)
 
 
-@pytest.mark.parametrize("routed", [False, True], ids=["all text", "its route"])
+SERVED = {
+    "all text": "",
+    "its route": ", only_for: ['{other}']",
+    "the first half": ", weight: {{points: [[0, 1], [0.4, 1], [0.5, 0]]}}",
+}
+
+
+@pytest.mark.parametrize("when", SERVED)
 def test_a_served_teacher_is_one_of_several_and_a_cache_spares_its_server(
-    place, second, tmp_path, monkeypatch, capsys, routed
+    place, second, tmp_path, monkeypatch, capsys, when
 ):
     monkeypatch.setattr(http_client, "FIRST_DELAY", 0.02)
     other = write_jsonl(tmp_path / "other.jsonl", documents(20, seed=5))
-    route = f", only_for: ['{other}']" if routed else ""
+    route = SERVED[when].format(other=other)
     exact = ["--top-k", "600", "--cache-top-k", "600", "--max-length", "48", "--set", "cache.storage=float32"]
     words = ["--train-data", str(place.text), str(other), *exact]
     cache = ["--cache-teacher", str(tmp_path / "cache")]
@@ -192,7 +199,8 @@ def test_two_served_teachers_and_what_one_among_several_needs_are_refused(place,
 
     one, other = "{name: 'http://a:1/v1', tokenizer: x}", "{name: 'http://b:1/v1', tokenizer: x}"
     assert "http://a:1/v1 and http://b:1/v1 are behind servers, with one key" in refused(f"{one}, {other}")
-    assert "a server does not hand out its tokenizer" in refused(f"{place.teacher}, {{name: 'http://a:1/v1'}}")
+    told = refused(f"{place.teacher}, {{name: 'http://a:1/v1'}}")
+    assert "a server does not hand out its tokenizer: give it in a recipe, teachers: [{name: http://a:1/v1" in told
     on_gpu = "{name: 'http://a:1/v1', tokenizer: x, device: 'cuda:1'}"
     assert "leave teacher.device and teacher.dtype at auto" in refused(f"{place.teacher}, {on_gpu}")
 

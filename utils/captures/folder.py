@@ -231,7 +231,10 @@ def _manifest(folder: Path) -> Any:
         UserError: there is none.
     """
     if not folder.is_dir():
-        raise UserError(f"{CAPTURES}{folder}: got no folder of this name, expected one of DistillKit's captures")
+        raise UserError(
+            f"{CAPTURES}{folder}: got no folder of this name, expected one of DistillKit's captures. "
+            "Put the path right, as it is seen from here."
+        )
 
     manifest = folder / MANIFEST
     if not manifest.is_file():
@@ -244,7 +247,8 @@ def _manifest(folder: Path) -> Any:
         return yaml.safe_load(manifest.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(
-            f"{manifest}: got something that is no YAML ({error}), expected DistillKit's settings"
+            f"{manifest}: got something that is no YAML ({' '.join(str(error).split())}), expected DistillKit's "
+            "settings. Take the file from beside the captures once more."
         ) from None
 
 

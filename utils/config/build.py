@@ -73,8 +73,11 @@ def _causes(mistakes: list[Mistake]) -> list[Mistake]:
     causes = []
     for mistake in mistakes:
         # A contradiction belongs to one section, and names the keys of others.
-        is_of_others = not mistake.path and any(_names(mistake.message, key) for key in wrong_keys)
-        if mistake.section not in wrong_sections and not is_of_others:
+        names_others = not mistake.path and any(_names(mistake.message, key) for key in wrong_keys)
+        # A list of several, such as `teachers`, stands in for the section of one.
+        section = mistake.section
+        is_in_wrong_section = bool(section) and any(wrong in (section, f"{section}s") for wrong in wrong_sections)
+        if not is_in_wrong_section and not names_others:
             causes.append(mistake)
     return causes
 

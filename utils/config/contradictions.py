@@ -206,20 +206,26 @@ def _served_problems(config: RunConfig, state_terms: set[str]) -> list[Contradic
     problems = []
     for number, teacher in enumerate(of_run):
         if teacher.is_elsewhere:
-            problems += _problems_elsewhere(teacher, state_terms if number == 0 else set())
+            problems += _problems_elsewhere(
+                teacher, state_terms if number == 0 else set(), is_one_of_several=bool(config.several_teachers)
+            )
     return problems
 
 
-def _problems_elsewhere(teacher: ModelConfig, state_terms: set[str]) -> list[Contradiction]:
+def _problems_elsewhere(teacher: ModelConfig, state_terms: set[str], *, is_one_of_several: bool) -> list[Contradiction]:
     """Return the settings that contradict one teacher that is elsewhere.
 
     Args:
         state_terms: terms that compare hidden states with its own.
+        is_one_of_several: flags of a single teacher do not reach it.
     """
     subject = "captures do" if teacher.is_captured else "a server does"
     problems = []
     if teacher.tokenizer is None:
-        problems.append(f"{subject} not hand out its tokenizer: give --teacher-tokenizer ID or DIR")
+        remedy = "give --teacher-tokenizer ID or DIR"
+        if is_one_of_several:
+            remedy = f"give it in a recipe, teachers: [{{name: {teacher.name}, tokenizer: ID or DIR}}, ...]"
+        problems.append(f"{subject} not hand out its tokenizer: {remedy}")
     if state_terms:
         names = " and ".join(sorted(state_terms))
         problems.append(

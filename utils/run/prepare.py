@@ -1,7 +1,7 @@
 """From settings to what training works with: tokenizers, text, windows, held-out text. Models are loaded later."""
 
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
@@ -91,6 +91,8 @@ class Job:
     """With several teachers, the job with each of them alone; see `several_teachers`."""
     teacher_name: str | None = None
     """Name of the teacher of such a part, for the log."""
+    weight_at: Callable[[float], float] | None = None
+    """Weight of the teacher of such a part, by the progress of the run; None: it always has one."""
     routes: Collection[str] = ()
     """Routes of text that the teacher of such a part is asked about; none: all."""
 

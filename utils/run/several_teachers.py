@@ -6,6 +6,7 @@ Whatever a run does with a single teacher (load it, measure it, keep what it say
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
@@ -64,6 +65,7 @@ def _part(job: Job, number: int, role: str) -> Job:
         windows=windows_of_part(job.windows, role),
         held_out=held_out,
         teacher_name=model.name,
+        weight_at=partial(job.pair.weight_of_member, number),
         routes=job.config.routes_of_teachers[number],
         teacher_device=device,
         teacher_dtype=frozen_dtype(model.dtype, device, job.accelerator.mixed_precision),

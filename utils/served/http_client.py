@@ -318,10 +318,10 @@ def check_address(name: str) -> str:
     """
     parts = urlsplit(name)
     if parts.username or parts.password or parts.query or parts.fragment:
+        address = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}"
         raise UserError(
-            f"teacher {parts.scheme}://{parts.hostname}: got an address with a user, a password or a query in it, "
-            "which would stand in the log. Expected http://HOST:PORT/v1, and the key in an environment variable "
-            "(served.key_variable)."
+            f"teacher {address}: got an address with a user, a password or a query in it, which would stand in the "
+            "log. Expected http://HOST:PORT/v1, and the key in an environment variable (served.key_variable)."
         )
     if parts.scheme not in ("http", "https") or not parts.hostname or not _has_port(parts):
         raise UserError(f"teacher {name}: got no address of a server, expected http://HOST:PORT/v1")

@@ -66,6 +66,10 @@ class CachedJob(Job, Protocol):
     @property
     def stored_share(self) -> float: ...
     @property
+    def weight_at(self) -> Callable[[float], float] | None:
+        """Weight of its teacher by the progress of the run; None: it always has one."""
+
+    @property
     def routes(self) -> Collection[str]:
         """Routes of text that its teacher is asked about; none: all."""
 
@@ -255,6 +259,8 @@ class CacheBuilding:
     """Share of its KD rows that are stored of a training window; of a held-out window all are."""
     teacher: str | None = None
     """Its name, for the log of a run with several; None: there is one."""
+    weight_at: Callable[[float], float] | None = None
+    """Weight of the teacher by the progress of the run; None: it always has one."""
     routes: Collection[str] = ()
     """Routes of text that it is asked about; none: all."""
 
@@ -273,6 +279,7 @@ class CacheBuilding:
             rows_share=min(share_chosen_before(job.config), job.stored_share),
             teacher=job.teacher_name,
             routes=job.routes,
+            weight_at=job.weight_at,
         )
 
     @property
@@ -306,9 +313,28 @@ class CacheBuilding:
         # In an order by difficulty it may be any.
         if self.in_order:
             return self._is_asked.nonzero()[0].tolist()
-        count = self.plan.total_steps * self.plan.global_batch
-        visited = permutation(len(self.windows), self.seed, 0)[:count]
+        if self.weight_at is None:
+            count = self.plan.total_steps * self.plan.global_batch
+            visited = permutation(len(self.windows), self.seed, 0)[:count]
+        else:
+            visited = self._while_it_weighs(self.weight_at)
         return visited[self._is_asked[visited]].tolist()
+
+    def _while_it_weighs(self, weight_at: Callable[[float], float]) -> np.ndarray:
+        """Return the training windows of the steps at which the teacher has a weight; it is asked in no other."""
+        plan = self.plan
+        orders: dict[int, np.ndarray] = {}
+        parts = [np.empty(0, dtype=np.int64)]
+        for step in range(plan.total_steps):
+            # At a step's beginning or at its end: one that is asked about too few would be missing.
+            if not any(weight_at(done / plan.total_steps) for done in (step, step + 1)):
+                continue
+
+            epoch, number = divmod(step, plan.steps_per_epoch)
+            if epoch not in orders:
+                orders[epoch] = permutation(len(self.windows), self.seed, epoch)
+            parts.append(orders[epoch][number * plan.global_batch : (number + 1) * plan.global_batch])
+        return np.unique(np.concatenate(parts))
 
     # --- what is missing --------------------------------------------------------------------------------------------
 
