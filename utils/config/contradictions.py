@@ -226,12 +226,14 @@ def _problems_elsewhere(teacher: ModelConfig, state_terms: set[str], *, is_one_o
         if is_one_of_several:
             remedy = f"give it in a recipe, teachers: [{{name: {teacher.name}, tokenizer: ID or DIR}}, ...]"
         problems.append(f"{subject} not hand out its tokenizer: {remedy}")
+
     if state_terms:
         names = " and ".join(sorted(state_terms))
         problems.append(
             f"{names} compare hidden states, which {subject} not tell: set them to 0, or give a teacher in this "
             "process (--teacher ID or DIR)"
         )
+
     if teacher.device != "auto" or teacher.dtype != "auto":
         reason = "captures need neither" if teacher.is_captured else "those of a served teacher are the server's"
         problems.append(f"device and dtype: {reason}: leave teacher.device and teacher.dtype at auto")
