@@ -120,8 +120,9 @@ class HeadTerms:
         # Rows that a memory left out, since KD is learned there nowhere in the run, are not among those.
         skipped, unlisted = ~self.target.valid, None
         if self.signal is not None:
-            skipped = skipped & self.signal.is_stored
-            unlisted = (self.signal.log_mass.isneginf() & self.signal.is_stored).sum() * self._positions_of_a_row
+            is_stored = self.signal.is_stored
+            skipped = skipped & is_stored
+            unlisted = (self.signal.log_mass.isneginf() & is_stored).sum() * self._positions_of_a_row
         skipped = skipped.sum() * self._positions_of_a_row
         return LossTerm(kd_sum, self.batch.counts["kd"], skipped, unlisted)
 

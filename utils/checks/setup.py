@@ -338,7 +338,7 @@ def _disk(setup: SetUp) -> Measured:
         config.training,
         config.student.lora,
         data=config.data,
-        text_bytes=0 if config.data.streaming else setup.text_bytes,
+        text_bytes=setup.text_bytes,
         runs=1 + config.evaluation.without_teacher,  # the comparison keeps checkpoints of its own
         in_memory=IN_MEMORY_BYTES,
     )

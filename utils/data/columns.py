@@ -20,12 +20,12 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which data sets keep the thinking before an answer."""
 THINKING = re.compile(r"\s*(?:<think>)?.*?</think>\s*", re.DOTALL)
 """Thinking in front of an answer, in its content."""
-OTHER_COLUMN = "Name a column of texts: --set data.text_column=NAME."
-"""What to do about a column of something else."""
 TAGGED_THINKING = re.compile(r"\s*<think>.*?</think>\s*", re.DOTALL)
 """More thinking behind it."""
 THINKING_PARTS = ("thinking", "reasoning")
 """Types of the parts of a content that are thinking."""
+OTHER_COLUMN = "Name a column of texts: --set data.text_column=NAME."
+"""What to do about a column of something else."""
 TEMPLATE_VALUES = "chat_template_kwargs"
 """Column of values for the variables of chat templates, of both models."""
 TEACHER_MESSAGES = "teacher_messages"

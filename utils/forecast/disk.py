@@ -35,7 +35,7 @@ def disk(
     Args:
         lora: with an adapter only that is saved, and exported unless it is merged.
         data: of a stream the blocks, and what it remembers, are counted, as if the text did not end in any of them.
-        text_bytes: of the training text that is cut into windows as a whole.
+        text_bytes: of the training text, where it is cut into windows as a whole.
         runs: how many students are trained (2 with a comparison without the teacher).
         in_memory: up to so many bytes of text, windows are not written.
     """
@@ -51,6 +51,7 @@ def disk(
     blocks = 0
     remembered = 0
     if data is not None and data.streaming:
+        windows = 0
         if data.deduplicate:
             remembered = data.remembered_documents * FILTER_BYTES_PER_TEXT
         blocks = BLOCKS * (data.block_bytes * WINDOW_BYTES_PER_TEXT_BYTE + remembered)
