@@ -24,6 +24,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from utils.logs import terminal
 from utils.logs.console import OWN_LOGGERS
 
 BEHIND_THE_FACE = ("models", "utils.config", "utils.errors", "utils.training", "utils.training.distillation_trainer")
@@ -49,6 +50,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(autouse=True)
+def a_console_of_its_own() -> None:
+    """A console reads columns and colours from the environment once, which tests change."""
+    terminal._console.cache_clear()
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import sys
 from functools import cache
 from typing import IO
 
@@ -28,11 +29,20 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-@cache
 def console() -> Console:
-    """Return the one console of the process; it writes to whatever `sys.stdout` is at that moment.
+    """Return the console of the process; it writes to whatever `sys.stdout` is at that moment.
 
     Text is shown as it is: names of folders, settings and what models write may look like rich's markup or emoji.
+    """
+    return _console(_is_terminal(sys.stdout))
+
+
+@cache
+def _console(_to_terminal: bool) -> Console:
+    """Return the one console for terminals, or the one for everything else.
+
+    A console looks once at where it writes to, when it is made: that of a terminal would go on writing colours into a
+    file or a notebook's cell that takes the place of `sys.stdout`.
     """
     # In a notebook rich would make a display of HTML of each line.
     return Console(highlight=False, markup=False, emoji=False, force_jupyter=False)
@@ -45,14 +55,19 @@ def line_columns() -> int:
     return min(columns, CAPTURED_COLUMNS) - 1
 
 
-def person_may_watch(stream: IO[str]) -> bool:
+def person_may_watch(stream: IO[str] | None) -> bool:
     """Return whether a moving bar makes sense on `stream`: a terminal, and not a notebook that runs unattended.
 
     `KAGGLE_KERNEL_RUN_TYPE=Batch` is Kaggle's "Save & Run All".
     """
     if os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Batch" or os.environ.get("TERM") == "dumb":
         return False
+    return _is_terminal(stream)
+
+
+def _is_terminal(stream: IO[str] | None) -> bool:
+    """Return whether `stream` is a terminal; None is what a program without a console has in its place."""
     try:
-        return stream.isatty()
+        return stream is not None and stream.isatty()
     except ValueError:  # closed
         return False

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from tests.utils.logs.test_progress import Clock, Terminal
 from utils.errors import RunError, UserError
-from utils.logs import console, progress, terminal
+from utils.logs import console, progress
 from utils.logs.console import setup_logging
 from utils.logs.lines import ROUTER_TERMS, evaluation_line, learned_lines, own_text_line, sample_line, training_line
 from utils.logs.progress import Progress
@@ -37,9 +37,7 @@ def _restore_logging(monkeypatch):
     for name in ("KAGGLE_KERNEL_RUN_TYPE", "TERM"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
-    terminal.console.cache_clear()  # colours are decided on once, from what standard output is then
     yield
-    terminal.console.cache_clear()
     for handler in [h for h in logging.getLogger().handlers if getattr(h, "_of_this_project", False)]:
         logging.getLogger().removeHandler(handler)
         handler.close()

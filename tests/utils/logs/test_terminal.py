@@ -1,10 +1,13 @@
+import io
 import logging
+import sys
 
 import pytest
+from rich.text import Text
 
 from utils.logs.console import setup_logging
 from utils.logs.lines import sample_line
-from utils.logs.terminal import printable
+from utils.logs.terminal import console, person_may_watch, printable
 
 COMMANDS = {
     "\x1b[2J": "\\x1b[2J",
@@ -53,3 +56,26 @@ def test_no_line_of_a_run_commands_the_terminal(tmp_path, capsys):
 def test_a_sample_with_escapes_stays_in_its_columns():
     line = sample_line({"prompt": "once\u202e", "text": "\x0e" * 60}, 60)
     assert line.startswith("[sample] once\\u202e | \\x0e\\x0e") and len(line) == 60
+
+
+class Watched(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_console_made_for_a_terminal_writes_no_colours_into_a_file(monkeypatch):
+    for name in ("FORCE_COLOR", "NO_COLOR", "TTY_COMPATIBLE", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    written = []
+    for stream in (Watched(), io.StringIO(), Watched()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        console().print(Text("kept", "bold red"))
+        written.append(stream.getvalue())
+    assert "\x1b[" in written[0] and written[1] == "kept\n" and written[2] == written[0]
+
+
+def test_a_program_without_a_console_has_nobody_who_watches(monkeypatch):
+    """As pythonw.exe and services have it."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert not person_may_watch(None)
+    assert console() is console()

@@ -14,7 +14,6 @@ from tests.utils.logs.test_step_logger import evaluation_at, record_at
 from tests.utils.report.test_report import RESULTS, scores
 from utils.commands import run as run_command
 from utils.errors import UserError
-from utils.logs import console
 from utils.report.comparison import (
     PICTURE,
     compare,
@@ -29,9 +28,6 @@ from utils.report.comparison import (
 @pytest.fixture(autouse=True)
 def _console(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    console.console.cache_clear()
-    yield
-    console.console.cache_clear()
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from utils.report import report
 from utils.report.charts import curves_as_svg, draw_curves, draw_routing
 from utils.report.markdown import markdown
 from utils.report.report import print_summary, write_report
@@ -298,23 +297,19 @@ def test_a_student_that_is_not_a_number_is_reported_all_the_same(tmp_path):
 
 def test_the_console_table_fits_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    report.console.cache_clear()
     print_summary(RESULTS | {"baseline": scores(1.1, 5)})
     shown = capsys.readouterr().out
-    report.console.cache_clear()
     assert max(map(len, shown.splitlines())) <= 80
     assert "Same student without the teacher" in shown and "3,410,560" in shown and "…" not in shown
 
 
 def test_tasks_are_in_the_last_table_within_80_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    report.console.cache_clear()
     score = {"value": 0.75, "stderr": 0.0089}
     models = dict.fromkeys(("teacher", "student", "initial_student"), score)
     task = {"task": "hellaswag_of_a_long_name", "metric": "acc_norm", "higher_is_better": True, "documents": 2376}
     print_summary(RESULTS | {"tasks": [{**task, **models}]})
     shown = capsys.readouterr().out
-    report.console.cache_clear()
     assert max(map(len, shown.splitlines())) <= 80 and "Tasks, measured by lm_eval" in shown
     # The columns are folded where they do not fit, and nothing is cut.
     assert shown.count("0.7500") == 3 and "…" not in shown

@@ -10,7 +10,6 @@ import yaml
 from models.distillation import Method
 from tests.models.tiny import byte_bpe, tiny_llama
 from utils.errors import UserError
-from utils.logs.console import console
 from utils.pretrained.export import export
 from utils.run import chat
 
@@ -34,7 +33,6 @@ def write(folder, teacher, **results):
 def piped(monkeypatch, capsys, text, *words):
     """Return what the chat prints where its input is a pipe."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(text))
-    console.cache_clear()
     chat.main([*map(str, words), "--new-tokens", "4"], Method.chat_tokenizers)
     return capsys.readouterr().out
 
@@ -131,7 +129,6 @@ def type_into(monkeypatch, *inputs) -> Terminal:
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr(sys, "stdout", screen)
     monkeypatch.setenv("COLUMNS", "80")
-    console.cache_clear()
     return screen
 
 
