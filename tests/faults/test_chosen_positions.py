@@ -76,6 +76,18 @@ def test_a_cache_has_the_chosen_rows_alone_and_serves_a_run_without_the_teacher(
     assert "the teacher is not loaded" in (tmp_path / "c" / "train.log").read_text()
 
 
+@pytest.mark.parametrize("share", ["{points: [[0, 0.25], [1, 1]]}", "{points: [[0, 1], [1, 0.25]]}"])
+def test_a_share_that_begins_or_ends_at_all_positions_has_their_order(place, tmp_path, share):
+    assert train.main(arguments(place, tmp_path / "run", f"curriculum.select={share}")) == 0
+    assert "at most 100 % of a window" in (tmp_path / "run" / "train.log").read_text()
+    assert json.loads((tmp_path / "run" / "evaluation_report.json").read_text())["chosen_positions"]["tokens"]
+
+
+def test_a_run_at_all_positions_chooses_none(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(chosen_positions, "_choose_and_store", lambda *_: pytest.fail("nothing is to be chosen"))
+    assert train.main(arguments(place, tmp_path / "run", "curriculum.select=1")) == 0
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

@@ -181,11 +181,19 @@ def share_stored(config: RunConfig) -> float:
     return max(values_of(config.curriculum.select))
 
 
+def are_chosen_before(config: RunConfig) -> bool:
+    """Return whether the student before training puts the positions in order: the run learns somewhere at some of them.
+
+    A share that grows to all positions needs their order as well.
+    """
+    if config.teacher.name is None or config.loss.select_by != "first_student":
+        return False
+    return min(values_of(config.curriculum.select)) < 1
+
+
 def share_chosen_before(config: RunConfig) -> float:
     """Return the share of its KD positions that a training window has left, as the student before training chose them.
 
-    It is the largest that the run learns at; 1: nothing is chosen before training.
+    It is the largest that the run learns at.
     """
-    if config.teacher.name is None or config.loss.select_by != "first_student":
-        return 1.0
-    return max(values_of(config.curriculum.select))
+    return max(values_of(config.curriculum.select)) if are_chosen_before(config) else 1.0

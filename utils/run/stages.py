@@ -13,7 +13,7 @@ from ..advice import advice
 from ..captures.source import connect_captures
 from ..config.contradictions import without_effect
 from ..config.plain import to_plain
-from ..config.protocols import RunConfig, share_chosen_before, values_of
+from ..config.protocols import RunConfig, are_chosen_before, values_of
 from ..data import loader
 from ..data.batch_order import permutation
 from ..data.stream.batches import Stream
@@ -113,7 +113,7 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
         session.notes["student layers"] = str(layers)
         job = replace(job, layers=layers)
 
-    if share_chosen_before(job.config) < 1:
+    if are_chosen_before(job.config):
         job = chosen_positions.choose(job, session)
 
     has_teacher = job.config.teacher.name is not None
