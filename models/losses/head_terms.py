@@ -118,13 +118,15 @@ class HeadTerms:
             with torch.no_grad():
                 kd_sum = self._run_head(0.0, with_target=True).kd_sum
         # Rows that a memory left out, since KD is learned there nowhere in the run, are not among those.
-        skipped, unlisted = ~self.target.valid, None
+        unlisted = None
         if self.signal is not None:
-            is_stored = self.signal.is_stored
-            skipped = skipped & is_stored
-            unlisted = (self.signal.log_mass.isneginf() & is_stored).sum() * self._positions_of_a_row
-        skipped = skipped.sum() * self._positions_of_a_row
+            unlisted = self._count(self.signal.log_mass.isneginf() & self._is_stored)
+        skipped = self._count(~self.target.valid & self._is_stored)
         return LossTerm(kd_sum, self.batch.counts["kd"], skipped, unlisted)
+
+    def _count(self, is_meant: Tensor) -> Tensor:
+        """Return the number of positions for which some of the rows [N] stand."""
+        return (is_meant * self._positions_of_a_row).sum()
 
     def span(self, learns: bool) -> SpanResult:
         """Compute span likelihood, and its slope if it `learns`, from the log-probabilities of the labels."""
@@ -276,22 +278,35 @@ class HeadTerms:
         """Return [N] how many positions a chosen one stands for, each those of its window; None: for itself alone.
 
         So KD is the mean over the chosen positions of each window, and a window weighs as much as it does without a
-        choice, however few are chosen of it.
+        choice, however few are chosen of it: as many positions as the teacher can judge, where that is known.
         """
         if self._select == 1:
             return None
         if self.config.select_by == selection.STORED:
             return selection.positions_of_a_chosen_one(self._places.of, self._select)
 
-        ones = torch.ones_like(self._row_window, dtype=torch.float64)
-        positions = ones.new_zeros(len(self.batch.window_rows)).index_add_(0, self._row_window, ones)
-        return selection.positions_of_a_chosen_one(positions, self._select)[self._row_window]
+        positions = self._sums_by_window(torch.ones_like(self.target.valid))
+        judged = self._sums_by_window(self.target.valid | ~self._is_stored)
+        return selection.positions_of_a_chosen_one(positions, self._select, judged)[self._row_window]
 
     @property
-    def _positions_of_a_row(self) -> float:
-        """Return how many positions there are for each row: those behind the stored choice are no rows."""
-        rows = len(self._row_window)
-        return float(self.batch.window_rows.sum()) / rows if self.batch.places is not None and rows else 1.0
+    def _is_stored(self) -> Tensor:
+        """Return [N] bool: which rows a memory has not left out, where KD is learned nowhere in the run."""
+        return torch.ones_like(self.target.valid) if self.signal is None else self.signal.is_stored
+
+    @property
+    def _positions_of_a_row(self) -> Tensor:
+        """Return [N] how many positions of its window there are for each row: those behind a stored choice are none."""
+        rows = self._sums_by_window(torch.ones_like(self.target.valid))
+        if self.batch.places is None:
+            return torch.ones_like(rows)[self._row_window]
+        positions = rows.new_zeros(len(rows)).index_add_(0, self._row_window, self._places.of)
+        return (positions / rows.square().clamp_min(1))[self._row_window]
+
+    def _sums_by_window(self, of_rows: Tensor) -> Tensor:
+        """Return [B] float64 the sums of something [N] over the rows of each window."""
+        sums = of_rows.new_zeros(len(self.batch.window_rows), dtype=torch.float64)
+        return sums.index_add_(0, self._row_window, of_rows.double())
 
     @property
     def _places(self) -> Places:

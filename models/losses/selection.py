@@ -134,14 +134,19 @@ def choose_by_places(places: Places, positions: np.ndarray, share: float) -> Ten
     return torch.where(places.place < most, row, len(row)).sort().values[:count]
 
 
-def positions_of_a_chosen_one(positions: Tensor, share: float) -> Tensor:
+def positions_of_a_chosen_one(positions: Tensor, share: float, judged: Tensor | None = None) -> Tensor:
     """Return how many positions each chosen one stands for, of windows with so many; any shape.
 
     Args:
         positions: how many a window has.
         share: above 0, at most 1.
+        judged: how many of them the teacher can judge. They are chosen before the others, which teach nothing: the
+            chosen ones that teach stand for all of them. None: it is not known, and the chosen ones for all positions.
     """
-    return positions / _chosen_of(positions, share)
+    chosen = _chosen_of(positions, share)
+    if judged is None:
+        return positions / chosen
+    return judged / torch.minimum(chosen, judged).clamp_min(1)
 
 
 def _chosen_of(positions: Tensor, share: float) -> Tensor:

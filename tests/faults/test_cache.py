@@ -224,7 +224,11 @@ def test_a_cache_keeps_what_the_teachers_entropy_chooses_and_serves_no_other_cho
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
     assert run(place, tmp_path / "other", cache) == 2
-    refused(capsys, "rows: 0.3 of each window, by the teacher's entropy -> -")
+    refused(capsys, "rows: 0.3 of each window, by the teacher's entropy", "-> -")
+
+    # Which rows the teacher can judge, and so which are chosen, is another matter then.
+    assert run(place, tmp_path / "other", cache, *CHOSEN, "loss.min_prefix_mass=0.5") == 2
+    refused(capsys, "with min_prefix_mass 0.001 and", "-> 0.3 of each window", "with min_prefix_mass 0.5 and")
 
 
 def size_of(cache: Path) -> int:

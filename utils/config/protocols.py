@@ -96,6 +96,9 @@ class LossSettings(Protocol):
     def correction(self) -> str: ...
 
     @property
+    def min_prefix_mass(self) -> float: ...
+
+    @property
     def select_by(self) -> str: ...
 
     @property

@@ -156,12 +156,17 @@ def _identity(job: CachedJob) -> dict[str, Any]:
 
     # only where some rows are left out, so that caches that keep all of them stay what they are
     if job.stored_share < 1:
-        identity["rows"] = f"{job.stored_share:g} of each window, by the teacher's entropy"
+        identity["rows"] = f"{job.stored_share:g} of each window, by the teacher's entropy, {_choice(config)}"
 
     # only where a chat template writes the date, so that other caches serve on every day
     if IDENTITY in job.fingerprint:
         identity[IDENTITY] = job.fingerprint[IDENTITY]
     return identity
+
+
+def _choice(config: RunConfig) -> str:
+    """Return what else decides which rows the teacher's entropy chooses: those that it can judge come first."""
+    return f"with min_prefix_mass {config.loss.min_prefix_mass:g} and correction {config.loss.correction}"
 
 
 def _teacher_fingerprint(config: RunConfig) -> str:

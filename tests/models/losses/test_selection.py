@@ -85,9 +85,15 @@ def pair():
     return pair_of(byte_bpe(300), byte_bpe(400), max_length=24)
 
 
-def framework_of(pair, select, name: str = "student_entropy", **weights) -> DistillationFramework:
+def framework_of(
+    pair,
+    select,
+    name: str = "student_entropy",
+    least_mass: float = 0.001,
+    **weights,
+) -> DistillationFramework:
     terms = {"kd": Term(0.7), "lm": Term(0.3)} | {key: Term(value) for key, value in weights.items()}
-    config = LossConfig(select_by=name, top_k=32)
+    config = LossConfig(select_by=name, top_k=32, min_prefix_mass=least_mass)
     scheduler = CurriculumScheduler(CurriculumConfig(select=select, **terms), config, 10)
     return DistillationFramework(pair.student, pair.frozen(), pair.vocabulary, config, scheduler)
 
@@ -120,9 +126,32 @@ def test_kd_is_the_mean_over_the_chosen_positions_of_each_window(pair, name, sha
         mine = (batch.row_student // width == window).nonzero()[:, 0].tolist()
         mine.sort(key=lambda row: -scores[row].item())
         most = max(1, round(share * len(mine)))
-        # The window weighs as much as it does when all of it is chosen.
-        expected += len(mine) * sum(divergences[row].item() for row in mine[:most]) / most
+        judged = int(target.valid[mine].sum())
+        # The window weighs as much as it does when all of it is chosen: what nobody judges teaches nothing then.
+        expected += judged * sum(divergences[row].item() for row in mine[:most]) / min(most, judged)
     assert learn(framework, batch)[0] == pytest.approx(expected, rel=1e-4)
+
+
+@given(positions=st.integers(1, 600), judged=st.floats(0, 1), share=st.floats(1e-6, 1))
+def test_the_chosen_ones_stand_for_all_that_the_teacher_can_judge(positions, judged, share):
+    judged = round(judged * positions)
+    chosen = int(positions_of_share(np.array([positions]), share)[0])
+    counts = torch.tensor([positions, judged], dtype=torch.float64)
+    weight = selection.positions_of_a_chosen_one(counts[0], share, counts[1]).item()
+    assert weight * min(chosen, judged) == pytest.approx(judged)
+
+
+def test_kd_does_not_leap_where_a_share_comes_to_all_positions(pair):
+    """Where the teacher cannot judge many, less than all are all that teach."""
+    batch = pair.batch()
+    everywhere = framework_of(pair, 1.0, least_mass=0.2)
+    valid = everywhere._target(batch, everywhere.ask(batch)).valid
+    windows = (batch.row_student // batch.student_ids.shape[1]).tolist()
+    judged = [valid[[other == window for other in windows]].double().mean().item() for window in set(windows)]
+    assert max(judged) < 0.9
+
+    almost = framework_of(pair, 0.95, least_mass=0.2)
+    assert learn(almost, batch)[0] == pytest.approx(learn(everywhere, batch)[0], rel=1e-5)
 
 
 def test_a_share_of_one_is_the_loss_without_it_bit_for_bit(pair):
