@@ -463,5 +463,5 @@ class DistillationOutput:
     """Scheduled scalars at this step: temperature, span_temperature, top_k; skew, interpolation, select and
     sample_weights where they are in use."""
     samples: Tensor | None = None
-    """[2] sums over the rows of KD: what sample weights are made of (the success p of each row's window, as p(1 - p)),
-    and the square of each weight less 1; None where windows have no weights."""
+    """[3] sums over the rows of KD: what sample weights are made of (the success p of each row's window, as p(1 - p)),
+    the weights, and the square of each weight less 1; None where windows have no weights."""

@@ -29,7 +29,7 @@ class HeadResult(NamedTuple):
     terms: dict[str, LossTerm]
     """Each term on its own, without a gradient."""
     samples: Tensor | None
-    """[2] sums over the rows of KD for sample weights (`DistillationOutput.samples`); None where there are none."""
+    """[3] sums over the rows of KD for sample weights (`DistillationOutput.samples`); None where there are none."""
 
 
 class SpanResult(NamedTuple):
@@ -241,12 +241,12 @@ class HeadTerms:
 
     @property
     def _sample_sums(self) -> Tensor | None:
-        """Return [2] sums over the rows: of what windows are weighted by, and of the square of each weight less 1."""
+        """Return [3] sums over the rows: scores of windows, their weights, the square of each weight less 1."""
         if self._window_scores is None:
             return None
         scores = self._window_scores[self._row_window]
-        deviations = torch.zeros_like(scores) if self._sample_weights is None else self._sample_weights - 1
-        return torch.stack([scores.sum(), deviations.to(scores.dtype).square().sum()])
+        weights = torch.ones_like(scores) if self._sample_weights is None else self._sample_weights.to(scores.dtype)
+        return torch.stack([scores.sum(), weights.sum(), (weights - 1).square().sum()])
 
     @property
     def _row_window(self) -> Tensor:

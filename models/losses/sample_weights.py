@@ -8,7 +8,8 @@ nats a token.
 
 A fresh window has no statistics of earlier steps. So its success comes from the losses of the same step, without a
 gradient, and depends on nothing outside of the window; what is divided by, the mean over windows, comes from the steps
-before. In this way weights have a mean of about 1, and no split of a step into micro-batches or processes changes them.
+before. In this way weights have a mean of about 1 over a run, though not in each step of few windows, and no split of a
+step into micro-batches or processes changes them.
 
 Shapes: B windows, n supervised student positions, M unpadded teacher positions.
 """

@@ -15,7 +15,7 @@ from torch import nn
 from .measurements import HostSum, StepSums
 
 NEWEST_SHARE = 0.1
-"""Share of the newest step in a running mean."""
+"""Share of the newest step in a running mean, once there are as many steps as make it their plain mean."""
 
 SAMPLES = "samples"
 """Name under which the module finds the mean of what it weights windows by."""
@@ -33,6 +33,8 @@ class StepStatistics:
         self.balance: str = getattr(curriculum, "balance", "none")
         self.is_used: bool = getattr(curriculum, "uses_statistics", False)
         self.values: dict[str, float] = {}
+        self.scored_steps = 0
+        """Steps whose windows were scored."""
         self.spread: float | None = None
         """Standard deviation of the sample weights in the step before; None where there were none."""
 
@@ -64,10 +66,13 @@ class StepStatistics:
         whole = _sum_up(sums, names, host)
         # A step in which nothing was scored, as where the degree is 0, says nothing of the scores.
         self.spread = None
+        mean_weight = 1.0
         if whole.scored:
             positions = max(counts.get("kd", 0), 1)
-            self._update(SAMPLES, whole.scores / positions, NEWEST_SHARE)
+            self.scored_steps += 1
+            self._update(SAMPLES, whole.scores / positions, max(NEWEST_SHARE, 1 / self.scored_steps))
             self.spread = math.sqrt(whole.squares / positions)
+            mean_weight = whole.weights / positions
 
         sizes: dict[str, float] = {}
         if self.balance == "loss":
@@ -75,6 +80,9 @@ class StepStatistics:
         if self.needs_gradients and sums.gradients is not None:
             norms = sums.gradients.norms(sums.weights, accelerator)
             sizes = {name: norm / sums.weights[name] for name, norm in norms.items()}
+        # Windows that weigh little in this step say nothing of the size of KD in the next.
+        if "kd" in sizes and mean_weight:
+            sizes["kd"] /= mean_weight
         for name, size in sizes.items():
             self._update(name, size, 1.0)
 
@@ -87,11 +95,20 @@ class StepStatistics:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain containers, for a checkpoint."""
-        return {"values": dict(self.values), "spread": self.spread}
+        return {
+            "values": dict(self.values),
+            "balance": self.balance,
+            "scored_steps": self.scored_steps,
+            "spread": self.spread,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where `state_dict` was taken."""
-        self.values = dict(state["values"])
+        """Continue where `state_dict` was taken; the sizes of terms count for the same balance alone."""
+        values = dict(state["values"])
+        if state["balance"] != self.balance:
+            values = {name: value for name, value in values.items() if name == SAMPLES}
+        self.values = values
+        self.scored_steps = state["scored_steps"]
         self.spread = state["spread"]
 
 
@@ -101,6 +118,8 @@ class _WholeSums(NamedTuple):
     terms: dict[str, float]
     scores: float
     """Of what windows are weighted by, over the rows of KD."""
+    weights: float
+    """Of the weights of windows, likewise."""
     squares: float
     """Of the square of each weight less 1, likewise."""
     scored: float
@@ -113,7 +132,7 @@ def _sum_up(sums: StepSums, names: list[str], host: HostSum) -> _WholeSums:
     for name in names:
         values = sums.sums.get(name)
         row.append(float(torch.stack(values).sum()) if values else 0.0)
-    samples = torch.stack(sums.samples).sum(0).tolist() if sums.samples else [0.0, 0.0]
+    samples = torch.stack(sums.samples).sum(0).tolist() if sums.samples else [0.0, 0.0, 0.0]
 
-    *terms, scores, squares, scored = host([*row, *samples, float(len(sums.samples))])
-    return _WholeSums(dict(zip(names, terms, strict=True)), scores, squares, scored)
+    *terms, scores, weights, squares, scored = host([*row, *samples, float(len(sums.samples))])
+    return _WholeSums(dict(zip(names, terms, strict=True)), scores, weights, squares, scored)

@@ -74,16 +74,18 @@ def test_kd_is_the_weighted_sum_over_windows(pair):
     plain = framework_of(pair, 0.0)
     expected = 0.0
     squares = 0.0
+    weights = 0.0
     for window, score in zip(pair.encoder.windows(STORIES), scores, strict=True):
         alone = pair.collator()([window])
         weight = 1 + 0.8 * (min(max(score / mean, LEAST_WEIGHT), MOST_WEIGHT) - 1)
         expected += weight * plain(alone, 0).terms["kd"].sum.item()
+        weights += alone.counts["kd"] * weight
         squares += alone.counts["kd"] * (weight - 1) ** 2
     output = framework(batch, 1, statistics={"samples": mean})
     assert output.terms["kd"].sum.item() == pytest.approx(expected, rel=1e-4)
 
     score_sum = sum(score * rows for score, rows in zip(scores, batch.window_rows.tolist(), strict=True))
-    assert output.samples.tolist() == pytest.approx([score_sum, squares], rel=1e-3, abs=1e-6)
+    assert output.samples.tolist() == pytest.approx([score_sum, weights, squares], rel=1e-3, abs=1e-6)
 
 
 @pytest.mark.parametrize("options", [{}, {"select": 0.5}, {"span": 0.2}])
@@ -94,7 +96,7 @@ def test_micro_batches_change_nothing(pair, options):
     whole, gradient = learn(framework, batch, step=1, **given)
 
     framework.zero_grad()
-    samples = torch.zeros(2)
+    samples = torch.zeros(3)
     for window in pair.encoder.windows(STORIES):
         output = framework(pair.collator()([window]), 1, counts=batch.counts, **given)
         output.loss.backward()

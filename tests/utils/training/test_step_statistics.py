@@ -13,6 +13,7 @@ from utils.logs.records import read_metrics
 from utils.machine.launcher import rank
 from utils.training import loop
 from utils.training.checkpoints import CheckpointStore
+from utils.training.step_statistics import StepStatistics
 
 
 class WeighingToy(ToyModule):
@@ -34,8 +35,9 @@ class WeighingToy(ToyModule):
         kd = output.terms["kd"]
         if self.weighs_windows:
             score = kd.sum.detach() * 0.01
-            output.samples = torch.stack([score, score * 0.5])
-            kd.sum = kd.sum / (1 + statistics.get("samples", 0.0))
+            weight = 1 / (1 + statistics.get("samples", 0.0))
+            output.samples = torch.stack([score, weight * kd.count * torch.ones_like(score), score * 0.5])
+            kd.sum = kd.sum * weight
         shares = {name: output.weights[name] / max(counts[name], 1) for name in ("lm", "kd")}
         output.loss = sum(shares[name] * output.terms[name].sum for name in shares)
         return output
@@ -98,17 +100,38 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 def test_sizes_are_those_of_the_step_before_and_scores_a_running_mean(tmp_path):
     module = WeighingToy("loss", dtype=torch.float64)
-    train(module, toy_config(batch_size=8, gradient_accumulation_steps=1), tmp_path, windows=toy_windows(8))
+    config = toy_config(batch_size=8, gradient_accumulation_steps=1, epochs=14)
+    train(module, config, tmp_path, windows=toy_windows(8))
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert module.seen[0] == {}
-    for before, seen in zip(records, module.seen[1:], strict=False):
+
+    mean = 0.0
+    for number, (before, seen) in enumerate(zip(records, module.seen[1:], strict=False), start=1):
         assert seen["lm"] == pytest.approx(before["terms"]["lm"]["raw"], rel=1e-6)
-        assert seen["kd"] == pytest.approx(before["terms"]["kd"]["raw"], rel=1e-6)
-    # Logged are the weights in effect, and the sample weights' standard deviation.
+        # As if its windows had weighed 1.
+        weight = 1 / (1 + mean)
+        assert seen["kd"] == pytest.approx(before["terms"]["kd"]["raw"] / weight, rel=1e-6)
+        # The plain mean of the first ten, and from then on a tenth of the newest.
+        score = 0.01 * before["terms"]["kd"]["raw"] / weight
+        mean += max(0.1, 1 / number) * (score - mean)
+        assert seen["samples"] == pytest.approx(mean, rel=1e-6)
+        assert before["sample_spread"] == pytest.approx((0.5 * score) ** 0.5, rel=1e-6)
+    assert number == 13
+
+    # Logged are the weights in effect.
     assert records[1]["terms"]["kd"]["weight"] != records[0]["terms"]["kd"]["weight"] == 0.3
-    first_score = 0.01 * records[0]["terms"]["kd"]["raw"]
-    assert module.seen[1]["samples"] == pytest.approx(first_score, rel=1e-6)
-    assert records[0]["sample_spread"] == pytest.approx((0.5 * first_score) ** 0.5, rel=1e-6)
+
+
+def test_sizes_of_another_balance_are_forgotten():
+    """A run that is continued with `resume_changed` has losses for norms of gradients else."""
+    of_losses = StepStatistics(WeighingToy("loss"))
+    of_losses.values = {"kd": 3.0, "samples": 0.2}
+    of_losses.scored_steps = 4
+    of_gradients, again = StepStatistics(WeighingToy("gradient")), StepStatistics(WeighingToy("loss"))
+    for statistics in (of_gradients, again):
+        statistics.load_state_dict(of_losses.state_dict())
+    assert of_gradients.values == {"samples": 0.2} and of_gradients.scored_steps == 4
+    assert again.values == of_losses.values
 
 
 def test_a_module_without_statistics_is_given_none_and_stores_none(tmp_path):
