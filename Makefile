@@ -22,10 +22,12 @@ train: $(READY_TO_RUN)
 	$(PYTHON) train.py --batch-size 2 --epochs 1
 
 # A process of tests for each core, with one thread each; the tests of a file share what they set up.
+# In the order of the folders: ordered by the number of tests, files of few and long ones would come last, one process
+# would be left with the last of them, and the others with nothing.
 test: export OMP_NUM_THREADS := $(or $(OMP_NUM_THREADS),1)
 test: export TOKENIZERS_PARALLELISM := false
 test: $(READY_TO_TEST)
-	$(PYTHON) -m pytest --numprocesses auto --dist loadfile --durations 25
+	$(PYTHON) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 25
 
 lint: $(READY_TO_TEST)
 	$(PYTHON) -m ruff check .

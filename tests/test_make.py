@@ -155,7 +155,7 @@ def make_ready(folder: Path) -> None:
 
 LAST = {
     "train": "train.py --batch-size 2 --epochs 1",
-    "test": "-m pytest --numprocesses auto --dist loadfile --durations 25",
+    "test": "-m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 25",
 }
 
 
