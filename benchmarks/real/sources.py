@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.resources import files
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,13 +24,15 @@ class Package:
         Raises:
             SystemExit: the package is not installed.
         """
-        if find_spec(self.module) is None:
+        spec = find_spec(self.module)
+        if spec is None:
             raise SystemExit(
                 f"{self.file}: the package that holds it is not installed: pip install {self.requirement} gguf; or "
                 "give a file or a folder with --student and --teacher"
             )
 
-        packed = Path(str(files(self.module))) / self.file
+        # Not imported: what the package itself needs, such as a program to chat with, is not needed here.
+        packed = Path(spec.origin).parent / self.file
         if packed.exists():
             return packed
         folder.mkdir(parents=True, exist_ok=True)
