@@ -17,6 +17,9 @@ from .terminal import console, line_columns, person_may_watch, printable
 OWN_LOGGERS = ("curriculum_distillation", "models", "utils", "train", "verify_fixes", "__main__")
 """Loggers of this project, which speak from INFO on; everybody else only from WARNING on."""
 
+UNASKED = "bitsandbytes.backends.cpu"
+"""Logger that, wherever peft is loaded, asks for a package which 4-bit weights on a CPU would be faster with."""
+
 REPEATS = 3
 """A library's warning is shown this often, however often it is raised."""
 
@@ -68,6 +71,7 @@ def setup_logging(output_dir: str | Path | None, level: str | int = "INFO", main
     root.setLevel(logging.WARNING if main_process else logging.ERROR)
     for name in OWN_LOGGERS:
         logging.getLogger(name).setLevel(logging.DEBUG if main_process else logging.ERROR)
+    logging.getLogger(UNASKED).setLevel(logging.ERROR)
     logging.captureWarnings(True)
     if "transformers" in sys.modules:
         _join_libraries()

@@ -58,6 +58,14 @@ def test_a_sample_with_escapes_stays_in_its_columns():
     assert line.startswith("[sample] once\\u202e | \\x0e\\x0e") and len(line) == 60
 
 
+def test_a_run_does_not_begin_with_advice_on_4_bit_weights_on_a_cpu(tmp_path, capsys):
+    setup_logging(tmp_path)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("Please make sure you already `pip install kernels`")
+    logging.getLogger("bitsandbytes.cextension").warning("was compiled without GPU support")
+    for said in (capsys.readouterr().out, (tmp_path / "train.log").read_text()):
+        assert "kernels" not in said and "without GPU support" in said
+
+
 class Watched(io.StringIO):
     def isatty(self) -> bool:
         return True
