@@ -16,13 +16,15 @@ schedule earns to be a default where it is below the best constant and below its
 either difference below 0: by at least 0.5 % of bits per byte, 1 % of the teacher's bits per byte of the text that the
 student writes, or a point of repeated 4-grams. The best constant is the best of the same figure, the mean one of the
 schedule among them. It earns nothing where the shuffled schedule or the best constant that is trained as long is no
-worse, or where it loses as much by another figure. See benchmarks/quality.py.
+worse, or where it loses as much by another figure; nor before it and all of its opponents have finite figures for five
+seeds in common. See benchmarks/quality.py.
 
 Every run is a line of the results file, written when it ends; a run that is there is not repeated.
 """
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -35,11 +37,11 @@ import torch
 
 from benchmarks.measure import table
 from benchmarks.quality import MALLOC, PAIRS, Pair, Variant, bits_per_byte, prepare, train
-from benchmarks.real.tables import half_interval
 from benchmarks.situations import SCORED_WINDOWS, TOP_K, Writing
 from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
 from models.curriculum import value_at
 from models.types import TeacherSignal
+from utils.report.comparison import interval
 
 PIECES = 20
 """Pieces of a schedule that are shuffled."""
@@ -50,7 +52,9 @@ LEAST_TEXT_GAIN = 0.01
 COMPARED_WINDOWS = 24
 """Unseen windows on which the student's distributions are compared with the teacher's."""
 AS_LONG = "best constant, as long"
-MEAN, SHUFFLED = "mean", "shuffled"
+SCHEDULE, MEAN, REVERSED, SHUFFLED = "schedule", "mean", "reversed", "shuffled"
+CONSTANT = "constant "
+"""What the names of constants begin with."""
 SETTING = ("pair", "share", "steps", "size")
 """Names of what all runs of a table share."""
 
@@ -146,11 +150,11 @@ def shuffled_of(schedule: Ramp) -> Ramp:
 def arms_of(candidate: Candidate) -> dict[str, Schedule]:
     """Return the schedule and its opponents by name, but for the one that depends on their results."""
     schedule = candidate.schedule
-    arms: dict[str, Schedule] = {f"constant {value:g}": value for value in candidate.constants}
+    arms: dict[str, Schedule] = {f"{CONSTANT}{value:g}": value for value in candidate.constants}
     return arms | {
-        "schedule": schedule,
+        SCHEDULE: schedule,
         MEAN: mean_of(schedule),
-        "reversed": reversed_of(schedule),
+        REVERSED: reversed_of(schedule),
         SHUFFLED: shuffled_of(schedule),
     }
 
@@ -197,8 +201,11 @@ class Benchmark:
 
         results = [line for line in read_results(self.args.results) if self._is_of(line, name)]
         best = best_constant(results)
-        seconds = {arm: mean(line["seconds"] for line in results if line["arm"] == arm) for arm in (best, "schedule")}
-        steps = round(self.args.steps * max(1.0, seconds["schedule"] / seconds[best]))
+        if best is None:
+            print(f"{name}: no constant has finite figures for all seeds, so none is trained as long", flush=True)
+            return
+        seconds = {arm: mean(line["seconds"] for line in results if line["arm"] == arm) for arm in (best, SCHEDULE)}
+        steps = round(self.args.steps * max(1.0, seconds[SCHEDULE] / seconds[best]))
         variant = candidate.variant(arms_of(candidate)[best])
         for seed in self.args.seeds:
             self._run_arm(name, variant, seed, {"arm": AS_LONG, "constant": best, "trained_steps": steps})
@@ -260,11 +267,21 @@ class Metric:
     """A figure of a student of which less is better."""
 
     name: str
-    of: Callable[[dict], float]
+    stored: Callable[[dict], float | None]
+    """Return the figure as a line of the results has it."""
     least_gain: float
     """By so much must a schedule be better to earn anything."""
     is_share: bool = False
     """Differences are in points; else relative."""
+
+    def of(self, line: dict) -> float:
+        """Return the figure of a line; NaN of a student that has none."""
+        return number(self.stored(line))
+
+
+def number(figure: float | None) -> float:
+    """Return a figure, NaN in place of none."""
+    return math.nan if figure is None else figure
 
 
 METRICS = (
@@ -274,10 +291,17 @@ METRICS = (
 )
 
 
-def best_constant(results: Sequence[dict], metric: Metric = METRICS[0]) -> str:
-    """Return the constant with the least of a metric, over all seeds; the mean of the schedule is one of them."""
-    arms = {line["arm"] for line in results if line["arm"].startswith("constant ") or line["arm"] == MEAN}
-    return min(arms, key=lambda arm: mean(metric.of(line) for line in results if line["arm"] == arm))
+def best_constant(results: Sequence[dict], metric: Metric = METRICS[0]) -> str | None:
+    """Return the constant with the least of a metric, over all seeds; the mean of the schedule is one of them.
+
+    None where no constant has a finite figure for each of its seeds.
+    """
+    means = {}
+    for arm in dict.fromkeys(line["arm"] for line in results):
+        figures = [metric.of(line) for line in results if line["arm"] == arm]
+        if (arm.startswith(CONSTANT) or arm == MEAN) and all(map(math.isfinite, figures)):
+            means[arm] = mean(figures)
+    return min(means, key=means.__getitem__, default=None)
 
 
 @dataclass(frozen=True)
@@ -289,8 +313,9 @@ class Paired:
 
     @property
     def half(self) -> float | None:
-        """Half of the 95 % interval of the mean; None of a single seed."""
-        return half_interval(self.values) if len(self.values) > 1 else None
+        """Half of the 95 % interval of the mean; None of a single seed, and where a student has diverged."""
+        has_interval = len(self.values) > 1 and all(map(math.isfinite, self.values))
+        return interval(self.values) if has_interval else None
 
     @property
     def is_gain(self) -> bool:
@@ -318,16 +343,44 @@ def paired(results: Sequence[dict], arm: str, other: str, metric: Metric = METRI
     return Paired([ours / theirs - 1 for ours, theirs in pairs], metric)
 
 
-def tables(results: Sequence[dict]) -> str:
+@dataclass(frozen=True)
+class Demands:
+    """What a schedule needs on a pair before it can earn a default."""
+
+    seeds: int = 5
+    """Seeds that the schedule and each opponent have in common."""
+    has_equal_time: bool = True
+    """A constant can be trained as long as the schedule; without that, no schedule earns anything."""
+
+
+STORY_PAIRS = Demands()
+
+
+def tables(results: Sequence[dict], demands: Demands = STORY_PAIRS) -> str:
     """Return a table for each pair and schedule, and what the schedule has earned."""
     parts = []
     keys = (*SETTING, "schedule")
     for values in dict.fromkeys(tuple(line[key] for key in keys) for line in results):
-        lines = [line for line in results if tuple(line[key] for key in keys) == values]
+        lines = _that_count([line for line in results if tuple(line[key] for key in keys) == values])
         pair, share, steps, size, name = values
         title = f"**{name}**, {pair}: {steps} steps of {size} windows, {share:.0%} of the text"
-        parts.append(f"{title}\n\n{_table(lines)}\n\n{_verdict(lines)}")
+        parts.append(f"{title}\n\n{_table(lines)}\n\n{_verdict(name, lines, demands)}")
     return "\n\n".join(parts)
+
+
+def _that_count(lines: Sequence[dict]) -> list[dict]:
+    """Return the lines without copies, and without runs as long of what is no longer the best constant, or the time."""
+    lines = [line for place, line in enumerate(lines) if line not in lines[:place]]
+    as_long = [line for line in lines if line["arm"] == AS_LONG]
+    others = [line for line in lines if line["arm"] != AS_LONG]
+
+    # More seeds may make another constant the best, and another number of steps as long.
+    best = best_constant(others)
+    newest = as_long[-1].get("trained_steps") if as_long else None
+    for line in as_long:
+        if line.get("constant") == best and line.get("trained_steps") == newest:
+            others.append(line)
+    return others
 
 
 def _table(lines: Sequence[dict]) -> str:
@@ -345,43 +398,82 @@ def _row(arm: str, lines: Sequence[dict]) -> list[object]:
     return [
         arm,
         len(runs),
-        f"{mean(line['bits_per_byte'] for line in runs):.4f}",
-        "" if arm == "schedule" else paired(lines, "schedule", arm),
-        f"{mean(line['kl'] for line in runs):.4f}",
-        f"{mean(line['top1'] for line in runs):.1%}",
-        f"{mean(text['teacher_bits_per_byte'] for text in written):.3f}",
-        f"{mean(text['repeated_4grams'] for text in written):.1%}",
+        f"{mean(number(line['bits_per_byte']) for line in runs):.4f}",
+        "" if arm == SCHEDULE else paired(lines, SCHEDULE, arm),
+        f"{mean(number(line['kl']) for line in runs):.4f}",
+        f"{mean(number(line['top1']) for line in runs):.1%}",
+        f"{mean(number(text['teacher_bits_per_byte']) for text in written):.3f}",
+        f"{mean(number(text['repeated_4grams']) for text in written):.1%}",
         f"{mean(line['seconds'] for line in runs):.0f}",
     ]
 
 
-def _verdict(lines: Sequence[dict]) -> str:
-    """Return what the schedule has earned: a line of its differences in each metric, and a sentence."""
-    if not {"schedule", "reversed"} <= {line["arm"] for line in lines}:
-        return "Not all of its arms were run yet."
-
+def _verdict(name: str, lines: Sequence[dict], demands: Demands) -> str:
+    """Return what a schedule has earned: a line of its differences in each metric, and a sentence."""
     verdict = []
     for metric in METRICS:
-        best = best_constant(lines, metric)
-        gains = [paired(lines, "schedule", opponent, metric) for opponent in (best, "reversed")]
+        best = _opponent(lines, metric)
+        gains = [paired(lines, SCHEDULE, opponent, metric) for opponent in (best, REVERSED)]
         verdict.append(f"- {metric.name}: {gains[0]} against {best}, {gains[1]} against its reversal")
 
     earns = any(_earns(lines, metric) for metric in METRICS) and not any(_loses(lines, metric) for metric in METRICS)
-    verdict.append("- It earns to be a default." if earns else "- It earns no default.")
+    if missing := _missing(name, lines, demands):
+        verdict.append(f"- It earns no default before these are there: {'; '.join(missing)}.")
+    elif not earns:
+        verdict.append("- It earns no default.")
+    elif not demands.has_equal_time:
+        verdict.append(
+            "- It is better over as many steps. Over as much time nothing was compared: it earns no default."
+        )
+    else:
+        verdict.append("- It earns to be a default.")
     return "\n".join(verdict)
+
+
+def _opponent(lines: Sequence[dict], metric: Metric) -> str:
+    """Return the best constant, or the words for it where there is none."""
+    return best_constant(lines, metric) or "the best constant"
+
+
+def _missing(name: str, lines: Sequence[dict], demands: Demands) -> list[str]:
+    """Return what a verdict lacks: arms that have too few seeds, a seed twice, or a figure that is not finite."""
+    candidate = CANDIDATES.get(name)
+    listed = arms_of(candidate) if candidate else (SCHEDULE, MEAN, REVERSED, SHUFFLED)
+    as_long = (AS_LONG,) if demands.has_equal_time else ()
+    arms = dict.fromkeys([*listed, *as_long, *(line["arm"] for line in lines)])
+
+    missing = [] if any(arm.startswith(CONSTANT) for arm in arms) else ["constants"]
+    of_schedule = _finite_seeds(lines, SCHEDULE)
+    for arm in arms:
+        seeds = [line["seed"] for line in lines if line["arm"] == arm]
+        finite = _finite_seeds(lines, arm)
+        shared = len(finite & of_schedule)
+        if len(set(seeds)) < len(seeds):
+            missing.append(f"{arm} (a seed ran more than once, with other figures)")
+        elif diverged := sorted(set(seeds) - finite):
+            missing.append(f"{arm} (no finite figures for seed {', '.join(map(str, diverged))})")
+        elif shared < demands.seeds:
+            missing.append(f"{arm} ({shared} of {demands.seeds} seeds)")
+    return missing
+
+
+def _finite_seeds(lines: Sequence[dict], arm: str) -> set[int]:
+    """Return the seeds of an arm that have a finite figure of each metric."""
+    runs = [line for line in lines if line["arm"] == arm]
+    return {line["seed"] for line in runs if all(math.isfinite(metric.of(line)) for metric in METRICS)}
 
 
 def _earns(lines: Sequence[dict], metric: Metric) -> bool:
     """Return True if a schedule is better by enough than what it has to beat, and no opponent is as good."""
-    to_beat = (best_constant(lines, metric), "reversed")
-    others = [paired(lines, "schedule", opponent, metric).values for opponent in (SHUFFLED, AS_LONG)]
+    to_beat = (_opponent(lines, metric), REVERSED)
+    others = [paired(lines, SCHEDULE, opponent, metric).values for opponent in (SHUFFLED, AS_LONG)]
     is_as_good = any(mean(values) >= 0 for values in others if values)
-    return not is_as_good and all(paired(lines, "schedule", opponent, metric).is_gain for opponent in to_beat)
+    return not is_as_good and all(paired(lines, SCHEDULE, opponent, metric).is_gain for opponent in to_beat)
 
 
 def _loses(lines: Sequence[dict], metric: Metric) -> bool:
     """Return True if the best constant is better than a schedule by as much as would earn it something."""
-    return paired(lines, best_constant(lines, metric), "schedule", metric).is_gain
+    return paired(lines, _opponent(lines, metric), SCHEDULE, metric).is_gain
 
 
 def main() -> None:

@@ -15,7 +15,8 @@ order of their worth (`benchmarks.real.arms`), and one that does not fit into wh
 The yardstick GOLD needs trl: `pip install --no-deps --target DIR trl`, PYTHONPATH=DIR.
 
 `--schedules NAME ...` tries schedules instead, beside the opponents of `benchmarks.curricula`: all but the constant
-that is trained as long as the schedule, since every window is read once.
+that is trained as long as the schedule, since every window is read once. So none earns a default there; the verdict
+asks for three seeds.
 """
 
 import argparse

@@ -115,45 +115,113 @@ def test_opponents_of_a_schedule_have_its_values(name):
         assert candidate.variant(arm).is_taught
 
 
+NAME = "forward to reverse KL"
+ARMS = {
+    **{f"constant {value:g}": 1.2 for value in curricula.CANDIDATES[NAME].constants},
+    "constant 1": 1.0,
+    "schedule": 0.9,
+    "mean": 1.0,
+    "reversed": 1.0,
+    "shuffled": 1.0,
+    curricula.AS_LONG: 1.0,
+}
+"""Bits per byte of each arm of a schedule that earns a default."""
+
+
+def result_of(arm: str, seed: int, bits: float | None, repeated: float | None = 0.1, name: str = NAME) -> dict:
+    """A line of the results of `benchmarks.curricula`; seeds differ."""
+    setting = {"pair": "a", "share": 1.0, "steps": 10, "size": 4, "schedule": name, "arm": arm, "seed": seed}
+    if arm == curricula.AS_LONG:
+        setting |= {"constant": "constant 1", "trained_steps": 12}
+    figures = {"kl": 0.5, "top1": 0.5, "seconds": 1.0, "bits_per_byte": bits and bits + 0.1 * seed}
+    return setting | figures | {"written": {"teacher_bits_per_byte": 1.0, "repeated_4grams": repeated}}
+
+
+def results_of(seeds: int = 5, arms: dict[str, float | None] = ARMS, **changed: float | None) -> list[dict]:
+    return [result_of(arm, seed, bits) for arm, bits in (arms | changed).items() for seed in range(seeds)]
+
+
 def test_a_schedule_earns_something_only_against_the_best_constant_and_its_reversal():
-    def result(arm: str, seed: int, bits: float) -> dict:
-        written = {"teacher_bits_per_byte": 1.0, "repeated_4grams": 0.1}
-        setting = {"pair": "a", "share": 1.0, "steps": 10, "size": 4, "schedule": "s"}
-        figures = {"kl": 0.5, "top1": 0.5, "seconds": 1.0, "bits_per_byte": bits + 0.1 * seed, "written": written}
-        return setting | figures | {"arm": arm, "seed": seed}
-
     def verdict(**bits: float) -> str:
-        arms = {"constant 0": 1.2, "constant 1": 1.0, "schedule": 0.9, "mean": 1.0, "reversed": 1.0, "shuffled": 1.0}
-        lines = [result(arm, seed, value) for arm, value in (arms | bits).items() for seed in range(3)]
-        return curricula.tables(lines)
+        return curricula.tables(results_of(**bits))
 
-    assert "- bits per byte: -9." in verdict() and verdict().endswith("It earns to be a default.")
+    assert "- bits per byte: -8." in verdict() and verdict().endswith("It earns to be a default.")
     at_least = ({"reversed": 0.9}, {"constant 1": 0.9}, {"mean": 0.9}, {"shuffled": 0.9}, {curricula.AS_LONG: 0.8})
     for worse in (*at_least, {"schedule": 0.997}):
-        assert verdict(**worse).endswith("It earns no default.")
+        assert "earns to be a default" not in verdict(**worse)
+    assert verdict(shuffled=0.9).endswith("It earns no default.")
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_schedule_earns_nothing_before_each_opponent_has_run_with_enough_seeds(arm):
+    def verdict(lines: list[dict]) -> str:
+        return curricula.tables(lines).splitlines()[-1]
+
+    lines = results_of()
+    without = verdict([line for line in lines if line["arm"] != arm])
+    assert "earns no default before" in without and f"{arm} (0 of 5 seeds)" in without
+    few = verdict([line for line in lines if line["arm"] != arm or line["seed"] < 4])
+    assert "earns no default before" in few and f"{arm} (4 of 5 seeds)" in few
+    other_seeds = [line | {"seed": line["seed"] + 3 * (line["arm"] == arm)} for line in lines]
+    assert "(2 of 5 seeds)" in verdict(other_seeds)
+
+    for bits in (float("nan"), None):
+        diverged = verdict([*lines, result_of(arm, 5, bits)])
+        assert "earns no default before" in diverged and f"{arm} (no finite figures for seed 5)" in diverged
+        assert "no finite figures for seed 0, 1, 2, 3, 4" in verdict(results_of(**{arm: bits}))
+        assert "earns no default before" in verdict([result_of(arm, seed, bits) for seed in range(5)])
+
+
+def test_more_seeds_than_are_needed_are_taken():
+    assert curricula.tables(results_of(seeds=12)).endswith("It earns to be a default.")
+
+
+def test_results_without_constants_are_told_and_no_crash():
+    shown = curricula.tables([result_of(arm, seed, 1.0, name="another") for arm in ("schedule",) for seed in range(5)])
+    assert "not run yet against the best constant" in shown and "before these are there: constants; " in shown
+
+
+def test_a_verdict_takes_no_seed_twice_and_no_run_as_long_of_another_constant():
+    lines = results_of()
+    assert curricula.tables([*lines, *lines]) == curricula.tables(lines)
+
+    twice = curricula.tables([*lines, result_of("reversed", 0, 1.5)])
+    assert "reversed (a seed ran more than once, with other figures)" in twice
+    better = curricula.tables(results_of(**{"constant 0": 0.95}))
+    assert better.endswith(f"before these are there: {curricula.AS_LONG} (0 of 5 seeds).")
+    longer = [result_of(curricula.AS_LONG, seed, 0.8) | {"trained_steps": 20} for seed in range(5)]
+    assert curricula.tables([*lines, *longer]).endswith("It earns no default.")
+
+
+def test_without_a_constant_that_is_trained_as_long_nothing_is_earned():
+    arms = {arm: bits for arm, bits in ARMS.items() if arm != curricula.AS_LONG}
+    demands = curricula.Demands(seeds=3, has_equal_time=False)
+    assert curricula.tables(results_of(3, arms), demands).endswith("it earns no default.")
+    assert "Over as much time nothing was compared" in curricula.tables(results_of(3, arms), demands)
+    assert "(2 of 3 seeds)" in curricula.tables(results_of(2, arms), demands)
+    assert curricula.tables(results_of(3, arms, shuffled=0.9), demands).endswith("- It earns no default.")
 
 
 def test_a_schedule_can_earn_by_the_text_that_its_students_write():
-    def result(arm: str, seed: int, repeated: float, bits: float = 1.0) -> dict:
-        written = {"teacher_bits_per_byte": 1.0, "repeated_4grams": repeated + 0.001 * seed}
-        setting = {"pair": "a", "share": 1.0, "steps": 10, "size": 4, "schedule": "s"}
-        figures = {"kl": 0.5, "top1": 0.5, "seconds": 1.0, "bits_per_byte": bits, "written": written}
-        return setting | figures | {"arm": arm, "seed": seed}
+    arms = dict.fromkeys(ARMS, 0.2) | {"schedule": 0.18}
 
-    def verdict(**repeated: float) -> str:
-        arms = {"constant 0": 0.2, "schedule": 0.18, "mean": 0.2, "reversed": 0.2, "shuffled": 0.2} | repeated
-        return curricula.tables([result(arm, seed, value) for arm, value in arms.items() for seed in range(3)])
+    def verdict(bits: float = 1.0, **repeated: float | None) -> str:
+        lines = []
+        for arm, share in (arms | repeated).items():
+            of_arm = bits if arm == "schedule" else 1.0
+            lines += [
+                result_of(arm, seed, of_arm, None if share is None else share + 0.001 * seed) for seed in range(5)
+            ]
+        # The best constant in bits per byte, of equal ones, is the first.
+        return curricula.tables([line | {"constant": "constant 0"} for line in lines])
 
     assert "- repeated 4-grams: -2.00% ± 0.00%" in verdict()
     assert verdict().endswith("It earns to be a default.")
     assert verdict(schedule=0.195).endswith("It earns no default.")
+    assert "no finite figures for seed 0, 1, 2, 3, 4" in verdict(mean=None)
 
     # and must not pay for it with another figure
-    lines = [result("constant 0", seed, 0.2) for seed in range(3)] + [
-        result("reversed", seed, 0.2) for seed in range(3)
-    ]
-    worse = [result("schedule", seed, 0.18, bits=1.01 + 0.001 * seed) for seed in range(3)]
-    assert curricula.tables(lines + worse).endswith("It earns no default.")
+    assert verdict(bits=1.02).endswith("It earns no default.")
 
 
 def test_a_cut_line_of_results_is_left_out(tmp_path):

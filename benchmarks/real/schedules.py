@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.curricula import CANDIDATES, Candidate, arms_of
+from benchmarks.curricula import CANDIDATES, Candidate, Demands, arms_of
 from benchmarks.curricula import tables as tables_of_schedules
 from models.distillation import Method
 from models.losses.selection import STORED
@@ -14,6 +14,9 @@ from .pair import TEACHER
 
 KIND = "schedule"
 """Kind of these results."""
+
+DEMANDS = Demands(seeds=3, has_equal_time=False)
+"""Every window is read once, so that there is no text for a constant that is trained as long as a schedule."""
 
 Result = Mapping[str, Any]
 
@@ -41,13 +44,13 @@ def arms(name: str) -> Iterator[Arm]:
 
 def tables(results: Sequence[Result]) -> str:
     """Return a table for each schedule, and what it has earned."""
-    return tables_of_schedules([_line(result) for result in results if result["kind"] == KIND])
+    return tables_of_schedules([_line(result) for result in results if result["kind"] == KIND], DEMANDS)
 
 
 def _line(result: Result) -> dict[str, Any]:
     """Return a result as `benchmarks.curricula` writes it."""
     run = {
-        "pair": f"SmolLM2-135M and Gemma 3 270M, {result['tokens']:,} tokens",
+        "pair": f"SmolLM2-135M and Gemma 3 270M, {result['tokens']:,} tokens, learning rate {result['rate']:g}",
         "share": 1.0,
         "arm": result["name"],
     }

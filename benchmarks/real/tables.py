@@ -2,15 +2,13 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from benchmarks.measure import table
+from utils.report.comparison import interval as half_interval
 
 from .arms import WHOLE, Arm
-
-T_95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}
-"""Number of values -> quantile of Student's t that makes a 95 % interval of their mean."""
 
 MANY_LAYERS = 10**6
 """Place of the whole student among the cut ones: behind them."""
@@ -65,11 +63,6 @@ def interval(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{values[0]:.4f}"
     return f"{mean(values):.4f} ± {half_interval(values):.4f}"
-
-
-def half_interval(values: Sequence[float]) -> float:
-    """Return half of the 95 % interval of the mean of at least two values."""
-    return T_95[len(values)] * stdev(values) / len(values) ** 0.5
 
 
 # ------------------------------------------------------------------------------------------- each table

@@ -247,7 +247,7 @@ def _add_answers(group: argparse._ArgumentGroup, config: type) -> None:
     group.add_argument(
         "--csv",
         metavar="FILE",
-        help="beside --compare: the same in a table for other programs; Markdown where the name ends with .md",
+        help="beside --compare: the same in tables for other programs; Markdown where the name ends with .md",
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import matplotlib
 from annotated_types import Ge, Gt, Le
@@ -38,6 +38,9 @@ from ..run_layout import CONFIG, METRICS, REPORT_JSON, START
 from .charts import STYLE, save
 from .results import MODELS, figure, percent
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 PICTURE = "comparison.png"
 
 NAMES_OF_SOURCES = {"teacher.name", "student.name", "data.train"}
@@ -48,6 +51,9 @@ OWN_TO_A_RUN = {"output_dir", "resume"}
 """Settings that differ in any two runs."""
 
 SEED = "training.seed"
+
+WHOLE_ENDS = ("finished", "early_stopping")
+"""Reasons of an end that follows from a run's settings; others (a limit of hours, a signal) cut a run short."""
 
 MOST_SHOWN = 60
 """Characters of a setting's value."""
@@ -117,9 +123,20 @@ class Run:
         return (results.get(model) or {}).get("bits_per_byte")
 
     @property
+    def seed(self) -> str:
+        """Seed as text, whatever a config.yaml has in its place."""
+        return json.dumps(self.settings.get(SEED), default=str)
+
+    @property
+    def is_whole(self) -> bool:
+        """True of a run that has ended as its settings have it."""
+        return bool(self.report) and self.report["run"]["stopped_by"] in WHOLE_ENDS
+
+    @property
     def scored_bytes(self) -> int | None:
-        """Bytes of the text that the student is measured on."""
-        return self.evaluations[-1].get("bytes") if self.evaluations else None
+        """Bytes of the text that the student is measured on, with a finite figure or without."""
+        sizes = [record["bytes"] for record in self.records if is_evaluation(record) and record.get("bytes")]
+        return sizes[-1] if sizes else None
 
     @property
     def tokens_per_step(self) -> float | None:
@@ -137,7 +154,7 @@ def compare(folders: Sequence[str], output: Path, table: Path | None = None) -> 
 
     Args:
         folders: of the runs, at least two.
-        table: file for the same in a table, Markdown where its name ends with .md, else CSV.
+        table: file for the same in tables, Markdown where its name ends with .md, else CSV.
 
     Raises:
         UserError: a folder that is not a run's, or an `output` where nothing can be written.
@@ -147,29 +164,63 @@ def compare(folders: Sequence[str], output: Path, table: Path | None = None) -> 
     _make_folder(output)
 
     console().print(result_table(runs))
-    if groups := over_seeds(runs):
-        console().print(seeds_table(groups))
+    if rows := seed_rows(over_seeds(runs)):
+        console().print(seeds_table(rows))
     differing = differing_settings(runs)
     if differing:
         console().print(settings_table(runs, differing))
-    for note in notes(runs):
+    for note in (*notes(runs), *seed_notes(over_seeds(runs))):
         console().print(note)
 
     draw(output / PICTURE, runs)
     console().print(f"picture: {output / PICTURE}", soft_wrap=True)
     if table is not None:
-        write_table(table, runs, differing)
-        console().print(f"table: {table}", soft_wrap=True)
+        for file in write_tables(table, runs, differing):
+            console().print(f"table: {file}", soft_wrap=True)
 
 
-def write_table(path: Path, runs: Sequence[Run], differing: Mapping[str, Sequence[str]]) -> None:
-    """Write a row for each run, with its figures and the settings that differ, as CSV or as Markdown.
+def write_tables(path: Path, runs: Sequence[Run], differing: Mapping[str, Sequence[str]]) -> list[Path]:
+    """Write a row for each run, with its figures and the settings that differ, and the figures over seeds.
+
+    In Markdown the second table stands below the first; in CSV, whose files hold one table, beside it.
+
+    Returns:
+        the files.
 
     Raises:
-        UserError: the file cannot be written.
+        UserError: a file cannot be written.
     """
     import pandas as pd  # takes a second to load, and is needed here alone
 
+    frame = pd.DataFrame(_run_cells(runs, differing)).dropna(axis="columns", how="all")
+    seeds = pd.DataFrame(_seed_cells(over_seeds(runs))).convert_dtypes()
+    if path.suffix == ".md":
+        parts = [_markdown(frame)]
+        if not seeds.empty:
+            parts += [SEEDS_TITLE + PAIRED_TITLE, _markdown(seeds)]
+        contents = {path: "\n\n".join(parts) + "\n"}
+    else:
+        contents = {path: frame.to_csv(index=False)}
+        if not seeds.empty:
+            contents[path.with_name(f"{path.stem}-seeds{path.suffix}")] = seeds.to_csv(index=False)
+
+    for file, content in contents.items():
+        try:
+            write_text(file, content)
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"--csv {path}: {file} cannot be written ({reason}). Choose another file.") from error
+    return [*contents]
+
+
+def _markdown(frame: "pd.DataFrame") -> str:
+    """Return a table in Markdown, with figures of four digits."""
+    shown = frame.round(4).astype(object).where(frame.notna(), "")
+    return shown.to_markdown(index=False, disable_numparse=True)
+
+
+def _run_cells(runs: Sequence[Run], differing: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """Return the cells of each run by column: its figures and the settings that differ."""
     rows = []
     for place, run in enumerate(runs):
         figures = {
@@ -181,16 +232,28 @@ def write_table(path: Path, runs: Sequence[Run], differing: Mapping[str, Sequenc
             "seconds": run.report.get("run", {}).get("seconds"),
         }
         rows.append({**figures, **{key: values[place] for key, values in differing.items()}})
-    frame = pd.DataFrame(rows).dropna(axis="columns", how="all")
+    return rows
 
-    try:
-        if path.suffix == ".md":
-            shown = frame.round(4).astype(object).where(frame.notna(), "")
-            write_text(path, shown.to_markdown(index=False, disable_numparse=True) + "\n")
-        else:
-            write_text(path, frame.to_csv(index=False))
-    except OSError as error:
-        raise UserError(f"--csv {path}: cannot be written ({error.strerror or error}). Choose another file.") from error
+
+def _seed_cells(groups: Sequence["SeedGroup"]) -> list[dict[str, Any]]:
+    """Return the cells of the table over seeds by column, numbers for other programs."""
+    rows = []
+    for row in seed_rows(groups):
+        group = {
+            "runs": row.group.names,
+            "seeds": len(row.group.runs),
+            "left_out": "; ".join(row.group.left_out),
+        }
+        mean, difference = row.mean, row.difference
+        figures = {
+            "mean": mean and mean.value,
+            "interval": mean and mean.half,
+            "less_the_first": difference and difference.value,
+            "interval_of_it": difference and difference.half,
+        }
+        rows.append({**group, "figure": row.figure, **figures, "pairs": row.pairs})
+
+    return rows
 
 
 def _make_folder(folder: Path) -> None:
@@ -429,7 +492,7 @@ def result_table(runs: Sequence[Run]) -> Table:
 
     # Bits per byte compare only on the same text.
     least = min((run.bits("student") for run in runs if run.bits("student") is not None), default=None)
-    has_best = _is_same_text(runs) and least is not None and not over_seeds(runs)
+    has_best = _is_same_text(runs) and least is not None and not has_several_seeds(over_seeds(runs))
     for run in runs:
         is_best = has_best and run.bits("student") == least
         cells = [cell(run) for cell in columns.values()]
@@ -476,49 +539,16 @@ def _time(run: Run) -> str:
 # ------------------------------------------------------------------------------------------- seeds
 
 
-class SeedGroup(NamedTuple):
-    """Finished runs of equal settings but for the seed."""
+class Estimate(NamedTuple):
+    """A mean with half the width of its 95 % confidence interval."""
 
-    runs: Sequence[Run]
+    value: float
+    half: float
 
-    def mean(self, values: Callable[[Run], float | None]) -> str:
-        """Return the mean of a figure over the seeds with its 95 % confidence interval; a dash where a run lacks it."""
-        figures = [values(run) for run in self.runs]
-        numbers = [number for number in figures if number is not None]
-        if len(numbers) < len(figures):
-            return "-"
-        return f"{statistics.fmean(numbers):.4f} ± {interval(numbers):.4f}"
-
-    def less(self, other: "SeedGroup", values: Callable[[Run], float | None]) -> str:
-        """Return the mean difference of a figure from another group's, seed by seed, with its interval.
-
-        Empty where fewer than two seeds have run in both, or the text that was measured on differs.
-        """
-        of_other = {run.settings.get(SEED): run for run in other.runs}
-        differences = []
-        for run in self.runs:
-            twin = of_other.get(run.settings.get(SEED))
-            if twin is None or twin.scored_bytes != run.scored_bytes:
-                continue
-            mine, theirs = values(run), values(twin)
-            if mine is not None and theirs is not None:
-                differences.append(mine - theirs)
-
-        if len(differences) < 2:
-            return ""
-        return f"{statistics.fmean(differences):+.4f} ± {interval(differences):.4f}"
-
-
-def over_seeds(runs: Sequence[Run]) -> list[SeedGroup]:
-    """Return the groups of runs that differ in nothing but their seed, measured on the same text."""
-    groups: dict[str, dict[Any, Run]] = {}
-    for run in runs:
-        settings = {key: value for key, value in run.settings.items() if _is_important(key) and key != SEED}
-        if run.report and run.settings and run.bits("student") is not None:
-            key = json.dumps([run.scored_bytes, settings], sort_keys=True, default=str)
-            # A run and its copy would say that seeds differ little.
-            groups.setdefault(key, {}).setdefault(run.settings.get(SEED), run)
-    return [SeedGroup([*group.values()]) for group in groups.values() if len(group) > 1]
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> "Estimate":
+        """Return the estimate of at least two numbers."""
+        return cls(statistics.fmean(numbers), interval(numbers))
 
 
 def interval(numbers: Sequence[float]) -> float:
@@ -528,31 +558,221 @@ def interval(numbers: Sequence[float]) -> float:
     return quantile * statistics.stdev(numbers) / len(numbers) ** 0.5
 
 
-def seeds_table(groups: Sequence[SeedGroup]) -> Table:
-    """Return a table of the figures of each group of seeds: mean and 95 % confidence interval.
+Values = Callable[[Run], float | None]
+"""What gives a figure of a run; None where the run lacks it."""
 
-    From the second group on, the differences from the first one too: those of equal seeds vary less than either.
+
+class SeedGroup(NamedTuple):
+    """Runs of equal settings but for the seed, measured on the same text."""
+
+    runs: Sequence[Run]
+    """One for each seed, whole, of which means are taken."""
+    left_out: Sequence[str]
+    """The others by name, each with the reason."""
+    seeds: int
+    """Different seeds, with those of the runs that are left out."""
+
+    @property
+    def names(self) -> str:
+        """Names of the runs that count."""
+        return ", ".join(run.name for run in self.runs)
+
+    def mean(self, values: Values) -> Estimate | None:
+        """Return the mean of a figure over the seeds; None where a run lacks it.
+
+        A student that has diverged has no figure: the mean of the others would be better than the setting is.
+        """
+        figures = [values(run) for run in self.runs]
+        numbers = [number for number in figures if number is not None]
+        return Estimate.of(numbers) if len(numbers) == len(figures) else None
+
+    def pairs(self, other: "SeedGroup") -> list[tuple[Run, Run]]:
+        """Return the runs that have a twin of the same seed, measured on the same text, in another group."""
+        of_other = {run.seed: run for run in other.runs}
+        pairs = []
+        for run in self.runs:
+            twin = of_other.get(run.seed)
+            if twin is not None and twin.scored_bytes == run.scored_bytes:
+                pairs.append((run, twin))
+        return pairs
+
+    def less(self, other: "SeedGroup", values: Values) -> Estimate | None:
+        """Return the mean difference of a figure from another group's, seed by seed.
+
+        None where either group has no mean, or where fewer than two seeds have run in both.
+        """
+        if self.mean(values) is None or other.mean(values) is None:
+            return None
+
+        differences = []
+        for run, twin in self.pairs(other):
+            mine, theirs = values(run), values(twin)
+            if mine is not None and theirs is not None:
+                differences.append(mine - theirs)
+        return Estimate.of(differences) if len(differences) > 1 else None
+
+
+def over_seeds(runs: Sequence[Run]) -> list[SeedGroup]:
+    """Return the groups of runs that differ in nothing but their seed, also those of a single run."""
+    groups = []
+    for members in _of_equal_settings(runs):
+        counted: list[Run] = []
+        left_out: list[str] = []
+        seeds = dict.fromkeys(run.seed for run in members)
+        for seed in seeds:
+            of_seed = [run for run in members if run.seed == seed]
+            whole = [run for run in of_seed if run.is_whole]
+            left_out += [f"{run.name} ({_why_cut_short(run)})" for run in of_seed if not run.is_whole]
+
+            # A run and its copy would say that seeds differ little. Of two that differ, order must not choose one.
+            if len({_figures(run) for run in whole}) > 1:
+                left_out += [f"{run.name} (seed {seed} ran more than once, with other figures)" for run in whole]
+            else:
+                counted += whole[:1]
+        groups.append(SeedGroup(counted, left_out, len(seeds)))
+    return groups
+
+
+def _of_equal_settings(runs: Sequence[Run]) -> Iterable[list[Run]]:
+    """Yield the runs that have known settings, equal but for the seed, and the same text to be measured on."""
+    by_settings: dict[str, list[Run]] = {}
+    for run in runs:
+        settings = {key: value for key, value in run.settings.items() if _is_important(key) and key != SEED}
+        if run.settings:
+            by_settings.setdefault(json.dumps(settings, sort_keys=True, default=str), []).append(run)
+
+    for members in by_settings.values():
+        # A run without an evaluation so far may be measured on any text.
+        texts = dict.fromkeys(run.scored_bytes for run in members if run.scored_bytes is not None)
+        for text in texts or [None]:
+            yield [run for run in members if run.scored_bytes in (text, None)]
+
+
+def _why_cut_short(run: Run) -> str:
+    """Return why a run that is not whole has no figure to compare with others."""
+    return f"{run.state} at step {run.step:,}" if run.report else run.state
+
+
+def _figures(run: Run) -> tuple[float | None, ...]:
+    """Return all figures of a run."""
+    return tuple(values(run) for values in FIGURES.values())
+
+
+def has_several_seeds(groups: Sequence[SeedGroup]) -> bool:
+    """Return True if settings ran more than once, copies aside."""
+    return any(len(group.runs) + len(group.left_out) > 1 for group in groups)
+
+
+class SeedRow(NamedTuple):
+    """A figure of a group of seeds."""
+
+    group: SeedGroup
+    figure: str
+    mean: Estimate | None
+    difference: Estimate | None
+    """From the first group."""
+    pairs: int | None
+    """Seeds of the difference; None of the first group, and where there is no difference."""
+
+
+def seed_rows(groups: Sequence[SeedGroup]) -> list[SeedRow]:
+    """Return the figures of each group that has several seeds, with the differences from the first of them.
+
+    Differences of equal seeds vary less than either mean. A figure that no run of a group has is left out, but for bits
+    per byte, which a student lacks that has diverged.
     """
-    title = "Over seeds: mean ± 95 % confidence interval"
-    table = _table(title if len(groups) < 2 else f"{title}; differences are of equal seeds")
+    rows = []
+    averaged = _averaged(groups)
+    for group in averaged:
+        for name, values in FIGURES.items():
+            if name != BITS and all(values(run) is None for run in group.runs):
+                continue
+            difference = None if group is averaged[0] else group.less(averaged[0], values)
+            pairs = None if difference is None else len(group.pairs(averaged[0]))
+            rows.append(SeedRow(group, name, group.mean(values), difference, pairs))
+    return rows
+
+
+def _averaged(groups: Sequence[SeedGroup]) -> list[SeedGroup]:
+    """Return the groups of more than one seed."""
+    return [group for group in groups if len(group.runs) > 1]
+
+
+SEEDS_TITLE = "Over seeds: mean ± 95 % confidence interval"
+PAIRED_TITLE = "; differences are of equal seeds"
+
+
+def seeds_table(rows: Sequence[SeedRow]) -> Table:
+    """Return a table of the figures of each group of seeds, and of the differences from the first group's.
+
+    The number of pairs behind the differences has a column where it is not that of the seeds.
+    """
+    first = rows[0].group
+    has_differences = any(row.group is not first for row in rows)
+    has_pairs = any(row.pairs not in (None, len(row.group.runs)) for row in rows)
+
+    table = _table(SEEDS_TITLE + PAIRED_TITLE if has_differences else SEEDS_TITLE)
     table.add_column("runs", overflow="fold", min_width=12)
     table.add_column("seeds", justify="right", no_wrap=True)
     table.add_column("figure", overflow="fold")
     table.add_column("mean", justify="right", no_wrap=True)
-    if len(groups) > 1:
+    if has_differences:
         table.add_column("less the first", justify="right", no_wrap=True)
+    if has_pairs:
+        table.add_column("pairs", justify="right", no_wrap=True)
 
-    for group in groups:
-        heading = [", ".join(run.name for run in group.runs), str(len(group.runs))]
-        for name, values in FIGURES.items():
-            if all(values(run) is None for run in group.runs):
-                continue
-            cells = [group.mean(values)]
-            if len(groups) > 1:
-                cells.append("" if group is groups[0] else group.less(groups[0], values))
-            table.add_row(*heading, name, *cells)
-            heading = ["", ""]
+    shown = None
+    for row in rows:
+        heading = ["", ""] if row.group is shown else [row.group.names, _seeds(row.group)]
+        shown = row.group
+        cells = ["-" if row.mean is None else f"{row.mean.value:.4f} ± {row.mean.half:.4f}"]
+        if has_differences:
+            cells.append("" if row.group is first else _difference(row))
+        if has_pairs:
+            cells.append("" if row.pairs is None else str(row.pairs))
+        table.add_row(*heading, row.figure, *cells)
     return table
+
+
+def _seeds(group: SeedGroup) -> str:
+    """Return how many seeds a mean is of, and of how many that have run."""
+    counted = len(group.runs)
+    return str(counted) if counted == group.seeds else f"{counted} of {group.seeds}"
+
+
+def _difference(row: SeedRow) -> str:
+    """Return the difference of a row from the first group's; a dash where there is none."""
+    return "-" if row.difference is None else f"{row.difference.value:+.4f} ± {row.difference.half:.4f}"
+
+
+def seed_notes(groups: Sequence[SeedGroup]) -> Iterable[str]:
+    """Yield a sentence for everything that a reader of the means over seeds would miss."""
+    if not has_several_seeds(groups):
+        return
+    averaged = _averaged(groups)
+
+    if left_out := [named for group in groups for named in group.left_out]:
+        yield f"Left out of the means over seeds: {', '.join(left_out)}."
+
+    if single := [group.names for group in groups if len(group.runs) == 1]:
+        yield f"Settings with a single seed that counts, and so without a mean: {', '.join(single)}."
+
+    for name, values in FIGURES.items():
+        rows = [row for row in seed_rows(groups) if row.figure == name and row.mean is None]
+        if lacking := [run.name for row in rows for run in row.group.runs if values(run) is None]:
+            yield f"No mean of {name} where a run has none: {', '.join(lacking)}."
+
+    for group in averaged:
+        steps = {run.name: run.report["run"]["steps"] for run in group.runs}
+        if len(set(steps.values())) > 1:
+            named = ", ".join(f"{name} {number:,}" for name, number in steps.items())
+            yield f"In one mean, though trained for different numbers of steps: {named}."
+
+    for group in averaged[1:]:
+        number = len(group.pairs(averaged[0]))
+        if number < 2 and group.runs[0].scored_bytes == averaged[0].runs[0].scored_bytes:
+            shared = "one seed" if number else "no seed"
+            yield f"No difference from {averaged[0].names}: {group.names} have {shared} in common with them."
 
 
 def _against_baseline(run: Run) -> float | None:
@@ -561,18 +781,20 @@ def _against_baseline(run: Run) -> float | None:
     return None if student is None or baseline is None else student - baseline
 
 
-def _retained(name: str) -> Callable[[Run], float | None]:
+def _retained(name: str) -> Values:
     """Return what gives a figure of how near a run's student is to its teacher."""
     return lambda run: (run.report.get("retention") or {}).get(name)
 
 
-def _written(name: str) -> Callable[[Run], float | None]:
+def _written(name: str) -> Values:
     """Return what gives a figure of the text that a run's student writes."""
     return lambda run: ((run.report.get("generation") or {}).get("student") or {}).get(name)
 
 
-FIGURES: Mapping[str, Callable[[Run], float | None]] = {
-    "bits per byte": lambda run: run.bits("student"),
+BITS = "bits per byte"
+
+FIGURES: Mapping[str, Values] = {
+    BITS: lambda run: run.bits("student"),
     "minus without teacher": _against_baseline,
     "KL to the teacher": _retained("kl_nats_per_token"),
     "same first choice": _retained("top1_agreement"),
