@@ -86,6 +86,9 @@ def test_a_share_that_begins_or_ends_at_all_positions_has_their_order(place, tmp
 def test_a_run_at_all_positions_chooses_none(place, tmp_path, monkeypatch):
     monkeypatch.setattr(chosen_positions, "_choose_and_store", lambda *_: pytest.fail("nothing is to be chosen"))
     assert train.main(arguments(place, tmp_path / "run", "curriculum.select=1")) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    told = log.index("without effect, since KD is learned at all positions (curriculum.select 1): loss.select_by first")
+    assert told < log.index("what is learned from")
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,21 @@ class LossSettings(Protocol):
     def select_by(self) -> str: ...
 
     @property
+    def divergence(self) -> str: ...
+
+    @property
+    def interpolation(self) -> float | Schedule:
+        """Share of the teacher in what KD learns from."""
+
+    @property
+    def needs_several_tokens(self) -> bool:
+        """True if KD needs more than one of the teacher's tokens at a position."""
+
+    @property
+    def reads_skew(self) -> bool:
+        """True if the divergence has a mixture."""
+
+    @property
     def head_passes(self) -> str: ...
 
 

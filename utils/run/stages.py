@@ -11,7 +11,6 @@ from torch import nn
 
 from ..advice import advice
 from ..captures.source import connect_captures
-from ..config.contradictions import without_effect
 from ..config.plain import to_plain
 from ..config.protocols import RunConfig, are_chosen_before, values_of
 from ..data import loader
@@ -105,8 +104,6 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
     used_here = teachers.gpus_used(job.config, job.accelerator.device, of_teachers)
     if unused := hardware.unused_gpus(job.accelerator.num_processes, used_here):
         log.warning(unused)
-    if idle := without_effect(job.config):
-        log.warning("without an effect, since kd weighs 0 or is not joined by a term: %s", ", ".join(idle))
 
     if job.config.student.layers is not None and not job.config.cache.build_only:
         layers = session.on_main(lambda: student_layers.choose(job, session.output))
