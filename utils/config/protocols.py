@@ -199,6 +199,11 @@ def share_stored(config: RunConfig) -> float:
     return max(values_of(config.curriculum.select))
 
 
+def learns_at_some_positions(config: RunConfig) -> bool:
+    """Return whether KD is learned, and somewhere in the run not at all positions."""
+    return "kd" in config.curriculum.used() and min(values_of(config.curriculum.select)) < 1
+
+
 def are_chosen_before(config: RunConfig) -> bool:
     """Return whether the student before training puts the positions in order: the run learns somewhere at some of them.
 
