@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from utils.commands.settings import RunConfig, configure, parse
 from utils.config import chat_arguments
 from utils.config.plain import to_plain
+from utils.config.unused_settings import unused_settings
 from utils.config.yaml_files import as_yaml
 from utils.interrupt import raise_on_interrupt
 from utils.logs.console import setup_logging
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         config, recipe = configure(words)
         if arguments.print_config:
-            return print(as_yaml(to_plain(config)), end="")
+            notes = "".join(f"# {line}\n" for line in unused_settings(config))
+            return print(notes + as_yaml(to_plain(config)), end="")
 
         # Only now: this loads torch, which takes seconds, and a mistake is answered at once.
         with interrupt_ends_process():

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from annotated_types import Ge, Gt, Le, Lt
 
-from .divergences import DivergenceName
+from .divergences import MIXED, DivergenceName
 from .validation import Validated, as_plain
 
 Progress = Annotated[float, Ge(0), Le(1)]
@@ -243,8 +243,8 @@ class LossConfig(Validated):
     divergence: DivergenceName = "forward_kl"
     """Divergence between teacher and student."""
     tail: Literal["bucket", "renormalise"] = "bucket"
-    """Outcomes beyond the top k: one explicit bucket on both sides, or both sides renormalised without them
-    (with top_k 1 nothing is left to learn then)."""
+    """Outcomes beyond the top k: one explicit bucket on both sides, or both sides renormalised without them, which
+    needs a top_k of 2 or more."""
     top_k: Annotated[int, Gt(0)] = 256
     """Teacher tokens kept per position (capped at the teacher's vocabulary)."""
     temperature: Schedule = 1.0
@@ -255,7 +255,9 @@ class LossConfig(Validated):
     the other."""
     interpolation: Schedule = 1.0
     """Share of the teacher in what KD learns from. 1: the teacher's distributions; below it they are mixed with the
-    student's own, in logits, so that a ramp to 1 leads the student to the teacher by targets near to it (TAID)."""
+    student's own, in logits, so that a ramp to 1 leads the student to the teacher by targets near to it (TAID). The
+    nearer to 0, the less KD teaches, whatever its weight, and at 0 nothing: not a way to fade KD out, which
+    `curriculum.kd` is."""
     select_by: Literal["student_entropy", "first_student", "teacher_entropy", "divergence", "excess_loss"] = (
         "student_entropy"
     )
@@ -301,6 +303,25 @@ class LossConfig(Validated):
                 "got skew 1 with divergence skew_kl, which compares the teacher with itself then, and teaches nothing; "
                 "expected less than 1 (0 is forward KL)"
             )
+
+        if self.top_k == 1 and self.needs_several_tokens:
+            raise ValueError(
+                "got top_k 1 with tail renormalise, which leaves a position one outcome, of probability 1 on both "
+                "sides, and KD teaches nothing; expected top_k 2 or more, or tail bucket"
+            )
+
+    @property
+    def needs_several_tokens(self) -> bool:
+        """True if KD needs more than one of the teacher's tokens at a position: no rest stands beside a single one.
+
+        The counted channel makes several of one. (The span correction does so in few places, or none.)
+        """
+        return self.tail == "renormalise" and self.correction != "channel"
+
+    @property
+    def reads_skew(self) -> bool:
+        """True if the divergence has a mixture, whose share of the teacher is `skew`."""
+        return self.divergence in MIXED
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from itertools import pairwise
 
 from .config import CurriculumConfig, LossConfig, Ramp, Schedule, values_of
-from .divergences import MIXED
 from .validation import expect, expect_count
 
 
@@ -92,7 +91,7 @@ class CurriculumScheduler:
             "span_temperature": loss.span_temperature,
         }
         # Scalars that nothing reads are no facts about a step.
-        if loss.divergence in MIXED:
+        if loss.reads_skew:
             self._scalars["skew"] = loss.skew
         if loss.interpolation != 1:
             self._scalars["interpolation"] = loss.interpolation

@@ -286,8 +286,8 @@ def test_slots_are_those_of_the_plan_whatever_its_micro_batches():
     config = toy_config(batch_size=1, gradient_accumulation_steps=4, max_steps=STEPS)
     windows = len(rounds.material.windows)
     whole, halves = Plan.of(config, windows), Plan(windows, 2, 4, 2, STEPS)
-    assert rounds._slots(whole, 0, STEPS) == rounds._slots(halves, 0, STEPS)
-    assert {slot.number for slot in rounds._slots(whole, 0, STEPS)} <= set(range(4))
+    assert rounds.slots(whole, 0, STEPS) == rounds.slots(halves, 0, STEPS)
+    assert {slot.number for slot in rounds.slots(whole, 0, STEPS)} <= set(range(4))
 
 
 # ------------------------------------------------------------------------------------------- several processes

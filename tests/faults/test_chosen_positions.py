@@ -42,7 +42,21 @@ def test_the_report_marks_them_in_the_text(finished):
     view = json.loads((finished / "evaluation_report.json").read_text())["chosen_positions"]
     marked = sum(is_marked for _, is_marked in view["tokens"])
     assert view["share"] == 0.25 and 0.1 < marked / len(view["tokens"]) < 0.4
-    assert "Where the teacher is listened to" in (finished / "report.html").read_text()
+    assert view["step"] == 1 and 1 <= view["window"] <= view["windows"] and view["select_by"] == "first_student"
+    for name in ("report.html", "evaluation_report.md"):
+        assert "Where the teacher is listened to" in (finished / name).read_text()
+
+
+def test_the_report_marks_no_tokens_where_kd_weighs_nothing(place, tmp_path):
+    by = ["loss.select_by=student_entropy", "curriculum.kd=0"]
+    assert train.main(arguments(place, tmp_path / "run", *by)) == 0
+    assert "chosen_positions" not in json.loads((tmp_path / "run" / "evaluation_report.json").read_text())
+
+
+def test_a_share_below_1_percent_is_told(place, tmp_path):
+    assert train.main(arguments(place, tmp_path / "run", "curriculum.select=0.0005")) == 0
+    assert "at most 0.05 % of a window" in (tmp_path / "run" / "train.log").read_text()
+    assert "is 0.05 % of the window's positions" in (tmp_path / "run" / "evaluation_report.md").read_text()
 
 
 def test_a_run_is_continued_with_its_positions_and_bit_for_bit(place, finished, tmp_path, monkeypatch):
@@ -86,6 +100,9 @@ def test_a_share_that_begins_or_ends_at_all_positions_has_their_order(place, tmp
 def test_a_run_at_all_positions_chooses_none(place, tmp_path, monkeypatch):
     monkeypatch.setattr(chosen_positions, "_choose_and_store", lambda *_: pytest.fail("nothing is to be chosen"))
     assert train.main(arguments(place, tmp_path / "run", "curriculum.select=1")) == 0
+    log = (tmp_path / "run" / "train.log").read_text()
+    told = log.index("without effect, since KD is learned at all positions (curriculum.select 1): loss.select_by first")
+    assert told < log.index("what is learned from")
 
 
 @pytest.mark.parametrize(

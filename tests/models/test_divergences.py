@@ -135,6 +135,12 @@ def test_a_target_that_is_the_student_itself_throughout_is_refused():
     assert LossConfig(interpolation=Ramp(((0.0, 0.0), (1.0, 1.0))))
 
 
+def test_one_token_without_a_rest_beside_it_is_refused():
+    with pytest.raises(ValueError, match=r"got top_k 1 with tail renormalise, .* teaches nothing; expected top_k 2"):
+        LossConfig(top_k=1, tail="renormalise")
+    assert LossConfig(top_k=1) and LossConfig(top_k=1, tail="renormalise", correction="channel")
+
+
 def test_unknown_divergence_is_refused_by_name():
     with pytest.raises(ValueError) as refusal:
         divergence(torch.zeros(1, 2), torch.zeros(1, 2), "kl", 0.1)

@@ -12,6 +12,7 @@
 - `validation`: the base of the dataclasses, which checks what a program hands in.
 - `error_messages`: pydantic's errors in the words of somebody who wrote YAML or flags.
 - `contradictions`: settings of several sections that exclude one another.
+- `unused_settings`: settings of a run that change nothing in it.
 - `described_by`: settings of a recipe that are dropped when a command line replaces its text or model.
 - `resume_rules`: settings that may change, or must not, when a run is continued.
 - `protocols`: a run's settings as functions see them.

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from ..errors import UserError
 from .error_messages import Mistake, describe, key_path
-from .schema import adapter, keys_of
+from .schema import adapter, keys_of, settings_of
+from .yaml_files import get_dotted
 
 T = TypeVar("T")
 
@@ -52,6 +53,7 @@ def _refuse(mistakes: list[Mistake], source: str) -> None:
 def _validate(schema: Any, values: dict[str, Any]) -> tuple[Any, list[Mistake]]:
     """Return an instance and every mistake; with mistakes the instance is of no use."""
     remaining = copy.deepcopy(values)
+    _mark_booleans(schema, remaining)
     mistakes: list[Mistake] = []
 
     # A wrong value hides others: a dataclass is checked as a whole only when each of its fields is right. So wrong
@@ -63,6 +65,39 @@ def _validate(schema: Any, values: dict[str, Any]) -> tuple[Any, list[Mistake]]:
             mistakes += [mistake for mistake in describe(error, remaining, keys_of(schema)) if mistake not in mistakes]
             if not _take_out(error, remaining):
                 return None, _causes(mistakes)
+
+
+class _Boolean:
+    """A boolean where none is meant, which pydantic takes for no number."""
+
+    def __init__(self, value: bool) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def _mark_booleans(schema: Any, values: dict[str, Any]) -> None:
+    """Put a `_Boolean` in place of each boolean, in a setting of nested `values` that has no booleans, in place.
+
+    pydantic would read true and false as the numbers 1 and 0: `curriculum.select: true` would be all positions.
+    """
+    for key, setting in settings_of(schema).items():
+        section, dot, name = key.rpartition(".")
+        inner = get_dotted(values, section) if dot else values
+        if isinstance(inner, dict) and name in inner and not setting.admits_booleans:
+            inner[name] = _marked(inner[name])
+
+
+def _marked(value: Any) -> Any:
+    """Return a value, of which every boolean inside is a `_Boolean`."""
+    if isinstance(value, bool):
+        return _Boolean(value)
+    if isinstance(value, dict):
+        return {key: _marked(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(inner) for inner in value]
+    return value
 
 
 def _causes(mistakes: list[Mistake]) -> list[Mistake]:

@@ -44,26 +44,14 @@ def contradictions(config: RunConfig, heads: Sequence[str]) -> list[Contradictio
         problems += _first_student_problems(config, terms)
 
     problems += _order_problems(config)
+    if config.cache.folder is not None and config.cache.top_k == 1 and config.loss.needs_several_tokens:
+        message = "cache.top_k 1 leaves KD one outcome of a position under loss.tail renormalise: give 2 or more"
+        problems.append(Contradiction("cache", message))
 
     if config.training.patience and not config.evaluation.every:
         message = "training.patience counts evaluations, and evaluation.every is 0: give --eval-every"
         problems.append(Contradiction("evaluation", message))
     return problems
-
-
-def without_effect(config: RunConfig) -> list[str]:
-    """Return the settings of KD that change nothing, since its weight is 0 throughout, and a balance of one term."""
-    curriculum = config.curriculum
-    terms = curriculum.used()
-    settings = []
-    if "kd" not in terms:
-        if min(values_of(curriculum.select)) < 1:
-            settings.append("curriculum.select")
-        if any(values_of(curriculum.sample_weights)):
-            settings.append("curriculum.sample_weights")
-    if curriculum.balance != "none" and len(terms) < 2:
-        settings.append("curriculum.balance")
-    return settings
 
 
 def _student_problems(student: StudentConfig) -> list[Contradiction]:

@@ -102,6 +102,21 @@ class LossSettings(Protocol):
     def select_by(self) -> str: ...
 
     @property
+    def divergence(self) -> str: ...
+
+    @property
+    def interpolation(self) -> float | Schedule:
+        """Share of the teacher in what KD learns from."""
+
+    @property
+    def needs_several_tokens(self) -> bool:
+        """True if KD needs more than one of the teacher's tokens at a position."""
+
+    @property
+    def reads_skew(self) -> bool:
+        """True if the divergence has a mixture."""
+
+    @property
     def head_passes(self) -> str: ...
 
 
@@ -182,6 +197,11 @@ def share_stored(config: RunConfig) -> float:
     if config.cache.folder is None or config.loss.select_by != "teacher_entropy":
         return 1.0
     return max(values_of(config.curriculum.select))
+
+
+def learns_at_some_positions(config: RunConfig) -> bool:
+    """Return whether KD is learned, and somewhere in the run not at all positions."""
+    return "kd" in config.curriculum.used() and min(values_of(config.curriculum.select)) < 1
 
 
 def are_chosen_before(config: RunConfig) -> bool:

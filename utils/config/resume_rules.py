@@ -89,12 +89,6 @@ CHANGEABLE = (
 """Settings, or beginnings of their keys, that `resume_changed=true` allows to differ on resume. They weight the loss;
 the size of no saved tensor depends on them."""
 
-DETERMINISTIC = "training.deterministic"
-"""Compared only where it is on: runs made before there was this setting have none, and ran as if it were off."""
-
-LISTED = "served.listed"
-"""Compared only where it is set, for the same reason."""
-
 OWN_TEXT = {"on_policy", "curriculum.on_policy"}
 """Compared only where the student learns from its own text at some time; runs made before it could have none."""
 
@@ -109,12 +103,20 @@ ADDED = {
     "data.order": "random",
     "loss.select_by": "student_entropy",
     "loss.interpolation": 1.0,
+    "training.deterministic": False,
+    "served.listed": None,
 }
 """Settings that runs made before they existed have not, and the value that those ran with: compared only where it is
 another."""
 
 SEVERAL_TEACHERS = {"teachers", "mix"}
 """Compared only where there are several: runs made before there could be have none of these settings."""
+
+USED_BESIDE = ("mix", "on_policy.")
+"""Settings, or beginnings of their keys, that another one switches on; what they were before is told to nobody."""
+
+NOT_COMPARED: dict[str, Any] = {**ADDED, "curriculum.on_policy": 0.0, "teachers": []}
+"""Settings that a run is not compared by while they have this value: a run without them has it."""
 
 FREE_OF_A_TEACHER = {key.rpartition(".")[2] for key in FREE_TO_CHANGE if key.startswith("teacher.")}
 """Settings of each of several teachers that may change, as those of a single one may."""
@@ -134,10 +136,6 @@ def identity(config: Mapping[str, Any]) -> dict[str, Any]:
         free |= SEVERAL_TEACHERS
     if _couples_windows(config):
         free -= MICRO_BATCH
-    if not config.get("training", {}).get("deterministic"):
-        free.add(DETERMINISTIC)
-    if config.get("served", {}).get("listed") is None:
-        free.add(LISTED)
     if not _is_above_zero(config.get("curriculum", {}).get("on_policy", 0)):
         free |= OWN_TEXT
 
@@ -218,6 +216,7 @@ def check_same_run(where: str, saved: Mapping[str, Any], current: Mapping[str, A
 
 def _quoted(values: Mapping[str, Any], key: str) -> str:
     """Return a setting as JSON, cut where it is long."""
-    if key not in values:
-        return "(absent)"
-    return shorten(json.dumps(values[key], ensure_ascii=False, default=str), LONGEST_VALUE)
+    if key not in values and key not in NOT_COMPARED:
+        return "(without effect)" if key.startswith(USED_BESIDE) else "(absent)"
+    value = values.get(key, NOT_COMPARED.get(key))
+    return shorten(json.dumps(value, ensure_ascii=False, default=str), LONGEST_VALUE)

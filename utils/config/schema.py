@@ -65,6 +65,11 @@ class Setting(NamedTuple):
         return self._has_only("boolean")
 
     @property
+    def admits_booleans(self) -> bool:
+        """Return whether true and false are values of it."""
+        return any(form.get("type") == "boolean" for form in self.forms)
+
+    @property
     def is_list(self) -> bool:
         """Return whether it has several values."""
         return self._has_only("array")

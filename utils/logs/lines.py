@@ -19,6 +19,11 @@ SHOWN_PROMPT = 24
 """Characters of a prompt's end that are shown on the console."""
 
 
+def in_percent(share: float) -> str:
+    """Return a share in percent, with the digits that it needs: one of 0.0001 is 0.01 %, not 0 %."""
+    return f"{100 * share:.6g} %"
+
+
 def learned_lines(
     ids: Sequence[int], learned: Sequence[bool], decode: Callable[[list[int]], str], most: int = 10, width: int = 160
 ) -> list[str]:

@@ -141,7 +141,7 @@ class Rounds:
             return self._current
 
         end = min(first + self.config.every, plan.total_steps)
-        slots = self._slots(plan, first, end)
+        slots = self.slots(plan, first, end)
         if not slots:
             return Round(first, OwnWindows(end, {}))
 
@@ -175,9 +175,30 @@ class Rounds:
         """Continue where `state_dict` was taken."""
         self.signs.load_state_dict(state)
 
+    def slots(self, plan: RoundPlan, first: int, end: int) -> list[Slot]:
+        """Return the places for the student's texts in some steps."""
+        orders: dict[int, np.ndarray] = {}
+        slots = []
+        for step in range(first, end):
+            epoch, step_of_epoch = divmod(step, plan.steps_per_epoch)
+            if epoch not in orders:
+                orders[epoch] = order_of_epoch(
+                    plan.windows,
+                    self.material.seed,
+                    epoch,
+                    global_batch=plan.global_batch,
+                    pacing=self.material.pacing,
+                )
+
+            start = step_of_epoch * plan.global_batch
+            indices = orders[epoch][start : start + plan.global_batch].tolist()
+            for number in own_slots(self.material.share(step), step, len(indices)):
+                slots.append(Slot(step, number, indices[number]))
+        return slots
+
     def texts_left(self, plan: RoundPlan, step: int) -> int:
         """Return how many texts each process writes from a step on, about."""
-        return len(self._slots(plan, step, plan.total_steps)) // self.material.accelerator.num_processes
+        return len(self.slots(plan, step, plan.total_steps)) // self.material.accelerator.num_processes
 
     def examples(self, teacher: nn.Module | None) -> dict[str, Any]:
         """Return texts of the last round, beside what the teacher writes behind the same prompts: `step` and `texts`.
@@ -214,27 +235,6 @@ class Rounds:
         return [pair.tokenizers["teacher"].decode(row, skip_special_tokens=True) for row in rows]
 
     # --- slots ------------------------------------------------------------------------------------------------------
-
-    def _slots(self, plan: RoundPlan, first: int, end: int) -> list[Slot]:
-        """Return the places for the student's texts in some steps."""
-        orders: dict[int, np.ndarray] = {}
-        slots = []
-        for step in range(first, end):
-            epoch, step_of_epoch = divmod(step, plan.steps_per_epoch)
-            if epoch not in orders:
-                orders[epoch] = order_of_epoch(
-                    plan.windows,
-                    self.material.seed,
-                    epoch,
-                    global_batch=plan.global_batch,
-                    pacing=self.material.pacing,
-                )
-
-            start = step_of_epoch * plan.global_batch
-            indices = orders[epoch][start : start + plan.global_batch].tolist()
-            for number in own_slots(self.material.share(step), step, len(indices)):
-                slots.append(Slot(step, number, indices[number]))
-        return slots
 
     def _places(self, plan: RoundPlan, first: int, end: int) -> int:
         """Return the windows of some steps, given or not."""

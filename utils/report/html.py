@@ -18,6 +18,7 @@ from .charts import THEME
 from .results import (
     MODELS,
     bits_of,
+    chosen_note,
     figure,
     headline,
     is_random_start,
@@ -104,9 +105,11 @@ def page(
         written_text_note=written_text_note(results),
         tasks=_task_table(results),
         pictures=pictures,
+        pictures_note=_pictures_note(settings),
         alignment=results.get("alignment"),
         differences=results.get("differences"),
         chosen=results.get("chosen_positions"),
+        chosen_note=chosen_note(results),
         student_name=model_name("student", results),
         samples=_samples(results, results.get("samples") or []),
         own_text=_samples(results, own_text_samples(results)),
@@ -119,6 +122,23 @@ def page(
         settings=_groups(settings),
         notes=_groups(notes or {}),
     )
+
+
+def _pictures_note(settings: Mapping[str, Any]) -> str:
+    """Return what the pictures of training do not say themselves; empty where there is nothing to say."""
+    curriculum = settings.get("curriculum") or {}
+    notes = []
+    balance = curriculum.get("balance", "none")
+    if balance != "none":
+        notes.append(
+            f"The weights are those in effect: curriculum.balance {balance} has divided them by the size that each "
+            "term had in the step before."
+        )
+    if curriculum.get("sample_weights", 0) != 0:
+        notes.append(
+            "The sample spread is the standard deviation of the weights of windows in KD (curriculum.sample_weights)."
+        )
+    return " ".join(notes)
 
 
 # -------------------------------------------------------------------------------------- template

@@ -1,11 +1,14 @@
 """The evaluation report as Markdown."""
 
 from collections.abc import Mapping
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from ..run_layout import CURVES, ROUTING
 from .results import (
     MODELS,
+    chosen_note,
     figure,
     headline,
     model_name,
@@ -38,6 +41,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         written_text_table(results),
         f"![Training curves]({CURVES})",
         _routing(results.get("routing")),
+        _chosen(results),
         _run_list(results),
     ]
     if samples := results.get("samples"):
@@ -97,6 +101,21 @@ def _routing(routing: Mapping[str, Any] | None) -> str:
     )
 
 
+def _chosen(results: Mapping[str, Any]) -> str:
+    """Return the section of the positions that KD is learned at; nothing where it is learned at all, or at none."""
+    view = results.get("chosen_positions")
+    if not view:
+        return ""
+
+    # As an element, since asterisks mark nothing beside a space, nor a comma behind a word.
+    parts = []
+    for is_chosen, run in groupby(view["tokens"], key=itemgetter(1)):
+        text = _literal("".join(text for text, _ in run))
+        parts.append(f"<b>{text}</b>" if is_chosen else text)
+    text = " ".join("".join(parts).split())
+    return f"## Where the teacher is listened to\n\n{_escape(chosen_note(results))}\n\n| text |\n|---|\n| {text} |"
+
+
 def _run_list(results: Mapping[str, Any]) -> str:
     """Return the section of the run itself."""
     lines = [f"- {_escape(key)}: {_escape(value)}" for key, value in run_lines(results)]
@@ -121,10 +140,14 @@ def _sample(number: int, sample: Mapping[str, Any], results: Mapping[str, Any]) 
 
 def _escape(text: str) -> str:
     """Return text of a model or a user so that it is shown as it is inside a Markdown table or heading."""
+    return " ".join(_literal(text).split())
+
+
+def _literal(text: str) -> str:
+    """Return text without anything that Markdown gives a meaning, on one line, its spaces as they are."""
     for character in _MARKUP:
         text = text.replace(character, "\\" + character)
 
     # A table's cell is one line, and Markdown takes HTML as it is.
     text = text.replace("&", "&amp;").replace("<", "&lt;")
-    text = text.replace("\r", "").replace("\n", "<br>")
-    return " ".join(text.split())
+    return text.replace("\r", "").replace("\n", "<br>")

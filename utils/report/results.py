@@ -8,13 +8,17 @@ row for each metric (see `utils.evaluation.lm_eval_tasks`). And beside the model
 - `student_init`: `pretrained` or `random`, the weights that training began with.
 - `prompted`: the samples answer prompts, as the student learned to from conversations or from examples; else they go
   on from the beginnings of texts, behind the tokens `text_starts` of each side.
-- `alignment`, `chosen_positions` and `differences`: views of single tokens, see `token_views`.
+- `alignment` and `differences`: views of single tokens, see `token_views`.
+- `chosen_positions`: the first `tokens` of a window of the training text, each with true if KD is learned at it under
+  the smallest `share` of the run, as `select_by` chooses. `window` of `windows`, and the first `step` that learned from
+  it, are counted from 1, and null where nobody can tell; `largest_share` is that of the run.
 - `own_text`: texts of the last round that the student wrote to learn from, see `utils.on_policy.rounds`.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
+from ..logs.lines import in_percent
 from ..logs.progress import duration
 
 MODELS = {
@@ -140,6 +144,40 @@ def own_text_note(results: Mapping[str, Any]) -> str:
     return (
         f"What the student wrote after step {step:,} and learned from, beside what the teacher writes behind the same "
         "beginnings. Both are sampled."
+    )
+
+
+CHOSEN_BY = {
+    "student_entropy": "the student, as it is after training, is most in doubt",
+    "first_student": "the student before training was most in doubt",
+    "teacher_entropy": "the teacher is most in doubt",
+    "divergence": "the student, as it is after training, is farthest from the teacher (KL divergence)",
+    "excess_loss": "the loss of the student, as it is after training, is most above the teacher's",
+}
+"""Name in `loss.select_by` -> where KD is learned, and which student says so."""
+
+CHANGING_STUDENT = " Each step of the run chose by the student as it was then."
+
+
+def chosen_note(results: Mapping[str, Any]) -> str:
+    """Return the sentences above the text in which the positions that KD is learned at are marked; empty without it."""
+    view = results.get("chosen_positions") or {}
+    if not view:
+        return ""
+
+    if view["window"] is None:
+        text = "The beginning of a window from the beginning of the stream; the run cut its text anew, block by block."
+    else:
+        text = f"The beginning of window {view['window']:,} of {view['windows']:,} of the training text, "
+        text += f"learned from in step {view['step']:,}." if view["step"] else "which no step of the run learned from."
+
+    share = f"{in_percent(view['share'])} of the window's positions"
+    if view["share"] < view["largest_share"]:
+        share += ", the least in this run"
+    by = view["select_by"]
+    return (
+        f"{text} Marked are the tokens that KD is learned at where the share (curriculum.select) is {share}: those "
+        f"where {CHOSEN_BY[by]} (loss.select_by {by}).{CHANGING_STUDENT * ('after training' in CHOSEN_BY[by])}"
     )
 
 

@@ -104,20 +104,11 @@ def _tokens_of_spans(
 # ------------------------------------------------------------------------------------ chosen positions
 
 
-def chosen(
-    pair: Pair,
-    window: Mapping[str, Any],
-    positions: Sequence[int],
-    share: float,
-) -> dict[str, Any]:
-    """Return the first tokens of a window, and which of them KD is learned at.
+def chosen(pair: Pair, window: Mapping[str, Any], positions: Sequence[int]) -> list[tuple[str, bool]]:
+    """Return the first tokens of a window: the text of each, and True if KD is learned at it.
 
     Args:
         positions: those of the window that predict a token which KD is learned at.
-        share: of the positions, for the caption.
-
-    Returns:
-        `share`, and `tokens`: text, and True if chosen. Empty where nothing of the window is text.
     """
     table = pair.encoder.tables[0]
     is_chosen = set(positions)
@@ -135,7 +126,7 @@ def chosen(
         if text := decoder.decode(spelling):
             tokens.append((text, is_marked))
             is_marked = False
-    return {"share": share, "tokens": tokens[:MOST_MARKED]} if tokens else {}
+    return tokens[:MOST_MARKED]
 
 
 # ---------------------------------------------------------------------------------------- differences

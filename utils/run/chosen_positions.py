@@ -19,6 +19,7 @@ from datasets import Dataset
 
 from ..config.protocols import share_chosen_before
 from ..files import write_bytes
+from ..logs.lines import in_percent
 from ..paths import cache_dir
 from ..pretrained import loading
 from ..pretrained import student as students
@@ -40,10 +41,10 @@ def choose(job: Job, session: Session) -> Job:
     rows, lengths = session.main_first(lambda: _read(_file(job)) or _choose_and_store(job, session))
     share = share_chosen_before(job.config)
     log.info(
-        "positions for KD: %s of %s, at most %.0f %% of a window, where the student before training is most in doubt",
+        "positions for KD: %s of %s, at most %s of a window, where the student before training is most in doubt",
         f"{int((rows >= 0).sum()):,}",
         f"{len(rows):,}",
-        100 * share,
+        in_percent(share),
     )
     return replace(job, windows=with_column(job.windows, rows, lengths))
 

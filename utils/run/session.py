@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from ..config.plain import to_plain
 from ..config.protocols import RunConfig
+from ..config.unused_settings import unused_settings
 from ..errors import UserError
 from ..logs.console import setup_logging
 from ..logs.progress import Progress
@@ -86,6 +87,8 @@ class Session:
         setup_logging(output, main_process=accelerator.is_main_process)
         for line in recipe.splitlines():
             log.info("%s", line)
+        for line in unused_settings(config):
+            log.warning("%s", line)
         backend = hardware.configure_backends(device.value)
         if allocator is not None and device.value.type == "cuda":
             backend.append(allocator)

@@ -11,11 +11,9 @@ from torch import nn
 
 from ..advice import advice
 from ..captures.source import connect_captures
-from ..config.contradictions import without_effect
 from ..config.plain import to_plain
-from ..config.protocols import RunConfig, are_chosen_before, values_of
+from ..config.protocols import RunConfig, are_chosen_before, learns_at_some_positions, values_of
 from ..data import loader
-from ..data.batch_order import permutation
 from ..data.stream.batches import Stream
 from ..errors import value_errors_are_the_users
 from ..evaluation import exported, lm_eval_tasks
@@ -53,6 +51,7 @@ from .exit_codes import EXIT_CODES
 from .expected_work import expect_training
 from .prepare import Job, prepare
 from .session import Session
+from .shown_window import shown_window
 
 log = logging.getLogger("train")
 
@@ -105,8 +104,6 @@ def prepare_run(config: RunConfig, method: Method, session: Session, needed: For
     used_here = teachers.gpus_used(job.config, job.accelerator.device, of_teachers)
     if unused := hardware.unused_gpus(job.accelerator.num_processes, used_here):
         log.warning(unused)
-    if idle := without_effect(job.config):
-        log.warning("without an effect, since kd weighs 0 or is not joined by a term: %s", ", ".join(idle))
 
     if job.config.student.layers is not None and not job.config.cache.build_only:
         layers = session.on_main(lambda: student_layers.choose(job, session.output))
@@ -596,9 +593,9 @@ def _token_views(job: Job, trained: Trained) -> Results:
     views: Results = {}
     with advice("picture of the alignment"):
         views["alignment"] = token_views.alignment(job.pair, job.held_out.windows)
-    if (share := min(values_of(job.config.curriculum.select))) < 1:
+    if learns_at_some_positions(job.config):
         with advice("positions that are learned at"):
-            views["chosen_positions"] = _chosen_positions(job, trained, share)
+            views["chosen_positions"] = _chosen_positions(job, trained)
     with advice("places where student and teacher differ"):
         views["differences"] = token_views.differences(
             job.held_out, job.pair, trained.student, trained.module.differences
@@ -606,16 +603,30 @@ def _token_views(job: Job, trained: Trained) -> Results:
     return views
 
 
-def _chosen_positions(job: Job, trained: Trained, share: float) -> Results:
-    """Return a text that was learned from, with the positions marked that KD is learned at under a share.
+def _chosen_positions(job: Job, trained: Trained) -> Results:
+    """Return a text that was learned from, with the positions marked that KD is learned at under the smallest share.
 
-    It is the first window of the first step: a cache of a run that ended within an epoch has no others.
+    At the largest share nothing would be left to see in a run that ends at all positions.
     """
-    first = permutation(len(job.windows), job.config.training.seed, 0)[0]
-    window = job.windows[int(first)]
+    shown = shown_window(job, trained.rounds, trained.result.steps)
+    window = job.windows[shown.index]
+    shares = values_of(job.config.curriculum.select)
     batch = job.collate([window]).to(job.accelerator.device)
-    positions = trained.module.chosen(batch, share).tolist()
-    return token_views.chosen(job.pair, window, positions, share)
+    positions = trained.module.chosen(batch, min(shares)).tolist()
+
+    tokens = token_views.chosen(job.pair, window, positions)
+    if not tokens:
+        return {}
+    is_of_stream = job.stream is not None
+    return {
+        "window": None if is_of_stream else shown.index + 1,
+        "windows": None if is_of_stream else len(job.windows),
+        "step": shown.step,
+        "share": min(shares),
+        "largest_share": max(shares),
+        "select_by": job.config.loss.select_by,
+        "tokens": tokens,
+    }
 
 
 def _own_texts(job: Job, trained: Trained) -> Results:

@@ -21,6 +21,7 @@ from ..config.protocols import values_of
 from ..data.batch_order import Pacing
 from ..files import write_bytes
 from ..interfaces import Teacher
+from ..logs.lines import in_percent
 from ..paths import cache_dir
 from ..training.plan import Plan
 from .prepare import Job
@@ -72,7 +73,7 @@ def _log_order(job: Job, scores: np.ndarray) -> None:
         "order of the text: the easiest of %s windows first, by %s; open (curriculum.open_text): %s",
         f"{len(scores):,}",
         _range(order, scores),
-        " -> ".join(f"{share:.0%}" for share in shares),
+        " -> ".join(map(in_percent, shares)),
     )
 
 

@@ -370,10 +370,10 @@ def _size_of(value: Any) -> int:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as {dotted path: value}; an empty one is a value."""
+    """Return nested dicts as {dotted path: value}; an empty one is a value, and so is a ramp, `{points: [...]}`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and value and "points" not in value:
             flat |= _flat(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value

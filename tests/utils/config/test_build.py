@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 import pytest
 
 from models.config import CurriculumConfig, Ramp
-from utils.config.build import build
+from utils.commands.settings import RunConfig
+from utils.config.build import build, check_values
 from utils.config.plain import to_plain
+from utils.config.schema import settings_of
 from utils.config.settings import DataConfig, LoggingConfig, TrainingConfig
 from utils.config.validation import Validated
+from utils.config.yaml_files import set_dotted
 from utils.errors import UserError
 
 
@@ -97,3 +100,29 @@ def test_numbers_that_are_not_finite_have_their_path():
     lines = mistakes({"training": {"max_grad_norm": math.inf}, "curriculum": {"kd": {"weight": math.nan}}})
     assert any(line.startswith("training.max_grad_norm: got inf, expected a finite number") for line in lines)
     assert any(line.startswith("curriculum.kd.weight: got nan, expected a finite number") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ({"training": {"seed": True}}, "training.seed: got True, expected a valid integer"),
+        ({"training": {"batch_size": False}}, "training.batch_size: got False, expected a valid integer or 'auto'"),
+        ({"training": {"betas": [0.9, False]}}, "training.betas.1: got False, expected a valid number"),
+        ({"data": {"mixture": {"a": True}}}, "data.mixture.a: got True, expected a valid number"),
+        ({"curriculum": {"select": True}}, "curriculum.select: got True, expected a valid number or a mapping"),
+        ({"curriculum": {"kd": {"weight": True}}}, "curriculum.kd.weight: got True, expected a valid number"),
+        ({"curriculum": {"select": {"points": [[0, 0.2], [True, 1]]}}}, "curriculum.select.points.1.0: got True"),
+    ],
+)
+def test_true_and_false_are_no_numbers(values, line):
+    assert [given for given in mistakes(values) if given.startswith(line)]
+
+
+def test_no_setting_but_a_switch_takes_a_boolean():
+    switches = {key for key, setting in settings_of(RunConfig).items() if setting.admits_booleans}
+    assert {"data.deduplicate", "student.lora.enabled", "resume_changed"} <= switches
+    for key in settings_of(RunConfig).keys() - switches:
+        values: dict = {}
+        set_dotted(values, key, True)
+        with pytest.raises(UserError, match=rf"{key}[\w.]*: got True, expected"):
+            check_values(RunConfig, values, source="a file")

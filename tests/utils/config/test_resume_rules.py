@@ -84,6 +84,40 @@ def test_a_difference_is_named_with_both_values_and_the_override_only_where_ther
     assert "resume_changed" not in str(raised.value)
 
 
+RAMP = {"points": [[0, 0.2], [1, 1]]}
+
+
+@pytest.mark.parametrize(
+    ("key", "other", "line"),
+    [
+        ("curriculum.balance", "loss", 'curriculum.balance: "none" -> "loss"'),
+        ("curriculum.select", RAMP, 'curriculum.select: 1.0 -> {"points": [[0, 0.2], [1, 1]]}'),
+        ("curriculum.on_policy", 0.5, "curriculum.on_policy: 0.0 -> 0.5"),
+        ("loss.select_by", "divergence", 'loss.select_by: "student_entropy" -> "divergence"'),
+        ("training.deterministic", True, "training.deterministic: false -> true"),
+        ("served", {"listed": 256}, "served.listed: null -> 256"),
+        ("teachers", [{"name": "a"}], "teachers: [] -> [{}]"),
+    ],
+)
+def test_a_setting_that_is_not_compared_at_its_default_is_told_with_it(key, other, line):
+    settings = identity(SETTINGS), identity(changed(key, other))
+    with pytest.raises(UserError) as raised:
+        check_same_run("run", *settings, False)
+    assert f"- {line}\n" in str(raised.value)
+
+    name, _, values = line.partition(": ")
+    before, _, now = values.partition(" -> ")
+    with pytest.raises(UserError) as raised:
+        check_same_run("run", *reversed(settings), False)
+    assert f"- {name}: {now} -> {before}\n" in str(raised.value)
+
+
+def test_what_another_setting_switches_on_had_no_effect_before():
+    used = {**changed("curriculum.on_policy", 0.5), "on_policy": {"every": 50}}
+    with pytest.raises(UserError, match=r"on_policy.every: \(without effect\) -> 50"):
+        check_same_run("run", identity(SETTINGS), identity(used), False)
+
+
 def test_a_change_that_is_asked_for_is_logged(caplog):
     with caplog.at_level(logging.WARNING):
         check_same_run("run", identity(SETTINGS), identity(changed("loss.top_k", 16)), True)

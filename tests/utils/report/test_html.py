@@ -23,6 +23,7 @@ BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "
 COUNTS = {"tokens": 20, "at_boundary": 10, "anchored": 15}
 TOKENS = [{"text": EVIL, "probability": 0.9}, {"text": 90 * "z", "probability": 0.1}]
 DIFFERENCE = {"context": EVIL, "next": "\n", "kl": 3.2, "teacher": TOKENS, "student": TOKENS}
+CHOSEN = {"window": 1, "windows": 9, "step": 1, "share": 0.2, "largest_share": 0.2, "select_by": "divergence"}
 ROUTING = {"step": 9, "student_layers": [1, 2], "teacher_layers": [3, 4], "weights": [[0.9, 0.1], [0.2, 0.8]]}
 
 
@@ -68,7 +69,7 @@ def whole() -> str:
         "tasks": [{**task, "teacher": score, "initial_student": score}],
         "alignment": {"spans": [{"student": [EVIL, " a"], "teacher": [120 * "y"]}] * 9, **COUNTS},
         "differences": [DIFFERENCE, DIFFERENCE],
-        "chosen_positions": {"share": 0.2, "tokens": [(EVIL, True), (" b", False)]},
+        "chosen_positions": CHOSEN | {"tokens": [(EVIL, True), (" b", False)]},
     }
     pictures = [*curves_as_svg(run(kd=0.7, lm=0.3), results, run(lm=1.0)), routing_as_svg(ROUTING)]
     settings = {"teacher": {"name": "a/b"}, "student": {"name": EVIL}, "training": {"seed": 1}, "output_dir": EVIL}

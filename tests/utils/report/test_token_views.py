@@ -75,12 +75,12 @@ def test_the_text_is_whole_and_the_chosen_positions_are_marked(text):
 
     positions = framework.chosen(batch, 0.25).tolist()
     assert len(positions) == round(0.25 * len(batch.row_student))
-    view = token_views.chosen(pair, window, positions, 0.25)
-    shown = "".join(piece for piece, _ in view["tokens"])
+    view = token_views.chosen(pair, window, positions)
+    shown = "".join(piece for piece, _ in view)
     assert text.startswith(shown) and len(shown) > 0.3 * len(text)
-    marked = sum(is_marked for _, is_marked in view["tokens"])
+    marked = sum(is_marked for _, is_marked in view)
     assert 0 < marked <= len(positions)
     assert framework.chosen(batch, 1.0).tolist() == batch.row_student.tolist()
 
-    everything = token_views.chosen(pair, window, range(len(window["student_ids"])), 1.0)
-    assert all(is_marked for _, is_marked in everything["tokens"])
+    everything = token_views.chosen(pair, window, range(len(window["student_ids"])))
+    assert all(is_marked for _, is_marked in everything)

@@ -295,6 +295,12 @@ def test_a_run_with_other_settings_is_refused_and_every_difference_is_listed(tmp
     assert CheckpointStore(tmp_path / "checkpoints", fingerprint=same).resume_point("auto") is not None
 
 
+def test_a_ramp_is_told_whole_and_beside_the_default_of_the_other_run(tmp_path):
+    filled(tmp_path, [1], fingerprint={"curriculum.select": {"points": [[0, 0.2], [1, 1]], "shape": "linear"}})
+    with pytest.raises(UserError, match=r'curriculum.select: {"points": \[\[0, 0.2], \[1, 1]].* -> 1.0'):
+        CheckpointStore(tmp_path / "checkpoints", fingerprint={"data": "abc"}).resume_point("auto")
+
+
 def test_resume_of_the_same_settings_as_tuples_and_lists_is_no_difference(tmp_path):
     filled(tmp_path, [1], fingerprint={"betas": (0.9, 0.95)})
     assert CheckpointStore(tmp_path / "checkpoints", fingerprint={"betas": [0.9, 0.95]}).resume_point() is not None
