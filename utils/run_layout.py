@@ -16,6 +16,9 @@ START = "baseline_evaluation.json"
 LAYERS = "student_layers.json"
 """Layers that a student was made from, where it has not all of its model's."""
 
+POSITIONS = "positions.npz"
+"""Positions that KD is learned at, where the student before training has chosen them."""
+
 REPORT_JSON = "evaluation_report.json"
 REPORT_MD = "evaluation_report.md"
 REPORT_HTML = "report.html"
@@ -38,6 +41,6 @@ TRACKERS = "trackers"
 WITHOUT_TEACHER = "without_teacher"
 """Run of the same student without the teacher, for comparison."""
 
-FILES = (CONFIG, LOCK, LOG, METRICS, START, LAYERS, REPORT_JSON, REPORT_MD, REPORT_HTML, CURVES, ROUTING)
+FILES = (CONFIG, LOCK, LOG, METRICS, START, LAYERS, POSITIONS, REPORT_JSON, REPORT_MD, REPORT_HTML, CURVES, ROUTING)
 FOLDERS = (CHECKPOINTS, ROUNDS, BLOCKS, STUDENT, TRACKERS, WITHOUT_TEACHER)
 """With FILES, everything that a run writes: hours later, it must not meet something of the other kind."""

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import train
 from utils.run import chosen_positions
+from utils.run_layout import POSITIONS
 from utils.teacher_cache.store import SHARDS
 
 STEPS = "2"
@@ -65,14 +66,18 @@ def test_a_run_is_continued_with_its_positions_and_bit_for_bit(place, finished, 
     shutil.rmtree(folder / "student")
     shutil.rmtree(folder / "checkpoints" / "step-00000002")
 
-    monkeypatch.setattr(chosen_positions, "_choose_and_store", lambda *_: pytest.fail("the choice is stored"))
+    # On another machine, whose user has no caches yet.
+    monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path / "caches"))
+    monkeypatch.setattr(chosen_positions, "_choose", lambda *_: pytest.fail("the choice is stored"))
     assert train.main(arguments(place, folder)) == 0
     weights, expected = (load_file(run / "student" / "model.safetensors") for run in (folder, finished))
     assert all((weights[name] == expected[name]).all() for name in expected)
 
 
 def test_a_damaged_choice_is_made_again(place, finished, tmp_path):
-    for file in chosen_positions.cache_dir().glob("positions/*.npz"):
+    (tmp_path / "again").mkdir()
+    shutil.copy(finished / POSITIONS, tmp_path / "again")
+    for file in [tmp_path / "again" / POSITIONS, *chosen_positions.cache_dir().glob("positions/*.npz")]:
         file.write_bytes(file.read_bytes()[:100])
     assert train.main(arguments(place, tmp_path / "again")) == 0
     weights, expected = (load_file(run / "student" / "model.safetensors") for run in (tmp_path / "again", finished))
@@ -98,7 +103,7 @@ def test_a_share_that_begins_or_ends_at_all_positions_has_their_order(place, tmp
 
 
 def test_a_run_at_all_positions_chooses_none(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(chosen_positions, "_choose_and_store", lambda *_: pytest.fail("nothing is to be chosen"))
+    monkeypatch.setattr(chosen_positions, "_choose", lambda *_: pytest.fail("nothing is to be chosen"))
     assert train.main(arguments(place, tmp_path / "run", "curriculum.select=1")) == 0
     log = (tmp_path / "run" / "train.log").read_text()
     told = log.index("without effect, since KD is learned at all positions (curriculum.select 1): loss.select_by first")
