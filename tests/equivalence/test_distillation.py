@@ -26,7 +26,8 @@ from tests.models.tiny import (
 
 TAILS = ("bucket", "renormalise")
 TEMPERATURES = (1.0, 2.0, 4.0)
-TOP_K = (1, 3, 256, 10_000)
+FEWEST = {"bucket": 1, "renormalise": 2}
+"""Tokens that a tail leaves something to learn with."""
 TOKENIZERS = {"byte-level": lambda: byte_bpe(300), "Metaspace": metaspace, "WordPiece": wordpiece, "chars": characters}
 
 
@@ -50,7 +51,7 @@ def test_student_equal_to_teacher_has_kd_zero_and_no_gradient(name, kind):
     batch = pair.batch()
     for tail in TAILS:
         for temperature in TEMPERATURES:
-            for top_k in TOP_K:
+            for top_k in (FEWEST[tail], 3, 256, 10_000):
                 options = {"tail": tail, "temperature": temperature, "top_k": top_k, "divergence": kind}
                 loss, gradient = term(pair, batch, "kd", **options)
                 assert abs(loss) <= 1e-6, options
@@ -74,7 +75,7 @@ def test_a_trained_model_equal_to_its_teacher_has_kd_and_span_zero(kind, real_mo
     batch = pair.batch(STORIES[:1])
     for tail in TAILS:
         for temperature in TEMPERATURES:
-            for top_k in (1, 3, 256, 10_000):
+            for top_k in (FEWEST[tail], 3, 256, 10_000):
                 options = {"tail": tail, "temperature": temperature, "top_k": top_k, "divergence": kind}
                 loss, gradient = term(pair, batch, "kd", **options)
                 assert abs(loss) <= 1e-6, options
@@ -172,7 +173,7 @@ def test_a_student_with_permuted_vocabulary_has_kd_zero_against_itself(name, kin
     batch = pair.batch()
     assert not torch.equal(batch.student_ids, batch.teacher_ids)
     for tail in TAILS:
-        for top_k in (1, 3, 256):
+        for top_k in (FEWEST[tail], 3, 256):
             loss, gradient = term(pair, batch, "kd", tail=tail, top_k=top_k, divergence=kind, temperature=2.0)
             assert abs(loss) <= 1e-6
             assert gradient <= 1e-5
