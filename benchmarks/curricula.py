@@ -345,7 +345,7 @@ def paired(results: Sequence[dict], arm: str, other: str, metric: Metric = METRI
 
 @dataclass(frozen=True)
 class Demands:
-    """What a schedule needs on a pair before it can earn a default."""
+    """Demands on the runs of a pair, before a schedule can earn a default."""
 
     seeds: int = 5
     """Seeds that the schedule and each opponent have in common."""

@@ -125,8 +125,11 @@ class HeadTerms:
         return LossTerm(kd_sum, self.batch.counts["kd"], skipped, unlisted)
 
     def _count(self, is_meant: Tensor) -> Tensor:
-        """Return the number of positions for which some of the rows [N] stand."""
-        return (is_meant * self._positions_of_a_row).sum()
+        """Return how many positions some of the rows [N] stand for: those behind a stored choice are no rows."""
+        if self.batch.places is None:
+            return is_meant.sum(dtype=torch.float64)
+        rows = self._sums_by_window(torch.ones_like(is_meant))
+        return (is_meant * self._places.of / rows[self._row_window]).sum()
 
     def span(self, learns: bool) -> SpanResult:
         """Compute span likelihood, and its slope if it `learns`, from the log-probabilities of the labels."""
@@ -293,15 +296,6 @@ class HeadTerms:
     def _is_stored(self) -> Tensor:
         """Return [N] bool: which rows a memory has not left out, where KD is learned nowhere in the run."""
         return torch.ones_like(self.target.valid) if self.signal is None else self.signal.is_stored
-
-    @property
-    def _positions_of_a_row(self) -> Tensor:
-        """Return [N] how many positions of its window there are for each row: those behind a stored choice are none."""
-        rows = self._sums_by_window(torch.ones_like(self.target.valid))
-        if self.batch.places is None:
-            return torch.ones_like(rows)[self._row_window]
-        positions = rows.new_zeros(len(rows)).index_add_(0, self._row_window, self._places.of)
-        return (positions / rows.square().clamp_min(1))[self._row_window]
 
     def _sums_by_window(self, of_rows: Tensor) -> Tensor:
         """Return [B] float64 the sums of something [N] over the rows of each window."""

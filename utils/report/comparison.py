@@ -164,12 +164,13 @@ def compare(folders: Sequence[str], output: Path, table: Path | None = None) -> 
     _make_folder(output)
 
     console().print(result_table(runs))
-    if rows := seed_rows(over_seeds(runs)):
+    groups = over_seeds(runs)
+    if rows := seed_rows(groups):
         console().print(seeds_table(rows))
     differing = differing_settings(runs)
     if differing:
         console().print(settings_table(runs, differing))
-    for note in (*notes(runs), *seed_notes(over_seeds(runs))):
+    for note in (*notes(runs), *seed_notes(groups)):
         console().print(note)
 
     draw(output / PICTURE, runs)
