@@ -26,6 +26,7 @@ from hypothesis import HealthCheck, settings
 
 from utils.logs import terminal
 from utils.logs.console import OWN_LOGGERS
+from utils.machine import hardware
 
 BEHIND_THE_FACE = ("models", "utils.config", "utils.errors", "utils.training", "utils.training.distillation_trainer")
 """Modules that the names of the package `curriculum_distillation` come from."""
@@ -56,6 +57,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def a_console_of_its_own() -> None:
     """A console reads columns and colours from the environment once, which tests change."""
     terminal._console.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def a_cpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The suite computes in the same precision on every CPU."""
+    monkeypatch.setattr(hardware, "BF16_INSTRUCTIONS", {})
 
 
 @pytest.fixture(autouse=True)

@@ -216,11 +216,14 @@ class LinearHead:
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """Add a @ b, from half-precision factors, to a float32 sum.
 
-    A half-precision result could overflow, whatever the loss scale. On a GPU the product itself reads and writes the
-    sum: a product of its own and an addition would move it three times.
+    A product in fp16 could overflow, whatever the loss scale; one in bf16, which has the range of float32, is only
+    rounded, as autograd rounds it. On a GPU the product itself reads and writes the sum: a product of its own and an
+    addition would move it three times.
     """
     if has_float32_products(a):
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    elif a.dtype == torch.bfloat16:
+        total += a @ b
     else:
         total.addmm_(a.float(), b.float())
 

@@ -365,7 +365,8 @@ class TrainingConfig(Validated):
     """Gradients are scaled down to at most this norm."""
 
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto"
-    """Precision of the student's computation; auto: chosen from the hardware, with the reason logged."""
+    """Precision of the student's computation; auto: chosen from the hardware, with the reason logged. On a CPU that is
+    bf16 where it has instructions for it (AMX, AVX512_BF16), which pays for models of a hundred million parameters."""
 
     gradient_checkpointing: bool = False
     """Compute the student's layers a second time in the backward pass instead of keeping what it needs of them: less

@@ -87,6 +87,6 @@ def frozen_dtype(requested: str, device: torch.device, precision: str) -> Choice
         return Choice(dtype, f"what {requested} weights are computed in")
     if requested != "auto":
         return Choice(getattr(torch, requested), "asked for")
-    if device.type != "cuda" or precision == "no":
+    if precision == "no":
         return Choice(torch.float32, "as the student")
     return Choice(half, "half the memory; frozen, so nothing is lost in updates")

@@ -27,7 +27,7 @@ from ..evaluation.samples import generate_samples
 from ..evaluation.scores import has_encoder
 from ..logs.console import console
 from ..logs.terminal import printable
-from ..machine.hardware import choose_device
+from ..machine.hardware import choose_device, choose_precision
 from ..paths import user_path
 from ..pretrained import loading, model_folders
 from ..pretrained.precision import frozen_dtype
@@ -179,8 +179,8 @@ def load_speakers(folder: Path, chat_tokenizers: ChatTokenizers, *, with_teacher
 def _load_teacher(name: str, settings: Mapping[str, Any], device: torch.device) -> nn.Module:
     """Load the teacher in the precision that the run had it in."""
     weights = get_dotted(settings, "teacher.dtype", "auto")
-    precision = get_dotted(settings, "training.mixed_precision", "no")
-    dtype = frozen_dtype(weights, device, precision).value
+    precision = choose_precision(get_dotted(settings, "training.mixed_precision", "no"), device)
+    dtype = frozen_dtype(weights, device, precision.value).value
     allow_pickle = bool(get_dotted(settings, "teacher.allow_pickle"))
     return loading.load_model(name, "teacher", dtype, device, weights=weights, allow_pickle=allow_pickle)
 

@@ -9,6 +9,7 @@ import torch
 from utils.errors import UserError
 from utils.machine import hardware
 from utils.machine.hardware import (
+    BF16_INSTRUCTIONS,
     choose_device,
     choose_precision,
     choose_teacher_device,
@@ -41,11 +42,29 @@ def test_precision_follows_the_compute_capability(gpu, name, capability, request
     assert choice.value == expected and reason in choice.reason
 
 
-@pytest.mark.parametrize(("requested", "expected"), [("auto", "no"), ("no", "no"), ("fp16", "no"), ("bf16", "bf16")])
-def test_a_cpu_trains_in_float32_unless_bf16_is_asked_for(requested, expected):
+@pytest.mark.parametrize(
+    ("capabilities", "requested", "expected", "reason"),
+    [
+        ({"avx2": True, "avx512_bf16": False}, "auto", "no", "no instructions for bf16"),
+        ({"avx512_bf16": True}, "auto", "bf16", "AVX512_BF16"),
+        ({"avx512_bf16": True, "amx_bf16": True}, "auto", "bf16", "this CPU has AMX"),
+        ({"avx512_bf16": True}, "no", "no", "asked for"),
+        ({"avx512_bf16": True}, "fp16", "no", "fp16 was asked for, but on cpu training is in float32 only"),
+        ({}, "bf16", "bf16", "asked for; this CPU has no instructions for it"),
+        ({"avx512_bf16": True}, "bf16", "bf16", "asked for; this CPU has AVX512_BF16"),
+    ],
+)
+def test_a_cpu_trains_in_bf16_where_it_has_instructions_for_it(monkeypatch, capabilities, requested, expected, reason):
+    monkeypatch.setattr(hardware, "BF16_INSTRUCTIONS", BF16_INSTRUCTIONS)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     choice = choose_precision(requested, CPU)
-    assert choice.value == expected and choice.reason
-    assert ("fp16 was asked for" in choice.reason) == (requested == "fp16")
+    assert choice.value == expected and reason in choice.reason
+
+
+def test_a_torch_that_tells_nothing_of_the_cpu_trains_in_float32(monkeypatch):
+    monkeypatch.setattr(hardware, "BF16_INSTRUCTIONS", BF16_INSTRUCTIONS)
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert choose_precision("auto", CPU).value == "no"
 
 
 def test_the_device_agrees_with_accelerate_and_has_a_reason():

@@ -57,6 +57,7 @@ def test_other_weights_need_nothing(gpu):
     ("requested", "device", "precision", "dtype"),
     [
         ("auto", CPU, "no", torch.float32),
+        ("auto", CPU, "bf16", torch.bfloat16),
         ("auto", GPU, "no", torch.float32),
         ("auto", GPU, "fp16", torch.float16),
         ("auto", GPU, "bf16", torch.bfloat16),

@@ -5,11 +5,13 @@ import json
 import sys
 
 import pytest
+import torch
 import yaml
 
 from models.distillation import Method
 from tests.models.tiny import byte_bpe, tiny_llama
 from utils.errors import UserError
+from utils.machine import hardware
 from utils.pretrained.export import export
 from utils.run import chat
 
@@ -23,8 +25,8 @@ def run_folder(tmp_path):
     return tmp_path / "run"
 
 
-def write(folder, teacher, **results):
-    config = {"teacher": {"name": teacher, "dtype": "auto"}, "training": {"mixed_precision": "no"}}
+def write(folder, teacher, precision="no", **results):
+    config = {"teacher": {"name": teacher, "dtype": "auto"}, "training": {"mixed_precision": precision}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     report = {"student": {}, "teacher": {}, "text_starts": {"student": [0], "teacher": [0]}, **results}
     (folder / "evaluation_report.json").write_text(json.dumps(report))
@@ -69,6 +71,14 @@ def test_the_teacher_reads_with_the_tokenizer_that_the_run_gave_it(run_folder):
     (run_folder / "config.yaml").write_text(yaml.safe_dump(config))
     speakers = chat.load_speakers(run_folder, Method.chat_tokenizers)
     assert [speaker.name for speaker in speakers] == ["Student", "Teacher"]
+
+
+@pytest.mark.parametrize("instructions, dtype", [(None, torch.float32), ("AVX512_BF16", torch.bfloat16)])
+def test_the_teacher_computes_in_what_auto_means_on_this_machine(run_folder, monkeypatch, instructions, dtype):
+    monkeypatch.setattr(hardware, "bf16_instructions", lambda: instructions)
+    write(run_folder, teacher=str(run_folder.parent / "teacher"), precision="auto")
+    _, teacher = chat.load_speakers(run_folder, Method.chat_tokenizers)
+    assert {parameter.dtype for parameter in teacher.model.parameters()} == {dtype}
 
 
 @pytest.mark.parametrize("word", ["0", "-3", "many"])
