@@ -28,7 +28,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.utils import logging as transformers_logging
@@ -42,6 +42,7 @@ from benchmarks.real.sources import TEACHER as TEACHER_PACKAGE
 from benchmarks.real.tables import key, tables
 from benchmarks.real.text import read_text
 from benchmarks.real.training import OutOfTime, Run, Students, train
+from utils.machine.hardware import choose_precision
 
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates that are tried for text alone, and the first of them by the depth of the student."""
@@ -296,7 +297,7 @@ def parser() -> argparse.ArgumentParser:
 
     # The machine.
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("bf16", "no"), help="of autocast; default: bf16 on a GPU")
+    parser.add_argument("--precision", choices=("bf16", "no"), help="of autocast; default: bf16 where `auto` takes it")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--budget", type=float, default=float("inf"), help="seconds, all in all")
 
@@ -306,13 +307,18 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _precision(device: torch.device) -> Literal["bf16", "no"]:
+    """Return bf16 where a run would choose it; never fp16, which would need a scaler of losses."""
+    return "bf16" if choose_precision("auto", device).value == "bf16" else "no"
+
+
 def _setting(args: argparse.Namespace) -> Setting:
     """Return what every arm shares."""
     device = torch.device(args.device)
     return Setting(
         folder=args.folder,
         device=device,
-        precision=args.precision or ("bf16" if device.type == "cuda" else "no"),
+        precision=args.precision or _precision(device),
         tokens=args.tokens,
         size=args.size,
         length=args.length,
