@@ -247,14 +247,20 @@ class Method(Validated):
         weights: dict[str, Any] = {name: Term(0.0) for name in ROUTER_TERMS}
         return replace(self, curriculum=replace(self.curriculum, **weights))
 
-    def describe_head(self, student: nn.Module, device: torch.device) -> list[str]:
-        """Choose how the student's head computes on a device, and say it, a line for each choice.
+    def describe_head(
+        self,
+        student: nn.Module,
+        device: torch.device,
+        *,
+        is_half: bool,
+    ) -> list[str]:
+        """Choose how the student's head computes on a device, in half precision or not, and say it, a line a choice.
 
         Raises:
             ValueError: `loss.head_passes` asks for what the device cannot do.
         """
         return [
-            f"student's head: {chunk_rows(vocabulary_size(student), device)[1]}",
+            f"student's head: {chunk_rows(vocabulary_size(student), device, is_half=is_half)[1]}",
             f"its elementwise work: {head_passes.choose(self.loss.head_passes, device)[1]}",
         ]
 

@@ -269,7 +269,13 @@ class Method(Protocol):
 
     def join(self, tokenizers: "dict[str, PreTrainedTokenizerBase]", text: Any) -> Pair: ...
 
-    def describe_head(self, student: nn.Module, device: torch.device) -> list[str]: ...
+    def describe_head(
+        self,
+        student: nn.Module,
+        device: torch.device,
+        *,
+        is_half: bool,
+    ) -> list[str]: ...
 
 
 class HeldOutText(Protocol):

@@ -209,7 +209,7 @@ def _rows_that_fit(
         bytes_per_logit += precision.products.itemsize
 
     vocabulary = getattr(head, "out_features", None) or head.weight.shape[0]
-    rows, _ = chunk_rows(vocabulary, device, bytes_per_logit)
+    rows, _ = chunk_rows(vocabulary, device, bytes_per_logit, is_half=precision.is_half)
     return rows
 
 

@@ -59,12 +59,16 @@ def student_of(case: dict, vocabulary: int):
     return tiny_llama(vocabulary, 1, width=96, num_attention_heads=4, **shape).train()
 
 
+def rows_on_cpu(vocabulary: int, bytes_per_logit: int, *, is_half: bool = False) -> int:
+    return chunk_rows(vocabulary, torch.device("cpu"), bytes_per_logit, is_half=is_half)[0]
+
+
 def demand_of(**case) -> Demand:
     """Of a step in float32 weights, with 64 outcomes of the teacher's, on a CPU."""
     return Demand(
         teacher_dtype=torch.float32,
         student_dtype=torch.float32,
-        rows=lambda vocabulary, each: chunk_rows(vocabulary, torch.device("cpu"), each)[0],
+        rows=rows_on_cpu,
         top_k=64,
         on_gpu=False,
         **case,
@@ -197,7 +201,7 @@ def test_a_teacher_on_the_students_gpu_is_counted_also_where_it_is_named(config)
 
     def has_teacher(device: str) -> bool:
         asked = replace(config, teacher=replace(config.teacher, device=device, dtype="float16"))
-        demand = demand_of_run(asked, model, device="cuda:0", precision="fp16", rows=lambda *_: (128, ""))
+        demand = demand_of_run(asked, model, device="cuda:0", precision="fp16", rows=lambda *_, is_half: (128, ""))
         return "teacher weights" in demand.memory(1)
 
     assert has_teacher("cuda:0") and has_teacher("auto") and not has_teacher("cuda:1")

@@ -198,7 +198,7 @@ def _demand(case: Case) -> step_memory.Demand:
         precision=case.precision,
         student_dtype=torch.float32,
         teacher_dtype=case.dtype,
-        rows=lambda vocabulary, each: chunk_rows(vocabulary, GPU, each)[0],
+        rows=lambda vocabulary, each, is_half=False: chunk_rows(vocabulary, GPU, each, is_half=is_half)[0],
         top_k=LossConfig().top_k,
         on_gpu=True,
     )

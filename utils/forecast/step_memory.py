@@ -13,10 +13,9 @@ documents have a mask [B, 1, S, S], of which every layer keeps a copy in the dty
 """
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from transformers import PretrainedConfig
@@ -34,8 +33,25 @@ from .model_size import Shape, trained_parameters
 
 log = logging.getLogger(__name__)
 
-ChunkRows = Callable[[int, torch.device, int], tuple[int, str]]
-"""(vocabulary, device, bytes per logit) -> (positions whose logits a head computes at a time, at most, why)."""
+
+class ChunkRows(Protocol):
+    """Positions whose logits a head computes at a time, at most, and why: `models.losses.chunk_size.chunk_rows`."""
+
+    def __call__(
+        self,
+        vocabulary: int,
+        device: torch.device,
+        bytes_per_logit: int = ...,
+        *,
+        is_half: bool = ...,
+    ) -> tuple[int, str]: ...
+
+
+class Rows(Protocol):
+    """The same positions, on the device of a run."""
+
+    def __call__(self, vocabulary: int, bytes_per_logit: int, *, is_half: bool = ...) -> int: ...
+
 
 Breakdown = dict[str, float]
 """Bytes by what holds them."""
@@ -94,8 +110,7 @@ class Demand:
     """`no`, `fp16` or `bf16`."""
     student_dtype: torch.dtype
     teacher_dtype: torch.dtype
-    rows: Callable[[int, int], int]
-    """(vocabulary, bytes per logit) -> positions whose logits a head computes at a time, at most."""
+    rows: Rows
     top_k: int
     on_gpu: bool
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -199,7 +214,8 @@ class StepMemory:
     def head_rows(self) -> int:
         """Positions whose logits the student's head computes at a time."""
         bytes_per_logit = LOGIT + self.rounded_bytes if self.demand.compiled_head else LOGIT
-        return min(self.tokens, self.demand.rows(self.student.vocabulary, bytes_per_logit))
+        most = self.demand.rows(self.student.vocabulary, bytes_per_logit, is_half=self.is_half)
+        return min(self.tokens, most)
 
     @property
     def rounded_bytes(self) -> int:
@@ -474,8 +490,8 @@ def demand_of(config: RunConfig, setting: StepSetting) -> Demand:
     for shape in (setting.student, *setting.teachers):
         require_parallel(shape)
 
-    def rows(vocabulary: int, bytes_per_logit: int) -> int:
-        return setting.chunk_rows(vocabulary, setting.device, bytes_per_logit)[0]
+    def rows(vocabulary: int, bytes_per_logit: int, *, is_half: bool = False) -> int:
+        return setting.chunk_rows(vocabulary, setting.device, bytes_per_logit, is_half=is_half)[0]
 
     device = setting.device
     lora = config.student.lora

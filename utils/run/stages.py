@@ -508,7 +508,8 @@ def make_module(job: Job, teacher: Teacher | None, student: nn.Module, plan: Pla
     """Make the framework of student and teacher; the router of a new run is calibrated."""
     config = job.config
     with value_errors_are_the_users():
-        for line in job.method.describe_head(student, job.accelerator.device):
+        is_half = job.accelerator.mixed_precision != "no"
+        for line in job.method.describe_head(student, job.accelerator.device, is_half=is_half):
             log.debug("%s", line)
 
         module = job.pair.framework(plan.total_steps, student=student, teacher=teacher)

@@ -451,6 +451,8 @@ def test_rows_of_a_chunk_follow_the_budget_and_are_explained():
     assert large < small
     assert chunk_rows(151_936, cpu, 12)[0] <= chunk_rows(151_936, cpu, 4)[0]
     assert chunk_rows(10**12, cpu)[0] >= 1
+    assert small < chunk_rows(1_000, cpu, is_half=True)[0]
+    assert chunk_rows(1_000_000, cpu, is_half=True)[0] == large
     assert f"{small} rows" in why
     assert "MB" in why
 

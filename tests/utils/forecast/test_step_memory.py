@@ -19,7 +19,7 @@ def demand_of(scored_logits: int) -> Demand:
     """Return the demand of a small student with a large vocabulary and of a teacher of the same kind."""
     config = tiny_llama(VOCABULARY).config
     dtypes = {"student_dtype": torch.float32, "teacher_dtype": torch.float32}
-    sizes = {"length": LENGTH, "top_k": 8, "rows": lambda vocabulary, each: 16}
+    sizes = {"length": LENGTH, "top_k": 8, "rows": lambda vocabulary, each, is_half=False: 16}
     options = {"precision": "no", "on_gpu": False, "scored_logits": scored_logits}
     return Demand(student=config, teacher=config, **dtypes, **sizes, **options)
 
