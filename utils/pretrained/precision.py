@@ -4,7 +4,7 @@ import torch
 from transformers import BitsAndBytesConfig, PretrainedConfig
 
 from ..errors import UserError
-from ..machine.hardware import Choice
+from ..machine.hardware import Choice, bf16_instructions
 from ..machine.packages import require
 
 QUANTISED = {"8bit": (7, 5), "4bit": (6, 0)}
@@ -89,4 +89,10 @@ def frozen_dtype(requested: str, device: torch.device, precision: str) -> Choice
         return Choice(getattr(torch, requested), "asked for")
     if precision == "no":
         return Choice(torch.float32, "as the student")
+
+    # A CPU, also one beside a GPU, has its own half precision or none.
+    if device.type == "cpu" and (instructions := bf16_instructions()):
+        return Choice(torch.bfloat16, f"half the memory, and this CPU has {instructions}")
+    if device.type != "cuda":
+        return Choice(torch.float32, f"what this {device.type} is fast at")
     return Choice(half, "half the memory; frozen, so nothing is lost in updates")

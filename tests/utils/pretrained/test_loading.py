@@ -57,7 +57,8 @@ def test_other_weights_need_nothing(gpu):
     ("requested", "device", "precision", "dtype"),
     [
         ("auto", CPU, "no", torch.float32),
-        ("auto", CPU, "bf16", torch.bfloat16),
+        ("auto", CPU, "fp16", torch.float32),
+        ("auto", CPU, "bf16", torch.float32),
         ("auto", GPU, "no", torch.float32),
         ("auto", GPU, "fp16", torch.float16),
         ("auto", GPU, "bf16", torch.bfloat16),
@@ -69,6 +70,19 @@ def test_other_weights_need_nothing(gpu):
 )
 def test_what_frozen_weights_are_computed_in(requested, device, precision, dtype):
     assert precision_module.frozen_dtype(requested, device, precision).value == dtype
+
+
+@pytest.mark.parametrize(
+    ("precision", "dtype"),
+    [
+        ("no", torch.float32),
+        ("bf16", torch.bfloat16),
+        ("fp16", torch.bfloat16),
+    ],
+)
+def test_a_teacher_on_a_cpu_with_instructions_for_bf16_computes_in_bf16(monkeypatch, precision, dtype):
+    monkeypatch.setattr(precision_module, "bf16_instructions", lambda: "AMX")
+    assert precision_module.frozen_dtype("auto", CPU, precision).value == dtype
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from models.distillation import Method
 from tests.models.tiny import byte_bpe, tiny_llama
 from utils.errors import UserError
 from utils.machine import hardware
+from utils.pretrained import precision
 from utils.pretrained.export import export
 from utils.run import chat
 
@@ -75,7 +76,8 @@ def test_the_teacher_reads_with_the_tokenizer_that_the_run_gave_it(run_folder):
 
 @pytest.mark.parametrize("instructions, dtype", [(None, torch.float32), ("AVX512_BF16", torch.bfloat16)])
 def test_the_teacher_computes_in_what_auto_means_on_this_machine(run_folder, monkeypatch, instructions, dtype):
-    monkeypatch.setattr(hardware, "bf16_instructions", lambda: instructions)
+    for module in (hardware, precision):
+        monkeypatch.setattr(module, "bf16_instructions", lambda: instructions)
     write(run_folder, teacher=str(run_folder.parent / "teacher"), precision="auto")
     _, teacher = chat.load_speakers(run_folder, Method.chat_tokenizers)
     assert {parameter.dtype for parameter in teacher.model.parameters()} == {dtype}
