@@ -10,7 +10,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports torch or the hub's client: both read these once.
@@ -27,6 +27,7 @@ from hypothesis import HealthCheck, settings
 from utils.logs import terminal
 from utils.logs.console import OWN_LOGGERS
 from utils.machine import hardware
+from utils.machine.hardware import BF16_INSTRUCTIONS
 
 BEHIND_THE_FACE = ("models", "utils.config", "utils.errors", "utils.training", "utils.training.distillation_trainer")
 """Modules that the names of the package `curriculum_distillation` come from."""
@@ -63,6 +64,17 @@ def a_console_of_its_own() -> None:
 def a_cpu_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """The suite computes in the same precision on every CPU."""
     monkeypatch.setattr(hardware, "BF16_INSTRUCTIONS", {})
+
+
+@pytest.fixture
+def cpu(monkeypatch: pytest.MonkeyPatch, a_cpu_without_bf16: None) -> Callable[..., None]:
+    """Pretend that torch sees another CPU; returns a function that sets its capabilities."""
+
+    def pretend(**capabilities: bool) -> None:
+        monkeypatch.setattr(hardware, "BF16_INSTRUCTIONS", BF16_INSTRUCTIONS)
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+
+    return pretend
 
 
 @pytest.fixture(autouse=True)

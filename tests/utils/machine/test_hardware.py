@@ -9,7 +9,6 @@ import torch
 from utils.errors import UserError
 from utils.machine import hardware
 from utils.machine.hardware import (
-    BF16_INSTRUCTIONS,
     choose_device,
     choose_precision,
     choose_teacher_device,
@@ -54,15 +53,14 @@ def test_precision_follows_the_compute_capability(gpu, name, capability, request
         ({"avx512_bf16": True}, "bf16", "bf16", "asked for; this CPU has AVX512_BF16"),
     ],
 )
-def test_a_cpu_trains_in_bf16_where_it_has_instructions_for_it(monkeypatch, capabilities, requested, expected, reason):
-    monkeypatch.setattr(hardware, "BF16_INSTRUCTIONS", BF16_INSTRUCTIONS)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+def test_a_cpu_trains_in_bf16_where_it_has_instructions_for_it(cpu, capabilities, requested, expected, reason):
+    cpu(**capabilities)
     choice = choose_precision(requested, CPU)
     assert choice.value == expected and reason in choice.reason
 
 
-def test_a_torch_that_tells_nothing_of_the_cpu_trains_in_float32(monkeypatch):
-    monkeypatch.setattr(hardware, "BF16_INSTRUCTIONS", BF16_INSTRUCTIONS)
+def test_a_torch_that_tells_nothing_of_the_cpu_trains_in_float32(cpu, monkeypatch):
+    cpu(amx_bf16=True)
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert choose_precision("auto", CPU).value == "no"
 

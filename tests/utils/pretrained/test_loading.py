@@ -80,8 +80,8 @@ def test_what_frozen_weights_are_computed_in(requested, device, precision, dtype
         ("fp16", torch.bfloat16),
     ],
 )
-def test_a_teacher_on_a_cpu_with_instructions_for_bf16_computes_in_bf16(monkeypatch, precision, dtype):
-    monkeypatch.setattr(precision_module, "bf16_instructions", lambda: "AMX")
+def test_a_teacher_on_a_cpu_with_instructions_for_bf16_computes_in_bf16(cpu, precision, dtype):
+    cpu(amx_bf16=True)
     assert precision_module.frozen_dtype("auto", CPU, precision).value == dtype
 
 
