@@ -91,7 +91,7 @@ def _distil(accelerator: Accelerator, folder: Path, dtype: torch.dtype, stop_aft
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TrainingLoop, "update", spy)
         if rows is not None:
-            patch.setattr(fused_head, "chunk_rows", lambda *_: (rows[accelerator.process_index], ""))
+            patch.setattr(fused_head, "chunk_rows", lambda *_, **__: (rows[accelerator.process_index], ""))
         store = CheckpointStore(folder / "checkpoints")
         state = {"checkpoints": store, "resume_from": on_main_process(accelerator, store.resume_point)}
         state |= {"stop": None if stop_after is None else StopAfter(stop_after)}

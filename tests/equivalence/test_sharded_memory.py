@@ -49,7 +49,7 @@ def held(folder: Path, how: str) -> dict[str, float]:
         options = LoopOptions(logger=StepLogger(None, 10**6, 1, main_process=False))
         fit(framework, windows, collate, toy_config(batch_size=2), accelerator=accelerator, options=options)
         student = framework.student.config
-        demand = Demand(student, None, 64, "no", *DTYPES, lambda *_: 16, 8, False, sharded=how, processes=2)
+        demand = Demand(student, None, 64, "no", *DTYPES, lambda *_, **__: 16, 8, False, sharded=how, processes=2)
         learned = sum(p.numel() for p in framework.parameters() if p.requires_grad)
         kept = demand.student_weights(4 * learned, learned).always
         gradients = 4 * learned / 2 if how == "zero3" else 0  # it keeps the room for them
@@ -76,7 +76,7 @@ def test_in_parts_a_run_takes_less():
     config = tiny_llama(20_000, width=256, num_hidden_layers=8, tie_word_embeddings=True).config
     sizes = {}
     for how in ("", "zero2", "zero3", "fsdp2"):
-        demand = Demand(config, None, 64, "no", *DTYPES, lambda *_: 16, 8, False, sharded=how, processes=8)
+        demand = Demand(config, None, 64, "no", *DTYPES, lambda *_, **__: 16, 8, False, sharded=how, processes=8)
         parts = demand.memory(1)
         sizes[how] = sum(size for name, size in parts.items() if name not in ("exchange", "runtime"))
     assert max(sizes["fsdp2"], sizes["zero2"], sizes["zero3"]) < 0.8 * sizes[""], sizes

@@ -36,7 +36,7 @@ def compared(tied: bool) -> dict:
     pair = pair_of(byte_bpe(300), byte_bpe(400), teacher=whole)
     batch = pair.batch(STORIES[: 1 + rank])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(teacher_module, "chunk_rows", lambda *_: ((3, 64)[rank], ""))
+        patch.setattr(teacher_module, "chunk_rows", lambda *_, **__: ((3, 64)[rank], ""))
         expected = said(pair.frozen(), batch)
         prints = [loading.fingerprint(model)]
         shard_layers(model, accelerator)

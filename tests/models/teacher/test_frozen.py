@@ -70,7 +70,7 @@ def test_signals_of_single_windows_are_those_of_the_batch(pair):
 def test_signal_does_not_depend_on_the_size_of_chunks(pair, rows, monkeypatch):
     batch = pair.batch()
     whole = pair.frozen().signal(batch, 8)
-    monkeypatch.setattr("models.teacher.frozen.chunk_rows", lambda *_: (rows, "asked for"))
+    monkeypatch.setattr("models.teacher.frozen.chunk_rows", lambda *_, **__: (rows, "asked for"))
     assert close(pair.frozen().signal(batch, 8), whole)
 
 
