@@ -211,6 +211,23 @@ def test_router_of_the_users_pair_is_measured_where_the_curriculum_uses_it(pair,
     assert "router" not in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ([], "each that is set has an effect"),
+        (["--router.span=8"], "router.span 8"),
+        (["--curriculum.kd=0", "--loss.temperature=2"], "loss.temperature 2"),
+    ],
+)
+def test_settings_without_effect_are_told(pair, tmp_path, monkeypatch, flags, said):
+    monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path))
+    setup, _ = prepared([*pair, *flags])
+    check = verification.SETTINGS.check({"setup": setup})
+    assert check.passed
+    assert check.doubtful is bool(flags)
+    assert said in check.value
+
+
 def test_router_that_starts_too_large_or_is_not_a_number_is_found(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path))
     setup, job = prepared([*pair, *ROUTED])

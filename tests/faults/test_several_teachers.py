@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import train
 from tests.faults.conftest import documents, write_jsonl
 from tests.served import PretendedServer, running
+from utils.checks.checklist import Check
+from utils.commands import checks
 from utils.logs.records import read_metrics
 from utils.run.quickstart import train_tokenizer
 from utils.served import http_client
@@ -287,3 +289,38 @@ def test_conversations_are_for_one_teacher(place, second, tmp_path, capsys):
     words = ["--teacher", str(place.teacher), "--teacher", str(second), "--train-data", str(file)]
     assert train.main(place.arguments(tmp_path / "run", *words)) == 2
     assert "got 2 teachers and conversations, expected plain text" in " ".join(capsys.readouterr().out.split())
+
+
+def checks_of(arguments: list[str]) -> dict[str, Check]:
+    """Return the checks of a set-up that lie behind those of this code, by name."""
+    setup, job = checks.own_setup(train.configure(arguments)[0])
+    rows = [*checks.run_checks(setup, job), *(row.check({"setup": setup}) for row in checks.RESOURCES)]
+    return {row.name: row for row in rows if isinstance(row, Check)}
+
+
+def test_before_a_run_every_teacher_is_checked(place, second, tmp_path):
+    teachers = ["--teacher", str(place.teacher), "--teacher", str(second)]
+    found = checks_of(place.arguments(tmp_path / "run", *teachers))
+    assert all(check.passed for check in found.values())
+    assert {"alignment coverage: teacher", "alignment coverage: teacher_2", "text in tokens: teacher_2"} <= found.keys()
+    assert found["models"].value == "teacher loads; teacher_2 loads"
+    assert "teacher_2 128" in found["window length"].value
+
+    # Weights of the second one take memory, and without them there is no run.
+    alone = checks_of(place.arguments(tmp_path / "run", "--teacher", str(place.teacher)))
+    assert found["memory"].value != alone["memory"].value
+    (second / "model.safetensors").rename(tmp_path / "weights")
+    try:
+        missing = checks_of(place.arguments(tmp_path / "run", *teachers))["models"]
+    finally:
+        (tmp_path / "weights").rename(second / "model.safetensors")
+    assert not missing.passed
+    assert "teacher_2" in missing.value
+
+
+def test_a_teacher_of_some_text_is_checked_on_all_of_it(place, second, tmp_path):
+    other = write_jsonl(tmp_path / "other.jsonl", documents(40, seed=5))
+    text = ["--train-data", str(place.text), str(other)]
+    routed = f"teachers=[{{name: {place.teacher}, only_for: [{place.text}]}}, {{name: {second}, only_for: [{other}]}}]"
+    found = checks_of(place.arguments(tmp_path / "run", *text, "--set", routed))
+    assert all(check.passed for check in found.values())

@@ -1,6 +1,6 @@
 """Checks of a run's text, models, memory and disk, before anything is trained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..advice import reason
 from ..config.plain import to_plain
 from ..config.protocols import RunConfig
 from ..config.settings import ModelConfig, StudentConfig
+from ..config.unused_settings import unused_settings
 from ..data import delivery
 from ..data import documents as text_documents
 from ..data.batch_order import permutation
@@ -27,6 +28,7 @@ from ..forecast import model_size, step_memory
 from ..interfaces import Job
 from ..machine import hardware
 from ..pretrained import loading, locate, model_folders, precision
+from ..pretrained.named import teachers_by_role
 from ..pretrained.teacher import with_spare_gpu
 from ..run import folder as run_folder
 from ..seeding import seed_everything
@@ -50,7 +52,8 @@ class SetUp:
 
     config: RunConfig
     student: PretrainedConfig
-    teacher: PretrainedConfig | None
+    teachers: Mapping[str, PretrainedConfig]
+    """By role: `teacher`, and `teacher_2` and so on where there are several; none where nothing is distilled."""
     text_bytes: int
     """Size of the training text."""
     chunk_rows: step_memory.ChunkRows
@@ -58,16 +61,37 @@ class SetUp:
     """Names of models that the first run builds."""
 
     @property
+    def loaded(self) -> dict[str, PretrainedConfig]:
+        """Models whose weights are loaded here, by role: all but teachers elsewhere."""
+        settings = teachers_by_role(self.config)
+        here = {role: shape for role, shape in self.teachers.items() if not settings[role].is_elsewhere}
+        return {"student": self.student, **here}
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Tokens that each of these models reads at once."""
+        return {role: loading.context_length(shape) for role, shape in self.loaded.items()}
+
+    @property
     def window(self) -> int:
         """Tokens per window."""
-        shapes = [shape for shape in (self.student, self.teacher) if shape is not None]
-        limits = [loading.context_length(shape) for shape in shapes]
-        return int(min(self.config.data.max_length, *limits))
+        return int(min(self.config.data.max_length, *self.limits.values()))
 
 
 def _batch_size(config: RunConfig) -> int:
     """Return the windows of a micro-batch; the checks put a number in the place of `auto` before anything else."""
     return config.training.batch_size  # type: ignore[return-value]
+
+
+def settings(setup: SetUp) -> Measured:
+    """Look for settings that somebody has set and nothing reads in this run."""
+    lines = unused_settings(setup.config)
+    return Measured(
+        "; ".join(lines) or "each that is set has an effect",
+        "no effect only where it is meant so",
+        passed=True,
+        doubtful=bool(lines),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- text
@@ -164,20 +188,17 @@ def spelt_text(job: Job, sides: Sequence[str]) -> Measured:
 
 def models(setup: SetUp) -> Measured:
     """Look for the weights of the models, and load those that are small enough."""
+    teachers = teachers_by_role(setup.config)
+    settings: dict[str, ModelConfig | StudentConfig] = {"student": setup.config.student, **teachers}
+    shapes = setup.loaded
     # A student that starts at random needs no weights.
-    roles: list[tuple[str, ModelConfig | StudentConfig, PretrainedConfig]] = []
-    if setup.config.student.init != "random":
-        roles.append(("student", setup.config.student, setup.student))
-    if setup.teacher:
-        roles.append(("teacher", setup.config.teacher, setup.teacher))
+    if setup.config.student.init == "random":
+        del shapes["student"]
 
-    notes: list[str] = []
+    notes = [note for role in setup.teachers if (note := _place_elsewhere(role, teachers[role]))]
     missing: list[str] = []
-    if setup.config.teacher.is_served:
-        notes.append("teacher is behind a server, which a run looks at first")
-    if setup.config.teacher.is_captured:
-        notes.append("teacher is of captures, which fit its tokenizer")
-    for role, model, shape in roles:
+    for role, shape in shapes.items():
+        model = settings[role]
         if model.name in setup.built_later:
             notes.append(f"{role} is built by the first run")
             continue
@@ -190,6 +211,15 @@ def models(setup: SetUp) -> Measured:
 
     value = "; ".join(missing + notes)
     return Measured(value or "random start, no teacher", "weights are there", passed=not missing)
+
+
+def _place_elsewhere(role: str, model: ModelConfig) -> str | None:
+    """Return where a teacher is whose weights are not loaded here."""
+    if model.is_served:
+        return f"{role} is behind a server, which a run looks at first"
+    if model.is_captured:
+        return f"{role} is of captures, which fit its tokenizer"
+    return None
 
 
 def _examine_weights(role: str, model: ModelConfig | StudentConfig, shape: PretrainedConfig) -> tuple[bool, str]:
@@ -215,23 +245,20 @@ def too_large(config: PretrainedConfig) -> bool:
     return model_size.Shape.of(config).parameters > LARGEST_BUILT
 
 
-def build_shallow(setup: SetUp, roles: Sequence[str]) -> dict[str, nn.Module]:
+def build_shallow(setup: SetUp, shapes: Mapping[str, PretrainedConfig]) -> dict[str, nn.Module]:
     """Build models with few layers and random weights.
 
     Args:
-        roles: which of `student` and `teacher`; a run without a teacher has none.
+        shapes: role -> config.
 
     Returns:
         role -> model; without those whose embeddings alone are too large.
     """
-    shapes = {"student": setup.student, "teacher": setup.teacher}
     seed_everything(setup.config.training.seed)
 
     models = {}
-    for role in roles:
-        if shapes[role] is None:
-            continue
-        shape = model_size.shallow(shapes[role], REPRESENTATIVE)
+    for role, whole in shapes.items():
+        shape = model_size.shallow(whole, REPRESENTATIVE)
         if not too_large(shape):
             models[role] = loading.random_model(shape)
     return models
@@ -241,7 +268,7 @@ def router_obstacle(setup: SetUp) -> str | None:
     """Return why the router of this pair is not measured; None if it can be."""
     if setup.config.teacher.name in setup.built_later:
         return "the teacher is built by the first run"
-    if too_large(setup.student) or too_large(setup.teacher):
+    if too_large(setup.student) or too_large(setup.teachers["teacher"]):
         return "a model is too large to be loaded for a check"
 
     dtypes = {setup.config.teacher.dtype, setup.config.student.lora.base}
@@ -280,11 +307,9 @@ def router_batches(job: Job) -> RouterBatches:
 
 def window_length(setup: SetUp) -> Measured:
     """Compare the tokens of a window with those that the models read at once."""
-    limits = [f"student reads {loading.context_length(setup.student)}"]
-    if setup.teacher:
-        limits.append(f"teacher {loading.context_length(setup.teacher)}")
+    limits = ", ".join(f"{role} {limit}" for role, limit in setup.limits.items())
     return Measured(
-        f"{setup.window} tokens ({setup.config.data.max_length} asked for, {', '.join(limits)})",
+        f"{setup.window} tokens ({setup.config.data.max_length} asked for; read at once: {limits})",
         "8 or more",
         passed=setup.window >= 8,
     )
@@ -301,7 +326,7 @@ def _memory(setup: SetUp) -> Measured:
     training = setup.config.training
     setting = step_memory.StepSetting(
         setup.student,
-        () if setup.teacher is None else (setup.teacher,),
+        tuple(setup.teachers.values()),
         setup.window,
         precision=hardware.choose_precision(training.mixed_precision, device).value,
         device=device,

@@ -1,6 +1,5 @@
 """The checks of `verify_fixes.py`: one row for each, and the groups in which they are printed."""
 
-import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -35,13 +34,10 @@ from utils.pretrained.families import keep_weights
 from utils.pretrained.named import load_shapes
 from utils.pretrained.student import make as make_student
 from utils.pretrained.teacher import on_one_process
-from utils.run import quickstart, stages
+from utils.run import quickstart, several_teachers, stages
 from utils.run.prepare import Job, prepare
 from utils.run.requirements import check as check_requirements
 from utils.training import dry_run
-
-log = logging.getLogger("train")
-
 
 MOST_DOCUMENTS = 20_000
 """Documents read of the user's own text."""
@@ -81,7 +77,7 @@ def label_shift_of_architecture(setup: SetUp) -> Measured:
         ratios = at_least(0.95, "ln V")  # T5 1.1 begins with large logits
 
     allowed = f"{ratios.text}, equal to 1e-3"
-    models = run_setup.build_shallow(setup, ("student", "teacher"))
+    models = run_setup.build_shallow(setup, setup.loaded)
     if "student" not in models:
         return Measured(TOO_LARGE, allowed, passed=True)
 
@@ -97,7 +93,7 @@ def label_shift_of_architecture(setup: SetUp) -> Measured:
 def step_and_export(setup: SetUp, job: Job) -> Measured:
     """Train, evaluate and save a student of the user's architecture on trial, with few layers and random weights."""
     allowed = "no error"
-    student = run_setup.build_shallow(setup, ("student",)).get("student")
+    student = run_setup.build_shallow(setup, {"student": setup.student}).get("student")
     if student is None:
         return Measured(TOO_LARGE, allowed, passed=True)
 
@@ -391,6 +387,12 @@ MODELS = (
     ),
 )
 
+SETTINGS = Row(
+    "settings",
+    run_setup.settings,
+    on=("setup",),
+    hint="leave them out, or change what keeps them from having an effect",
+)
 DOCUMENTS = Row("documents", run_setup.documents, on=("job",), hint=DOCUMENTS_REMEDY)
 SPELT_TEXT = Row(
     "text in tokens",
@@ -463,7 +465,7 @@ def default_setup(config: RunConfig) -> SetUp:
     return SetUp(
         config,
         student=quickstart.student_config(quickstart.STUDENT_VOCABULARY),
-        teacher=quickstart.teacher_config(quickstart.TEACHER_VOCABULARY),
+        teachers={"teacher": quickstart.teacher_config(quickstart.TEACHER_VOCABULARY)},
         text_bytes=1_500_000,
         chunk_rows=chunk_rows,
         built_later=quickstart_names.NAMES,
@@ -477,10 +479,6 @@ def own_setup(config: RunConfig) -> tuple[SetUp, Job]:
         UserError: a mistake in models or data.
     """
     check_requirements(config, hardware.choose_device().value)
-    if config.several_teachers:
-        # What is checked lies between two models; the run itself forecasts the memory of all.
-        log.warning("of %d teachers the first one is checked, alone", len(config.several_teachers))
-        config = replace(config, teachers=[])
     resolved = config
     if quickstart.is_named(config):
         # The teacher need not be trained yet: its folder holds a configuration and a tokenizer.
@@ -495,18 +493,19 @@ def own_setup(config: RunConfig) -> tuple[SetUp, Job]:
         teacher=on_one_process(resolved.teacher),
     )
     job = prepare(resolved, method_of(resolved), build_accelerator("no", cpu=True))
+    job = several_teachers.with_parts(job)
 
     shapes = load_shapes(resolved)
-    student = shapes["student"]
-    is_loaded = resolved.teacher.name is not None and not resolved.teacher.is_elsewhere
-    teacher = shapes["teacher"] if is_loaded else None
+    student = shapes.pop("student")
+    # A run without a teacher has the student's in its place.
+    teachers = {} if resolved.teacher.name is None else shapes
 
     # Only the beginning of a large text is read here, so its files say more about its size.
     files = [user_path(name) for name in resolved.data.train]
     size_on_disk = sum(file.stat().st_size for file in files if file.is_file())
     size_as_read = sum(int(size) for size in job.windows["bytes"])
     text_bytes = max(size_as_read, size_on_disk)
-    return SetUp(config, student, teacher, text_bytes, chunk_rows, quickstart_names.NAMES), job
+    return SetUp(config, student, teachers, text_bytes, chunk_rows, quickstart_names.NAMES), job
 
 
 # --------------------------------------------------------------------------------------- the report
@@ -558,20 +557,24 @@ def all_checks(config: RunConfig, recipe: str, *, is_default: bool, folder: Path
 
 def run_checks(setup: SetUp, job: Job) -> Iterator[str | Check]:
     """Yield the checks of the user's models and text, and an example of what is learned from."""
-    # Without a teacher there are no anchors to count, and only the student's tokens matter.
-    has_teacher = setup.config.teacher.name is not None
-    sides = ("student", "teacher") if has_teacher else ("student",)
-    subjects = {"setup": setup, "job": job, "sides": sides}
-
-    rows = [*MODELS, DOCUMENTS, DUPLICATES, LEAKAGE]
-    if has_teacher:
-        rows.append(COVERAGE)
-    rows.append(SPELT_TEXT)
-    for row in rows:
+    subjects = {"setup": setup, "job": job}
+    for row in (SETTINGS, *MODELS, DOCUMENTS, DUPLICATES, LEAKAGE):
         yield row.check(subjects)
+
+    # Without a teacher there are no anchors to count, and only the student's tokens matter.
+    if not setup.teachers:
+        yield SPELT_TEXT.check({"job": job, "sides": ("student",)})
+    sides: tuple[str, ...] = ("student", "teacher")
+    for role, part in zip(setup.teachers, job.parts or (job,), strict=False):
+        for row in (COVERAGE, SPELT_TEXT):
+            of_teacher = replace(row, name=f"{row.name}: {role}") if job.parts else row
+            yield of_teacher.check({"job": part, "sides": sides})
+        sides = ("teacher",)
 
     # No check, but something that only a person can judge: a decoded window.
     yield "  " + "\n  ".join(stages.example_of_learning(job))
-    collate: Any = job.collate  # a PairCollator, or one that remembers
+    # Of several teachers the states of the first one are compared with.
+    first = (job.parts or (job,))[0]
+    collate: Any = first.collate  # a PairCollator, or one that remembers
     if collate.router is not None:
-        yield ROUTER.check(subjects)
+        yield ROUTER.check({"setup": setup, "job": first})
