@@ -170,20 +170,34 @@ def compare(folders: Sequence[str], output: Path, table: Path | None = None) -> 
     differing = differing_settings(runs)
     if differing:
         console().print(settings_table(runs, differing))
-    for note in (*notes(runs), *seed_notes(groups)):
+    told = [*notes(runs), *seed_notes(groups)]
+    for note in told:
         console().print(note)
 
     draw(output / PICTURE, runs)
     console().print(f"picture: {output / PICTURE}", soft_wrap=True)
     if table is not None:
-        for file in write_tables(table, runs, differing):
+        written = write_tables(table, runs, differing, told)
+        for file in written:
             console().print(f"table: {file}", soft_wrap=True)
 
+        older = _seeds_beside(table)
+        if older not in written and older.exists():
+            console().print(f"{older} is of another comparison: here no setting has several seeds", soft_wrap=True)
 
-def write_tables(path: Path, runs: Sequence[Run], differing: Mapping[str, Sequence[str]]) -> list[Path]:
+
+def write_tables(
+    path: Path,
+    runs: Sequence[Run],
+    differing: Mapping[str, Sequence[str]],
+    told: Sequence[str] = (),
+) -> list[Path]:
     """Write a row for each run, with its figures and the settings that differ, and the figures over seeds.
 
     In Markdown the second table stands below the first; in CSV, whose files hold one table, beside it.
+
+    Args:
+        told: sentences on what keeps figures from being compared; Markdown ends with them.
 
     Returns:
         the files.
@@ -199,11 +213,13 @@ def write_tables(path: Path, runs: Sequence[Run], differing: Mapping[str, Sequen
         parts = [_markdown(frame)]
         if not seeds.empty:
             parts += [SEEDS_TITLE + PAIRED_TITLE, _markdown(seeds)]
+        if told:
+            parts.append("\n".join(f"- {note}" for note in told))
         contents = {path: "\n\n".join(parts) + "\n"}
     else:
         contents = {path: frame.to_csv(index=False)}
         if not seeds.empty:
-            contents[path.with_name(f"{path.stem}-seeds{path.suffix}")] = seeds.to_csv(index=False)
+            contents[_seeds_beside(path)] = seeds.to_csv(index=False)
 
     for file, content in contents.items():
         try:
@@ -212,6 +228,11 @@ def write_tables(path: Path, runs: Sequence[Run], differing: Mapping[str, Sequen
             reason = error.strerror or error
             raise UserError(f"--csv {path}: {file} cannot be written ({reason}). Choose another file.") from error
     return [*contents]
+
+
+def _seeds_beside(path: Path) -> Path:
+    """Return the file that holds the figures over seeds, beside a CSV file of runs."""
+    return path.with_name(f"{path.stem}-seeds{path.suffix}")
 
 
 def _markdown(frame: "pd.DataFrame") -> str:

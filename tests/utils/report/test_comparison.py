@@ -328,13 +328,19 @@ def test_tables_for_other_programs_have_the_figures_over_seeds(place, trio, tmp_
     assert second["less_the_first"] == pytest.approx(-0.1) and second["pairs"] == 2 and second["interval_of_it"] < 1e-9
 
     compare([*trio, cut, *others], tmp_path / "out", tmp_path / "a.md")
-    rows, _, seeds = (tmp_path / "a.md").read_text(encoding="utf-8").split("\n\n")
+    rows, _, seeds, told = (tmp_path / "a.md").read_text(encoding="utf-8").split("\n\n")
+    assert "- Left out of the means over seeds: a3 (unfinished)." in told.splitlines()
     assert (
         len(rows.splitlines()) == 9 and "| a0, a1, a2 " in seeds and "| -0.1 " in seeds and "a3 (unfinished)" in seeds
     )
 
     compare([trio[0], others[0]], tmp_path / "out", tmp_path / "b.csv")
     assert not (tmp_path / "b-seeds.csv").exists()
+
+    # A file of an earlier comparison stays, and is told.
+    capsys.readouterr()
+    compare([trio[0], others[0]], tmp_path / "out", tmp_path / "a.csv")
+    assert "a-seeds.csv is of another comparison" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_student_that_got_worse_has_closed_no_share(place, tmp_path, capsys):
