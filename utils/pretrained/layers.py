@@ -8,7 +8,7 @@ names, and not by its name, so that any decoder will do.
 
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -150,7 +150,15 @@ def _first_tensor(values: Any) -> torch.Tensor:
         return values
     if isinstance(values, ModelOutput):
         values = values.to_tuple()
-    return next(value for value in values if isinstance(value, torch.Tensor) and value.dim() == 3)
+    states = (value for value in values if isinstance(value, torch.Tensor) and value.dim() == 3)
+    found = next(states, None)
+    if found is None:
+        raise UserError(
+            "student.init layers:K: the layers of this model pass on no hidden states [texts, tokens, width], so that "
+            "nobody can say which of them change a text most. Expected a decoder whose layers do; or give the whole "
+            "model: --student-init pretrained."
+        )
+    return found
 
 
 @contextmanager
@@ -175,11 +183,45 @@ def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> PreTrainedMod
     Raises:
         UserError: the config cannot describe the smaller model.
     """
-    name = layer_list_name(model)
-    config = cut_config(model.config, indices)
-    dtype = model.get_input_embeddings().weight.dtype
-    smaller = auto_class(config).from_config(config, dtype=dtype)
+    smaller = empty_model(cut_config(model.config, indices), model.get_input_embeddings().weight.dtype)
+    weights = _kept_weights(model, indices)
+    _require_places(smaller, weights, len(indices))
+    smaller.load_state_dict(weights)
 
+    smaller.generation_config = copy.deepcopy(model.generation_config)
+    return smaller.to(model.get_input_embeddings().weight.device).train(model.training)
+
+
+def require_kept(model: PreTrainedModel, indices: Sequence[int]) -> None:
+    """Check that `keep_layers` will make a model of these layers, without taking memory for it.
+
+    Raises:
+        UserError: the config cannot describe the smaller model.
+    """
+    with torch.device("meta"):
+        smaller = empty_model(cut_config(model.config, indices))
+    _require_places(smaller, _kept_weights(model, indices), len(indices))
+
+
+def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """Make a model, with random weights, of the config that `cut_config` returned.
+
+    Raises:
+        UserError: transformers makes no model of it: some architectures compute with the number of layers.
+    """
+    try:
+        return auto_class(config).from_config(config, dtype=dtype)
+    except Exception as error:  # whatever an architecture raises for a number that it does not expect
+        raise UserError(
+            f"student.init layers:{depth(config)}: transformers makes no {config.model_type} model of so many layers "
+            f"({type(error).__name__}: {error}). Expected another number; or give the whole model: --student-init "
+            "pretrained."
+        ) from error
+
+
+def _kept_weights(model: PreTrainedModel, indices: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return the weights of some layers, numbered anew, and those of all that is no layer."""
+    name = layer_list_name(model)
     # blocks.7.attn.weight -> blocks.2.attn.weight
     positions = {str(index): str(position) for position, index in enumerate(indices)}
     weights = {}
@@ -190,18 +232,28 @@ def keep_layers(model: PreTrainedModel, indices: Sequence[int]) -> PreTrainedMod
                 continue
             key = f"{name}.{positions[index]}.{rest}"
         weights[key] = value
+    return weights
 
-    try:
-        smaller.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(
-            f"student.init layers:{len(indices)}: the layers of a {type(model).__name__} are not alike, and its config "
-            "cannot say which of them are there. Expected an architecture whose layers have one form, or a config "
-            f"that lists their forms; or give the whole model: --student-init pretrained.\n  {error}"
-        ) from error
 
-    smaller.generation_config = copy.deepcopy(model.generation_config)
-    return smaller.to(model.get_input_embeddings().weight.device).train(model.training)
+def _require_places(smaller: PreTrainedModel, weights: Mapping[str, torch.Tensor], count: int) -> None:
+    """Check that a smaller model has a place for each of these weights, and no others.
+
+    Raises:
+        UserError: it has not, since the layers are of several forms.
+    """
+    places = {name: tuple(value.shape) for name, value in smaller.state_dict().items()}
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    differing = sorted(name for name in places.keys() | shapes if places.get(name) != shapes.get(name))
+    if not differing:
+        return
+
+    name = differing[0]
+    raise UserError(
+        f"student.init layers:{count}: the layers of a {type(smaller).__name__} are not alike, and its config cannot "
+        f"say which of them are there: {name} is {shapes.get(name, 'nowhere')} in the model and "
+        f"{places.get(name, 'nowhere')} in one of {count} layers. Expected an architecture whose layers have one form, "
+        "or a config that lists their forms; or give the whole model: --student-init pretrained."
+    )
 
 
 def layer_list(model: nn.Module) -> nn.ModuleList:

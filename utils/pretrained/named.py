@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 
+import torch
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config.protocols import RunConfig
@@ -26,7 +27,8 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     chosen later.
 
     Raises:
-        UserError: for all that could not be loaded, or the student's model has fewer layers.
+        UserError: for all that could not be loaded; the student's model has fewer layers, or none can be made of so
+            many.
     """
     names = {"student": config.student.name}
     teachers = teachers_by_role(config)
@@ -40,6 +42,8 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     if count is not None:
         layers.require_count(shapes["student"], count)
         shapes["student"] = layers.cut_config(shapes["student"], range(count))
+        with torch.device("meta"):
+            layers.empty_model(shapes["student"])
     return shapes
 
 

@@ -28,7 +28,7 @@ def choose(job: Job, folder: Path) -> LayerChoice:
     Call it in one process: the whole model is loaded for the choice.
 
     Raises:
-        UserError: the model cannot be loaded, or has fewer layers.
+        UserError: the model cannot be loaded, has fewer layers, or cannot be made of these.
     """
     student = job.config.student
     made_from = {
@@ -46,6 +46,8 @@ def choose(job: Job, folder: Path) -> LayerChoice:
         student.name, "student", torch.float32, job.accelerator.device, allow_pickle=student.allow_pickle
     )
     choice = layers.choose_layers(model, student.layers, measured_windows(job))
+    # Now, and not after the hours that a cache of the teacher may take.
+    layers.require_kept(model, choice.indices)
     log.info("student: %s", choice)
     log.debug("angle by which each layer turns the hidden states: %s", _described(choice))
 

@@ -8,7 +8,17 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, T5Config
 
 from utils.errors import UserError
 from utils.pretrained.families import auto_class
-from utils.pretrained.layers import choose_layers, evenly_spread, keep_layers, layer_list_name, require_count
+from utils.pretrained.layers import (
+    _first_tensor,
+    choose_layers,
+    cut_config,
+    empty_model,
+    evenly_spread,
+    keep_layers,
+    layer_list_name,
+    require_count,
+    require_kept,
+)
 
 LAYERS = 6
 KEPT = (0, 2, 5)
@@ -142,5 +152,25 @@ def test_layers_of_several_forms_that_no_config_describes_are_refused():
     config = CONFIG_MAPPING["qwen3_moe"](
         **COMMON, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, decoder_sparse_step=2
     )
-    with pytest.raises(UserError, match="not alike"):
-        keep_layers(auto_class(config).from_config(config), KEPT)
+    model = auto_class(config).from_config(config)
+    for refuses in (keep_layers, require_kept):
+        with pytest.raises(UserError, match=r"not alike.* is \(.* in one of 3 layers"):
+            refuses(model, KEPT)
+
+
+def test_it_is_known_before_a_model_is_made_whether_its_layers_can_be_kept():
+    model = model_of("llama")
+    require_kept(model, KEPT)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+def test_a_number_of_layers_that_an_architecture_cannot_compute_with_is_refused():
+    model = model_of("rwkv")
+    with pytest.raises(UserError, match=r"no rwkv model of so many layers.*ZeroDivisionError"):
+        empty_model(cut_config(model.config, (0,)))
+
+
+def test_states_that_are_no_states_of_tokens_are_refused():
+    """Gemma 3n passes on several versions of its states at once."""
+    with pytest.raises(UserError, match="pass on no hidden states"):
+        _first_tensor((torch.zeros(4, 2, 3, 8),))
