@@ -200,6 +200,6 @@ def test_tables_compare_seed_by_seed_under_the_best_rate_without_a_teacher():
     results += [arm("itself", "KD", seed, bits) for seed, bits in enumerate((1.0, 0.9, 1.8))]
     results.append(arm("nobody", "text alone", 0, 3.0, rate=1e-2))
     lines = tables(results).splitlines()
-    assert "| itself | KD | 1.2333 ± 1.2255 | -23.33 % | -50.00 to -10.00 | 3 | 1 |" in lines
+    assert "| itself | KD | 1.2333 ± 1.2255 | -23.33 ± 57.37 % | -50.00 to -10.00 | 3 | 1 |" in lines
     assert "| 10 layers | 0.01 | 3.0000 |" in lines
     assert interval([1.5]) == "1.5000"

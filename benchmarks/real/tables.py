@@ -1,4 +1,4 @@
-"""Tables of the results in Markdown: mean and range over seeds, against the arm without a teacher."""
+"""Tables of the results in Markdown: mean, 95 % interval and range over seeds, against the arm without a teacher."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -65,6 +65,15 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean(values):.4f} ± {half_interval(values):.4f}"
 
 
+def _change(percents: Sequence[float]) -> str:
+    """Return the mean of paired changes in per cent, with its 95 % interval where there are several."""
+    if not percents:
+        return ""
+    if len(percents) == 1:
+        return f"{percents[0]:+.2f} %"
+    return f"{mean(percents):+.2f} ± {half_interval(percents):.2f} %"
+
+
 # ------------------------------------------------------------------------------------------- each table
 
 
@@ -93,7 +102,7 @@ def _bits(layers: int, groups: Group) -> str:
                 group[1],
                 group[2],
                 interval(bits),
-                f"{mean(changes):+.2f} %" if changes else "",
+                _change(changes),
                 f"{min(changes):+.2f} to {max(changes):+.2f}" if len(changes) > 1 else "",
                 len(bits),
                 f"{speed:,.0f}",

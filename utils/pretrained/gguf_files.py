@@ -24,6 +24,7 @@ from ..files import atomic_folder, sha256_of, write_text
 from ..git_lfs import is_lfs_pointer
 from ..machine.packages import require
 from ..paths import cache_dir
+from . import gguf_splits
 from .families import auto_class
 from .precision import quantisation_method
 
@@ -33,7 +34,7 @@ SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 """First bytes of every GGUF file."""
 
-FORMAT = "gguf-2"
+FORMAT = "gguf-3"
 """Name of converted folders, and the version of what is in them."""
 
 OLDEST_TRANSFORMERS = "5.18"
@@ -185,7 +186,9 @@ def plain_copy(model: nn.Module) -> nn.Module:
 def _write_tokenizer(file: Path, folder: Path) -> None:
     """Write the tokenizer of a GGUF file, or else why there is none: another can be given beside the model."""
     try:
-        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        gguf_splits.correct(tokenizer, file)
+        tokenizer.save_pretrained(folder)
     except Exception as error:  # an unknown type is a KeyError, an odd vocabulary anything
         write_text(folder / NO_TOKENIZER, f"{type(error).__name__}: {' '.join(str(error).split())}\n")
 

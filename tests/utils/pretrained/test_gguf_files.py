@@ -2,14 +2,16 @@
 
 import json
 import logging
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.models.tiny import STORIES, byte_bpe, tiny_llama
 from utils.errors import UserError
-from utils.pretrained import gguf_files, loading
+from utils.pretrained import gguf_files, gguf_splits, loading
 from utils.pretrained.locate import gguf_file, locate, where_from
 
 V = 290
@@ -26,7 +28,7 @@ def rows_as_llama_cpp_has_them(weight: torch.Tensor, heads: int) -> torch.Tensor
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(path, architecture: str = "llama", tokenizer_type: str = "gpt2"):
+def write_gguf(path, architecture: str = "llama", tokenizer_type: str = "gpt2", cuts_like: str | None = "gpt-2"):
     """Write a tiny Llama with a byte-level tokenizer, in float32; return the model."""
     gguf = pytest.importorskip("gguf")
     model, tokenizer = tiny_llama(V), byte_bpe(V)
@@ -45,6 +47,8 @@ def write_gguf(path, architecture: str = "llama", tokenizer_type: str = "gpt2"):
     writer.add_vocab_size(V)
 
     writer.add_tokenizer_model(tokenizer_type)
+    if cuts_like is not None:
+        writer.add_tokenizer_pre(cuts_like)
     backend = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_token_list(sorted(backend["vocab"], key=backend["vocab"].get))
     writer.add_token_merges([" ".join(pair) for pair in backend["merges"]])
@@ -115,6 +119,48 @@ def test_a_tokenizer_of_an_unknown_type_can_be_given_beside(tmp_path):
     assert loading.load_config(str(file), "teacher").vocab_size == V
     with pytest.raises(UserError, match=r"(?s)tokenizer in this GGUF.*--set teacher\.tokenizer="):
         loading.load_tokenizer(str(file), "teacher")
+
+
+@pytest.mark.parametrize("name", ["smollm", "starcoder"])
+def test_text_is_cut_as_the_file_says(tmp_path, name):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, cuts_like=name)
+    tokenizer, original = loading.load_tokenizer(str(file), "student"), byte_bpe(V)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    original.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [digits, original.backend_tokenizer.pre_tokenizer]
+    )
+    text = f"{TEXT}\n\n1. 1984  22\n"
+    assert tokenizer(text)["input_ids"] == original(text)["input_ids"]
+
+
+def test_a_way_of_cutting_that_nobody_knows_is_refused_and_an_old_file_is_told(tmp_path, caplog):
+    file = tmp_path / "tiny.gguf"
+    write_gguf(file, cuts_like="runes")
+    with pytest.raises(UserError, match=r"(?s)--set student\.tokenizer=.*in the way 'runes'"):
+        loading.load_tokenizer(str(file), "student")
+
+    old = tmp_path / "old.gguf"
+    write_gguf(old, cuts_like=None)
+    loading.load_tokenizer(str(old), "student")
+    assert "old.gguf does not say how its tokenizer cuts text" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "name"),
+    [("smollm", "smollm"), ("starcoder", "starcoder"), ("qwen2.5", "stablelm2"), ("gpt2", "phi-2")],
+)
+def test_the_ways_are_those_of_real_tokenizers(tokenizer, name, real_models_dir, monkeypatch):
+    """The rule of stablelm2 is that of Qwen2."""
+    real = AutoTokenizer.from_pretrained(real_models_dir / "tokenizers" / tokenizer)
+    text = "".join(file.read_text(encoding="utf-8")[:20_000] for file in sorted(real_models_dir.glob("corpora/*.txt")))
+    expected = real(text, add_special_tokens=False)["input_ids"]
+
+    # What transformers makes of a file whose name it does not know.
+    real.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    monkeypatch.setattr(gguf_splits, "_name_in", lambda _: name)
+    gguf_splits.correct(real, Path("any.gguf"))
+    assert real(text, add_special_tokens=False)["input_ids"] == expected
 
 
 def test_an_architecture_that_is_not_read_is_refused_with_the_way(tmp_path):
