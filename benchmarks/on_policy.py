@@ -225,6 +225,8 @@ def _seconds(results: Sequence[Result], name: str) -> float:
 
 def tables(results: Sequence[Result]) -> str:
     """Return the results, arm by arm, with differences from given text that are paired by seed."""
+    if not results:
+        raise SystemExit("no results of this pair yet: run the same command without --table")
     base = {result["seed"]: _bits(result) for result in results if result["arm"] == BASE}
     rows = []
     for name in ARMS:

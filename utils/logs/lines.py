@@ -119,6 +119,9 @@ def own_text_line(record: Mapping[str, Any], columns: int | None = None) -> str:
         "tokens": f"{record['tokens']:.0f} tokens",
         "longest": f"95 % below {record['tokens_95']:.0f}",
     }
+    for name in ("empty", "broken"):
+        if record.get(name):
+            parts[name] = f"{record[name]:.0%} {name}"
     if record["repeated_4grams"] is not None:
         parts["repeated"] = f"repeated 4-grams {record['repeated_4grams']:.1%}"
     if record["teacher_bits_per_byte"] is not None:

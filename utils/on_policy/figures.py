@@ -38,12 +38,14 @@ def describe(texts: Sequence[SlotText]) -> dict[str, Any]:
 
     `texts` (their number), `ended` and `given_ended` (shares of the texts, and of the given texts in their places,
     that end within the limit), `tokens` and `tokens_95` (mean and 95 % quantile of the length), `repeated_4grams`,
-    `commonest_token` (share of the tokens that are the most frequent one), `empty` and `broken` (shares).
+    `commonest_token` (share of the tokens that are the most frequent one), `empty` (share of the places for a text that
+    have none, or one that ends at once) and `broken` (share of the texts).
     """
     written = [text for text in texts if text.own is not None]
     own = [text.own for text in texts if text.own is not None]
     lengths = [text.tokens for text in own]
-    tokens = Counter(token for text in written for token in text.ids)
+    # Its end is no part of a text, and what was cut off says nothing of it.
+    tokens = Counter(token for text in written for token in text.ids[: text.own.tokens])
 
     return {
         "texts": len(texts),
@@ -53,9 +55,14 @@ def describe(texts: Sequence[SlotText]) -> dict[str, Any]:
         "tokens_95": float(np.quantile(lengths, 0.95)) if lengths else 0.0,
         "repeated_4grams": repeated_share([text.ids for text in written]),
         "commonest_token": max(tokens.values(), default=0) / max(tokens.total(), 1),
-        "empty": _share([text.own is None or text.own.window is None for text in texts]),
+        "empty": _share([_is_empty(text.own) for text in texts]),
         "broken": _share([text.broken for text in own]),
     }
+
+
+def _is_empty(own: OwnText | None) -> bool:
+    """Return True if there is no text in a place, one of nothing but an end, or one that teaches nothing."""
+    return own is None or own.window is None or not own.tokens
 
 
 def _share(facts: Sequence[bool]) -> float:
@@ -85,7 +92,8 @@ def teachers_opinion(
         batch_size: windows of a forward.
     """
     # spread over the round
-    spread = windows[:: max(1, len(windows) // MEASURED_WINDOWS)][:MEASURED_WINDOWS]
+    count = min(MEASURED_WINDOWS, len(windows))
+    spread = [windows[index * len(windows) // count] for index in range(count)]
     measured = spread[accelerator.process_index :: accelerator.num_processes]
     sums = [0.0] * len(OpinionOf._fields)
     with advice("the teacher's opinion of the student's texts"), scores.float32_evaluation(module.student):
