@@ -1,7 +1,9 @@
 """A student that learns from its own text, in the real program: with a cache, in conversations, and refused."""
 
 import json
+import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +14,7 @@ from tests.models.tiny import wordpiece
 from utils.commands.api import distil
 from utils.files import sha256_of
 from utils.logs.records import is_own_text, read_metrics
+from utils.machine import stop_signals
 from utils.on_policy.sampling import GenerateEngine
 
 OWN = ["--set", "curriculum.on_policy=0.5", "on_policy.every=2", "on_policy.new_tokens=8", "on_policy.prompt_tokens=6"]
@@ -60,6 +63,34 @@ def test_an_engine_handed_to_distil_writes_and_the_report_shows_texts_beside_the
     page = (tmp_path / "run" / "report.html").read_text()
     assert "The student's own text" in page and "share of own text" in page
     assert "The student's own text" in (tmp_path / "run" / "evaluation_report.md").read_text()
+
+
+def test_a_round_that_the_hours_do_not_reach_for_is_given_up_and_the_steps_before_it_are_kept(
+    place, tmp_path, monkeypatch
+):
+    """The limit comes while the student writes the texts of steps 2 and 3."""
+    rounds = []
+
+    def engine(student, prompts, rule, note):
+        rounds.append(len(prompts))
+        if len(rounds) == 2:
+            monkeypatch.setattr(stop_signals, "time", SimpleNamespace(monotonic=lambda: math.inf))
+        return GenerateEngine(lambda tokens: 2)(student, prompts, rule, note)
+
+    own = {"every": 2, "new_tokens": 8, "prompt_tokens": 6}
+    settings = {"curriculum": {"on_policy": 0.5}, "on_policy": own, "evaluation": MEASURED}
+    distil(
+        config=place.recipe,
+        output_dir=tmp_path / "run",
+        max_steps=4,
+        engine=engine,
+        **settings,
+        training={"max_hours": 1.0},
+    )
+    assert len(rounds) == 2
+    ended = report_of(tmp_path / "run")["run"]
+    assert (ended["stopped_by"], ended["steps"]) == ("max_hours", 2)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 
 def test_in_conversations_the_student_writes_answers_of_its_own_to_what_was_asked(place, tmp_path):

@@ -61,6 +61,7 @@ class StopSignal:
         self._has_raised = False
         self._is_writing = False
         self._ends_after_writing = False
+        self._obeys_hours = False
         self._former_handlers: dict[int, Any] = {}
         self._process = os.getpid()
         # Others would wait for a process that ends in the middle of a step.
@@ -95,10 +96,12 @@ class StopSignal:
         """End training here, within a step or an evaluation, if a signal came; a run of one process only.
 
         Raises:
-            Interrupted: a signal came. Not outside training, where all but Ctrl-C wait for what is being done.
+            Interrupted: a signal came, or within `obeying_hours` the limit. Not outside training, where all but Ctrl-C
+                wait for what is being done.
         """
-        if self._signal is not None and self._is_alone and not self._raises:
-            raise Interrupted(self._signal)
+        reason = self.requested() if self._obeys_hours else self._signal
+        if reason is not None and self._is_alone and not self._raises:
+            raise Interrupted(reason)
 
     def pending(self) -> str | None:
         """Return SIGINT if it came while signals were deferred, and would raise now; else None."""
@@ -117,6 +120,15 @@ class StopSignal:
         """Let signals wait for `requested` and `check`, also within `raising`; for training."""
         with self._raising(False):
             yield
+
+    @contextlib.contextmanager
+    def obeying_hours(self) -> Iterator[None]:
+        """Let `check` end what is being done at the limit of hours too: it may take long, and is not lost by an end."""
+        self._obeys_hours = True
+        try:
+            yield
+        finally:
+            self._obeys_hours = False
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

@@ -132,7 +132,7 @@ class Rounds:
         Call it in every process, with the student whole, on its device, and with the weights of this step.
 
         Raises:
-            Interrupted: a signal came while the student wrote.
+            Interrupted: a signal came while the student wrote, or the hours of the run were over.
             RunError: the texts cannot be written to disk.
             UserError: another engine has written no texts.
         """

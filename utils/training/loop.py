@@ -21,6 +21,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence, Sized
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -391,9 +392,12 @@ class TrainingLoop:
         """Return the windows that the student writes itself in the round of a step.
 
         Raises:
-            Interrupted: a signal came while it wrote; or its texts show that it loses itself, and that ends the run.
+            Interrupted: a signal came while it wrote, or the hours were over; or its texts show that it loses itself,
+                and that ends the run.
         """
-        with self._clock.writing(), preserve_rng_and_mode(self.module), self.engine.evaluation():
+        stop = self.options.stop
+        hours = nullcontext() if stop is None else stop.obeying_hours()
+        with hours, self._clock.writing(), preserve_rng_and_mode(self.module), self.engine.evaluation():
             begun = rounds.begin(self.plan, step)
 
         if begun.record is not None:
