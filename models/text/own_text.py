@@ -33,7 +33,7 @@ class OwnText(NamedTuple):
     ended: bool
     """The student ended it by itself."""
     broken: bool
-    """A special token in its middle, or bytes that are no UTF-8, cut it short."""
+    """A special token in its middle, or bytes that are no UTF-8, cut it short; the window has an end in their place."""
 
 
 @dataclass(frozen=True)
@@ -266,8 +266,11 @@ def own_window(encoder: PairEncoder, prompt: OwnPrompt, sampled: Sequence[int]) 
     answer = data[len(space) :]
     begin = prompt.byte + max(len(space), len(prompt.teacher_space))
 
+    # Where the student has sampled what no text can hold, the right end stands in its place. The distributions before
+    # it are compared like any others; without it nobody would tell the student what should have followed there.
+    end_ids = encoder.end_of_text if ended or broken else (None, None)
+
     # The teacher may need more tokens than a window has.
-    end_ids = encoder.end_of_text if ended else (None, None)
     readings = []
     for table, before, own_space, own_ids, end_id in (
         (student_table, prompt.student, space, ids[:count], end_ids[0]),
@@ -278,7 +281,8 @@ def own_window(encoder: PairEncoder, prompt: OwnPrompt, sampled: Sequence[int]) 
             text = text.with_end(end_id, begin + len(answer))
         readings.append(Reading.joined([before, text]).part(0, encoder.max_length))
 
-    window = _window(readings, prompt, len(answer)) if ended or answer else None
+    is_learned = ended or answer or None not in end_ids
+    window = _window(readings, prompt, len(answer)) if is_learned else None
     return OwnText(window, answer.decode(), count, ended, broken)
 
 

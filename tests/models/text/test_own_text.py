@@ -155,7 +155,20 @@ def test_bytes_that_are_no_text_end_it():
     [broken] = pair.tables[0].spell([b"\xff"])
     own = own_window(pair, prompt_of(pair), [*ids_of("good"), *broken, *ids_of("bad"), STUDENT.eos_token_id])
     assert own.text == "good" and own.broken and not own.ended
-    assert own_window(pair, prompt_of(pair), broken).window is None
+    at_once = own_window(pair, prompt_of(pair), broken)
+    assert at_once.broken and at_once.tokens == 0 and at_once.window["student_roles"][-1] == END
+
+
+def test_what_no_text_can_hold_is_learned_from_as_the_right_end_would_be():
+    """The distributions in front of it are compared: the student is told what should have followed there."""
+    student = metaspace()
+    pair = encoder(student=student, teacher=TEACHER)
+    words = ids_of("Once upon", student)
+    ended = own_window(pair, prompt_of(pair), [*words, student.eos_token_id])
+    wrong = own_window(pair, prompt_of(pair), [*words, student.bos_token_id, *words])
+    assert (ended.ended, ended.broken, wrong.ended, wrong.broken) == (True, False, False, True)
+    for name, value in ended.window.items():
+        np.testing.assert_array_equal(wrong.window[name], value)
 
 
 def test_a_teacher_without_tokens_for_a_text_reads_no_space_that_is_not_there():
@@ -200,7 +213,7 @@ def test_whatever_is_sampled_is_learned_on_the_bytes_that_both_read(ids, teacher
     starts = own.window["student_starts"]
     assert bytes_of(pair, 0, ids[: own.tokens]) == own.text.encode() and (np.diff(starts) >= 0).all()
     batch = collator(pair, teacher)([own.window])
-    assert batch.counts["lm"] == 0 and batch.counts["own"] == own.tokens + own.ended
+    assert batch.counts["lm"] == 0 and batch.counts["own"] == own.tokens + (own.ended or own.broken)
     assert batch.given is not None and not batch.given.any()
 
 
