@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from utils.config.build import build
 from utils.config.settings import TrainingConfig
 from utils.logs.step_logger import StepLogger
+from utils.machine.stop_signals import StopSignal
 from utils.parallel.accelerator import build_accelerator
 from utils.training.loop import fit
 from utils.training.options import LoopOptions
@@ -115,10 +116,11 @@ def train(module: nn.Module, config: TrainingConfig, folder=None, *, windows=Non
         logger.close()
 
 
-class StopAfter:
+class StopAfter(StopSignal):
     """Asks for a stop at a step boundary, as a signal would."""
 
     def __init__(self, step: int) -> None:
+        super().__init__()
         self.left = step
 
     def requested(self) -> str | None:

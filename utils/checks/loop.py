@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..config.protocols import RunConfig
 from ..logs.lines import ROUTER_TERMS
 from ..machine import hardware
+from ..machine.stop_signals import StopSignal
 from ..parallel.accelerator import temporary_accelerator
 from ..pretrained import precision
 from ..training.checkpoints import CheckpointStore
@@ -150,10 +151,11 @@ def _relative_error(measured: Tensor, exact: Tensor) -> float:
 # --------------------------------------------------------------------------------- the whole run
 
 
-class _StopAfter:
+class _StopAfter(StopSignal):
     """A stop signal that ends the loop at a step boundary, as Ctrl-C does."""
 
     def __init__(self, steps: int) -> None:
+        super().__init__()
         self.steps_to_go = steps
 
     def requested(self) -> str | None:
