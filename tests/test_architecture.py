@@ -26,7 +26,7 @@ FLOORS = {
         {"self_check"},
     ],
     "utils": [
-        {"errors", "git_lfs", "interrupt", "run_layout"},
+        {"errors", "git_lfs", "interrupt", "run_layout", "spread"},
         {"advice", "files", "paths", "seeding"},
         {"machine"},
         {"config"},

@@ -13,6 +13,7 @@ from typing import Any
 from jinja2 import Environment
 
 from ..errors import shorten
+from ..spread import spread
 from .lines import compact_number, sample_line, thousands
 
 LAST_ROWS = 5
@@ -221,14 +222,6 @@ class Panel:
         if self._sample is not None:
             lines.append(sample_line(self._sample, SAMPLE_CHARACTERS))
         return "\n".join(lines)
-
-
-def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """Return at most so many items, evenly spread, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    step = (len(items) - 1) / (most - 1)
-    return [items[round(index * step)] for index in range(most)]
 
 
 def draw_curve(title: str, points: Sequence[tuple[int, float]]) -> str:

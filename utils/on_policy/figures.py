@@ -14,6 +14,7 @@ from ..advice import advice
 from ..evaluation import scores
 from ..evaluation.written_text import repeated_share
 from ..interfaces import Collator, OwnText
+from ..spread import spread
 
 MEASURED_WINDOWS = 16
 """Texts of a round that the teacher's opinion is measured on."""
@@ -91,10 +92,7 @@ def teachers_opinion(
         windows: of the student's texts, the same in every process; `MEASURED_WINDOWS` of them are measured.
         batch_size: windows of a forward.
     """
-    # spread over the round
-    count = min(MEASURED_WINDOWS, len(windows))
-    spread = [windows[index * len(windows) // count] for index in range(count)]
-    measured = spread[accelerator.process_index :: accelerator.num_processes]
+    measured = spread(windows, MEASURED_WINDOWS)[accelerator.process_index :: accelerator.num_processes]
     sums = [0.0] * len(OpinionOf._fields)
     with advice("the teacher's opinion of the student's texts"), scores.float32_evaluation(module.student):
         for start in range(0, len(measured), batch_size):

@@ -25,6 +25,7 @@ from ..logs.progress import Progress
 from ..logs.records import OWN_TEXT
 from ..machine import device_memory
 from ..parallel.processes import on_main_process
+from ..spread import spread
 from .figures import SlotText, describe, teachers_opinion
 from .round_files import RoundFiles, WrittenText
 from .sampling import Engine, GenerateEngine, Prompt, SamplingRule, checked_rows, uniforms
@@ -211,8 +212,7 @@ class Rounds:
             return {}
         step, texts = newest
 
-        # spread over the round
-        chosen = texts[:: max(1, len(texts) // SHOWN_TEXTS)][:SHOWN_TEXTS]
+        chosen = spread(texts, SHOWN_TEXTS)
         others = [None] * len(chosen) if teacher is None else self._teachers_texts(teacher, chosen)
         examples = []
         for shown, other in zip(chosen, others, strict=True):
