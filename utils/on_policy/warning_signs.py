@@ -7,7 +7,7 @@ and the teacher's opinion show it rounds before the evaluation does.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -27,20 +27,52 @@ BITS_LEAP = 2.0
 """Growth of the teacher's bits per byte from the first look to any other that is a sign by itself."""
 LEAST_LEAP = 0.5
 """Bits per byte that such a leap is, at least."""
-MOST_OF_ONE_TOKEN = 0.5
-"""Share of the tokens that one of them may have."""
-MOST_REPEATED = 0.7
-"""Share of the 4-grams that may have been in the text before."""
-MOST_EMPTY = 0.5
-"""Share of the places that may be without text."""
-MOST_BROKEN = 0.5
-"""Share of the texts that may break off at what a text cannot hold."""
 LEAST_GIVEN_ENDS = 0.2
 """Share of the given texts that must end within the limit before a student that never ends is a sign."""
 FEWEST_WITHOUT_END = 96
 """Texts none of which ends before that is a sign: of so many, a student that ends one in ten ends at least one."""
 FEWER_ENDS = 0.25
 """Share of the first looks' ends that must be left."""
+
+
+class Limit(NamedTuple):
+    """A share that a figure of the newest texts may have, and what is said of more behind it."""
+
+    figure: str
+    most: float
+    message: str
+
+
+LIMITS = {
+    "one_token": Limit(
+        "commonest_token",
+        0.5,
+        "of the tokens that the student wrote are one and the same. Likely cause: a learning rate that is too high for "
+        "text of its own, or a student that has learned too little yet: let curriculum.on_policy begin later",
+    ),
+    "repeats": Limit(
+        "repeated_4grams",
+        0.7,
+        "of the student's 4-grams were in the same text before. Likely cause: a learning rate that is too high for "
+        "text of its own, sampling that is too cold (on_policy.temperature), or a student that has learned too little "
+        "yet: let curriculum.on_policy begin later",
+    ),
+    "empty": Limit(
+        "empty",
+        0.5,
+        "of the places for the student's text have none. Likely cause: it ends at once, as students do whose learning "
+        "rate is too high; or windows without a place to go on from: a lower on_policy.prompt_tokens, or a higher "
+        "data.max_length",
+    ),
+    "broken": Limit(
+        "broken",
+        0.5,
+        "of the student's texts break off at a special token in their middle, or at bytes that are no UTF-8; nothing "
+        "is learned from there on. Likely cause: the end of a base model where the template has another, or a learning "
+        "rate that is too high for text of its own",
+    ),
+}
+"""Signs that one look shows by itself, by name."""
 
 FIGURES = (
     "ended",
@@ -91,10 +123,7 @@ class WarningSigns:
         signs = {
             "no_ends": self._never_ends() or self._ends_less(),
             "longer": self._grows_longer(),
-            "one_token": self._repeats_one_token(),
-            "repeats": self._repeats_itself(),
-            "empty": self._is_empty(),
-            "broken": self._breaks_off(),
+            **{name: self._exceeded(limit) for name, limit in LIMITS.items()},
             "unlikely": self._is_ever_less_likely(),
         }
         shown = [name for name, message in signs.items() if message]
@@ -174,49 +203,12 @@ class WarningSigns:
             "text is a good start); a larger share of given text holds it"
         )
 
-    def _repeats_one_token(self) -> str | None:
-        """Look for texts of one token."""
-        share = self._looks[-1]["commonest_token"]
-        if share <= MOST_OF_ONE_TOKEN:
+    def _exceeded(self, limit: Limit) -> str | None:
+        """Look for a share of the newest look that is above its limit."""
+        share = self._looks[-1][limit.figure]
+        if share is None or share <= limit.most:
             return None
-        return (
-            f"{share:.0%} of the tokens that the student wrote are one and the same. Likely cause: a learning rate "
-            "that is too high for text of its own, or a student that has learned too little yet: let "
-            "curriculum.on_policy begin later"
-        )
-
-    def _repeats_itself(self) -> str | None:
-        """Look for texts that go round in circles."""
-        share = self._looks[-1]["repeated_4grams"]
-        if share is None or share <= MOST_REPEATED:
-            return None
-        return (
-            f"{share:.0%} of the student's 4-grams were in the same text before. Likely cause: a learning rate that is "
-            "too high for text of its own, sampling that is too cold (on_policy.temperature), or a student that has "
-            "learned too little yet: let curriculum.on_policy begin later"
-        )
-
-    def _breaks_off(self) -> str | None:
-        """Look for texts that end in what a text cannot hold."""
-        share = self._looks[-1]["broken"]
-        if share is None or share <= MOST_BROKEN:
-            return None
-        return (
-            f"{share:.0%} of the student's texts break off at a special token in their middle, or at bytes that are no "
-            "UTF-8; nothing is learned from there on. Likely cause: the end of a base model where the template has "
-            "another, or a learning rate that is too high for text of its own"
-        )
-
-    def _is_empty(self) -> str | None:
-        """Look for texts without content."""
-        share = self._looks[-1]["empty"]
-        if share <= MOST_EMPTY:
-            return None
-        return (
-            f"{share:.0%} of the places for the student's text have nothing to learn from. Likely cause: it ends at "
-            "once, as students do whose learning rate is too high; or windows without a place to go on from: a lower "
-            "on_policy.prompt_tokens, or a higher data.max_length"
-        )
+        return f"{share:.0%} {limit.message}"
 
     def _is_ever_less_likely(self) -> str | None:
         """Look for texts that the teacher finds ever less likely, or all at once."""
