@@ -83,7 +83,7 @@ def _batch_size(config: RunConfig) -> int:
     return config.training.batch_size  # type: ignore[return-value]
 
 
-def settings(setup: SetUp) -> Measured:
+def settings_read(setup: SetUp) -> Measured:
     """Look for settings that somebody has set and nothing reads in this run."""
     lines = unused_settings(setup.config)
     return Measured(

@@ -389,7 +389,7 @@ MODELS = (
 
 SETTINGS = Row(
     "settings",
-    run_setup.settings,
+    run_setup.settings_read,
     on=("setup",),
     hint="leave them out, or change what keeps them from having an effect",
 )
@@ -564,8 +564,9 @@ def run_checks(setup: SetUp, job: Job) -> Iterator[str | Check]:
     # Without a teacher there are no anchors to count, and only the student's tokens matter.
     if not setup.teachers:
         yield SPELT_TEXT.check({"job": job, "sides": ("student",)})
+    parts = job.parts or (job,)
     sides: tuple[str, ...] = ("student", "teacher")
-    for role, part in zip(setup.teachers, job.parts or (job,), strict=False):
+    for role, part in zip(setup.teachers, parts, strict=False):
         for row in (COVERAGE, SPELT_TEXT):
             of_teacher = replace(row, name=f"{row.name}: {role}") if job.parts else row
             yield of_teacher.check({"job": part, "sides": sides})
@@ -574,7 +575,6 @@ def run_checks(setup: SetUp, job: Job) -> Iterator[str | Check]:
     # No check, but something that only a person can judge: a decoded window.
     yield "  " + "\n  ".join(stages.example_of_learning(job))
     # Of several teachers the states of the first one are compared with.
-    first = (job.parts or (job,))[0]
-    collate: Any = first.collate  # a PairCollator, or one that remembers
+    collate: Any = parts[0].collate  # a PairCollator, or one that remembers
     if collate.router is not None:
-        yield ROUTER.check({"setup": setup, "job": first})
+        yield ROUTER.check({"setup": setup, "job": parts[0]})

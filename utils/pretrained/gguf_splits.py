@@ -1,4 +1,4 @@
-"""How the byte-level tokenizer in a GGUF file cuts a text into words, within which its merges are then made.
+"""Ways in which the byte-level tokenizer of a GGUF file cuts a text into words, within which its merges are then made.
 
 A file has only a name for it, `tokenizer.ggml.pre`. transformers knows some of the names, and cuts like GPT-2 under all
 others without a word: SmolLM2 read "\\n\\n1." as other tokens than those it was trained on. Names and rules are those
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 KEY = "tokenizer.ggml.pre"
 
 LIKE_GPT2 = frozenset(
-    (
+    {
         "a.x-4.0",
         "exaone4",
         "gigachat",
@@ -37,12 +37,10 @@ LIKE_GPT2 = frozenset(
         "phi-2",
         "roberta-bpe",
         "trillion",
-    )
+    }
 )
 
-DIGITS_ALONE = frozenset(
-    ("codeshell", "command-r", "exaone", "mellum2", "minerva-7b", "refact", "smollm", "starcoder"),
-)
+DIGITS_ALONE = frozenset({"codeshell", "command-r", "exaone", "mellum2", "minerva-7b", "refact", "smollm", "starcoder"})
 """Like GPT-2, after every digit has been cut out."""
 
 QWEN2 = (
@@ -60,7 +58,7 @@ PATTERNS = {
 }
 """Patterns whose matches are the words."""
 
-UNSAID = frozenset(("", "default"))
+UNSAID = frozenset({"", "default"})
 """Names of files that are older than the names."""
 
 

@@ -198,9 +198,14 @@ def require_kept(model: PreTrainedModel, indices: Sequence[int]) -> None:
     Raises:
         UserError: the config cannot describe the smaller model.
     """
-    with torch.device("meta"):
-        smaller = empty_model(cut_config(model.config, indices))
+    smaller = weightless_model(cut_config(model.config, indices))
     _require_places(smaller, _kept_weights(model, indices), len(indices))
+
+
+def weightless_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Make a model of a config that `cut_config` returned, without memory for weights; raises like `empty_model`."""
+    with torch.device("meta"):
+        return empty_model(config)
 
 
 def empty_model(config: PretrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:

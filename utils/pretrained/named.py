@@ -2,7 +2,6 @@
 
 from contextlib import suppress
 
-import torch
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config.protocols import RunConfig
@@ -42,8 +41,7 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     if count is not None:
         layers.require_count(shapes["student"], count)
         shapes["student"] = layers.cut_config(shapes["student"], range(count))
-        with torch.device("meta"):
-            layers.empty_model(shapes["student"])
+        layers.weightless_model(shapes["student"])
     return shapes
 
 

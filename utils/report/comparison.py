@@ -190,7 +190,7 @@ def write_tables(
     path: Path,
     runs: Sequence[Run],
     differing: Mapping[str, Sequence[str]],
-    told: Sequence[str] = (),
+    told: Sequence[str],
 ) -> list[Path]:
     """Write a row for each run, with its figures and the settings that differ, and the figures over seeds.
 
