@@ -187,6 +187,13 @@ def test_a_cache_of_another_tokenizer_is_refused(place, cache, tmp_path, capsys)
     refused(capsys, f"- asked for student: {place.student} -> {other}", "- asked for max_length: 64 -> 32")
 
 
+def test_a_cache_in_another_precision_is_refused_with_the_flag_that_reads_it(place, cache, tmp_path, capsys):
+    """Nobody need have asked for it: `auto` differs between devices."""
+    assert run(place, tmp_path / "run", cache, "--teacher-dtype", "bfloat16") == 2
+    refused(capsys, "teacher_dtype: float32 -> bfloat16", "Put it back (--teacher-dtype float32)")
+    assert run(place, tmp_path / "run", cache, "--mixed-precision", "bf16", "--teacher-dtype", "float32") == 0
+
+
 def test_a_cache_of_another_text_is_refused_and_can_be_added_to(place, cache, tmp_path, capsys):
     other = write_jsonl(tmp_path / "other.jsonl", documents(60, seed=3))
     assert run(place, tmp_path / "run", cache, "--train-data", str(other)) == 2

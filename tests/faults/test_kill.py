@@ -204,12 +204,12 @@ def test_a_run_is_not_continued_on_another_text(out_of_time, place, tmp_path, ca
     assert sorted(path.name for path in out_of_time.rglob("*")) == before
 
 
-@pytest.mark.parametrize("changed", ["teacher", "the tokenizers"])
+@pytest.mark.parametrize("changed", ["the teacher's weights", "the tokenizers"])
 def test_a_run_is_not_continued_with_another_teacher_or_tokenizer(out_of_time, place, tmp_path, capsys, changed):
     """Under the same name."""
-    role = "teacher" if changed == "teacher" else "student"
+    role = "teacher" if "teacher" in changed else "student"
     other = shutil.copytree(getattr(place, role), tmp_path / role)
-    if changed == "teacher":
+    if role == "teacher":
         weights = load_file(other / "model.safetensors")
         weights["model.norm.weight"][0] += 1e-3
         save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
@@ -218,6 +218,24 @@ def test_a_run_is_not_continued_with_another_teacher_or_tokenizer(out_of_time, p
     assert train.main(place.arguments(out_of_time, f"--{role}", str(other))) == 2
     said = capsys.readouterr().out
     assert f"- {changed}" in said and "--output-dir" in said and "Traceback (" not in said
+
+
+def test_a_run_is_continued_in_its_own_precision_where_auto_has_come_to_mean_another(place, tmp_path, capsys, cpu):
+    """A newer version, or another CPU; nobody has changed a setting."""
+    output = tmp_path / "run"
+    command = place.arguments(output, "--mixed-precision", "auto", "--max-steps", "3", "--eval-every", "0")
+    cpu()
+    assert train.main([*command, "--max-hours", "1e-6"]) == 0
+    capsys.readouterr()
+
+    cpu(amx_bf16=True)
+    assert train.main(command) == 2
+    said = " ".join(capsys.readouterr().out.split())
+    assert 'the precision that the student computes in: "no" -> "bf16"' in said
+    assert "--mixed-precision no computes as that run did" in said
+
+    assert train.main([*command, "--mixed-precision", "no"]) == 0
+    assert steps_in(output / "metrics.jsonl") == 3
 
 
 def test_every_name_that_a_run_writes_is_one_that_must_not_be_taken(out_of_time):

@@ -47,6 +47,9 @@ FREE_TO_CHANGE = {
     "data.tokenizer",
     "data.train_only",
     "data.mixture",
+    # what `auto` means differs between devices and versions: what was computed in is compared
+    "training.mixed_precision",
+    "teacher.dtype",
     "cache.folder",
     "cache.build_only",
     "cache.accept_mismatch",
@@ -88,6 +91,9 @@ CHANGEABLE = (
 )
 """Settings, or beginnings of their keys, that `resume_changed=true` allows to differ on resume. They weight the loss;
 the size of no saved tensor depends on them."""
+
+AS_ASKED_FOR = {"training.mixed_precision", "teacher.dtype"}
+"""Settings that earlier versions compared as they were asked for, and that their checkpoints have."""
 
 OWN_TEXT = {"on_policy", "curriculum.on_policy"}
 """Compared only where the student learns from its own text at some time; runs made before it could have none."""
@@ -172,8 +178,10 @@ HASHES = {
     "training_text": "the training text (a hash of it)",
     "held_out_windows": "the held-out text, as windows (a hash of them)",
     "tokenizers_and_length": "the tokenizers and the length of windows (a hash of them)",
+    "teacher": "the teacher's weights, in the precision that they are read in (a hash of them)",
+    "mixed_precision": "the precision that the student computes in",
 }
-"""Facts of a run that are hashes, in words: users know the things, not their hashes."""
+"""Facts of a run that no user has set by these names: most are hashes, and users know the things, not their hashes."""
 
 
 def check_same_run(where: str, saved: Mapping[str, Any], current: Mapping[str, Any], changed: bool) -> None:
@@ -188,6 +196,7 @@ def check_same_run(where: str, saved: Mapping[str, Any], current: Mapping[str, A
     Raises:
         UserError: every difference, what to do, and the override where there is one.
     """
+    saved = _without_requests(saved)
     # a key that only one side has is a difference too, also where the other side's value is null
     keys = sorted({*saved, *current})
     differing = [key for key in keys if saved.get(key, "-") != current.get(key, "-")]
@@ -207,11 +216,22 @@ def check_same_run(where: str, saved: Mapping[str, Any], current: Mapping[str, A
     override = ""
     if can_change:
         override = " To continue it with the new values nevertheless: --set resume_changed=true."
+    elif "mixed_precision" in differing:
+        # Often nobody has changed anything: `auto` means another precision on another machine.
+        override = f" --mixed-precision {saved['mixed_precision']} computes as that run did."
     raise UserError(
         f"{where} belongs to a run with other settings (that run -> now):{lines}\n"
         "Expected the same, or the result would be neither run. Put them back to continue it, or choose another "
         f"--output-dir, with --resume never, for a new run.{override}"
     )
+
+
+def _without_requests(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run without the requests that an earlier version compared."""
+    kept = {key: value for key, value in saved.items() if key not in AS_ASKED_FOR}
+    if "teachers" in kept:
+        kept["teachers"] = _compared_of_teachers(kept["teachers"])
+    return kept
 
 
 def _quoted(values: Mapping[str, Any], key: str) -> str:

@@ -12,6 +12,7 @@ from ..seeding import seed_everything
 from . import loading
 from .families import keep_weights
 from .layers import LayerChoice, keep_layers
+from .locate import gguf_file
 from .lora import add_lora
 from .precision import frozen_dtype
 
@@ -22,18 +23,23 @@ def check(config: StudentConfig) -> None:
     """Check, with nothing loaded, that the exported student can be loaded by other programs.
 
     Raises:
-        UserError: an adapter of an adapter, which other programs cannot load.
+        UserError: an adapter of an adapter, or of a GGUF file, which other programs cannot load.
     """
     is_exported_as_adapter = config.lora.enabled and not config.lora.merge and config.init == "pretrained"
     if not is_exported_as_adapter:
         return
 
-    base = loading.adapted_base(config.name, "student")
-    if base is not None:
-        raise UserError(
-            f"--lora: {config.name} is itself an adapter of {base}, and the new adapter would belong to both. Expected "
-            "a whole model below an adapter. Merge them at the end: --set student.lora.merge=true; or leave out --lora."
-        )
+    if gguf_file(config.name, "student") is not None:
+        why = "is a GGUF file, over which no other program can load an adapter"
+    elif (base := loading.adapted_base(config.name, "student")) is not None:
+        why = f"is itself an adapter of {base}, and the new adapter would belong to both"
+    else:
+        return
+
+    raise UserError(
+        f"--lora: {config.name} {why}. Expected a whole model's folder or hub id below an adapter. "
+        "Merge them at the end: --set student.lora.merge=true; or leave out --lora."
+    )
 
 
 def make(

@@ -44,8 +44,11 @@ if TYPE_CHECKING:
 PICTURE = "comparison.png"
 
 NAMES_OF_SOURCES = {"teacher.name", "student.name", "data.train"}
-UNIMPORTANT = resume_rules.FREE_TO_CHANGE - NAMES_OF_SOURCES - resume_rules.MICRO_BATCH - {"training.max_hours"}
-"""Settings, or whole sections, that no result depends on; of a resumed run the first three may be called otherwise."""
+IMPORTANT = NAMES_OF_SOURCES | resume_rules.MICRO_BATCH | resume_rules.AS_ASKED_FOR | {"training.max_hours"}
+"""Settings that results depend on although a resumed run may have others."""
+
+UNIMPORTANT = resume_rules.FREE_TO_CHANGE - IMPORTANT
+"""Settings, or whole sections, that no result depends on."""
 
 OWN_TO_A_RUN = {"output_dir", "resume"}
 """Settings that differ in any two runs."""

@@ -14,10 +14,14 @@ from ..config.settings import CacheConfig
 from ..errors import UserError
 from ..files import clean_leftovers, sha256_of, write_json
 from ..paths import user_path
+from ..pretrained.precision import QUANTISED
 from .codec import FORMAT, Codec
 from .store import MANIFEST, SHARDS, TeacherCache, explained_write_errors
 
 log = logging.getLogger(__name__)
+
+DTYPES = ("float32", "float16", "bfloat16", *QUANTISED)
+"""Precisions of a teacher that `--teacher-dtype` takes."""
 
 LEFT_BEHIND = 3600.0
 """Seconds after which a file that is not whole is nobody's: another process may write a shard, which takes less."""
@@ -151,9 +155,12 @@ def _check(folder: Path, now: _Manifest, accept: bool) -> None:
         override = "--cache-accept-mismatch uses it all the same; missing windows are added."
         if not can_be_accepted:
             override = f"(--cache-accept-mismatch overrules {', '.join(sorted(OVERRIDABLE))} only.)"
+        # Often nobody has changed it: `auto` means another precision on another machine.
+        before, _ = differences.get("teacher_dtype", ("", ""))
+        flag = f" (--teacher-dtype {before})" if before in DTYPES else ""
         raise UserError(
             f"teacher cache {folder} was built from something else (cache -> now):{lines}\n"
-            f"Expected the same. Put it back, or give another --cache-teacher DIR. {override}"
+            f"Expected the same. Put it back{flag}, or give another --cache-teacher DIR. {override}"
         )
 
     log.warning("teacher cache %s is used although it was built from something else (cache -> now):%s", folder, lines)

@@ -112,6 +112,26 @@ def test_a_setting_that_is_not_compared_at_its_default_is_told_with_it(key, othe
     assert f"- {name}: {now} -> {before}\n" in str(raised.value)
 
 
+def test_the_precision_that_was_computed_in_is_compared_and_not_how_it_was_asked_for():
+    """`auto` means another one on another device, and may on a newer version."""
+    asked = {**changed("training.mixed_precision", "no"), "teacher": {"dtype": "float32"}}
+    assert identity(asked) == identity(SETTINGS)
+
+    # as earlier versions wrote it into their checkpoints
+    earlier = {
+        "training.mixed_precision": "auto",
+        "teacher.dtype": "auto",
+        "teachers": [{"name": "a", "dtype": "auto"}],
+    }
+    now = {"teachers": [{"name": "b", "dtype": "float32"}]}
+    saved = {**identity(SETTINGS), **earlier, "mixed_precision": "no"}
+    current = {**identity({**SETTINGS, **now}), "mixed_precision": "no"}
+    check_same_run("run", saved, current, False)
+
+    with pytest.raises(UserError, match=r"computes in: \"no\" -> \"bf16\"[\s\S]*--mixed-precision no computes as"):
+        check_same_run("run", saved, {**current, "mixed_precision": "bf16"}, False)
+
+
 def test_what_another_setting_switches_on_had_no_effect_before():
     used = {**changed("curriculum.on_policy", 0.5), "on_policy": {"every": 50}}
     with pytest.raises(UserError, match=r"on_policy.every: \(without effect\) -> 50"):

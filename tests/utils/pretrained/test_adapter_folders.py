@@ -114,6 +114,20 @@ def test_an_adapter_below_an_adapter_is_refused_unless_they_are_merged(adapter):
                 student.check(config)
 
 
+def test_an_adapter_of_a_gguf_file_is_refused_unless_they_are_merged(tmp_path):
+    """Its base would be called FILE.gguf, which peft cannot load."""
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF")
+    for merge in (False, True):
+        settings = {"name": str(file), "init": "pretrained", "lora": {"enabled": True, "merge": merge}}
+        config = build(StudentConfig, settings, source="test")
+        if merge:
+            student.check(config)
+        else:
+            with pytest.raises(UserError, match=r"--lora: .* is a GGUF file.*student\.lora\.merge=true"):
+                student.check(config)
+
+
 def test_a_quantised_student_is_refused_and_a_random_one_is_not(tmp_path):
     config = tiny_llama(len(TOKENIZER)).config
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
