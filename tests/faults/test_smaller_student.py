@@ -8,6 +8,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig
 
 import train
+from utils.checks.checklist import Check
+from utils.commands import checks
+from utils.errors import UserError
 from utils.pretrained import layers
 
 STEPS = "2"
@@ -70,3 +73,19 @@ def test_what_cannot_be_is_refused_before_training(place, tmp_path, capsys, more
     assert train.main(arguments(place, tmp_path / "run", *more)) == 2
     assert says in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_before_a_run_its_layers_are_chosen_and_judged(place, tmp_path, monkeypatch):
+    """Also behind the states of the whole model, which the router would compare otherwise."""
+    setup, job = checks.own_setup(train.configure(arguments(place, tmp_path, "curriculum.layer.weight=1"))[0])
+    found = {row.name: row for row in checks.run_checks(setup, job) if isinstance(row, Check)}
+    assert found["layers of the student"].passed
+    assert found["layers of the student"].value.endswith("those that turn the hidden states most, on 16 windows")
+    assert found["router at the start"].passed
+
+    def unlike(*_) -> None:
+        raise UserError("the layers are not alike")
+
+    monkeypatch.setattr(layers, "require_kept", unlike)
+    refused = checks.LAYERS.check({"setup": setup, "job": job})
+    assert not refused.passed and refused.value == "the layers are not alike"

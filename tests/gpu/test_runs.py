@@ -41,6 +41,9 @@ VARIANTS = {
     "3090, bf16, LoRA, layers computed twice": Variant(
         "3090", (BF16, "student.init=pretrained"), ("--student", "TEACHER", "--lora", "--gradient-checkpointing")
     ),
+    "T4, fp16, some layers of a bigger model": Variant(
+        "T4", (FP16,), ("--student", "TEACHER", "--student-init", "layers:1")
+    ),
     "H100, bf16, gradients of terms, comparison": Variant(
         "H100", (BF16, "logging.term_gradients=true", "evaluation.without_teacher=true")
     ),

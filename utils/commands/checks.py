@@ -31,10 +31,11 @@ from utils.parallel.accelerator import build_accelerator
 from utils.paths import user_path
 from utils.pretrained import export, generation, locate
 from utils.pretrained.families import keep_weights
+from utils.pretrained.loading import load_config
 from utils.pretrained.named import load_shapes
 from utils.pretrained.student import make as make_student
 from utils.pretrained.teacher import on_one_process
-from utils.run import quickstart, several_teachers, stages
+from utils.run import quickstart, several_teachers, stages, student_layers
 from utils.run.prepare import Job, prepare
 from utils.run.requirements import check as check_requirements
 from utils.training import dry_run
@@ -113,6 +114,15 @@ def step_and_export(setup: SetUp, job: Job) -> Measured:
     )
 
 
+def layers_of_student(setup: SetUp, job: Job) -> Measured:
+    """Choose layers for a student that is made of some layers of a bigger model, as a run does."""
+    allowed = "a model can be made of them"
+    whole = load_config(setup.config.student.name, "student")
+    if run_setup.too_large(whole):
+        return Measured("not measured: the whole model is too large to be loaded for a check", allowed, passed=True)
+    return Measured(str(student_layers.measure(job)), allowed, passed=True)
+
+
 def router_at_start(setup: SetUp, job: Job) -> Measured:
     """Measure the hidden-state terms of the user's pair behind a calibrated router: 1 would be unrelated states."""
     limit = checklist.at_most(2)
@@ -121,7 +131,8 @@ def router_at_start(setup: SetUp, job: Job) -> Measured:
 
     # Real weights on both sides: the terms depend on how much the two models have in common.
     config: Any = job.config  # a RunConfig
-    student = make_student(config.student, config.training, job.accelerator).eval()
+    layers = None if config.student.layers is None else student_layers.measure(job)
+    student = make_student(config.student, config.training, job.accelerator, layers).eval()
     teacher: Any = stages.load_teacher(job)  # a FrozenTeacher or CachedTeacher
     scheduler = CurriculumScheduler(config.curriculum, config.loss, 1)
     module = DistillationFramework(student, teacher, job.vocabulary, config.loss, scheduler, config.router)
@@ -387,6 +398,12 @@ MODELS = (
     ),
 )
 
+LAYERS = Row(
+    "layers of the student",
+    layers_of_student,
+    on=("setup", "job"),
+    hint="give another number of layers, or --student-init pretrained",
+)
 SETTINGS = Row(
     "settings",
     run_setup.settings_read,
@@ -558,7 +575,8 @@ def all_checks(config: RunConfig, recipe: str, *, is_default: bool, folder: Path
 def run_checks(setup: SetUp, job: Job) -> Iterator[str | Check]:
     """Yield the checks of the user's models and text, and an example of what is learned from."""
     subjects = {"setup": setup, "job": job}
-    for row in (SETTINGS, *MODELS, DOCUMENTS, DUPLICATES, LEAKAGE):
+    cut = () if setup.config.student.layers is None else (LAYERS,)
+    for row in (SETTINGS, *MODELS, *cut, DOCUMENTS, DUPLICATES, LEAKAGE):
         yield row.check(subjects)
 
     # Without a teacher there are no anchors to count, and only the student's tokens matter.

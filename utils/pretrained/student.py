@@ -65,11 +65,11 @@ def make(
     elif config.lora.enabled:
         student = _with_adapter(config, accelerator)
     else:
-        student = loading.load_model(
-            config.name, "student", torch.float32, accelerator.device, allow_pickle=config.allow_pickle
-        )
+        # Of a model that is cut only what is kept needs the training device's memory.
+        device = accelerator.device if layers is None else torch.device("cpu")
+        student = loading.load_model(config.name, "student", torch.float32, device, allow_pickle=config.allow_pickle)
     if layers is not None:
-        student = keep_layers(student, layers.indices)
+        student = keep_layers(student, layers.indices).to(accelerator.device)
 
     # Before the first evaluation, which would change the weights of some architectures.
     keep_weights(student.config)

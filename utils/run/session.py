@@ -98,7 +98,7 @@ class Session:
         notes = {
             "recipe": recipe.partition("\n")[0],
             "device": f"{device.value}: {device.reason}",
-            "mixed precision": precision.reason,
+            "mixed precision": f"{precision.value}: {precision.reason}",
             "backend": "; ".join(backend) or "defaults",
         }
         if choice := recipe.partition("\n")[2]:

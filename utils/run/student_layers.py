@@ -13,6 +13,7 @@ from ..files import write_json
 from ..interfaces import Batch
 from ..pretrained import layers, loading
 from ..pretrained.layers import LayerChoice
+from ..pretrained.precision import frozen_dtype
 from ..run_layout import LAYERS
 from .prepare import Job
 
@@ -25,10 +26,7 @@ MEASURED_WINDOWS = 16
 def choose(job: Job, folder: Path) -> LayerChoice:
     """Return the layers that the student of a run takes: those in its folder, or chosen now and stored there.
 
-    Call it in one process: the whole model is loaded for the choice.
-
-    Raises:
-        UserError: the model cannot be loaded, has fewer layers, or cannot be made of these.
+    Call it in one process; raises like `measure`.
     """
     student = job.config.student
     made_from = {
@@ -42,16 +40,31 @@ def choose(job: Job, folder: Path) -> LayerChoice:
         log.info("student: %s (as chosen when this run began)", stored)
         return stored
 
-    model = loading.load_model(
-        student.name, "student", torch.float32, job.accelerator.device, allow_pickle=student.allow_pickle
-    )
-    choice = layers.choose_layers(model, student.layers, measured_windows(job))
-    # Now, and not after the hours that a cache of the teacher may take.
-    layers.require_kept(model, choice.indices)
+    choice = measure(job)
     log.info("student: %s", choice)
     log.debug("angle by which each layer turns the hidden states: %s", _described(choice))
 
     write_json(folder / LAYERS, {"made_from": made_from, **asdict(choice)})
+    return choice
+
+
+def measure(job: Job) -> LayerChoice:
+    """Choose layers for the student by a whole model, which is loaded for it; a model can be made of them.
+
+    Raises:
+        UserError: the model cannot be loaded, has fewer layers, or cannot be made of these.
+    """
+    student = job.config.student
+    device = job.accelerator.device
+    # A GPU may have too little memory for all of it in float32; no weight of it is trained.
+    dtype = torch.float32
+    if device.type != "cpu":
+        dtype = frozen_dtype("auto", device, job.accelerator.mixed_precision).value
+
+    model = loading.load_model(student.name, "student", dtype, device, allow_pickle=student.allow_pickle)
+    choice = layers.choose_layers(model, student.layers, measured_windows(job))
+    # Now, and not after the hours that a cache of the teacher may take.
+    layers.require_kept(model, choice.indices)
     return choice
 
 
