@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import pytest
 import train
 from models.teacher.frozen import FrozenTeacher
 from tests.faults.conftest import Place, documents
+from tests.gloo import launch
 from tests.models.tiny import wordpiece
 from utils.commands.api import distil
 from utils.files import sha256_of
@@ -91,6 +94,32 @@ def test_a_round_that_the_hours_do_not_reach_for_is_given_up_and_the_steps_befor
     ended = report_of(tmp_path / "run")["run"]
     assert (ended["stopped_by"], ended["steps"]) == ("max_hours", 2)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
+
+
+def signal_while_one_process_writes(arguments: list[str]) -> int:
+    """To the second of the processes, in its second round."""
+    write = GenerateEngine.__call__
+    rounds = []
+
+    def signalled(engine, student, prompts, rule, note):
+        rounds.append(len(prompts))
+        if len(rounds) == 2 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return write(engine, student, prompts, rule, note)
+
+    GenerateEngine.__call__ = signalled
+    return train.main(arguments)
+
+
+def test_a_signal_to_one_process_while_it_writes_ends_them_all_and_the_same_command_goes_on(place, tmp_path):
+    """A round may take minutes, longer than a batch system waits before it kills."""
+    arguments = [place.arguments(tmp_path / name, *SHORT, *OWN) for name in ("signalled", "whole")]
+    assert launch(2, signal_while_one_process_writes, arguments[0]) == [143, 143]
+    assert [path.name for path in (tmp_path / "signalled" / "checkpoints").iterdir()] == ["step-00000002"]
+
+    assert [launch(2, train.main, words) for words in arguments] == [[0, 0], [0, 0]]
+    files = [tmp_path / name / "student" / "model.safetensors" for name in ("signalled", "whole")]
+    assert sha256_of(files[0]) == sha256_of(files[1])
 
 
 def test_in_conversations_the_student_writes_answers_of_its_own_to_what_was_asked(place, tmp_path):

@@ -61,7 +61,7 @@ class StopSignal:
         self._has_raised = False
         self._is_writing = False
         self._ends_after_writing = False
-        self._obeys_hours = False
+        self._is_at_once = False
         self._former_handlers: dict[int, Any] = {}
         self._process = os.getpid()
         # Others would wait for a process that ends in the middle of a step.
@@ -93,14 +93,17 @@ class StopSignal:
         return self._signal
 
     def check(self) -> None:
-        """End training here, within a step or an evaluation, if a signal came; a run of one process only.
+        """End training here, within a step or an evaluation, if a signal came.
+
+        In a run of several processes, and at the limit of hours, only within `at_once`.
 
         Raises:
-            Interrupted: a signal came, or within `obeying_hours` the limit. Not outside training, where all but Ctrl-C
-                wait for what is being done.
+            Interrupted: a signal came, or the hours are over. Not outside training, where all but Ctrl-C wait for what
+                is being done.
         """
-        reason = self.requested() if self._obeys_hours else self._signal
-        if reason is not None and self._is_alone and not self._raises:
+        reason = self.requested() if self._is_at_once else self._signal
+        is_possible = self._is_alone or self._is_at_once
+        if reason is not None and is_possible and not self._raises:
             raise Interrupted(reason)
 
     def pending(self) -> str | None:
@@ -122,13 +125,16 @@ class StopSignal:
             yield
 
     @contextlib.contextmanager
-    def obeying_hours(self) -> Iterator[None]:
-        """Let `check` end what is being done at the limit of hours too: it may take long, and is not lost by an end."""
-        self._obeys_hours = True
+    def at_once(self) -> Iterator[None]:
+        """Let `check` end what is being done at the limit of hours too, and in a run of several processes.
+
+        It is for what takes long, and where the processes tell each other of an end before one waits for another.
+        """
+        self._is_at_once = True
         try:
             yield
         finally:
-            self._obeys_hours = False
+            self._is_at_once = False
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

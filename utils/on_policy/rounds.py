@@ -24,6 +24,7 @@ from ..interfaces import Collator, OwnPrompt, Pair
 from ..logs.progress import Progress
 from ..logs.records import OWN_TEXT
 from ..machine import device_memory
+from ..machine.stop_signals import Interrupted
 from ..parallel.processes import on_main_process
 from ..spread import spread
 from .figures import SlotText, describe, teachers_opinion
@@ -315,8 +316,7 @@ class Rounds:
             draws = self._draws(mine[number])[1 : 1 + self._limit(prompt)]
             beginnings.append(Prompt(prompt.student_ids, draws))
 
-        with self.progress.over("the student's own text", len(beginnings), "own text", unit="text") as note:
-            rows = self.engine(material.module.student, beginnings, self._rule, note)
+        rows = self._rows(beginnings)
         texts = checked_rows(rows, beginnings, material.pair.encoder.tables[0].rows)
         if material.accelerator.device.type == "cuda":
             device_memory.release()
@@ -325,6 +325,26 @@ class Rounds:
         for number, text in zip(places, texts, strict=True):
             ids[number] = text
         return self._gathered(ids)
+
+    def _rows(self, beginnings: Sequence[Prompt]) -> Any:
+        """Return what the engine writes behind the prompts of this process.
+
+        Raises:
+            Interrupted: in every process, if something ended the writing in one of them.
+        """
+        ended_by = None
+        rows = None
+        try:
+            with self.progress.over("the student's own text", len(beginnings), "own text", unit="text") as note:
+                rows = self.engine(self.material.module.student, beginnings, self._rule, note)
+        except Interrupted as interrupted:
+            ended_by = str(interrupted)
+
+        # Each has written as much as it could; from here on they wait for one another.
+        reasons = [reason for reason in gather_object([ended_by]) if reason is not None]
+        if reasons:
+            raise Interrupted(reasons[0])
+        return rows
 
     def _slot_texts(
         self, slots: Sequence[Slot], prompts: Sequence[OwnPrompt | None], ids: Sequence[list[int] | None]

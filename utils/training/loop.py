@@ -396,8 +396,8 @@ class TrainingLoop:
                 and that ends the run.
         """
         stop = self.options.stop
-        hours = nullcontext() if stop is None else stop.obeying_hours()
-        with hours, self._clock.writing(), preserve_rng_and_mode(self.module), self.engine.evaluation():
+        ending = nullcontext() if stop is None else stop.at_once()
+        with ending, self._clock.writing(), preserve_rng_and_mode(self.module), self.engine.evaluation():
             begun = rounds.begin(self.plan, step)
 
         if begun.record is not None:
