@@ -33,6 +33,15 @@ def values_of(value: float | Schedule) -> list[float]:
     return [level for _, level in value.points] if hasattr(value, "points") else [value]
 
 
+def is_zero_between(value: float | Schedule, start: float, end: float) -> bool:
+    """Return whether a schedule is 0 throughout a part of the training in which none of its points lies."""
+    points = value.points if hasattr(value, "points") else [(0.0, value)]
+    before = [level for progress, level in points if progress <= start]
+    after = [level for progress, level in points if progress >= end]
+    # before the first and after the last point it is constant
+    return not any([*before[-1:], *after[:1]])
+
+
 class Term(Protocol):
     """A loss term of the curriculum."""
 

@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from ..errors import shorten
 from .plain import flatten, to_plain
-from .protocols import RunConfig, values_of
+from .protocols import RunConfig, is_zero_between, values_of
 from .schema import settings_of
 
 LONGEST_VALUE = 60
@@ -65,7 +66,28 @@ def unused_settings(config: RunConfig) -> list[str]:
             f"KD teaches ever less: loss.interpolation {_in_words(to_plain(config.loss.interpolation))} ends where the "
             "student is compared with itself; to lead it to the teacher let the ramp end at 1"
         )
-    return lines
+    return lines + _own_text_in_vain(config)
+
+
+def _own_text_in_vain(config: RunConfig) -> list[str]:
+    """Return a line if there is a time at which the student writes text that no term learns from."""
+    curriculum = config.curriculum
+    # lm does not learn from the student's own text
+    teaching = [getattr(curriculum, name).weight for name in curriculum.used() - {"lm"}]
+    schedules = [curriculum.on_policy, *teaching]
+
+    turns = {0.0, 1.0}
+    for schedule in schedules:
+        turns.update(progress for progress, _ in getattr(schedule, "points", ()))
+
+    for start, end in pairwise(sorted(turns)):
+        writes = not is_zero_between(curriculum.on_policy, start, end)
+        if writes and all(is_zero_between(weight, start, end) for weight in teaching):
+            return [
+                f"from {start:.0%} to {end:.0%} of the training the student's own text (curriculum.on_policy) teaches "
+                "nothing, since all terms but lm weigh 0 there: let the share be 0 too, or keep a weight of kd"
+            ]
+    return []
 
 
 def _changed_settings(config: RunConfig) -> dict[str, Any]:

@@ -95,6 +95,22 @@ def test_settings_that_change_nothing_are_named(words, lines):
     assert told(*words) == [f"without effect, since {line}" for line in lines]
 
 
+@pytest.mark.parametrize(
+    ("kd", "share", "span"),
+    [
+        ("{points: [[0, 1], [0.4, 0]]}", "1", "40% to 100%"),
+        ("{points: [[0.2, 0], [0.6, 1]]}", "{points: [[0, 0], [0.3, 0.5]]}", "0% to 20%"),
+        ("{points: [[0, 1], [0.4, 0]]}", "{points: [[0, 1], [0.4, 0]]}", None),
+        ("{points: [[0, 0], [1, 1]]}", "0.5", None),
+        ("{points: [[0, 1], [0.4, 0]]}", "0", None),
+        ("1", "1", None),
+    ],
+)
+def test_own_text_that_no_term_learns_from_is_told_with_the_time(kd, share, span):
+    lines = told("--curriculum.kd", kd, "--curriculum.on_policy", share)
+    assert lines == [] if span is None else lines[0].startswith(f"from {span} of the training")
+
+
 def test_an_interpolation_that_falls_to_0_is_told():
     [line] = told("--loss.interpolation", "{points: [[0, 1], [1, 0]]}")
     assert "loss.interpolation 1 to 0" in line and "let the ramp end at 1" in line
