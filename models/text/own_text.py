@@ -191,8 +191,13 @@ def _begins_character(data: bytes | None) -> bool:
 def _begins_of_answers(encoder: PairEncoder, student: Reading, teacher: Reading) -> list[_Place]:
     """Return what stands before each answer in a window of conversations, its markup included."""
     student_table, teacher_table = encoder.tables
+    pairs = list(zip(_answers(student), _answers(teacher), strict=False))
+    ended = [pair for pair in pairs if all(answer.may_end for answer in pair)]
+    # Of a template that ends nobody's turn with the token that ends a text, every message is as good as any other.
+    has_ends = any(END in reading.roles for reading in (student, teacher))
+
     places = []
-    for first, second in zip(_answers(student), _answers(teacher), strict=False):
+    for (first, _), (second, _) in ended if has_ends else pairs:
         begin = max(student.starts[first], teacher.starts[second])
         places.append(
             _Place(
@@ -224,15 +229,30 @@ def _space_before(reading: Reading, number: int, begin: int, table: TokenTable) 
     return before if before.isspace() else b""
 
 
-def _answers(reading: Reading) -> list[int]:
-    """Return the token at which the text of each learned stretch begins."""
+class _Answer(NamedTuple):
+    """A learned stretch of a conversation."""
+
+    first: int
+    """Token at which its text begins."""
+    may_end: bool
+    """The token that ends a text ends it too, or it is cut off; a user's message may end with markup alone."""
+
+
+def _answers(reading: Reading) -> list[_Answer]:
+    """Return the learned stretches that have text."""
     is_learned = reading.roles != MARKER
     begins = np.flatnonzero(is_learned & ~np.append(False, is_learned[:-1]))
+    stops = np.flatnonzero(is_learned & ~np.append(is_learned[1:], False)) + 1
     texts = np.flatnonzero(reading.roles == TEXT)
 
-    # A template may write markup of its own before the text.
-    first_texts = np.searchsorted(texts, begins)
-    return [int(texts[number]) for number in first_texts if number < len(texts)]
+    answers = []
+    for begin, stop in zip(begins, stops, strict=True):
+        # A template may write markup of its own before the text.
+        number = np.searchsorted(texts, begin)
+        if number < len(texts):
+            may_end = stop == len(reading.roles) or reading.roles[stop - 1] == END
+            answers.append(_Answer(int(texts[number]), bool(may_end)))
+    return answers
 
 
 # ---------------------------------------------------------------------------------- what it has written

@@ -3,6 +3,7 @@
 import copy
 import functools
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -239,6 +240,30 @@ def test_a_conversation_is_gone_on_with_where_an_answer_begins():
     asked = TEACHER.decode(own.window["teacher_ids"])
     assert asked.endswith("Where?\n\nAssistant:\nIn the park.<|endoftext|>")
     assert learned(own.window, "student").tolist() == ids_of("In the park.")
+
+
+USER_WITHOUT_END = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ m.content + END }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("end", "places"),
+    [("eos_token", ["[/INST]", "[/INST]"]), ("'!'", ["[INST] ", "[/INST]", "[INST] ", "[/INST]"])],
+)
+def test_where_all_messages_are_learned_the_student_writes_those_that_its_end_of_turn_ends(end, places):
+    """Behind a user's message of this template no end stands; where none ends with one, all are gone on with."""
+    tokenizers = {"student": copy.deepcopy(STUDENT), "teacher": copy.deepcopy(TEACHER)}
+    for tokenizer in tokenizers.values():
+        tokenizer.chat_template = USER_WITHOUT_END.replace("END", end)
+    pair = ChatEncoder(tokenizers["student"], tokenizers["teacher"], 200, "all")
+    turns = [("user", "Who?"), ("assistant", "Lily."), ("user", "Where?"), ("assistant", "There.")]
+    [window] = pair.windows([json.dumps([{"role": role, "content": text} for role, text in turns])])
+
+    prompts = [own_prompt(pair, window, 4, draw) for draw in np.arange(0, 1, 1 / len(places))]
+    texts = [STUDENT.decode(prompt.student_ids, skip_special_tokens=True) for prompt in prompts]
+    assert all(text.endswith(place) for text, place in zip(texts, places, strict=True)), texts
 
 
 TEMPLATE = (
