@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,6 +45,27 @@ def test_a_cache_answers_about_text_that_the_student_has_written_before(place, t
     assert run(place, tmp_path / "reading", *cache) == 0
     files = [tmp_path / name / "student" / "model.safetensors" for name in ("writing", "reading")]
     assert sha256_of(files[0]) == sha256_of(files[1])
+
+
+@pytest.mark.parametrize("kind", ["an adapter", "a cache"])
+def test_a_run_that_is_taken_up_in_the_middle_of_a_round_ends_with_the_same_student(place, tmp_path, kind, capsys):
+    more = ["--student", str(place.teacher), "--set", "student.init=pretrained", "student.lora.enabled=true"]
+    if kind == "a cache":
+        more = ["--cache-teacher", str(tmp_path / "cache")]
+    more += ["--set", "on_policy.every=4", "training.save_every=1"]
+    whole = tmp_path / "whole"
+    assert run(place, whole, *more) == 0
+
+    # As a kill behind the third step leaves it.
+    broken = Path(shutil.copytree(whole, tmp_path / "broken"))
+    shutil.rmtree(broken / "student")
+    shutil.rmtree(broken / "checkpoints" / "step-00000004")
+    capsys.readouterr()
+    assert run(place, broken, *more) == 0
+    assert "from step 3" in capsys.readouterr().out
+
+    name = "adapter_model.safetensors" if kind == "an adapter" else "model.safetensors"
+    assert sha256_of(broken / "student" / name) == sha256_of(whole / "student" / name)
 
 
 def test_an_engine_handed_to_distil_writes_and_the_report_shows_texts_beside_the_teachers(place, tmp_path):
