@@ -190,7 +190,8 @@ def _write_tokenizer(file: Path, folder: Path) -> None:
         gguf_splits.correct(tokenizer, file)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # an unknown type is a KeyError, an odd vocabulary anything
-        write_text(folder / NO_TOKENIZER, f"{type(error).__name__}: {' '.join(str(error).split())}\n")
+        reason = f"transformers {transformers.__version__}: {type(error).__name__}: {' '.join(str(error).split())}"
+        write_text(folder / NO_TOKENIZER, reason + "\n")
 
 
 def _read(from_pretrained: Callable[..., Any], file: Path, label: str, **options: Any) -> Any:
@@ -224,7 +225,7 @@ def require_tokenizer(folder: Path, name: str, role: str) -> None:
     note = folder / NO_TOKENIZER
     if note.is_file():
         raise UserError(
-            f"{role} {name}: transformers {transformers.__version__} cannot read the tokenizer in this GGUF file. Give "
-            f"that of the model that the file was made from: --set {role}.tokenizer=ID_OR_FOLDER.\n  "
-            + note.read_text(encoding="utf-8").strip()
+            f"{role} {name}: transformers cannot read the tokenizer in this GGUF file. Give that of the model that the "
+            f"file was made from: --set {role}.tokenizer=ID_OR_FOLDER. After an update of transformers delete "
+            f"{folder}: it is made anew then.\n  " + note.read_text(encoding="utf-8").strip()
         )

@@ -84,6 +84,14 @@ def told(*words: str) -> list[str]:
             ["feat, rel, attn, layer, contr weigh 0 in curriculum: router.layers 2, router.heads 2"],
         ),
         (
+            [*NO_KD, "--without-teacher"],
+            [
+                "all terms but lm weigh 0 (curriculum), so that the run beside it is the same: "
+                "evaluation.without_teacher true"
+            ],
+        ),
+        (["--without-teacher"], []),
+        (
             ["--on_policy.every", "3"],
             ["the student writes no text to learn from (curriculum.on_policy 0): on_policy.every 3"],
         ),
