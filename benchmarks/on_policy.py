@@ -39,7 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from benchmarks.measure import table
 from benchmarks.quality import small_llama
 from benchmarks.real.sources import STUDENT, TEACHER, Package, plain_folder
-from benchmarks.real.tables import interval
+from benchmarks.real.tables import change, interval
 from utils.logs.records import OWN_TEXT
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -233,7 +233,7 @@ def tables(results: Sequence[Result]) -> str:
         runs = [result for result in results if result["arm"] == name]
         if runs:
             differences = [100 * (_bits(r) / base[r["seed"]] - 1) for r in runs if r["seed"] in base]
-            rows.append([name, len(runs), *_cells(runs), _share(differences)])
+            rows.append([name, len(runs), *_cells(runs), change(differences) or "-"])
     header = ["arm", "seeds", "steps", "seconds", "bits/byte", "teacher's of its text", "repeated", "ended", "tokens"]
     levels = results[0]["report"]
     caption = ", ".join(
@@ -262,11 +262,6 @@ def _cells(runs: Sequence[Result]) -> list[str]:
 
 def _percent(shares: Any) -> str:
     return f"{100 * statistics.fmean(shares):.0f} %"
-
-
-def _share(differences: Sequence[float]) -> str:
-    """Return a mean difference in per cent, with its interval."""
-    return f"{interval(differences)} %" if differences else "-"
 
 
 # ------------------------------------------------------------------------------------------ cost

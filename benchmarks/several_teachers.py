@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.measure import table
 from benchmarks.quality import stories
-from benchmarks.real.tables import interval
+from benchmarks.real.tables import change, interval
 from models.config import Ramp
 from models.distillation import Distillation, Method, TeacherShare
 from models.teacher.mixture import Mix
@@ -169,7 +169,7 @@ def main() -> None:
     rows = []
     for name, values in bits.items():
         beside = [100 * (value / base - 1) for value, base in zip(values, bits.get(BASE, values), strict=True)]
-        rows.append([name, interval(values), f"{interval(beside)} %"])
+        rows.append([name, interval(values), change(beside)])
     print(table(["teachers", "bits/byte", f"from {BASE}"], rows))
 
 

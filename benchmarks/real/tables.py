@@ -65,7 +65,7 @@ def interval(values: Sequence[float]) -> str:
     return f"{mean(values):.4f} ± {half_interval(values):.4f}"
 
 
-def _change(percents: Sequence[float]) -> str:
+def change(percents: Sequence[float]) -> str:
     """Return the mean of paired changes in per cent, with its 95 % interval where there are several."""
     if not percents:
         return ""
@@ -102,7 +102,7 @@ def _bits(layers: int, groups: Group) -> str:
                 group[1],
                 group[2],
                 interval(bits),
-                _change(changes),
+                change(changes),
                 f"{min(changes):+.2f} to {max(changes):+.2f}" if len(changes) > 1 else "",
                 len(bits),
                 f"{speed:,.0f}",
