@@ -178,6 +178,7 @@ HASHES = {
     "training_text": "the training text (a hash of it)",
     "held_out_windows": "the held-out text, as windows (a hash of them)",
     "tokenizers_and_length": "the tokenizers and the length of windows (a hash of them)",
+    "student": "the student as it began, its weights or their shapes (a hash of them)",
     "teacher": "the teacher's weights, in the precision that they are read in (a hash of them)",
     "mixed_precision": "the precision that the student computes in",
 }
