@@ -418,8 +418,7 @@ class CacheBuilding:
             self._held_out_keys,
             batches=_chosen(held_out.indices(), self._held_out_asked),
             collate=held_out.collate,
-            compute=teacher.signal,
-            begin=teacher.begin,
+            teacher=teacher,
             stop=stop,
         )
 
@@ -433,8 +432,7 @@ class CacheBuilding:
                 self._keys,
                 batches=_chosen(self._first_epoch(), self._is_asked.nonzero()[0]),
                 collate=collate,
-                compute=teacher.signal,
-                begin=teacher.begin,
+                teacher=teacher,
                 stop=stop,
             )
         return self._reason_to_stop(stop)
@@ -446,8 +444,7 @@ class CacheBuilding:
         *,
         batches: Iterable[list[int]],
         collate: Callable[[list[dict]], Batch],
-        compute: Callable[..., Any],
-        begin: Callable[[Batch], object],
+        teacher: CachingTeacher,
         stop: StopSignal,
     ) -> None:
         """Compute and store the batches of which a window is missing, in all processes."""
@@ -461,9 +458,9 @@ class CacheBuilding:
         display = Progress(shown=accelerator.is_main_process)
         task = display.begin("teacher cache", len(missing), "other", unit="batch")
         flushed = time.monotonic()
-        begun = begun_ahead(loader(windows, missing, collate, self.num_workers), begin)
+        begun = begun_ahead(loader(windows, missing, collate, self.num_workers), teacher.begin)
         for done, batch in enumerate(begun, start=1):
-            compute(batch.to(accelerator.device))
+            teacher.signal(batch.to(accelerator.device))
             if stop.requested():
                 break
 
