@@ -28,14 +28,19 @@ class Schedule(Protocol):
         """(progress from 0 to 1, value), in order of progress."""
 
 
+def points_of(value: float | Schedule) -> Sequence[tuple[float, float]]:
+    """Return the (progress, value) points of a ramp; a constant has one, at the start."""
+    return value.points if hasattr(value, "points") else [(0.0, value)]
+
+
 def values_of(value: float | Schedule) -> list[float]:
     """Return the value of a constant, or those of a ramp's points."""
-    return [level for _, level in value.points] if hasattr(value, "points") else [value]
+    return [level for _, level in points_of(value)]
 
 
 def is_zero_between(value: float | Schedule, start: float, end: float) -> bool:
     """Return whether a schedule is 0 throughout a part of the training in which none of its points lies."""
-    points = value.points if hasattr(value, "points") else [(0.0, value)]
+    points = points_of(value)
     before = [level for progress, level in points if progress <= start]
     after = [level for progress, level in points if progress >= end]
     # before the first and after the last point it is constant

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from ..errors import shorten
 from .plain import flatten, to_plain
-from .protocols import RunConfig, is_zero_between, values_of
+from .protocols import RunConfig, is_zero_between, points_of, values_of
 from .schema import settings_of
 
 LONGEST_VALUE = 60
@@ -78,7 +78,7 @@ def _own_text_in_vain(config: RunConfig) -> list[str]:
 
     turns = {0.0, 1.0}
     for schedule in schedules:
-        turns.update(progress for progress, _ in getattr(schedule, "points", ()))
+        turns.update(progress for progress, _ in points_of(schedule))
 
     for start, end in pairwise(sorted(turns)):
         writes = not is_zero_between(curriculum.on_policy, start, end)

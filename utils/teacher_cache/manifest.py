@@ -8,19 +8,18 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from ..config.settings import CacheConfig
+from ..config.settings import CacheConfig, ModelConfig
 from ..errors import UserError
 from ..files import clean_leftovers, sha256_of, write_json
 from ..paths import user_path
-from ..pretrained.precision import QUANTISED
 from .codec import FORMAT, Codec
 from .store import MANIFEST, SHARDS, TeacherCache, explained_write_errors
 
 log = logging.getLogger(__name__)
 
-DTYPES = ("float32", "float16", "bfloat16", *QUANTISED)
+DTYPES = get_args(get_type_hints(ModelConfig)["dtype"])
 """Precisions of a teacher that `--teacher-dtype` takes."""
 
 LEFT_BEHIND = 3600.0
