@@ -31,12 +31,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_model, save_model
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.measure import machine
 from benchmarks.real import schedules
-from benchmarks.real.arms import CUTS, WHOLE, Arm, jobs
-from benchmarks.real.pair import TEACHER, RealPair, Setting
+from benchmarks.real.arms import CUTS, WHOLE, Arm, jobs, text_alone
+from benchmarks.real.pair import ADAPTED, TEACHER, RealPair, Setting
 from benchmarks.real.sources import STUDENT, plain_folder
 from benchmarks.real.sources import TEACHER as TEACHER_PACKAGE
 from benchmarks.real.tables import key, tables
@@ -47,6 +48,9 @@ from utils.machine.hardware import choose_precision
 RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3)
 """Learning rates that are tried for text alone, and the first of them by the depth of the student."""
 FIRST_RATES = {10: 1e-3, 20: 3e-4, WHOLE: 1e-4}
+
+ADAPTING = Run(text_alone(WHOLE), seed=0, rate=FIRST_RATES[WHOLE])
+"""Training of the whole student on the text, before it teaches its cuts as `ADAPTED`."""
 
 Result = dict[str, Any]
 
@@ -173,7 +177,13 @@ class Benchmark:
 
         began = time.monotonic()
         try:
-            student, training = train(Run(arm, seed, rate), self.students, lambda seconds: seconds > self.budget.left)
+            if arm.teacher == ADAPTED:
+                self._make_adapted()
+                began = time.monotonic()
+            run = Run(arm, seed, rate)
+            student, training = train(run, self.students, self._is_too_long)
+            if run == ADAPTING:
+                self._keep_adapted(student)
         except OutOfTime:
             print(f"left out: {_title(arm, seed)}: it would take longer than what is left", flush=True)
             return None
@@ -190,6 +200,32 @@ class Benchmark:
         self.results.add(result | {"seconds": round(seconds, 1)})
         print(f"{_title(arm, seed)}, rate {rate:g}: {_short(result)}, {seconds:.0f} s", flush=True)
         return result
+
+    @property
+    def _adapted(self) -> Path:
+        """File of the weights of the whole student after it has learned from the text."""
+        return self.pair.setting.folder / f"adapted-{self.pair.digest}.safetensors"
+
+    def _keep_adapted(self, student: torch.nn.Module) -> None:
+        """Write the weights of the whole student that has learned from the text."""
+        save_model(student, self._adapted)
+
+    def _make_adapted(self) -> None:
+        """Let the whole student teach its cuts after it has learned from the text, by a run of its own at most once."""
+        if ADAPTED in self.pair.distillations:
+            return
+
+        student = self.students.make(WHOLE)
+        if self._adapted.exists():
+            load_model(student, self._adapted)
+        else:
+            student, _ = train(ADAPTING, self.students, self._is_too_long)
+            self._keep_adapted(student)
+        self.pair.add_adapted(student)
+
+    def _is_too_long(self, seconds: float) -> bool:
+        """Return True if so many seconds are more than what is left."""
+        return seconds > self.budget.left
 
     def tuned_rate(self, arm: Arm) -> float:
         """Return the best learning rate for text alone, found by climbing from a first one."""

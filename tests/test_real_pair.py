@@ -12,8 +12,8 @@ import torch
 from benchmarks import real_pair
 from benchmarks.quality import merged_probabilities
 from benchmarks.real import schedules
-from benchmarks.real.arms import HEALED, WHOLE, jobs
-from benchmarks.real.pair import ITSELF, TEACHER, RealPair, Setting
+from benchmarks.real.arms import HEALED, WHOLE, Arm, jobs, text_alone
+from benchmarks.real.pair import ADAPTED, ITSELF, TEACHER, RealPair, Setting
 from benchmarks.real.signals import SignalArrays
 from benchmarks.real.tables import interval, tables
 from benchmarks.real.text import CORPORA, read_text
@@ -79,6 +79,38 @@ def test_every_arm_runs_and_none_twice(command, few_arms, tmp_path, capsys):
     before = results.read_text()
     real_pair.main(arguments)
     assert results.read_text() == before
+
+
+def test_the_whole_student_teaches_its_cuts_after_it_has_learned_from_the_text(
+    command, few_arms, tmp_path, monkeypatch
+):
+    taught = replace(few_arms[2], teacher=ADAPTED)
+    alone = text_alone(WHOLE)
+    rates = [real_pair.ADAPTING.rate]
+    monkeypatch.setattr(real_pair, "RATES", rates)
+    monkeypatch.setattr(real_pair, "FIRST_RATES", {2: rates[0], WHOLE: rates[0]})
+
+    def lines_of(name: str, arms: list[Arm]) -> list[dict]:
+        monkeypatch.setattr(real_pair, "jobs", lambda seeds: ((arm, 0) for arm in [text_alone(2), *arms]))
+        folder = tmp_path / f"made-{name}"
+        file = tmp_path / f"{name}.jsonl"
+        real_pair.main([*command, "--folder", str(folder), "--results", str(file), "--seeds", "1"])
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        return [line for line in lines if line.get("teacher") == ADAPTED]
+
+    # Trained for the purpose, or an arm of its own before: the same teacher.
+    (own_run,) = lines_of("own run", [taught])
+    (after_arm,) = lines_of("after an arm", [alone, taught])
+    assert own_run["bits"] == after_arm["bits"]
+
+    # A folder in which it lies already trains it no more.
+    trained = []
+    train = real_pair.train
+    monkeypatch.setattr(real_pair, "train", lambda run, *more: trained.append(run) or train(run, *more))
+    (tmp_path / "own run.jsonl").unlink()
+    (again,) = lines_of("own run", [taught])
+    assert again["bits"] == own_run["bits"]
+    assert real_pair.ADAPTING not in trained
 
 
 def test_a_schedule_is_tried_beside_its_opponents(command, tmp_path, capsys):

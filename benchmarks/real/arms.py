@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.ablation import early
-from models.config import CurriculumConfig, LossConfig, Schedule, Term
+from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
 from models.distillation import LM_ONLY, Method
 
-from .pair import ITSELF, TEACHER, TOP_K
+from .pair import ADAPTED, ITSELF, TEACHER, TOP_K
 
 WHOLE = 0
 """Layers of a student that was not cut."""
@@ -16,6 +16,9 @@ CUTS = (10, 20, WHOLE)
 
 HIDDEN: dict[str, Schedule] = {"off": 0.0, "on": 1.0, "early": early(1.0)}
 """Weight of the terms feat and attn on hidden states; early: it falls to 0 at 40 % of the steps."""
+
+FALLING_KD, RISING_LM = Ramp(((0.0, 0.7), (0.5, 0.0))), Ramp(((0.0, 0.3), (0.5, 1.0)))
+"""Weights of a run that ends by learning from the text alone."""
 
 LOSS = LossConfig(top_k=TOP_K, head_passes="eager")
 """Eager, since compiling takes a good part of so short a run."""
@@ -28,7 +31,7 @@ class Arm:
     layers: int
     """Layers of the student; 0: all of them."""
     teacher: str | None
-    """ITSELF, TEACHER, or None: text alone."""
+    """ITSELF, TEACHER, ADAPTED, or None: text alone."""
     name: str
     """What it learns by."""
     method: Method
@@ -40,7 +43,7 @@ class Arm:
     """Name of the schedule that the arm is, or that it is an opponent of."""
 
 
-def _lm(layers: int) -> Arm:
+def text_alone(layers: int) -> Arm:
     """Return the arm without a teacher."""
     return Arm(layers, None, "text alone", Method(LOSS, LM_ONLY))
 
@@ -51,6 +54,18 @@ def _taught(layers: int, teacher: str, hidden: str = "off") -> Arm:
     curriculum = replace(CurriculumConfig(), feat=weight, attn=weight)
     name = "KD" if hidden == "off" else f"KD, hidden states {hidden}"
     return Arm(layers, teacher, name, Method(LOSS, curriculum))
+
+
+def _weighted(
+    name: str,
+    layers: int,
+    teacher: str,
+    kd: Schedule,
+    lm: Schedule,
+) -> Arm:
+    """Return an arm with other weights of KD and LM."""
+    curriculum = replace(CurriculumConfig(), kd=Term(kd), lm=Term(lm))
+    return Arm(layers, teacher, name, Method(LOSS, curriculum), seeds=1)
 
 
 def _with_loss(layers: int, name: str, **changes: object) -> Arm:
@@ -64,16 +79,16 @@ def _gold(layers: int) -> Arm:
 
 
 HEALED = [
-    _lm(10),
+    text_alone(10),
     _taught(10, TEACHER),
     _taught(10, ITSELF),
-    _lm(WHOLE),
+    text_alone(WHOLE),
     _taught(WHOLE, TEACHER),
     _taught(10, TEACHER, "early"),
     _taught(10, ITSELF, "early"),
     _taught(10, TEACHER, "on"),
     _taught(10, ITSELF, "on"),
-    _lm(20),
+    text_alone(20),
     _taught(20, TEACHER),
     _taught(20, ITSELF),
     _taught(20, ITSELF, "early"),
@@ -85,6 +100,9 @@ HEALED = [
 
 OTHERS = [
     _gold(10),
+    replace(_taught(20, ADAPTED), seeds=1),
+    _weighted("KD .3", 20, ITSELF, kd=0.3, lm=0.7),
+    _weighted("KD falling", 20, ITSELF, kd=FALLING_KD, lm=RISING_LM),
     _with_loss(10, "KD, T 2", temperature=2.0),
     _with_loss(10, "KD, reverse KL", divergence="reverse_kl"),
     _with_loss(WHOLE, "KD, reverse KL", divergence="reverse_kl"),
@@ -94,7 +112,9 @@ OTHERS = [
     replace(_taught(WHOLE, TEACHER, "early"), seeds=1),
     _gold(WHOLE),
 ]
-"""The yardstick; arms that judge T = 1 and forward KL, by written text besides; hidden states of a trained student."""
+"""The yardstick; arms that ask why a student of 20 layers learned more without a teacher; arms that judge T = 1 and
+forward KL, by written text besides; hidden states of a trained student.
+"""
 
 
 def jobs(seeds: int) -> Iterator[tuple[Arm, int]]:

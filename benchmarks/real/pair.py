@@ -27,8 +27,10 @@ from utils.evaluation.written_text import Judge, Sample, Sampling, describe, sam
 from .signals import NUMBER, SignalArrays
 from .text import Text
 
-ITSELF, TEACHER = "itself", "the teacher"
-"""Teachers of a student that was cut: the whole student, whose tokenizer is the same, and the other model."""
+ITSELF, TEACHER, ADAPTED = "itself", "the teacher", "itself, adapted"
+"""Teachers of a student that was cut: the whole student, whose tokenizer is the same, the other model, and the whole
+student after it has learned from the text itself.
+"""
 
 TOP_K = 256
 MAX_DEPTH = LossConfig().max_depth
@@ -121,11 +123,8 @@ class RealPair:
 
         # 4. Memory of the teachers' answers.
         origin = f"{student.resolve()} {teacher.resolve()} {self.fingerprint}"
-        digest = hashlib.sha256(origin.encode()).hexdigest()[:12]
-        self.signals = {
-            name: SignalArrays(setting.folder / f"signals-{name.split()[-1]}-{digest}.npz", self._top_k(name))
-            for name in self.distillations
-        }
+        self.digest = hashlib.sha256(origin.encode()).hexdigest()[:12]
+        self.signals = {name: self._stored(name) for name in self.distillations}
         self._seed = -1
         self._batches: dict[str, list[PairedBatch]] = {}
 
@@ -149,9 +148,18 @@ class RealPair:
         pair = Method().join(tokenizers, text)
         return replace(pair, teacher=pair.frozen(teacher))
 
-    def _top_k(self, name: str) -> int:
-        """Return the outcomes that are stored of each position."""
-        return min(TOP_K, vocabulary_size(self.distillations[name].teacher.model))
+    def _stored(self, name: str) -> SignalArrays:
+        """Return the answers of a teacher that are stored so far."""
+        file = self.setting.folder / f"signals-{name.split()[-1]}-{self.digest}.npz"
+        top_k = min(TOP_K, vocabulary_size(self.distillations[name].teacher.model))
+        return SignalArrays(file, top_k)
+
+    def add_adapted(self, model: nn.Module) -> None:
+        """Let a model teach that is the whole student, trained on the text that arms learn from."""
+        precision = next(self.distillations[ITSELF].teacher.model.parameters()).dtype
+        self.distillations[ADAPTED] = self._join("student", model.to(precision))
+        self.windows[ADAPTED] = self.windows[ITSELF]
+        self.signals[ADAPTED] = self._stored(ADAPTED)
 
     # --- windows ------------------------------------------------------------------------------------------------------
 
