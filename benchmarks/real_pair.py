@@ -175,23 +175,14 @@ class Benchmark:
             print(f"left out: {name}: trl is not installed")
             return None
 
+        if arm.teacher == ADAPTED and not self._has_adapted():
+            return None
+
         began = time.monotonic()
-        try:
-            if arm.teacher == ADAPTED:
-                self._make_adapted()
-                began = time.monotonic()
-            run = Run(arm, seed, rate)
-            student, training = train(run, self.students, self._is_too_long)
-            if run == ADAPTING:
-                self._keep_adapted(student)
-        except OutOfTime:
-            print(f"left out: {_title(arm, seed)}: it would take longer than what is left", flush=True)
+        trained = self._trained(Run(arm, seed, rate))
+        if trained is None:
             return None
-        except Exception:
-            # A GPU by the hour is too dear to lose all other arms with one.
-            print(f"failed: {_title(arm, seed)}", flush=True)
-            traceback.print_exc()
-            return None
+        student, training = trained
         result = job | training | self._measured(student)
         if arm.schedule is not None:
             result |= self.pair.agreement(student)
@@ -201,31 +192,40 @@ class Benchmark:
         print(f"{_title(arm, seed)}, rate {rate:g}: {_short(result)}, {seconds:.0f} s", flush=True)
         return result
 
+    def _trained(self, run: Run) -> tuple[torch.nn.Module, dict[str, Any]] | None:
+        """Return a trained student and what its training was like; None, said on the screen, where it failed."""
+        title = _title(run.arm, run.seed)
+        try:
+            student, training = train(run, self.students, lambda seconds: seconds > self.budget.left)
+        except OutOfTime:
+            print(f"left out: {title}: it would take longer than what is left", flush=True)
+            return None
+        except Exception:
+            # A GPU by the hour is too dear to lose all other arms with one.
+            print(f"failed: {title}", flush=True)
+            traceback.print_exc()
+            return None
+
+        if run == ADAPTING:
+            save_model(student, self._adapted)
+        return student, training
+
     @property
     def _adapted(self) -> Path:
         """File of the weights of the whole student after it has learned from the text."""
         return self.pair.setting.folder / f"adapted-{self.pair.digest}.safetensors"
 
-    def _keep_adapted(self, student: torch.nn.Module) -> None:
-        """Write the weights of the whole student that has learned from the text."""
-        save_model(student, self._adapted)
-
-    def _make_adapted(self) -> None:
-        """Let the whole student teach its cuts after it has learned from the text, by a run of its own at most once."""
+    def _has_adapted(self) -> bool:
+        """Return True if the whole student teaches its cuts after it has learned from the text: by a run, once."""
         if ADAPTED in self.pair.distillations:
-            return
+            return True
+        if not self._adapted.exists() and self._trained(ADAPTING) is None:
+            return False
 
         student = self.students.make(WHOLE)
-        if self._adapted.exists():
-            load_model(student, self._adapted)
-        else:
-            student, _ = train(ADAPTING, self.students, self._is_too_long)
-            self._keep_adapted(student)
+        load_model(student, self._adapted)
         self.pair.add_adapted(student)
-
-    def _is_too_long(self, seconds: float) -> bool:
-        """Return True if so many seconds are more than what is left."""
-        return seconds > self.budget.left
+        return True
 
     def tuned_rate(self, arm: Arm) -> float:
         """Return the best learning rate for text alone, found by climbing from a first one."""

@@ -231,7 +231,14 @@ def test_tables_compare_seed_by_seed_under_the_best_rate_without_a_teacher():
     results = [arm("nobody", "text alone", seed, bits) for seed, bits in enumerate((2.0, 1.0, 2.0))]
     results += [arm("itself", "KD", seed, bits) for seed, bits in enumerate((1.0, 0.9, 1.8))]
     results.append(arm("nobody", "text alone", 0, 3.0, rate=1e-2))
+    results.append(arm("itself", "KD", 0, 0.8, rate=1e-4))
     lines = tables(results).splitlines()
     assert "| itself | KD | 1.2333 ± 1.2255 | -23.33 ± 57.37 % | -50.00 to -10.00 | 3 | 1 |" in lines
-    assert "| 10 layers | 0.01 | 3.0000 |" in lines
+    rates = [line for line in lines if line.startswith("| 10 layers") and line.count("|") == 6]
+    assert rates == [
+        "| 10 layers | nobody | text alone | 0.001 | 2.0000 |",
+        "| 10 layers | nobody | text alone | 0.01 | 3.0000 |",
+        "| 10 layers | itself | KD | 0.0001 | 0.8000 |",
+        "| 10 layers | itself | KD | 0.001 | 1.0000 |",
+    ]
     assert interval([1.5]) == "1.5000"

@@ -125,7 +125,7 @@ def _corpora(groups: Group) -> str:
         results = groups[group]
         names = list(results[0]["bits"])
         means = [mean(result["bits"][name] for result in results) for name in names]
-        rows.append([_label(group[0]), group[1], group[2], *(f"{value:.4f}" for value in means)])
+        rows.append([*_of(group), *(f"{value:.4f}" for value in means)])
     return table(["student", "taught by", "learns by", *names], rows) if rows else ""
 
 
@@ -136,7 +136,7 @@ def _written(levels: Sequence[Result], groups: Group) -> str:
         if level["written"]:
             rows.append([level["name"], "", "", *_metrics([level])])
     for group in _ordered(groups):
-        rows.append([_label(group[0]), group[1], group[2], *_metrics(groups[group])])
+        rows.append([*_of(group), *_metrics(groups[group])])
     if not rows:
         return ""
 
@@ -166,10 +166,21 @@ def _metrics(results: Sequence[Result]) -> list[str]:
 
 
 def _rates(results: Sequence[Result]) -> str:
-    """Return the table of learning rates that were tried without a teacher."""
-    tried = [result for result in results if result["kind"] == "arm" and result["name"] == "text alone"]
+    """Return the table of learning rates, of whatever was tried under several under seed 0, and of text alone."""
+    groups: dict[tuple[int, str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        if result["kind"] == "arm" and result["seed"] == 0:
+            groups[result["layers"], result["teacher"], result["name"]].append(result)
+
     rows = []
-    for result in sorted(tried, key=lambda result: (result["layers"], result["rate"])):
-        if result["seed"] == 0:
-            rows.append([_label(result["layers"]), f"{result['rate']:g}", f"{result['bits']['all']:.4f}"])
-    return table(["text alone, seed 0", "learning rate", "bits per byte, unseen"], rows) if rows else ""
+    for group in _ordered(groups):
+        tried = sorted(groups[group], key=lambda result: result["rate"])
+        if len(tried) > 1 or group[1] == "nobody":
+            rows += [[*_of(group), f"{result['rate']:g}", f"{result['bits']['all']:.4f}"] for result in tried]
+    header = ["student", "taught by", "learns by", "learning rate, seed 0", "bits per byte, unseen"]
+    return table(header, rows) if rows else ""
+
+
+def _of(group: tuple[int, str, str]) -> tuple[str, str, str]:
+    """Return a group in words."""
+    return _label(group[0]), *group[1:]
