@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ..config.plain import flatten
 from ..config.resume_rules import check_same_run
 from ..errors import RunError, UserError
 from ..files import atomic_folder, clean_leftovers, free_disk, remove_folder
@@ -246,7 +247,7 @@ class CheckpointStore:
         # Settings, text and tokenizers must be those of the checkpoint.
         if path is not None:
             saved = checkpoint_files.read_state(path).get("fingerprint", {})
-            check_same_run(str(path), _flat(saved), _flat(self.fingerprint), self.changed)
+            check_same_run(str(path), flatten(saved), flatten(self.fingerprint), self.changed)
         return path
 
     def check_path(self, resume: str) -> None:
@@ -367,14 +368,3 @@ def _size_of(value: Any) -> int:
     if isinstance(value, list | tuple):
         return sum(_size_of(item) for item in value)
     return 0
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested dicts as {dotted path: value}; an empty one is a value, and so is a ramp, `{points: [...]}`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value and "points" not in value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
