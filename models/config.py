@@ -8,7 +8,7 @@ makes one, in a program or from a file.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from operator import attrgetter
@@ -192,6 +192,20 @@ class CurriculumConfig(Validated):
         # Between two points a ramp lies between their values: it leaves 0 only if one of them does.
         return {name for name, term in self.terms().items() if any(values_of(term.weight))}
 
+    def weights_in_words(self, names: Iterable[str]) -> str:
+        """Return those of some terms that weigh anything, each with its weight: "kd 0.7, lm 0 at 10 % to 1 at 40 %"."""
+        used = self.used()
+        return ", ".join(f"{name} {_in_words(getattr(self, name).weight)}" for name in names if name in used)
+
+    def in_words(self) -> str:
+        """Return all terms that weigh anything, and every other schedule or choice that is not the usual one."""
+        parts = [self.weights_in_words(TERMS)]
+        for column in fields(self):
+            value = getattr(self, column.name)
+            if column.name not in TERMS and value != column.default:
+                parts.append(f"{column.name} {_in_words(value)}")
+        return ", ".join(parts)
+
     @property
     def uses_own_text(self) -> bool:
         """True if the student learns from text that it writes itself, anywhere in the run."""
@@ -234,6 +248,13 @@ AUTOMATIC_CURRICULA: dict[Beginning, CurriculumConfig] = {
     "random": CurriculumConfig.of_weights({"feat": 1.0, "attn": 1.0}),
 }
 """Weights for a student by its beginning, as measured (docs/experiments.md, docs/choosing.md)."""
+
+
+def _in_words(value: Schedule | str) -> str:
+    """Return a value, or the points of a ramp, in words."""
+    if isinstance(value, Ramp):
+        return " to ".join(f"{height:g} at {100 * progress:g} %" for progress, height in value.points)
+    return value if isinstance(value, str) else f"{value:g}"
 
 
 @dataclass(frozen=True)

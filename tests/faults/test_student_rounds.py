@@ -115,6 +115,7 @@ def test_a_round_that_the_hours_do_not_reach_for_is_given_up_and_the_steps_befor
     assert len(rounds) == 2
     ended = report_of(tmp_path / "run")["run"]
     assert (ended["stopped_by"], ended["steps"]) == ("max_hours", 2)
+    assert ended["learned_by"] == "kd 0.2 at 0 % to 0.8 at 100 %, lm 0.5, on_policy 0.5"
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000002"]
 
 

@@ -102,6 +102,15 @@ def test_a_term_is_used_exactly_if_some_weight_is_not_zero():
     assert CurriculumConfig(kd=Term(0.0), feat=Term(late), rel=Term(flat)).used() == {"lm", "feat"}
 
 
+def test_a_curriculum_in_words_names_what_weighs_anything_and_every_schedule():
+    assert CurriculumConfig().in_words() == "kd 0.7, lm 0.3"
+    late = Ramp(((0.1, 0.0), (0.4, 0.5)))
+    curriculum = CurriculumConfig(kd=Term(0.0), layer=Term(late), on_policy=late, select=0.2, balance="loss")
+    ramp = "0 at 10 % to 0.5 at 40 %"
+    assert curriculum.in_words() == f"lm 0.3, layer {ramp}, on_policy {ramp}, select 0.2, balance loss"
+    assert curriculum.weights_in_words(["kd", "layer"]) == f"layer {ramp}"
+
+
 def test_negative_weights_and_temperatures_of_zero_are_refused():
     for wrong in (-0.1, Ramp(((0.0, 0.5), (1.0, -0.5)))):
         with pytest.raises(ValueError, match="0 or more"):

@@ -4,12 +4,19 @@ A weight that a recipe or the command line gives stands. The others suit what th
 (`models.config.AUTOMATIC_CURRICULA`), or are those that a run began with, where it is continued.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models.config import AUTOMATIC_CURRICULA, ROUTER_TERMS, TERMS, Beginning, CurriculumConfig, Ramp, Schedule, Term
+from models.config import (
+    AUTOMATIC_CURRICULA,
+    ROUTER_TERMS,
+    TERMS,
+    Beginning,
+    CurriculumConfig,
+    Term,
+)
 from utils.config.build import build
 from utils.config.protocols import ConfigT, RunConfig
 from utils.config.schema import lists_of_texts, sections_of
@@ -46,7 +53,7 @@ def with_automatic_curriculum(config: ConfigT, values: Mapping[str, Any]) -> tup
         weights, reason = _suitable(config)
 
     curriculum = replace(weights, **{name: getattr(config.curriculum, name) for name in explicit})
-    line = f"curriculum auto: {_in_words(weights, missing)}, {reason}"
+    line = f"curriculum auto: {weights.weights_in_words(missing) or 'no further term'}, {reason}"
     if explicit:
         line += f"; as they were given: {', '.join(explicit)}"
     return replace(config, curriculum=curriculum), line
@@ -86,16 +93,3 @@ def _suitable(config: RunConfig) -> tuple[CurriculumConfig, str]:
         reason += f", but without {names}, which need the teacher in every step that the teacher cache is to spare"
         return without_states, reason
     return weights, reason
-
-
-def _in_words(weights: CurriculumConfig, names: Sequence[str]) -> str:
-    """Return those of some terms that weigh anything, each with its weight."""
-    used = [name for name in names if name in weights.used()]
-    return ", ".join(f"{name} {_weight_in_words(getattr(weights, name).weight)}" for name in used) or "no further term"
-
-
-def _weight_in_words(weight: Schedule) -> str:
-    """Return a weight, or the points of its ramp, in words."""
-    if isinstance(weight, Ramp):
-        return " to ".join(f"{value:g} at {100 * progress:g} %" for progress, value in weight.points)
-    return f"{weight:g}"

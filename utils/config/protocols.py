@@ -91,6 +91,9 @@ class CurriculumSettings(Protocol):
     def used(self) -> set[str]:
         """Return the names of the terms whose weight is above 0 at some time."""
 
+    def in_words(self) -> str:
+        """Return all that weighs anything, and what is chosen of the text."""
+
 
 class LossSettings(Protocol):
     """The way from the teacher's distribution to a loss."""

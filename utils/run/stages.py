@@ -536,7 +536,12 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
     """Export the student and write the report; return its results."""
     student, result, held_out = trained.student, trained.result, job.held_out
     folder, settings = session.output / STUDENT, to_plain(session.asked)
-    ended: Results = {"steps": result.steps, "seconds": round(result.seconds, 1), "stopped_by": result.stopped_by}
+    ended: Results = {
+        "learned_by": job.config.curriculum.in_words(),
+        "steps": result.steps,
+        "seconds": round(result.seconds, 1),
+        "stopped_by": result.stopped_by,
+    }
     if trained.stream is not None:
         ended |= _documents_of(trained.stream)
     scores = {
