@@ -17,8 +17,10 @@ CUTS = (10, 20, WHOLE)
 HIDDEN: dict[str, Schedule] = {"off": 0.0, "on": 1.0, "early": early(1.0)}
 """Weight of the terms feat and attn on hidden states; early: it falls to 0 at 40 % of the steps."""
 
-FALLING_KD, RISING_LM = Ramp(((0.0, 0.7), (0.5, 0.0))), Ramp(((0.0, 0.3), (0.5, 1.0)))
-"""Weights of a run that ends by learning from the text alone."""
+FALLING = {"kd": Ramp(((0.0, 0.7), (0.5, 0.0))), "lm": Ramp(((0.0, 0.3), (0.5, 1.0)))}
+"""Weights of a run whose second half learns from the text alone."""
+RISING = {"kd": Ramp(((0.5, 0.0), (1.0, 0.7))), "lm": Ramp(((0.5, 1.0), (1.0, 0.3)))}
+"""The same in reverse."""
 
 LOSS = LossConfig(top_k=TOP_K, head_passes="eager")
 """Eager, since compiling takes a good part of so short a run."""
@@ -57,15 +59,14 @@ def _taught(layers: int, teacher: str, hidden: str = "off") -> Arm:
 
 
 def _weighted(
-    name: str,
     layers: int,
     teacher: str,
-    kd: Schedule,
-    lm: Schedule,
+    name: str,
+    **weights: Schedule,
 ) -> Arm:
     """Return an arm with other weights of KD and LM."""
-    curriculum = replace(CurriculumConfig(), kd=Term(kd), lm=Term(lm))
-    return Arm(layers, teacher, name, Method(LOSS, curriculum), seeds=1)
+    terms = {term: Term(weight) for term, weight in weights.items()}
+    return Arm(layers, teacher, name, Method(LOSS, replace(CurriculumConfig(), **terms)))
 
 
 def _with_loss(layers: int, name: str, **changes: object) -> Arm:
@@ -91,6 +92,14 @@ HEALED = [
     text_alone(20),
     _taught(20, TEACHER),
     _taught(20, ITSELF),
+    _weighted(20, ITSELF, "KD falling", **FALLING),
+    _weighted(20, TEACHER, "KD falling", **FALLING),
+    _taught(20, ADAPTED),
+    _weighted(20, ADAPTED, "KD falling", **FALLING),
+    _weighted(20, ITSELF, "KD .3", kd=0.3, lm=0.7),
+    _weighted(20, ITSELF, "KD rising", **RISING),
+    _weighted(10, ITSELF, "KD falling", **FALLING),
+    _weighted(10, TEACHER, "KD falling", **FALLING),
     _taught(20, ITSELF, "early"),
     _taught(20, TEACHER, "early"),
     _taught(20, ITSELF, "on"),
@@ -100,9 +109,6 @@ HEALED = [
 
 OTHERS = [
     _gold(10),
-    replace(_taught(20, ADAPTED), seeds=1),
-    _weighted("KD .3", 20, ITSELF, kd=0.3, lm=0.7),
-    _weighted("KD falling", 20, ITSELF, kd=FALLING_KD, lm=RISING_LM),
     _with_loss(10, "KD, T 2", temperature=2.0),
     _with_loss(10, "KD, reverse KL", divergence="reverse_kl"),
     _with_loss(WHOLE, "KD, reverse KL", divergence="reverse_kl"),
@@ -112,9 +118,7 @@ OTHERS = [
     replace(_taught(WHOLE, TEACHER, "early"), seeds=1),
     _gold(WHOLE),
 ]
-"""The yardstick; arms that ask why a student of 20 layers learned more without a teacher; arms that judge T = 1 and
-forward KL, by written text besides; hidden states of a trained student.
-"""
+"""The yardstick; arms that judge T = 1 and forward KL, by written text besides; hidden states of a trained student."""
 
 
 def jobs(seeds: int) -> Iterator[tuple[Arm, int]]:

@@ -45,6 +45,13 @@ def test_student_and_report_are_there_before_it_and_the_same_command_adds_it(pla
     assert all(written["teacher_bits_per_byte"] > 0 for written in report["generation"].values())
 
 
+def test_a_teacher_that_did_not_help_is_told_with_what_to_try(place, output, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "is_better_without_teacher", lambda results: "baseline" in results)
+    assert train.main(place.arguments(output, *SHORT)) == 0
+    assert "the same student learned more without the teacher; try" in " ".join(capsys.readouterr().out.split())
+    assert "learned more without the teacher" in (output / "report.html").read_text()
+
+
 def test_after_another_number_of_steps_it_is_dropped(place, output, capsys, monkeypatch):
     sound = stages.train_student
 

@@ -94,9 +94,20 @@ def worse_than_before(results: Mapping[str, Any]) -> str | None:
     )
 
 
+def is_better_without_teacher(results: Mapping[str, Any]) -> bool:
+    """Return True if the same student learned more from the text alone."""
+    bits = bits_of(results)
+    return {"student", "baseline"} <= bits.keys() and _change_by_teacher(bits) >= EQUAL
+
+
+def _change_by_teacher(bits: Mapping[str, float]) -> float:
+    """Return the share of bits per byte that the teacher adds; below 0 it helps."""
+    return bits["student"] / bits["baseline"] - 1
+
+
 def _against_baseline(bits: Mapping[str, float]) -> str:
     """Return the sentence that compares bits per byte with those of the student without the teacher."""
-    change = bits["student"] / bits["baseline"] - 1
+    change = _change_by_teacher(bits)
     other = "the same student trained for the same steps without the teacher"
     if abs(change) < EQUAL:
         return f"The distilled student needs as many bits per byte as {other}."

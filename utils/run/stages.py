@@ -32,7 +32,7 @@ from ..pretrained import student as students
 from ..pretrained import teacher as teachers
 from ..pretrained.loading import fingerprint
 from ..report import report, token_views
-from ..report.results import worse_than_before
+from ..report.results import is_better_without_teacher, worse_than_before
 from ..run_layout import BLOCKS, CHECKPOINTS, METRICS, REPORT_HTML, ROUNDS, START, STUDENT, WITHOUT_TEACHER
 from ..served.checks import Demand
 from ..served.teacher import ListServer, connect, listed_tokens
@@ -658,6 +658,11 @@ def compare_without_teacher(job: Job, trained: Trained, results: Results, sessio
         return results
 
     results = job.held_out.with_baseline(results, alone.student)
+    if is_better_without_teacher(results):
+        log.warning(
+            "the same student learned more without the teacher; try a teacher that has learned from this text first, "
+            "or a smaller weight of kd (docs/choosing.md#a-teacher-that-does-not-help)"
+        )
     if session.is_main:
         report.write_report(session.output, results, baseline_metrics=folder / METRICS)
     return results

@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from utils.report.charts import curves_as_svg, draw_curves, draw_routing
 from utils.report.markdown import markdown
 from utils.report.report import print_summary, write_report
-from utils.report.results import headline, worse_than_before
+from utils.report.results import headline, is_better_without_teacher, worse_than_before
 from utils.run_layout import CURVES, REPORT_HTML, REPORT_JSON, REPORT_MD, ROUTING
 
 
@@ -247,6 +247,10 @@ def test_the_headline_tells_gain_loss_and_a_teacher_that_cannot_help():
     assert "did not help" in headline(RESULTS | {"baseline": scores(0.8, 5)})
     assert "25.0% more bits per byte" in headline(RESULTS | {"baseline": scores(0.8, 5)})
     assert "as many bits per byte as" in headline(RESULTS | {"baseline": scores(1.0001, 5)})
+    baselines = [scores(bits, 5) for bits in (0.8, 1.0001, 1.2, math.nan)]
+    better = [is_better_without_teacher(RESULTS | {"baseline": baseline}) for baseline in baselines]
+    assert better == [True, False, False, False]
+    assert not is_better_without_teacher(RESULTS)
     assert "closed 90.0% of the gap" in headline(RESULTS)
     weak = RESULTS | {"teacher": scores(2.9, 5), "retention": {"gap_closed": None}}
     assert "no better" in headline(weak)
