@@ -660,8 +660,8 @@ def compare_without_teacher(job: Job, trained: Trained, results: Results, sessio
     results = job.held_out.with_baseline(results, alone.student)
     if is_better_without_teacher(results):
         log.warning(
-            "the same student learned more without the teacher; try a teacher that has learned from this text first, "
-            "or a smaller weight of kd (docs/choosing.md#a-teacher-that-does-not-help)"
+            "the same student learned more without the teacher; try a weight of kd that falls to 0, or a teacher that "
+            "has learned from this text first (docs/choosing.md#a-teacher-that-does-not-help)"
         )
     if session.is_main:
         report.write_report(session.output, results, baseline_metrics=folder / METRICS)
