@@ -112,7 +112,8 @@ def test_opponents_of_a_schedule_have_its_values(name):
     assert shuffled != values and sorted(shuffled) == pytest.approx(sorted(values), abs=1e-6)
     assert arms["mean"] == pytest.approx(sum(values) / len(values), abs=0.02)
     for arm in arms.values():
-        assert candidate.variant(arm).is_taught
+        # Only the weight of KD itself can be 0.
+        assert candidate.variant(arm).is_taught or (arm == 0.0 and name == "KD, then text alone")
 
 
 NAME = "forward to reverse KL"

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.ablation import early
+from benchmarks.curricula import kd_and_text
 from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
 from models.distillation import LM_ONLY, Method
 
@@ -17,9 +18,9 @@ CUTS = (10, 20, WHOLE)
 HIDDEN: dict[str, Schedule] = {"off": 0.0, "on": 1.0, "early": early(1.0)}
 """Weight of the terms feat and attn on hidden states; early: it falls to 0 at 40 % of the steps."""
 
-FALLING = {"kd": Ramp(((0.0, 0.7), (0.5, 0.0))), "lm": Ramp(((0.0, 0.3), (0.5, 1.0)))}
-"""Weights of a run whose second half learns from the text alone."""
-RISING = {"kd": Ramp(((0.5, 0.0), (1.0, 0.7))), "lm": Ramp(((0.5, 1.0), (1.0, 0.3)))}
+FALLING = Ramp(((0.0, 0.7), (0.5, 0.0)))
+"""Weight of KD in a run whose second half learns from the text alone; LM has the rest of 1."""
+RISING = Ramp(((0.5, 0.0), (1.0, 0.7)))
 """The same in reverse."""
 
 LOSS = LossConfig(top_k=TOP_K, head_passes="eager")
@@ -62,11 +63,10 @@ def _weighted(
     layers: int,
     teacher: str,
     name: str,
-    **weights: Schedule,
+    kd: Schedule,
 ) -> Arm:
-    """Return an arm with other weights of KD and LM."""
-    terms = {term: Term(weight) for term, weight in weights.items()}
-    return Arm(layers, teacher, name, Method(LOSS, replace(CurriculumConfig(), **terms)))
+    """Return an arm with another weight of KD; LM has what it leaves of 1."""
+    return Arm(layers, teacher, name, Method(LOSS, kd_and_text(kd)))
 
 
 def _with_loss(layers: int, name: str, **changes: object) -> Arm:
@@ -85,6 +85,7 @@ HEALED = [
     _taught(10, ITSELF),
     text_alone(WHOLE),
     _taught(WHOLE, TEACHER),
+    _weighted(WHOLE, TEACHER, "KD falling", FALLING),
     _taught(10, TEACHER, "early"),
     _taught(10, ITSELF, "early"),
     _taught(10, TEACHER, "on"),
@@ -92,14 +93,14 @@ HEALED = [
     text_alone(20),
     _taught(20, TEACHER),
     _taught(20, ITSELF),
-    _weighted(20, ITSELF, "KD falling", **FALLING),
-    _weighted(20, TEACHER, "KD falling", **FALLING),
+    _weighted(20, ITSELF, "KD falling", FALLING),
+    _weighted(20, TEACHER, "KD falling", FALLING),
     _taught(20, ADAPTED),
-    _weighted(20, ADAPTED, "KD falling", **FALLING),
-    _weighted(20, ITSELF, "KD .3", kd=0.3, lm=0.7),
-    _weighted(20, ITSELF, "KD rising", **RISING),
-    _weighted(10, ITSELF, "KD falling", **FALLING),
-    _weighted(10, TEACHER, "KD falling", **FALLING),
+    _weighted(20, ADAPTED, "KD falling", FALLING),
+    _weighted(20, ITSELF, "KD .3", 0.3),
+    _weighted(20, ITSELF, "KD rising", RISING),
+    _weighted(10, ITSELF, "KD falling", FALLING),
+    _weighted(10, TEACHER, "KD falling", FALLING),
     _taught(20, ITSELF, "early"),
     _taught(20, TEACHER, "early"),
     _taught(20, ITSELF, "on"),
