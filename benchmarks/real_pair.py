@@ -253,8 +253,7 @@ class Benchmark:
     ) -> None:
         """Do the runs of schedules and their opponents that the budget allows, seed by seed."""
         if rate is None:
-            alone = next(arm for arm, _ in jobs(1) if arm.teacher is None and arm.layers == WHOLE)
-            rate = self.tuned_rate(alone)
+            rate = self.tuned_rate(text_alone(WHOLE))
 
         for name in names:
             for seed in range(seeds):
@@ -264,7 +263,6 @@ class Benchmark:
     def run_all(self, seeds: int, depths: Collection[int]) -> None:
         """Do all runs of students of some depths that the budget allows, in the order of their worth."""
         rates: dict[int, float] = {}
-        alone = {arm.layers: arm for arm, _ in jobs(1) if arm.teacher is None}
         for arm, seed in jobs(seeds):
             if arm.layers not in depths:
                 continue
@@ -272,7 +270,7 @@ class Benchmark:
                 print("the budget is spent; the same command goes on from here", flush=True)
                 return
             if arm.layers not in rates:
-                rates[arm.layers] = self.tuned_rate(alone[arm.layers])
+                rates[arm.layers] = self.tuned_rate(text_alone(arm.layers))
             self.run(arm, seed, rates[arm.layers])
 
 

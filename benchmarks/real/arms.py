@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.ablation import early
-from benchmarks.curricula import kd_and_text
-from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
+from benchmarks.curricula import CANDIDATES, kd_and_text, reversed_of
+from models.config import CurriculumConfig, LossConfig, Schedule, Term
 from models.distillation import LM_ONLY, Method
 
 from .pair import ADAPTED, ITSELF, TEACHER, TOP_K
@@ -18,9 +18,9 @@ CUTS = (10, 20, WHOLE)
 HIDDEN: dict[str, Schedule] = {"off": 0.0, "on": 1.0, "early": early(1.0)}
 """Weight of the terms feat and attn on hidden states; early: it falls to 0 at 40 % of the steps."""
 
-FALLING = Ramp(((0.0, 0.7), (0.5, 0.0)))
+FALLING = CANDIDATES["KD, then text alone"].schedule
 """Weight of KD in a run whose second half learns from the text alone; LM has the rest of 1."""
-RISING = Ramp(((0.5, 0.0), (1.0, 0.7)))
+RISING = reversed_of(FALLING)
 """The same in reverse."""
 
 LOSS = LossConfig(top_k=TOP_K, head_passes="eager")

@@ -22,15 +22,21 @@ def tables(results: Sequence[Result]) -> str:
     """Return all tables of the results of one setting."""
     # Several results files each have those of the same models.
     levels = list({result["name"]: result for result in results if result["kind"] == "level"}.values())
-    groups: dict[tuple[int, str, str], list[Result]] = defaultdict(list)
-    for result in _under_chosen_rates([result for result in results if result["kind"] == "arm"]):
-        groups[result["layers"], result["teacher"], result["name"]].append(result)
+    groups = _grouped(_under_chosen_rates([result for result in results if result["kind"] == "arm"]))
 
     parts = [_levels(levels)]
     for layers in dict.fromkeys(group[0] for group in _ordered(groups)):
         parts.append(_bits(layers, groups))
     parts += [_corpora(groups), _written(levels, groups), _rates(results)]
     return "\n\n".join(part for part in parts if part)
+
+
+def _grouped(results: Sequence[Result]) -> Group:
+    """Return the results of each arm."""
+    groups: dict[tuple[int, str, str], list[Result]] = defaultdict(list)
+    for result in results:
+        groups[result["layers"], result["teacher"], result["name"]].append(result)
+    return groups
 
 
 def _under_chosen_rates(results: Sequence[Result]) -> list[Result]:
@@ -167,11 +173,7 @@ def _metrics(results: Sequence[Result]) -> list[str]:
 
 def _rates(results: Sequence[Result]) -> str:
     """Return the table of learning rates, of whatever was tried under several under seed 0, and of text alone."""
-    groups: dict[tuple[int, str, str], list[Result]] = defaultdict(list)
-    for result in results:
-        if result["kind"] == "arm" and result["seed"] == 0:
-            groups[result["layers"], result["teacher"], result["name"]].append(result)
-
+    groups = _grouped([result for result in results if result["kind"] == "arm" and result["seed"] == 0])
     rows = []
     for group in _ordered(groups):
         tried = sorted(groups[group], key=lambda result: result["rate"])

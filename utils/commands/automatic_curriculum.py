@@ -9,14 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models.config import (
-    AUTOMATIC_CURRICULA,
-    ROUTER_TERMS,
-    TERMS,
-    Beginning,
-    CurriculumConfig,
-    Term,
-)
+from models.config import AUTOMATIC_CURRICULA, ROUTER_TERMS, TERMS, Beginning, CurriculumConfig, Term
 from utils.config.build import build
 from utils.config.protocols import ConfigT, RunConfig
 from utils.config.schema import lists_of_texts, sections_of
