@@ -36,8 +36,8 @@ import numpy as np
 import torch
 
 from benchmarks.measure import table
-from benchmarks.quality import MALLOC, PAIRS, Pair, Variant, bits_per_byte, prepare, train
-from benchmarks.situations import SCORED_WINDOWS, TOP_K, Writing
+from benchmarks.quality import MALLOC, PAIRS, Pair, Variant, bits_per_byte, kd_and_text, prepare, train
+from benchmarks.situations import FALLING, SCORED_WINDOWS, TOP_K, Writing
 from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
 from models.curriculum import value_at
 from models.types import TeacherSignal
@@ -88,14 +88,6 @@ def _weighted(*terms: str, balance: str = "none") -> Callable[[Schedule], Varian
     return lambda schedule: Variant(_LOSS, replace(curriculum, **dict.fromkeys(terms, Term(schedule))))
 
 
-def kd_and_text(kd: Schedule) -> CurriculumConfig:
-    """Return a curriculum in which LM has what KD leaves of a weight of 1."""
-    if isinstance(kd, Ramp):
-        points = tuple((progress, 1 - weight) for progress, weight in kd.points)
-        return CurriculumConfig(kd=Term(kd), lm=Term(replace(kd, points=points)))
-    return CurriculumConfig(kd=Term(kd), lm=Term(1 - kd))
-
-
 def _sample_weights(schedule: Schedule) -> Variant:
     """Return an arm of KD .7 + LM .3 in which KD weighs windows to a scheduled degree."""
     return Variant(_LOSS, CurriculumConfig(sample_weights=schedule))
@@ -125,9 +117,7 @@ CANDIDATES = {
     "ever less KD, balanced gradients": Candidate(
         Ramp(((0.0, 1.4), (1.0, 0.2))), (0.3, 0.7, 1.4), _weighted("kd", balance="gradient")
     ),
-    "KD, then text alone": Candidate(
-        Ramp(((0.0, 0.7), (0.5, 0.0))), (0.0, 0.3, 0.7), lambda schedule: Variant(_LOSS, kd_and_text(schedule))
-    ),
+    "KD, then text alone": Candidate(FALLING, (0.0, 0.3, 0.7), lambda schedule: Variant(_LOSS, kd_and_text(schedule))),
     "sample weights later": Candidate(Ramp(((0.2, 0.0), (0.8, 1.0))), (0.0, 0.5, 1.0), _sample_weights),
     "cooling": Candidate(Ramp(((0.0, 4.0), (0.8, 1.0))), (1.0, 2.0, 4.0), _loss("temperature")),
     "easier text first": Candidate(Ramp(((0.0, 0.2), (0.8, 1.0))), (0.5, 1.0), _opened),

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 from transformers.utils import logging as transformers_logging
 
 from models.chosen_positions import with_places
-from models.config import CurriculumConfig, LossConfig, Term, values_of
+from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term, values_of
 from models.distillation import Distillation, Method
 from models.distillation_framework import DistillationFramework
 from models.losses.selection import STORED
@@ -131,6 +131,14 @@ def stories(share: float) -> tuple[list[str], list[str]]:
     texts = list(dict.fromkeys(texts))
     train = [text for number, text in enumerate(texts) if number % 12]
     return train[:: round(1 / share)], texts[::12]
+
+
+def kd_and_text(kd: Schedule) -> CurriculumConfig:
+    """Return a curriculum in which LM has what KD leaves of a weight of 1."""
+    if isinstance(kd, Ramp):
+        points = tuple((progress, 1 - weight) for progress, weight in kd.points)
+        return CurriculumConfig(kd=Term(kd), lm=Term(replace(kd, points=points)))
+    return CurriculumConfig(kd=Term(kd), lm=Term(1 - kd))
 
 
 class Pair:

@@ -4,9 +4,10 @@
     REAL_MODELS_DIR=... python -m benchmarks.situations --table
 
 Every arm is KD .7 + LM .3 ("off"), unless it says otherwise. "on": feat 1 and attn 1 throughout; "early": both are 1 up
-to 40 % of the steps and 0 from 45 % on. Arms of a pair see the same batches and the same first student for a seed.
-Besides bits per byte, the texts are measured that a student writes at temperature 1 behind the beginnings of unseen
-stories (`utils.evaluation.written_text`). See benchmarks/quality.py.
+to 40 % of the steps and 0 from 45 % on. "KD falling": from .7 to 0 at half of the steps, LM from .3 to 1. Arms of a
+pair see the same batches and the same first student for a seed. Besides bits per byte, the texts are measured that a
+student writes at temperature 1 behind the beginnings of unseen stories (`utils.evaluation.written_text`). See
+benchmarks/quality.py.
 
 Every run is a line of the results file, written when it ends; a run that is there is not repeated.
 """
@@ -23,7 +24,7 @@ from statistics import mean
 import torch
 
 from benchmarks.measure import table
-from benchmarks.quality import MALLOC, Pair, Variant, bits_per_byte, prepare, train
+from benchmarks.quality import MALLOC, Pair, Variant, bits_per_byte, kd_and_text, prepare, train
 from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
 from utils.evaluation.written_text import Judge, Sample, Sampling, describe, sample_texts
 
@@ -32,6 +33,8 @@ SIZE = 4
 """Windows of a step."""
 SHARE = 1 / 3
 """Of the training stories: no window is read twice."""
+SMALL_SHARE = 1 / 32
+"""Of the training stories: each window is read six times."""
 TOP_K = 64
 SCORED_WINDOWS = 96
 """Windows of unseen stories on which bits per byte are measured."""
@@ -39,6 +42,8 @@ PROMPTS = 48
 PROMPT_TOKENS = 24
 NEW_TOKENS = 96
 
+FALLING = Ramp(((0.0, 0.7), (0.5, 0.0)))
+"""Weight of KD in a run whose second half learns from the text alone; LM has the rest of 1."""
 _EARLY = Ramp(((0.4, 1.0), (0.45, 0.0)))
 _LOSS = LossConfig(top_k=TOP_K, head_passes="eager")
 
@@ -61,6 +66,7 @@ ARMS = {
     "T 2": _loss(temperature=2.0),
     "reverse KL": _loss(divergence="reverse_kl"),
     "JSD": _loss(divergence="jsd"),
+    "KD falling": Variant(_LOSS, kd_and_text(FALLING)),
 }
 
 
@@ -71,11 +77,19 @@ class Part:
     pair: str
     arms: Sequence[str]
     seeds: int
+    share: float = SHARE
+    """Of the training stories."""
 
 
 _HIDDEN_ARMS = ("off", "on", "early")
+_KD_ARMS = ("text alone", "off", "KD falling")
 _LOSS_ARMS = ("text alone", "T 2", "reverse KL", "JSD")
 PLAN = (
+    Part("cut neo-260k", _KD_ARMS, 3, SMALL_SHARE),
+    Part("cut neo-260k", _KD_ARMS, 3),
+    Part("cut neo-neo", _KD_ARMS, 2),
+    Part("neo-260k", _KD_ARMS, 2, SMALL_SHARE),
+    Part("neo-260k", _KD_ARMS, 2),
     Part("cut neo-260k", _HIDDEN_ARMS, 3),
     Part("neo-260k", ("off", "T 2", "reverse KL", "JSD"), 2),
     Part("random neo-260k", _HIDDEN_ARMS, 3),
@@ -130,12 +144,13 @@ class Benchmark:
 
     def run(self, part: Part) -> None:
         """Do the runs of a part, and add a line to the results for each."""
-        jobs = [{"pair": part.pair, "arm": arm, "seed": seed} for seed in range(part.seeds) for arm in part.arms]
+        what = {"pair": part.pair, "share": part.share}
+        jobs = [what | {"arm": arm, "seed": seed} for seed in range(part.seeds) for arm in part.arms]
         missing = [job for job in jobs if not any(job.items() <= line.items() for line in self.done())]
         if not missing:
             return
 
-        pair = Pair(part.pair, SHARE, self.cache)
+        pair = Pair(part.pair, part.share, self.cache)
         pair.unseen = pair.unseen[:SCORED_WINDOWS]
         writing = Writing(pair)
         levels = {
@@ -156,8 +171,8 @@ class Benchmark:
 def tables(results: Sequence[dict]) -> str:
     """Return the table of each pair: mean over seeds, and the changes against `off`, seed by seed."""
     parts = []
-    for pair in dict.fromkeys(part.pair for part in PLAN):
-        lines = [line for line in results if line["pair"] == pair]
+    for pair, share in dict.fromkeys((part.pair, part.share) for part in PLAN):
+        lines = [line for line in results if (line["pair"], line["share"]) == (pair, share)]
         if not lines:
             continue
 

@@ -77,7 +77,14 @@ def test_a_real_pair_learns_the_same_from_a_cache_as_from_the_running_teacher(re
 def result(arm: str, seed: int, bits: float, likely: float) -> dict:
     """A line of the results of `benchmarks.situations`."""
     written = {"teacher_bits_per_byte": likely, "repeated_4grams": 0.01, "ended": 0.5, "tokens": 90.0}
-    levels = {"pair": "neo-260k", "teacher": 0.9, "before": 1.1, "written_before": written, "epochs": 0.5}
+    levels = {
+        "pair": "neo-260k",
+        "share": situations.SHARE,
+        "teacher": 0.9,
+        "before": 1.1,
+        "written_before": written,
+        "epochs": 0.5,
+    }
     return levels | {"arm": arm, "seed": seed, "bits_per_byte": bits, "written": written}
 
 

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.ablation import early
-from benchmarks.curricula import CANDIDATES, kd_and_text, reversed_of
+from benchmarks.curricula import reversed_of
+from benchmarks.quality import kd_and_text
+from benchmarks.situations import FALLING
 from models.config import CurriculumConfig, LossConfig, Schedule, Term
 from models.distillation import LM_ONLY, Method
 
@@ -18,8 +20,6 @@ CUTS = (10, 20, WHOLE)
 HIDDEN: dict[str, Schedule] = {"off": 0.0, "on": 1.0, "early": early(1.0)}
 """Weight of the terms feat and attn on hidden states; early: it falls to 0 at 40 % of the steps."""
 
-FALLING = CANDIDATES["KD, then text alone"].schedule
-"""Weight of KD in a run whose second half learns from the text alone; LM has the rest of 1."""
 RISING = reversed_of(FALLING)
 """The same in reverse."""
 
