@@ -119,7 +119,7 @@ def test_what_the_family_cannot_do_is_refused_in_one_sentence(place, tmp_path, c
 def test_the_checks_before_a_run_pass_for_a_pair_and_see_a_wrong_start_of_the_decoder(place, tmp_path, monkeypatch):
     pair = ("t5-teacher", "t5-student", "rows.jsonl")
     setup, job = verification.own_setup(train.configure(command(place, tmp_path / "run", *pair, *ROUTED))[0])
-    checks = [verification.label_shift_of_architecture(setup), verification.router_at_start(setup, job)]
+    checks = [verification.label_shift_of_architecture(setup), verification.router_at_start(setup, job, lambda: None)]
     checks += [check(setup) for check in (preflight.models, preflight.window_length, preflight.memory, preflight.disk)]
     checks += [check(job) for check in (preflight.duplicates, preflight.leakage, preflight.coverage)]
     assert [check for check in checks if not check.passed] == []

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
 from safetensors.torch import load_file
@@ -12,6 +14,7 @@ from utils.checks.checklist import Check
 from utils.commands import checks
 from utils.errors import UserError
 from utils.pretrained import layers
+from utils.run import student_layers
 
 STEPS = "2"
 
@@ -75,17 +78,20 @@ def test_what_cannot_be_is_refused_before_training(place, tmp_path, capsys, more
     assert not (tmp_path / "run").exists()
 
 
-def test_before_a_run_its_layers_are_chosen_and_judged(place, tmp_path, monkeypatch):
+def test_before_a_run_its_layers_are_chosen_once_and_judged(place, tmp_path, monkeypatch):
     """Also behind the states of the whole model, which the router would compare otherwise."""
+    measured = Mock(wraps=student_layers.measure)
+    monkeypatch.setattr(student_layers, "measure", measured)
     setup, job = checks.own_setup(train.configure(arguments(place, tmp_path, "curriculum.layer.weight=1"))[0])
     found = {row.name: row for row in checks.run_checks(setup, job) if isinstance(row, Check)}
     assert found["layers of the student"].passed
     assert found["layers of the student"].value.endswith("those that turn the hidden states most, on 16 windows")
     assert found["router at the start"].passed
+    assert measured.call_count == 1
 
     def unlike(*_) -> None:
         raise UserError("the layers are not alike")
 
     monkeypatch.setattr(layers, "require_kept", unlike)
-    refused = checks.LAYERS.check({"setup": setup, "job": job})
+    refused = checks.LAYERS.check({"setup": setup, "choose_layers": partial(student_layers.measure, job)})
     assert not refused.passed and refused.value == "the layers are not alike"

@@ -68,6 +68,12 @@ class SetUp:
         return {"student": self.student, **here}
 
     @property
+    def whole_student(self) -> PretrainedConfig:
+        """The model that the student's layers come from: its own, or a bigger one."""
+        settings = self.config.student
+        return self.student if settings.layers is None else loading.load_config(settings.name, "student")
+
+    @property
     def limits(self) -> dict[str, float]:
         """Tokens that each of these models reads at once."""
         return {role: loading.context_length(shape) for role, shape in self.loaded.items()}
@@ -268,7 +274,7 @@ def router_obstacle(setup: SetUp) -> str | None:
     """Return why the router of this pair is not measured; None if it can be."""
     if setup.config.teacher.name in setup.built_later:
         return "the teacher is built by the first run"
-    if too_large(setup.student) or too_large(setup.teachers["teacher"]):
+    if too_large(setup.whole_student) or too_large(setup.teachers["teacher"]):
         return "a model is too large to be loaded for a check"
 
     dtypes = {setup.config.teacher.dtype, setup.config.student.lora.base}

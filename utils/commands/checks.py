@@ -1,8 +1,8 @@
 """The checks of `verify_fixes.py`: one row for each, and the groups in which they are printed."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from utils.parallel.accelerator import build_accelerator
 from utils.paths import user_path
 from utils.pretrained import export, generation, locate
 from utils.pretrained.families import keep_weights
-from utils.pretrained.loading import load_config
+from utils.pretrained.layers import LayerChoice
 from utils.pretrained.named import load_shapes
 from utils.pretrained.student import make as make_student
 from utils.pretrained.teacher import on_one_process
@@ -44,6 +44,9 @@ MOST_DOCUMENTS = 20_000
 """Documents read of the user's own text."""
 
 TOO_LARGE = "not measured: the student is too large to be built for a check"
+
+ChooseLayers = Callable[[], LayerChoice]
+"""Chooses the layers that the student takes from a bigger model."""
 
 
 # ---------------------------------------------------------- measurements that need models/ and utils/
@@ -114,16 +117,15 @@ def step_and_export(setup: SetUp, job: Job) -> Measured:
     )
 
 
-def layers_of_student(setup: SetUp, job: Job) -> Measured:
+def layers_of_student(setup: SetUp, choose_layers: ChooseLayers) -> Measured:
     """Choose layers for a student that is made of some layers of a bigger model, as a run does."""
     allowed = "a model can be made of them"
-    whole = load_config(setup.config.student.name, "student")
-    if run_setup.too_large(whole):
+    if run_setup.too_large(setup.whole_student):
         return Measured("not measured: the whole model is too large to be loaded for a check", allowed, passed=True)
-    return Measured(str(student_layers.measure(job)), allowed, passed=True)
+    return Measured(str(choose_layers()), allowed, passed=True)
 
 
-def router_at_start(setup: SetUp, job: Job) -> Measured:
+def router_at_start(setup: SetUp, job: Job, choose_layers: ChooseLayers) -> Measured:
     """Measure the hidden-state terms of the user's pair behind a calibrated router: 1 would be unrelated states."""
     limit = checklist.at_most(2)
     if obstacle := run_setup.router_obstacle(setup):
@@ -131,7 +133,7 @@ def router_at_start(setup: SetUp, job: Job) -> Measured:
 
     # Real weights on both sides: the terms depend on how much the two models have in common.
     config: Any = job.config  # a RunConfig
-    layers = None if config.student.layers is None else student_layers.measure(job)
+    layers = None if config.student.layers is None else choose_layers()
     student = make_student(config.student, config.training, job.accelerator, layers).eval()
     teacher: Any = stages.load_teacher(job)  # a FrozenTeacher or CachedTeacher
     scheduler = CurriculumScheduler(config.curriculum, config.loss, 1)
@@ -401,7 +403,7 @@ MODELS = (
 LAYERS = Row(
     "layers of the student",
     layers_of_student,
-    on=("setup", "job"),
+    on=("setup", "choose_layers"),
     hint="give another number of layers, or --student-init pretrained",
 )
 SETTINGS = Row(
@@ -420,7 +422,7 @@ SPELT_TEXT = Row(
 ROUTER = Row(
     "router at the start",
     router_at_start,
-    on=("setup", "job"),
+    on=("setup", "job", "choose_layers"),
     hint="set the weights of the hidden-state terms to 0, or choose a closer pair",
 )
 
@@ -574,7 +576,9 @@ def all_checks(config: RunConfig, recipe: str, *, is_default: bool, folder: Path
 
 def run_checks(setup: SetUp, job: Job) -> Iterator[str | Check]:
     """Yield the checks of the user's models and text, and an example of what is learned from."""
-    subjects = {"setup": setup, "job": job}
+    # Two checks need the layers, which take a whole model to choose.
+    choose_layers = cache(partial(student_layers.measure, job))
+    subjects = {"setup": setup, "job": job, "choose_layers": choose_layers}
     cut = () if setup.config.student.layers is None else (LAYERS,)
     for row in (SETTINGS, *MODELS, *cut, DOCUMENTS, DUPLICATES, LEAKAGE):
         yield row.check(subjects)
@@ -595,4 +599,4 @@ def run_checks(setup: SetUp, job: Job) -> Iterator[str | Check]:
     # Of several teachers the states of the first one are compared with.
     collate: Any = parts[0].collate  # a PairCollator, or one that remembers
     if collate.router is not None:
-        yield ROUTER.check({"setup": setup, "job": parts[0]})
+        yield ROUTER.check({**subjects, "job": parts[0]})
