@@ -66,6 +66,7 @@ ARMS = {
     "T 2": _loss(temperature=2.0),
     "reverse KL": _loss(divergence="reverse_kl"),
     "JSD": _loss(divergence="jsd"),
+    "KD .3": Variant(_LOSS, kd_and_text(0.3)),
     "KD falling": Variant(_LOSS, kd_and_text(FALLING)),
 }
 
@@ -82,7 +83,7 @@ class Part:
 
 
 _HIDDEN_ARMS = ("off", "on", "early")
-_KD_ARMS = ("text alone", "off", "KD falling")
+_KD_ARMS = ("text alone", "off", "KD .3", "KD falling")
 _LOSS_ARMS = ("text alone", "T 2", "reverse KL", "JSD")
 PLAN = (
     Part("cut neo-260k", _KD_ARMS, 3, SMALL_SHARE),

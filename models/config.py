@@ -104,8 +104,8 @@ def _facts(
 @dataclass(frozen=True)
 class CurriculumConfig(Validated):
     """Weight of every loss term over the run, and whose text is learned from. Weights that a run is not given suit what
-    its student starts from (`curriculum: auto`): those of `feat` and `attn` are 1 for random weights. The defaults
-    below are those of a trained student.
+    its student starts from (`curriculum: auto`): those of `feat` and `attn` are 1 for random weights, and where others
+    read each text once, that of `kd` is 0.3 and that of `lm` 0.7. The defaults below are for text that is read again.
 
     To add a term on hidden states: a field here, and its row in `models/losses/hidden_state_terms.py`.
     """
@@ -242,12 +242,18 @@ TEXT_TERMS = frozenset(term.name for term in TERMS.values() if not term.needs_te
 Beginning = Literal["trained", "cut", "random"]
 """Kind of the weights that a student starts from: a trained model's, those of some of its layers, or random ones."""
 
-AUTOMATIC_CURRICULA: dict[Beginning, CurriculumConfig] = {
-    "trained": CurriculumConfig(),
-    "cut": CurriculumConfig(),
-    "random": CurriculumConfig.of_weights({"feat": 1.0, "attn": 1.0}),
-}
-"""Weights for a student by its beginning, as measured (docs/experiments.md, docs/choosing.md)."""
+
+def automatic_curriculum(beginning: Beginning, *, reads_once: bool) -> CurriculumConfig:
+    """Return the weights that suit a student, as measured (docs/experiments.md, docs/choosing.md).
+
+    Args:
+        reads_once: no text is learned from twice.
+    """
+    if beginning == "random":
+        return CurriculumConfig.of_weights({"feat": 1.0, "attn": 1.0})
+    # What is read again and again is learned by heart, unless a teacher says what else could stand there. What is read
+    # once the text itself teaches better than a teacher that does not know it.
+    return CurriculumConfig.of_weights({"kd": 0.3, "lm": 0.7}) if reads_once else CurriculumConfig()
 
 
 def _in_words(value: Schedule | str) -> str:

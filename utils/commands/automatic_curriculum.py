@@ -1,7 +1,7 @@
 """The weights of loss terms that nobody gave: `curriculum: auto`, the default of every run.
 
-A weight that a recipe or the command line gives stands. The others suit what the student starts from
-(`models.config.AUTOMATIC_CURRICULA`), or are those that a run began with, where it is continued.
+A weight that a recipe or the command line gives stands. The others suit what the student starts from and how often it
+reads its text (`models.config.automatic_curriculum`), or are those that a run began with, where it is continued.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models.config import AUTOMATIC_CURRICULA, ROUTER_TERMS, TERMS, Beginning, CurriculumConfig, Term
+from models.config import ROUTER_TERMS, TERMS, Beginning, CurriculumConfig, Term, automatic_curriculum
 from utils.config.build import build
 from utils.config.protocols import ConfigT, RunConfig
 from utils.config.schema import lists_of_texts, sections_of
@@ -43,7 +43,7 @@ def with_automatic_curriculum(config: ConfigT, values: Mapping[str, Any]) -> tup
     if weights is not None:
         reason = f"as this run began ({Path(config.output_dir) / CONFIG})"
     else:
-        weights, reason = _suitable(config)
+        weights, reason = _suitable(config, explicit)
 
     curriculum = replace(weights, **{name: getattr(config.curriculum, name) for name in explicit})
     line = f"curriculum auto: {weights.weights_in_words(missing) or 'no further term'}, {reason}"
@@ -64,11 +64,20 @@ def _weights_of_run(config: RunConfig) -> CurriculumConfig | None:
     return build(CurriculumConfig, settings.get("curriculum", {}), source=str(file))
 
 
-def _suitable(config: RunConfig) -> tuple[CurriculumConfig, str]:
-    """Return the weights that suit what a student starts from, and in words why."""
+def _suitable(config: RunConfig, explicit: Mapping[str, Any]) -> tuple[CurriculumConfig, str]:
+    """Return the weights that suit a student, and in words why.
+
+    Args:
+        explicit: weights that were given.
+    """
     beginning = config.student.beginning
-    weights = AUTOMATIC_CURRICULA[beginning]
-    reason = f"since {REASONS[beginning]} (docs/choosing.md)"
+    reason = REASONS[beginning]
+    # The two are a pair: beside a weight that was given, that of the other is the usual one.
+    chooses_pair = beginning != "random" and not explicit.keys() & {"kd", "lm"}
+    if chooses_pair:
+        reason += " and reads each text once" if config.reads_once else " and may read its text again"
+    weights = automatic_curriculum(beginning, reads_once=config.reads_once and chooses_pair)
+    reason = f"since {reason} (docs/choosing.md)"
 
     state_terms = [name for name in ROUTER_TERMS if name in weights.used()]
     zeros: dict[str, Any] = dict.fromkeys(state_terms, Term(0.0))

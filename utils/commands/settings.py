@@ -131,6 +131,11 @@ class RunConfig(Validated):
             raise Contradictions(wrong)
 
     @property
+    def reads_once(self) -> bool:
+        """True if no text is learned from twice: in one epoch, or from a stream. A number of steps may take several."""
+        return self.data.streaming or (self.training.max_steps is None and self.training.epochs == 1)
+
+    @property
     def used_teachers(self) -> list[MixedTeacher]:
         """Those of `teachers` that have a weight anywhere in the run."""
         return [teacher for teacher in self.teachers if teacher.is_used]

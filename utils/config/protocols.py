@@ -172,7 +172,6 @@ class RunConfig(Protocol):
         """Column of tables that says which of several teachers a row is for; None: its source does."""
 
     @property
-    @property
     def student(self) -> StudentConfig: ...
     @property
     def data(self) -> DataConfig: ...
@@ -194,6 +193,10 @@ class RunConfig(Protocol):
     def logging(self) -> LoggingConfig: ...
     @property
     def hub(self) -> HubConfig: ...
+    @property
+    def reads_once(self) -> bool:
+        """True if no text is learned from twice, as far as the settings tell."""
+
     @property
     def output_dir(self) -> str: ...
     @property

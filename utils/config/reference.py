@@ -24,7 +24,8 @@ Where it can mean one thing only, the short form is taken: `teacher: PATH` and `
 `data: PATH` for `data.train`, `curriculum: {kd: 0.5}` for the weight of the term, one text for a list of one, commas
 between the values of a list (but for names of files), and a section with nothing in it for its defaults. On the command
 line a list is several words, or is in brackets: `--train-data a.txt b.txt`, `--train-data '[a.txt, b.txt]'`.
-`curriculum: auto`, the default, gives no weight at all: those that are not given suit the student's beginning.
+`curriculum: auto`, the default, gives no weight at all: those that are not given suit the student's beginning and
+how often its text is read.
 
 This page is generated of the settings' docstrings: `python -m utils.commands.settings` writes it."""
 

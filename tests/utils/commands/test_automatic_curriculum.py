@@ -4,12 +4,13 @@ import pytest
 import yaml
 
 import train
-from models.config import AUTOMATIC_CURRICULA, CurriculumConfig, Term
+from models.config import CurriculumConfig, Term, automatic_curriculum
 from utils.config.plain import to_plain
 from utils.config.yaml_files import as_yaml
 
 MODELS = ["--teacher", "t", "--student", "s", "--train-data", "d.txt"]
 STATES = {"feat", "attn"}
+RANDOM = automatic_curriculum("random", reads_once=True)
 
 
 def configured(*words: str):
@@ -31,13 +32,39 @@ def configured(*words: str):
 )
 def test_weights_follow_what_the_student_starts_from(words, beginning):
     config, line = configured(*words)
-    assert config.curriculum == AUTOMATIC_CURRICULA[beginning]
-    assert line.startswith("curriculum auto: kd 0.7, lm 0.3") and beginning in line.replace("some layers", "cut")
+    assert config.curriculum == automatic_curriculum(beginning, reads_once=True)
+    kd = "kd 0.7, lm 0.3" if beginning == "random" else "kd 0.3, lm 0.7"
+    assert line.startswith(f"curriculum auto: {kd}") and beginning in line.replace("some layers", "cut")
+    assert ("reads each text once" in line) == (beginning != "random")
 
 
-def test_only_a_random_student_gets_terms_on_hidden_states_unasked():
-    used = {beginning: curriculum.used() - {"kd", "lm"} for beginning, curriculum in AUTOMATIC_CURRICULA.items()}
-    assert used == {"trained": set(), "cut": set(), "random": STATES}
+@pytest.mark.parametrize(
+    ("words", "kd"),
+    [
+        (["--epochs", "1"], 0.3),
+        (["--epochs", "2"], 0.7),
+        (["--max-steps", "100"], 0.7),
+        (["--max-steps", "100", "--set", "data.streaming=true"], 0.3),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_text_that_may_be_read_again_takes_more_of_the_teacher(words, kd):
+    config, line = configured(*words)
+    assert config.curriculum == CurriculumConfig(kd=Term(kd), lm=Term(round(1 - kd, 9)))
+    assert ("reads each text once" if kd == 0.3 else "may read its text again") in line
+
+
+def test_beside_a_given_weight_of_the_pair_the_other_is_the_usual_one():
+    config, line = configured("--set", "curriculum.kd.weight=0.5")
+    assert config.curriculum == CurriculumConfig(kd=Term(0.5), lm=Term(0.3)) and "once" not in line
+    config, line = configured("--set", "curriculum.lm.weight=0.1")
+    assert config.curriculum == CurriculumConfig(kd=Term(0.7), lm=Term(0.1)) and "once" not in line
+
+
+@pytest.mark.parametrize("reads_once", [False, True])
+def test_only_a_random_student_gets_terms_on_hidden_states_unasked(reads_once):
+    for beginning, states in {"trained": set(), "cut": set(), "random": STATES}.items():
+        assert automatic_curriculum(beginning, reads_once=reads_once).used() == {"kd", "lm"} | states
 
 
 def test_a_weight_that_is_given_stands_and_the_others_follow(tmp_path):
@@ -52,7 +79,7 @@ def test_the_word_auto_gives_no_weight_and_takes_those_of_a_recipe_away(tmp_path
     recipe = tmp_path / "own.yaml"
     recipe.write_text("student: {init: random}\ncurriculum: auto\n")
     config, _ = configured("--config", str(recipe))
-    assert config.curriculum == AUTOMATIC_CURRICULA["random"]
+    assert config.curriculum == RANDOM
 
     words = ["--config", "reference_curriculum", "--student-init", "random"]
     assert configured(*words)[0].curriculum != config.curriculum
@@ -105,7 +132,7 @@ def test_a_run_goes_on_with_the_weights_it_began_with(tmp_path):
 
 def test_a_new_run_in_an_old_folder_begins_anew(tmp_path):
     words = run_folder(tmp_path / "run", {"feat": {"weight": 0.0}})
-    assert configured(*words, "--no-resume")[0].curriculum == AUTOMATIC_CURRICULA["random"]
+    assert configured(*words, "--no-resume")[0].curriculum == RANDOM
 
     (tmp_path / "run" / "checkpoints" / "step-000001").rmdir()
-    assert configured(*words)[0].curriculum == AUTOMATIC_CURRICULA["random"]
+    assert configured(*words)[0].curriculum == RANDOM
