@@ -72,8 +72,10 @@ def _suitable(config: RunConfig, explicit: Mapping[str, Any]) -> tuple[Curriculu
     """
     beginning = config.student.beginning
     reason = REASONS[beginning]
-    # The two are a pair: beside a weight that was given, that of the other is the usual one.
-    chooses_pair = beginning != "random" and not explicit.keys() & {"kd", "lm"}
+    # The two are a pair: beside a weight that was given, that of the other is the usual one. Both are where the student
+    # writes text itself, of which KD alone is learned.
+    is_given = bool(explicit.keys() & {"kd", "lm"})
+    chooses_pair = beginning != "random" and not is_given and not config.curriculum.uses_own_text
     if chooses_pair:
         reason += " and reads each text once" if config.reads_once else " and may read its text again"
     weights = automatic_curriculum(beginning, reads_once=config.reads_once and chooses_pair)

@@ -54,9 +54,11 @@ def test_text_that_may_be_read_again_takes_more_of_the_teacher(words, kd):
     assert ("reads each text once" if kd == 0.3 else "may read its text again") in line
 
 
-def test_beside_a_given_weight_of_the_pair_the_other_is_the_usual_one():
+def test_beside_a_given_weight_of_the_pair_or_own_text_the_other_is_the_usual_one():
     config, line = configured("--set", "curriculum.kd.weight=0.5")
     assert config.curriculum == CurriculumConfig(kd=Term(0.5), lm=Term(0.3)) and "once" not in line
+    config, line = configured("--set", "curriculum.on_policy=0.5")
+    assert config.curriculum == CurriculumConfig(on_policy=0.5) and "once" not in line
     config, line = configured("--set", "curriculum.lm.weight=0.1")
     assert config.curriculum == CurriculumConfig(kd=Term(0.7), lm=Term(0.1)) and "once" not in line
 
