@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ class SetUp:
         here = {role: shape for role, shape in self.teachers.items() if not settings[role].is_elsewhere}
         return {"student": self.student, **here}
 
-    @property
+    @cached_property
     def whole_student(self) -> PretrainedConfig:
         """The model that the student's layers come from: its own, or a bigger one."""
         settings = self.config.student
