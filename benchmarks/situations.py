@@ -26,6 +26,7 @@ import torch
 from benchmarks.measure import table
 from benchmarks.quality import MALLOC, Pair, Variant, bits_per_byte, kd_and_text, prepare, train
 from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
+from models.distillation import LM_ONLY
 from utils.evaluation.written_text import Judge, Sample, Sampling, describe, sample_texts
 
 STEPS = 160
@@ -59,7 +60,7 @@ def _loss(**settings: object) -> Variant:
 
 
 ARMS = {
-    "text alone": Variant(_LOSS, CurriculumConfig(kd=Term(0.0), lm=Term(1.0))),
+    "text alone": Variant(_LOSS, LM_ONLY),
     "off": Variant(_LOSS),
     "on": _hidden(1.0),
     "early": _hidden(_EARLY),
