@@ -228,10 +228,15 @@ def test_settings_without_effect_are_told(pair, tmp_path, monkeypatch, flags, sa
     assert said in check.value
 
 
+def no_layers() -> None:
+    """Stand in for the choice of a student's layers, where the student keeps all of its own."""
+    pytest.fail("this student is not cut")
+
+
 def test_router_that_starts_too_large_or_is_not_a_number_is_found(pair, tmp_path, monkeypatch):
     monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path))
     setup, job = prepared([*pair, *ROUTED])
-    subjects = {"setup": setup, "job": job}
+    subjects = {"setup": setup, "job": job, "choose_layers": no_layers}
     with monkeypatch.context() as patch:
         scale_router_terms(patch, contr=lambda *_: math.nan)
         done = check("router at the start", subjects)
@@ -245,10 +250,11 @@ def test_router_is_not_measured_where_a_model_is_not_there_yet_or_too_large(pair
     monkeypatch.setenv("CURRICULUM_DISTILLATION_CACHE", str(tmp_path))
     setup, job = prepared([*pair, *ROUTED])
     later = replace(setup, built_later=frozenset({setup.config.teacher.name}))
-    done = check("router at the start", {"setup": later, "job": job})
+    subjects = {"setup": setup, "job": job, "choose_layers": no_layers}
+    done = check("router at the start", {**subjects, "setup": later})
     assert done.passed and done.value == "not measured: the teacher is built by the first run"
     monkeypatch.setattr(preflight, "LARGEST_BUILT", 10)
-    assert "too large" in check("router at the start", {"setup": setup, "job": job}).value
+    assert "too large" in check("router at the start", subjects).value
 
 
 def test_without_flags_what_train_would_take_is_checked(tmp_path, monkeypatch, capsys):
