@@ -75,3 +75,12 @@ def test_a_checkpoint_may_have_any_name_and_samples_may_change(place, output, tm
     anew = json.loads((output / "baseline_evaluation.json").read_text())
     assert len(report_of(output)["samples"]) == 2 and len(start["samples"]["prompt"]) == 1
     assert anew["initial_student"] == start["initial_student"] and anew["teacher"] == start["teacher"]
+
+
+def test_a_run_that_learns_from_the_text_alone_is_its_own_comparison(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "compare_without_teacher", lambda *_: pytest.fail("the run beside it is the same"))
+    alone = ["--curriculum.kd=0", "--set", "evaluation.generation=500"]
+    assert train.main(place.arguments(tmp_path / "run", *SHORT, *alone)) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "without effect, since all terms but lm weigh 0" in said
+    assert "one for each held-out document, not 500" in said

@@ -371,7 +371,7 @@ def _disk(setup: SetUp) -> Measured:
         config.student.lora,
         data=config.data,
         text_bytes=setup.text_bytes,
-        runs=1 + config.evaluation.without_teacher,  # the comparison keeps checkpoints of its own
+        runs=1 + config.compares_without_teacher,  # the comparison keeps checkpoints of its own
         in_memory=IN_MEMORY_BYTES,
     )
 

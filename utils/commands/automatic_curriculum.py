@@ -19,7 +19,7 @@ from utils.run_layout import CHECKPOINTS, CONFIG
 
 REASONS: dict[Beginning, str] = {
     "trained": "the student is trained already",
-    "cut": "the student has some layers of a trained model",
+    "cut": "the student is made of layers of a trained model",
     "random": "the student starts from random weights",
 }
 
@@ -64,6 +64,13 @@ def _weights_of_run(config: RunConfig) -> CurriculumConfig | None:
     return build(CurriculumConfig, settings.get("curriculum", {}), source=str(file))
 
 
+def _how_often(config: RunConfig) -> str:
+    """Return in words how often a run reads its text."""
+    if config.data.streaming:
+        return "reads a stream, whose texts are taken to be read once"
+    return "reads each text once" if config.reads_once else "may read its text again"
+
+
 def _suitable(config: RunConfig, explicit: Mapping[str, Any]) -> tuple[CurriculumConfig, str]:
     """Return the weights that suit a student, and in words why.
 
@@ -77,7 +84,7 @@ def _suitable(config: RunConfig, explicit: Mapping[str, Any]) -> tuple[Curriculu
     is_given = bool(explicit.keys() & {"kd", "lm"})
     chooses_pair = beginning != "random" and not is_given and not config.curriculum.uses_own_text
     if chooses_pair:
-        reason += " and reads each text once" if config.reads_once else " and may read its text again"
+        reason += f" and {_how_often(config)}"
     weights = automatic_curriculum(beginning, reads_once=config.reads_once and chooses_pair)
     reason = f"since {reason} (docs/choosing.md)"
 

@@ -100,12 +100,12 @@ def run(config: RunConfig, recipe: str, stop: StopSignal, engine: Engine | None 
 
     # 4. Optional measurements, which a run that was asked to end leaves to the same command.
     reason = session.reason_to_stop()
-    is_cut_short = reason is not None and bool(config.evaluation.without_teacher or config.evaluation.tasks)
+    is_cut_short = reason is not None and bool(config.compares_without_teacher or config.evaluation.tasks)
     if is_cut_short:
         log.warning(
             "the run was asked to end: the comparison without the teacher, and tasks, are left to the same command"
         )
-    if config.evaluation.without_teacher and reason is None:
+    if config.compares_without_teacher and reason is None:
         results = compare_without_teacher(job_without_cache, trained, results, session)
     if config.evaluation.tasks and reason is None and session.is_main:
         # last: no other process waits for this one

@@ -136,6 +136,11 @@ class RunConfig(Validated):
         return self.data.streaming or (self.training.max_steps is None and self.training.epochs == 1)
 
     @property
+    def compares_without_teacher(self) -> bool:
+        """True if the student is trained once more without its teacher, which the first training must have used."""
+        return self.evaluation.without_teacher and not self.curriculum.used() <= {"lm"}
+
+    @property
     def used_teachers(self) -> list[MixedTeacher]:
         """Those of `teachers` that have a weight anywhere in the run."""
         return [teacher for teacher in self.teachers if teacher.is_used]

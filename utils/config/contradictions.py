@@ -306,7 +306,10 @@ def _problems_without_teacher(config: RunConfig, terms: set[str]) -> list[Contra
     problems: list[str] = []
     signals = sorted(terms - {"lm"})
     if signals:
-        problems.append(f"no teacher, but {' and '.join(signals)} weigh more than 0: give --teacher or set them to 0")
+        weigh, them = ("weighs", "it") if len(signals) == 1 else ("weigh", "them")
+        problems.append(
+            f"no teacher, but {' and '.join(signals)} {weigh} more than 0: give --teacher, or set {them} to 0"
+        )
     if config.evaluation.without_teacher:
         problems.append("evaluation.without_teacher compares with a run that has a teacher: give --teacher")
     if config.cache.folder:

@@ -198,6 +198,10 @@ class RunConfig(Protocol):
         """True if no text is learned from twice, as far as the settings tell."""
 
     @property
+    def compares_without_teacher(self) -> bool:
+        """True if the student is trained once more without its teacher."""
+
+    @property
     def output_dir(self) -> str: ...
     @property
     def resume(self) -> str: ...

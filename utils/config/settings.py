@@ -453,7 +453,7 @@ class EvaluationConfig(Validated):
 
     generation: Annotated[int, Ge(0)] = 16
     """Texts that each model writes from such prompts, sampled at temperature 1, for the figures of written text in the
-    report; 0: none."""
+    report; one for each held-out document at most; 0: none."""
 
     without_teacher: bool = False
     """Also train the same student, on the same batches for the same steps, without the teacher, and compare."""

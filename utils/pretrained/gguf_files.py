@@ -7,6 +7,7 @@ in the cache, named by the file's hash; everything else reads that folder like a
 
 import copy
 import logging
+import re
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,9 @@ MAGIC = b"GGUF"
 
 FORMAT = "gguf-3"
 """Name of converted folders, and the version of what is in them."""
+
+PART = re.compile(r"-\d+-of-(?P<parts>\d+)$")
+"""End of the name, without suffix, of a file that is one of several parts: NAME-00001-of-00003.gguf."""
 
 OLDEST_TRANSFORMERS = "5.18"
 """First release that reads SentencePiece's tokenizers in GGUF files right. 5.17 cuts Gemma's words into other pieces
@@ -140,9 +144,8 @@ def _require_gguf(file: Path, label: str) -> None:
             f"{label}: this is no GGUF file: it begins with {start!r}, expected {MAGIC!r}. Is the download complete?"
         )
 
-    _, _, parts = file.stem.rpartition("-of-")
-    is_part = file.stem != parts and parts.isdecimal() and int(parts) > 1
-    if is_part:
+    part = PART.search(file.stem)
+    if part is not None and int(part["parts"]) > 1:
         raise UserError(
             f"{label}: this is one part of several. Expected a single file: `llama-gguf-split --merge FIRST_PART "
             "WHOLE` of llama.cpp makes one."

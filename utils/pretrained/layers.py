@@ -38,11 +38,12 @@ class LayerChoice:
 
     changes: tuple[float, ...] = ()
     """For every layer of the whole model, how far it turns the hidden states (0: not at all, 1: into the opposite);
-    empty where the choice was made without text."""
+    empty where the choice was made without text, or there was nothing to choose."""
 
     def __str__(self) -> str:
         layers = ", ".join(map(str, self.indices))
-        return f"layers {layers} of {self.depth} (numbered from 0): {self.reason}"
+        noun = "layer" if len(self.indices) == 1 else "layers"
+        return f"{noun} {layers} of {self.depth} (numbered from 0): {self.reason}"
 
 
 # ------------------------------------------------------------------------------------------ the choice
@@ -62,6 +63,9 @@ def choose_layers(model: nn.Module, count: int, windows: Iterable[torch.Tensor] 
     """
     total = depth(model.config)
     require_count(model.config, count)
+
+    if count == total:
+        return LayerChoice(tuple(range(total)), total, "all of them, so that nothing is cut")
 
     texts = list(windows or ())
     if not texts:

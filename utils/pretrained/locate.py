@@ -79,6 +79,20 @@ def locate_tokenizer(name: str, role: str) -> str:
     return str(folder) if model_folders.is_tokenizer(folder) else locate(name, role)
 
 
+def require_named_tokenizer(name: str | None, setting: str) -> None:
+    """Check that a path that a setting names for a tokenizer is there; a hub id, and no name at all, pass.
+
+    Raises:
+        UserError: there is nothing.
+    """
+    if name is None or model_folders.may_be_hub_id(name) or gguf_files.parse(name) is not None:
+        return
+    if not user_path(name).exists():
+        raise UserError(
+            f"{setting} {name}: no such folder. Expected one with tokenizer.json, or a model whose tokenizer is meant."
+        )
+
+
 def gguf_file(name: str, role: str) -> Path | None:
     """Return the GGUF file that a name stands for, fetched from the hub where it is there; None: another kind of name.
 

@@ -5,9 +5,9 @@ from contextlib import suppress
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from ..config.protocols import RunConfig
-from ..config.settings import ModelConfig
+from ..config.settings import ModelConfig, StudentConfig
 from ..errors import UserError
-from . import layers, loading
+from . import layers, loading, locate
 
 UNLIMITED = 10**9
 """Tokens that a teacher elsewhere reads at most, until its server is asked."""
@@ -72,6 +72,12 @@ def load_tokenizers(config: RunConfig) -> dict[str, PreTrainedTokenizerBase]:
         UserError: for all that could not be loaded.
     """
     student = config.student.tokenizer or config.student.name
-    names = {"student": student}
-    names |= {role: model.tokenizer or model.name or student for role, model in teachers_by_role(config).items()}
-    return loading.load_each(loading.load_tokenizer, names)
+    models: dict[str, StudentConfig | ModelConfig] = {"student": config.student, **teachers_by_role(config)}
+    names = {role: model.tokenizer or model.name or student for role, model in models.items()}
+
+    def load(name: str, role: str) -> PreTrainedTokenizerBase:
+        # A tokenizer of its own that is not there is no fault of the model's.
+        locate.require_named_tokenizer(models[role].tokenizer, f"{role}.tokenizer")
+        return loading.load_tokenizer(name, role)
+
+    return loading.load_each(load, names)

@@ -5,7 +5,14 @@ from typing import Any
 
 from .results import MODELS, figure, model_name, percent
 
-WRITTEN_TEXT_HEADS = ("model", "teacher's bits per byte", "repeated 4-grams", "texts that end", "length, tokens")
+WRITTEN_TEXT_HEADS = (
+    "model",
+    "teacher's bits per byte",
+    "repeated 4-grams",
+    "texts",
+    "texts that end",
+    "length, tokens",
+)
 
 NOTE = (
     "Texts that each model writes, sampled at temperature 1, from the same beginnings. Bits per byte: few where the "
@@ -38,6 +45,7 @@ def written_text_rows(results: Mapping[str, Any]) -> list[list[str]]:
                     model_name(key, results),
                     figure(metrics.get("teacher_bits_per_byte")),
                     percent(metrics["repeated_4grams"]),
+                    str(metrics["samples"]),
                     percent(metrics["ended"]),
                     figure(metrics["tokens"], 1),
                 ]

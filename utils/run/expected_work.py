@@ -18,17 +18,17 @@ def expect_training(
         has_teacher: False: this is a training without one, such as that of the comparison.
         own_texts: that the student still writes to learn from them.
     """
-    config = job.config.evaluation
+    compares = job.config.compares_without_teacher
     training = _training(job, plan, done, "step" if has_teacher else "step alone")
     after = _final_evaluation(job, plan, has_teacher=has_teacher)
 
     # The comparison is a training of its own, whose student is scored and samples once more.
-    if config.without_teacher and has_teacher:
+    if compares and has_teacher:
         after += _training(job, plan, 0, "step alone")
         after += _final_evaluation(job, plan, has_teacher=False)
         after["student window"] += _windows(job)
         after["model file"] += 1
-    if has_teacher or not config.without_teacher:
+    if has_teacher or not compares:
         # The export: written, and loaded anew.
         after["model file"] += 2
     if own_texts:

@@ -247,7 +247,7 @@ def require_widths_and_disk(config: RunConfig, method: Method, named: Named) -> 
     # An estimate that fails is no reason not to train.
     with advice("forecast of disk"):
         # the comparison without the teacher keeps checkpoints of its own
-        runs = 1 + config.evaluation.without_teacher
+        runs = 1 + config.compares_without_teacher
         student = Shape.of(named.shapes["student"])
         needed = disk.disk(student, config.training, config.student.lora, data=config.data, runs=runs)
         disk.require_disk(Path(config.output_dir), needed)
@@ -339,10 +339,15 @@ def _log_material(config: RunConfig, named: Named, material: Material, room: Roo
         where = "documents at the beginning of the stream"
         _log_stream(config)
     log.info("%s: %s", where, corpus_in_words(corpus.report))
+
     for kind, texts, cut in (("training", corpus.train, windows), ("held-out", corpus.eval, held_out)):
         warn_of_left_out(cut, kind)
         warn_of_missing(config.data, kind, texts, cut, room)
     documents.warn_of_long_documents(corpus, windows, held_out)
+
+    asked, most = config.evaluation.generation, len(corpus.eval)
+    if most < asked:
+        log.info("written text: each model writes %d texts, one for each held-out document, not %d", most, asked)
 
 
 def _log_stream(config: RunConfig) -> None:

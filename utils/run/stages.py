@@ -646,7 +646,9 @@ def _own_texts(job: Job, trained: Trained) -> Results:
 
 def compare_without_teacher(job: Job, trained: Trained, results: Results, session: Session) -> Results:
     """Train the same student without the teacher, and add it to the report if it was trained for as many steps."""
-    log.info("for comparison: the same student, batches and steps without the teacher (lm alone)")
+    writes = job.config.curriculum.uses_own_text
+    batches = "steps on given text alone," if writes else "batches and steps"
+    log.info("for comparison: the same student, %s without the teacher (lm alone)", batches)
     folder, steps = session.output / WITHOUT_TEACHER, trained.result.steps
     folder.mkdir(exist_ok=True)
 
@@ -659,9 +661,11 @@ def compare_without_teacher(job: Job, trained: Trained, results: Results, sessio
 
     results = job.held_out.with_baseline(results, alone.student)
     if is_better_without_teacher(results):
+        remedy = "less of its own text (curriculum.on_policy)" if writes else "a weight of kd that falls to 0"
         log.warning(
-            "the same student learned more without the teacher; try a weight of kd that falls to 0, or a teacher that "
-            "has learned from this text first (docs/choosing.md#a-teacher-that-does-not-help)"
+            "the same student learned more without the teacher; try %s, or a teacher that has learned from this text "
+            "first (docs/choosing.md#a-teacher-that-does-not-help)",
+            remedy,
         )
     if session.is_main:
         report.write_report(session.output, results, baseline_metrics=folder / METRICS)

@@ -170,9 +170,10 @@ def test_an_architecture_that_is_not_read_is_refused_with_the_way(tmp_path):
         locate(str(file), "teacher")
 
 
+@pytest.mark.parametrize("name", ["tiny-00001-of-00001", "best-of-10"])
 @pytest.mark.parametrize("share", [0.02, 0.9], ids=["in its header", "in its tensors"])
-def test_a_file_that_is_cut_off_is_named_as_one_possibility_with_its_size(tmp_path, share):
-    file = tmp_path / "tiny-00001-of-00001.gguf"
+def test_a_file_that_is_cut_off_is_named_as_one_possibility_with_its_size(tmp_path, share, name):
+    file = tmp_path / f"{name}.gguf"
     write_gguf(file)
     content = file.read_bytes()
     size = int(share * len(content))

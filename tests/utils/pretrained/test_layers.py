@@ -126,6 +126,13 @@ def test_the_layers_that_change_most_are_chosen():
     assert model.training
 
 
+def test_where_all_layers_are_kept_nothing_is_chosen():
+    model = model_of("llama")
+    choice = choose_layers(model, LAYERS, list(TEXT))
+    assert (choice.indices, choice.changes) == (tuple(range(LAYERS)), ())
+    assert str(choice).endswith("all of them, so that nothing is cut")
+
+
 def test_without_text_layers_are_evenly_spread():
     choice = choose_layers(model_of("llama"), 3)
     assert (choice.indices, choice.changes) == ((0, 2, 5), ())

@@ -1,5 +1,6 @@
 """Configs and tokenizers of the two models of a run, by the names in its settings."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +44,14 @@ def test_without_a_teacher_both_sides_read_as_the_student_does(folders):
     student = StudentConfig(name=folders["small"], tokenizer=folders["large"])
     tokenizers = sizes(load_tokenizers(config(student)))
     assert tokenizers["student"] == tokenizers["teacher"]
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_tokenizer_that_is_not_there_is_no_fault_of_the_model(folders, tmp_path, role):
+    models = {"student": StudentConfig(name=folders["small"]), "teacher": ModelConfig(name=folders["large"])}
+    models[role] = replace(models[role], tokenizer=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match=rf"^{role}\.tokenizer .*nowhere: no such folder\. Expected one with tokenizer"):
+        load_tokenizers(config(**models))
 
 
 def test_a_student_of_some_layers_has_a_config_of_so_many(folders):

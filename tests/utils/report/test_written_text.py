@@ -15,8 +15,8 @@ def test_every_model_that_wrote_has_a_row_and_a_dash_where_nobody_judged():
         "generation": {"student": unjudged, "teacher": WRITTEN, "initial_student": None},
     }
     assert written_text_rows(results) == [
-        ["Teacher", "0.9000", "12.5%", "50.0%", "40.2"],
-        ["Distilled student", "-", "12.5%", "50.0%", "40.2"],
+        ["Teacher", "0.9000", "12.5%", "16", "50.0%", "40.2"],
+        ["Distilled student", "-", "12.5%", "16", "50.0%", "40.2"],
     ]
     assert '<td data-label="repeated 4-grams">12.5%</td>' in page("run", results)
     text = markdown(results)

@@ -199,7 +199,8 @@ class Blocks:
         behind = self._state_behind(block)["text"]["readers"]
         for reader, begun, ended in zip(self._stream.readers, before, behind, strict=True):
             if ended["passes"] > begun["passes"]:
-                log.info("stream: in it %s ends, and is read again: pass %d", reader.name, ended["passes"] + 1)
+                hint = " (docs/choosing.md has weights for text that repeats)" if ended["passes"] == 1 else ""
+                log.info("stream: in it %s ends, and is read again: pass %d%s", reader.name, ended["passes"] + 1, hint)
 
     # --- making -----------------------------------------------------------------------------------------------------
 
