@@ -41,8 +41,8 @@ def test_the_student_has_the_layers_that_were_chosen(finished, capsys):
     assert AutoConfig.from_pretrained(finished / "student").num_hidden_layers == 1
 
     log = (finished / "train.log").read_text()
-    assert f"layers {choice['indices'][0]} of 2" in log
-    assert f"layers {choice['indices'][0]} of 2" in (finished / "config.yaml").read_text()
+    assert f"layer {choice['indices'][0]} of 2" in log
+    assert f"layer {choice['indices'][0]} of 2" in (finished / "config.yaml").read_text()
     assert "1 of its layers" in (finished / "student" / "README.md").read_text()
 
 
