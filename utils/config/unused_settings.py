@@ -115,7 +115,7 @@ def _unread_beside_others(config: RunConfig) -> Iterator[Unread]:
         yield Unread(("loss.skew",), f"loss.divergence {loss.divergence} does not read it")
     if len(curriculum.used()) < 2:
         yield Unread(("curriculum.balance",), "there is no second term to balance (curriculum)")
-    if config.teacher.name is not None and curriculum.used() <= {"lm"}:
+    if config.evaluation.without_teacher and not config.compares_without_teacher:
         reason = "all terms but lm weigh 0 (curriculum), so that the run beside it is the same"
         yield Unread(("evaluation.without_teacher",), reason)
     if not curriculum.uses_own_text:

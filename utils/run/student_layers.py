@@ -42,7 +42,8 @@ def choose(job: Job, folder: Path) -> LayerChoice:
 
     choice = measure(job)
     log.info("student: %s", choice)
-    log.debug("angle by which each layer turns the hidden states: %s", _described(choice))
+    if choice.changes:
+        log.debug("angle by which each layer turns the hidden states: %s", _described(choice))
 
     write_json(folder / LAYERS, {"made_from": made_from, **asdict(choice)})
     return choice
