@@ -32,12 +32,16 @@ To attach a model: give its local folder (config.json, weights and tokenizer.jso
   with `hf download ID` and set HF_HUB_OFFLINE=1 beside a copy of that cache (HF_HOME)."""
 
 
-def locate(name: str, role: str) -> str:
+def locate(name: str, role: str, expected: str = "one with config.json") -> str:
     """Return what `from_pretrained` is to be given for a name: a local folder, else the hub id itself.
 
     A folder without config.json stands for the only model below it (Kaggle adds folders for framework, variation and
     version); a hub id stands for the attached folder of the same name, if there is one (see `model_folders.attached`).
     A GGUF file stands for the plain folder that it is converted into, see `gguf_files`.
+
+    Args:
+        role: of the model, or the setting that names it, for messages.
+        expected: the kind of folder that is meant, for messages.
 
     Raises:
         UserError: a path that does not exist, a folder that holds no model, or several, or a name that stands for
@@ -54,7 +58,7 @@ def locate(name: str, role: str) -> str:
     if path.is_file():
         raise UserError(f"{role} {name}: this is a file. {model_folders.describe_file(path)}")
     if not model_folders.may_be_hub_id(name):  # it was meant as a path
-        raise UserError(f"{role} {name}: no such folder. Expected one with config.json.{attached_models()}\n  {ATTACH}")
+        raise UserError(f"{role} {name}: no such folder. Expected {expected}.{attached_models()}\n  {ATTACH}")
 
     # Before the hub: whoever attaches a model to a notebook wants that copy, and may have no network.
     candidates = model_folders.attached(name, ATTACHED)
@@ -76,21 +80,9 @@ def locate_tokenizer(name: str, role: str) -> str:
         UserError: see `locate`.
     """
     folder = user_path(name)
-    return str(folder) if model_folders.is_tokenizer(folder) else locate(name, role)
-
-
-def require_named_tokenizer(name: str | None, setting: str) -> None:
-    """Check that a path that a setting names for a tokenizer is there; a hub id, and no name at all, pass.
-
-    Raises:
-        UserError: there is nothing.
-    """
-    if name is None or model_folders.may_be_hub_id(name) or gguf_files.parse(name) is not None:
-        return
-    if not user_path(name).exists():
-        raise UserError(
-            f"{setting} {name}: no such folder. Expected one with tokenizer.json, or a model whose tokenizer is meant."
-        )
+    if model_folders.is_tokenizer(folder):
+        return str(folder)
+    return locate(name, role, "one with tokenizer.json, or a model whose tokenizer is meant")
 
 
 def gguf_file(name: str, role: str) -> Path | None:

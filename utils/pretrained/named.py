@@ -7,7 +7,7 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
 from ..config.protocols import RunConfig
 from ..config.settings import ModelConfig, StudentConfig
 from ..errors import UserError
-from . import layers, loading, locate
+from . import layers, loading
 
 UNLIMITED = 10**9
 """Tokens that a teacher elsewhere reads at most, until its server is asked."""
@@ -35,7 +35,8 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     shapes = loading.load_each(loading.load_config, names)
     # In the order of the sides of a window.
     for role, model in teachers.items():
-        shapes[role] = _shape_of_tokenizer(model.tokenizer) if model.is_elsewhere else shapes.pop(role)
+        elsewhere = model.is_elsewhere
+        shapes[role] = _shape_of_tokenizer(model.tokenizer, f"{role}.tokenizer") if elsewhere else shapes.pop(role)
 
     count = config.student.layers
     if count is not None:
@@ -45,16 +46,16 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     return shapes
 
 
-def _shape_of_tokenizer(tokenizer: str) -> PretrainedConfig:
+def _shape_of_tokenizer(tokenizer: str, setting: str) -> PretrainedConfig:
     """Return a config that stands for that of a teacher elsewhere: of its sizes only the rows of its head matter here.
 
     Raises:
         UserError: its tokenizer could not be loaded.
     """
-    rows = len(loading.load_tokenizer(tokenizer, "teacher"))
+    rows = len(loading.load_tokenizer(tokenizer, setting))
     # A model's head may have more rows than its tokenizer has tokens; its config may lie beside the tokenizer.
     with suppress(UserError):
-        rows = max(rows, loading.load_config(tokenizer, "teacher").get_text_config().vocab_size)
+        rows = max(rows, loading.load_config(tokenizer, setting).get_text_config().vocab_size)
     return LlamaConfig(
         vocab_size=rows,
         hidden_size=64,
@@ -76,8 +77,8 @@ def load_tokenizers(config: RunConfig) -> dict[str, PreTrainedTokenizerBase]:
     names = {role: model.tokenizer or model.name or student for role, model in models.items()}
 
     def load(name: str, role: str) -> PreTrainedTokenizerBase:
-        # A tokenizer of its own that is not there is no fault of the model's.
-        locate.require_named_tokenizer(models[role].tokenizer, f"{role}.tokenizer")
-        return loading.load_tokenizer(name, role)
+        # A fault of a tokenizer that is named by itself is no fault of the model's.
+        setting = role if models[role].tokenizer is None else f"{role}.tokenizer"
+        return loading.load_tokenizer(name, setting)
 
     return loading.load_each(load, names)

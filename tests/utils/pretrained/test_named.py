@@ -1,5 +1,6 @@
 """Configs and tokenizers of the two models of a run, by the names in its settings."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -47,10 +48,17 @@ def test_without_a_teacher_both_sides_read_as_the_student_does(folders):
 
 
 @pytest.mark.parametrize("role", ["student", "teacher"])
-def test_a_tokenizer_that_is_not_there_is_no_fault_of_the_model(folders, tmp_path, role):
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("nowhere", "no such folder. Expected one with tokenizer.json"),
+        ("nowhere.gguf", "no such file. Expected a GGUF file"),
+    ],
+)
+def test_a_tokenizer_that_is_not_there_is_no_fault_of_the_model(folders, tmp_path, role, name, problem):
     models = {"student": StudentConfig(name=folders["small"]), "teacher": ModelConfig(name=folders["large"])}
-    models[role] = replace(models[role], tokenizer=str(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match=rf"^{role}\.tokenizer .*nowhere: no such folder\. Expected one with tokenizer"):
+    models[role] = replace(models[role], tokenizer=str(tmp_path / name))
+    with pytest.raises(UserError, match=rf"^{role}\.tokenizer .*{re.escape(f'{name}: {problem}')}"):
         load_tokenizers(config(**models))
 
 
