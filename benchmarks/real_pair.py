@@ -14,9 +14,9 @@ Every run is a line of the results file, written when it ends; a run that is the
 order of their worth (`benchmarks.real.arms`), and one that does not fit into what is left of --budget is left out.
 The yardstick GOLD needs trl: `pip install --no-deps --target DIR trl`, PYTHONPATH=DIR.
 
-`--schedules NAME ...` tries schedules instead, beside the opponents of `benchmarks.curricula`: all but the constant
-that is trained as long as the schedule, since every window is read once. So none earns a default there; the verdict
-asks for three seeds.
+`--schedules NAME ... --depths 10` tries schedules instead, for students of these depths taught by Gemma, beside the
+opponents of `benchmarks.curricula`: all but the constant that is trained as long as the schedule, since every window is
+read once. So none earns a default there; the verdict asks for three seeds.
 """
 
 import argparse
@@ -249,15 +249,16 @@ class Benchmark:
         self,
         names: Collection[str],
         seeds: int,
+        layers: int,
         rate: float | None,
     ) -> None:
         """Do the runs of schedules and their opponents that the budget allows, seed by seed."""
         if rate is None:
-            rate = self.tuned_rate(text_alone(WHOLE))
+            rate = self.tuned_rate(text_alone(layers))
 
         for name in names:
             for seed in range(seeds):
-                for arm in schedules.arms(name):
+                for arm in schedules.arms(name, layers):
                     self.run(arm, seed, rate)
 
     def run_all(self, seeds: int, depths: Collection[int]) -> None:
@@ -393,7 +394,8 @@ def main(arguments: list[str] | None = None) -> None:
 
     benchmark = Benchmark(pair, results, budget)
     if args.schedules:
-        benchmark.run_schedules(args.schedules, args.seeds, args.rate)
+        for layers in args.depths:
+            benchmark.run_schedules(args.schedules, args.seeds, layers, args.rate)
         print("\n" + schedules.tables(results.lines))
         return
     benchmark.measure_levels()

@@ -113,19 +113,23 @@ def test_the_whole_student_teaches_its_cuts_after_it_has_learned_from_the_text(
     assert real_pair.ADAPTING not in trained
 
 
-def test_a_schedule_is_tried_beside_its_opponents(command, tmp_path, capsys):
+@pytest.mark.usefixtures("few_arms")
+def test_a_schedule_is_tried_beside_its_opponents_at_each_depth(command, tmp_path, capsys):
     results = tmp_path / "results.jsonl"
-    arguments = [*command, "--results", str(results), "--seeds", "2", "--rate", "1e-3", "--schedules", "ever less KD"]
+    arguments = [*command, "--results", str(results), "--seeds", "2", "--rate", "1e-3"]
+    arguments += ["--depths", "2", str(WHOLE), "--schedules", "ever less KD"]
     real_pair.main(arguments)
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     assert {line["kind"] for line in lines} == {"schedule"}
-    expected = [arm.name for arm in schedules.arms("ever less KD")]
-    assert [(line["name"], line["seed"]) for line in lines] == [(name, seed) for seed in (0, 1) for name in expected]
+    expected = [arm.name for arm in schedules.arms("ever less KD", WHOLE)]
+    runs = [(line["layers"], line["seed"], line["name"]) for line in lines]
+    assert runs == [(layers, seed, name) for layers in (2, WHOLE) for seed in (0, 1) for name in expected]
     assert all(line["kl"] > 0 and 0 <= line["top1"] <= 1 for line in lines)
 
     written = capsys.readouterr().out
     assert "**ever less KD**" in written and "against its reversal" in written
-    assert "learning rate 0.001" in written and "shuffled (2 of 3 seeds)" in written and "as long" not in written
+    assert "2 of its layers" in written and "all of its layers" in written and "learning rate 0.001" in written
+    assert "shuffled (2 of 3 seeds)" in written and "as long" not in written
     real_pair.main([*arguments, "--table"])
     assert "against its reversal" in capsys.readouterr().out
 

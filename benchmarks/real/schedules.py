@@ -33,13 +33,13 @@ NAMES = [name for name, candidate in CANDIDATES.items() if _is_of_one_step(candi
 """Schedules that can be tried on this pair."""
 
 
-def arms(name: str) -> Iterator[Arm]:
-    """Yield the arms of a schedule: of the whole student, taught by the other model."""
+def arms(name: str, layers: int) -> Iterator[Arm]:
+    """Yield the arms of a schedule: of a student of so many layers (0: the whole one), taught by the other model."""
     candidate = CANDIDATES[name]
     for arm, schedule in arms_of(candidate).items():
         variant = candidate.variant(schedule)
         loss = replace(variant.loss, top_k=LOSS.top_k)
-        yield Arm(WHOLE, TEACHER, arm, Method(loss, variant.curriculum), schedule=name)
+        yield Arm(layers, TEACHER, arm, Method(loss, variant.curriculum), schedule=name)
 
 
 def tables(results: Sequence[Result]) -> str:
@@ -49,8 +49,10 @@ def tables(results: Sequence[Result]) -> str:
 
 def _line(result: Result) -> dict[str, Any]:
     """Return a result as `benchmarks.curricula` writes it."""
+    depth = "all" if result["layers"] == WHOLE else result["layers"]
+    text = f"{result['tokens']:,} tokens, learning rate {result['rate']:g}"
     run = {
-        "pair": f"SmolLM2-135M and Gemma 3 270M, {result['tokens']:,} tokens, learning rate {result['rate']:g}",
+        "pair": f"SmolLM2-135M ({depth} of its layers) and Gemma 3 270M, {text}",
         "share": 1.0,
         "arm": result["name"],
     }
