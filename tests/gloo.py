@@ -27,24 +27,28 @@ PATIENCE = 300
 
 
 def launch(processes: int, function: Callable, *args: Any) -> list[Any]:
-    """What `function(*args)`, of a module's top level, returns in each process, as plain values and NumPy arrays."""
+    """Run a module's top-level `function(*args)` in each process; return its results, plain values and NumPy arrays."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+
     # importing takes each process far longer than what it is to do: they fork from one that has imported everything
     multiprocessing.set_forkserver_preload(["train"])
     arguments = {"nprocs": processes, "start_method": "forkserver", "join": False}
+
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
         started = torch.multiprocessing.start_processes(
             _process, (processes, port, function, args, results), **arguments
         )
+
         end = time.monotonic() + PATIENCE
         while not started.join(timeout=max(0.0, end - time.monotonic())):
             if time.monotonic() > end:
                 for process in started.processes:
                     process.kill()
                 raise TimeoutError(f"{processes} processes have not ended in {PATIENCE} seconds")
+
         return [results[rank] for rank in range(processes)]
 
 
@@ -71,7 +75,7 @@ def launched(how: str, mixed_precision: str = "no") -> Iterator[Accelerator]:
 
 @contextmanager
 def _deepspeed_on_cpus(stage: str) -> Iterator[None]:
-    """What a launcher of DeepSpeed sets, where there is no GPU that would say how processes talk."""
+    """Set what a launcher of DeepSpeed sets, where there is no GPU that would say how processes talk."""
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # a kernel that it would compile for CPUs

@@ -105,6 +105,7 @@ class PretendedServer:
             root = self.name if self.kind == "SGLang" else f"/models/{self.name}"
             entry = {"id": self.name, "object": "model", "owned_by": self.owner, "root": root}
             return 200, json.dumps({"object": "list", "data": [{**entry, "max_model_len": self.context}]})
+
         own: dict[str, dict[str, Any]] = {
             "vLLM": {"/version": {}},
             "SGLang": {
@@ -116,6 +117,7 @@ class PretendedServer:
             "llama.cpp": {"/props": {}},
             "Ollama": {"/api/tags": {}},
         }
+
         facts = own[self.kind].get(path)
         return (404, '{"detail":"Not Found"}') if facts is None else (200, json.dumps(facts))
 

@@ -406,12 +406,14 @@ def test_short_forms_in_a_recipe_are_those_written_in_full(tmp_path):
         "teacher: some/teacher\nstudent: some/student\ndata: text.txt\n"
         "curriculum: {kd: 1e-3, feat: {points: [[0, 0], [1, 0.5]]}}\nlogging: {track: wandb}\ntraining: {lr: 2e-3}\n"
     )
+
     full = tmp_path / "full.yaml"
     full.write_text(
         "teacher: {name: some/teacher}\nstudent: {name: some/student}\ndata: {train: [text.txt]}\n"
         "curriculum: {kd: {weight: 0.001}, feat: {weight: {points: [[0, 0], [1, 0.5]]}}}\nlogging: {track: [wandb]}\n"
         "training: {learning_rate: 0.002}\n"
     )
+
     words = ["--output-dir", "o", "--teacher-dtype", "bfloat16"]
     short = train.configure(["--config", str(recipe), *words])[0]
     assert short == train.configure(["--config", str(recipe), *words, "--set", "training.lr=2e-3"])[0]

@@ -1,4 +1,4 @@
-"""What README and docs/ tell users: every snippet runs, every flag, key, path and link exists.
+"""The claims of README and docs/: every snippet runs, every flag, key, path and link exists.
 
 Command lines are run in `tests/faults/test_documented_commands.py`.
 """
@@ -94,7 +94,7 @@ def write(file: Path, text: str) -> Path:
 
 
 def anchors(text: str) -> set[str]:
-    """Of a page's headings, as GitHub makes them."""
+    """Return the anchors of a page's headings, as GitHub makes them."""
     headings = re.findall(r"^#+ (.+)$", BLOCK.sub("", text), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 

@@ -61,6 +61,7 @@ class Installation:
             "MPLCONFIGDIR": str(self.elsewhere),
             "CURRICULUM_DISTILLATION_CACHE": str(self.elsewhere / "cache"),
         }
+
         done = subprocess.run(
             [*command],
             cwd=self.elsewhere,
@@ -68,6 +69,7 @@ class Installation:
             capture_output=True,
             text=True,
         )
+
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

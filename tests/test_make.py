@@ -127,7 +127,7 @@ def test_a_python_without_venv_is_told_and_leaves_nothing_half_made(tmp_path, mo
 
 @pytest.fixture
 def clone(tmp_path) -> Path:
-    """What the Makefile looks at, and an environment that is ready."""
+    """A folder with the files that the Makefile looks at, and no environment yet."""
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     for name in ("Makefile", "setup.cfg", "pyproject.toml", "constraints.txt"):
@@ -137,7 +137,7 @@ def clone(tmp_path) -> Path:
 
 
 def commands(folder: Path, *arguments: str) -> list[str]:
-    """What make would do, also where these tests were started by make, which hands itself down in variables."""
+    """Return the commands that make would run; these tests may run under make, which hands itself down in variables."""
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "MAKE", "MFLAGS"))
     }

@@ -138,7 +138,7 @@ def test_a_repository_that_cannot_be_cloned_is_told(notebook, tmp_path, monkeypa
 
 
 def test_what_is_lacking_and_cannot_be_fetched_is_told_by_the_cell(notebook, tmp_path, monkeypatch):
-    """As on Kaggle without internet: pip fails, and the cell says what to do."""
+    """Installing fails as on Kaggle without internet, and the cell says what to do."""
     old = [packages.Package("datasets", "3.6.0"), packages.Package("torch", "2.10.0")]
     monkeypatch.setattr(packages, "own_requirements", lambda: ["torch>=2.6", "datasets>=4.0"])
     monkeypatch.setattr(packages, "installed_packages", lambda: old)

@@ -1,4 +1,4 @@
-"""What README tells users to type."""
+"""Recipes and code that README tells users to type."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ def test_every_recipe_it_names_exists():
 
 
 def test_the_library_example_trains(as_installed, monkeypatch, tmp_path):
-    """As it stands, with tiny models for those that it names."""
+    """Run the example as it stands, with tiny models for those that it names."""
     pretend_hub(monkeypatch, {"HuggingFaceTB/SmolLM2-360M": byte_bpe(280), "Qwen/Qwen2.5-1.5B": byte_bpe(330)})
     monkeypatch.chdir(tmp_path)
     (example,) = blocks("python")

@@ -56,7 +56,7 @@ NAMES = [
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """What the checks on tiny models are measured on."""
+    """Subjects on which the checks on tiny models are measured."""
     return verification.tiny_subjects(tmp_path_factory.mktemp("bench"))
 
 

@@ -1,4 +1,4 @@
-"""How an optimizer step is cut into micro-batches and processes does not change it."""
+"""An optimizer step is the same however it is cut into micro-batches and processes."""
 
 from pathlib import Path
 

@@ -99,7 +99,7 @@ def unlucky(folder: Path, how: str, mixed_precision: str = "no") -> dict:
 
 
 def again(folder: Path, how: str) -> dict:
-    """What is left of a run and its continuation, and what a run inside of another one is given."""
+    """Return the bytes left after a run and its continuations, and whether a run inside another shares its plugin."""
     with launched(how) as accelerator:
         store, module, left = CheckpointStore(folder), ToyModule(), []
         for stop in (StopAfter(1), StopAfter(2), None):
@@ -125,6 +125,7 @@ def of_two(folder: Path) -> dict:
         "unlucky": unlucky(folder / "unlucky", "whole"),
         "half": unlucky(folder / "half", "whole", "bf16"),
     }
+
     return {"whole": whole} | {
         stage: {
             "through": distil(folder / stage / "through", f32, how=stage),
@@ -220,10 +221,12 @@ def test_norm_clipping_schedule_and_what_is_left_out_are_those_of_any_run(two, s
     """ZeRO-3 adds a bias after the product is rounded: half precision shows that, and then Adam's first steps do."""
     expected, zero2 = two[0]["whole"][run], two[0]["zero2"][run]
     rounded = (stage, precision) == ("zero3", "bf16")
+
     for result in two:
         found = result[stage][run]
         assert found["precision"] == expected["precision"] == (precision, {"torch.float32"})
         assert found["skipped"] == expected["skipped"] == 2
+
         for record, wanted in zip(found["records"], expected["records"], strict=True):
             none = [key for key in wanted if wanted[key] is None]
             assert [key for key in record if record[key] is None] == none
@@ -231,18 +234,24 @@ def test_norm_clipping_schedule_and_what_is_left_out_are_those_of_any_run(two, s
                 *({k: v for k, v in r.items() if k not in none} for r in (record, wanted)),
                 rtol=0.01 if rounded else 1e-5,
             )
+
         assert min(r["grad_norm"] for r in found["records"] if r["grad_norm"] is not None) > 0.3
+
+        # A skipped step changes neither weights nor moments.
         for step in (NO_GRADIENT, NO_LOSS):
             assert found["states"][step] == found["states"][step - 1] != found["states"][step + 1]
             for index, before in found["moments"][step - 1].items():
                 assert_close(found["moments"][step][index], before, rtol=0)
+
         if rounded:
             continue
+
         for weights, wanted, other in zip(*(run["weights"] for run in (found, expected, zero2)), strict=True):
             # DeepSpeed takes a gradient that is not there to be 0
             assert np.all(np.abs(weights["never.weight"]) <= np.abs(wanted["never.weight"]))
             differ = {name: other[name] for name in ("never.weight", "once.weight")}
             assert_close(weights, wanted | differ, rtol=1e-4, atol=1e-5)
+
         moments = zip(*(run["moments"] for run in (found, expected, zero2)), strict=True)
         for state, wanted, other in moments:
             for index, held in wanted.items():

@@ -1,4 +1,4 @@
-"""What must be equal is equal, and what must not be is caught: whole models, from text to gradient."""
+"""Equality where it must hold, and mistakes that must be caught: whole models, from text to gradient."""
 
 import copy
 
@@ -129,18 +129,22 @@ def test_same_tokenizer_is_plain_top_k_kd_with_a_bucket(top_k, temperature):
     tokenizer = byte_bpe(300)
     pair = pair_of(tokenizer, tokenizer, student=tiny_llama(300, seed=1), teacher=tiny_llama(300, seed=2))
     windows, expected, count = pair.encoder.windows(STORIES), 0.0, 0
+
     for window in windows:
         ids = torch.tensor(window["student_ids"]).long()[None]
         with torch.no_grad():
             p, q = (m(input_ids=ids).logits[0].double().softmax(-1) for m in (pair.teacher, pair.student))
+
         for j in np.flatnonzero(window["student_roles"][1:] != 0):
             kept = p[j].topk(top_k).indices
             both = [torch.cat([d[j][kept], (1 - d[j][kept].sum()).clamp_min(1e-12)[None]]) for d in (p, q)]
+            # The whole vocabulary leaves no bucket.
             if top_k == 300:
                 both = [d[:-1] for d in both]
             a, b = (d ** (1 / temperature) / (d ** (1 / temperature)).sum() for d in both)
             expected += float((a * (a / b).log()).sum()) * temperature**2
             count += 1
+
     batch = pair.collator()(windows)
     assert batch.counts["kd"] == batch.counts["depth0"] == batch.counts["lm"] == count
     found = pair.framework({"kd": 1.0}, top_k=top_k, temperature=temperature)(batch).terms["kd"].sum.item()

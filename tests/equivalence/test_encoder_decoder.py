@@ -62,24 +62,28 @@ def test_a_pair_trains_with_every_term_evaluates_and_leaves_a_student_that_loads
     assert train.main(command(place, tmp_path / "run", *pair, "rows.jsonl", "training.max_steps=12", *ROUTED)) == 0
     said = capsys.readouterr().out
     assert "no chat template" not in said and "no forecast" not in said
+
     # A narrow console shows no clock in front.
     tagged = (re.search(r"\[(read|learned)\].*", line) for line in said.splitlines())
     shown = [match[0] for match in tagged if match]
     assert shown[0].startswith("[read]    ") and "Tell" in shown[0]
     learned = re.split("<unk>|</s>", shown[1].removeprefix("[learned] "))[0]
     assert len(learned) > 5 and any(repr(row["completion"])[1:].startswith(learned) for row in ROWS)
+
     report = json.loads((tmp_path / "run" / "evaluation_report.json").read_text())
     assert report["student"]["bits_per_byte"] < report["initial_student"]["bits_per_byte"]
     assert report["student"]["bytes"] == report["teacher"]["bytes"]
     assert report["samples"][0]["prompt"] in [row["prompt"] for row in ROWS]
     terms = next(r["terms"] for r in read_metrics(tmp_path / "run" / "metrics.jsonl") if "terms" in r)
     assert {"kd", "lm", "feat", "rel", "attn", "layer", "contr"} <= terms.keys()
+
     folder = tmp_path / "run" / "student"
     student, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     asked = tokenizer(report["samples"][0]["prompt"], return_tensors="pt").input_ids
     written = student.generate(asked, max_new_tokens=8, num_beams=1, do_sample=False, forced_eos_token_id=None)[0]
     assert family == "t5" or written[:2].tolist() == [2, 0]  # as it was trained
     assert tokenizer.decode(written, skip_special_tokens=True) == report["samples"][0]["student"]
+
     for page in (folder / "README.md", tmp_path / "run" / "report.html"):
         assert "AutoModelForSeq2SeqLM" in page.read_text() and "AutoModelForCausalLM" not in page.read_text()
     assert ">Prompt<" in (tmp_path / "run" / "report.html").read_text() and report["prompted"]

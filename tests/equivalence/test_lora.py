@@ -40,21 +40,25 @@ def test_loss_and_gradients_are_those_of_the_merged_weights():
     merged = copy.deepcopy(adapted)
     merged.student = merged.student.merge_and_unload().requires_grad_(True)
     batch = adapted.batch()
+
     losses = []
     for one in (adapted, merged):
         output = one.framework(TERMS)(batch)
         output.loss.backward()
         losses.append(output.loss.item())
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
     gradients = {name: p.grad for name, p in merged.student.named_parameters()}
     inner = adapted.student.get_base_model()
     adapters = [(name, module) for name, module in inner.named_modules() if hasattr(module, "lora_A")]
     assert "lm_head" in dict(adapters) and len(adapters) == 8
+
     for name, module in adapters:
         a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
         whole = gradients[f"{name}.weight"]
         assert torch.allclose(b.grad, 2 * whole @ a.T, rtol=1e-6, atol=1e-12)
         assert torch.allclose(a.grad, 2 * b.T @ whole, rtol=1e-6, atol=1e-12)
+
     assert {name for name, p in inner.named_parameters() if p.grad is not None} == {
         f"{name}.lora_{side}.default.weight" for name, _ in adapters for side in "AB"
     }
@@ -135,22 +139,26 @@ def test_training_leaves_the_weights_below_the_adapter_bit_for_bit(real_models_d
         for name in ("stories260k-llama", "bitstories-1m")
     )
     tokenizer = transformers.AutoTokenizer.from_pretrained(real_models_dir / "models" / "stories260k-llama")
+
     base = copy.deepcopy(student)
     torch.manual_seed(0)
     student = add_lora(student, "some/base", LoraConfig(enabled=True, targets=["q_proj", "v_proj", "lm_head"]))
     one = pair_of(tokenizer, tokenizer, student=student, teacher=teacher)
     framework, batch, losses = one.framework({"kd": 0.7, "lm": 0.3}), one.batch(), []
     optimizer = torch.optim.AdamW(framework.parameter_groups(3e-3, 0.0))
+
     for _ in range(8):
         losses.append(framework(batch).loss)
         losses[-1].backward()
         optimizer.step()
         optimizer.zero_grad()
     assert losses[-1] < 0.9 * losses[0]
+
     with torch.no_grad():
         expected = student.eval()(input_ids=batch.student_ids).logits
         plain = merged(student, copy.deepcopy(base))
         assert torch.allclose(
             plain(input_ids=batch.student_ids).logits, expected, rtol=0, atol=1e-5 * expected.abs().max()
         )
+
     assert digest(student.unload()) == digest(base)

@@ -64,7 +64,7 @@ def rows_on_cpu(vocabulary: int, bytes_per_logit: int, *, is_half: bool = False)
 
 
 def demand_of(**case) -> Demand:
-    """Of a step in float32 weights, with 64 outcomes of the teacher's, on a CPU."""
+    """Return the demand for memory of a step in float32 weights, with 64 outcomes of the teacher's, on a CPU."""
     return Demand(
         teacher_dtype=torch.float32,
         student_dtype=torch.float32,
@@ -76,7 +76,7 @@ def demand_of(**case) -> Demand:
 
 
 def demand_of_run(config, teacher, device="cpu", precision="no", rows=chunk_rows, processes=1) -> Demand:
-    """Of a run with such a student and such a teacher, in windows of 64 tokens."""
+    """Return the demand for memory of a run with such a student and such a teacher, in windows of 64 tokens."""
     setting = StepSetting(
         teacher, (teacher,), 64, precision=precision, device=torch.device(device), chunk_rows=rows, processes=processes
     )
@@ -89,21 +89,25 @@ def set_up(case: dict):
     vocabulary, length, has_teacher = case.get("vocabulary", 600), case.get("length", 128), case.get("teacher", True)
     terms = case.get("terms", ())
     router = RouterConfig(layers=3, teacher_layers=3) if terms else None
+
     teacher = tiny_llama(vocabulary, 2, width=128, num_hidden_layers=3)
     pair = pair_of(
         tokenizer, tokenizer, max_length=length, student=student_of(case, vocabulary), teacher=teacher, router=router
     )
+
     weights = {"lm": 0.5, **dict.fromkeys(("kd", "span") if has_teacher else (), 0.5), **dict.fromkeys(terms, 0.1)}
     framework = pair.framework(weights, top_k=64)
     if not has_teacher:
         framework._frozen = (None,)
     if case.get("recomputes"):
         recompute_layers(pair.student)
+
     collate = pair.collator()
     if case.get("isolates"):
         pair.encoder = pair.encoder.isolated()
     texts = STORIES[:3] * 60 if case.get("isolates") else ["\n".join(STORIES[:3]) * 60]
     windows = [w for w in pair.encoder.windows(texts) if len(w["student_ids"]) > 0.9 * length]
+
     demand = demand_of(
         student=pair.student.config,
         teacher=teacher.config if has_teacher else None,
@@ -114,6 +118,7 @@ def set_up(case: dict):
         routed_teacher_layers=3 if terms else 0,
         isolates=case.get("isolates", False),
     )
+
     return framework, windows, collate, demand
 
 
@@ -126,14 +131,17 @@ def test_the_forecast_of_an_encoder_decoder_pair_is_within_a_fifth_of_the_peak(f
     student, teacher = (build(len(tokenizer), seed, d_model=96, **stacks, **inner) for seed in (1, 2))
     encoder = SourceEncoder(tokenizer, tokenizer, 128, (start, start))
     pair = Pair(student.train(), teacher, encoder, VocabularyMap.build(tokenizer, tokenizer))
+
     ids = tokenizer("\n".join(STORIES) * 2, add_special_tokens=False).input_ids
     texts = [tokenizer.decode(ids[n : n + 118]) for n in range(16)]
     roles = ("user", "assistant")
     rows = [[{"role": r, "content": t} for r, t in zip(roles, texts[n : n + 2], strict=True)] for n in range(0, 16, 2)]
     windows = encoder.windows([json.dumps(row) for row in rows])
     assert len(windows) == 8 and all(len(w[f"student_{of}"]) > 110 for w in windows for of in ("source", "ids"))
+
     if recomputes:
         recompute_layers(pair.student)
+
     sides = {"student": student.config, "teacher": teacher.config}
     demand = demand_of(**sides, length=128, precision="no", recomputes=recomputes)
     config = toy_config(batch_size=4, gradient_accumulation_steps=2, max_steps=2)

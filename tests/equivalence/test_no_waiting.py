@@ -84,7 +84,7 @@ def pair_for(kind: str, device: str):
 
 
 def steps_of(kind: str, monkeypatch, device: str = "cpu", every: int = 100) -> list[list[str]]:
-    """What waits in each of three optimizer steps, collation excepted; on a GPU torch raises instead."""
+    """Return what waits in each of three optimizer steps, collation excepted; on a GPU torch raises instead."""
     pair, texts, weights = pair_for(kind, device)
     windows, framework = pair.encoder.windows(texts), pair.framework(weights)
     if framework.router is not None:

@@ -59,6 +59,7 @@ def run(
     accelerator = accelerator or build_accelerator("no", cpu=True)
     pair = pair_for(share, changed.pop("dropout", 0.2))
     windows = pair.windows(TEXTS)
+
     config = toy_config(
         batch_size=4 // accumulation // accelerator.num_processes,
         gradient_accumulation_steps=accumulation,
@@ -66,6 +67,7 @@ def run(
         learning_rate=1e-2,
         save_every=save_every,
     )
+
     framework = pair.framework(STEPS)
     material = RoundMaterial(
         pair=pair,
@@ -76,6 +78,7 @@ def run(
         seed=config.seed,
         accelerator=accelerator,
     )
+
     store = None if folder is None else CheckpointStore(folder / "checkpoints")
     lengths = OnPolicyConfig(**LENGTHS | changed.pop("lengths", {}))
     rounds = Rounds(
@@ -86,6 +89,7 @@ def run(
         progress=progress,
         **changed,
     )
+
     logger = StepLogger(folder, STEPS, 1, main_process=accelerator.is_main_process)
     options = LoopOptions(
         logger=logger,
@@ -94,6 +98,7 @@ def run(
         rounds=rounds if share else None,
         stop=stop,
     )
+
     result = fit(framework, windows, pair.collate, config, accelerator=accelerator, options=options)
     logger.close()
     return digest(framework), result, rounds

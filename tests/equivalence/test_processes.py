@@ -121,7 +121,7 @@ def session(folder: Path, stop_after: int | None = None) -> dict[str, np.ndarray
 
 
 def failures(folder: Path) -> list[str]:
-    """What every process hears of a mistake that only the main one makes, and who ran what first."""
+    """Return what this process hears of a mistake that only the main one makes, and whether it ran first."""
     accelerator = build_accelerator("no", cpu=True)
     heard = []
 

@@ -1,4 +1,4 @@
-"""What a process holds of a sharded student between two steps, against the forecast."""
+"""Memory that a process holds of a sharded student between two steps, against the forecast."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ KINDS = ("fsdp2", *(("zero2", "zero3") if is_deepspeed_available() else ()))
 
 
 def bytes_of(*values) -> int:
-    """Of the tensors in nested containers, each memory counted once."""
+    """Return the bytes of the tensors in nested containers, each memory counted once."""
     sizes = {}
     for leaf in tree_iter(values):
         if isinstance(leaf, Tensor) and leaf.device.type != "meta":

@@ -35,6 +35,7 @@ def compared(tied: bool) -> dict:
     whole = copy.deepcopy(model)
     pair = pair_of(byte_bpe(300), byte_bpe(400), teacher=whole)
     batch = pair.batch(STORIES[: 1 + rank])
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher_module, "chunk_rows", lambda *_, **__: ((3, 64)[rank], ""))
         expected = said(pair.frozen(), batch)
@@ -42,9 +43,11 @@ def compared(tied: bool) -> dict:
         shard_layers(model, accelerator)
         pair.teacher = model
         found = said(pair.frozen(), batch)
+
     prints.append(loading.fingerprint(model))
     layers = [p for name, p in model.named_parameters() if "layers." in name]
     held = sum(p.to_local().nbytes for p in layers) / sum(p.nbytes for p in layers)
+
     ids, settings = torch.arange(1, 6)[None], {"do_sample": False, "max_new_tokens": 2 + 5 * rank}
     texts = [m.generate(ids, **settings).tolist() for m in (whole, model)]
     return {"expected": expected, "found": found, "prints": prints, "held": held, "texts": texts}

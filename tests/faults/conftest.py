@@ -1,4 +1,4 @@
-"""What runs of the whole program need: two tokenizers, a random teacher, the config of a student, a text, a recipe."""
+"""Files that runs of the whole program need: two tokenizers, a random teacher, a student's config, a text, a recipe."""
 
 import json
 import random
@@ -55,9 +55,11 @@ def make_place(folder: Path, key_value_heads: int = 2, dropout: float = 0.1) -> 
         dropout: of the student's attention.
     """
     text = write_jsonl(folder / "text.jsonl", documents(90))
+
     for name, vocabulary, width in (("teacher", 400, 32), ("student", 290, 16)):
         tokenizer = train_tokenizer(documents(90), vocabulary)
         tokenizer.save_pretrained(folder / name)
+
         config = LlamaConfig(
             architectures=["LlamaForCausalLM"],
             vocab_size=len(tokenizer),
@@ -72,9 +74,12 @@ def make_place(folder: Path, key_value_heads: int = 2, dropout: float = 0.1) -> 
             eos_token_id=0,
         )
         config.save_pretrained(folder / name)
+
+        # The student gets no weights here: the recipe begins it at random.
         if name == "teacher":
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(config).save_pretrained(folder / name)
+
     recipe = {
         "teacher": {"name": str(folder / "teacher")},
         "student": {"name": str(folder / "student"), "init": "random"},
@@ -97,6 +102,7 @@ def make_place(folder: Path, key_value_heads: int = 2, dropout: float = 0.1) -> 
         "evaluation": {"every": 15, "max_windows": 8, "samples": 1, "new_tokens": 4, "generation": 2},
         "logging": {"every": 1},
     }
+
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     return Place(folder, folder / "teacher", folder / "student", text, folder / "recipe.yaml")
 

@@ -1,4 +1,4 @@
-"""Whatever a user writes into a recipe, a command line or a data file is understood, or refused in plain words.
+"""Input of any kind in a recipe, a command line or a data file is understood, or refused in plain words.
 
 A few hundred generated cases in every test run, 12,000 with -m slow.
 """

@@ -65,15 +65,18 @@ def test_without_its_weights_at_hand_the_report_is_whole_and_the_losses_are_thos
     online = tmp_path / "online"
     assert train.main(place.arguments(online, *SHORT, "--batch-size", "1")) == 0
     assert run(place, tmp_path / "writing", tmp_path / "exact", *exact) == 0
+
     monkeypatch.setattr(stages, "load_teacher", lambda job: pytest.fail("the teacher was loaded"))
     assert run(place, tmp_path / "reading", tmp_path / "exact", *exact) == 0
     assert losses(online) == losses(tmp_path / "writing") == losses(tmp_path / "reading")
+
     reports = [json.loads((tmp_path / name / "evaluation_report.json").read_text()) for name in ("writing", "reading")]
     for key in ("teacher", "retention", "samples", "student"):
         assert reports[0][key] == reports[1][key]
     assert reports[0]["retention"]["top1_agreement"] is not None
     assert "teacher" in reports[0]["samples"][0]
     assert "the teacher is not loaded" in capsys.readouterr().out
+
     monkeypatch.undo()
     assert run(place, tmp_path / "compact", tmp_path / "small", *exact[2:]) == 0
     assert losses(tmp_path / "compact") == pytest.approx(losses(online), rel=2e-3)

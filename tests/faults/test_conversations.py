@@ -25,19 +25,23 @@ def test_a_run_learns_answers_and_leaves_a_student_that_can_be_talked_with(place
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     settings = ["--train-data", tmp_path / "talks.jsonl", "--max-steps", 4, "--max-length", 128, "--eval-every", 0]
     assert train.main(place.arguments(tmp_path / "run", *map(str, settings))) == 0
+
     said = capsys.readouterr().out
     for role in ("student", "teacher"):
         assert said.count(f"{role}: no chat template") == 1
+
     # A narrow console shows no clock in front of the tags.
     shown = re.findall(r"^.*?(\[(?:read|learned)\] .*)$", said, re.MULTILINE)
     assert shown[0].startswith("[read]    User:\\nSay <|endoftext|> ") and shown[0].endswith("Assistant:\\n")
     answer = shown[1].removeprefix("[learned] ").removesuffix("<|endoftext|>")
     assert answer in [row["completion"] for row in rows]
+
     report = json.loads((tmp_path / "run" / "evaluation_report.json").read_text())
     assert report["samples"][0]["prompt"] in [row["prompt"] for row in rows]
     assert report["student"]["bytes"] == report["teacher"]["bytes"] and report["prompted"]
     for page in ("report.html", "student/README.md"):
         assert "tokenizer.apply_chat_template(messages, add_gen" in (tmp_path / "run" / page).read_text()
+
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "student")
     asked = tokenizer.apply_chat_template(
         [{"role": "user", "content": "Hi"}], add_generation_prompt=True, tokenize=False
@@ -47,11 +51,12 @@ def test_a_run_learns_answers_and_leaves_a_student_that_can_be_talked_with(place
 
 @pytest.mark.parametrize("role", ["train", "eval"])
 def test_a_conversation_that_a_template_refuses_is_told_with_file_and_line(place, tmp_path, capsys, role):
-    """Wherever it lies, behind rows that are empty or read before."""
+    """The line is the right one also behind rows that are empty or were read before."""
     shutil.copytree(place.teacher, tmp_path / "teacher")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "teacher")
     tokenizer.chat_template = ALTERNATING
     tokenizer.save_pretrained(tmp_path / "teacher")
+
     rows = [[{"role": "user", "content": f"Say {n}"}, {"role": "assistant", "content": "No."}] for n in (1, 1, 2, 3)]
     for name in ("train", "eval"):
         lines = [json.dumps({"messages": row}) for row in rows]
@@ -60,9 +65,11 @@ def test_a_conversation_that_a_template_refuses_is_told_with_file_and_line(place
             lines.append(json.dumps({"messages": [{"role": "system", "content": "Be kind"}, *rows[0]]}))
         rows = [[row[0], {"role": "assistant", "content": "Yes."}] for row in rows]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+
     sources = ["--train-data", str(tmp_path / "train.jsonl"), "--eval-data", str(tmp_path / "eval.jsonl")]
     asked = ["--teacher", str(tmp_path / "teacher"), *sources]
     assert train.main(place.arguments(tmp_path / "run", *asked)) == 2
+
     said = capsys.readouterr().out
     assert f"{role}.jsonl:6: the teacher's chat template refuses a conversation of system, user, assistant" in said
     assert "roles must alternate" in said and "begins: 'Be kind Say 1" in said and "Traceback" not in said

@@ -112,7 +112,7 @@ def each(some: list[tuple[str, str, str]]) -> pytest.MarkDecorator:
 
 @dataclass(frozen=True)
 class Toys:
-    """What stands for a name in the documents."""
+    """Stand-ins of toy size for the models, texts and recipes that the documents name."""
 
     place: Place
     student: Path
@@ -124,7 +124,7 @@ class Toys:
     conversations: Path
 
     def recipe(self, path: Path) -> dict:
-        """As it is, but for its models, texts and devices."""
+        """Return a recipe's settings; a shipped one gets the toy models and texts, and no mixed precision."""
         values = load_yaml(path)
         if path.parent == ROOT / "configs":
             values["teacher"]["name"], values["student"]["name"] = str(self.place.teacher), str(self.student)
@@ -137,6 +137,7 @@ class Toys:
         """The words with what is here in place of what they name, and an end after two steps."""
         words = " ".join([words, *(more for flag, more in ASKS_FOR.items() if flag in words and more not in words)])
         line = {"--config": self.place.recipe, "--student": self.student, "--student-init": "pretrained"}
+
         for name, toy in {
             r"(--teacher) (?!captures:)\S+": self.place.teacher,
             r"(--teacher-tokenizer) \S+": self.place.teacher,
@@ -149,6 +150,7 @@ class Toys:
             r"(--student-init) layers:\d+": "layers:1",
         }.items():
             words = re.sub(name, rf"\1 {toy}", words)
+
         words = re.sub(r"^\.\.\.(?= |$)", " ".join(f"{flag} {value}" for flag, value in line.items()), words)
         return [*shlex.split(words), "--output-dir", str(folder / "run"), *SMALL]
 
@@ -173,7 +175,7 @@ def toys(place, tmp_path_factory) -> Toys:
 
 @pytest.fixture(scope="module")
 def measured_once():
-    """What takes most of a run here and is the same in all: the forecast of memory; the pictures are left out."""
+    """Measure memory, which takes most of a run here, once for equal settings; leave out the pictures."""
     known: dict[str, step_memory.Body] = {}
 
     def measure_body(config, *settings) -> step_memory.Body:

@@ -114,7 +114,7 @@ def report_of(output: Path) -> dict:
 
 
 def hidden_in(output: Path) -> list[str]:
-    """What a writer left half done; the lock stays."""
+    """Return the names of the files that a writer left half done; the lock stays."""
     return [path.name for path in output.rglob(".*") if path.name != LOCK]
 
 
@@ -272,6 +272,7 @@ def test_real_models_learn_for_a_few_steps(real_models_dir, place, tmp_path):
     text = tmp_path / "stories.txt"
     corpus = (real_models_dir / "corpora" / "tinystories-v2.txt").read_text(encoding="utf-8")
     text.write_text(corpus[: corpus.index("<|endoftext|>", 60_000)], encoding="utf-8")
+
     settings = {
         "teacher.name": real_models_dir / "models" / "tinystories-neo-chat-3m",
         "student.name": real_models_dir / "models" / "stories260k-llama",
@@ -281,10 +282,13 @@ def test_real_models_learn_for_a_few_steps(real_models_dir, place, tmp_path):
         "training.max_steps": 6,
         "training.learning_rate": 1e-4,
     }
+
     session = Session(place, tmp_path / "run", "--set", *(f"{key}={value}" for key, value in settings.items()))
     assert session.ended() == 0, session.output()
+
     report = json.loads((tmp_path / "run" / "evaluation_report.json").read_text())
     for model in ("teacher", "initial_student", "student"):
         assert 0.5 < report[model]["bits_per_byte"] < 1.5, model
+
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "student")
     assert sum(p.numel() for p in student.parameters()) == report["student"]["parameters"]

@@ -49,7 +49,7 @@ def filled(words: str) -> list[str]:
 
 
 def describe(words: list[str]) -> dict:
-    """What decides which text a command reads, and how."""
+    """Return the settings that decide which text a command reads, and how."""
     return asdict(train.configure(words)[0].data)
 
 

@@ -57,17 +57,20 @@ def test_a_killed_process_ends_the_run_and_the_same_command_finishes_it(place, t
     while not (output / "metrics.jsonl").exists() or steps_in(output / "metrics.jsonl") < 6:
         assert run.poll() is None and time.monotonic() < limit, end_of(said)
         time.sleep(0.01)
+
     (victim,) = (child for child in psutil.Process(run.pid).children() if child.environ().get("RANK") == "1")
     victim.kill()
     assert run.wait(PATIENCE) not in (0, None)
     assert "Signal 9 (SIGKILL)" in said.read_text()
     done = steps_in(output / "metrics.jsonl")
+
     script = tmp_path / "leaving.py"
     script.write_text(LEAVING.format(root=str(ROOT)))
     run = torchrun(script, place, output, said)
     assert run.wait(120) == 0, end_of(said)
     assert "resumed from" in said.read_text()
     assert steps_in(output / "metrics.jsonl") > done
+
     report = json.loads((output / "evaluation_report.json").read_text())
     assert report["run"]["stopped_by"] == "finished"
 

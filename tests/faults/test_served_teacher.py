@@ -44,7 +44,7 @@ def weights(folder) -> dict:
 
 
 def said(capsys) -> str:
-    """What was printed since the last time, in one line."""
+    """Return what was printed since the last time, in one line."""
     return " ".join(capsys.readouterr().out.split())
 
 

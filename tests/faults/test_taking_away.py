@@ -1,4 +1,4 @@
-"""What is taken away from a run: a student that needs nothing of this project, on disk, on the hub and in lm_eval."""
+"""The student that is taken away from a run needs nothing of this project, on disk, on the hub and in lm_eval."""
 
 import importlib.util
 import json
@@ -49,6 +49,7 @@ def tasks(tmp_path_factory) -> Path:
         {"question": "The red dog sees the", "choices": ["cat", "cat"], "answer": number % 2} for number in range(8)
     ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
     task = {
         "task": "what_it_sees",
         "dataset_path": "json",
@@ -60,6 +61,7 @@ def tasks(tmp_path_factory) -> Path:
         "doc_to_target": "{{answer}}",
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }
+
     (folder / "what_it_sees.yaml").write_text(yaml.safe_dump(task), encoding="utf-8")
     return folder
 

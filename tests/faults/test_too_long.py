@@ -1,4 +1,4 @@
-"""What does not fit into a window is told as too long: by how much, which row comes nearest, and the flag."""
+"""Text that does not fit into a window is told as too long: by how much, which row comes nearest, and the flag."""
 
 import json
 import re

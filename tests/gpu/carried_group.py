@@ -21,7 +21,7 @@ def _done(value: Any = None) -> Any:
 
 
 class CarriedGroup(dist.ProcessGroup):
-    """What DDP and accelerate ask of NCCL."""
+    """The collectives that DDP and accelerate ask of NCCL."""
 
     def __init__(self, store: Any, rank: int, size: int, timeout: Any) -> None:
         super().__init__(rank, size)

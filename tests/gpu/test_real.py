@@ -1,4 +1,4 @@
-"""What the tests ask of a real GPU, where there is none: torch's own peculiarities, pretended."""
+"""The tests' access to a real GPU, checked where there is none: torch's own peculiarities are pretended."""
 
 import warnings
 

@@ -30,7 +30,7 @@ def pair():
 
 @pytest.fixture
 def calls(monkeypatch):
-    """How often a teacher was asked."""
+    """A list that grows by one entry each time a teacher is asked."""
     counted, original = [], FrozenTeacher.signal
 
     def signal(self, *args):
@@ -205,11 +205,13 @@ def test_losses_of_micro_batches_add_up_to_the_loss_of_one_batch(sizes):
     windows = pair.encoder.windows(STORIES + STORIES[:2])
     cuts = [*torch.tensor([0, *sizes]).cumsum(0).clamp_max(len(windows)).tolist(), len(windows)]
     parts = [windows[a:b] for a, b in pairwise(cuts) if a < b]
+
     framework = pair.framework(ALL)
     whole = pair.collator()(windows)
     batches = [pair.collator()(part) for part in parts]
     counts = {name: sum(b.counts[name] for b in batches) for name in whole.counts}
     assert counts == whole.counts
+
     expected = gradient_of(framework, whole)
     framework.zero_grad()
     total = 0.0
@@ -217,6 +219,7 @@ def test_losses_of_micro_batches_add_up_to_the_loss_of_one_batch(sizes):
         loss = framework(batch, counts={name: torch.tensor(n) for name, n in counts.items()}).loss
         loss.backward()
         total += loss.item()
+
     assert total == pytest.approx(framework(whole).loss.item(), rel=1e-5)
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients(framework), expected, strict=True))
 

@@ -293,7 +293,7 @@ def test_gate_learns_and_does_not_teach_the_student():
 
 
 def future_matters(case: Case) -> bool:
-    """Whether teacher states that end after the first query's byte change the loss of that query."""
+    """Return whether teacher states that end after the first query's byte change the loss of that query."""
     attends = torch.zeros_like(case.anchors.attends)
     attends[0, 0] = True
     case.anchors.attends = attends
@@ -455,15 +455,19 @@ def test_calibration_standardises_the_teacher_and_fits_ridge_regressions():
     for m in range(3):
         case.teacher[m] = case.teacher[m] * torch.linspace(0.1, 1000, 16) + m
     case.calibrate()
+
     a = case.anchors
     for m, states in enumerate(case.teacher):
         rows = states.flatten(0, 1)[a.teacher].numpy()
         np.testing.assert_allclose(case.router.mean[m], rows.mean(0), rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(case.router.scale[m], np.maximum(rows.std(0), 1e-3 * rows.std(0).mean()), rtol=1e-9)
+
     for n, m in enumerate(case.router.partner):
         x = case.student[n].detach().flatten(0, 1)[a.student].numpy()
         rows = case.teacher[m].flatten(0, 1)[a.teacher]
         y = normal((rows - case.router.mean[m]) / case.router.scale[m]).numpy()
+
+        # Ridge regression is least squares with the penalty as more rows.
         x0, y0 = x - x.mean(0), y - y.mean(0)
         penalty = math.sqrt(1e-2 * x0.var(0).mean() * len(x))
         rows, targets = np.vstack([x0, penalty * np.eye(8)]), np.vstack([y0, np.zeros((8, 16))])

@@ -1,4 +1,4 @@
-"""What the library refuses: got, expected, and no silent guess of what was meant."""
+"""Refusals of the library: got, expected, and no silent guess of what was meant."""
 
 import math
 import re

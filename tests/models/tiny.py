@@ -155,11 +155,15 @@ def plain_bytes(tokenizer: PreTrainedTokenizerFast) -> dict[int, bytes]:
     """Bytes of every token that is not special, independent of the project's own table."""
     spec = json.loads(tokenizer.backend_tokenizer.to_str())
     byte_level = '"ByteLevel"' in json.dumps([spec["decoder"], spec["pre_tokenizer"]])
+
+    # Byte-level tokenizers write a byte that cannot be seen as another character.
     shown = [c for c in range(256) if chr(c).isprintable() and c not in (0x20, 0xA0, 0xAD)]
     hidden = [c for c in range(256) if c not in shown]
     alphabet = {chr(c): c for c in shown} | {chr(256 + n): c for n, c in enumerate(hidden)}
+
     added = {token["id"]: token for token in spec["added_tokens"]}
     found = {}
+
     for token, i in tokenizer.get_vocab().items():
         if i in added:
             if not added[i]["special"]:
@@ -172,6 +176,7 @@ def plain_bytes(tokenizer: PreTrainedTokenizerFast) -> dict[int, bytes]:
             found[i] = bytes.fromhex(token[3:5])
         else:
             found[i] = token.replace("\u2581", " ").encode()
+
     return found
 
 

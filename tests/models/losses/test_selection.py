@@ -142,7 +142,7 @@ def test_the_chosen_ones_stand_for_all_that_the_teacher_can_judge(positions, jud
 
 
 def test_kd_does_not_leap_where_a_share_comes_to_all_positions(pair):
-    """Where the teacher cannot judge many, less than all are all that teach."""
+    """Positions that the teacher cannot judge teach nothing, so a share below 1 can choose all that do teach."""
     batch = pair.batch()
     everywhere = framework_of(pair, 1.0, least_mass=0.2)
     valid = everywhere._target(batch, everywhere.ask(batch)).valid

@@ -1,4 +1,4 @@
-"""What the teacher says is its own distribution, whatever the batch, the padding and the chunks."""
+"""The teacher's answer is its own distribution, whatever the batch, the padding and the chunks."""
 
 import pytest
 import torch

@@ -171,7 +171,7 @@ def test_lists_of_something_else_are_refused():
 
 @pytest.mark.parametrize("name", PAIRS)
 def test_positions_without_a_list_are_left_out_and_everything_stays_finite(name):
-    """As of text that was not captured: every second position, among which are rows at depth > 0."""
+    """Lists are missing at every second position, as in text that was not captured; some are in rows at depth > 0."""
     pair, batch, log_probs = case(name)
     listed = lists(batch, log_probs, 64)
     is_empty = torch.arange(len(listed.ids)) % 2 == 0

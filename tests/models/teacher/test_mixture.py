@@ -98,12 +98,14 @@ def reference(member: Distillation, model: torch.nn.Module, windows: list[dict])
     logits = model.double()(batch.teacher_ids, attention_mask=batch.teacher_mask).logits
     model.float()
     student_width, teacher_width = batch.student_ids.shape[1], batch.teacher_ids.shape[1]
+
     masses: list[dict] = [{} for _ in windows]
     rows = zip(batch.row_student.tolist(), batch.row_teacher.tolist(), batch.depth.tolist(), strict=True)
     for student, teacher, depth in rows:
         window, position = divmod(student, student_width)
         read = batch.student_ids[window, position - depth + 1 : position + 1].tolist()
         probs = logits[window, teacher % teacher_width].softmax(0)
+
         fitting = [token for token in range(len(probs)) if segments[token][:depth] == read[:depth]]
         total = sum(float(probs[token]) for token in fitting)
         row: dict = defaultdict(float)
@@ -111,6 +113,7 @@ def reference(member: Distillation, model: torch.nn.Module, windows: list[dict])
             spelt = segments[token][depth] if depth < len(segments[token]) else -1
             row[spelt if spelt >= 0 else None] += float(probs[token]) / total
         masses[window][position] = row
+
     return masses
 
 

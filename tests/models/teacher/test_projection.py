@@ -48,10 +48,13 @@ def reference_target(pair: Pair, batch: PairedBatch, log_probs, row: int, top_k:
     at = int(batch.row_student[row])
     ids = batch.student_ids.flatten().tolist()
     read, real = ids[at + 1 - depth : at + 1], ids[at + 1]
+
+    # The tokens that begin with what was read, and the most likely of them.
     p = log_probs[anchor].exp().tolist()
     fits = {t: p[t] for t in range(len(p)) if segments[t][:depth] == read or depth == 0}
     mass = sum(fits.values())
     kept = sorted(fits, key=lambda t: -fits[t])[:top_k]
+
     target, tail = defaultdict(float), 1.0
     for t in kept:
         spread = {segments[t][depth]: 1.0} if len(segments[t]) > depth else {}
@@ -61,6 +64,8 @@ def reference_target(pair: Pair, batch: PairedBatch, log_probs, row: int, top_k:
         for s, share in spread.items():
             target[s] += share * fits[t] / mass
             tail -= share * fits[t] / mass
+
+    # The text's own string is known whole: its mass goes to the real next token, away from its first piece.
     pieces = int(batch.pieces[row])
     if correction == "span" and pieces > 1:
         tokens = batch.teacher_ids.flatten().tolist()[anchor + 1 : anchor + 1 + pieces]
@@ -70,6 +75,7 @@ def reference_target(pair: Pair, batch: PairedBatch, log_probs, row: int, top_k:
             target[segments[tokens[0]][depth]] -= string
         else:
             tail -= string
+
     return target, tail, math.log(mass)
 
 
@@ -80,10 +86,12 @@ def test_target_of_every_row_is_what_the_definition_says(name, correction, top_k
     pair = cached(name)
     vocabulary = pair.vocabulary.with_channel(count_channel(pair.encoder.windows(TEXTS.get(name, STORIES))))
     pair = Pair(pair.student, pair.teacher, pair.encoder, vocabulary)
+
     batch = pair.batch(TEXTS.get(name, STORIES))
     log_probs = teacher_log_probs(pair, batch)
     signal = pair.frozen().signal(batch, top_k)
     found = Projection(vocabulary, correction, 0.0)(signal, batch)
+
     seen = set()
     for row in range(0, len(batch.depth), 1 if name in TEXTS else 3):
         target, tail, log_mass = reference_target(pair, batch, log_probs, row, top_k, correction)
@@ -93,6 +101,7 @@ def test_target_of_every_row_is_what_the_definition_says(name, correction, top_k
         for s in {*target, *masses} - {-1}:
             assert masses.get(s, 0.0) == pytest.approx(target.get(s, 0.0), abs=2e-6, rel=1e-4)
         seen.add((int(batch.depth[row]) > 0, int(batch.pieces[row]) > 1))
+
     assert len(seen) > 1
     assert name not in TEXTS or (True, True) in seen
 
@@ -143,14 +152,18 @@ def test_target_is_the_probability_of_the_next_student_token_over_all_strings(st
     texts = ["abbaabab", "bbaaababba"]
     batch = pair.batch(texts)
     found = Projection(pair.vocabulary, "span", 0.0)(pair.frozen().signal(batch, 100), batch)
+
     letters = plain_bytes(from_merges(teacher))
     tokenizer, checked = from_merges(student), 0
     width = batch.teacher_ids.shape[1]
+
     for row in (batch.depth == 0).nonzero()[:, 0].tolist():
         anchor = int(batch.row_teacher[row])
         if max(map(len, teacher)) == 1 and batch.pieces[row] < 2:
             continue
         context = batch.teacher_ids.flatten()[anchor // width * width : anchor + 1].tolist()
+
+        # Every string counts for the student token that it begins with.
         expected = defaultdict(float)
         for sequence, p in string_probabilities(pair, context, 2).items():
             if sequence[0] == 0:
@@ -158,11 +171,13 @@ def test_target_is_the_probability_of_the_next_student_token_over_all_strings(st
                 continue
             string = letters[sequence[0]] + letters.get(sequence[1], b"")
             expected[tokenizer(string.decode())["input_ids"][0]] += p
+
         masses = dict(zip(found.ids[row].tolist(), found.probs[row].tolist(), strict=True))
         for s, p in expected.items():
             assert masses.get(s, 0.0) == pytest.approx(p, abs=1e-5)
         assert found.tail[row].item() == pytest.approx(0, abs=1e-5)
         checked += 1
+
     assert checked >= 3
 
 
@@ -174,18 +189,22 @@ def test_inside_a_teacher_token_the_target_is_conditional_on_the_letters_read():
     log_probs = teacher_log_probs(pair, batch)
     found = Projection(pair.vocabulary, "none", 0.0)(pair.frozen().signal(batch, 100), batch)
     letters, student = plain_bytes(from_merges(pieces)), plain_bytes(from_merges(["a", "b"]))
+
     deep = (batch.depth > 0).nonzero()[:, 0].tolist()
     assert len(deep) >= 5
     assert batch.depth.max() >= 2
+
     for row in deep:
         at, depth = int(batch.row_student[row]), int(batch.depth[row])
         read = b"".join(student[i] for i in batch.student_ids.flatten()[at + 1 - depth : at + 1].tolist())
         p = log_probs[batch.row_teacher[row]].exp().tolist()
         mass = sum(p[t] for t, word in letters.items() if word.startswith(read))
+
         for s, letter in student.items():
             expected = sum(p[t] for t, word in letters.items() if word.startswith(read + letter)) / mass
             masses = dict(zip(found.ids[row].tolist(), found.probs[row].tolist(), strict=True))
             assert masses.get(s, 0.0) == pytest.approx(expected, abs=1e-5)
+
         # a token that ends here says nothing about the next one
         ending = sum(p[t] for t, word in letters.items() if word == read) / mass
         assert found.tail[row].item() == pytest.approx(ending, abs=1e-5)

@@ -79,6 +79,7 @@ def _unigram(scheme: str, *, byte_fallback: bool = False) -> PreTrainedTokenizer
     special = ["<unk>", "<s>", "</s>"]
     if byte_fallback:
         special += [f"<0x{byte:02X}>" for byte in range(256)]
+
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
@@ -86,12 +87,14 @@ def _unigram(scheme: str, *, byte_fallback: bool = False) -> PreTrainedTokenizer
         vocab_size=len(special) + 100, special_tokens=special, unk_token="<unk>", show_progress=False
     )
     backend.train_from_iterator(TEXTS, trainer)
+
     if byte_fallback:
         backend.model = models.Unigram(_pieces(backend), 0, byte_fallback=True)
         backend.decoder = decoders.Sequence(
             [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
         backend = _ordinary_bytes(backend)
+
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 

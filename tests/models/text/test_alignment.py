@@ -56,13 +56,17 @@ def check_window(window: dict, vocabulary: VocabularyMap, end_of_text, letters, 
     student, teacher = (
         Reading(*(window[f"{side}_{column}"] for column in Reading._fields)) for side in ("student", "teacher")
     )
+
     batch = PairCollator(vocabulary, end_of_text, max_depth)([window])
     if vocabulary.equal_tokenizers:
         check_one_by_one(batch, student, teacher)
         return len(batch.row_student)
+
     expected, exact = brute_force_anchors(student, teacher), not (student.roles == MISMATCH).any()
     rows = {int(j): n for n, j in enumerate(batch.row_student)}
     assert len(rows) == len(batch.row_student)
+
+    # A mismatch in the window may take rows away, but adds none.
     for j, (_, depth, token) in expected.items():
         read = student.ids[j + 1 - depth : j + 1].tolist()
         spelt = vocabulary.segments[token][:depth].tolist()
@@ -70,19 +74,24 @@ def check_window(window: dict, vocabulary: VocabularyMap, end_of_text, letters, 
             assert not exact or j in rows
         else:
             assert j not in rows
+
     for j, n in rows.items():
         k, depth, token = expected[j]
         assert (int(batch.row_teacher[n]), int(batch.depth[n])) == (k, depth)
+
         # both have read the same bytes up to the anchor, and the student the first bytes of the teacher's token since
         assert student.starts[j + 1 - depth] == teacher.starts[k + 1]
         if depth:
             read = b"".join(letters[0][i] for i in student.ids[j + 1 - depth : j + 1].tolist())
             assert letters[1][token].startswith(read)
             assert len(read) == student.starts[j + 1] - teacher.starts[k + 1]
+
         if depth == 0 and student.roles[j + 1] == TEXT == teacher.roles[k + 1]:
             one, other = letters[0][int(student.ids[j + 1])], letters[1][token]
             assert one[: len(other)] == other[: len(one)]
+
         check_pieces(int(batch.pieces[n]), student.ends[j + 1], teacher, k + 1)
+
     check_spans(batch, student, teacher, letters)
     return len(rows)
 

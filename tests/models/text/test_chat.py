@@ -347,15 +347,19 @@ def test_nothing_that_a_teacher_gives_to_markers_reaches_the_target(pairs, token
     batch = PairCollator(vocabulary, encoder.end_of_text, 16)(encode(encoder, conversation))
     signal = says_markers(batch, teacher, seed)
     target = Projection(vocabulary, correction, 0.0)(signal, batch)
+
     ours, theirs = plain_bytes(student), plain_bytes(teacher)
     assert (target.ids == student.eos_token_id).any()
+
     for row, (ids, probs) in enumerate(zip(target.ids.tolist(), target.probs.tolist(), strict=True)):
         said = dict(zip(signal.ids[row].tolist(), signal.log_probs[row].exp().tolist(), strict=True))
         spelt = {theirs[t]: p for t, p in said.items() if t in theirs}
         ended = said[teacher.eos_token_id] if batch.depth[row] == 0 else 0.0
+
         got = {i: p for i, p in zip(ids, probs, strict=True) if i >= 0}
         assert got.pop(student.eos_token_id, 0.0) == pytest.approx(ended)
         assert got.keys() <= ours.keys()  # no marker of the student's
+
         moved = 0.01 if batch.pieces[row] > 1 and correction == "span" else 0.0
         assert sum(got.values()) <= sum(spelt.values()) + moved + 1e-5
         if batch.depth[row] == 0:

@@ -318,6 +318,7 @@ def test_markup_is_learned_but_is_no_target_and_is_not_scored(name, teacher):
     windows = encoder.windows([json.dumps(talk)])
     tokenizers = [side.tokenizer for side in encoder.sides]
     batch = PairCollator(VocabularyMap.build(*tokenizers), encoder.end_of_text, 16)(windows)
+
     width = batch.student_ids.shape[1]
     anchored = set(batch.row_student.tolist())
     for row, window in enumerate(windows):
@@ -326,8 +327,10 @@ def test_markup_is_learned_but_is_no_target_and_is_not_scored(name, teacher):
                 assert row * width + place - 1 not in anchored
             if role == WRITTEN:
                 assert batch.labels[row, place - 1] == window["student_ids"][place]
+
     roles = [windows[0]["teacher_roles"], windows[-1]["teacher_roles"]]
     assert teacher == "llama-2" or any((role == WRITTEN).any() for role in roles)
+
     spoken = sum(len(message["content"].encode()) for message in (BYE, HI))
     assert batch.bytes.sum() == spoken
     for side, tokenizer in zip(("student", "teacher"), tokenizers, strict=True):

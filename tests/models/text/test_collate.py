@@ -67,7 +67,7 @@ def test_both_sides_of_a_window_supervise_the_same_bytes(texts, max_length):
 @settings(max_examples=40)
 @given(texts=TEXTS, max_length=st.integers(8, 60))
 def test_what_is_not_supervised_is_counted_as_left_out(texts, max_length):
-    """However short the windows are: long words without a common boundary may not fit."""
+    """Windows may be so short that long words without a common boundary do not fit."""
     maker = encoder(max_length)
     windows = maker.windows(texts)
     size = sum(len(maker.canonical(text).encode()) for text in texts)
@@ -289,11 +289,13 @@ def test_queries_and_keys_of_attention_lie_at_the_bytes_of_their_tokens(tokenize
     windows = pair.encoder.windows(STORIES)
     batch, attending = pair.collator()(windows), 0
     a, width = batch.anchors, batch.student_ids.shape[1]
+
     for b, window in enumerate(windows):
         first, last = (column(window, "teacher", name) for name in ("starts", "ends"))
         keys = list(zip(first, last, strict=True))
         assert a.key_bytes[b, : len(keys)].tolist() == [list(key) for key in keys]
         assert (a.key_bytes[b, len(keys) :] > 2**30).all()
+
         for q, anchor in enumerate(a.sampled[b].tolist()):
             attends = False
             if anchor >= 0:
@@ -304,6 +306,7 @@ def test_queries_and_keys_of_attention_lie_at_the_bytes_of_their_tokens(tokenize
                 attends = len(seen) > 1 and any(min(key[1], hi) > max(key[0], lo) for key in seen)
             assert bool(a.attends[b, q]) == attends
             attending += attends
+
     assert batch.counts["attn"] == attending > 0
 
 

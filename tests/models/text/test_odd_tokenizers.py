@@ -51,7 +51,7 @@ def test_a_student_that_is_its_teacher_has_no_kd_and_no_gradient_and_full_covera
 
 @pytest.mark.parametrize("kind", ["WordLevel", "end-of-word", "no-unk", "T5"])
 def test_equal_tokenizers_with_other_ends_of_text_are_aligned_one_by_one(kind):
-    """As a base model and its chat model: one more special token, and it is the end of text."""
+    """A base model and its chat model can differ like this: by one more special token, which is the end of text."""
     base = odd(kind)
     other = copy.deepcopy(base)
     other.add_special_tokens({"eos_token": "<|im_end|>"})

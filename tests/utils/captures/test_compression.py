@@ -136,7 +136,7 @@ def test_what_is_read_is_a_distribution_whatever_the_curve_says():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_settings_lose_in_nats(name):
-    """Of a real teacher; -s prints the table that docs/captures.md has."""
+    """Measure the losses of a real teacher; -s prints the table that docs/captures.md has."""
     place = os.environ.get("REAL_MODELS_DIR")
     if not place:
         pytest.skip("REAL_MODELS_DIR is not set: the losses of a real teacher are not measured")

@@ -54,7 +54,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("documents_in_row", [1, 3])
 def test_losses_and_gradients_are_those_of_the_captured_model(pair, tokenizer, tmp_path, documents_in_row):
-    """Of whole lists, in windows of one text each; the folder stays as it is."""
+    """Lists of the whole vocabulary, in windows of one text each; the folder stays as it is."""
     name = written(pair, tmp_path / "captures", documents_in_row=documents_in_row, has_start=True)
     before = contents(tmp_path / "captures")
     texts = [text for _, text in captured_texts(name, tokenizer)]
@@ -220,7 +220,7 @@ def test_broken_folders_are_refused_with_what_is_wrong(pair, tokenizer, tmp_path
 
 
 def test_lists_that_do_not_predict_their_text_are_refused(pair, tokenizer, tmp_path):
-    """As they would be by another number of bits; a random model's are none either."""
+    """Lists that are read with a wrong number of bits look like this; those of a random model do not predict either."""
     name = written(pair, tmp_path / "captures", {**EXACT, "k": 3, "exact_k": 3})
     with pytest.raises(UserError, match="of the texts' tokens among them, expected more than half"):
         open_captures(name, tokenizer)
@@ -232,7 +232,7 @@ def test_a_folder_that_is_not_there_is_named(tokenizer):
 
 
 def test_a_saved_data_set_is_read_like_parquet(pair, tokenizer, tmp_path):
-    """As DistillKit packs captures."""
+    """DistillKit saves captures in this form when it packs them."""
     name = written(pair, tmp_path / "captures")
     rows = open_captures(name, tokenizer).rows
     rows.save_to_disk(tmp_path / "saved")

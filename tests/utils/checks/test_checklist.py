@@ -1,4 +1,4 @@
-"""How the checklist is printed."""
+"""The checklist as it is printed."""
 
 import io
 import sys

@@ -58,6 +58,7 @@ def test_all_mistakes_are_reported_at_once_each_with_its_path():
             "data": 7,
         }
     )
+
     assert len(lines) == 8
     for path in (
         "trainig",

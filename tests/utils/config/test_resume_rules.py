@@ -1,4 +1,4 @@
-"""What a run is compared by when it is continued."""
+"""The settings in which a run and its continuation are compared."""
 
 import copy
 import logging

@@ -20,6 +20,7 @@ TALKS = [[{"role": "user", "content": r["prompt"]}, {"role": "assistant", "conte
 def write(folder, suffix, rows):
     file = folder / f"data{suffix}"
     table = datasets.Dataset.from_list(rows)
+
     match suffix:
         case ".jsonl":
             file.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -35,6 +36,7 @@ def write(folder, suffix, rows):
         case ".arrow":
             table.save_to_disk(folder / "saved")
             return next((folder / "saved").glob("*.arrow"))
+
     return file
 
 
@@ -153,7 +155,7 @@ def test_what_would_be_lost_is_refused_with_its_place(tmp_path, row, told):
 
 
 def write_jsonl(folder, rows):
-    """As `write`, of rows that fit into no table."""
+    """Write rows that fit into no table, and so cannot be written with `write`."""
     file = folder / "data.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -324,7 +326,7 @@ def test_speakers_of_sharegpt_have_the_usual_roles(tmp_path, speaker, role):
 
 
 def test_a_column_conversations_may_have_roles_and_both_forms_of_keys(tmp_path):
-    """As tables are that were merged from two sources: the other form's keys are there, and empty."""
+    """A table merged from two sources has the keys of both forms; in each message those of the other form are empty."""
     merged = [{**message, "from": None, "value": None} for message in (QUESTION, ANSWER)]
     other = [{"role": None, "content": None, "from": "human", "value": "Was it?"}, {**ANSWER, "from": None}]
     rows = [{"conversations": merged}, {"conversations": other}]

@@ -34,22 +34,27 @@ def test_every_index_comes_exactly_once_per_epoch(shape, epoch, start):
     options = {"global_batch": micro * accumulation * processes, "micro_batch": micro, "processes": processes}
     start = min(start, steps_per_epoch(n, options["global_batch"]))
     steps = range(start, steps_per_epoch(n, options["global_batch"]))
+
     per_rank = [
         list(step_batches(n, BatchGeometry(**options, rank=rank), seed=1, epoch=epoch, steps=steps))
         for rank in range(processes)
     ]
+
     position = 0
     order = permutation(n, 1, epoch)
     for step in range(start, steps_per_epoch(n, options["global_batch"])):
         count = micro_batches_in_step(n, step, **options)
         assert 1 <= count <= accumulation
+
         parts = [part for batches in per_rank for part in batches[position : position + count]]
         assert all(len(part) <= micro for part in parts) and len(parts) == count * processes
         if processes == 1:
             assert all(parts)
+
         expected = order[step * options["global_batch"] : (step + 1) * options["global_batch"]]
         assert sorted(index for part in parts for index in part) == sorted(expected.tolist())
         position += count
+
     assert all(len(batches) == position for batches in per_rank)
 
 

@@ -1,4 +1,4 @@
-"""What is measured on held-out text besides its loss."""
+"""Measurements on held-out text besides its loss."""
 
 import copy
 import logging
@@ -83,7 +83,7 @@ def test_without_a_router_there_is_nothing_to_record():
 
 
 def test_prompts_of_conversations_are_read_by_whoever_knows_their_templates():
-    """So many as there are samples, spread over the text."""
+    """One prompt is read for each sample; the prompts are spread over the text."""
     accelerator = SimpleNamespace(device=torch.device("cpu"))
     documents, asked = [f"conversation {n}" for n in range(9)], []
 

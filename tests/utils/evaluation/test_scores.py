@@ -34,6 +34,7 @@ VOCABULARY = 61
 def tiny(kind: str, dtype: torch.dtype = torch.float32, tied: bool = True):
     torch.manual_seed(0)
     sizes = {"vocab_size": VOCABULARY, "tie_word_embeddings": tied, "bos_token_id": 0, "eos_token_id": 0}
+
     if kind == "gpt2":
         model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=64, **sizes))
     else:
@@ -47,6 +48,7 @@ def tiny(kind: str, dtype: torch.dtype = torch.float32, tied: bool = True):
                 **sizes,
             )
         )
+
     model.register_buffer("half_buffer", torch.randn(5).to(dtype))
     return model.to(dtype)
 

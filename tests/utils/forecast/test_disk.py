@@ -142,6 +142,7 @@ def test_a_width_for_each_layer_counts_as_the_widest():
         layer_types=["sliding_attention", "full_attention"],
         activation_sparsity_pattern=[0.0, 0.0],
     )
+
     assert Shape.of(config).intermediate == 64
     assert disk(Shape.of(config), TrainingConfig(), LoraConfig())["student"] == 4 * Shape.of(config).parameters
 

@@ -36,7 +36,7 @@ def _narrow(monkeypatch):
 
 
 def draws(stream: io.StringIO) -> list[str]:
-    """What the bar's line showed, one after the other."""
+    """Return the texts that the bar's line showed, one after the other."""
     plain = ESCAPES.sub("", stream.getvalue()).replace("\n", "\r")
     return [line.rstrip() for line in plain.split("\r") if line.strip()]
 

@@ -1,4 +1,4 @@
-"""What a run writes is bounded, one line per message, and survives a kill."""
+"""The log and the metrics of a run are bounded, have one line per message, and survive a kill."""
 
 import io
 import json
@@ -86,6 +86,7 @@ def simulate(output_dir, stream, clock, *, total=25_000, seconds=TWELVE_HOURS, e
     display.time_left.expect({"step": total}, {})
     steps.begin(0)
     loop = logging.getLogger("utils.training.loop")
+
     for step in range(1, total + 1):
         clock.now += seconds / total
         if steps.due(step):
@@ -95,6 +96,7 @@ def simulate(output_dir, stream, clock, *, total=25_000, seconds=TWELVE_HOURS, e
             loop.debug("saved checkpoints/step-%08d", step)
         if step % 500 == 0:
             steps.evaluation(evaluation_at(step))
+
     steps.close()
     display.close()
 

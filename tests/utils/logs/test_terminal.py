@@ -83,7 +83,7 @@ def test_a_console_made_for_a_terminal_writes_no_colours_into_a_file(monkeypatch
 
 
 def test_a_program_without_a_console_has_nobody_who_watches(monkeypatch):
-    """As pythonw.exe and services have it."""
+    """Programs under pythonw.exe and services have no standard output."""
     monkeypatch.setattr(sys, "stdout", None)
     assert not person_may_watch(None)
     assert console() is console()

@@ -126,6 +126,7 @@ def test_weights_and_biases_keeps_the_run_in_its_folder_without_a_network(tmp_pa
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     accelerator = build_accelerator("no", cpu=True, track=["wandb"], folder=tmp_path)
+
     for done in (0, 100):
         tracker = Tracking(accelerator, tmp_path, SETTINGS, done)
         run = accelerator.trackers[0].tracker
@@ -134,9 +135,11 @@ def test_weights_and_biases_keeps_the_run_in_its_folder_without_a_network(tmp_pa
         assert run.id == (tmp_path / TRACKERS / "run_id").read_text() and run.project == PROJECT
         assert done or json.loads(run.config["training.betas"]) == [0.9, 0.95]
         tracker.close()
+
     kept = sorted((tmp_path / TRACKERS / "wandb").glob(f"offline-run-*-{run.id}/*.wandb"))
     assert len(kept) == 2
     names = [path.encode() for path in (*flat_record(record_at(100, 1000)), *flat_record(evaluation_at(100)))]
+
     # Its service writes in a process of its own, which may be behind on a busy machine.
     deadline = time.monotonic() + 60
     while lacking := [name for file in kept for name in names if name not in file.read_bytes()]:

@@ -1,4 +1,4 @@
-"""What a signal does to a run. Whole runs: tests/faults/test_signals.py."""
+"""Effects of a signal on a run. Whole runs: tests/faults/test_signals.py."""
 
 import os
 import signal

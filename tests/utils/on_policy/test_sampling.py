@@ -110,7 +110,7 @@ def test_a_token_without_probability_is_never_drawn():
 
 
 def test_a_token_is_drawn_where_logits_have_overflowed():
-    """As in float16: the loss is not finite either, and the training skips such a step."""
+    """Logits can overflow in float16; the loss is not finite either then, and the training skips such a step."""
     nan, inf = float("nan"), float("inf")
     logits = torch.tensor([[nan] * 4, [-inf] * 4, [0.0, inf, 0.0, 0.0], [nan, nan, 3.0, nan]])
     draw = sampling_module._Draw(torch.full((4, 1), 0.6, dtype=torch.float64), width=1)

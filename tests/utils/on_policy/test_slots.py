@@ -1,4 +1,4 @@
-"""Which windows of a step the student writes itself: as many as the share says, the same in every process."""
+"""The windows of a step that the student writes itself: as many as the share says, the same in every process."""
 
 from itertools import pairwise
 

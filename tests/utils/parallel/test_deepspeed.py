@@ -1,4 +1,4 @@
-"""What DeepSpeed may be asked for. What runs under it compute: tests/equivalence/test_deepspeed.py."""
+"""Requests for DeepSpeed, taken or refused. What runs under it compute: tests/equivalence/test_deepspeed.py."""
 
 import json
 from types import SimpleNamespace
@@ -56,14 +56,17 @@ def test_accelerate_reads_its_settings_and_the_loop_keeps_its_own(monkeypatch, s
     launched = []
     monkeypatch.setattr("accelerate.commands.launch.deepspeed_launcher", launched.append)
     launch_command(launch_command_parser().parse_args(["--config_file", str(file), "train.py"]))
+
     (asked,) = launched
     assert asked.use_deepspeed and asked.num_processes == 2
     for name, value in prepare_deepspeed_cmd_env(asked)[1].items():
         monkeypatch.setenv(name, value)
+
     made = plugin("bf16", "gpu")
     made.set_mixed_precision("bf16")
     made.select(_from_accelerator_state=True)
     assert not is_deepspeed_zero3_enabled()  # or transformers would shard the teacher, too
+
     settings = made.deepspeed_config
     assert made.zero_stage == settings["zero_optimization"]["stage"] == stage
     assert settings["gradient_accumulation_steps"] == 1 and settings["gradient_clipping"] == 0

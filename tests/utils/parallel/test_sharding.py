@@ -1,4 +1,4 @@
-"""What a launcher may ask for. What sharded runs compute: tests/equivalence/test_processes.py."""
+"""Requests of a launcher, taken or refused. What sharded runs compute: tests/equivalence/test_processes.py."""
 
 import pytest
 import torch

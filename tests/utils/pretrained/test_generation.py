@@ -1,4 +1,4 @@
-"""Whatever generation settings a base ships, the student can be saved with them, and they keep their meaning."""
+"""A student can be saved with whatever generation settings its base ships, and they keep their meaning."""
 
 import json
 import logging

@@ -67,7 +67,7 @@ def test_over_a_half_precision_base_the_adapter_is_float32(dtype):
     "targets", [["all-linear"], ["q_proj", "lm_head"], ["embed_tokens"], ["lm_head", "embed_tokens"]]
 )
 def test_merged_logits_are_those_with_the_adapter_also_from_the_disk(tmp_path, targets, tied):
-    """Where head and embedding are one tensor, the change of one must not reach the other."""
+    """Head and embedding may be one tensor: the change of one must not reach the other."""
     student = trained(add_lora(base(tied), "some/base", settings(targets=targets)))
     before, expected = logits(base(tied)), logits(student)
     assert (expected - before).abs().max() > 0.1

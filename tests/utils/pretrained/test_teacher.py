@@ -73,6 +73,7 @@ def test_what_can_be_had_computes_with_the_student_or_beside_it(monkeypatch):
         == teachers.choose_teacher_device(asked("sharded"), accelerator(2))
         == CPU
     )
+
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
     assert [teachers.gpus_used(asked("spread"), first, {first}), teachers.gpus_used(asked("auto"), first, {first})] == [
         4,
@@ -82,10 +83,12 @@ def test_what_can_be_had_computes_with_the_student_or_beside_it(monkeypatch):
         2,
         0,
     ]
+
     ahead = [
         device for device in ("auto", "cpu", "cuda:1", "spread", "sharded") if teachers.is_asked_ahead(asked(device))
     ]
     assert ahead == ["cpu", "cuda:1", "spread"]
+
     alone = [teachers.on_one_process(asked(device).teacher).device for device in ("spread", "sharded", "cpu")]
     assert alone == ["auto", "auto", "cpu"]
 
@@ -118,13 +121,16 @@ def test_a_teacher_in_several_places_says_the_same_bit_for_bit(tmp_path, tied):
     plain, batch, layers = pair.frozen(), pair.batch(), (1, 3)
     embedding = model.get_input_embeddings().weight.nbytes
     small = embedding + 26_000 if tied else 2 * embedding + 16_000  # room for the largest part is kept free
+
     spread = loading.load_model(str(tmp_path), "teacher", torch.float32, {"cpu": small})
     places = {name: str(parameter.device) for name, parameter in spread.named_parameters()}
     assert places["model.embed_tokens.weight"] == "cpu" and places["model.layers.2.mlp.up_proj.weight"] == "meta"
     assert places.get("lm_head.weight") == (None if tied else "meta")
+
     pair.teacher = spread
     teacher = pair.frozen()
     assert teacher.device == CPU
+
     found, expected = teacher.signal(batch, 8, layers), plain.signal(batch, 8, layers)
     for name in ("ids", "log_probs", "log_tail", "log_mass", "realised"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name

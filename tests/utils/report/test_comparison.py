@@ -148,7 +148,7 @@ def seeds(place, number: int, **training) -> list[str]:
 
 
 def test_over_seeds_there_is_a_mean_with_its_interval(place, tmp_path, capsys):
-    """Of 1.0, 1.1 and 1.2 the mean is 1.1, the deviation 0.1, and t with 2 degrees of freedom 4.303."""
+    """The mean of 1.0, 1.1 and 1.2 is 1.1, the deviation 0.1, and t with 2 degrees of freedom 4.303."""
     names = [*seeds(place, 0), *seeds(place, 1), *seeds(place, 2), *seeds(place, 3, learning_rate=1.0)]
     copied = place("copy", 1.0, settings={"training": {"seed": 0}})
     group, other = over_seeds(read_runs([*names, copied]))

@@ -63,6 +63,7 @@ def whole() -> str:
     samples = [dict.fromkeys(("prompt", "teacher", "student", "baseline", "initial_student"), text) for text in texts]
     score = {"value": 0.75, "stderr": 0.01}
     task = {"task": EVIL, "metric": "acc", "higher_is_better": True, "documents": 2376, "student": score}
+
     results = RESULTS | {
         "samples": samples,
         "baseline": scores(1.1, 5),
@@ -71,6 +72,7 @@ def whole() -> str:
         "differences": [DIFFERENCE, DIFFERENCE],
         "chosen_positions": CHOSEN | {"tokens": [(EVIL, True), (" b", False)]},
     }
+
     pictures = [*curves_as_svg(run(kd=0.7, lm=0.3), results, run(lm=1.0)), routing_as_svg(ROUTING)]
     settings = {"teacher": {"name": "a/b"}, "student": {"name": EVIL}, "training": {"seed": 1}, "output_dir": EVIL}
     notes = {"notes": {"device": "cpu"}, "environment": {"packages": {"torch": "2.13"}}}
@@ -80,10 +82,12 @@ def whole() -> str:
 def test_the_page_is_well_formed_and_has_all_parts():
     read = Page(whole())
     text = " ".join(read.texts)
+
     for part in ("Distilled student", "1.0000", "fewer bits per byte than before training", "[RED FLAG] number 29"):
         assert part in text
     for part in ("and 10 more in train.log", "AutoModelForCausalLM", "seed", "torch", "Beginning", "closed 90.0%"):
         assert part in text
+
     for part in (
         "One text, two tokenizations",
         "Where the teacher is listened to",
@@ -93,6 +97,7 @@ def test_the_page_is_well_formed_and_has_all_parts():
         "Repeat the run",
     ):
         assert part in text
+
     assert read.tags.count("svg") == 6 and text.count("Teacher") >= 4 and "number 30" not in text
 
 
@@ -205,7 +210,7 @@ def test_in_a_browser_nothing_sticks_out_on_a_phone_or_a_desk(tmp_path):
 
 
 def browse(folder: Path, name: str, *options: str) -> str:
-    """What the browser prints; in a profile of its own, without network."""
+    """Return what the browser prints; it runs in a profile of its own, without network."""
     quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
     alone = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={folder / 'profile'}"]
     command = [BROWSER, *alone, *quiet, *options, (folder / name).as_uri()]

@@ -182,14 +182,17 @@ def test_the_last_routing_is_drawn_told_and_in_the_json(tmp_path, figures):
     weights = [[0.7, 0.2, 0.1], [0.05, 0.25, 0.7]]
     records = [evaluated(0), evaluated(500, [[1.0, 0, 0]] * 2), evaluated(1500, weights), evaluated(2000)]
     written = write_report(tmp_path, RESULTS, records)
+
     routing = json.loads((tmp_path / REPORT_JSON).read_text())["routing"]
     assert written["routing"] == routing and "routing" not in RESULTS
     assert routing == {"step": 1500, "student_layers": [4, 8], "teacher_layers": [6, 9, 12], "weights": weights}
+
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
         [REPORT_JSON, REPORT_MD, REPORT_HTML, CURVES, ROUTING]
     )
     text = (tmp_path / REPORT_MD).read_text()
     assert f"![Routing]({ROUTING})" in text and "at step 1,500" in text
+
     panel = figures[-1].axes[0]
     assert [label.get_text() for label in panel.get_xticklabels()] == ["6", "9", "12"]
     assert [label.get_text() for label in panel.get_yticklabels()] == ["4", "8"]

@@ -10,7 +10,7 @@ from utils.run.expected_work import expect_training
 
 
 def expected(done: int = 0, *, has_teacher: bool = True, processes: int = 1, **evaluation) -> TimeLeft:
-    """Of 100 steps, 10 windows and two samples of 8 tokens."""
+    """Return the work that is expected of a run with 100 steps, 10 windows and two samples of 8 tokens."""
     job = SimpleNamespace(
         config=SimpleNamespace(
             evaluation=EvaluationConfig(samples=2, new_tokens=8, **evaluation),

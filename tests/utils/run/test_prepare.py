@@ -1,4 +1,4 @@
-"""What is said of the text before training."""
+"""The description of the text, in words, before training."""
 
 from utils.run.prepare import corpus_in_words
 

@@ -1,4 +1,4 @@
-"""What a run does before anything else."""
+"""The start of a run, before anything else."""
 
 from types import SimpleNamespace
 
@@ -11,7 +11,7 @@ from utils.run.session import Session
 
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
-    """What a start calls, in order, up to the check of what the settings require."""
+    """The list of what a start calls, in order, up to the check of what the settings require."""
     calls = []
 
     def refuse(*_) -> None:

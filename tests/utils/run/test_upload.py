@@ -15,7 +15,7 @@ from utils.run import upload as hub
 
 
 class Hub:
-    """What was asked of it; raises what it is told to."""
+    """A hub that records what it is asked for, and raises the error that it is given."""
 
     def __init__(self) -> None:
         self.created, self.uploaded, self.refusal = [], [], None

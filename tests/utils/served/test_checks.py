@@ -29,7 +29,7 @@ def test_another_tokenizer_of_the_same_size_is_refused(pair, clients, kind):
 
 
 def test_another_tokenizer_is_told_by_single_tokens_too(pair, clients):
-    """As where a server tells nothing of how it cuts a text."""
+    """A server may tell nothing of how it cuts a text into tokens."""
     shuffled = permuted(byte_bpe(400), [0, *range(399, 0, -1)])
     wrong = pytest.raises(UserError, match=r"\d+ of \d+ tokens are others there: \d+ is ")
     with running(PretendedServer(pair.teacher, byte_bpe(400), "SGLang", tokenizes=False)) as server, wrong:

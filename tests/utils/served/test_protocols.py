@@ -127,7 +127,7 @@ def test_the_pretended_sglang_answers_in_the_shape_of_the_real_one(pair, clients
 
 
 def test_the_last_token_of_a_vocabulary_is_read_as_sglang_writes_it(pair, clients):
-    """As 0; where another token is written so, another text was scored."""
+    """SGLang writes it as 0; where another token is written so, another text was scored."""
     last, ids = OF_SGLANG["last_token"], OF_SGLANG["last_token"]["request"]["input_ids"]
     with running(PretendedServer(pair.teacher, byte_bpe(400), "SGLang")) as server:
         client = clients(server.address)

@@ -1,4 +1,4 @@
-"""What a teacher said about a window survives being packed: exactly, or within the stated error."""
+"""Packing keeps what a teacher said about a window: exactly, or within the stated error."""
 
 import numpy as np
 import pytest

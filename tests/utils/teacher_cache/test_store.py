@@ -385,9 +385,11 @@ def test_only_windows_that_the_run_comes_to_are_built(tmp_path, monkeypatch):
 def test_the_forecast_is_what_is_written_and_too_little_disk_is_refused_before(tmp_path, monkeypatch, caplog):
     made = building(opened(tmp_path), monkeypatch)
     made.build(Teacher(made.cache), Batch, False, StopSignal())
+
     monkeypatch.setattr(cache_building, "free_disk", lambda _: 10)
     with pytest.raises(UserError, match=r"needs 0\.\d+ MB more, 0\.0 MB are free"):
         made.forecast()
+
     monkeypatch.setattr(cache_building, "free_disk", lambda _: 10**12)
     monkeypatch.setattr(cache_building, "KAGGLE_OUTPUT", 1000)
     with caplog.at_level("INFO", logger="utils"):
@@ -395,6 +397,7 @@ def test_the_forecast_is_what_is_written_and_too_little_disk_is_refused_before(t
     assert "Kaggle keeps at most 20 GB" in caplog.text and "10 windows are missing" in caplog.text
     each = made.cache.written.bytes / LEARNED
     assert f"{each:.1f} bytes per student token" in caplog.text
+
     made.cache.written.tokens, made.cache.written.seconds = LEARNED, 1000.0  # 123 bytes of held-out text
     missing = sum(row["bytes"] for row in made.windows)
     with caplog.at_level("INFO", logger="utils"):

@@ -72,7 +72,7 @@ def weights(framework: DistillationFramework) -> dict[str, torch.Tensor]:
 
 
 def test_it_does_what_the_own_loop_does(pair, windows, tmp_path):
-    """However the steps are cut, the short last one too; micro-batches hold different numbers of tokens."""
+    """Any cut of the steps gives the same, the short last one too; micro-batches hold different numbers of tokens."""
     in_order = [windows[i] for i in permutation(len(windows), 0, 0)]
     config = toy_config(
         batch_size=2,

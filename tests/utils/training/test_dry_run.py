@@ -1,4 +1,4 @@
-"""What fails in a later mode fails before anything is measured, and a dry run leaves no trace."""
+"""A dry run finds what would fail in a later mode before anything is measured, and leaves no trace."""
 
 import copy
 

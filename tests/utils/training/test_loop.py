@@ -123,6 +123,7 @@ def test_record_has_the_documented_keys_and_its_arithmetic_holds(tmp_path):
     train(ToyModule(), toy_config(epochs=3), tmp_path, every=3, total=9)
     records = read_metrics(tmp_path / "metrics.jsonl")
     assert [record["step"] for record in records] == [3, 6, 9]
+
     for record in records:
         assert list(record) == [
             "step", "epoch", "progress", "loss", "lr", "grad_norm", "tokens_per_second", "peak_memory_mb",
@@ -130,10 +131,12 @@ def test_record_has_the_documented_keys_and_its_arithmetic_holds(tmp_path):
         ]  # fmt: skip
         assert set(record["terms"]) == {"lm", "kd", "span"}
         assert all(list(term) == ["raw", "weight", "weighted", "count"] for term in record["terms"].values())
+
         assert math.isclose(record["loss"], sum(term["weighted"] for term in record["terms"].values()), rel_tol=1e-5)
         assert record["kd_nats_per_token"] == record["terms"]["kd"]["raw"] / 4
         assert record["coverage"]["anchored"] == 1.0 and 0 < record["coverage"]["depth0"] <= 0.5
         assert record["tokens_per_second"] > 0 and record["peak_memory_mb"] > 0 and record["grad_norm"] > 0
+
     last = records[-1]
     assert (last["epoch"], last["progress"], last["temperature"], last["top_k"]) == (3.0, 1.0, 2.0, 4)
     assert last["terms"]["kd"]["weight"] == 0.05 * 8  # the module counts steps from 0
@@ -595,20 +598,25 @@ def test_search_for_a_scale_steps_the_schedule_and_not_the_weights(tmp_path):
     accelerator.state._mixed_precision = "fp16"
     module = OverflowsFirst()
     module.scaler = accelerator.scaler
+
     store, logger = CheckpointStore(tmp_path / "checkpoints"), StepLogger(tmp_path, 12, 1)
     config = toy_config(max_steps=12, warmup_ratio=0.25)
     options = LoopOptions(logger=logger, checkpoints=store)
     result = fit(module, toy_windows(), toy_collate, config, accelerator=accelerator, options=options)
     logger.close()
+
     assert result.skipped_steps == 8
     rates = [record["lr"] for record in read_metrics(tmp_path / "metrics.jsonl")]
     risen = [0.05 * step / 3 for step in range(3)]
     fallen = [0.025 * (1 + math.cos(math.pi * step / 9)) for step in range(9)]
     assert rates == pytest.approx(risen + fallen)
+
     saved = store.load(store.newest_whole())
     assert saved.objects["scaler"]["scale"] == 256
     assert saved.objects["scheduler"]["last_epoch"] == 12
     assert (saved.state["guard"]["in_a_row"], saved.state["guard"]["skipped"]) == (0, 8)
+
+    # The scale comes from the checkpoint: a new scaler begins at 65,536.
     continued = torch.amp.GradScaler("cpu")
     accelerator.scaler = module.scaler = continued
     silent = StepLogger(None, 12, 1, main_process=False)

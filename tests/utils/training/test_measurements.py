@@ -1,4 +1,4 @@
-"""What the loop counts: the gradient of each term, measured without a trace in the run, and its time."""
+"""Measurements of the loop: the gradient of each term, taken without a trace in the run, and the loop's time."""
 
 import math
 import time
@@ -110,14 +110,17 @@ def test_not_asking_for_them_logs_none(tmp_path):
 def test_the_scale_of_fp16_is_divided_out(tmp_path):
     """accelerate refuses fp16 on a CPU, but torch's scaler works there; in float32, so that nothing overflows."""
     plain = logged(tmp_path / "plain", Late(), term_gradients=True)["terms"]
+
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         accelerator = build_accelerator("no", cpu=True)
         accelerator.scaler, accelerator.native_amp = torch.amp.GradScaler("cpu"), True
         accelerator.state._mixed_precision = "fp16"
+
         logger = StepLogger(tmp_path / "scaled", 1, 1)
         config = toy_config(batch_size=2, gradient_accumulation_steps=4, max_steps=1)
         module, options = InFloat32(), LoopOptions(logger=logger, term_gradients=True)
+
         scales = []
         hook = module.embed.weight.register_hook(lambda gradient: scales.append(gradient.abs().max().item()))
         fit(module, toy_windows(8), toy_collate, config, accelerator=accelerator, options=options)
@@ -125,6 +128,7 @@ def test_the_scale_of_fp16_is_divided_out(tmp_path):
         logger.close()
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
     scaled = read_metrics(tmp_path / "scaled" / "metrics.jsonl")[0]["terms"]
     assert len(scales) == 12 and min(scales) > 100  # 4 micro-batches: two terms and the loss, all of them scaled
     for name in ("lm", "kd"):

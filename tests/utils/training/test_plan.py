@@ -1,4 +1,4 @@
-"""What the optimizer trains, at which rates, and that a checkpoint brings it back."""
+"""The plan of the optimizer: what it trains, at which rates, and that a checkpoint brings it back."""
 
 from types import SimpleNamespace
 

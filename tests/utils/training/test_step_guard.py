@@ -105,21 +105,26 @@ def test_a_real_model_trained_without_the_shift_is_flagged_and_with_it_is_not(sh
     torch.manual_seed(0)
     size = 128
     table = torch.randn(size, size).mul(1.5).softmax(-1)  # a first-order language, about 3.7 nats per token
+
     model = torch.nn.ModuleList([torch.nn.Embedding(size, 64), torch.nn.GRU(64, 64), torch.nn.Linear(64, size)])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     flags, _ = watch(vocabulary_size=size, initial_loss=math.log(size))
+
     for step in range(1, 151):
         text = torch.randint(0, size, (1, 32))
         for _ in range(16):
             text = torch.cat([text, torch.multinomial(table[text[-1]], 1).T])
+
         ids, labels = text[:-1], text[shift : len(text) - 1 + shift]
         hidden, _ = model[1](model[0](ids))
         loss = F.cross_entropy(model[2](hidden).flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+
         if step % 50 == 0:
             flags.check(record_at(step, loss.item()))
+
     assert flags.warned == (["copying"] if shift == 0 else [])
 
 

@@ -54,7 +54,7 @@ def open_stream(setup: StreamSetUp, folder: Path, global_batch: int = 4, check=l
 
 
 def batch_source(rank: int = 0) -> BatchSource:
-    """What makes batches: here, the texts of their windows."""
+    """Return a source of batches, which are here the texts of their windows."""
     return BatchSource(
         windows=[],
         collate=lambda windows: [str(window["text"]) for window in windows],
