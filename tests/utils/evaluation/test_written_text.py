@@ -44,6 +44,19 @@ def test_an_encoder_reads_a_prompt_beside_a_longer_one_as_if_it_were_alone():
     assert sample_texts(model, [short, long], sampling)[0] == sample_texts(model, [short], sampling)[0]
 
 
+def test_no_copy_of_a_frozen_head_is_made_for_each_prompt(model):
+    """PyTorch makes one for states that are a view, such as the last of each row."""
+    seen = []
+    head = model.requires_grad_(False).get_output_embeddings()
+    head.register_forward_hook(lambda head, inputs, logits: seen.append(inputs[0]))
+    sample_texts(model, [[5, 6, 7], [8, 9]], Sampling(new_tokens=2, end=None), float32=False)
+    assert len(seen) == 2 and all(states.is_contiguous() for states in seen)
+
+    # Nothing stays behind: whoever else calls the head has what it gave.
+    model(torch.tensor([[5, 6, 7], [8, 9, 5]]), logits_to_keep=1)
+    assert not seen[-1].is_contiguous()
+
+
 def test_a_sample_stops_at_the_end_of_text_or_at_the_context(model):
     model.lm_head.weight.data.zero_()
     model.lm_head.weight.data[17] = 1e4 * torch.sign(model.model.norm.weight.data)
