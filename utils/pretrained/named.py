@@ -35,8 +35,10 @@ def load_shapes(config: RunConfig) -> dict[str, PretrainedConfig]:
     shapes = loading.load_each(loading.load_config, names)
     # In the order of the sides of a window.
     for role, model in teachers.items():
-        elsewhere = model.is_elsewhere
-        shapes[role] = _shape_of_tokenizer(model.tokenizer, f"{role}.tokenizer") if elsewhere else shapes.pop(role)
+        if model.is_elsewhere:
+            shapes[role] = _shape_of_tokenizer(model.tokenizer, f"{role}.tokenizer")
+        else:
+            shapes[role] = shapes.pop(role)
 
     count = config.student.layers
     if count is not None:
