@@ -77,8 +77,8 @@ SMALL += ["evaluation.generation=2"]
 
 
 def alternatives(words: str) -> list[str]:
-    """`--a x|y [--b]` -> with either value, without and with what is in brackets."""
-    parts = re.split(r"\[([^]]*)\]", words)
+    """`--a x|y [--b]` -> with either value, without and with the flag in brackets; a list in a value stays one."""
+    parts = re.split(r"\[(--[^]]*)\]", words)
     ways = [[" " + way for way in either(part)] + ([""] if i % 2 else []) for i, part in enumerate(parts)]
     return [" ".join(" ".join(way).split()) for way in product(*ways)]
 
