@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from models.config import CurriculumConfig, Ramp, Term
 from models.distillation import Distillation, Method
@@ -276,14 +277,19 @@ def test_sharded_weights_are_refused(monkeypatch):
         run(None)
 
 
-def test_a_share_without_anything_that_writes_is_refused():
+def test_a_share_without_anything_that_writes_is_refused(tmp_path):
     """Neither loop learns from given text alone without a word."""
     pair = pair_for(0.5)
     framework, windows = pair.framework(STEPS), pair.windows(TEXTS)
     with pytest.raises(UserError, match=r"LoopOptions\(rounds"):
         fit(framework, windows, pair.collate, toy_config(), accelerator=build_accelerator("no", cpu=True))
     with pytest.raises(UserError, match=r"curriculum.on_policy above 0"):
-        DistillationTrainer(model=framework, train_dataset=windows, data_collator=pair.collate)
+        DistillationTrainer(
+            model=framework,
+            args=TrainingArguments(output_dir=str(tmp_path)),
+            train_dataset=windows,
+            data_collator=pair.collate,
+        )
 
 
 def test_slots_are_those_of_the_plan_whatever_its_micro_batches():

@@ -60,7 +60,7 @@ def _sample(
 
     device = next(model.parameters()).device
     ids = torch.tensor([prompt], device=device)
-    with plain_generation(model):
+    with ready_to_write(model):
         outputs = model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
@@ -136,25 +136,42 @@ class _Noting:
 
 
 @contextmanager
-def plain_generation(model: nn.Module) -> Iterator[None]:
-    """Set the model's own generation settings aside: they would be merged in, and warned about when greedy.
+def ready_to_write(model: nn.Module) -> Iterator[None]:
+    """Prepare a model for `generate`: its own settings aside, its head given states that are contiguous."""
+    with _own_settings_aside(model), _contiguous_states_for_head(model):
+        yield
 
-    Its head is handed contiguous states. `generate` gives it the last of each row, a view into all of them, and for
-    such a view PyTorch multiplies by a copy of the frozen weights for every row: in half precision on a CPU 16 GB, and
-    a minute, for 51 rows of a head of 262,144 tokens and 640 channels.
-    """
+
+@contextmanager
+def _own_settings_aside(model: nn.Module) -> Iterator[None]:
+    """Set the model's own generation settings aside: they would be merged in, and warned about when greedy."""
     from transformers import GenerationConfig
 
-    model_settings = model.generation_config
+    own_settings = model.generation_config
     model.generation_config = GenerationConfig()
-    head = model.get_output_embeddings()
-    hook = None if head is None else head.register_forward_pre_hook(_with_contiguous_states)
     try:
         yield
     finally:
-        model.generation_config = model_settings
-        if hook is not None:
-            hook.remove()
+        model.generation_config = own_settings
+
+
+@contextmanager
+def _contiguous_states_for_head(model: nn.Module) -> Iterator[None]:
+    """Hand the head contiguous states; `generate` gives it the last of each row, a view into all of them.
+
+    For such a view PyTorch multiplies by a copy of the frozen weights for every row: in half precision on a CPU 16 GB,
+    and a minute, for 51 rows of a head of 262,144 tokens and 640 channels.
+    """
+    head = model.get_output_embeddings()
+    if head is None:
+        yield
+        return
+
+    hook = head.register_forward_pre_hook(_with_contiguous_states)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _with_contiguous_states(head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .samples import continuation, generation_settings, plain_generation, readable_tokens, writing_model
+from .samples import continuation, generation_settings, readable_tokens, ready_to_write, writing_model
 from .scores import IGNORE, evaluation_mode, float32_evaluation, has_encoder, token_nll
 
 NGRAM = 4
@@ -74,7 +74,7 @@ def sample_texts(
     with (
         torch.random.fork_rng(devices),
         float32_evaluation(model) if float32 else evaluation_mode(model),
-        plain_generation(model),
+        ready_to_write(model),
     ):
         torch.manual_seed(sampling.seed)
         for first in range(0, len(prompts), SAMPLED_TOGETHER):

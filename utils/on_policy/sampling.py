@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..evaluation.samples import generation_settings, plain_generation, readable_tokens, writing_model
+from ..evaluation.samples import generation_settings, readable_tokens, ready_to_write, writing_model
 from ..evaluation.scores import evaluation_mode
 from ..evaluation.written_text import padded
 from ..machine import device_memory
@@ -139,7 +139,7 @@ class GenerateEngine:
         model = writing_model(student)
         texts: list[list[int]] = [[] for _ in prompts]
         waiting = _in_order(prompts)
-        with evaluation_mode(model), plain_generation(model), self.precision():
+        with evaluation_mode(model), ready_to_write(model), self.precision():
             while waiting:
                 numbers = self._next_batch(prompts, waiting, readable_tokens(model))
                 rows = self._written(model, [prompts[number] for number in numbers], sampling)
