@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from models.config import HEAD_TERMS, CurriculumConfig, LossConfig, RouterConfig, Schedule, values_of
+from models.curriculum import value_at
 from utils.config import arguments, command_line, reference
 from utils.config.contradictions import contradictions
 from utils.config.error_messages import Contradiction, Contradictions
@@ -132,8 +133,14 @@ class RunConfig(Validated):
 
     @property
     def reads_once(self) -> bool:
-        """True if no text is learned from twice: in one epoch, or from a stream. A number of steps may take several."""
-        return self.data.streaming or (self.training.max_steps is None and self.training.epochs == 1)
+        """True if no text is learned from twice: in one epoch, or from a stream. A number of steps may take several.
+
+        Nor may text be opened later than it would be read: what is open is read again in place of what is not.
+        """
+        is_one_epoch = self.training.max_steps is None and self.training.epochs == 1
+        share = self.curriculum.open_text
+        is_open_in_time = all(value_at(share, percent / 100) >= percent / 100 for percent in range(101))
+        return self.data.streaming or (is_one_epoch and is_open_in_time)
 
     @property
     def compares_without_teacher(self) -> bool:
