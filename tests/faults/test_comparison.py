@@ -52,6 +52,25 @@ def test_a_teacher_that_did_not_help_is_told_with_what_to_try(place, output, cap
     assert "learned more without the teacher" in (output / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("words", "is_told"),
+    [
+        ([], True),
+        (["--set", "curriculum.kd.weight={points: [[0, 0.7], [0.5, 0]]}", "curriculum.lm.weight=1"], False),
+        (["--without-teacher"], False),
+    ],
+    ids=["kd to the end", "kd falls to 0", "compared"],
+)
+def test_a_teacher_that_the_student_has_passed_is_told_while_it_still_weighs(
+    place, tmp_path, capsys, monkeypatch, words, is_told
+):
+    monkeypatch.setattr(stages, "has_passed_teacher", lambda results: True)
+    assert train.main(place.arguments(tmp_path / "run", "--max-steps", "2", *words)) == 0
+    told = "has passed its teacher" in " ".join(capsys.readouterr().out.split())
+    assert told is is_told
+    assert ("has passed its teacher" in (tmp_path / "run" / "report.html").read_text()) is is_told
+
+
 def test_after_another_number_of_steps_it_is_dropped(place, output, capsys, monkeypatch):
     sound = stages.train_student
 

@@ -100,6 +100,14 @@ def is_better_without_teacher(results: Mapping[str, Any]) -> bool:
     return {"student", "baseline"} <= bits.keys() and _change_by_teacher(bits) >= EQUAL
 
 
+def has_passed_teacher(results: Mapping[str, Any]) -> bool:
+    """Return True if the student, which began behind its teacher, needs fewer bits per byte than it by now."""
+    bits = bits_of(results)
+    if not {"student", "initial_student", "teacher"} <= bits.keys():
+        return False
+    return bits["student"] < bits["teacher"] < bits["initial_student"]
+
+
 def _change_by_teacher(bits: Mapping[str, float]) -> float:
     """Return the share of bits per byte that the teacher adds; below 0 it helps."""
     return bits["student"] / bits["baseline"] - 1

@@ -32,7 +32,7 @@ from ..pretrained import student as students
 from ..pretrained import teacher as teachers
 from ..pretrained.loading import fingerprint
 from ..report import report, token_views
-from ..report.results import is_better_without_teacher, worse_than_before
+from ..report.results import has_passed_teacher, is_better_without_teacher, worse_than_before
 from ..run_layout import BLOCKS, CHECKPOINTS, METRICS, REPORT_HTML, ROUNDS, START, STUDENT, WITHOUT_TEACHER
 from ..served.checks import Demand
 from ..served.teacher import ListServer, connect, listed_tokens
@@ -581,11 +581,30 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
         # before the report, which shows the warnings of the log
         if sentence := worse_than_before(results):
             log.warning("%s %s", sentence, LIKELY_CAUSE)
+        _warn_of_passed_teacher(job.config, results)
         report.write_report(session.output, results)
         loaded.require()  # once the report has its warning
 
     session.on_main(write_report)
     return results
+
+
+def _warn_of_passed_teacher(config: RunConfig, results: Results) -> None:
+    """Say so where the student has passed a teacher that it still learned from when the run ended.
+
+    A comparison that is to come says it for certain.
+    """
+    # behind its last point a ramp stays as it is
+    last_weight = values_of(config.curriculum.kd.weight)[-1]
+    if last_weight and not config.compares_without_teacher and has_passed_teacher(results):
+        log.warning(
+            "the student (%.4f bits per byte of unseen text) has passed its teacher (%.4f), which may hold it back by "
+            "a weight of kd of %g up to the end; --without-teacher tells whether it does, and "
+            "docs/choosing.md#a-teacher-that-does-not-help what to try",
+            results["student"]["bits_per_byte"],
+            results["teacher"]["bits_per_byte"],
+            last_weight,
+        )
 
 
 def _documents_of(stream: Stream) -> Results:

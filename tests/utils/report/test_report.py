@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from utils.report.charts import curves_as_svg, draw_curves, draw_routing
 from utils.report.markdown import markdown
 from utils.report.report import print_summary, write_report
-from utils.report.results import headline, is_better_without_teacher, worse_than_before
+from utils.report.results import has_passed_teacher, headline, is_better_without_teacher, worse_than_before
 from utils.run_layout import CURVES, REPORT_HTML, REPORT_JSON, REPORT_MD, ROUTING
 
 
@@ -258,6 +258,13 @@ def test_the_headline_tells_gain_loss_and_a_teacher_that_cannot_help():
     weak = RESULTS | {"teacher": scores(2.9, 5), "retention": {"gap_closed": None}}
     assert "no better" in headline(weak)
     assert "fewer bits per byte than the teacher" in headline(RESULTS | {"student": scores(0.7, 5)})
+
+
+def test_a_student_has_passed_only_a_teacher_that_it_was_behind():
+    passed = RESULTS | {"student": scores(0.7, 5)}
+    assert has_passed_teacher(passed) and not has_passed_teacher(RESULTS)
+    assert not has_passed_teacher(passed | {"teacher": scores(2.9, 5)})
+    assert not has_passed_teacher({key: passed[key] for key in ("student", "initial_student")})
 
 
 def test_the_start_is_called_by_what_it_was():
