@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from benchmarks.ablation import early
-from benchmarks.curricula import reversed_of
+from benchmarks.curricula import mean_of, reversed_of
 from benchmarks.quality import kd_and_text
 from benchmarks.situations import FALLING
 from models.config import CurriculumConfig, LossConfig, Schedule, Term
@@ -22,6 +22,9 @@ HIDDEN: dict[str, Schedule] = {"off": 0.0, "on": 1.0, "early": early(1.0)}
 
 RISING = reversed_of(FALLING)
 """The same in reverse."""
+
+MEAN_OF_FALLING = round(mean_of(FALLING), 3)
+"""The constant weight that FALLING is on average: .175."""
 
 LOSS = LossConfig(top_k=TOP_K, head_passes="eager")
 """Eager, since compiling takes a good part of so short a run."""
@@ -87,6 +90,7 @@ HEALED = [
     _taught(WHOLE, TEACHER),
     _weighted(WHOLE, TEACHER, "KD falling", FALLING),
     _weighted(WHOLE, TEACHER, "KD .3", 0.3),
+    _weighted(WHOLE, TEACHER, "KD .175", MEAN_OF_FALLING),
     _taught(10, TEACHER, "early"),
     _taught(10, ITSELF, "early"),
     _taught(10, TEACHER, "on"),
@@ -99,6 +103,7 @@ HEALED = [
     _taught(20, ADAPTED),
     _weighted(20, ADAPTED, "KD falling", FALLING),
     _weighted(20, ITSELF, "KD .3", 0.3),
+    _weighted(20, ITSELF, "KD .175", MEAN_OF_FALLING),
     _weighted(20, ITSELF, "KD rising", RISING),
     _weighted(10, ITSELF, "KD falling", FALLING),
     _weighted(10, TEACHER, "KD falling", FALLING),
