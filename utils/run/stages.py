@@ -590,7 +590,7 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
 
 
 def _warn_of_passed_teacher(config: RunConfig, results: Results) -> None:
-    """Say so where the student has passed a teacher that it still learned from when the run ended.
+    """Say so where the student has passed a teacher whose weight does not fall to 0.
 
     A comparison that is to come says it for certain.
     """

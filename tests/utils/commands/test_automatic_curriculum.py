@@ -59,7 +59,8 @@ def test_weights_follow_what_the_student_starts_from(words, beginning):
 )
 def test_text_that_may_be_read_again_takes_more_of_the_teacher(words, kd, how_often):
     config, line = configured(*words)
-    assert (config.curriculum.kd, config.curriculum.lm) == (Term(kd), Term(round(1 - kd, 9)))
+    pair = {"kd": Term(kd), "lm": Term(round(1 - kd, 9))}
+    assert config.curriculum == CurriculumConfig(**pair, open_text=config.curriculum.open_text)
     assert how_often in line
 
 

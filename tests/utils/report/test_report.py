@@ -264,6 +264,7 @@ def test_a_student_has_passed_only_a_teacher_that_it_was_behind():
     passed = RESULTS | {"student": scores(0.7, 5)}
     assert has_passed_teacher(passed) and not has_passed_teacher(RESULTS)
     assert not has_passed_teacher(passed | {"teacher": scores(2.9, 5)})
+    assert not has_passed_teacher(passed | {"retention": {"not_comparable": "the teacher reads other text"}})
     assert not has_passed_teacher({key: passed[key] for key in ("student", "initial_student")})
 
 
