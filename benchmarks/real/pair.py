@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from models.language_model import vocabulary_size
 from models.teacher.cached import CachedTeacher, RememberingCollator
 from models.text.collate import PairCollator
 from models.text.tokens import MARKER
-from models.types import PairedBatch
+from models.types import PairedBatch, TeacherSignal
 from utils.evaluation.scores import token_nll
 from utils.evaluation.written_text import Judge, Sample, Sampling, describe, sample_texts
 
@@ -282,16 +283,26 @@ class RealPair:
         bits["all"] = sum(nats.values()) / sum(num_bytes.values()) / np.log(2)
         return {name: float(value) for name, value in bits.items()}
 
+    @cached_property
+    def _compared(self) -> list[tuple[PairedBatch, TeacherSignal]]:
+        """Unseen windows of each corpus, and what the teacher says of them: computed once, on the device."""
+        distillation = self.distillations[TEACHER]
+        windows = [window for corpus in self.unseen.values() for window in corpus[:COMPARED_WINDOWS]]
+
+        compared = []
+        for first in range(0, len(windows), SCORED_TOGETHER):
+            batch = distillation.collate(windows[first : first + SCORED_TOGETHER]).to(self.setting.device)
+            compared.append((batch, distillation.teacher.signal(batch, TOP_K)))
+        return compared
+
     def agreement(self, model: nn.Module) -> dict[str, float]:
         """Return how near a student is to the teacher on unseen windows: KL, and how often its first choice is."""
         distillation = replace(self.distillations[TEACHER], method=Method(LossConfig(head_passes="eager")))
         framework = replace(distillation, teacher=None).framework(1, student=model)
-        windows = [window for corpus in self.unseen.values() for window in corpus[:COMPARED_WINDOWS]]
 
         sums = {"kl_sum": 0.0, "agree": 0.0, "count": 0.0}
-        for first in range(0, len(windows), SCORED_TOGETHER):
-            batch = distillation.collate(windows[first : first + SCORED_TOGETHER]).to(self.setting.device)
-            compared = framework.compare(batch, distillation.teacher.signal(batch, TOP_K))
+        for batch, signal in self._compared:
+            compared = framework.compare(batch, signal)
             for name in sums:
                 sums[name] += float(compared[name])
         return {"kl": sums["kl_sum"] / sums["count"], "top1": sums["agree"] / sums["count"]}
