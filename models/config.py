@@ -345,6 +345,16 @@ class LossConfig(Validated):
         """
         return self.tail == "renormalise" and self.correction != "channel"
 
+    def in_words(self) -> str:
+        """Return how KD compares distributions, where it is not the usual way; empty where it is."""
+        names = ["divergence", "temperature", "interpolation"]
+        usual = {column.name: column.default for column in fields(self)}
+        unusual = [name for name in names if getattr(self, name) != usual[name]]
+        if self.reads_skew:
+            # A mixture is named with its share, also the usual one.
+            unusual.insert(1, "skew")
+        return ", ".join(f"{name} {_in_words(getattr(self, name))}" for name in unusual)
+
     @property
     def reads_skew(self) -> bool:
         """True if the divergence has a mixture, whose share of the teacher is `skew`."""

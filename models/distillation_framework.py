@@ -3,16 +3,18 @@
 Shapes: B windows, S student positions, n supervised student positions, N KD rows, H student width.
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import HEAD_TERMS, ROUTER_TERMS, TEXT_TERMS, LossConfig, RouterConfig
+from .config import HEAD_TERMS, ROUTER_TERMS, TERMS, TEXT_TERMS, LossConfig, RouterConfig
 from .curriculum import CurriculumScheduler
 from .language_model import (
     body_layers,
@@ -53,6 +55,9 @@ Signal = TeacherSignal | MixtureSignal
 
 SINGLE_TEACHER_TERMS = {"span"}
 """Terms on the student's head that several teachers cannot be mixed in: the spans of each pair are other ones."""
+
+STATISTICS = (*TERMS, "samples")
+"""Names of what a step may be told of the steps before: the size of each term, and the mean of the windows' scores."""
 
 
 class _Compared(NamedTuple):
@@ -735,13 +740,28 @@ def _checked_statistics(
     curriculum: CurriculumScheduler,
     step: int | None,
 ) -> Mapping[str, float]:
-    """Return statistics, none as an empty mapping; refuse none behind the first step of a curriculum that uses them."""
+    """Return statistics, none as an empty mapping; refuse wrong ones, and none where a curriculum uses them.
+
+    Before the first step there is nothing to know, and empty ones say so of any step.
+    """
     if statistics is None and step and curriculum.uses_statistics:
         raise ValueError(
             f"got no statistics in step {step}, expected those of the steps before, of which curriculum.balance and "
             "sample_weights are made; train with `fit`, which gives them, or leave both settings out"
         )
-    return statistics or {}
+    if statistics is None:
+        return {}
+
+    expect("statistics", statistics, Mapping, "a mapping of names to numbers, as `fit` gives it")
+    for name, value in statistics.items():
+        if name not in STATISTICS:
+            raise ValueError(f"statistics: got {name!r}, expected names out of {', '.join(STATISTICS)}")
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(
+                f"statistics[{name!r}]: got {value!r}, expected a finite number; where a step has none, keep the one "
+                "of the step before, as `fit` does"
+            )
+    return statistics
 
 
 def _check_terms_of_mixture(curriculum: CurriculumScheduler) -> None:

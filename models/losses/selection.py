@@ -1,7 +1,8 @@
 """Positions of each window that KD is learned at: those with the highest scores, in a share that may follow the run.
 
 A share of a window's positions is known before any forward, so that neither micro-batches nor processes change what a
-step learns. Positions that the teacher cannot judge come last.
+step divides by. They change which positions it is only where rounding decides between two scores. Positions that the
+teacher cannot judge come last.
 
 Shapes: N positions with a teacher's distribution, in B windows; c of them in one chunk; V student vocabulary; K tokens
 that a distribution names.

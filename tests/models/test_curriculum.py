@@ -111,6 +111,15 @@ def test_a_curriculum_in_words_names_what_weighs_anything_and_every_schedule():
     assert curriculum.weights_in_words(["kd", "layer"]) == f"layer {ramp}"
 
 
+def test_a_loss_in_words_names_what_is_not_the_usual_way():
+    assert LossConfig().in_words() == LossConfig(skew=0.5, top_k=8).in_words() == ""
+    rising = Ramp(((0.2, 0.0), (1.0, 1.0)))
+    loss = LossConfig(divergence="generalised_jsd", skew=rising, temperature=2, interpolation=0.5)
+    skew = "skew 0 at 20 % to 1 at 100 %"
+    assert loss.in_words() == f"divergence generalised_jsd, {skew}, temperature 2, interpolation 0.5"
+    assert LossConfig(divergence="skew_kl").in_words() == "divergence skew_kl, skew 0.1"
+
+
 def test_negative_weights_and_temperatures_of_zero_are_refused():
     for wrong in (-0.1, Ramp(((0.0, 0.5), (1.0, -0.5)))):
         with pytest.raises(ValueError, match="0 or more"):

@@ -553,3 +553,10 @@ def test_a_balance_is_the_loss_under_balanced_weights_bit_for_bit():
     # Nothing is known of a step before the first.
     first = output_under(CurriculumConfig(balance="loss"), statistics={})
     assert first.loss.item() == output_under(CurriculumConfig()).loss.item()
+
+    wrong = {"got 'foo'": {"foo": 1.0}, "got nan": {"kd": float("nan")}, "got None": {"kd": None}}
+    for message, statistics in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            output_under(CurriculumConfig(balance="loss"), statistics=statistics)
+    with pytest.raises(TypeError, match="got a list, expected a mapping"):
+        output_under(CurriculumConfig(balance="loss"), statistics=[1.0, 2.0])

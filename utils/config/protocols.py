@@ -133,6 +133,9 @@ class LossSettings(Protocol):
     def reads_skew(self) -> bool:
         """True if the divergence has a mixture."""
 
+    def in_words(self) -> str:
+        """Return how KD compares, where it is not the usual way."""
+
     @property
     def head_passes(self) -> str: ...
 

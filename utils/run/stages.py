@@ -537,7 +537,7 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
     student, result, held_out = trained.student, trained.result, job.held_out
     folder, settings = session.output / STUDENT, to_plain(session.asked)
     ended: Results = {
-        "learned_by": job.config.curriculum.in_words(),
+        "learned_by": _learned_by(job.config),
         "steps": result.steps,
         "seconds": round(result.seconds, 1),
         "stopped_by": result.stopped_by,
@@ -587,6 +587,12 @@ def export_student(job: Job, trained: Trained, session: Session) -> Results:
 
     session.on_main(write_report)
     return results
+
+
+def _learned_by(config: RunConfig) -> str:
+    """Return the terms and schedules of a run, and how its KD compares where that is not the usual way."""
+    of_kd = config.loss.in_words() if "kd" in config.curriculum.used() else ""
+    return ", ".join(filter(None, [config.curriculum.in_words(), of_kd]))
 
 
 def _warn_of_passed_teacher(config: RunConfig, results: Results) -> None:
