@@ -111,6 +111,12 @@ def _expectation(item: dict) -> str:
     if kind in ("string_too_short", "too_short") and isinstance(item["input"], str):
         return "a name that is not empty"
 
+    if kind == "too_long" and item["ctx"]["field_type"] == "Tuple":
+        return f"{item['ctx']['max_length']} values"
+
+    if kind in ("int_type", "float_type") and isinstance(item["input"], dict) and "points" in item["input"]:
+        return f"{item['msg'].removeprefix('Input should be ')} (it takes no ramp)"
+
     # names are checked as instances of str (see `settings.Name`), which is nothing a user knows
     if kind == "is_instance_of" and item["ctx"]["class"] == "str":
         return "a valid string"

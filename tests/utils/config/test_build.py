@@ -119,6 +119,13 @@ def test_true_and_false_are_no_numbers(values, line):
     assert [given for given in mistakes(values) if given.startswith(line)]
 
 
+def test_wrong_ramps_are_told_in_words():
+    of_number = mistakes({"training": {"seed": {"points": [[0, 8]]}}})
+    assert of_number == ["training.seed: got {'points': [[0, 8]]}, expected a valid integer (it takes no ramp)"]
+    of_three = mistakes({"curriculum": {"select": {"points": [[0, 0.2, 3]]}}})
+    assert of_three == ["curriculum.select.points.0: got [0, 0.2, 3], expected 2 values"]
+
+
 def test_no_setting_but_a_switch_takes_a_boolean():
     switches = {key for key, setting in settings_of(RunConfig).items() if setting.admits_booleans}
     assert {"data.deduplicate", "student.lora.enabled", "resume_changed"} <= switches
