@@ -43,6 +43,8 @@ class PretendedServer:
         self.fault: Callable[[int, Mapping[str, Any]], tuple[int, str] | None] = lambda number, body: None
         self.scored = 0
         """Requests for lists."""
+        self.answered = 0
+        """Those of them that were worked on to the end."""
         self.at_once = 0
         self.most_at_once = 0
         self._lock = threading.Lock()
@@ -140,6 +142,7 @@ class PretendedServer:
         finally:
             with self._lock:
                 self.at_once -= 1
+                self.answered += 1
 
     def _score(self, path: str, body: Mapping[str, Any]) -> tuple[int, str]:
         ids = body.get("prompt") or body["input_ids"]

@@ -172,7 +172,7 @@ SESSION = textwrap.dedent(
     from tests.toy import ToyModule, digest
     forward = ToyModule.forward
     def slow(self, *args, **options):
-        time.sleep(0.01)
+        time.sleep(0.1)
         return forward(self, *args, **options)
     ToyModule.forward = slow
     module, result, _ = test_resume.run(Path(sys.argv[1]), save_every=1)
@@ -194,7 +194,7 @@ def test_kill_minus_nine_and_resume_gives_the_same_weights(tmp_path, uninterrupt
     limit = time.monotonic() + 60
     while not any((tmp_path / "checkpoints").glob("step-*")) and time.monotonic() < limit:
         time.sleep(0.005)
-    time.sleep(0.03)
+    time.sleep(0.6)  # in the middle of a later step
     session.send_signal(signal.SIGKILL)
     session.communicate()
     kept = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))

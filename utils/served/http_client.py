@@ -96,11 +96,19 @@ class ServerClient:
 
     def close(self) -> None:
         """Close connections and end the thread; answers that are under way are lost."""
-        closing = asyncio.run_coroutine_threadsafe(self._http.aclose(), self._loop)
+        closing = asyncio.run_coroutine_threadsafe(self._end(), self._loop)
         try:
             closing.result(CONNECT_SECONDS)
         finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
+
+    async def _end(self) -> None:
+        """Call off what is under way, of which asyncio would complain at the end of the program, and disconnect."""
+        under_way = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in under_way:
+            task.cancel()
+        await asyncio.gather(*under_way, return_exceptions=True)
+        await self._http.aclose()
 
     # --- one request, tried a few times ------------------------------------------------------------------------------
 
