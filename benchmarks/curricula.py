@@ -41,7 +41,7 @@ from benchmarks.situations import FALLING, SCORED_WINDOWS, TOP_K, Writing
 from models.config import CurriculumConfig, LossConfig, Ramp, Schedule, Term
 from models.curriculum import value_at
 from models.types import TeacherSignal
-from utils.report.comparison import interval
+from utils.comparison.seeds import interval
 
 PIECES = 20
 """Pieces of a schedule that are shuffled."""

@@ -39,7 +39,7 @@ FLOORS = {
         {"on_policy"},
         {"training"},
         {"teacher_cache", "report"},
-        {"run"},
+        {"run", "comparison"},
         {"checks"},
     ],
 }

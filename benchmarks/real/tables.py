@@ -6,7 +6,7 @@ from statistics import mean
 from typing import Any
 
 from benchmarks.measure import table
-from utils.report.comparison import interval as half_interval
+from utils.comparison.seeds import interval as half_interval
 
 from .arms import WHOLE, Arm
 

@@ -3,9 +3,9 @@
 import pytest
 
 from utils.checks.setup import spelt_text
+from utils.comparison.notes import notes
 from utils.evaluation.comparability import MOST_UNSPELT, unspelt_share, unspelt_text
 from utils.evaluation.scores import retention
-from utils.report.comparison import notes
 from utils.report.results import headline, retention_lines
 from utils.training.red_flags import RedFlags
 
