@@ -30,7 +30,7 @@ from .teacher.listed import ListedTeacher
 from .teacher.mixture import Member, Mix, TeacherMixture
 from .teacher.projection import Projection
 from .text.chat import ConversationSettings
-from .text.chat_template import tokenizers_for_chat
+from .text.chat_turns import tokenizers_for_chat
 from .text.collate import PairCollator, count_channel, read_and_learned
 from .text.encoder_decoder import make_encoder
 from .text.mixed_batches import Collate, MixedCollator, as_pair

@@ -170,7 +170,7 @@ def test_what_is_learned_touches_neither_files_nor_the_command_line():
             assert calls is None, f"{path.name} calls {calls and calls[0]}"
         if path.stem in ("vocabulary", "tokens", "token_bytes", "encoder_decoder", "distillation"):
             banned -= {"json"}  # a tokenizer describes itself in JSON
-        if path.stem in ("messages", "chat", "chat_template"):
+        if path.stem in ("messages", "chat", "chat_side", "chat_template", "chat_turns"):
             banned -= {"json"}  # a conversation is JSON
         assert not modules & banned, f"{path.name} imports {sorted(modules & banned)}"
 

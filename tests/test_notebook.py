@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import train
-from models.text.chat_template import chat_tokenizer
+from models.text.chat_turns import chat_tokenizer
 from tests.models.tiny import byte_bpe, t5_like, tiny_llama, tiny_t5
 from utils.commands.api import flags
 from utils.config import resume_rules

@@ -8,8 +8,11 @@ In the order of a batch's life:
 - `vocabulary`: the teacher's tokens spelt in the student's
 - `windows`: documents cut and packed to the length that both models read
 - `messages`: conversations taken apart into what is said and the outline around it
-- `chat_template`: chat templates, generation prompts, ends of turns
+- `chat_turns`: what a chat template says of turns: generation prompts, ends; tokenizers prepared for conversations
+- `chat_template`: renderings of conversations, and what a model has to write of them
 - `call_text`: what both models write alike of a tool call
+- `chat_places`: what both models write of a conversation, as one stream of bytes
+- `chat_side`: one model's tokens of a conversation, in that stream
 - `chat`: windows of conversations
 - `encoder_decoder`: windows of prompts and completions
 - `own_text`: windows of text that the student writes itself
@@ -20,7 +23,8 @@ In the order of a batch's life:
 
 from .alignment import Alignment, align
 from .chat import ChatEncoder
-from .chat_template import ConversationError, chat_tokenizer, tokenizers_for_chat
+from .chat_template import ConversationError
+from .chat_turns import chat_tokenizer, tokenizers_for_chat
 from .collate import PairCollator
 from .encoder_decoder import SourceEncoder, make_encoder
 from .tokens import Reading, TokenTable

@@ -10,7 +10,7 @@ import pytest
 from transformers import AddedToken
 
 from models.text.chat import ChatEncoder
-from models.text.chat_template import chat_tokenizer
+from models.text.chat_turns import chat_tokenizer
 from models.text.tokens import MARKER
 from tests.models.tiny import byte_bpe
 from utils.config.settings import DataConfig

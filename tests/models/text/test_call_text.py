@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from models.text.chat import ChatEncoder
-from models.text.chat_template import ConversationError, chat_tokenizer, tokenizers_for_chat
+from models.text.chat_template import ConversationError
+from models.text.chat_turns import chat_tokenizer, tokenizers_for_chat
 from models.text.collate import PairCollator
 from models.text.tokens import END, MARKER, TEXT, WRITTEN
 from models.text.vocabulary import VocabularyMap

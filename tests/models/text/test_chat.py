@@ -16,7 +16,8 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 
 from models.teacher.projection import Projection
 from models.text.chat import ChatEncoder
-from models.text.chat_template import PLAIN_TEMPLATE, ConversationError, chat_tokenizer, ends_turns
+from models.text.chat_template import ConversationError
+from models.text.chat_turns import PLAIN_TEMPLATE, chat_tokenizer, ends_turns
 from models.text.collate import PairCollator
 from models.text.tokens import END, MARKER
 from models.text.vocabulary import VocabularyMap

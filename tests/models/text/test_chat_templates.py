@@ -14,7 +14,7 @@ import torch
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from models.text.chat import ChatEncoder
-from models.text.chat_template import chat_tokenizer, ends_turns, tokenizers_for_chat
+from models.text.chat_turns import chat_tokenizer, ends_turns, tokenizers_for_chat
 from models.text.collate import PairCollator
 from models.text.tokens import MARKER, MISMATCH, WRITTEN
 from models.text.vocabulary import VocabularyMap

@@ -11,7 +11,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from models.text.chat import ChatEncoder
-from models.text.chat_template import ConversationError, chat_tokenizer
+from models.text.chat_template import ConversationError
+from models.text.chat_turns import chat_tokenizer
 from models.text.collate import PairCollator
 from models.text.text_start import start_candidates
 from models.text.tokens import MARKER, MISMATCH, TokenTable

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.text.chat import ChatEncoder
-from models.text.chat_template import tokenizers_for_chat
+from models.text.chat_turns import tokenizers_for_chat
 from models.text.collate import PairCollator
 from models.text.encoder_decoder import SourceEncoder
 from models.text.own_text import own_prompt, own_window, require_own_text, stop_ids

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 from transformers import AutoTokenizer, LlamaForCausalLM, T5ForConditionalGeneration
 
-from models.text.chat_template import chat_tokenizer
+from models.text.chat_turns import chat_tokenizer
 from tests.models.tiny import byte_bpe, t5_like, tiny_llama, tiny_t5
 from utils.config.settings import LoraConfig
 from utils.pretrained.export import export
@@ -36,7 +36,8 @@ def used(folder, results, settings=None) -> None:
 def test_a_student_of_texts_goes_on_from_a_beginning(tmp_path, asked, capsys):
     export(tiny_llama(300), byte_bpe(300), tmp_path / "student", "")
     used(tmp_path / "student", {})
-    assert byte_bpe(300).decode(asked[0]) == TEXT and capsys.readouterr().out.startswith(TEXT)
+    assert byte_bpe(300).decode(asked[0]) == TEXT
+    assert TEXT in capsys.readouterr().out  # where DeepSpeed is installed, it may print of itself before
 
 
 @pytest.mark.parametrize("adapter", [False, True])
