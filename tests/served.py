@@ -57,6 +57,10 @@ class PretendedServer:
     def address(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
+    @property
+    def is_up(self) -> bool:
+        return self._http is not None
+
     def start(self) -> None:
         """Listen; after a stop on the same port."""
         server = self
