@@ -8,7 +8,7 @@ In the order of a batch's life:
 - `vocabulary`: the teacher's tokens spelt in the student's
 - `windows`: documents cut and packed to the length that both models read
 - `messages`: conversations taken apart into what is said and the outline around it
-- `chat_turns`: what a chat template says of turns: generation prompts, ends; tokenizers prepared for conversations
+- `chat_turns`: generation prompts and ends of turns; tokenizers prepared for conversations
 - `chat_template`: renderings of conversations, and what a model has to write of them
 - `call_text`: what both models write alike of a tool call
 - `chat_places`: what both models write of a conversation, as one stream of bytes

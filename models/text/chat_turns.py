@@ -1,4 +1,4 @@
-"""What a chat template says of turns: the generation prompt that asks for one, the end that a model must write.
+"""Turns as a chat template writes them: the generation prompt that asks for one, the end that a model must write.
 
 A template is looked at as text, with a mark in place of everything that messages say: the marks show where contents
 lie, and what stands behind the last one ends a turn.

@@ -1,4 +1,4 @@
-"""What several runs tell together, from the files in their folders alone: `train.py --compare`.
+"""Comparison of runs, from the files in their folders alone: `train.py --compare`.
 
 compare: reads the runs, prints and draws
 runs, forms: a run as its folder tells of it, and what its files may hold

@@ -1,4 +1,4 @@
-"""What a reader of the figures would miss: sentences on what keeps them from being compared."""
+"""Sentences on what keeps figures from being compared, which their reader would miss."""
 
 from collections.abc import Iterable, Sequence
 
