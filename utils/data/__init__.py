@@ -4,7 +4,8 @@ In the order in which text passes through them:
 
 - `data_folders`: which files of a folder are data
 - `tool_calls`: schemas of functions and calls of them, in the forms that data sets have
-- `columns`: which columns of a table hold documents, and what a conversation may contain
+- `conversations`: what a conversation may contain, and how it is written
+- `columns`: which columns of a table hold documents
 - `sources`: files, folders and hub data sets -> documents with their places
 - `routes`: which documents are for which teachers
 - `texts`: documents in memory, as UTF-8

@@ -22,7 +22,9 @@ import numpy as np
 from ..config.settings import DataConfig
 from ..errors import UserError
 from . import sources
-from .columns import INSTRUCTION, OUTPUT, SHAREGPT, Columns, Conversation, Reading, Routed, as_text, text_of_messages
+from .columns import OUTPUT, SHAREGPT, Columns, Routed
+from .conversations import INSTRUCTION, Conversation, Reading, text_of_messages
+from .kinds import as_text
 from .routes import NO_ROUTE, Routes
 from .texts import Texts
 

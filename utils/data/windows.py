@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from ..config.settings import DataConfig
 from ..errors import UserError
-from .columns import text_of_messages
+from .conversations import text_of_messages
 from .documents import Corpus, byte_count, corpus_fingerprint, document_name, place_of_document
 from .routes import Routes
 

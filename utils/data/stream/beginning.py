@@ -8,7 +8,7 @@ from hashlib import blake2b
 import numpy as np
 
 from ...config.settings import DataConfig
-from ..columns import text_of_messages
+from ..conversations import text_of_messages
 from ..documents import (
     Corpus,
     byte_count,

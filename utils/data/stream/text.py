@@ -11,7 +11,7 @@ from typing import Any
 
 from ...config.settings import DataConfig
 from ...errors import UserError
-from ..columns import text_of_messages
+from ..conversations import text_of_messages
 from ..documents import FirstPlaces, text_key
 from .reader import Reader, Source, open_source
 from .recent import RecentTexts
