@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         arguments = parse(words)
         if arguments.compare:
-            from utils.comparison import compare
+            from utils.comparison.compare import compare
 
             table = None if arguments.csv is None else user_path(arguments.csv)
             return compare(arguments.compare, user_path(arguments.flags.get("output_dir", ".")), table)

@@ -104,6 +104,12 @@ class PretendedServer:
             self._http.server_close()
             self._http = None
 
+    def hold(self) -> threading.Event:
+        """Answer no request for lists until the event that is returned is set."""
+        may_answer = threading.Event()
+        self.fault = lambda number, body: None if may_answer.wait(60) else (500, "held for too long")
+        return may_answer
+
     # --- its answers ------------------------------------------------------------------------------------------------
 
     def get(self, path: str) -> tuple[int, str]:

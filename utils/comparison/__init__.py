@@ -8,7 +8,3 @@ settings: in which runs differ
 notes: what keeps figures from being compared
 tables, files, picture: the comparison on the screen, as Markdown or CSV, as curves
 """
-
-from .compare import compare
-
-__all__ = ["compare"]

@@ -30,8 +30,8 @@ def compare(folders: Sequence[str], output: Path, table: Path | None = None) -> 
     # Before anything is printed: a folder that cannot be made ends the command with one message.
     _make_folder(output)
 
-    console().print(result_table(runs))
     groups = over_seeds(runs)
+    console().print(result_table(runs, groups))
     if rows := seed_rows(groups):
         console().print(seeds_table(rows))
     differing = differing_settings(runs)
@@ -44,7 +44,7 @@ def compare(folders: Sequence[str], output: Path, table: Path | None = None) -> 
     draw(output / PICTURE, runs)
     console().print(f"picture: {output / PICTURE}", soft_wrap=True)
     if table is not None:
-        written = write_tables(table, runs, differing, told)
+        written = write_tables(table, runs, groups, differing, told)
         for file in written:
             console().print(f"table: {file}", soft_wrap=True)
 

@@ -8,7 +8,7 @@ from ..errors import UserError
 from ..files import write_text
 from ..report.results import MODELS
 from .runs import Run
-from .seeds import SeedGroup, over_seeds, seed_rows
+from .seeds import SeedGroup, seed_rows
 from .tables import PAIRED_TITLE, SEEDS_TITLE
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 def write_tables(
     path: Path,
     runs: Sequence[Run],
+    groups: Sequence[SeedGroup],
     differing: Mapping[str, Sequence[str]],
     told: Sequence[str],
 ) -> list[Path]:
@@ -26,6 +27,7 @@ def write_tables(
     In Markdown the second table stands below the first; in CSV, whose files hold one table, beside it.
 
     Args:
+        groups: of these runs, by `over_seeds`.
         told: sentences on what keeps figures from being compared; Markdown ends with them.
 
     Returns:
@@ -37,7 +39,7 @@ def write_tables(
     import pandas as pd  # takes a second to load, and is needed here alone
 
     frame = pd.DataFrame(_run_cells(runs, differing)).dropna(axis="columns", how="all")
-    seeds = pd.DataFrame(_seed_cells(over_seeds(runs))).convert_dtypes()
+    seeds = pd.DataFrame(_seed_cells(groups)).convert_dtypes()
     if path.suffix == ".md":
         parts = [_markdown(frame)]
         if not seeds.empty:
@@ -86,7 +88,7 @@ def _run_cells(runs: Sequence[Run], differing: Mapping[str, Sequence[str]]) -> l
     return rows
 
 
-def _seed_cells(groups: Sequence["SeedGroup"]) -> list[dict[str, Any]]:
+def _seed_cells(groups: Sequence[SeedGroup]) -> list[dict[str, Any]]:
     """Return the cells of the table over seeds by column, numbers for other programs."""
     rows = []
     for row in seed_rows(groups):

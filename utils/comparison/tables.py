@@ -8,17 +8,16 @@ from tqdm import tqdm
 
 from ..report.results import figure, percent
 from .runs import Run, is_same_text
-from .seeds import SeedGroup, SeedRow, has_several_seeds, over_seeds
+from .seeds import SeedGroup, SeedRow, has_several_seeds
 
 LONG_NAME = 14
 """Characters of a run's name up to which the table has space for all columns."""
-
 
 SEEDS_TITLE = "Over seeds: mean ± 95 % confidence interval"
 PAIRED_TITLE = "; differences are of equal seeds"
 
 
-def result_table(runs: Sequence[Run]) -> Table:
+def result_table(runs: Sequence[Run], groups: Sequence[SeedGroup]) -> Table:
     """Return a table with a row for each run, 80 columns wide.
 
     It has the share of the gap to the teacher closed and, where the runs are measured on the same text, the change
@@ -44,7 +43,7 @@ def result_table(runs: Sequence[Run]) -> Table:
 
     # Bits per byte compare only on the same text.
     least = min((run.bits("student") for run in runs if run.bits("student") is not None), default=None)
-    has_best = is_same_text(runs) and least is not None and not has_several_seeds(over_seeds(runs))
+    has_best = is_same_text(runs) and least is not None and not has_several_seeds(groups)
     for run in runs:
         is_best = has_best and run.bits("student") == least
         cells = [cell(run) for cell in columns.values()]
@@ -54,11 +53,11 @@ def result_table(runs: Sequence[Run]) -> Table:
 
 def _changes(runs: Sequence[Run]) -> Callable[[Run], str]:
     """Return what gives the relative change of a run's bits per byte against the first run's."""
-    first = runs[0].bits("student")
+    first = runs[0].bits("student") if is_same_text(runs) else None
 
     def change(run: Run) -> str:
         bits = run.bits("student")
-        if run is runs[0] or bits is None or first is None or not is_same_text(runs):
+        if run is runs[0] or bits is None or first is None:
             return ""
         return f"{bits / first - 1:+.1%}"
 

@@ -8,10 +8,12 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 import train
+from tests.utils.comparison.conftest import shown_of
 from tests.utils.report.test_report import scores
 from utils.commands import run as run_command
 from utils.comparison.compare import PICTURE, compare
 from utils.comparison.runs import read_runs
+from utils.comparison.seeds import over_seeds
 from utils.comparison.tables import result_table
 from utils.errors import UserError
 
@@ -77,8 +79,7 @@ def test_a_student_that_got_worse_has_closed_no_share(place, tmp_path, capsys):
 
 
 def test_what_makes_figures_incomparable_is_said(place, tmp_path, capsys):
-    compare([place("a", 1.0), place("b", 1.0, size=5000)], tmp_path)
-    said = " ".join(capsys.readouterr().out.split())
+    said = shown_of([place("a", 1.0), place("b", 1.0, size=5000)], tmp_path, capsys)
     assert "measured on different text (bytes: a 4,000, b 5,000)" in said and "unknown settings: a, b" in said
 
 
@@ -86,7 +87,8 @@ def test_on_different_texts_no_run_is_better_than_another(place):
     same, other = [place("a", 1.0), place("b", 0.9)], place("c", 0.5, size=5000)
 
     def best_and_changes(folders) -> tuple[list[int], list[str]]:
-        table = result_table(read_runs(folders))
+        runs = read_runs(folders)
+        table = result_table(runs, over_seeds(runs))
         (changes,) = [[*column.cells] for column in table.columns if column.header == "change"]
         return [number for number, row in enumerate(table.rows) if row.style == "bold"], changes
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.utils.comparison.conftest import shown_of
 from tests.utils.logs.test_step_logger import evaluation_at
 from utils.comparison.compare import compare
 from utils.comparison.runs import read_runs
@@ -54,8 +55,7 @@ REPORT, START = "evaluation_report.json", "baseline_evaluation.json"
 def test_a_damaged_report_is_named_and_the_others_are_compared(place, tmp_path, capsys, content):
     names = [place("a", 1.0), place("b", 0.9)]
     (tmp_path / "runs" / "b" / REPORT).write_bytes(content)
-    compare(names, tmp_path)
-    said = " ".join(capsys.readouterr().out.split())
+    said = shown_of(names, tmp_path, capsys)
     assert f"Damaged in b, and left out: {REPORT} (" in said
     assert "a finished 1,000 1.0000" in said and "b no report 1,000 (100%) 0.9000" in said
 
@@ -86,8 +86,7 @@ def test_a_value_of_another_type_is_named_with_its_place(place, tmp_path, capsys
     inner[path[-1]] = value
     changed.write_text(json.dumps(content))
 
-    compare(names, tmp_path)
-    said = " ".join(capsys.readouterr().out.split())
+    said = shown_of(names, tmp_path, capsys)
     assert f"Damaged in b, and left out: {file} ({'.'.join(path)} " in said
     assert "a finished" in said
 
@@ -108,8 +107,7 @@ def test_records_that_cannot_be_used_are_counted(place, tmp_path, capsys, line):
     names = [place("a", 1.0), place("b", 0.9)]
     metrics = tmp_path / "runs" / "b" / "metrics.jsonl"
     metrics.write_bytes(line.encode() + b"\n" + metrics.read_bytes() + b"\xff\n" + b'{"step": 9, "bi')
-    compare(names, tmp_path)
-    said = " ".join(capsys.readouterr().out.split())
+    said = shown_of(names, tmp_path, capsys)
     assert "Damaged in b, and left out: metrics.jsonl (2 of 14 records)" in said
     assert "b finished 1,000 0.9000 -10.0%" in said
 
@@ -121,8 +119,7 @@ def test_bits_per_byte_that_cannot_be_are_damage(place, tmp_path, capsys, bits, 
     with open(f"{names[place_of_run]}/metrics.jsonl", "a") as file:
         file.write(f'{{"step": 1001, "bits_per_byte": {bits}}}\n')
 
-    compare(names, tmp_path / "out")
-    said = " ".join(capsys.readouterr().out.split())
+    said = shown_of(names, tmp_path, capsys)
     assert f"Damaged in {'ab'[place_of_run]}, and left out: metrics.jsonl (1 of 13 records)" in said
     assert "0.9000 -10.0%" in said
 
@@ -150,8 +147,7 @@ def test_numbers_in_a_report_that_cannot_be_are_damage(place, tmp_path, capsys, 
     report = json.loads(file.read_text())
     file.write_text(json.dumps(report | {key: report[key] | change}))
 
-    compare(names, tmp_path / "out")
-    said = " ".join(capsys.readouterr().out.split())
+    said = shown_of(names, tmp_path, capsys)
     assert f"Damaged in b, and left out: {REPORT} ({key}" in said
     assert "b no report 1,000 (100%) 0.9000" in said
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from utils.comparison.compare import compare
+from tests.utils.comparison.conftest import shown_of
 from utils.comparison.runs import read_runs
 from utils.comparison.settings import differing_settings
 
@@ -24,8 +24,7 @@ def test_what_no_result_depends_on_is_named_apart(place, tmp_path, capsys):
     other = {"training": {"seed": 1, "save_every": 20}, "logging": {"every": 2}}
     names = [place("a", 1.0, settings=common), place("b", 0.9, settings=other)]
     assert differing_settings(read_runs(names)) == {}
-    compare(names, tmp_path / "out")
-    shown = " ".join(capsys.readouterr().out.split())
+    shown = shown_of(names, tmp_path, capsys)
     assert "without an effect on the result: logging.every, training.save_every" in shown
 
 
